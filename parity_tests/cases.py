@@ -1,9 +1,9 @@
 """The matrix: every kind of Llama and every kind of input, as data.
 
 A `Case` is a tiny Hugging Face config and a description of its inputs. `weights_of` and `inputs_of`
-make its numbers from a seed; all of them are float32 values, so that every precision starts from the
-same point. Nothing is trivial: norm weights are not one, biases are not zero, no two sizes agree by
-accident where a transposed matrix could hide.
+make its numbers from a seed; all of them are float32 values, so that every precision starts from
+the same point. Nothing is trivial: norm weights are not one, biases are not zero, masks hide keys
+that would matter.
 """
 
 import dataclasses
@@ -28,8 +28,9 @@ class Inputs:
 
     mask: zeros at the end, at the start, or anywhere. positions: `shifted` from zero by a different
     amount in each row, `far` past every context, `scattered` in no order. segments: several packed
-    documents, positions starting anew in each. labels: at `all` positions, at `some`, at no position
-    of `one_row_empty`, or at `none` of the batch. keep: `logits_to_keep`, a number or an `index`.
+    documents, positions starting anew in each. labels: at `all` positions, at `some`, at none of
+    the first row (`one_row_empty`), or at `none` of the batch. keep: `logits_to_keep`, a number or
+    an `index`.
     """
 
     batch: int = 2
@@ -83,8 +84,8 @@ def case(name: str, inputs: Inputs | None = None, **changes: Any) -> Case:
 
 
 def scaled(kind: str, theta: float = 100.0, **fields: Any) -> Config:
-    """A rotary scaling in the v5 layout. The low base puts the pairs of a head of 16 on every side of
-    the wavelengths at which the scalings change, for contexts as short as these."""
+    """A rotary scaling in the v5 layout. The low base puts the pairs of a head of 16 on every side
+    of the wavelengths at which the scalings change, for contexts as short as these."""
     return {
         "head_dim": 16,
         "rope_parameters": {"rope_type": kind, "rope_theta": theta} | fields,

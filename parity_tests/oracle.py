@@ -14,8 +14,8 @@ Letters in shapes: B batch, T query positions, S key positions, H hidden, N quer
 K key/value heads, D head_dim, F intermediate size, V vocabulary.
 
 Sources: Llama (arXiv 2302.13971), RMSNorm (1910.07467), rotary embeddings (2104.09864),
-grouped-query attention (2305.13245), SwiGLU (2002.05202), linear position interpolation (2306.15595),
-YaRN with NTK and dynamic NTK (2309.00071), LongRoPE (2402.13753), Llama 3 (2407.21783).
+grouped-query attention (2305.13245), gated MLPs (2002.05202), linear interpolation of positions
+(2306.15595), YaRN and dynamic NTK (2309.00071), LongRoPE (2402.13753), Llama 3 (2407.21783).
 """
 
 import math
@@ -217,7 +217,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 
 def linear(weights: Weights, name: str, x: Tensor, slices: int = 1) -> Tensor:
-    """x @ W^T + b with W [out, in]; the sum over `in` taken slice by slice as `pretraining_tp` asks."""
+    """x @ W^T + b with W [out, in]; the sum over `in` in `slices` parts, as pretraining_tp asks."""
     weight, bias = weights[f"{name}.weight"], weights.get(f"{name}.bias")
     parts = zip(x.chunk(slices, dim=-1), weight.chunk(slices, dim=-1), strict=True)
     y = sum(part @ w.T for part, w in parts)
@@ -343,10 +343,10 @@ def oracle(
 ) -> OracleOutput:
     """Run the causal language model, every step of it in `dtype`.
 
-    Give `input_ids` [B, T] or `inputs_embeds` [B, T, H]. `position_ids` [B, T] or [1, T] are 0 .. T-1
-    unless given, whatever the mask; they turn the heads and nothing else. The output projection is
-    `lm_head.weight`, or the embedding where that is absent (tied). `logits_to_keep`: the last so
-    many positions (0 is all), or an index of positions; the loss always sees all of them.
+    Give `input_ids` [B, T] or `inputs_embeds` [B, T, H]. `position_ids` [B, T] or [1, T] are
+    0 .. T-1 unless given, whatever the mask; they turn the heads and nothing else. The output
+    projection is `lm_head.weight`, or the embedding where that is absent (tied). `logits_to_keep`:
+    the last so many positions (0 is all), or an index of positions; the loss sees all of them.
     The last of the hidden states is after the final norm, as in Hugging Face's model.
     """
     weights = {name: weight.to(dtype) for name, weight in weights.items()}
