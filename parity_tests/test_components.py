@@ -86,13 +86,17 @@ LAST_POSITIONS = [0, 14, 15, 16, 31, 32, 63, 64, 9000]
 @pytest.mark.parametrize("case", ROPES, ids=repr)
 def test_cos_and_sin(case: Case, jit: bool) -> None:
     """At every length around the original context, where `dynamic` and `longrope` change."""
-    tables = jax.jit(our_cos_sin, static_argnums=(0, 2)) if jit else our_cos_sin
+
+    def tables(positions: np.ndarray) -> list[jax.Array]:
+        return our_cos_sin(case, positions, jnp.dtype("float64"))
+
+    tables = jax.jit(tables) if jit else tables
     with jax.enable_x64(True):
         for last in LAST_POSITIONS:
             # The longest position is in the first row: the second must turn with it.
             positions = np.array([[0, last // 2, last], [0, last // 3, last // 4]])
             want = oracle.cos_sin(case.config, torch.from_numpy(positions))
-            got = tables(case, positions, jnp.dtype("float64"))
+            got = tables(positions)
             for ours, theirs in zip(got, want, strict=True):
                 assert relative_error(ours, theirs) <= P1, f"last position {last}"
 
