@@ -1,0 +1,20 @@
+"""The Llama family in JAX/Flax NNX, proved equal to PyTorch."""
+
+from llama_jax.cache import KVCache, init_cache
+from llama_jax.config import LlamaConfig
+from llama_jax.generation import GenerationConfig
+from llama_jax.model import LlamaModel, ModelOutput
+from llama_jax.presets import PRESETS
+from llama_jax.tasks import CausalLMOutput, LlamaForCausalLM
+
+__all__ = [
+    "PRESETS",
+    "CausalLMOutput",
+    "GenerationConfig",
+    "KVCache",
+    "LlamaConfig",
+    "LlamaForCausalLM",
+    "LlamaModel",
+    "ModelOutput",
+    "init_cache",
+]

@@ -1,0 +1,338 @@
+"""LlamaConfig: every field of a Hugging Face Llama `config.json`, read from and written to both layouts.
+
+transformers v4 spells rotary embeddings as `rope_theta` + `rope_scaling` (with `type` or `rope_type`),
+v5 as one dictionary `rope_parameters`. Here there is one form, `rope_parameters`; both are read, both
+are written, and a file whose two layouts contradict each other is refused, because the two majors of
+transformers would then run two different models.
+"""
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from llama_jax.activations import ACTIVATIONS
+from llama_jax.rope import validate_rope_parameters
+
+DEFAULT_ROPE_THETA = 10000.0  # transformers' own default for Llama when no theta is given
+
+# Fields of other architectures (or of later Llamas) that would change the mathematics, with the values
+# that leave it unchanged. Anything else that we do not know is metadata: kept, and written back.
+_UNIMPLEMENTED: dict[str, tuple[Any, ...]] = {
+    "add_cross_attention": (False,),
+    "alibi": (False,),
+    "attention_chunk_size": (None,),
+    "attention_multiplier": (None,),
+    "attn_logit_softcapping": (None,),
+    "attn_temperature_tuning": (None, False),
+    "clip_qkv": (None,),
+    "embd_pdrop": (None, 0.0),
+    "embedding_multiplier": (None, 1.0),
+    "final_logit_softcapping": (None,),
+    "hidden_dropout": (None, 0.0),
+    "is_causal": (None, True),
+    "is_encoder_decoder": (False,),
+    "kv_lora_rank": (None,),
+    "logit_scale": (None, 1.0),
+    "logits_scaling": (None, 1.0),
+    "no_rope_layers": (None, []),
+    "num_experts": (None, 0),
+    "num_experts_per_tok": (None, 0),
+    "num_local_experts": (None, 0),
+    "n_routed_experts": (None, 0),
+    "parallel_attn": (False,),
+    "per_layer_config": (None, {}),
+    "pruned_heads": (None, {}),
+    "q_lora_rank": (None,),
+    "qk_layernorm": (None, False),
+    "qk_norm": (None, False),
+    "quantization_config": (None,),
+    "query_pre_attn_scalar": (None,),
+    "resid_pdrop": (None, 0.0),
+    "residual_multiplier": (None, 1.0),
+    "rope_interleaved": (None, False),
+    "scale_depth": (None,),
+    "scale_emb": (None, 1.0),
+    "sliding_window": (None,),
+    "use_parallel_residual": (False,),
+    "use_qk_norm": (None, False),
+    "use_sliding_window": (None, False),
+}
+
+
+@dataclass(frozen=True)
+class LlamaConfig:
+    """The architecture of one Llama.
+
+    Fields, names and defaults are those of `transformers.LlamaConfig`. `num_key_value_heads` and
+    `head_dim` are filled in when None. `rope_parameters` holds `rope_type`, `rope_theta` and the
+    constants of that type. `extra_fields` are the fields of the file that do not concern the
+    mathematics (`torch_dtype`, `architectures`, ...); they are kept and written back.
+
+    Raises:
+        ValueError: a field of the wrong type or range, naming it, the value and what was expected.
+    """
+
+    vocab_size: int = 32000
+    hidden_size: int = 4096
+    intermediate_size: int = 11008
+    num_hidden_layers: int = 32
+    num_attention_heads: int = 32
+    num_key_value_heads: int | None = None
+    hidden_act: str = "silu"
+    max_position_embeddings: int = 2048
+    initializer_range: float = 0.02
+    rms_norm_eps: float = 1e-6
+    use_cache: bool = True
+    pad_token_id: int | None = None
+    bos_token_id: int | None = 1
+    eos_token_id: int | list[int] | tuple[int, ...] | None = 2
+    pretraining_tp: int | None = 1
+    tie_word_embeddings: bool = False
+    # dictionaries have no hash; two configs that differ only there still compare unequal
+    rope_parameters: Mapping[str, Any] | None = field(default=None, hash=False)
+    attention_bias: bool = False
+    attention_dropout: float | None = 0.0
+    mlp_bias: bool = False
+    head_dim: int | None = None
+    extra_fields: Mapping[str, Any] = field(default_factory=dict, hash=False)
+
+    def __post_init__(self) -> None:
+        def fill(name: str, value: Any) -> None:
+            object.__setattr__(self, name, value)  # the dataclass is frozen from here on
+
+        for name in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers"):
+            _require_positive_int(name, getattr(self, name))
+        for name in ("num_attention_heads", "max_position_embeddings"):
+            _require_positive_int(name, getattr(self, name))
+        if self.num_key_value_heads is None:
+            fill("num_key_value_heads", self.num_attention_heads)
+        _require_positive_int("num_key_value_heads", self.num_key_value_heads)
+        if self.num_attention_heads % self.kv_heads:
+            raise ValueError(
+                f"num_key_value_heads: found {self.num_key_value_heads}, expected a divisor of "
+                f"num_attention_heads={self.num_attention_heads}"
+            )
+        if self.head_dim is None:
+            if self.hidden_size % self.num_attention_heads:
+                raise ValueError(
+                    f"hidden_size: found {self.hidden_size}, expected a multiple of "
+                    f"num_attention_heads={self.num_attention_heads} (or a head_dim)"
+                )
+            fill("head_dim", self.hidden_size // self.num_attention_heads)
+        _require_positive_int("head_dim", self.head_dim)
+        if self.head_size % 2:
+            raise ValueError(f"head_dim: found {self.head_dim}, expected an even number")
+        if self.hidden_act not in ACTIVATIONS:
+            raise ValueError(
+                f"hidden_act: found {self.hidden_act!r}, expected one of {', '.join(ACTIVATIONS)}"
+            )
+        for name in ("use_cache", "tie_word_embeddings", "attention_bias", "mlp_bias"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"{name}: found {getattr(self, name)!r}, expected true or false")
+        _require_number("rms_norm_eps", self.rms_norm_eps, 0.0, 1.0)
+        _require_number("initializer_range", self.initializer_range, 0.0, 1.0)
+        fill("attention_dropout", self.attention_dropout or 0.0)
+        _require_number("attention_dropout", self.attention_dropout, 0.0, 1.0)
+        fill("pretraining_tp", 1 if self.pretraining_tp is None else self.pretraining_tp)
+        _require_positive_int("pretraining_tp", self.pretraining_tp)
+        for name in ("pad_token_id", "bos_token_id"):
+            _require_token("integer or null", name, getattr(self, name))
+        if isinstance(self.eos_token_id, list | tuple):
+            fill("eos_token_id", tuple(self.eos_token_id))
+            for token in self.eos_token_ids:
+                _require_token("integer, list of integers or null", "eos_token_id", token)
+        else:
+            _require_token("integer, list of integers or null", "eos_token_id", self.eos_token_id)
+        rope = dict(self.rope_parameters or {})
+        rope.setdefault("rope_type", "default")
+        rope.setdefault("rope_theta", DEFAULT_ROPE_THETA)
+        if rope["rope_type"] in ("llama3", "yarn", "longrope"):
+            rope.setdefault("original_max_position_embeddings", self.max_position_embeddings)
+        validate_rope_parameters(rope, self.head_size)
+        fill("rope_parameters", rope)
+        fill("extra_fields", dict(self.extra_fields))
+        _refuse_unimplemented(self.extra_fields)
+
+    @property
+    def head_size(self) -> int:
+        """`head_dim`, which is never None once constructed."""
+        assert self.head_dim is not None
+        return self.head_dim
+
+    @property
+    def kv_heads(self) -> int:
+        """`num_key_value_heads`, which is never None once constructed."""
+        assert self.num_key_value_heads is not None
+        return self.num_key_value_heads
+
+    @property
+    def rope(self) -> Mapping[str, Any]:
+        """`rope_parameters`, which is never None once constructed."""
+        assert self.rope_parameters is not None
+        return self.rope_parameters
+
+    @property
+    def eos_token_ids(self) -> tuple[int, ...]:
+        """`eos_token_id` as a tuple: empty, one id or several."""
+        if self.eos_token_id is None:
+            return ()
+        if isinstance(self.eos_token_id, int):
+            return (self.eos_token_id,)
+        return tuple(self.eos_token_id)
+
+    @classmethod
+    def from_dict(cls, fields: Mapping[str, Any]) -> "LlamaConfig":
+        """The config that a parsed `config.json` of either layout describes.
+
+        Raises:
+            ValueError: another architecture, contradicting rope layouts, a field that would change
+                the mathematics and is not implemented, or a value out of range.
+        """
+        fields = dict(fields)
+        _require_llama(fields)
+        names = {f.name for f in dataclasses.fields(cls)} - {"rope_parameters", "extra_fields"}
+        rope = _merge_rope_layouts(fields)
+        known = {name: fields.pop(name) for name in names & fields.keys()}
+        return cls(**known, rope_parameters=rope, extra_fields=fields)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The `config.json` content: both rope layouts, so that both majors of transformers agree."""
+        fields: dict[str, Any] = {"model_type": "llama"} | dict(self.extra_fields)
+        fields.setdefault("architectures", ["LlamaForCausalLM"])
+        for f in dataclasses.fields(self):
+            if f.name not in ("rope_parameters", "extra_fields"):
+                fields[f.name] = getattr(self, f.name)
+        if isinstance(self.eos_token_id, tuple):
+            fields["eos_token_id"] = list(self.eos_token_id)
+        rope = dict(self.rope)
+        fields["rope_parameters"] = rope
+        fields["rope_theta"] = rope["rope_theta"]
+        scaling = {name: value for name, value in rope.items() if name != "rope_theta"}
+        fields["rope_scaling"] = None if scaling == {"rope_type": "default"} else scaling
+        return fields
+
+    @classmethod
+    def from_pretrained(cls, directory: str | Path) -> "LlamaConfig":
+        """Read `directory/config.json`.
+
+        Raises:
+            ValueError: no such directory or file, broken JSON, or whatever `from_dict` refuses.
+        """
+        path = Path(directory) / "config.json"
+        if not path.parent.is_dir():
+            raise ValueError(
+                f"{path.parent}: no such directory, expected a Hugging Face checkpoint"
+            )
+        fields = read_json_object(path)
+        try:
+            return cls.from_dict(fields)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from None
+
+
+def read_json_object(path: Path) -> dict[str, Any]:
+    """Parse a file that must hold one JSON object. Raises ValueError naming the file and the fault."""
+    try:
+        value = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        raise ValueError(f"{path}: not found, expected a JSON file") from None
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be read ({error.strerror})") from None
+    except (ValueError, RecursionError) as error:  # UnicodeDecodeError is a ValueError too
+        raise ValueError(f"{path}: not valid JSON ({error})") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"{path}: found a JSON {type(value).__name__}, expected an object")
+    return value
+
+
+def _require_positive_int(name: str, value: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError(f"{name}: found {value!r}, expected a positive integer")
+
+
+def _require_number(name: str, value: Any, low: float, high: float) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
+        raise ValueError(f"{name}: found {value!r}, expected a number from {low} to {high}")
+
+
+def _require_token(expected: str, name: str, value: Any) -> None:
+    if value is not None and (isinstance(value, bool) or not isinstance(value, int)):
+        raise ValueError(f"{name}: found {value!r}, expected {expected}")
+
+
+def _require_llama(fields: Mapping[str, Any]) -> None:
+    model_type = fields.get("model_type")
+    architectures = fields.get("architectures") or []
+    if model_type is None and any(not str(name).startswith("Llama") for name in architectures):
+        raise ValueError(f"architectures: found {architectures}, expected a Llama")
+    if model_type not in (None, "llama"):
+        raise ValueError(f"model_type: found {model_type!r}, expected 'llama'")
+
+
+def _refuse_unimplemented(fields: Mapping[str, Any]) -> None:
+    for name, neutral in _UNIMPLEMENTED.items():
+        if name in fields and fields[name] not in neutral:
+            raise ValueError(
+                f"{name}: found {fields[name]!r}, which changes the mathematics and is not "
+                f"implemented; expected it absent or {neutral[-1]!r}"
+            )
+    layer_types = fields.get("layer_types")
+    if layer_types and any(kind != "full_attention" for kind in layer_types):
+        raise ValueError(f"layer_types: found {layer_types}, expected only 'full_attention'")
+
+
+def _merge_rope_layouts(fields: dict[str, Any]) -> dict[str, Any]:
+    """Take both spellings of the rotary embedding out of `fields` and return the one they mean."""
+    layouts: dict[str, dict[str, Any]] = {}
+    for layout in ("rope_scaling", "rope_parameters"):
+        value = fields.pop(layout, None)
+        if value is None:
+            continue
+        if not isinstance(value, Mapping):
+            raise ValueError(f"{layout}: found {value!r}, expected an object or null")
+        rope = {name: entry for name, entry in value.items() if entry is not None}
+        legacy_type = rope.pop("type", None)
+        rope.setdefault("rope_type", legacy_type or "default")
+        layouts[layout] = rope
+    if "rope_theta" in fields and fields["rope_theta"] is None:
+        raise ValueError("rope_theta: found null, expected a positive number")
+    theta = fields.pop("rope_theta", None)
+    thetas = {name: rope["rope_theta"] for name, rope in layouts.items() if "rope_theta" in rope}
+    if theta is not None:
+        thetas["rope_theta"] = theta
+    if len(set(thetas.values())) > 1:
+        raise ValueError(
+            f"rope_theta: found contradicting values {thetas}; transformers v4 and v5 would run "
+            "different models, expected one value"
+        )
+    candidates = [
+        {name: entry for name, entry in rope.items() if name != "rope_theta"}
+        for rope in layouts.values()
+    ]
+    if len(candidates) == 2 and candidates[0] != candidates[1]:
+        raise ValueError(
+            f"rope_scaling: found {candidates[0]} beside rope_parameters {candidates[1]}; "
+            "transformers v4 and v5 would run different models, expected them to agree"
+        )
+    rope = candidates[0] if candidates else {"rope_type": "default"}
+    if thetas:
+        rope["rope_theta"] = next(iter(thetas.values()))
+    # Phi-3 style files keep two rope constants outside the dictionary; transformers reads them too.
+    for name in ("original_max_position_embeddings", "partial_rotary_factor"):
+        outside = fields.get(name)
+        applies = name == "partial_rotary_factor" or rope["rope_type"] in (
+            "llama3",
+            "yarn",
+            "longrope",
+        )
+        if outside is None or not applies:
+            continue
+        if rope.setdefault(name, outside) != outside:
+            raise ValueError(
+                f"{name}: found {outside} beside {rope[name]} in the rope parameters, expected "
+                "one value"
+            )
+    return rope

@@ -1,0 +1,372 @@
+"""Hugging Face checkpoints in and out: the name table and safetensors directories.
+
+The table is literal. Our parameters carry transformers' names and PyTorch's layout; the one difference
+is that layers are stacked, so `model.layers.self_attn.q_proj.weight` [layers, out, in] is the stack of
+`model.layers.{i}.self_attn.q_proj.weight` [out, in].
+"""
+
+import contextlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from llama_jax.config import LlamaConfig, read_json_object
+from llama_jax.safetensors_io import TensorSpec, write_safetensors
+from llama_jax.safetensors_read import FLOAT_DTYPES, StoredTensor, read_header, read_tensor
+
+INDEX_FILE = "model.safetensors.index.json"
+SINGLE_FILE = "model.safetensors"
+
+Model = TypeVar("Model", bound=nnx.Module)
+ParamPath = tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Slot:
+    """The place of one Hugging Face tensor: a parameter of ours and, in a stack, the layer."""
+
+    path: ParamPath
+    layer: int | None
+
+
+def name_table(model: nnx.Module) -> dict[str, Slot]:
+    """Every Hugging Face name of `model` (abstract or real, or its gradient) and its place in it."""
+    table: dict[str, Slot] = {}
+    for path, leaf in _flat(model).items():
+        if "layers" not in path:
+            table[".".join(path)] = Slot(path, None)
+            continue
+        before, after = path[: path.index("layers")], path[path.index("layers") + 1 :]
+        for layer in range(leaf.shape[0]):
+            table[".".join((*before, "layers", str(layer), *after))] = Slot(path, layer)
+    return table
+
+
+def to_hf_tensors(model: nnx.Module) -> Iterator[tuple[str, np.ndarray]]:
+    """Each tensor under its Hugging Face name. Works on a gradient as well: it has the model's tree."""
+    leaves = _flat(model)
+    # one stack on the host at a time is all that a reader who takes them in order needs
+    held: tuple[ParamPath, np.ndarray] | None = None
+    for name, slot in name_table(model).items():
+        if held is None or held[0] != slot.path:
+            held = slot.path, np.asarray(leaves[slot.path])
+        yield name, held[1] if slot.layer is None else held[1][slot.layer]
+
+
+def from_hf_tensors(
+    model_class: Callable[..., Model],
+    config: LlamaConfig,
+    tensors: Mapping[str, np.ndarray],
+    dtype: Any,
+) -> Model:
+    """A model holding `tensors` (Hugging Face names), cast to `dtype`.
+
+    Raises:
+        ValueError: missing, unexpected or mis-shaped tensors, all of them in one message.
+    """
+    abstract = _abstract(model_class, config, dtype)
+    table = name_table(abstract)
+    shapes = {name: tuple(array.shape) for name, array in tensors.items()}
+    faults = _compare(shapes, table, abstract, set())
+    if faults:
+        raise ValueError(_report(f"{len(faults)} faults", faults))
+    buffers = _allocate(abstract)
+    for name, slot in table.items():
+        _place(buffers, slot)[...] = np.asarray(tensors[name]).astype(buffers[slot.path].dtype)
+    return _merge(abstract, buffers)
+
+
+def load(
+    model_class: Callable[..., Model], directory: str | Path, dtype: Any = None
+) -> tuple[Model, LlamaConfig]:
+    """Read a directory of config.json and safetensors, one tensor at a time, each to its final place.
+
+    Args:
+        model_class: `LlamaForCausalLM` or another class taking `(config, rngs=, dtype=)`.
+        dtype: of the weights; None keeps the stored one (the widest, where several are mixed).
+
+    Raises:
+        ValueError: one message naming every missing, unexpected, mis-shaped, doubled, truncated or
+            non-finite tensor; or what `LlamaConfig.from_pretrained` refuses.
+    """
+    directory = Path(directory)
+    config = LlamaConfig.from_pretrained(directory)
+    stored, faults, excused = _open(directory)
+    if dtype is None:
+        dtype = _widest({FLOAT_DTYPES[tensor.dtype] for tensor in stored.values()})
+    dtype = jnp.dtype(dtype)
+    if dtype == jnp.float64 and not jax.config.read("jax_enable_x64"):
+        raise ValueError(f"dtype: found float64 in {directory}, expected jax_enable_x64 to be on")
+    abstract = _abstract(model_class, config, dtype)
+    table = name_table(abstract)
+    stored = _with_prefix(stored, table)
+    tied = stored.pop("lm_head.weight") if _is_tied_copy(stored, table, config) else None
+    shapes = {name: tensor.shape for name, tensor in stored.items()}
+    faults += _compare(shapes, table, abstract, excused)
+    buffers = _allocate(abstract)
+
+    def read(name: str) -> str | None:
+        place = _place(buffers, table[name])
+        if place.shape != stored[name].shape:
+            return None  # among the shape faults already
+        try:
+            finite = read_tensor(stored[name], place)
+        except (ValueError, OSError) as error:
+            return str(error)
+        return None if finite else f"{name}: holds non-finite values as {place.dtype}"
+
+    workers = min(8, os.cpu_count() or 1)
+    with ThreadPoolExecutor(workers) as pool:
+        faults += filter(None, pool.map(read, [name for name in stored if name in table]))
+    if tied is not None and not faults:
+        faults += _compare_tied(tied, buffers[table["model.embed_tokens.weight"].path])
+    if faults:
+        raise ValueError(_report(f"{directory}: {len(faults)} faults", faults))
+    return _merge(abstract, buffers), config
+
+
+def save(
+    model: nnx.Module,
+    config: LlamaConfig,
+    directory: str | Path,
+    *,
+    max_shard_size: int = 5_000_000_000,
+    json_files: Mapping[str, Mapping[str, Any]] | None = None,
+) -> None:
+    """Write config.json, safetensors and `json_files` as a directory that transformers loads.
+
+    Everything is written beside `directory` first and moved when complete; weights of an earlier save
+    in it are replaced, its other files are left alone.
+
+    Args:
+        max_shard_size: bytes per file; one file `model.safetensors` where all fits.
+    """
+    directory = Path(directory)
+    leaves, table = _flat(model), name_table(model)
+    specs = []
+    for name, slot in table.items():
+        leaf = leaves[slot.path]
+        shape = leaf.shape if slot.layer is None else leaf.shape[1:]
+        specs.append(TensorSpec(name, np.dtype(leaf.dtype), tuple(shape)))
+    dtypes = {str(spec.dtype) for spec in specs}
+    fields = config.to_dict() | {"architectures": [type(model).__name__]}
+    if len(dtypes) == 1:
+        # both majors of transformers: v4 reads torch_dtype, v5 dtype
+        fields |= dict.fromkeys(("dtype", "torch_dtype"), dtypes.pop())
+    tensors = to_hf_tensors(model)
+
+    def next_tensor(name: str) -> np.ndarray:
+        expected, array = next(tensors)
+        assert expected == name, f"{expected} was to be written, asked for {name}"
+        return array
+
+    with staged_directory(directory) as staging:
+        write_safetensors(staging, specs, next_tensor, max_shard_size=max_shard_size)
+        for file, content in {**(json_files or {}), "config.json": fields}.items():
+            write_json(staging / file, content)
+
+
+@contextlib.contextmanager
+def staged_directory(directory: Path) -> Iterator[Path]:
+    """A temporary sibling of `directory`, moved into place when the block ends without an error.
+
+    An existing `directory` keeps its other files; its safetensors weights and index are replaced.
+    """
+    parent = directory.absolute().parent
+    if directory.exists() and not directory.is_dir():
+        raise ValueError(f"{directory}: found a file, expected a directory")
+    parent.mkdir(parents=True, exist_ok=True)
+    staging = Path(tempfile.mkdtemp(prefix=f".{directory.name}.", dir=parent))
+    try:
+        yield staging
+        os.chmod(staging, 0o777 & ~_umask())  # mkdtemp makes it private
+        if not directory.exists():
+            staging.rename(directory)
+            return
+        stale = {*directory.glob("model*.safetensors"), directory / INDEX_FILE}
+        for path in staging.iterdir():
+            os.replace(path, directory / path.name)
+            stale.discard(directory / path.name)
+        for path in stale:
+            path.unlink(missing_ok=True)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Write one JSON object, indented, ending in a newline, as transformers does."""
+    path.write_text(json.dumps(content, indent=2, sort_keys=True, ensure_ascii=False) + "\n")
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def _flat(model: nnx.Module) -> dict[ParamPath, Any]:
+    """Path -> array (or shape) of every parameter."""
+    flat = nnx.to_flat_state(nnx.state(model, nnx.Param))
+    return {tuple(map(str, path)): variable.get_value() for path, variable in flat}
+
+
+def _abstract(model_class: Callable[..., Model], config: LlamaConfig, dtype: Any) -> Model:
+    return nnx.eval_shape(lambda: model_class(config, rngs=nnx.Rngs(0), dtype=dtype))
+
+
+def _allocate(abstract: nnx.Module) -> dict[ParamPath, np.ndarray]:
+    return {path: _aligned(leaf.shape, leaf.dtype) for path, leaf in _flat(abstract).items()}
+
+
+def _aligned(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
+    """Uninitialised memory on a 64-byte boundary, which JAX on the CPU takes over without a copy."""
+    nbytes = int(np.prod(shape)) * np.dtype(dtype).itemsize
+    raw = np.empty(nbytes + 64, np.uint8)
+    start = -raw.ctypes.data % 64
+    return raw[start : start + nbytes].view(dtype).reshape(shape)
+
+
+def _place(buffers: dict[ParamPath, np.ndarray], slot: Slot) -> np.ndarray:
+    whole = buffers[slot.path]
+    return whole if slot.layer is None else whole[slot.layer]
+
+
+def _merge(abstract: Model, buffers: dict[ParamPath, np.ndarray]) -> Model:
+    graphdef, state = nnx.split(abstract)
+    flat = nnx.to_flat_state(state)
+    filled = [
+        (path, variable.replace(jax.device_put(buffers.pop(tuple(map(str, path))))))
+        for path, variable in flat
+    ]
+    return nnx.merge(graphdef, nnx.from_flat_state(filled))
+
+
+def _open(directory: Path) -> tuple[dict[str, StoredTensor], list[str], set[str]]:
+    """The tensors of a directory's weight files, what is wrong with the files, and the names that
+    the faulty files would have held (not to be called missing a second time)."""
+    if (directory / SINGLE_FILE).exists():
+        listed: dict[str, str] = {}
+        files = [SINGLE_FILE]
+    elif (directory / INDEX_FILE).exists():
+        listed = _read_index(directory / INDEX_FILE)
+        files = sorted(set(listed.values()))
+    else:
+        raise ValueError(f"{directory}: found no {SINGLE_FILE} or {INDEX_FILE}, expected weights")
+    stored: dict[str, StoredTensor] = {}
+    faults: list[str] = []
+    excused: set[str] = set()
+    for file in files:
+        try:
+            tensors = read_header(directory / file)
+        except ValueError as error:
+            if not listed:
+                raise ValueError(f"{directory}: {error}") from None
+            faults.append(str(error))
+            excused |= {name for name, place in listed.items() if place == file}
+            continue
+        for tensor in tensors:
+            if _is_buffer(tensor.name):
+                continue
+            if tensor.name in stored:
+                faults.append(f"{tensor.name}: in {stored[tensor.name].path.name} and in {file}")
+            elif tensor.dtype not in FLOAT_DTYPES:
+                wanted = ", ".join(FLOAT_DTYPES)
+                faults.append(f"{tensor.name}: found dtype {tensor.dtype}, expected {wanted}")
+                excused.add(tensor.name)
+            else:
+                stored[tensor.name] = tensor
+    return stored, faults, excused
+
+
+def _widest(dtypes: set[np.dtype]) -> np.dtype:
+    """The narrowest dtype that holds every value of `dtypes`: float32 for float16 beside bfloat16."""
+    if len(dtypes) == 1:
+        return next(iter(dtypes))
+    return np.dtype(np.float64 if np.dtype(np.float64) in dtypes else np.float32)
+
+
+def _read_index(path: Path) -> dict[str, str]:
+    weight_map = read_json_object(path).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise ValueError(f"{path}: found no weight_map, expected tensor names and their files")
+    for name, file in weight_map.items():
+        if not isinstance(file, str) or file in ("", ".", "..") or Path(file).name != file:
+            raise ValueError(
+                f"{path}: tensor {name} is said to be in {file!r}, expected a file of the directory"
+            )
+    return weight_map
+
+
+def _is_buffer(name: str) -> bool:
+    """Old checkpoints store the rotary frequencies, which follow from the config."""
+    return name.endswith("rotary_emb.inv_freq")
+
+
+def _with_prefix(
+    stored: dict[str, StoredTensor], table: Mapping[str, Slot]
+) -> dict[str, StoredTensor]:
+    """A checkpoint of the bare decoder lacks the prefix 'model.', one of a task model has it."""
+    prefixed = any(name.startswith("model.") for name in table)
+    if prefixed and not any(name.startswith("model.") for name in stored):
+        return {
+            f"model.{name}" if f"model.{name}" in table else name: tensor
+            for name, tensor in stored.items()
+        }
+    if not prefixed:
+        bare = {name.removeprefix("model."): tensor for name, tensor in stored.items()}
+        return {name: tensor for name, tensor in bare.items() if name != "lm_head.weight"}
+    return stored
+
+
+def _is_tied_copy(
+    stored: Mapping[str, Any], table: Mapping[str, Slot], config: LlamaConfig
+) -> bool:
+    name = "lm_head.weight"
+    return config.tie_word_embeddings and name in stored and name not in table
+
+
+def _compare_tied(head: StoredTensor, embedding: np.ndarray) -> list[str]:
+    """Some exporters write the tied head as well: welcome if it is the embedding, a fault if not."""
+    fault = ["lm_head.weight: differs from the embedding though tie_word_embeddings is true"]
+    if head.shape != embedding.shape:
+        return fault
+    copy = _aligned(embedding.shape, embedding.dtype)
+    read_tensor(head, copy)
+    return [] if np.array_equal(copy, embedding) else fault
+
+
+def _compare(
+    shapes: Mapping[str, tuple[int, ...]],
+    table: Mapping[str, Slot],
+    abstract: nnx.Module,
+    excused: set[str],
+) -> list[str]:
+    leaves = _flat(abstract)
+    faults = [f"{name}: missing" for name in table if name not in shapes and name not in excused]
+    for name, found in shapes.items():
+        if name not in table:
+            faults.append(f"{name}: unexpected")
+            continue
+        slot = table[name]
+        shape = leaves[slot.path].shape
+        expected = tuple(shape) if slot.layer is None else tuple(shape[1:])
+        if found != expected:
+            faults.append(f"{name}: found shape {list(found)}, expected {list(expected)}")
+    return faults
+
+
+def _report(title: str, faults: list[str], limit: int = 20) -> str:
+    shown = "; ".join(faults[:limit])
+    more = f"; and {len(faults) - limit} more" if len(faults) > limit else ""
+    return f"{title}: {shown}{more}"

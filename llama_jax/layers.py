@@ -1,0 +1,269 @@
+"""RMSNorm, Linear, Attention, MLP, DecoderLayer: modules that hold weights around free functions.
+
+Every parameter is declared once, by `parameter`: shape, logical axes and initializer together. Weights
+have the layout of PyTorch, [out, in], and the names of transformers, so that a checkpoint is read without
+a transpose. `stack` is the leading shape of stacked layers, () for a single one.
+"""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Int, Key
+
+from llama_jax.activations import ACTIVATIONS
+from llama_jax.attention import dot_product_attention
+from llama_jax.cache import write_layer
+from llama_jax.config import LlamaConfig
+from llama_jax.matmul import einsum, working_dtype
+from llama_jax.rope import rotate
+
+Initializer = Callable[[jax.Array, tuple[int, ...], jnp.dtype], jax.Array]
+
+
+def parameter(
+    rngs: nnx.Rngs,
+    shape: tuple[int, ...],
+    axes: tuple[str, ...],
+    init: Initializer,
+    dtype: jnp.dtype,
+) -> nnx.Param:
+    """One declaration: initial value from `init`, logical axis names kept as metadata `axes`.
+
+    Leading dimensions of stacked layers need no names of their own: they are all 'layers'.
+    """
+    stacked = ("layers",) * (len(shape) - len(axes))
+    return nnx.Param(init(rngs.params(), shape, dtype), axes=stacked + axes)
+
+
+def rms_norm(
+    x: Float[Array, "*batch hidden"], weight: Float[Array, " hidden"], eps: float
+) -> Float[Array, "*batch hidden"]:
+    """x / sqrt(mean(x^2) + eps) * weight (arXiv:1910.07467).
+
+    Statistics in float32 (float64 for float64); the product with the weight after casting back, which is
+    transformers' order.
+    """
+    wide = x.astype(working_dtype(x.dtype))
+    normed = wide * jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + eps)
+    return weight * normed.astype(x.dtype)
+
+
+def linear(
+    x: Float[Array, "*batch in"],
+    weight: Float[Array, "out in"],
+    bias: Float[Array, " out"] | None,
+) -> Float[Array, "*batch out"]:
+    """x weight^T + bias, accumulated in float32 and rounded once, after the bias."""
+    flat = x.reshape(-1, x.shape[-1])
+    if bias is None:
+        out = einsum("ti,oi->to", flat, weight)
+    else:
+        working = working_dtype(x.dtype)
+        out = einsum("ti,oi->to", flat, weight, out_dtype=working) + bias.astype(working)
+    return out.reshape(*x.shape[:-1], weight.shape[0]).astype(x.dtype)
+
+
+def sliced_linear(
+    x: Float[Array, "*batch in"],
+    weight: Float[Array, "out in"],
+    bias: Float[Array, " out"] | None,
+    slices: int,
+) -> Float[Array, "*batch out"]:
+    """`linear` as a sum over `slices` of the input dimension, each rounded, in their order.
+
+    This is what `pretraining_tp` > 1 asks for: the summation order of a tensor-parallel pretraining.
+    """
+    size = -(-x.shape[-1] // slices)
+    starts = range(0, x.shape[-1], size)
+    total = linear(x[..., :size], weight[:, :size], None)
+    for start in starts[1:]:
+        part = slice(start, start + size)
+        total = total + linear(x[..., part], weight[:, part], None)
+    return total if bias is None else total + bias
+
+
+class RMSNorm(nnx.Module):
+    """`rms_norm` and its weight."""
+
+    def __init__(
+        self, size: int, eps: float, *, stack: tuple[int, ...], dtype: jnp.dtype, rngs: nnx.Rngs
+    ):
+        self.eps = eps
+        ones = nnx.initializers.ones
+        self.weight = parameter(rngs, (*stack, size), ("embed",), ones, dtype)
+
+    def __call__(self, x: Float[Array, "*batch hidden"]) -> Float[Array, "*batch hidden"]:
+        """Normalise the last axis."""
+        return rms_norm(x, self.weight[...], self.eps)
+
+
+class Linear(nnx.Module):
+    """`linear`, its weight and, where asked for, its bias. `slices` > 1: `sliced_linear`."""
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        axes: tuple[str, str],
+        *,
+        use_bias: bool,
+        slices: int,
+        stddev: float,
+        stack: tuple[int, ...],
+        dtype: jnp.dtype,
+        rngs: nnx.Rngs,
+    ):
+        self.slices = slices
+        normal, zeros = nnx.initializers.normal(stddev), nnx.initializers.zeros
+        self.weight = parameter(rngs, (*stack, out_features, in_features), axes, normal, dtype)
+        if use_bias:
+            self.bias = parameter(rngs, (*stack, out_features), axes[:1], zeros, dtype)
+
+    def __call__(self, x: Float[Array, "*batch in"]) -> Float[Array, "*batch out"]:
+        """Project the last axis."""
+        bias = self.bias[...] if hasattr(self, "bias") else None
+        if self.slices > 1:
+            return sliced_linear(x, self.weight[...], bias, self.slices)
+        return linear(x, self.weight[...], bias)
+
+
+class Attention(nnx.Module):
+    """Rotary grouped-query self-attention with its four projections."""
+
+    def __init__(
+        self, config: LlamaConfig, *, stack: tuple[int, ...], dtype: jnp.dtype, rngs: nnx.Rngs
+    ):
+        self.head_dim = config.head_size
+        self.dropout_rate = float(config.attention_dropout or 0.0)
+        hidden = config.hidden_size
+        heads = config.num_attention_heads * config.head_size
+        kv_heads = config.kv_heads * config.head_size
+
+        def project(size_in: int, size_out: int, axes: tuple[str, str], slices: int = 1) -> Linear:
+            return Linear(
+                size_in,
+                size_out,
+                axes,
+                use_bias=config.attention_bias,
+                slices=slices,
+                stddev=config.initializer_range,
+                stack=stack,
+                dtype=dtype,
+                rngs=rngs,
+            )
+
+        self.q_proj = project(hidden, heads, ("heads", "embed"))
+        self.k_proj = project(hidden, kv_heads, ("kv_heads", "embed"))
+        self.v_proj = project(hidden, kv_heads, ("kv_heads", "embed"))
+        self.o_proj = project(heads, hidden, ("embed", "heads"), config.pretraining_tp or 1)
+
+    def __call__(
+        self,
+        x: Float[Array, "batch seq hidden"],
+        cos: Float[Array, "batch seq half"],
+        sin: Float[Array, "batch seq half"],
+        mask: Bool[Array, "b_or_1 1 seq k"],
+        store: tuple[Array, Array] | None,
+        layer: Int[Array, ""],
+        start: Int[Array, ""],
+        dropout_key: Key[Array, ""] | None,
+    ) -> tuple[
+        Float[Array, "batch seq hidden"],
+        Float[Array, "batch heads seq k"],
+        tuple[Array, Array] | None,
+    ]:
+        """Attend over this call's keys or, where `store` holds cached ones, over the cache.
+
+        Args:
+            store: keys and values [layers, batch, capacity, kv_heads, dim] of the cache, or None.
+            layer, start: where in the store this call's keys and values are written.
+
+        Returns:
+            Output, attention weights, and the store with the new keys and values in it.
+        """
+        split = (*x.shape[:2], -1, self.head_dim)
+        query = rotate(self.q_proj(x).reshape(split), cos, sin)
+        key = rotate(self.k_proj(x).reshape(split), cos, sin)
+        value = self.v_proj(x).reshape(split)
+        if store is not None:
+            keys, key = write_layer(store[0], layer, start, key)
+            values, value = write_layer(store[1], layer, start, value)
+            store = keys, values
+            key, value = key.astype(query.dtype), value.astype(query.dtype)
+        out, weights = dot_product_attention(
+            query, key, value, mask, self.dropout_rate, dropout_key
+        )
+        return self.o_proj(out.reshape(*x.shape[:2], -1)), weights, store
+
+
+class MLP(nnx.Module):
+    """The gated feed-forward network down(act(gate(x)) * up(x)) (arXiv:2002.05202)."""
+
+    def __init__(
+        self, config: LlamaConfig, *, stack: tuple[int, ...], dtype: jnp.dtype, rngs: nnx.Rngs
+    ):
+        self.hidden_act = config.hidden_act
+
+        def project(size_in: int, size_out: int, axes: tuple[str, str], slices: int = 1) -> Linear:
+            return Linear(
+                size_in,
+                size_out,
+                axes,
+                use_bias=config.mlp_bias,
+                slices=slices,
+                stddev=config.initializer_range,
+                stack=stack,
+                dtype=dtype,
+                rngs=rngs,
+            )
+
+        hidden, intermediate = config.hidden_size, config.intermediate_size
+        self.gate_proj = project(hidden, intermediate, ("mlp", "embed"))
+        self.up_proj = project(hidden, intermediate, ("mlp", "embed"))
+        slices = config.pretraining_tp or 1
+        self.down_proj = project(intermediate, hidden, ("embed", "mlp"), slices)
+
+    def __call__(self, x: Float[Array, "*batch hidden"]) -> Float[Array, "*batch hidden"]:
+        """Transform each token."""
+        gate = ACTIVATIONS[self.hidden_act](self.gate_proj(x))
+        return self.down_proj(gate * self.up_proj(x))
+
+
+class DecoderLayer(nnx.Module):
+    """x + attention(norm(x)), then x + mlp(norm(x))."""
+
+    def __init__(
+        self, config: LlamaConfig, *, stack: tuple[int, ...], dtype: jnp.dtype, rngs: nnx.Rngs
+    ):
+        def norm() -> RMSNorm:
+            eps = config.rms_norm_eps
+            return RMSNorm(config.hidden_size, eps, stack=stack, dtype=dtype, rngs=rngs)
+
+        self.input_layernorm = norm()
+        self.self_attn = Attention(config, stack=stack, dtype=dtype, rngs=rngs)
+        self.post_attention_layernorm = norm()
+        self.mlp = MLP(config, stack=stack, dtype=dtype, rngs=rngs)
+
+    def __call__(
+        self,
+        x: Float[Array, "batch seq hidden"],
+        cos: Float[Array, "batch seq half"],
+        sin: Float[Array, "batch seq half"],
+        mask: Bool[Array, "b_or_1 1 seq k"],
+        store: tuple[Array, Array] | None,
+        layer: Int[Array, ""],
+        start: Int[Array, ""],
+        dropout_key: Key[Array, ""] | None,
+    ) -> tuple[
+        Float[Array, "batch seq hidden"],
+        Float[Array, "batch heads seq k"],
+        tuple[Array, Array] | None,
+    ]:
+        """As `Attention.__call__`, with the two residual branches around it."""
+        attended, weights, store = self.self_attn(
+            self.input_layernorm(x), cos, sin, mask, store, layer, start, dropout_key
+        )
+        x = x + attended
+        return x + self.mlp(self.post_attention_layernorm(x)), weights, store

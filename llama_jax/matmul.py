@@ -1,0 +1,62 @@
+"""Matrix products that accumulate in float32, forward and backward.
+
+JAX's own transpose rule of a bfloat16 product with `preferred_element_type=float32` multiplies a float32
+cotangent with a bfloat16 operand and accumulates in bfloat16. Here the cotangent is cast to the operand's
+dtype, as PyTorch does, and both backward products accumulate in float32 again.
+"""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+
+def working_dtype(dtype: jnp.dtype) -> jnp.dtype:
+    """The dtype of accumulation, norms, softmax, angles and losses: float64 for float64, else float32.
+
+    This is what lets the whole model run in float64, where equality can be proved.
+    """
+    return jnp.dtype(jnp.float64 if dtype == jnp.float64 else jnp.float32)
+
+
+def einsum(
+    spec: str, a: Float[Array, "..."], b: Float[Array, "..."], out_dtype: jnp.dtype | None = None
+) -> Float[Array, "..."]:
+    """`jnp.einsum(spec, a, b)` accumulated in float32 (float64 for float64), rounded once.
+
+    Args:
+        spec: an explicit two-operand specification with no index that one operand alone sums over.
+        a, b: operands of one dtype.
+        out_dtype: dtype of the result; None keeps the operands'.
+    """
+    if a.dtype != b.dtype:
+        raise ValueError(f"einsum: found {a.dtype} and {b.dtype}, expected operands of one dtype")
+    out_dtype = jnp.dtype(out_dtype or a.dtype)
+    if working_dtype(a.dtype) == a.dtype:
+        # nothing to round: plain JAX, differentiable any number of times, forwards and backwards
+        return jnp.einsum(spec, a, b, preferred_element_type=a.dtype).astype(out_dtype)
+    return _low_precision_einsum(spec, out_dtype, a, b)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _low_precision_einsum(spec: str, out_dtype: jnp.dtype, a: Array, b: Array) -> Array:
+    return jnp.einsum(spec, a, b, preferred_element_type=jnp.float32).astype(out_dtype)
+
+
+def _forward(spec: str, out_dtype: jnp.dtype, a: Array, b: Array):
+    return _low_precision_einsum(spec, out_dtype, a, b), (a, b)
+
+
+def _backward(spec: str, out_dtype: jnp.dtype, operands: tuple[Array, Array], g: Array):
+    a, b = operands
+    inputs, out = spec.split("->")
+    of_a, of_b = inputs.split(",")
+    g = g.astype(a.dtype)
+    return (
+        _low_precision_einsum(f"{out},{of_b}->{of_a}", a.dtype, g, b),
+        _low_precision_einsum(f"{out},{of_a}->{of_b}", b.dtype, g, a),
+    )
+
+
+_low_precision_einsum.defvjp(_forward, _backward)

@@ -1,0 +1,188 @@
+"""LlamaModel: embed, scan over the stacked layers, final norm."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int, Key
+
+from llama_jax.cache import KVCache, extend_cache
+from llama_jax.config import LlamaConfig
+from llama_jax.layers import DecoderLayer, RMSNorm, parameter
+from llama_jax.masks import attention_mask as make_attention_mask
+from llama_jax.rope import rope_cos_sin
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class ModelOutput:
+    """What `LlamaModel` returns; fields not asked for are None.
+
+    hidden_states: layers + 1 arrays: the embeddings, the output of every layer but the last, and
+    `last_hidden_state` (the last layer's output after the final norm), as transformers returns them.
+    """
+
+    last_hidden_state: Float[Array, "batch seq hidden"]
+    cache: KVCache | None = None
+    hidden_states: tuple[Float[Array, "batch seq hidden"], ...] | None = None
+    attentions: tuple[Float[Array, "batch heads seq k"], ...] | None = None
+
+
+class Embedding(nnx.Module):
+    """The token embedding table [vocab, hidden]."""
+
+    def __init__(self, config: LlamaConfig, *, dtype: jnp.dtype, rngs: nnx.Rngs):
+        shape = (config.vocab_size, config.hidden_size)
+        normal = nnx.initializers.normal(config.initializer_range)
+        self.weight = parameter(rngs, shape, ("vocab", "embed"), normal, dtype)
+
+    def __call__(self, input_ids: Int[Array, "batch seq"]) -> Float[Array, "batch seq hidden"]:
+        """Rows of the table; NaN for an id outside the vocabulary, never another token's row."""
+        table = self.weight[...]
+        return table.at[input_ids].get(mode="fill", fill_value=jnp.nan, wrap_negative_indices=False)
+
+
+class LlamaModel(nnx.Module):
+    """The decoder without a head. Layers are stacked on a leading axis and run with one scan."""
+
+    def __init__(self, config: LlamaConfig, *, rngs: nnx.Rngs, dtype: Any = jnp.float32):
+        dtype = jnp.dtype(dtype)
+        self.config = config
+        self.embed_tokens = Embedding(config, dtype=dtype, rngs=rngs)
+        stack = (config.num_hidden_layers,)
+        self.layers = DecoderLayer(config, stack=stack, dtype=dtype, rngs=rngs)
+        eps = config.rms_norm_eps
+        self.norm = RMSNorm(config.hidden_size, eps, stack=(), dtype=dtype, rngs=rngs)
+
+    @property
+    def dtype(self) -> jnp.dtype:
+        """dtype of the weights, which is the dtype of the computation."""
+        return self.embed_tokens.weight.dtype
+
+    def __call__(
+        self,
+        input_ids: Int[Array, "batch seq"] | None = None,
+        attention_mask: Array | None = None,
+        position_ids: Int[Array, "_ seq"] | None = None,
+        inputs_embeds: Float[Array, "batch seq hidden"] | None = None,
+        segment_ids: Int[Array, "batch seq"] | None = None,
+        cache: KVCache | None = None,
+        output_hidden_states: bool = False,
+        output_attentions: bool = False,
+        dropout_key: Key[Array, ""] | None = None,
+    ) -> ModelOutput:
+        """Run the decoder.
+
+        Args:
+            input_ids: token ids; exactly one of `input_ids` and `inputs_embeds`.
+            attention_mask: [batch, seq], 1 for tokens and 0 for padding, on either side or between.
+                With a cache it speaks of this call's tokens; the cache remembers earlier ones.
+            position_ids: rotary positions, [batch, seq] or [1, seq]; default: counted from 0, or from
+                the cache's length. They never change who attends to whom.
+            segment_ids: packed documents; tokens attend only within their own segment.
+            cache: earlier keys and values; the returned cache holds this call's as well. Under jit the
+                caller must leave room for `seq` more slots; outside it, too little room is an error.
+            dropout_key: turns attention dropout on (training).
+
+        Raises:
+            ValueError: shapes that do not fit, ids outside the vocabulary or a full cache (the latter
+                two only where the values are known, outside jit).
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("expected exactly one of input_ids and inputs_embeds")
+        if inputs_embeds is None:
+            assert input_ids is not None
+            _require_ids("input_ids", input_ids, self.config.vocab_size)
+            x = self.embed_tokens(input_ids)
+        else:
+            x = inputs_embeds.astype(self.dtype)
+        batch, seq = x.shape[:2]
+        for name, value in (("attention_mask", attention_mask), ("segment_ids", segment_ids)):
+            if value is not None and value.shape != (batch, seq):
+                raise ValueError(f"{name}: found shape {value.shape}, expected {(batch, seq)}")
+        is_token = None if attention_mask is None else attention_mask.astype(bool)
+
+        start = jnp.zeros((), jnp.int32) if cache is None else cache.length
+        slots = start + jnp.arange(seq, dtype=jnp.int32)
+        if position_ids is None:
+            position_ids = slots[None]
+        if position_ids.ndim != 2 or position_ids.shape not in ((1, seq), (batch, seq)):
+            raise ValueError(
+                f"position_ids: found shape {position_ids.shape}, expected {(batch, seq)}"
+            )
+        cos, sin = rope_cos_sin(
+            jnp.broadcast_to(position_ids, (batch, seq)),
+            self.config.rope,
+            self.config.head_size,
+            self.config.max_position_embeddings,
+            x.dtype,
+        )
+        if cache is None:
+            mask = make_attention_mask(slots, slots, is_token, segment_ids, segment_ids)
+        else:
+            _require_room(cache, seq)
+            segment_ids = _or_default(segment_ids, (batch, seq), 0)
+            cache = extend_cache(
+                cache, _or_default(is_token, (batch, seq), True), segment_ids.astype(jnp.int32)
+            )
+            keys = jnp.arange(cache.capacity, dtype=jnp.int32)
+            mask = make_attention_mask(slots, keys, cache.is_token, segment_ids, cache.segments)
+
+        layer_count = self.config.num_hidden_layers
+        dropout_keys = None if dropout_key is None else jax.random.split(dropout_key, layer_count)
+
+        def run_layer(carry, layer_inputs):
+            x, store = carry
+            layer, index, key = layer_inputs
+            y, weights, store = layer(x, cos, sin, mask, store, index, start, key)
+            kept = (x if output_hidden_states else None, weights if output_attentions else None)
+            return (y, store), kept
+
+        store = None if cache is None else (cache.keys, cache.values)
+        indices = jnp.arange(layer_count, dtype=jnp.int32)
+        (x, store), (inputs, weights) = jax.lax.scan(
+            run_layer, (x, store), (self.layers, indices, dropout_keys)
+        )
+        if cache is not None and store is not None:
+            cache = KVCache(*store, cache.is_token, cache.segments, cache.length)
+        x = self.norm(x)
+        return ModelOutput(
+            last_hidden_state=x,
+            cache=cache,
+            hidden_states=(*inputs, x) if output_hidden_states else None,
+            attentions=tuple(weights) if output_attentions else None,
+        )
+
+
+def _or_default(value: Array | None, shape: tuple[int, int], default: bool | int) -> Array:
+    return jnp.full(shape, default) if value is None else value
+
+
+def is_traced(value: Any) -> bool:
+    """Whether the value is known only when the program runs, under jit or grad."""
+    return isinstance(value, jax.core.Tracer)
+
+
+def _require_ids(name: str, ids: Array, vocab_size: int) -> None:
+    if not jnp.issubdtype(ids.dtype, jnp.integer):
+        raise ValueError(f"{name}: found dtype {ids.dtype}, expected an integer dtype")
+    if ids.ndim != 2 or 0 in ids.shape:
+        raise ValueError(f"{name}: found shape {ids.shape}, expected [batch, seq] of at least one")
+    if is_traced(ids):
+        return  # unknown until run: the embedding answers NaN
+    low, high = int(ids.min()), int(ids.max())
+    if low < 0 or high >= vocab_size:
+        worst = low if low < 0 else high
+        raise ValueError(f"{name}: found token {worst}, expected 0 to {vocab_size - 1}")
+
+
+def _require_room(cache: KVCache, seq: int) -> None:
+    if seq > cache.capacity:
+        raise ValueError(f"cache: {cache.capacity} slots, expected room for {seq} tokens")
+    if not is_traced(cache.length) and int(cache.length) + seq > cache.capacity:
+        raise ValueError(
+            f"cache: {int(cache.length)} of {cache.capacity} slots are taken, expected room for "
+            f"{seq} more tokens"
+        )

@@ -1,0 +1,191 @@
+"""LlamaForCausalLM: the decoder with a language-model head."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int, Key
+
+from llama_jax import generation, hf
+from llama_jax.cache import KVCache
+from llama_jax.config import LlamaConfig, read_json_object
+from llama_jax.generation import GenerationConfig
+from llama_jax.layers import Linear
+from llama_jax.loss import IGNORE_INDEX, cross_entropy, shift_labels
+from llama_jax.matmul import einsum, working_dtype
+from llama_jax.model import LlamaModel, is_traced
+
+GENERATION_FILE = "generation_config.json"
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class CausalLMOutput:
+    """What `LlamaForCausalLM` returns; fields not asked for are None."""
+
+    logits: Float[Array, "batch kept vocab"]
+    loss: Float[Array, ""] | None = None
+    cache: KVCache | None = None
+    hidden_states: tuple[Float[Array, "batch seq hidden"], ...] | None = None
+    attentions: tuple[Float[Array, "batch heads seq k"], ...] | None = None
+
+
+class LlamaForCausalLM(nnx.Module):
+    """Llama with its language-model head, tied to the embedding where the config says so.
+
+    A pytree: `jax.jit(lambda model, ids: model(ids).logits)` and `jax.grad` work on it directly. The
+    dtype of the weights is the dtype of the computation.
+    """
+
+    def __init__(self, config: LlamaConfig, *, rngs: nnx.Rngs, dtype: Any = jnp.float32):
+        self.config = config
+        self.generation_config = GenerationConfig.from_dict({}, config)
+        self.model = LlamaModel(config, rngs=rngs, dtype=dtype)
+        if not config.tie_word_embeddings:
+            self.lm_head = Linear(
+                config.hidden_size,
+                config.vocab_size,
+                ("vocab", "embed"),
+                use_bias=False,
+                slices=1,
+                stddev=config.initializer_range,
+                stack=(),
+                dtype=jnp.dtype(dtype),
+                rngs=rngs,
+            )
+
+    @property
+    def dtype(self) -> jnp.dtype:
+        """dtype of the weights and of the computation."""
+        return self.model.dtype
+
+    def __call__(
+        self,
+        input_ids: Int[Array, "batch seq"] | None = None,
+        attention_mask: Array | None = None,
+        position_ids: Int[Array, "_ seq"] | None = None,
+        inputs_embeds: Float[Array, "batch seq hidden"] | None = None,
+        segment_ids: Int[Array, "batch seq"] | None = None,
+        labels: Int[Array, "batch seq"] | None = None,
+        num_items_in_batch: Any = None,
+        cache: KVCache | None = None,
+        logits_to_keep: int | Int[Array, "..."] = 0,
+        output_hidden_states: bool = False,
+        output_attentions: bool = False,
+        dropout_key: Key[Array, ""] | None = None,
+    ) -> CausalLMOutput:
+        """Logits and, with `labels`, the loss. See `LlamaModel.__call__` for the other arguments.
+
+        Args:
+            labels: [batch, seq], not shifted: position t is scored against labels[t + 1]; -100 is
+                ignored. The loss is taken from float32 logits.
+            num_items_in_batch: divides the summed loss; None divides by the valid labels.
+            logits_to_keep: 0 keeps every position, N the last N, an integer array [kept] or
+                [batch, kept] those positions; the loss is of the kept positions too.
+        """
+        decoded = self.model(
+            input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            inputs_embeds=inputs_embeds,
+            segment_ids=segment_ids,
+            cache=cache,
+            output_hidden_states=output_hidden_states,
+            output_attentions=output_attentions,
+            dropout_key=dropout_key,
+        )
+        hidden = keep_positions(decoded.last_hidden_state, logits_to_keep)
+        tied = self.config.tie_word_embeddings
+        head = (self.model.embed_tokens if tied else self.lm_head).weight[...]
+        working = working_dtype(hidden.dtype)
+        logits = einsum("bsh,vh->bsv", hidden, head, out_dtype=working)
+        loss = None
+        if labels is not None:
+            expected = decoded.last_hidden_state.shape[:2]
+            _require_labels(labels, expected, self.config.vocab_size)
+            kept = keep_positions(shift_labels(labels), logits_to_keep)
+            loss = cross_entropy(logits, kept, num_items_in_batch)
+        return CausalLMOutput(
+            logits=logits.astype(hidden.dtype),
+            loss=loss,
+            cache=decoded.cache,
+            hidden_states=decoded.hidden_states,
+            attentions=decoded.attentions,
+        )
+
+    def generate(
+        self,
+        input_ids: Int[Array, "batch prompt"],
+        attention_mask: Array | None = None,
+        *,
+        max_new_tokens: int,
+        eos_token_id: int | tuple[int, ...] | list[int] | None = None,
+        pad_token_id: int | None = None,
+        cache_capacity: int | None = None,
+    ) -> Int[Array, "batch total"]:
+        """`generation.generate`; ids left out come from generation_config.json, then config.json."""
+        if eos_token_id is None:
+            ends = self.generation_config.eos_token_ids
+        else:
+            ends = (eos_token_id,) if isinstance(eos_token_id, int) else tuple(eos_token_id)
+        return generation.generate(
+            self,
+            jnp.asarray(input_ids),
+            None if attention_mask is None else jnp.asarray(attention_mask),
+            max_new_tokens=max_new_tokens,
+            eos_token_ids=ends,
+            pad_token_id=self.generation_config.pad_token_id
+            if pad_token_id is None
+            else pad_token_id,
+            cache_capacity=cache_capacity,
+        )
+
+    @classmethod
+    def from_pretrained(cls, directory: str | Path, dtype: Any = None) -> "LlamaForCausalLM":
+        """Load a Hugging Face directory. dtype None keeps the stored one. See `hf.load`."""
+        model, config = hf.load(cls, directory, dtype)
+        path = Path(directory) / GENERATION_FILE
+        fields = read_json_object(path) if path.exists() else {}
+        model.generation_config = GenerationConfig.from_dict(fields, config)
+        return model
+
+    def save_pretrained(
+        self, directory: str | Path, *, max_shard_size: int = 5_000_000_000
+    ) -> None:
+        """Write a Hugging Face directory that both majors of transformers load. See `hf.save`."""
+        fields = self.generation_config.fields
+        files = {GENERATION_FILE: fields} if fields else {}
+        hf.save(self, self.config, directory, max_shard_size=max_shard_size, json_files=files)
+
+
+def keep_positions(values: Array, logits_to_keep: int | Int[Array, "..."]) -> Array:
+    """Rows of [batch, seq, ...]: all for 0, the last N for an int, those of an index array."""
+    if isinstance(logits_to_keep, int):
+        if logits_to_keep < 0:
+            raise ValueError(f"logits_to_keep: found {logits_to_keep}, expected 0 or more")
+        return values[:, -logits_to_keep:]
+    indices = jnp.asarray(logits_to_keep)
+    if not jnp.issubdtype(indices.dtype, jnp.integer) or indices.ndim not in (1, 2):
+        raise ValueError(
+            f"logits_to_keep: found {indices.dtype}{list(indices.shape)}, expected an int or an "
+            "integer array [kept] or [batch, kept]"
+        )
+    if indices.ndim == 1:
+        return values[:, indices]
+    return jax.vmap(lambda row, kept: row[kept])(values, indices)
+
+
+def _require_labels(labels: Array, expected: tuple[int, ...], vocab_size: int) -> None:
+    if labels.shape != expected or not jnp.issubdtype(labels.dtype, jnp.integer):
+        raise ValueError(
+            f"labels: found {labels.dtype}{list(labels.shape)}, expected integers {list(expected)}"
+        )
+    if is_traced(labels):
+        return  # unknown until run: the loss answers NaN
+    wrong = (labels != IGNORE_INDEX) & ((labels < 0) | (labels >= vocab_size))
+    if bool(wrong.any()):
+        found = int(labels[wrong][0])
+        raise ValueError(f"labels: found {found}, expected {IGNORE_INDEX} or 0 to {vocab_size - 1}")
