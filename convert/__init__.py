@@ -1,9 +1,9 @@
 """Checkpoints from one format into another, a tensor at a time: GGUF into Hugging Face directories.
 
-    python -m convert SRC DST      and the same as functions:
+python -m convert SRC DST      and the same as functions:
 
-    from convert import convert, info
-    convert("model.gguf", "model/", dtype="bfloat16")
+from convert import convert, info
+convert("model.gguf", "model/", dtype="bfloat16")
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ class Plan:
 
     @property
     def bytes_to_write(self) -> int:
+        """Bytes of tensors in the result, all files together."""
         return sum(spec.nbytes for spec in huggingface.target_specs(self.checkpoint, self.dtype))
 
     @property
@@ -80,7 +81,9 @@ def plan(
         raise ValueError(f"{target.parent}: not a directory, expected it to hold {target.name}")
     checkpoint = read(source, tokenizer=tokenizer)
     result = Plan(checkpoint, target, dtype or checkpoint.dtype, max_shard_size)
-    needed = result.bytes_to_write + _SPARE + sum(len(t.encode()) for t in checkpoint.files.values())
+    needed = (
+        result.bytes_to_write + _SPARE + sum(len(t.encode()) for t in checkpoint.files.values())
+    )
     free = shutil.disk_usage(target.parent).free
     if free < needed:
         raise ValueError(f"{target.parent}: {free} bytes free, expected at least {needed}")
@@ -126,7 +129,9 @@ def info(source: str | os.PathLike[str]) -> dict[str, Any]:
     try:
         checkpoint = read(source)
     except ValueError as error:
-        checkpoint = read(source, tokenizer=False)  # raises again unless the tokenizer was the fault
+        checkpoint = read(
+            source, tokenizer=False
+        )  # raises again unless the tokenizer was the fault
         notes: tuple[str, ...] = (str(error), *checkpoint.notes)
     else:
         notes = checkpoint.notes

@@ -32,7 +32,7 @@ class Checkpoint:
     config: dict[str, Any]
     """The content of a Hugging Face `config.json`, without a dtype."""
     tensors: tuple[TensorSpec, ...]
-    """Every tensor as `load` returns it, in the order it is best read."""
+    """Every tensor as `load` returns it, in the model's order."""
     load: Callable[[str], np.ndarray]
     """The values of one tensor, read when called; raises ValueError if they cannot be had."""
     dtype: str
@@ -46,6 +46,7 @@ class Checkpoint:
 
     @property
     def parameters(self) -> int:
+        """How many numbers the model has; a tied output projection is not counted twice."""
         return sum(spec.size for spec in self.tensors)
 
 

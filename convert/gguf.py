@@ -19,23 +19,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import ml_dtypes
 import numpy as np
-from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType, LlamaFileType
-from gguf.quants import dequantize
+from gguf.constants import LlamaFileType
 
 from convert.checkpoint import DTYPES, Checkpoint
-from convert.gguf_header import GgufHeader, GgufTensor, read_header
+from convert.gguf_header import GgufHeader, read_header
 from convert.gguf_rope import metadata_scaling, tensor_scaling
+from convert.gguf_tensors import PLAIN, map_tensors, read_values
 from convert.gguf_tokenizer import generation_config, tokenizer_files
-from llama_jax.safetensors_io import TensorSpec
-
-_PLAIN = {
-    GGMLQuantizationType.F32: np.dtype(np.float32),
-    GGMLQuantizationType.F16: np.dtype(np.float16),
-    GGMLQuantizationType.BF16: np.dtype(ml_dtypes.bfloat16),
-}
-_CHUNK = 2**22  # values dequantised at a time: bounds the library's temporaries
+from llama_jax.config import LlamaConfig
 
 # Hyperparameters that llama.cpp's graph would obey and Hugging Face's Llama has no field for, with the
 # values under which they do nothing.
@@ -50,7 +42,6 @@ _NEUTRAL: dict[str, tuple[float, ...]] = {
     "attention.max_alibi_bias": (0,),
     "attention.causal": (True,),
 }
-_IGNORED = ("rope_freqs.weight", "attn_rot_embd.weight")  # the first is read as configuration
 
 
 def read(path: Path, *, tokenizer: bool = True) -> Checkpoint:
@@ -70,10 +61,14 @@ def read(path: Path, *, tokenizer: bool = True) -> Checkpoint:
     config = _config(header, keys, notes)
     _raise(path, keys.faults)
 
-    sources = _map_tensors(header, config, keys.faults, notes)
+    sources = map_tensors(header, config, keys.faults, notes)
     _raise(path, keys.faults)
-    config |= _rope(header, config, keys)
+    config["rope_parameters"] = _rope(header, config, keys)
     _raise(path, keys.faults)
+    try:
+        config = LlamaConfig.from_dict(config).to_dict()
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
     generation = json.dumps(generation_config(header.metadata, config), indent=2) + "\n"
     files = {"generation_config.json": generation}
     tokenizer_facts: dict[str, Any] = {}
@@ -130,6 +125,7 @@ class Keys:
         return float(str(value)) if isinstance(value, np.float32) else float(value)
 
     def string(self, key: str, default: str) -> str:
+        """A string."""
         value = self.metadata.get(self.prefix + key, default)
         if not isinstance(value, str):
             self.faults.append(f"{self.prefix}{key} is {value!r}, expected a string")
@@ -153,7 +149,9 @@ def _config(header: GgufHeader, keys: Keys, notes: list[str]) -> dict[str, Any]:
         if (found := keys.integer(key, head_dim)) != head_dim:
             keys.faults.append(f"llama.{key} is {found}, expected {head_dim}: {meaning}")
     if heads % kv_heads:
-        keys.faults.append(f"llama.attention.head_count is {heads}, expected a multiple of {kv_heads}")
+        keys.faults.append(
+            f"llama.attention.head_count is {heads}, expected a multiple of {kv_heads}"
+        )
     if head_dim % 2:
         keys.faults.append(f"the head dimension is {head_dim}, expected an even number")
     for key, values in _NEUTRAL.items():
@@ -173,7 +171,11 @@ def _config(header: GgufHeader, keys: Keys, notes: list[str]) -> dict[str, Any]:
     if not eps > 0.0:
         keys.faults.append(f"llama.attention.layer_norm_rms_epsilon is {eps}, expected above 0")
     vocabulary = _vocabulary(header, keys)
-    biases = {name.split(".")[2] for name in header.tensors if name.endswith(".bias") and name.count(".") == 3}
+    biases = {
+        name.split(".")[2]
+        for name in header.tensors
+        if name.endswith(".bias") and name.count(".") == 3
+    }
     return {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
@@ -217,26 +219,28 @@ def _special_ids(header: GgufHeader, vocabulary: int, notes: list[str]) -> dict[
     sentencepiece = header.metadata.get("tokenizer.ggml.model") == "llama"
     ids: dict[str, int | None] = {}
     for name, key, default in [("bos", "bos", 1), ("eos", "eos", 2), ("pad", "padding", None)]:
-        value = header.metadata.get(f"tokenizer.ggml.{key}_token_id", default if sentencepiece else None)
+        value = header.metadata.get(
+            f"tokenizer.ggml.{key}_token_id", default if sentencepiece else None
+        )
         if value is not None and not (isinstance(value, int) and 0 <= value < vocabulary):
-            notes.append(f"tokenizer.ggml.{key}_token_id {value!r} is outside the vocabulary: ignored")
+            notes.append(
+                f"tokenizer.ggml.{key}_token_id {value!r} is outside the vocabulary: ignored"
+            )
             value = None
         ids[f"{name}_token_id"] = value
     return ids
 
 
 def _rope(header: GgufHeader, config: dict[str, Any], keys: Keys) -> dict[str, Any]:
-    """The rope fields in both of Hugging Face's layouts: `rope_parameters` is transformers 5's,
-    `rope_theta` with `rope_scaling` is 4's, and each major reads only its own."""
+    """Hugging Face's `rope_parameters`, from the metadata and `rope_freqs.weight`."""
     theta = keys.number("rope.freq_base", 10000.0)
     if not theta > 0.0:
         keys.faults.append(f"llama.rope.freq_base is {theta}, expected above 0")
         return {}
     context = config["max_position_embeddings"]
     parameters = metadata_scaling(keys, context)
-    tensor = header.tensors.get("rope_freqs.weight")
-    if tensor is not None and tensor.type == GGMLQuantizationType.F32:
-        factors = _read_values(tensor)
+    if (tensor := header.tensors.get("rope_freqs.weight")) is not None:
+        factors = read_values(tensor)
         if not (np.isfinite(factors) & (factors > 0)).all():
             keys.faults.append("rope_freqs.weight has values that are not positive and finite")
             return {}
@@ -249,139 +253,7 @@ def _rope(header: GgufHeader, config: dict[str, Any], keys: Keys) -> dict[str, A
                 "expected one: Hugging Face has no combination of them"
             )
         parameters = found if found["rope_type"] != "default" else parameters
-    return {
-        "rope_parameters": {**parameters, "rope_theta": theta},
-        "rope_theta": theta,
-        "rope_scaling": None if parameters["rope_type"] == "default" else parameters,
-    }
-
-
-# --- tensors -----------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class _Source:
-    """One Hugging Face tensor and where its values come from; no tensor means zeros."""
-
-    spec: TensorSpec
-    tensor: GgufTensor | None
-    heads: int = 0
-    """Over how many heads the rows are interleaved; 0 where they are not."""
-
-    def read(self) -> np.ndarray:
-        if self.tensor is None:
-            return np.zeros(self.spec.shape, self.spec.dtype)
-        values = _read_values(self.tensor)
-        return _split_halves(values, self.heads) if self.heads else values
-
-
-def _split_halves(values: np.ndarray, heads: int) -> np.ndarray:
-    """Undo the interleaving of rotary pairs: [heads * D, ...], per head (D/2, 2) -> (2, D/2)."""
-    pairs = values.reshape(heads, -1, 2, *values.shape[1:])
-    return pairs.swapaxes(1, 2).reshape(values.shape)
-
-
-def _map_tensors(
-    header: GgufHeader, config: dict[str, Any], faults: list[str], notes: list[str]
-) -> dict[str, _Source]:
-    """Hugging Face name -> source, in the model's order; what does not fit goes to `faults`."""
-    sources: dict[str, _Source] = {}
-    used: set[str] = set()
-
-    def add(name: str, gguf_name: str, shape: tuple[int, ...], heads: int = 0) -> None:
-        tensor = header.tensors.get(gguf_name)
-        used.add(gguf_name)
-        if tensor is None:
-            faults.append(f"tensor {gguf_name} is missing, expected {list(shape)}")
-        elif tensor.shape != shape:
-            faults.append(f"tensor {gguf_name} is {list(tensor.shape)}, expected {list(shape)}")
-        elif not _readable(tensor.type):
-            faults.append(f"tensor {gguf_name} has type {tensor.type.name}, which cannot be dequantised")
-        else:
-            sources[name] = _Source(TensorSpec(name, _dtype(tensor.type), shape), tensor, heads)
-
-    e, f, v = config["hidden_size"], config["intermediate_size"], config["vocab_size"]
-    h, k, d = (config[n] for n in ("num_attention_heads", "num_key_value_heads", "head_dim"))
-    projections = {
-        "attn_q": ("self_attn.q_proj", h * d, e, h),
-        "attn_k": ("self_attn.k_proj", k * d, e, k),
-        "attn_v": ("self_attn.v_proj", k * d, e, 0),
-        "attn_output": ("self_attn.o_proj", e, h * d, 0),
-        "ffn_gate": ("mlp.gate_proj", f, e, 0),
-        "ffn_up": ("mlp.up_proj", f, e, 0),
-        "ffn_down": ("mlp.down_proj", e, f, 0),
-    }
-    layers = range(config["num_hidden_layers"])
-    biased = {p for p in projections if any(f"blk.{i}.{p}.bias" in header.tensors for i in layers)}
-    add("model.embed_tokens.weight", "token_embd.weight", (v, e))
-    for i in layers:
-        add(f"model.layers.{i}.input_layernorm.weight", f"blk.{i}.attn_norm.weight", (e,))
-        add(f"model.layers.{i}.post_attention_layernorm.weight", f"blk.{i}.ffn_norm.weight", (e,))
-        for p, (module, rows, columns, heads) in projections.items():
-            name = f"model.layers.{i}.{module}"
-            add(f"{name}.weight", f"blk.{i}.{p}.weight", (rows, columns), heads)
-            if p in biased:
-                add(f"{name}.bias", f"blk.{i}.{p}.bias", (rows,), heads)
-            elif config["attention_bias" if p.startswith("attn_") else "mlp_bias"]:
-                # llama.cpp takes each bias by itself; Hugging Face has all of a block's or none.
-                spec = TensorSpec(f"{name}.bias", np.dtype(np.float32), (rows,))
-                sources[spec.name] = _Source(spec, None)
-    add("model.norm.weight", "output_norm.weight", (e,))
-    if not config["tie_word_embeddings"]:
-        add("lm_head.weight", "output.weight", (v, e))
-
-    if biased and len(zeros := sorted(s.spec.name for s in sources.values() if s.tensor is None)):
-        notes.append(f"{len(zeros)} biases that the file does not have are written as zeros")
-    if (freqs := header.tensors.get("rope_freqs.weight")) is not None and (
-        freqs.shape != (d // 2,) or freqs.type != GGMLQuantizationType.F32
-    ):
-        faults.append(
-            f"tensor rope_freqs.weight is {freqs.type.name}{list(freqs.shape)}, expected F32[{d // 2}]"
-        )
-    faults += [
-        f"tensor {name} is not one of a Llama's"
-        for name in header.tensors
-        if name not in used and not name.endswith(_IGNORED)
-    ]
-    return sources
-
-
-def _dtype(type_: GGMLQuantizationType) -> np.dtype[Any]:
-    return _PLAIN.get(type_, np.dtype(np.float32))
-
-
-def _readable(type_: GGMLQuantizationType) -> bool:
-    if type_ in _PLAIN:
-        return True
-    try:  # the library's own table of what it can dequantise is private: ask it
-        dequantize(np.zeros((1, GGML_QUANT_SIZES[type_][1]), np.uint8), type_)
-    except NotImplementedError:
-        return False
-    return True
-
-
-def _read_values(tensor: GgufTensor) -> np.ndarray:
-    """A tensor's values, as stored for F32, F16 and BF16, otherwise dequantised to float32.
-
-    Peak memory is the result and a few megabytes: blocks are read and dequantised in groups of rows.
-    """
-    out = np.empty(tensor.shape, _dtype(tensor.type))
-    rows = out.reshape(-1, tensor.shape[-1])
-    row_bytes = tensor.nbytes // len(rows) if len(rows) else 0
-    step = max(1, _CHUNK // max(1, tensor.shape[-1]))
-    with tensor.path.open("rb") as file:
-        file.seek(tensor.offset)
-        for start in range(0, len(rows), step):
-            part = rows[start : start + step]
-            data = np.fromfile(file, np.uint8, len(part) * row_bytes)
-            if data.size != len(part) * row_bytes:
-                raise ValueError(f"{tensor.path}: ends within tensor {tensor.name}")
-            if tensor.type in _PLAIN:
-                part[...] = data.view(out.dtype).reshape(part.shape)
-            else:
-                with np.errstate(all="ignore"):  # damaged scales give NaN, which the cast reports
-                    part[...] = dequantize(data.reshape(len(part), row_bytes), tensor.type)
-    return out
+    return {**parameters, "rope_theta": theta}
 
 
 def _default_dtype(header: GgufHeader) -> str:
@@ -390,7 +262,9 @@ def _default_dtype(header: GgufHeader) -> str:
     Vectors do not count: converters store norms as F32 whatever the model was trained in.
     """
     types = {t.type for t in header.tensors.values() if len(t.shape) > 1}
-    dtype = _PLAIN.get(types.pop(), np.dtype(np.float32)) if len(types) == 1 else np.dtype(np.float32)
+    dtype = (
+        PLAIN.get(types.pop(), np.dtype(np.float32)) if len(types) == 1 else np.dtype(np.float32)
+    )
     return next(name for name, known in DTYPES.items() if known == dtype)
 
 

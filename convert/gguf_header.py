@@ -45,6 +45,8 @@ class GgufTensor:
 
 @dataclass(frozen=True)
 class GgufHeader:
+    """Everything in a GGUF file but the tensors' data."""
+
     version: int
     metadata: dict[str, Any]
     """Scalars as Python values (float32 as np.float32, to know its precision), arrays as lists."""
@@ -60,7 +62,9 @@ def read_header(path: Path) -> GgufHeader:
     OSError where the file cannot be read.
     """
     if not path.is_file():
-        raise ValueError(f"{path}: {'not a file' if path.exists() else 'not found'}, expected a GGUF file")
+        raise ValueError(
+            f"{path}: {'not a file' if path.exists() else 'not found'}, expected a GGUF file"
+        )
     header = _read_file(path)
     pieces = header.metadata.get("split.count", 0)
     return _join_pieces(path, pieces) if pieces not in (0, 1) else header
@@ -81,7 +85,9 @@ def _join_pieces(path: Path, count: Any) -> GgufHeader:
     for i, (piece, header) in enumerate(zip(paths, headers, strict=True)):
         found = header.metadata.get("split.no"), header.metadata.get("split.count")
         if found != (i, count):
-            raise ValueError(f"{piece}: says (split.no, split.count) = {found}, expected {(i, count)}")
+            raise ValueError(
+                f"{piece}: says (split.no, split.count) = {found}, expected {(i, count)}"
+            )
         if twice := sorted(tensors.keys() & header.tensors.keys()):
             raise ValueError(f"{piece}: tensors that another piece has too: {_few(twice)}")
         tensors |= header.tensors
@@ -128,7 +134,9 @@ def _parse(path: Path, data: mmap.mmap) -> GgufHeader:
     cursor.check_count("tensors", tensor_count, _MIN_TENSOR)
     tensors = [_parse_tensor(path, cursor) for _ in range(tensor_count)]
     start = _align(cursor.position, alignment)
-    return GgufHeader(version, metadata, _place(path, tensors, start, alignment, len(data)), len(data))
+    return GgufHeader(
+        version, metadata, _place(path, tensors, start, alignment, len(data)), len(data)
+    )
 
 
 def _parse_tensor(path: Path, cursor: _Cursor) -> GgufTensor:
@@ -235,7 +243,9 @@ class _Cursor:
     def array(self, key: str) -> list[Any]:
         type_id, count = self.scalar("I"), self.scalar("Q")
         if count > _MAX_ARRAY:
-            raise ValueError(f"{self.path}: {key} has {count} elements, expected at most {_MAX_ARRAY}")
+            raise ValueError(
+                f"{self.path}: {key} has {count} elements, expected at most {_MAX_ARRAY}"
+            )
         if type_id == _STRING:
             self.check_count(f"strings of {key}", count, 8)
             return [self.string(key) for _ in range(count)]

@@ -213,7 +213,8 @@ def _pre_tokenizer(path: Path, metadata: Json, notes: list[str]) -> tuple[_Pre, 
         notes.append("the file does not say how it splits text before BPE: taken to be GPT-2's way")
     if name not in PRE_TOKENIZERS:
         raise _error(
-            path, f"tokenizer.ggml.pre is {name!r}, expected one of {', '.join(sorted(PRE_TOKENIZERS))}"
+            path,
+            f"tokenizer.ggml.pre is {name!r}, expected one of {', '.join(sorted(PRE_TOKENIZERS))}",
         )
     return PRE_TOKENIZERS[name], PRE_TOKENIZERS[name].add_bos
 
@@ -318,7 +319,9 @@ def _merges_from_scores(
     of equal score the one with the longer left part is first, as in Hugging Face's converter. Only
     normal pieces are joined: the others are matched whole or stand for single bytes.
     """
-    normal = {t: i for i, (t, type_) in enumerate(zip(tokens, types, strict=True)) if type_ == NORMAL}
+    normal = {
+        t: i for i, (t, type_) in enumerate(zip(tokens, types, strict=True)) if type_ == NORMAL
+    }
     merges = []
     for token, i in normal.items():
         for cut in range(1, len(token)):
