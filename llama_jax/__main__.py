@@ -6,6 +6,7 @@ import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -16,6 +17,7 @@ def main(arguments: list[str] | None = None) -> int:
     command: Callable[[argparse.Namespace], None] = options.command
     try:
         with warnings.catch_warnings():
+            warnings.simplefilter("always", UserWarning)
             warnings.showwarning = _show_warning
             command(options)
     except (ValueError, OSError) as error:
@@ -99,7 +101,7 @@ def _positive(text: str) -> int:
     return value
 
 
-def _show_warning(message: Warning | str, *_: object) -> None:
+def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
     print(f"warning: {message}", file=sys.stderr)
 
 

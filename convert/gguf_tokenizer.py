@@ -1,0 +1,372 @@
+"""The tokenizer in a GGUF file's metadata, as the files Hugging Face's tokenizers are read from.
+
+A GGUF keeps the vocabulary, the merges or scores, a type per token and the special ids, and names the
+pre-tokenizer; what the name means is written in llama.cpp's `llama-vocab.cpp`. From that a whole
+`tokenizer.json` follows: normaliser, splitting, model, post-processor and decoder are all spelled out,
+so that every reader of the file tokenises alike.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+Json = dict[str, Any]
+
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)  # tokenizer.ggml.token_type
+_SPACE = "\u2581"  # SentencePiece's visible space
+
+
+@dataclass(frozen=True)
+class _Pre:
+    """What a `tokenizer.ggml.pre` stands for: how text is split before byte-level BPE."""
+
+    splits: tuple[str, ...] = ()
+    """Regular expressions, each isolating its matches in what the earlier ones left."""
+    digits: bool = False
+    """Every numeral by itself."""
+    gpt2: bool = True
+    """GPT-2's own regular expression last, as the ByteLevel pre-tokenizer has it built in."""
+    ignore_merges: bool = False
+    """A whole piece that is in the vocabulary is one token, merges or not."""
+    add_bos: bool = False
+    """What holds when `tokenizer.ggml.add_bos_token` is not given."""
+
+
+_LLAMA3_SPLIT = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+_QWEN2_SPLIT = _LLAMA3_SPLIT.replace(r"\p{N}{1,3}", r"\p{N}")
+_TEKKEN_SPLIT = (
+    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+"
+    r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*"
+    r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+_DEEPSEEK_CODER_SPLITS = (
+    r"[\r\n]",
+    r"\s?\p{L}+",
+    r"\s?\p{P}+",
+    "[\u4e00-\u9fa5\u0800-\u4e00\uac00-\ud7ff]+",
+)
+
+_GPT2 = _Pre()
+_DIGITS = _Pre(digits=True)
+_LLAMA3 = _Pre(splits=(_LLAMA3_SPLIT,), gpt2=False, ignore_merges=True, add_bos=True)
+_LLAMA3_PLAIN = _Pre(splits=(_LLAMA3_SPLIT,), gpt2=False)
+_QWEN2 = _Pre(splits=(_QWEN2_SPLIT,), gpt2=False)
+
+PRE_TOKENIZERS: dict[str, _Pre] = {
+    **dict.fromkeys(["default", "gpt-2", "phi-2", "mpt", "olmo", "trillion", "mellum"], _GPT2),
+    **dict.fromkeys(
+        ["smollm", "starcoder", "refact", "command-r", "codeshell", "exaone", "minerva-7b"], _DIGITS
+    ),
+    **dict.fromkeys(["llama-bpe", "llama3", "llama-v3", "falcon3", "pixtral", "midm-2.0"], _LLAMA3),
+    **dict.fromkeys(["dbrx", "smaug-bpe"], _LLAMA3_PLAIN),
+    **dict.fromkeys(["qwen2", "deepseek-r1-qwen", "stablelm2", "megrez"], _QWEN2),
+    "tekken": _Pre(splits=(_TEKKEN_SPLIT,), gpt2=False, ignore_merges=True, add_bos=True),
+    "deepseek-coder": _Pre(splits=_DEEPSEEK_CODER_SPLITS, digits=True, gpt2=False),
+}
+
+
+def tokenizer_files(
+    path: Path, metadata: Json, config: Json
+) -> tuple[dict[str, str], dict[str, Any], list[str]]:
+    """(files, facts, notes): text by relative path, what `info` shows, what the user should know.
+
+    `config` gives the ids of bos, eos and pad. Raises ValueError for a kind of tokenizer or a
+    pre-tokenizer not known here, and for vocabularies that contradict themselves.
+    """
+    kind = metadata.get("tokenizer.ggml.model")
+    if kind in (None, "none", "no_vocab"):
+        return {}, {}, ["the file has no tokenizer"]
+    if kind not in ("gpt2", "llama"):
+        raise _error(path, f"tokenizer.ggml.model is {kind!r}, expected 'gpt2' or 'llama'")
+    tokens, types = _vocabulary(path, metadata)
+    ids = {
+        "bos": config["bos_token_id"],
+        "eos": config["eos_token_id"],
+        "pad": config["pad_token_id"],
+        "unk": metadata.get("tokenizer.ggml.unknown_token_id", 0 if kind == "llama" else None),
+    }
+    special = {
+        f"{name}_token": tokens[i]
+        for name, i in ids.items()
+        if isinstance(i, int) and 0 <= i < len(tokens)
+    }
+    added = [
+        _added_token(i, token, special=type_ != USER_DEFINED or token in special.values())
+        for i, (token, type_) in enumerate(zip(tokens, types, strict=True))
+        if type_ in (UNKNOWN, CONTROL, USER_DEFINED) or token in special.values()
+    ]
+
+    notes: list[str] = []
+    if kind == "gpt2":
+        pre, add_bos = _pre_tokenizer(path, metadata, notes)
+        parts = _byte_level(tokens, _merges(path, metadata, tokens), pre)
+    else:
+        add_bos = True
+        parts = _sentencepiece(path, metadata, tokens, types, special.get("unk_token"))
+    add = {
+        "bos": metadata.get("tokenizer.ggml.add_bos_token", add_bos) and "bos_token" in special,
+        "eos": metadata.get("tokenizer.ggml.add_eos_token", False) and "eos_token" in special,
+    }
+    before, after = ([special[f"{n}_token"]] if add[n] else [] for n in ("bos", "eos"))
+    tokenizer = {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": added,
+        "normalizer": parts["normalizer"],
+        "pre_tokenizer": parts["pre_tokenizer"],
+        "post_processor": _template(before, after, tokens) if before or after else None,
+        "decoder": parts["decoder"],
+        "model": parts["model"],
+    }
+    tokenizer_config: Json = {
+        # The class that takes tokenizer.json as it is: transformers' LlamaTokenizer and GPT2Tokenizer
+        # rebuild the splitting they know and drop the file's.
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        **special,
+        "add_bos_token": bool(before),
+        "add_eos_token": bool(after),
+        "clean_up_tokenization_spaces": False,
+        "model_max_length": config["max_position_embeddings"],
+    }
+    files = {"tokenizer.json": json.dumps(tokenizer, ensure_ascii=False, indent=2) + "\n"}
+    files |= _chat_templates(path, metadata, tokenizer_config)
+    files["tokenizer_config.json"] = (
+        json.dumps(tokenizer_config, ensure_ascii=False, indent=2) + "\n"
+    )
+    facts = {"model": kind, "pre": metadata.get("tokenizer.ggml.pre"), "tokens": len(tokens)}
+    facts |= special | {"chat_template": "chat_template" in tokenizer_config}
+    return files, {"tokenizer": facts}, notes
+
+
+def generation_config(metadata: Json, config: Json) -> Json:
+    """`generation_config.json`: where to stop, and the sampling the file recommends, if it does.
+
+    A chat model ends its turn with another token than its text (Llama 3: <|eot_id|>, <|eom_id|>), so
+    the eos here is a list where the file names several.
+    """
+    ends = [config["eos_token_id"]]
+    ends += [metadata.get(f"tokenizer.ggml.{name}_token_id") for name in ("eot", "eom")]
+    known = dict.fromkeys(i for i in ends if isinstance(i, int) and 0 <= i < config["vocab_size"])
+    result: Json = {
+        "bos_token_id": config["bos_token_id"],
+        "eos_token_id": list(known) if len(known) > 1 else next(iter(known), None),
+        "pad_token_id": config["pad_token_id"],
+    }
+    for key, name in [
+        ("temp", "temperature"),
+        ("top_k", "top_k"),
+        ("top_p", "top_p"),
+        ("min_p", "min_p"),
+        ("penalty_repeat", "repetition_penalty"),
+    ]:
+        value = metadata.get(f"general.sampling.{key}")
+        if isinstance(value, np.float32) and np.isfinite(value) and value > 0:
+            result[name] = float(str(value))
+        elif type(value) is int and value > 0:
+            result[name] = value
+    result["do_sample"] = "temperature" in result
+    return {name: value for name, value in result.items() if value is not None}
+
+
+def _error(path: Path, message: str) -> ValueError:
+    return ValueError(f"{path}: {message}; --no-tokenizer converts the weights alone")
+
+
+def _vocabulary(path: Path, metadata: Json) -> tuple[list[str], list[int]]:
+    """Tokens and their types, one each."""
+    tokens = metadata.get("tokenizer.ggml.tokens")
+    if not isinstance(tokens, list) or not tokens or not all(isinstance(t, str) for t in tokens):
+        raise _error(path, "tokenizer.ggml.tokens is not an array of strings")
+    tokens = [token or f"[EMPTY_{i}]" for i, token in enumerate(tokens)]
+    first: dict[str, int] = {}
+    for i, token in enumerate(tokens):
+        if first.setdefault(token, i) != i:
+            raise _error(path, f"tokens {first[token]} and {i} are both {token!r}")
+    types = metadata.get("tokenizer.ggml.token_type", [NORMAL] * len(tokens))
+    if not isinstance(types, list) or len(types) != len(tokens):
+        raise _error(path, f"tokenizer.ggml.token_type does not have {len(tokens)} entries")
+    return tokens, types
+
+
+def _added_token(i: int, content: str, *, special: bool) -> Json:
+    """A token matched whole in the text, before anything else is done to it."""
+    flags = dict.fromkeys(["single_word", "lstrip", "rstrip", "normalized"], False)
+    return {"id": i, "content": content, **flags, "special": special}
+
+
+# --- byte-level BPE ----------------------------------------------------------------------------------
+
+
+def _pre_tokenizer(path: Path, metadata: Json, notes: list[str]) -> tuple[_Pre, bool]:
+    name = metadata.get("tokenizer.ggml.pre", "default")
+    if name == "default":
+        notes.append("the file does not say how it splits text before BPE: taken to be GPT-2's way")
+    if name not in PRE_TOKENIZERS:
+        raise _error(
+            path,
+            f"tokenizer.ggml.pre is {name!r}, expected one of {', '.join(sorted(PRE_TOKENIZERS))}",
+        )
+    return PRE_TOKENIZERS[name], PRE_TOKENIZERS[name].add_bos
+
+
+def _merges(path: Path, metadata: Json, tokens: list[str]) -> list[tuple[str, str]]:
+    merges = metadata.get("tokenizer.ggml.merges")
+    if not isinstance(merges, list) or not all(isinstance(m, str) for m in merges):
+        raise _error(path, "tokenizer.ggml.merges is not an array of strings")
+    known = set(tokens)
+    pairs = []
+    for i, merge in enumerate(merges):
+        cut = merge.find(" ", 1)  # a piece may itself be a space, as the first character
+        left, right = merge[:cut], merge[cut + 1 :]
+        if cut < 0 or not {left, right, left + right} <= known:
+            raise _error(path, f"merge {i}, {merge!r}, has parts or a result that are not tokens")
+        pairs.append((left, right))
+    return pairs
+
+
+def _byte_level(tokens: list[str], merges: list[tuple[str, str]], pre: _Pre) -> Json:
+    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
+    steps: list[Json] = [
+        {"type": "Split", "pattern": {"Regex": split}, "behavior": "Isolated", "invert": False}
+        for split in pre.splits
+    ]
+    if pre.digits:
+        steps.append({"type": "Digits", "individual_digits": True})
+    steps.append({**byte_level, "use_regex": pre.gpt2})
+    return {
+        "normalizer": None,
+        "pre_tokenizer": steps[0]
+        if len(steps) == 1
+        else {"type": "Sequence", "pretokenizers": steps},
+        "decoder": {**byte_level, "add_prefix_space": True, "use_regex": True},
+        "model": _bpe(tokens, merges, ignore_merges=pre.ignore_merges),
+    }
+
+
+def _bpe(tokens: list[str], merges: list[tuple[str, str]], **options: Any) -> Json:
+    return {
+        "type": "BPE",
+        "dropout": None,
+        "unk_token": None,
+        "continuing_subword_prefix": None,
+        "end_of_word_suffix": None,
+        "fuse_unk": False,
+        "byte_fallback": False,
+        "ignore_merges": False,
+        **options,
+        "vocab": {token: i for i, token in enumerate(tokens)},
+        "merges": merges,
+    }
+
+
+# --- SentencePiece BPE -------------------------------------------------------------------------------
+
+
+def _sentencepiece(
+    path: Path, metadata: Json, tokens: list[str], types: list[int], unknown: str | None
+) -> Json:
+    """Llama 2's form: spaces made visible, one more in front of every stretch of text, no splitting.
+
+    SentencePiece puts that space before the text even where it begins with one; so does the Prepend
+    normaliser, while the newer Metaspace pre-tokenizer does not.
+    """
+    scores = metadata.get("tokenizer.ggml.scores")
+    if not isinstance(scores, list) or len(scores) != len(tokens):
+        raise _error(path, f"tokenizer.ggml.scores does not have {len(tokens)} entries")
+    prefix = bool(metadata.get("tokenizer.ggml.add_space_prefix", True))
+    visible = {"type": "Replace", "pattern": {"String": " "}, "content": _SPACE}
+    return {
+        "normalizer": {
+            "type": "Sequence",
+            "normalizers": [{"type": "Prepend", "prepend": _SPACE}] * prefix + [visible],
+        },
+        "pre_tokenizer": None,
+        "decoder": {
+            "type": "Sequence",
+            "decoders": [
+                {"type": "Replace", "pattern": {"String": _SPACE}, "content": " "},
+                {"type": "ByteFallback"},
+                {"type": "Fuse"},
+            ]
+            + [{"type": "Strip", "content": " ", "start": 1, "stop": 0}] * prefix,
+        },
+        "model": _bpe(
+            tokens,
+            _merges_from_scores(tokens, types, scores),
+            unk_token=unknown,
+            fuse_unk=True,
+            byte_fallback=BYTE in types,
+        ),
+    }
+
+
+def _merges_from_scores(
+    tokens: list[str], types: list[int], scores: list[float]
+) -> list[tuple[str, str]]:
+    """SentencePiece joins the neighbours whose union scores highest; a merge list says the same.
+
+    Every way to cut a piece into two pieces is a merge, ordered by the piece's score; among the cuts
+    of equal score the one with the longer left part is first, as in Hugging Face's converter. Only
+    normal pieces are joined: the others are matched whole or stand for single bytes.
+    """
+    normal = {
+        t: i for i, (t, type_) in enumerate(zip(tokens, types, strict=True)) if type_ == NORMAL
+    }
+    merges = []
+    for token, i in normal.items():
+        for cut in range(1, len(token)):
+            left, right = token[:cut], token[cut:]
+            if left in normal and right in normal:
+                merges.append((-scores[i], -len(left), -len(right), i, left, right))
+    return [(left, right) for *_, left, right in sorted(merges)]
+
+
+# --- around the model --------------------------------------------------------------------------------
+
+
+def _template(before: list[str], after: list[str], tokens: list[str]) -> Json:
+    """A post-processor that puts bos and eos around each of one or two texts."""
+
+    def around(sequence: str, type_id: int) -> list[Json]:
+        def special(names: list[str]) -> list[Json]:
+            return [{"SpecialToken": {"id": name, "type_id": type_id}} for name in names]
+
+        middle = [{"Sequence": {"id": sequence, "type_id": type_id}}]
+        return special(before) + middle + special(after)
+
+    return {
+        "type": "TemplateProcessing",
+        "single": around("A", 0),
+        "pair": around("A", 0) + around("B", 1),
+        "special_tokens": {
+            name: {"id": name, "ids": [tokens.index(name)], "tokens": [name]}
+            for name in before + after
+        },
+    }
+
+
+def _chat_templates(path: Path, metadata: Json, tokenizer_config: Json) -> dict[str, str]:
+    """The default template goes into tokenizer_config.json (transformers 4) and beside it (5)."""
+    files: dict[str, str] = {}
+    for key, template in metadata.items():
+        name = key.removeprefix("tokenizer.chat_template")
+        if name == key or not isinstance(template, str):
+            continue
+        if not name:
+            tokenizer_config["chat_template"] = template
+            files["chat_template.jinja"] = template
+        elif re.fullmatch(r"\.[A-Za-z0-9_-]{1,64}", name):
+            files[f"additional_chat_templates/{name[1:]}.jinja"] = template
+        else:
+            raise _error(path, f"{key!r} is not a name for a chat template")
+    return files
