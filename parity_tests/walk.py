@@ -32,7 +32,7 @@ def oracle_steps(
     embedding = weights["model.embed_tokens.weight"]
     x = embedding[given["input_ids"]] if "input_ids" in given else given["inputs_embeds"].double()
     batch, length, _ = x.shape
-    positions = given.get("position_ids", torch.arange(length)[None])
+    positions = given.get("position_ids", torch.arange(length).expand(batch, -1))
     visible = oracle.visibility(
         batch, length, given.get("attention_mask"), given.get("segment_ids")
     )
@@ -97,7 +97,7 @@ def our_steps(ours: LlamaForCausalLM, inputs: Mapping[str, Any], steps: Steps) -
     got["rotary.cos"], got["rotary.sin"] = (
         jnp.concatenate([part, part], axis=-1)
         for part in model.rope_cos_sin(
-            given.get("position_ids", slots[None]),
+            given.get("position_ids", jnp.broadcast_to(slots, (batch, length))),
             config.rope,
             config.head_size,
             config.max_position_embeddings,
