@@ -43,7 +43,7 @@ def _forward(model: LlamaForCausalLM, ids: jax.Array) -> jax.Array:
     return model(ids).logits
 
 
-def _loss(model: LlamaForCausalLM, ids: jax.Array) -> jax.Array:
+def _loss(model: LlamaForCausalLM, ids: jax.Array) -> jax.Array | None:
     return model(ids, labels=ids).loss
 
 
