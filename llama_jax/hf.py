@@ -105,21 +105,27 @@ def load(
     stored, faults, excused = _open(directory)
     if dtype is None:
         dtype = _widest({FLOAT_DTYPES[tensor.dtype] for tensor in stored.values()})
-    dtype = jnp.dtype(dtype)
-    if dtype == jnp.float64 and not jax.config.read("jax_enable_x64"):
-        raise ValueError(f"dtype: found float64 in {directory}, expected jax_enable_x64 to be on")
+    dtype = _require_float(dtype)
+    if config.num_hidden_layers > max(len(stored), 1):
+        # an absurd count, before anything is laid out for it
+        raise ValueError(
+            f"{directory}: found {len(stored)} tensors, expected some for each of "
+            f"num_hidden_layers={config.num_hidden_layers}"
+        )
     abstract = _abstract(model_class, config, dtype)
     table = name_table(abstract)
     stored = _with_prefix(stored, table)
     tied = stored.pop("lm_head.weight") if _is_tied_copy(stored, table, config) else None
     shapes = {name: tensor.shape for name, tensor in stored.items()}
     faults += _compare(shapes, table, abstract, excused)
-    buffers = _allocate(abstract)
+    # with a fault there will be no model: values are only looked at, for the rest of the report
+    buffers = {} if faults else _allocate(abstract)
 
     def read(name: str) -> str | None:
-        place = _place(buffers, table[name])
-        if place.shape != stored[name].shape:
-            return None  # among the shape faults already
+        if buffers:
+            place = _place(buffers, table[name])
+        else:
+            place = np.empty(stored[name].shape, dtype)
         try:
             finite = read_tensor(stored[name], place)
         except (ValueError, OSError) as error:
@@ -207,6 +213,17 @@ def staged_directory(directory: Path) -> Iterator[Path]:
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
     """Write one JSON object, indented, ending in a newline, as transformers does."""
     path.write_text(json.dumps(content, indent=2, sort_keys=True, ensure_ascii=False) + "\n")
+
+
+def _require_float(dtype: Any) -> np.dtype:
+    wanted = {str(known): known for known in FLOAT_DTYPES.values()}
+    try:
+        found = wanted[str(jnp.dtype(dtype))]
+    except (TypeError, KeyError):
+        raise ValueError(f"dtype: found {dtype!r}, expected one of {', '.join(wanted)}") from None
+    if found == jnp.float64 and not jax.config.read("jax_enable_x64"):
+        raise ValueError("dtype: found float64, expected jax_enable_x64 to be on")
+    return found
 
 
 def _umask() -> int:
