@@ -147,8 +147,8 @@ def show(name: str, config: LlamaConfig, *, batch: int, seq: int) -> None:
     console.print(costs)
 
     flow = table(f"forward pass, batch {batch}, sequence {seq}", "step", "shape")
-    for step, shape in data_flow(config, batch, seq):
-        flow.add_row(step, " x ".join(map(str, shape)))
+    for step, dims in data_flow(config, batch, seq):
+        flow.add_row(step, " x ".join(map(str, dims)))
     console.print(flow)
 
 

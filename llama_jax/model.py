@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int, Key
 
@@ -13,6 +14,11 @@ from llama_jax.config import LlamaConfig
 from llama_jax.layers import DecoderLayer, RMSNorm, parameter
 from llama_jax.masks import attention_mask as make_attention_mask
 from llama_jax.rope import rope_cos_sin
+
+# what a caller may pass: JAX or numpy arrays
+Tokens = Int[Array, "batch seq"] | Int[np.ndarray, "batch seq"]
+Positions = Int[Array, "_ seq"] | Int[np.ndarray, "_ seq"]
+Embeddings = Float[Array, "batch seq hidden"] | Float[np.ndarray, "batch seq hidden"]
 
 
 @jax.tree_util.register_dataclass
@@ -63,11 +69,11 @@ class LlamaModel(nnx.Module):
 
     def __call__(
         self,
-        input_ids: Int[Array, "batch seq"] | None = None,
-        attention_mask: Array | None = None,
-        position_ids: Int[Array, "_ seq"] | None = None,
-        inputs_embeds: Float[Array, "batch seq hidden"] | None = None,
-        segment_ids: Int[Array, "batch seq"] | None = None,
+        input_ids: Tokens | None = None,
+        attention_mask: Array | np.ndarray | None = None,
+        position_ids: Positions | None = None,
+        inputs_embeds: Embeddings | None = None,
+        segment_ids: Tokens | None = None,
         cache: KVCache | None = None,
         output_hidden_states: bool = False,
         output_attentions: bool = False,
@@ -95,14 +101,15 @@ class LlamaModel(nnx.Module):
         if inputs_embeds is None:
             assert input_ids is not None
             _require_ids("input_ids", input_ids, self.config.vocab_size)
-            x = self.embed_tokens(input_ids)
+            x = self.embed_tokens(jnp.asarray(input_ids))
         else:
-            x = inputs_embeds.astype(self.dtype)
+            x = jnp.asarray(inputs_embeds, self.dtype)
         batch, seq = x.shape[:2]
         for name, value in (("attention_mask", attention_mask), ("segment_ids", segment_ids)):
             if value is not None and value.shape != (batch, seq):
                 raise ValueError(f"{name}: found shape {value.shape}, expected {(batch, seq)}")
-        is_token = None if attention_mask is None else attention_mask.astype(bool)
+        is_token = None if attention_mask is None else jnp.asarray(attention_mask, bool)
+        segment_ids = None if segment_ids is None else jnp.asarray(segment_ids, jnp.int32)
 
         start = jnp.zeros((), jnp.int32) if cache is None else cache.length
         slots = start + jnp.arange(seq, dtype=jnp.int32)
@@ -123,10 +130,9 @@ class LlamaModel(nnx.Module):
             mask = make_attention_mask(slots, slots, is_token, segment_ids, segment_ids)
         else:
             _require_room(cache, seq)
-            segment_ids = _or_default(segment_ids, (batch, seq), 0)
-            cache = extend_cache(
-                cache, _or_default(is_token, (batch, seq), True), segment_ids.astype(jnp.int32)
-            )
+            segment_ids = jnp.zeros((batch, seq), jnp.int32) if segment_ids is None else segment_ids
+            is_token = jnp.ones((batch, seq), bool) if is_token is None else is_token
+            cache = extend_cache(cache, is_token, segment_ids)
             keys = jnp.arange(cache.capacity, dtype=jnp.int32)
             mask = make_attention_mask(slots, keys, cache.is_token, segment_ids, cache.segments)
 
@@ -156,16 +162,12 @@ class LlamaModel(nnx.Module):
         )
 
 
-def _or_default(value: Array | None, shape: tuple[int, int], default: bool | int) -> Array:
-    return jnp.full(shape, default) if value is None else value
-
-
 def is_traced(value: Any) -> bool:
     """Whether the value is known only when the program runs, under jit or grad."""
     return isinstance(value, jax.core.Tracer)
 
 
-def _require_ids(name: str, ids: Array, vocab_size: int) -> None:
+def _require_ids(name: str, ids: Array | np.ndarray, vocab_size: int) -> None:
     if not jnp.issubdtype(ids.dtype, jnp.integer):
         raise ValueError(f"{name}: found dtype {ids.dtype}, expected an integer dtype")
     if ids.ndim != 2 or 0 in ids.shape:

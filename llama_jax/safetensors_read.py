@@ -25,7 +25,7 @@ _ITEM_SIZES = {"BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "I16": 2
 _ITEM_SIZES |= {"F16": 2, "BF16": 2, "I32": 4, "U32": 4, "F32": 4, "I64": 8, "U64": 8, "F64": 8}
 
 _MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library
-_CHUNK_BYTES = 1 << 20  # small enough to be checked out of the second-level cache
+_CHUNK_BYTES = 1 << 22  # small enough to be checked while still in the processor's cache
 
 
 @dataclass(frozen=True)
@@ -96,7 +96,6 @@ def read_tensor(tensor: StoredTensor, out: np.ndarray) -> bool:
     step = _CHUNK_BYTES // max(source.itemsize, target.itemsize)
     scratch = None if source == target.dtype else np.empty(min(step, target.size), source)
     finite = True
-    check = np.empty(min(step, target.size), _BITS[target.dtype.itemsize])
     with open(tensor.path, "rb", buffering=0) as file:
         for begin in range(0, target.size, step):
             part = target[begin : begin + step]
@@ -105,7 +104,7 @@ def read_tensor(tensor: StoredTensor, out: np.ndarray) -> bool:
             if scratch is not None:
                 with np.errstate(over="ignore", invalid="ignore"):
                     part[...] = place.astype(target.dtype)
-            finite = _all_finite(part, check[: part.size]) and finite
+            finite = _all_finite(part) and finite
     return finite
 
 
@@ -119,19 +118,17 @@ def _read_exactly(descriptor: int, out: np.ndarray, tensor: StoredTensor, skip: 
         skip += count
 
 
-_BITS: dict[int, np.dtype] = {size: np.dtype(f"u{size}") for size in (2, 4, 8)}
-_INFINITY = {
-    dtype: int(np.array(np.inf, dtype).view(_BITS[dtype.itemsize]))
-    for dtype in FLOAT_DTYPES.values()
-}
-
-
-def _all_finite(values: np.ndarray, scratch: np.ndarray) -> bool:
-    # without its sign bit, a float that is inf or nan is an integer not below that of inf
-    bits = _BITS[values.dtype.itemsize]
-    magnitude = (1 << (8 * bits.itemsize - 1)) - 1
-    np.bitwise_and(values.view(bits), np.asarray(magnitude, bits), out=scratch)
-    return not values.size or int(scratch.max()) < _INFINITY[values.dtype]
+def _all_finite(values: np.ndarray) -> bool:
+    # As an integer, a positive float grows with its value and inf, then nan, come after all finite
+    # ones; a negative float is the same with the sign bit on, where unsigned integers go on growing.
+    # Two maxima read each value twice and write nothing: several times faster than np.isfinite.
+    if not values.size:
+        return True
+    size = values.dtype.itemsize
+    infinity = int(np.array(np.inf, values.dtype).view(f"i{size}"))
+    minus_infinity = int(np.array(-np.inf, values.dtype).view(f"u{size}"))
+    highest, lowest = values.view(f"i{size}").max(), values.view(f"u{size}").max()
+    return int(highest) < infinity and int(lowest) < minus_infinity
 
 
 def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int, Key
 
@@ -16,7 +17,7 @@ from llama_jax.generation import GenerationConfig
 from llama_jax.layers import Linear
 from llama_jax.loss import IGNORE_INDEX, cross_entropy, shift_labels
 from llama_jax.matmul import einsum, working_dtype
-from llama_jax.model import LlamaModel, is_traced
+from llama_jax.model import Embeddings, LlamaModel, Positions, Tokens, is_traced
 
 GENERATION_FILE = "generation_config.json"
 
@@ -64,15 +65,15 @@ class LlamaForCausalLM(nnx.Module):
 
     def __call__(
         self,
-        input_ids: Int[Array, "batch seq"] | None = None,
-        attention_mask: Array | None = None,
-        position_ids: Int[Array, "_ seq"] | None = None,
-        inputs_embeds: Float[Array, "batch seq hidden"] | None = None,
-        segment_ids: Int[Array, "batch seq"] | None = None,
-        labels: Int[Array, "batch seq"] | None = None,
+        input_ids: Tokens | None = None,
+        attention_mask: Array | np.ndarray | None = None,
+        position_ids: Positions | None = None,
+        inputs_embeds: Embeddings | None = None,
+        segment_ids: Tokens | None = None,
+        labels: Array | np.ndarray | None = None,
         num_items_in_batch: Any = None,
         cache: KVCache | None = None,
-        logits_to_keep: int | Int[Array, "..."] = 0,
+        logits_to_keep: int | Array | np.ndarray = 0,
         output_hidden_states: bool = False,
         output_attentions: bool = False,
         dropout_key: Key[Array, ""] | None = None,
@@ -104,6 +105,7 @@ class LlamaForCausalLM(nnx.Module):
         logits = einsum("bsh,vh->bsv", hidden, head, out_dtype=working)
         loss = None
         if labels is not None:
+            labels = jnp.asarray(labels)
             expected = decoded.last_hidden_state.shape[:2]
             _require_labels(labels, expected, self.config.vocab_size)
             kept = keep_positions(shift_labels(labels), logits_to_keep)
@@ -118,8 +120,8 @@ class LlamaForCausalLM(nnx.Module):
 
     def generate(
         self,
-        input_ids: Int[Array, "batch prompt"],
-        attention_mask: Array | None = None,
+        input_ids: Tokens,
+        attention_mask: Array | np.ndarray | None = None,
         *,
         max_new_tokens: int,
         eos_token_id: int | tuple[int, ...] | list[int] | None = None,
@@ -161,7 +163,7 @@ class LlamaForCausalLM(nnx.Module):
         hf.save(self, self.config, directory, max_shard_size=max_shard_size, json_files=files)
 
 
-def keep_positions(values: Array, logits_to_keep: int | Int[Array, "..."]) -> Array:
+def keep_positions(values: Array, logits_to_keep: int | Array | np.ndarray) -> Array:
     """Rows of [batch, seq, ...]: all for 0, the last N for an int, those of an index array."""
     if isinstance(logits_to_keep, int):
         if logits_to_keep < 0:

@@ -1,0 +1,28 @@
+"""`python -m benchmarks NAME...`: measurements, each printed as one table.
+
+compile   seconds to compile 4 and 32 layers of the same widths, forward and gradient
+load      from_pretrained of a bfloat16 directory against `cat` of the same file; peak RSS
+"""
+
+import argparse
+import importlib
+import sys
+
+MODULES = {"compile": "compile_time", "load": "load_time"}
+
+
+def main() -> int:
+    """Run the named benchmarks in turn."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("names", nargs="+", choices=MODULES, metavar="NAME")
+    for name in parser.parse_args().names:
+        importlib.import_module(f"benchmarks.{MODULES[name]}").main()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

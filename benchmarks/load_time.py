@@ -1,0 +1,90 @@
+"""Loading a bfloat16 directory: time against `cat` of the file, and peak memory."""
+
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from llama_jax.config import LlamaConfig
+from llama_jax.info import tensors
+from llama_jax.presets import PRESETS
+from llama_jax.safetensors_io import TensorSpec, write_safetensors
+
+CONFIG = replace(PRESETS["llama-3.2-1b"], tie_word_embeddings=False)
+ROUNDS = 5
+ALLOWANCE = 600e6  # interpreter, JAX and its runtime
+
+_CHILD = """
+import json, resource, sys, time
+from llama_jax import LlamaForCausalLM
+begin = time.perf_counter()
+model = LlamaForCausalLM.from_pretrained(sys.argv[1])
+seconds = time.perf_counter() - begin
+peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+print(json.dumps({"seconds": seconds, "peak": peak}))
+"""
+
+
+def main() -> None:
+    """Write a directory of random weights, load it in fresh processes in turn with `cat`."""
+    with tempfile.TemporaryDirectory() as folder:
+        directory = Path(folder)
+        total, largest = write_random(CONFIG, directory)
+        file = directory / "model.safetensors"
+        pairs = []
+        for _ in range(ROUNDS + 1):
+            begin = time.perf_counter()
+            subprocess.run(("cat", str(file)), stdout=subprocess.DEVNULL, check=True)
+            cat = time.perf_counter() - begin
+            pairs.append((cat, measure_load(directory)))
+        pairs = pairs[1:]  # the first round warms the page cache
+    cat = statistics.median(cat for cat, _ in pairs)
+    load = statistics.median(child["seconds"] for _, child in pairs)
+    ratio = statistics.median(child["seconds"] / cat for cat, child in pairs)
+    peak = max(child["peak"] for _, child in pairs)
+    table = Table(title=f"loading {total / 1e9:.2f} GB of bfloat16, warm, median of {ROUNDS}")
+    for column in ("", "seconds", "ratio", "peak RSS", "allowed"):
+        table.add_column(column, justify="right")
+    table.add_row("cat", f"{cat:.2f}", "1", "", "")
+    allowed = total + 2 * largest + ALLOWANCE
+    table.add_row(
+        "from_pretrained",
+        f"{load:.2f}",
+        f"{ratio:.2f}",
+        f"{peak / 1e9:.2f} GB",
+        f"{allowed / 1e9:.2f} GB",
+    )
+    Console().print(table)
+
+
+def write_random(config: LlamaConfig, directory: Path) -> tuple[int, int]:
+    """A bfloat16 checkpoint of random values; returns its bytes and those of its largest tensor."""
+    dtype = np.dtype(ml_dtypes.bfloat16)
+    specs = [TensorSpec(tensor.name, dtype, tensor.shape) for tensor in tensors(config)]
+    shapes = {spec.name: spec.shape for spec in specs}
+    rng = np.random.default_rng(0)
+
+    def random(name: str) -> np.ndarray:
+        return (rng.standard_normal(shapes[name], np.float32) * 0.02).astype(dtype)
+
+    write_safetensors(directory, specs, random, max_shard_size=1 << 62)
+    fields = config.to_dict() | {"torch_dtype": "bfloat16"}
+    (directory / "config.json").write_text(json.dumps(fields))
+    return sum(spec.nbytes for spec in specs), max(spec.nbytes for spec in specs)
+
+
+def measure_load(directory: Path) -> dict[str, float]:
+    """Seconds and peak RSS (bytes) of `from_pretrained` in a process of its own."""
+    child = subprocess.run(
+        (sys.executable, "-c", _CHILD, str(directory)), capture_output=True, text=True, check=True
+    )
+    return json.loads(child.stdout.splitlines()[-1])

@@ -1,0 +1,168 @@
+"""`make demo`: a real checkpoint, converted, run in JAX and in PyTorch, compared, and put to use.
+
+Exit code 0 when the two are the same function by the derived tolerance and write the same tokens, 1
+when they are not, 2 when the checkpoint cannot be had.
+"""
+
+import os
+import shutil
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+os.environ.setdefault("TQDM_DISABLE", "1")
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import torch
+import transformers
+from parity_tests.oracle import oracle
+from rich.console import Console
+from rich.table import Table
+
+import convert
+from convert import demo_checkpoint
+from llama_jax import LlamaForCausalLM
+from llama_jax.config import read_json_object
+from llama_jax.tokenizer import load_tokenizer
+
+CONTEXT = 512  # tokens of real text on which logits are compared
+NEW_TOKENS = 32
+PROMPTS = (
+    "The capital of France is",
+    "Photosynthesis is the process by which",
+    "Once upon a time, in a village by the sea,",
+)
+TOLERANCE = 1.25  # rule P2: our error against the float64 oracle is at most this times PyTorch's
+
+console = Console(highlight=False)
+
+
+def main() -> int:
+    """Run the demo from the download to the text."""
+    step("1. checkpoint")
+    gguf = demo_checkpoint.fetch()
+    console.print(f"{gguf.name}: {gguf.stat().st_size / 1e6:.0f} MB, sha256 verified")
+
+    step("2. GGUF -> Hugging Face directory")
+    directory = gguf.parent / "SmolLM2-135M-Instruct"
+    shutil.rmtree(directory, ignore_errors=True)
+    timed("converted", lambda: convert.convert(gguf, directory))
+
+    step("3. the same weights in JAX and in PyTorch, float32")
+    ours = timed("llama_jax loaded", lambda: LlamaForCausalLM.from_pretrained(directory))
+    theirs = timed("transformers loaded", lambda: load_torch(directory))
+    count = sum(leaf.size for leaf in jax.tree.leaves(ours))
+    console.print(f"{count:,} parameters")
+
+    tokenizer = load_tokenizer(directory)
+    text = (Path(__file__).resolve().parent.parent / "LICENSE").read_text()
+    ids = np.asarray([tokenizer.encode(text).ids[:CONTEXT]])
+    same = compare(ours, theirs, read_json_object(directory / "config.json"), ids)
+
+    step(f"4. {NEW_TOKENS} greedy tokens from both")
+    for prompt in PROMPTS:
+        same = continue_both(ours, theirs, tokenizer, prompt) and same
+
+    verdict = "the same function" if same else "NOT the same function"
+    console.print(f"\nllama_jax and PyTorch are {verdict} on this checkpoint.")
+    console.print(f"Try it: python -m llama_jax generate --model {directory} --prompt TEXT")
+    return 0 if same else 1
+
+
+def compare(ours: LlamaForCausalLM, theirs: Any, config: dict[str, Any], ids: np.ndarray) -> bool:
+    """Logits and loss of both against the float64 oracle, by rule P2. Prints the table."""
+    forward = jax.jit(lambda model, ids: model(ids, labels=ids))
+    out = forward(ours, jnp.asarray(ids, jnp.int32))
+    tokens = torch.from_numpy(ids)
+    with torch.no_grad():
+        reference = theirs(tokens, labels=tokens)
+        weights = {name: value.double() for name, value in theirs.named_parameters()}
+        exact = oracle(config, weights, input_ids=tokens, labels=tokens)
+    truth = exact.logits.numpy()
+    scale = rms(truth)
+    table = Table(title=f"{ids.shape[1]} tokens of real text against the float64 oracle")
+    for column in ("", "loss", "rms logit error (relative)", "top-1 agreement"):
+        table.add_column(column, justify="right")
+    errors = []
+    for name, logits, loss in (
+        ("llama_jax", np.asarray(out.logits), float(out.loss)),
+        ("PyTorch", reference.logits.numpy(), float(reference.loss)),
+    ):
+        errors.append(rms(logits - truth) / scale)
+        agreement = (logits.argmax(-1) == truth.argmax(-1)).mean()
+        table.add_row(name, f"{loss:.7f}", f"{errors[-1]:.2e}", f"{agreement:.2%}")
+    table.add_row("oracle", f"{float(exact.loss):.7f}", "0", "")
+    console.print(table)
+    ratio = errors[0] / errors[1]
+    console.print(f"our error is {ratio:.2f} x PyTorch's; {TOLERANCE} x is allowed")
+    return ratio <= TOLERANCE
+
+
+def continue_both(ours: LlamaForCausalLM, theirs: Any, tokenizer: Any, prompt: str) -> bool:
+    """Greedy continuations of both; prints the text, the speeds, and returns whether they agree."""
+    ids = np.asarray([tokenizer.encode(prompt).ids])
+
+    def by_jax() -> np.ndarray:
+        return np.asarray(ours.generate(ids, max_new_tokens=NEW_TOKENS))
+
+    def by_torch() -> np.ndarray:
+        tokens = torch.from_numpy(ids)
+        mask = torch.ones_like(tokens)
+        with torch.no_grad():
+            return theirs.generate(
+                tokens, attention_mask=mask, max_new_tokens=NEW_TOKENS, do_sample=False
+            ).numpy()
+
+    speeds = []
+    results = []
+    for run in (by_jax, by_torch):
+        run()  # compilation and allocation are not speed
+        begin = time.perf_counter()
+        results.append(run())
+        speeds.append((results[-1].shape[1] - ids.shape[1]) / (time.perf_counter() - begin))
+    same = results[0].shape == results[1].shape and bool((results[0] == results[1]).all())
+    console.print(tokenizer.decode(results[0][0].tolist()).strip(), style="italic", markup=False)
+    console.print(
+        f"  tokens {'identical' if same else 'DIFFER'}; "
+        f"llama_jax {speeds[0]:.1f} tokens/s, PyTorch {speeds[1]:.1f} tokens/s"
+    )
+    return same
+
+
+def load_torch(directory: Path) -> Any:
+    """The transformers model on the same directory, in float32."""
+    transformers.logging.set_verbosity_error()
+    model = transformers.LlamaForCausalLM.from_pretrained(directory, dtype=torch.float32)
+    return model.eval()
+
+
+def rms(values: np.ndarray) -> float:
+    """Root of the mean square."""
+    return float(np.sqrt(np.mean(np.square(values, dtype=np.float64))))
+
+
+def step(title: str) -> None:
+    """A heading."""
+    console.print(f"\n[bold]{title}[/bold]")
+
+
+def timed(what: str, run: Callable[[], Any]) -> Any:
+    """Run, print what was done and how long it took, return its value."""
+    begin = time.perf_counter()
+    value = run()
+    console.print(f"{what} in {time.perf_counter() - begin:.1f} s")
+    return value
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main())
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
