@@ -20,11 +20,11 @@ from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 
 import convert
 from convert.__main__ import _size, main
+from convert.demo_checkpoint import FILE, cache_directory
 from parity_tests.convert.test_gguf_tokenizer import byte_level_fields
 from parity_tests.convert.tiny_gguf import same, tiny_gguf, tiny_model
 
 ROOT = Path(__file__).parents[2]
-CHECKPOINT = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
 @pytest.fixture
@@ -204,8 +204,7 @@ def test_sizes(text: str, size: int) -> None:
 @pytest.mark.checkpoint
 def test_the_real_checkpoint(tmp_path: Path) -> None:
     """SmolLM2-135M-Instruct: tensors and tokens equal to transformers' own reading of the file."""
-    cache = Path(os.environ.get("LLAMA_JAX_CACHE", ROOT / ".cache"))
-    path = cache / CHECKPOINT
+    path = cache_directory() / FILE
     if not path.is_file():
         pytest.skip(f"{path} is absent; `make demo` fetches it")
     started = time.monotonic()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -63,10 +64,10 @@ def test_a_single_wrong_entry_is_not_rounded_away() -> None:
 
 
 def test_trivial_tensors() -> None:
-    options = {"head_dim": 16, "theta": 10000.0, "context_length": 512}
+    scaling = partial(tensor_scaling, head_dim=16, theta=10000.0, context_length=512)
     ones = np.ones(8, np.float32)
-    assert tensor_scaling(ones, **options) == {"rope_type": "default"}
-    assert tensor_scaling(ones * 3, **options) == {"rope_type": "linear", "factor": 3.0}
+    assert scaling(ones) == {"rope_type": "default"}
+    assert scaling(ones * 3) == {"rope_type": "linear", "factor": 3.0}
 
 
 ROPE_PARAMETERS = [

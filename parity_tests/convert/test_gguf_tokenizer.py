@@ -13,13 +13,12 @@ from typing import Any
 import pytest
 import regex
 import sentencepiece
-from sentencepiece import sentencepiece_model_pb2
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer
 
 from convert import convert
 from convert.gguf import read
-from convert.gguf_tokenizer import CONTROL, NORMAL, PRE_TOKENIZERS, USER_DEFINED
+from convert.gguf_tokenizer import BYTE, CONTROL, NORMAL, PRE_TOKENIZERS, UNKNOWN, USER_DEFINED
 from parity_tests.convert.tiny_gguf import tiny_gguf, tiny_model
 
 CORPUS = [
@@ -249,13 +248,21 @@ def trained_sentencepiece() -> bytes:
 
 
 def sentencepiece_fields(**extra: Any) -> dict[str, Any]:
-    model = sentencepiece_model_pb2.ModelProto.FromString(trained_sentencepiece())
+    model = sentencepiece.SentencePieceProcessor(model_proto=trained_sentencepiece())
+    size = model.vocab_size()
+
+    def type_(i: int) -> int:
+        if model.id_to_piece(i) == "<think>":
+            return USER_DEFINED
+        kinds = {UNKNOWN: model.is_unknown, CONTROL: model.is_control, BYTE: model.is_byte}
+        return next((kind for kind, holds in kinds.items() if holds(i)), NORMAL)
+
     return {
         "tokenizer.ggml.model": "llama",
         "tokenizer.ggml.pre": "default",
-        "tokenizer.ggml.tokens": [piece.piece for piece in model.pieces],
-        "tokenizer.ggml.scores": [piece.score for piece in model.pieces],
-        "tokenizer.ggml.token_type": [piece.type for piece in model.pieces],
+        "tokenizer.ggml.tokens": [model.id_to_piece(i) for i in range(size)],
+        "tokenizer.ggml.scores": [model.get_score(i) for i in range(size)],
+        "tokenizer.ggml.token_type": [type_(i) for i in range(size)],
         "tokenizer.ggml.bos_token_id": 1,
         "tokenizer.ggml.eos_token_id": 2,
         "tokenizer.ggml.unknown_token_id": 0,
