@@ -28,6 +28,7 @@ CORPUS = [
     "Größe, naïveté, Ελλάδα, Москва, 東京都 2020年, 서울, العربية ١٢٣, हिन्दी",
     "the then there these other another mother father weather whether together",
 ] * 4
+UNREACHED = "\u0120zebra"  # " zebra": in the vocabulary, but no merges lead to it
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 
 HARD = [
@@ -37,7 +38,8 @@ HARD = [
     "\u200b\ufeff\u00a0 nbsp\u2003em \u2028", "<|im_start|>user\nhi<|im_end|>", "<|endoftext|>x",
     "<|im_start|><|im_start|> <|im_end|>  ", "<think>a b</think>", "https://x.y/z?a=1&b=%20#",
     "\x00\x01\x7f", "العربية עברית ไทย", "a" * 100, " " * 30 + "b", "\ud7ff\ue000\uffff\U0010ffff",
-    "▁ visible ▁▁", "the▁the", "!!!???...", "$$$+++<<<===>>>^^^~~~|||", "A1b2C3", "\u4e00\u4e8c3\u4e09",
+    "▁ visible ▁▁", "the▁the", "!!!???...", "$$$+++<<<===>>>^^^~~~|||", "A1b2C3",
+    "a zebra", "\u4e00\u4e8c3\u4e09",
 ]  # fmt: skip
 
 
@@ -85,8 +87,8 @@ def byte_level_fields(pre: str, **extra: Any) -> dict[str, Any]:
     return {
         "tokenizer.ggml.model": "gpt2",
         "tokenizer.ggml.pre": pre,
-        "tokenizer.ggml.tokens": [*tokens, "<think>", "</think>"],
-        "tokenizer.ggml.token_type": [*types, USER_DEFINED, USER_DEFINED],
+        "tokenizer.ggml.tokens": [*tokens, UNREACHED, "<think>", "</think>"],
+        "tokenizer.ggml.token_type": [*types, NORMAL, USER_DEFINED, USER_DEFINED],
         "tokenizer.ggml.merges": list(merges),
         "tokenizer.ggml.bos_token_id": 1,
         "tokenizer.ggml.eos_token_id": 2,
@@ -177,13 +179,14 @@ def test_byte_level_ids_are_llama_cpps(tmp_path: Path, pre: str) -> None:
 
 @pytest.mark.parametrize("pre", ["gpt-2", "llama-bpe", "tekken", "qwen2"])
 def test_byte_level_ids_are_those_of_transformers_own_gguf_reader(tmp_path: Path, pre: str) -> None:
-    # Its reader has no entry for smollm and the like, nor ignore_merges, which changes nothing here:
-    # the vocabulary is trained so that every token is reached by merges.
+    # Its reader has no entry for smollm and the like, and does not know that Llama 3's and Tekken's
+    # kind takes a whole piece from the vocabulary without merges.
     directory = converted(tmp_path, byte_level_fields(pre))
     theirs = AutoTokenizer.from_pretrained(tmp_path, gguf_file="out.gguf")
     ours = AutoTokenizer.from_pretrained(directory)
     for text in hard_strings():
-        assert ours(text).input_ids == theirs(text).input_ids, repr(text)
+        if "zebra" not in text:
+            assert ours(text).input_ids == theirs(text).input_ids, repr(text)
 
 
 @pytest.mark.parametrize("pre", sorted(PRE_TOKENIZERS))
@@ -208,7 +211,7 @@ def test_special_and_user_defined_tokens(tmp_path: Path) -> None:
     )
     assert ours.pad_token is None
     assert ours.model_max_length == 64
-    assert len(ours) == len(trained_byte_level()[0]) + 2
+    assert len(ours) == len(trained_byte_level()[0]) + 3
 
 
 @pytest.mark.parametrize(("bos", "eos"), [(True, False), (False, True), (True, True), (None, None)])
