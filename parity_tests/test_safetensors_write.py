@@ -59,7 +59,12 @@ def test_the_data_begins_at_a_multiple_of_eight(tmp_path: Path) -> None:
 
 def test_views_are_written_in_their_own_order(tmp_path: Path) -> None:
     base = np.arange(24, dtype=np.float32).reshape(4, 6)
-    values = {"t": base.T, "s": base[::2, ::3], "b": base.astype(ml_dtypes.bfloat16).T}
+    values = {
+        "t": base.T,
+        "s": base[::2, ::3],
+        "v": base[0, ::2],
+        "b": base.astype(ml_dtypes.bfloat16).T,
+    }
     (path,) = write_safetensors(tmp_path, specs_of(values), values.__getitem__)
     found = load_file(path)
     assert all(np.array_equal(found[name], array) for name, array in values.items())

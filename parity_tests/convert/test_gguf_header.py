@@ -70,6 +70,8 @@ def test_a_file_cut_short_anywhere_is_refused(whole: Path, tmp_path: Path) -> No
     for cut in [0, 1, 4, 23, 24, *cuts]:
         damaged.write_bytes(data[:cut])
         assert attempt(damaged, tmp_path / "out") is not None, f"cut at {cut} went through"
+        with pytest.raises(ValueError, match=r"too short|cut short or damaged|damaged GGUF header"):
+            read_header(damaged)  # found out before any tensor is read
 
 
 def test_flipped_bytes_in_the_header_are_errors_or_harmless(whole: Path, tmp_path: Path) -> None:
