@@ -2,7 +2,9 @@
 
 import statistics
 import time
+from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -41,15 +43,15 @@ def _forward(model: LlamaForCausalLM, ids: jax.Array) -> jax.Array:
     return model(ids).logits
 
 
-def _loss(model: LlamaForCausalLM, ids: jax.Array) -> jax.Array:
+def _loss(model: LlamaForCausalLM, ids: jax.Array) -> jax.Array | None:
     return model(ids, labels=ids).loss
 
 
-def _compile_seconds(function: object, depth: int) -> float:
+def _compile_seconds(function: Callable[..., Any], depth: int) -> float:
     config = replace(WIDTHS, num_hidden_layers=depth)
     model = nnx.eval_shape(lambda: LlamaForCausalLM(config, rngs=nnx.Rngs(0)))
     ids = jax.ShapeDtypeStruct((4, 512), jnp.int32)
     jax.clear_caches()
     begin = time.perf_counter()
-    jax.jit(function).lower(model, ids).compile()  # type: ignore[arg-type]
+    jax.jit(function).lower(model, ids).compile()
     return time.perf_counter() - begin

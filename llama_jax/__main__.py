@@ -17,6 +17,7 @@ def main(arguments: list[str] | None = None) -> int:
     command: Callable[[argparse.Namespace], None] = options.command
     try:
         with warnings.catch_warnings():
+            warnings.simplefilter("always", UserWarning)
             warnings.showwarning = _show_warning
             command(options)
     except (ValueError, OSError) as error:

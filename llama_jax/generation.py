@@ -12,6 +12,7 @@ from jaxtyping import Array, Bool, Int
 
 from llama_jax.cache import KVCache, init_cache
 from llama_jax.config import LlamaConfig
+from llama_jax.model import require_ids
 
 
 @dataclass(frozen=True)
@@ -70,17 +71,16 @@ def generate(
         cache_capacity: slots of the key/value cache; default: as many as are needed.
 
     Raises:
-        ValueError: an empty prompt, or one that the cache cannot hold.
+        ValueError: an empty prompt, an id outside the vocabulary, or a prompt that the cache cannot hold.
 
     Warns:
         UserWarning: positions beyond `max_position_embeddings`, which rope can compute but the model
             has not been trained on.
     """
-    batch, prompt = input_ids.shape
+    prompt = input_ids.shape[-1]
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens: found {max_new_tokens}, expected at least 1")
-    if prompt == 0 or batch == 0:
-        raise ValueError(f"input_ids: found shape {input_ids.shape}, expected at least one token")
+    require_ids("input_ids", input_ids, model.config.vocab_size)
     # the last token is returned, never fed back
     needed = prompt + max_new_tokens - 1
     capacity = needed if cache_capacity is None else cache_capacity

@@ -100,7 +100,7 @@ class LlamaModel(nnx.Module):
             raise ValueError("expected exactly one of input_ids and inputs_embeds")
         if inputs_embeds is None:
             assert input_ids is not None
-            _require_ids("input_ids", input_ids, self.config.vocab_size)
+            require_ids("input_ids", input_ids, self.config.vocab_size)
             x = self.embed_tokens(jnp.asarray(input_ids))
         else:
             x = jnp.asarray(inputs_embeds, self.dtype)
@@ -162,29 +162,31 @@ class LlamaModel(nnx.Module):
         )
 
 
-def is_traced(value: Any) -> bool:
-    """Whether the value is known only when the program runs, under jit or grad."""
-    return isinstance(value, jax.core.Tracer)
+def known_value(value: Any) -> np.ndarray | None:
+    """The value as numpy, or None where it is known only when the program runs (under jit, grad)."""
+    return None if isinstance(value, jax.core.Tracer) else np.asarray(value)
 
 
-def _require_ids(name: str, ids: Array | np.ndarray, vocab_size: int) -> None:
+def require_ids(name: str, ids: Array | np.ndarray, vocab_size: int) -> None:
+    """Raise ValueError unless `ids` are integers [batch, seq] below `vocab_size`, as far as known."""
     if not jnp.issubdtype(ids.dtype, jnp.integer):
         raise ValueError(f"{name}: found dtype {ids.dtype}, expected an integer dtype")
     if ids.ndim != 2 or 0 in ids.shape:
         raise ValueError(f"{name}: found shape {ids.shape}, expected [batch, seq] of at least one")
-    if is_traced(ids):
-        return  # unknown until run: the embedding answers NaN
-    low, high = int(ids.min()), int(ids.max())
-    if low < 0 or high >= vocab_size:
-        worst = low if low < 0 else high
-        raise ValueError(f"{name}: found token {worst}, expected 0 to {vocab_size - 1}")
+    known = known_value(ids)
+    if known is None:
+        return  # the embedding answers NaN
+    wrong = known[(known < 0) | (known >= vocab_size)]
+    if wrong.size:
+        raise ValueError(f"{name}: found token {wrong[0]}, expected 0 to {vocab_size - 1}")
 
 
 def _require_room(cache: KVCache, seq: int) -> None:
     if seq > cache.capacity:
         raise ValueError(f"cache: {cache.capacity} slots, expected room for {seq} tokens")
-    if not is_traced(cache.length) and int(cache.length) + seq > cache.capacity:
+    length = known_value(cache.length)
+    if length is not None and int(length) + seq > cache.capacity:
         raise ValueError(
-            f"cache: {int(cache.length)} of {cache.capacity} slots are taken, expected room for "
+            f"cache: {length} of {cache.capacity} slots are taken, expected room for "
             f"{seq} more tokens"
         )

@@ -17,7 +17,7 @@ from llama_jax.generation import GenerationConfig
 from llama_jax.layers import Linear
 from llama_jax.loss import IGNORE_INDEX, cross_entropy, shift_labels
 from llama_jax.matmul import einsum, working_dtype
-from llama_jax.model import Embeddings, LlamaModel, Positions, Tokens, is_traced
+from llama_jax.model import Embeddings, LlamaModel, Positions, Tokens, known_value
 
 GENERATION_FILE = "generation_config.json"
 
@@ -105,10 +105,9 @@ class LlamaForCausalLM(nnx.Module):
         logits = einsum("bsh,vh->bsv", hidden, head, out_dtype=working)
         loss = None
         if labels is not None:
-            labels = jnp.asarray(labels)
             expected = decoded.last_hidden_state.shape[:2]
             _require_labels(labels, expected, self.config.vocab_size)
-            kept = keep_positions(shift_labels(labels), logits_to_keep)
+            kept = keep_positions(shift_labels(jnp.asarray(labels)), logits_to_keep)
             loss = cross_entropy(logits, kept, num_items_in_batch)
         return CausalLMOutput(
             logits=logits.astype(hidden.dtype),
@@ -180,14 +179,16 @@ def keep_positions(values: Array, logits_to_keep: int | Array | np.ndarray) -> A
     return jax.vmap(lambda row, kept: row[kept])(values, indices)
 
 
-def _require_labels(labels: Array, expected: tuple[int, ...], vocab_size: int) -> None:
+def _require_labels(labels: Array | np.ndarray, expected: tuple[int, ...], vocab_size: int) -> None:
     if labels.shape != expected or not jnp.issubdtype(labels.dtype, jnp.integer):
         raise ValueError(
             f"labels: found {labels.dtype}{list(labels.shape)}, expected integers {list(expected)}"
         )
-    if is_traced(labels):
-        return  # unknown until run: the loss answers NaN
-    wrong = (labels != IGNORE_INDEX) & ((labels < 0) | (labels >= vocab_size))
-    if bool(wrong.any()):
-        found = int(labels[wrong][0])
-        raise ValueError(f"labels: found {found}, expected {IGNORE_INDEX} or 0 to {vocab_size - 1}")
+    known = known_value(labels)
+    if known is None:
+        return  # the loss answers NaN
+    wrong = known[(known != IGNORE_INDEX) & ((known < 0) | (known >= vocab_size))]
+    if wrong.size:
+        raise ValueError(
+            f"labels: found {wrong[0]}, expected {IGNORE_INDEX} or 0 to {vocab_size - 1}"
+        )

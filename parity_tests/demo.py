@@ -4,7 +4,6 @@ Exit code 0 when the two are the same function by the derived tolerance and writ
 when they are not, 2 when the checkpoint cannot be had.
 """
 
-import os
 import shutil
 import sys
 import time
@@ -12,16 +11,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-os.environ.setdefault("TQDM_DISABLE", "1")
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import torch
 import transformers
-from parity_tests.oracle import oracle
 from rich.console import Console
 from rich.table import Table
 
@@ -30,6 +24,7 @@ from convert import demo_checkpoint
 from llama_jax import LlamaForCausalLM
 from llama_jax.config import read_json_object
 from llama_jax.tokenizer import load_tokenizer
+from parity_tests.oracle import oracle
 
 CONTEXT = 512  # tokens of real text on which logits are compared
 NEW_TOKENS = 32
@@ -71,7 +66,8 @@ def main() -> int:
 
     verdict = "the same function" if same else "NOT the same function"
     console.print(f"\nllama_jax and PyTorch are {verdict} on this checkpoint.")
-    console.print(f"Try it: python -m llama_jax generate --model {directory} --prompt TEXT")
+    console.print("Try it:")
+    print(f"  .venv/bin/python -m llama_jax generate --model {directory} --prompt TEXT")
     return 0 if same else 1
 
 
@@ -138,6 +134,7 @@ def continue_both(ours: LlamaForCausalLM, theirs: Any, tokenizer: Any, prompt: s
 def load_torch(directory: Path) -> Any:
     """The transformers model on the same directory, in float32."""
     transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
     model = transformers.LlamaForCausalLM.from_pretrained(directory, dtype=torch.float32)
     return model.eval()
 

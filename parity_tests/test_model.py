@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from hypothesis import strategies as st
 
-from parity_tests.cases import BASE, BY_NAME, MATRIX, Case, Inputs, inputs_of, scaled, weights_of
+from parity_tests.cases import BASE, BY_NAME, MATRIX, Case, Inputs, inputs_of, weights_of
 from parity_tests.cases import torch_inputs as as_torch
 from parity_tests.measure import relative_error, rms_error, worst
 from parity_tests.oracle import ACTIVATIONS, oracle

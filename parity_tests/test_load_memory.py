@@ -1,0 +1,18 @@
+"""Loading holds one model and little more: the law that lets a checkpoint of half of RAM be read."""
+
+from dataclasses import replace
+
+import pytest
+
+from benchmarks.load_time import ALLOWANCE, CONFIG, measure_load, write_random
+
+
+@pytest.mark.slow
+def test_peak_memory_of_loading_a_bfloat16_directory(tmp_path):
+    """Peak RSS <= model bytes + 2 x the largest tensor + the allowance, in a process of its own.
+
+    The model is large enough that holding it twice would break the law.
+    """
+    total, largest = write_random(replace(CONFIG, num_hidden_layers=12), tmp_path)
+    assert total > 2 * largest + ALLOWANCE
+    assert measure_load(tmp_path)["peak"] <= total + 2 * largest + ALLOWANCE

@@ -1,0 +1,180 @@
+"""Deterministic properties of the compiled program: depth, dtypes, what is computed and what is not."""
+
+import functools
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from llama_jax import LlamaConfig, LlamaForCausalLM, init_cache
+
+CONFIG = LlamaConfig(
+    vocab_size=97,
+    hidden_size=32,
+    intermediate_size=48,
+    num_hidden_layers=3,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    max_position_embeddings=64,
+    attention_bias=True,
+    mlp_bias=True,
+)
+IDS = jnp.asarray(np.random.default_rng(0).integers(0, 97, (2, 10)), jnp.int32)
+
+
+@functools.cache
+def model_of(dtype: jnp.dtype = jnp.float32, **changes: object) -> LlamaForCausalLM:
+    config = replace(CONFIG, **changes)
+    # one compilation instead of one for every parameter's initializer
+    return jax.jit(lambda: LlamaForCausalLM(config, rngs=nnx.Rngs(0), dtype=dtype))()
+
+
+def loss(model: LlamaForCausalLM, ids: jax.Array) -> jax.Array:
+    return model(ids, labels=ids).loss
+
+
+@pytest.mark.parametrize("function", [lambda m, i: m(i).logits, jax.grad(loss)])
+def test_the_program_does_not_grow_with_depth(function):
+    sizes = []
+    for depth in (4, 32):
+        model = nnx.eval_shape(lambda depth=depth: model_of(num_hidden_layers=depth))
+        compiled = jax.jit(function).lower(model, IDS).compile()
+        sizes.append(compiled.as_text().count(" = "))
+    assert sizes[1] <= sizes[0] * 1.02
+
+
+def equations(jaxpr):
+    for equation in jaxpr.eqns:
+        yield equation
+        for value in equation.params.values():
+            for inner in value if isinstance(value, tuple | list) else (value,):
+                inner = getattr(inner, "jaxpr", inner)
+                if hasattr(inner, "eqns"):
+                    yield from equations(inner)
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_every_product_accumulates_in_float32(dtype):
+    """Forward and backward: operands in the model's dtype, never mixed, results in float32."""
+    jaxpr = jax.make_jaxpr(jax.grad(loss))(model_of(dtype), IDS)
+    products = [e for e in equations(jaxpr.jaxpr) if e.primitive.name == "dot_general"]
+    # 7 projections, 2 attention products and the head, each with two backward products
+    assert len(products) == 3 * 10
+    for product in products:
+        assert {variable.aval.dtype for variable in product.invars} == {jnp.dtype(dtype)}
+        assert product.outvars[0].aval.dtype == jnp.float32
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16, jnp.float32])
+def test_nothing_silently_changes_dtype(dtype):
+    model = model_of(dtype)
+    out = jax.jit(lambda m: m(IDS, labels=IDS, output_hidden_states=True, output_attentions=True))(
+        model
+    )
+    assert out.loss.dtype == jnp.float32
+    for array in (out.logits, *out.hidden_states, *out.attentions):
+        assert array.dtype == dtype
+    gradient = jax.jit(jax.grad(loss))(model, IDS)
+    assert {leaf.dtype for leaf in jax.tree.leaves(gradient)} == {jnp.dtype(dtype)}
+
+
+def test_no_float64_in_a_float32_program_under_x64():
+    with jax.enable_x64(True):
+        jaxpr = jax.make_jaxpr(jax.grad(loss))(model_of(), IDS)
+        wide = [
+            e
+            for e in equations(jaxpr.jaxpr)
+            if any(getattr(v.aval, "dtype", None) == jnp.float64 and v.aval.ndim for v in e.outvars)
+        ]
+    assert wide == []
+
+
+def test_asking_only_for_logits_compiles_no_loss():
+    model = model_of()
+    with_labels = jax.jit(lambda m: m(IDS, labels=IDS).logits).lower(model).compile()
+    without = jax.jit(lambda m: m(IDS).logits).lower(model).compile()
+    flops = [program.cost_analysis()["flops"] for program in (with_labels, without)]
+    assert flops[0] == flops[1]
+
+
+def test_gradients_of_float32_can_be_taken_twice_and_forwards():
+    model = model_of(num_hidden_layers=1)
+    _, tangent = jax.jit(lambda m: jax.jvp(lambda m: loss(m, IDS), (m,), (m,)))(model)
+    gradient = jax.jit(jax.grad(loss))(model, IDS)
+    dots = jax.tree.map(lambda g, w: (g * w).sum(), gradient, model)
+    np.testing.assert_allclose(tangent, sum(jax.tree.leaves(dots)), rtol=1e-4)
+
+
+def attend(model: LlamaForCausalLM, key: jax.Array | None) -> tuple[np.ndarray, ...]:
+    run = jax.jit(lambda m, k: m(IDS, output_attentions=True, dropout_key=k).attentions)
+    return tuple(map(np.asarray, run(model, key)))
+
+
+def test_dropout_needs_a_key_and_keeps_the_mean():
+    model = model_of(attention_dropout=0.5)
+    (exact, *_) = attend(model_of(), None)
+    assert (attend(model, None)[0] == exact).all()  # evaluation: off
+    first, second, *_ = attend(model, jax.random.key(0))
+    seen = exact > 0
+    kept = (first > 0) & seen
+    assert 0.4 < kept.sum() / seen.sum() < 0.6
+    np.testing.assert_allclose(first[kept], 2 * exact[kept], rtol=1e-6)
+    assert ((second > 0) != (first > 0)).any()  # layers drop different weights
+    assert (attend(model, jax.random.key(0))[0] == first).all()
+    assert (attend(model, jax.random.key(1))[0] != first).any()
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda m: m(), "exactly one of input_ids and inputs_embeds"),
+        (lambda m: m(IDS, inputs_embeds=jnp.zeros((2, 10, 32))), "exactly one of"),
+        (lambda m: m(IDS.at[0, 3].set(97)), "input_ids: found token 97, expected 0 to 96"),
+        (lambda m: m(IDS.at[0, 3].set(-1)), "input_ids: found token -1"),
+        (lambda m: m(IDS, attention_mask=jnp.ones((2, 9))), "attention_mask: found shape (2, 9)"),
+        (lambda m: m(IDS, segment_ids=jnp.ones((1, 10), int)), "segment_ids: found shape (1, 10)"),
+        (
+            lambda m: m(IDS, position_ids=jnp.ones((3, 10), int)),
+            "position_ids: found shape (3, 10)",
+        ),
+        (
+            lambda m: m(IDS, labels=IDS[:, 1:]),
+            "labels: found int32[2, 9], expected integers [2, 10]",
+        ),
+        (lambda m: m(IDS, labels=IDS.astype(float)), "labels: found float32[2, 10]"),
+        (
+            lambda m: m(IDS, labels=IDS.at[1, 1].set(97)),
+            "labels: found 97, expected -100 or 0 to 96",
+        ),
+        (lambda m: m(IDS, logits_to_keep=-1), "logits_to_keep: found -1"),
+        (lambda m: m(IDS, cache=init_cache(CONFIG, 2, 9, jnp.float32)), "cache: 9 slots"),
+        (lambda m: m.generate(IDS, max_new_tokens=0), "max_new_tokens: found 0"),
+        (lambda m: m.generate(IDS, jnp.ones((2, 9)), max_new_tokens=1), "attention_mask: found"),
+    ],
+)
+def test_a_bad_argument_is_one_line_that_names_it(call, message):
+    with pytest.raises(ValueError) as caught:
+        call(model_of(num_hidden_layers=1))
+    assert message in str(caught.value)
+
+
+def test_ids_and_labels_outside_the_vocabulary_are_nan_under_jit():
+    """Never a silent gather of another row."""
+    model = model_of(num_hidden_layers=1)
+    for wrong in (97, -1):
+        ids = IDS.at[0, 3].set(wrong)
+        assert np.isnan(jax.jit(lambda m, ids: m(ids).logits)(model, ids)[0, 3]).all()
+        scored = jax.jit(lambda m, labels: m(IDS, labels=labels).loss)
+        assert np.isnan(scored(model, ids))
+
+
+def test_a_batch_without_labels_has_no_loss_and_no_gradient():
+    model = model_of(num_hidden_layers=1)
+    value, gradient = jax.value_and_grad(lambda m: m(IDS, labels=jnp.full_like(IDS, -100)).loss)(
+        model
+    )
+    assert value == 0
+    assert all((leaf == 0).all() for leaf in jax.tree.leaves(gradient))
