@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import tracemalloc
 from pathlib import Path
 
 import ml_dtypes
@@ -251,7 +252,7 @@ def test_all_faults_of_the_tensors_are_told_at_once(tmp_path: Path) -> None:
         "blk.1.ffn_up.weight": np.zeros((47, 32), np.float32),
         "blk.1.attn_k_norm.weight": np.zeros(8, np.float32),
     }
-    with pytest.raises(ValueError) as caught:  # noqa: PT011
+    with pytest.raises(ValueError) as caught:
         read(tiny_gguf(tmp_path / "m.gguf", tensors=tensors))
     message = str(caught.value)
     assert "blk.0.attn_q.weight is missing, expected [32, 32]" in message
@@ -323,6 +324,20 @@ def test_info_counts_and_names(tmp_path: Path) -> None:
         "float16",
     )
     json.dumps(facts)
+
+
+def test_memory_holds_one_tensor_at_a_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("convert.gguf_tensors._CHUNK", 2**16)
+    model = tiny_model(hidden_size=256, intermediate_size=8000)
+    path = tiny_gguf(tmp_path / "m.gguf", model, type_=Type.Q8_0)
+    largest = 256 * 8000 * 4
+    tracemalloc.start()
+    convert(path, tmp_path / "out", dtype="bfloat16")
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert largest < peak < 1.5 * largest + 2 * 2**20  # as float32, and cast to half of that
 
 
 def test_float32_metadata_is_read_as_the_decimal_it_was_written_from(tmp_path: Path) -> None:
