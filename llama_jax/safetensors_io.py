@@ -63,10 +63,12 @@ class TensorSpec:
 
     @property
     def size(self) -> int:
+        """How many numbers."""
         return math.prod(self.shape)
 
     @property
     def nbytes(self) -> int:
+        """How many bytes of data."""
         return self.size * self.dtype.itemsize
 
 
