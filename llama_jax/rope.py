@@ -242,8 +242,12 @@ def _dynamic(
         return plain * (stretch - (factor - 1)) ** -exponents
     working = jnp.result_type(float)
     beyond = jnp.maximum(length - max_position_embeddings, 0).astype(working)
-    log_stretch = jnp.log(1 + factor * beyond / max_position_embeddings)
-    return jnp.asarray(plain, working) * jnp.exp(-jnp.asarray(exponents, working) * log_stretch)
+    # s = m 2^k with 1 <= m < 2: the powers of 2^k are formed in float64, for every k; those of m are
+    # near 1, so that the rounding of its logarithm is not multiplied.
+    mantissa, power = jnp.frexp(1 + factor * beyond / max_position_embeddings)
+    powers_of_two = plain * 2.0 ** (-exponents * np.arange(64)[:, None])
+    correction = jnp.exp(-jnp.asarray(exponents, working) * jnp.log(2 * mantissa))
+    return jnp.asarray(powers_of_two, working)[power - 1] * correction
 
 
 def _require_factors(name: str, value: Any, count: int) -> None:

@@ -12,9 +12,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import torch
+from transformers import LlamaForCausalLM as HFLlama
 
 from llama_jax import LlamaConfig, LlamaForCausalLM, hf
-from parity_tests.cases import hf_inputs, hf_model, torch_inputs
+from parity_tests.cases import hf_inputs, torch_inputs
 from parity_tests.oracle import oracle
 
 Config = Mapping[str, Any]
@@ -52,10 +53,8 @@ def oracle_numbers(
     )
 
 
-def hf_numbers(
-    config: Config, weights: Weights, inputs: Inputs, attention: str = "sdpa"
-) -> Numbers:
-    model = hf_model(dict(config), weights, attention)
+def hf_numbers(model: HFLlama, inputs: Inputs) -> Numbers:
+    attention = model.config._attn_implementation
     return torch_numbers(model(**hf_inputs(inputs, attention)), dict(model.named_parameters()))
 
 
@@ -102,15 +101,11 @@ def compiled(
 
 
 def our_numbers(
-    config: Config,
-    weights: Weights,
-    inputs: Inputs,
-    dtype: Any,
-    run: Callable[..., Any] | None = None,
+    model: LlamaForCausalLM, inputs: Inputs, run: Callable[..., Any] | None = None
 ) -> Numbers:
     """The answers of our model; `run` is its compiled function, where that is at hand already."""
-    arrays, ints = our_inputs(inputs, dtype)
-    run = run or compiled(ints, FAST_COMPILE if dtype == jnp.float64 else None)
-    results, gradient = run(our_model(config, weights, dtype), arrays)
+    arrays, ints = our_inputs(inputs, model.dtype)
+    run = run or compiled(ints, FAST_COMPILE if model.dtype == jnp.float64 else None)
+    results, gradient = run(model, arrays)
     grads = {f"grad {name}": np.asarray(array) for name, array in hf.to_hf_tensors(gradient)}
     return {name: np.asarray(value) for name, value in results.items()} | grads

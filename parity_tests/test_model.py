@@ -15,11 +15,12 @@ import numpy as np
 import pytest
 from hypothesis import strategies as st
 
-from parity_tests.cases import BASE, BY_NAME, MATRIX, Case, Inputs, inputs_of, weights_of
+from parity_tests.cases import BASE, BY_NAME, MATRIX, Case, Inputs, hf_model, inputs_of, weights_of
 from parity_tests.cases import torch_inputs as as_torch
 from parity_tests.measure import relative_error, rms_error, worst
 from parity_tests.oracle import ACTIVATIONS, oracle
 from parity_tests.programs import (
+    FAST_COMPILE,
     compiled,
     hf_numbers,
     oracle_numbers,
@@ -37,7 +38,7 @@ def float64_error(case: Case, seed: int = 0) -> tuple[float, str]:
     weights, inputs = weights_of(case.config, seed), inputs_of(case.inputs, case.config, seed)
     want = oracle_numbers(case.config, weights, inputs)
     with jax.enable_x64(True):
-        got = our_numbers(case.config, weights, inputs, jnp.float64)
+        got = our_numbers(our_model(case.config, weights, jnp.float64), inputs)
     assert {value.dtype for value in got.values()} == {np.dtype("float64")}
     return worst(got, want)
 
@@ -58,9 +59,12 @@ def test_p1_hidden_states_and_attentions(name: str) -> None:
     want = oracle(case.config, weights, **as_torch(inputs))
     with jax.enable_x64(True):
         arrays, ints = our_inputs(inputs, jnp.float64)
-        got = our_model(case.config, weights, jnp.float64)(
-            **arrays, **ints, output_hidden_states=True, output_attentions=True
-        )
+        got = jax.jit(
+            lambda model, arrays: model(
+                **arrays, **ints, output_hidden_states=True, output_attentions=True
+            ),
+            compiler_options=FAST_COMPILE,
+        )(our_model(case.config, weights, jnp.float64), arrays)
     for field in ("hidden_states", "attentions"):
         ours, theirs = getattr(got, field), getattr(want, field)
         assert len(ours) == len(theirs)
@@ -97,33 +101,36 @@ ROUNDING = [
     "num_items",
     "everything",
 ]
-# The relative deviation of an rms over n independent errors is 1/sqrt(2 n). The loss is one number a
-# seed: with fewer seeds than this, two equally good programs would differ by more than the bar.
-SEEDS = 160
+# The loss is one number a run, and the rms of n independent errors is uncertain by 1/sqrt(2 n).
+WEIGHT_SEEDS = 8
 
 
-def pooled_errors(case: Case, seeds: int) -> dict[str, tuple[float, float]]:
-    """rms error of ours and of Hugging Face's in float32 for each number, pooled over seeds."""
+def pooled_errors(case: Case, input_seeds: int) -> dict[str, tuple[float, float]]:
+    """rms error of ours and of Hugging Face's in float32 for each number, pooled over all seeds."""
     ours, theirs, truth = defaultdict(list), defaultdict(list), defaultdict(list)
     run = compiled(our_inputs(inputs_of(case.inputs, case.config), jnp.float32)[1])
-    for seed in range(seeds):
-        weights, inputs = weights_of(case.config, seed), inputs_of(case.inputs, case.config, seed)
-        for pool, numbers in (
-            (ours, our_numbers(case.config, weights, inputs, jnp.float32, run)),
-            (theirs, hf_numbers(case.config, weights, inputs)),
-            (truth, oracle_numbers(case.config, weights, inputs)),
-        ):
-            for name, value in numbers.items():
-                pool[name].append(value)
+    for seed in range(WEIGHT_SEEDS):
+        weights = weights_of(case.config, seed)
+        model, hf = our_model(case.config, weights, jnp.float32), hf_model(case.config, weights)
+        for draw in range(seed * input_seeds, (seed + 1) * input_seeds):
+            inputs = inputs_of(case.inputs, case.config, draw)
+            for pool, numbers in (
+                (ours, our_numbers(model, inputs, run)),
+                (theirs, hf_numbers(hf, inputs)),
+                (truth, oracle_numbers(case.config, weights, inputs)),
+            ):
+                for name, value in numbers.items():
+                    pool[name].append(value)
     return {
         name: (rms_error(ours[name], truth[name]), rms_error(theirs[name], truth[name]))
         for name in truth
     }
 
 
+@pytest.mark.parametrize("input_seeds", [4, pytest.param(40, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", ROUNDING)
-def test_p2_float32_is_as_exact_as_hugging_face(name: str) -> None:
-    errors = pooled_errors(BY_NAME[name], SEEDS)
+def test_p2_float32_is_as_exact_as_hugging_face(name: str, input_seeds: int) -> None:
+    errors = pooled_errors(BY_NAME[name], input_seeds)
     print(f"\n{name}: rms error against float64, ours and Hugging Face's, both float32")
     for number, (ours, theirs) in errors.items():
         print(f"  {number:56s} {ours:.3e} {theirs:.3e}  x {ours / theirs:.2f}")
@@ -176,7 +183,8 @@ def cases(draw: st.DrawFn) -> Case:
             ),
             st.fixed_dictionaries(
                 {"rope_type": st.just("proportional"), "factor": st.just(factor)},
-                optional={"partial_rotary_factor": st.floats(0, 1)},
+                # Where no pair turns, the gradient of the keys' bias is zero but for rounding.
+                optional={"partial_rotary_factor": st.floats(0.5, 1)},
             ),
         )
     )
