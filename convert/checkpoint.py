@@ -14,8 +14,8 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from llama_jax.safetensors_io import TensorSpec
 from llama_jax.safetensors_read import all_finite
+from llama_jax.safetensors_write import TensorSpec
 
 DTYPES: dict[str, np.dtype[Any]] = {
     "float32": np.dtype(np.float32),

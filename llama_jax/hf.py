@@ -5,11 +5,8 @@ is that layers are stacked, so `model.layers.self_attn.q_proj.weight` [layers, o
 `model.layers.{i}.self_attn.q_proj.weight` [out, in].
 """
 
-import contextlib
 import json
 import os
-import shutil
-import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -22,11 +19,9 @@ import numpy as np
 from flax import nnx
 
 from llama_jax.config import LlamaConfig, read_json_object
-from llama_jax.safetensors_io import TensorSpec, write_safetensors
 from llama_jax.safetensors_read import FLOAT_DTYPES, StoredTensor, read_header, read_tensor
-
-INDEX_FILE = "model.safetensors.index.json"
-SINGLE_FILE = "model.safetensors"
+from llama_jax.safetensors_write import INDEX_FILE, SINGLE_FILE, TensorSpec, write_safetensors
+from llama_jax.staging import staged_directory, write_text
 
 Model = TypeVar("Model", bound=nnx.Module)
 ParamPath = tuple[str, ...]
@@ -122,7 +117,7 @@ def load(
     buffers = {} if faults else _allocate(abstract)
 
     def read(name: str) -> str | None:
-        if buffers:
+        if buffers:  # noqa: SIM108
             place = _place(buffers, table[name])
         else:
             place = np.empty(stored[name].shape, dtype)
@@ -177,42 +172,14 @@ def save(
         assert expected == name, f"{expected} was to be written, asked for {name}"
         return array
 
-    with staged_directory(directory) as staging:
-        write_safetensors(staging, specs, next_tensor, max_shard_size=max_shard_size)
-        for file, content in {**(json_files or {}), "config.json": fields}.items():
-            write_json(staging / file, content)
-
-
-@contextlib.contextmanager
-def staged_directory(directory: Path) -> Iterator[Path]:
-    """A temporary sibling of `directory`, moved into place when the block ends without an error.
-
-    An existing `directory` keeps its other files; its safetensors weights and index are replaced.
-    """
-    parent = directory.absolute().parent
     if directory.exists() and not directory.is_dir():
         raise ValueError(f"{directory}: found a file, expected a directory")
-    parent.mkdir(parents=True, exist_ok=True)
-    staging = Path(tempfile.mkdtemp(prefix=f".{directory.name}.", dir=parent))
-    try:
-        yield staging
-        os.chmod(staging, 0o777 & ~_umask())  # mkdtemp makes it private
-        if not directory.exists():
-            staging.rename(directory)
-            return
-        stale = {*directory.glob("model*.safetensors"), directory / INDEX_FILE}
-        for path in staging.iterdir():
-            os.replace(path, directory / path.name)
-            stale.discard(directory / path.name)
-        for path in stale:
-            path.unlink(missing_ok=True)
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
-
-
-def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Write one JSON object, indented, ending in a newline, as transformers does."""
-    path.write_text(json.dumps(content, indent=2, sort_keys=True, ensure_ascii=False) + "\n")
+    with staged_directory(directory, into_existing=True) as staging:
+        write_safetensors(staging, specs, next_tensor, max_shard_size=max_shard_size)
+        for file, content in {**(json_files or {}), "config.json": fields}.items():
+            # indented and sorted as transformers writes it
+            text = json.dumps(content, indent=2, sort_keys=True, ensure_ascii=False)
+            write_text(staging / file, text + "\n")
 
 
 def _require_float(dtype: Any) -> np.dtype:
@@ -224,12 +191,6 @@ def _require_float(dtype: Any) -> np.dtype:
     if found == jnp.float64 and not jax.config.read("jax_enable_x64"):
         raise ValueError("dtype: found float64, expected jax_enable_x64 to be on")
     return found
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
 
 
 def _flat(model: nnx.Module) -> dict[ParamPath, Any]:

@@ -286,7 +286,7 @@ def test_a_save_that_fails_leaves_nothing(tmp_path, monkeypatch):
     def no_space(*_: object, **__: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(hf, "write_json", no_space)
+    monkeypatch.setattr(hf, "write_text", no_space)
     with pytest.raises(OSError, match="No space left"):
         model.save_pretrained(tmp_path / "model")
     assert list(tmp_path.iterdir()) == []

@@ -11,7 +11,7 @@ import pytest
 from safetensors import safe_open
 from safetensors.numpy import load_file
 
-from llama_jax.safetensors_io import DTYPE_NAMES, TensorSpec, plan_shards, write_safetensors
+from llama_jax.safetensors_write import DTYPE_NAMES, TensorSpec, plan_shards, write_safetensors
 
 
 def arrays(count: int = 5) -> dict[str, np.ndarray]:
