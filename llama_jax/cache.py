@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
 from llama_jax.config import LlamaConfig
@@ -30,7 +31,7 @@ class KVCache:
         return self.keys.shape[2]
 
 
-def init_cache(config: LlamaConfig, batch: int, capacity: int, dtype: jnp.dtype) -> KVCache:
+def init_cache(config: LlamaConfig, batch: int, capacity: int, dtype: DTypeLike) -> KVCache:
     """An empty cache for `batch` rows of at most `capacity` tokens.
 
     Takes 2 * layers * batch * capacity * kv_heads * head_dim elements of `dtype`.

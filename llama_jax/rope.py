@@ -180,7 +180,7 @@ def _yarn(
     factor = rope.get("factor") or max_position_embeddings / context
     beta_fast, beta_slow = rope.get("beta_fast") or 32, rope.get("beta_slow") or 1
 
-    def correction_dim(rotations: float) -> float:
+    def correction_dim(rotations: int | float) -> float:
         turns = math.log(context / (rotations * 2 * math.pi))
         return dim * turns / (2 * math.log(rope["rope_theta"]))
 

@@ -1,4 +1,4 @@
-"""Settings of the whole suite: exact promotion rules, one thread of torch, JAX on the CPU.
+"""Settings of the whole suite: strict promotion, checked shapes, one thread of torch, JAX on the CPU.
 
 `--mutation NAME` breaks the library in one of the ways of `mutations.py` for the whole session. The
 suite must then go red; `test_mutations.py` proves it for each of them.
@@ -7,11 +7,17 @@ suite must then go red; `test_mutations.py` proves it for each of them.
 import jax
 import pytest
 import torch
+from jaxtyping import install_import_hook
 
 # An accidental float64 or a silent upcast is an error, not a slower and rounder answer.
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_platforms", "cpu")
 torch.set_num_threads(1)
+
+# The shapes and dtypes in the annotations of the numerics are checked as the suite runs. Not those of
+# the public surface, which answers a wrong argument with an error of its own.
+CHECKED = ("attention", "cache", "layers", "loss", "masks", "matmul", "rope")
+install_import_hook([f"llama_jax.{module}" for module in CHECKED], "beartype.beartype")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

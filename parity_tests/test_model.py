@@ -85,13 +85,10 @@ def test_nothing_is_computed_that_was_not_asked_for() -> None:
 
 # P2 ----------------------------------------------------------------------------------------------
 
-# One of each kind of rounding: norms, rotations of every type, softmax over masks, biases, the loss.
+# One of each kind of rounding: rotations, softmax over masks, the loss; `everything` has all biases.
 ROUNDING = [
     "gqa_3_to_1",
-    "attention_bias",
-    "mlp_bias",
     "tied",
-    "act_gelu_pytorch_tanh",
     "rope_dynamic_past",
     "rope_yarn",
     "rope_longrope_long",
@@ -101,7 +98,8 @@ ROUNDING = [
     "num_items",
     "everything",
 ]
-# The loss is one number a run, and the rms of n independent errors is uncertain by 1/sqrt(2 n).
+# The loss is one number a run, and the rms of n independent errors is uncertain by 1/sqrt(2 n): the
+# ratio of two programs that are equally good, from 80 runs each, by 0.11.
 WEIGHT_SEEDS = 8
 
 
@@ -127,7 +125,7 @@ def pooled_errors(case: Case, input_seeds: int) -> dict[str, tuple[float, float]
     }
 
 
-@pytest.mark.parametrize("input_seeds", [4, pytest.param(40, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("input_seeds", [10, pytest.param(40, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", ROUNDING)
 def test_p2_float32_is_as_exact_as_hugging_face(name: str, input_seeds: int) -> None:
     errors = pooled_errors(BY_NAME[name], input_seeds)
