@@ -17,7 +17,7 @@ from rich.table import Table
 from llama_jax.config import LlamaConfig
 from llama_jax.info import tensors
 from llama_jax.presets import PRESETS
-from llama_jax.safetensors_io import TensorSpec, write_safetensors
+from llama_jax.safetensors_write import TensorSpec, write_safetensors
 
 CONFIG = replace(PRESETS["llama-3.2-1b"], tie_word_embeddings=False)
 ROUNDS = 5

@@ -40,9 +40,10 @@ class Plan:
 
     @property
     def peak_memory(self) -> int:
-        """Bytes for the largest tensor as stored or dequantised, reordered, and as written."""
+        """Bytes for the tensor that needs most: as read, and as cast where the dtypes differ."""
+        target = DTYPES[self.dtype]
         return max(
-            (spec.nbytes * 2 + spec.size * DTYPES[self.dtype].itemsize)
+            spec.nbytes + (spec.size * target.itemsize if spec.dtype != target else 0)
             for spec in self.checkpoint.tensors
         )
 

@@ -14,7 +14,8 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from llama_jax.safetensors_io import TensorSpec
+from llama_jax.safetensors_read import all_finite
+from llama_jax.safetensors_write import TensorSpec
 
 DTYPES: dict[str, np.dtype[Any]] = {
     "float32": np.dtype(np.float32),
@@ -56,14 +57,14 @@ def cast(name: str, values: np.ndarray, dtype: np.dtype[Any]) -> np.ndarray:
     Raises ValueError when values are not finite, or finite ones would not stay so (float16 ends at
     65504): a model with them computes NaN, and nobody would know why.
     """
-    if not np.isfinite(values).all():
+    if not all_finite(values):
         count = int(values.size - np.isfinite(values).sum())
         raise ValueError(f"tensor {name}: {count} values are NaN or infinite, expected none")
     if values.dtype == dtype:
         return values
     with np.errstate(over="ignore"):
         result = values.astype(dtype)
-    if not np.isfinite(result).all():
+    if not all_finite(result):
         count = int(result.size - np.isfinite(result).sum())
         raise ValueError(
             f"tensor {name}: {count} values overflow {dtype}, "

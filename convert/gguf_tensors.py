@@ -16,7 +16,7 @@ from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 from gguf.quants import dequantize
 
 from convert.gguf_header import GgufHeader, GgufTensor
-from llama_jax.safetensors_io import TensorSpec
+from llama_jax.safetensors_write import TensorSpec
 
 PLAIN: dict[GGMLQuantizationType, np.dtype[Any]] = {
     GGMLQuantizationType.F32: np.dtype(np.float32),

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import json
-import os
-import shutil
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 
 from convert.checkpoint import DTYPES, Checkpoint, cast
-from llama_jax.safetensors_io import TensorSpec, write_safetensors
+from llama_jax.safetensors_write import TensorSpec, write_safetensors
+from llama_jax.staging import staged_directory, write_text
 
 
 def target_specs(checkpoint: Checkpoint, dtype: str) -> list[TensorSpec]:
@@ -37,34 +35,11 @@ def write(
     def load(name: str) -> np.ndarray:
         return cast(name, checkpoint.load(name), DTYPES[dtype])
 
-    with _whole(directory) as partial:
+    with staged_directory(directory, into_existing=False) as partial:
         specs = target_specs(checkpoint, dtype)
         write_safetensors(partial, specs, load, max_shard_size=max_shard_size, progress=progress)
         # transformers 4 reads torch_dtype, 5 reads dtype.
         config = {**checkpoint.config, "torch_dtype": dtype, "dtype": dtype}
-        _write_text(partial / "config.json", json.dumps(config, indent=2) + "\n")
+        write_text(partial / "config.json", json.dumps(config, indent=2) + "\n")
         for name, text in checkpoint.files.items():
-            _write_text(partial / name, text)
-
-
-@contextmanager
-def _whole(directory: Path) -> Iterator[Path]:
-    """A new directory beside `directory` that takes its name at the end, or disappears."""
-    partial = directory.with_name(f".{directory.name}.{os.getpid()}.partial")
-    partial.mkdir()
-    try:
-        yield partial
-        if os.path.lexists(directory):  # rename would silently replace an empty directory
-            raise FileExistsError(f"{directory} has appeared meanwhile, expected it to be absent")
-        partial.rename(directory)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
-
-
-def _write_text(path: Path, text: str) -> None:
-    path.parent.mkdir(exist_ok=True)
-    with path.open("w", encoding="utf-8", newline="") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
+            write_text(partial / name, text)

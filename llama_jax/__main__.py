@@ -60,6 +60,11 @@ def _generate(options: argparse.Namespace) -> None:
     from llama_jax.tokenizer import load_tokenizer
 
     directory = Path(options.model)
+    if directory.is_file():
+        raise ValueError(
+            f"{directory}: found a file, expected a Hugging Face directory; for a GGUF file: "
+            f"python -m convert {directory} DIR"
+        )
     if not directory.is_dir():
         raise ValueError(f"{directory}: no such directory, expected a Hugging Face checkpoint")
     tokenizer = load_tokenizer(directory)

@@ -289,7 +289,7 @@ def _merge_rope_layouts(fields: dict[str, Any]) -> dict[str, Any]:
     layouts: dict[str, dict[str, Any]] = {}
     for layout in ("rope_scaling", "rope_parameters"):
         value = fields.pop(layout, None)
-        if value is None:
+        if value is None or value == {}:
             continue
         if not isinstance(value, Mapping):
             raise ValueError(f"{layout}: found {value!r}, expected an object or null")

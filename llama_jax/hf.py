@@ -5,11 +5,8 @@ is that layers are stacked, so `model.layers.self_attn.q_proj.weight` [layers, o
 `model.layers.{i}.self_attn.q_proj.weight` [out, in].
 """
 
-import contextlib
 import json
 import os
-import shutil
-import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -22,11 +19,9 @@ import numpy as np
 from flax import nnx
 
 from llama_jax.config import LlamaConfig, read_json_object
-from llama_jax.safetensors_io import TensorSpec, write_safetensors
 from llama_jax.safetensors_read import FLOAT_DTYPES, StoredTensor, read_header, read_tensor
-
-INDEX_FILE = "model.safetensors.index.json"
-SINGLE_FILE = "model.safetensors"
+from llama_jax.safetensors_write import INDEX_FILE, SINGLE_FILE, TensorSpec, write_safetensors
+from llama_jax.staging import staged_directory, write_text
 
 Model = TypeVar("Model", bound=nnx.Module)
 ParamPath = tuple[str, ...]
@@ -105,21 +100,27 @@ def load(
     stored, faults, excused = _open(directory)
     if dtype is None:
         dtype = _widest({FLOAT_DTYPES[tensor.dtype] for tensor in stored.values()})
-    dtype = jnp.dtype(dtype)
-    if dtype == jnp.float64 and not jax.config.read("jax_enable_x64"):
-        raise ValueError(f"dtype: found float64 in {directory}, expected jax_enable_x64 to be on")
+    dtype = _require_float(dtype)
+    if config.num_hidden_layers > max(len(stored), 1):
+        # an absurd count, before anything is laid out for it
+        raise ValueError(
+            f"{directory}: found {len(stored)} tensors, expected some for each of "
+            f"num_hidden_layers={config.num_hidden_layers}"
+        )
     abstract = _abstract(model_class, config, dtype)
     table = name_table(abstract)
     stored = _with_prefix(stored, table)
     tied = stored.pop("lm_head.weight") if _is_tied_copy(stored, table, config) else None
     shapes = {name: tensor.shape for name, tensor in stored.items()}
     faults += _compare(shapes, table, abstract, excused)
-    buffers = _allocate(abstract)
+    # with a fault there will be no model: values are only looked at, for the rest of the report
+    buffers = {} if faults else _allocate(abstract)
 
     def read(name: str) -> str | None:
-        place = _place(buffers, table[name])
-        if place.shape != stored[name].shape:
-            return None  # among the shape faults already
+        if buffers:  # noqa: SIM108
+            place = _place(buffers, table[name])
+        else:
+            place = np.empty(stored[name].shape, dtype)
         try:
             finite = read_tensor(stored[name], place)
         except (ValueError, OSError) as error:
@@ -171,48 +172,25 @@ def save(
         assert expected == name, f"{expected} was to be written, asked for {name}"
         return array
 
-    with staged_directory(directory) as staging:
-        write_safetensors(staging, specs, next_tensor, max_shard_size=max_shard_size)
-        for file, content in {**(json_files or {}), "config.json": fields}.items():
-            write_json(staging / file, content)
-
-
-@contextlib.contextmanager
-def staged_directory(directory: Path) -> Iterator[Path]:
-    """A temporary sibling of `directory`, moved into place when the block ends without an error.
-
-    An existing `directory` keeps its other files; its safetensors weights and index are replaced.
-    """
-    parent = directory.absolute().parent
     if directory.exists() and not directory.is_dir():
         raise ValueError(f"{directory}: found a file, expected a directory")
-    parent.mkdir(parents=True, exist_ok=True)
-    staging = Path(tempfile.mkdtemp(prefix=f".{directory.name}.", dir=parent))
+    with staged_directory(directory, into_existing=True) as staging:
+        write_safetensors(staging, specs, next_tensor, max_shard_size=max_shard_size)
+        for file, content in {**(json_files or {}), "config.json": fields}.items():
+            # indented and sorted as transformers writes it
+            text = json.dumps(content, indent=2, sort_keys=True, ensure_ascii=False)
+            write_text(staging / file, text + "\n")
+
+
+def _require_float(dtype: Any) -> np.dtype:
+    wanted = {str(known): known for known in FLOAT_DTYPES.values()}
     try:
-        yield staging
-        os.chmod(staging, 0o777 & ~_umask())  # mkdtemp makes it private
-        if not directory.exists():
-            staging.rename(directory)
-            return
-        stale = {*directory.glob("model*.safetensors"), directory / INDEX_FILE}
-        for path in staging.iterdir():
-            os.replace(path, directory / path.name)
-            stale.discard(directory / path.name)
-        for path in stale:
-            path.unlink(missing_ok=True)
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
-
-
-def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Write one JSON object, indented, ending in a newline, as transformers does."""
-    path.write_text(json.dumps(content, indent=2, sort_keys=True, ensure_ascii=False) + "\n")
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
+        found = wanted[str(jnp.dtype(dtype))]
+    except (TypeError, KeyError):
+        raise ValueError(f"dtype: found {dtype!r}, expected one of {', '.join(wanted)}") from None
+    if found == jnp.float64 and not jax.config.read("jax_enable_x64"):
+        raise ValueError("dtype: found float64, expected jax_enable_x64 to be on")
+    return found
 
 
 def _flat(model: nnx.Module) -> dict[ParamPath, Any]:

@@ -85,11 +85,12 @@ class LlamaModel(nnx.Module):
             input_ids: token ids; exactly one of `input_ids` and `inputs_embeds`.
             attention_mask: [batch, seq], 1 for tokens and 0 for padding, on either side or between.
                 With a cache it speaks of this call's tokens; the cache remembers earlier ones.
+            inputs_embeds: given instead of ids, cast to the model's dtype.
             position_ids: rotary positions, [batch, seq] or [1, seq]; default: counted from 0, or from
                 the cache's length. They never change who attends to whom.
             segment_ids: packed documents; tokens attend only within their own segment.
-            cache: earlier keys and values; the returned cache holds this call's as well. Under jit the
-                caller must leave room for `seq` more slots; outside it, too little room is an error.
+            cache: earlier keys and values; the returned cache holds this call's as well. Too little room
+                for `seq` more tokens is an error outside jit and NaN under it.
             dropout_key: turns attention dropout on (training).
 
         Raises:
@@ -153,6 +154,8 @@ class LlamaModel(nnx.Module):
         )
         if cache is not None and store is not None:
             cache = KVCache(*store, cache.is_token, cache.segments, cache.length)
+            # beyond the capacity, the update above has gone to other tokens' slots
+            x = jnp.where(cache.length <= cache.capacity, x, jnp.nan)
         x = self.norm(x)
         return ModelOutput(
             last_hidden_state=x,

@@ -104,7 +104,7 @@ def read_tensor(tensor: StoredTensor, out: np.ndarray) -> bool:
             if scratch is not None:
                 with np.errstate(over="ignore", invalid="ignore"):
                     part[...] = place.astype(target.dtype)
-            finite = _all_finite(part) and finite
+            finite = all_finite(part) and finite
     return finite
 
 
@@ -118,7 +118,8 @@ def _read_exactly(descriptor: int, out: np.ndarray, tensor: StoredTensor, skip: 
         skip += count
 
 
-def _all_finite(values: np.ndarray) -> bool:
+def all_finite(values: np.ndarray) -> bool:
+    """Whether a floating-point array of any dtype has no NaN and no infinity."""
     # As an integer, a positive float grows with its value and inf, then nan, come after all finite
     # ones; a negative float is the same with the sign bit on, where unsigned integers go on growing.
     # Two maxima read each value twice and write nothing: several times faster than np.isfinite.

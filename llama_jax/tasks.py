@@ -168,15 +168,22 @@ def keep_positions(values: Array, logits_to_keep: int | Array | np.ndarray) -> A
         if logits_to_keep < 0:
             raise ValueError(f"logits_to_keep: found {logits_to_keep}, expected 0 or more")
         return values[:, -logits_to_keep:]
-    indices = jnp.asarray(logits_to_keep)
+    indices, seq = jnp.asarray(logits_to_keep), values.shape[1]
     if not jnp.issubdtype(indices.dtype, jnp.integer) or indices.ndim not in (1, 2):
         raise ValueError(
             f"logits_to_keep: found {indices.dtype}{list(indices.shape)}, expected an int or an "
             "integer array [kept] or [batch, kept]"
         )
+    known = known_value(logits_to_keep)
+    if known is not None and ((known < -seq) | (known >= seq)).any():
+        raise ValueError(f"logits_to_keep: found {known.tolist()}, expected {-seq} to {seq - 1}")
+    # under jit, a position that is not there is NaN, or a label that makes the loss NaN
+    nothing = jnp.nan if jnp.issubdtype(values.dtype, jnp.floating) else IGNORE_INDEX - 1
     if indices.ndim == 1:
-        return values[:, indices]
-    return jax.vmap(lambda row, kept: row[kept])(values, indices)
+        return values.at[:, indices].get(mode="fill", fill_value=nothing)
+    return jax.vmap(lambda row, kept: row.at[kept].get(mode="fill", fill_value=nothing))(
+        values, indices
+    )
 
 
 def _require_labels(labels: Array | np.ndarray, expected: tuple[int, ...], vocab_size: int) -> None:

@@ -221,6 +221,22 @@ def test_mixed_dtypes_are_widened_never_narrowed(directory):
     assert LlamaForCausalLM.from_pretrained(directory).dtype == jnp.float32
 
 
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("hidden_size", 1 << 40), ("num_hidden_layers", 1 << 40), ("vocab_size", 1 << 50)],
+)
+def test_an_absurd_size_is_an_error_before_memory_is_taken(directory, field, value):
+    fields = json.loads((directory / "config.json").read_text())
+    (directory / "config.json").write_text(json.dumps(fields | {field: value}))
+    assert "expected" in fault(directory)
+
+
+@pytest.mark.parametrize("dtype", ["int8", "float33", jnp.complex64])
+def test_a_dtype_that_weights_cannot_have(directory, dtype):
+    with pytest.raises(ValueError, match=r"dtype: found .* expected one of float64, float32"):
+        LlamaForCausalLM.from_pretrained(directory, dtype=dtype)
+
+
 def test_old_rotary_buffers_are_passed_over(directory):
     tensors = tensors_of(directory)
     tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = np.ones(2, np.float32)
@@ -270,7 +286,7 @@ def test_a_save_that_fails_leaves_nothing(tmp_path, monkeypatch):
     def no_space(*_: object, **__: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(hf, "write_json", no_space)
+    monkeypatch.setattr(hf, "write_text", no_space)
     with pytest.raises(OSError, match="No space left"):
         model.save_pretrained(tmp_path / "model")
     assert list(tmp_path.iterdir()) == []

@@ -108,16 +108,16 @@ def test_gradients_of_float32_can_be_taken_twice_and_forwards():
     np.testing.assert_allclose(tangent, sum(jax.tree.leaves(dots)), rtol=1e-4)
 
 
-def attend(model: LlamaForCausalLM, key: jax.Array | None) -> tuple[np.ndarray, ...]:
-    run = jax.jit(lambda m, k: m(IDS, output_attentions=True, dropout_key=k).attentions)
-    return tuple(map(np.asarray, run(model, key)))
+@jax.jit
+def attend(model: LlamaForCausalLM, key: jax.Array | None) -> tuple[jax.Array, ...]:
+    return model(IDS, output_attentions=True, dropout_key=key).attentions
 
 
 def test_dropout_needs_a_key_and_keeps_the_mean():
     model = model_of(attention_dropout=0.5)
-    (exact, *_) = attend(model_of(), None)
+    exact = np.asarray(attend(model_of(), None)[0])
     assert (attend(model, None)[0] == exact).all()  # evaluation: off
-    first, second, *_ = attend(model, jax.random.key(0))
+    first, second, *_ = map(np.asarray, attend(model, jax.random.key(0)))
     seen = exact > 0
     kept = (first > 0) & seen
     assert 0.4 < kept.sum() / seen.sum() < 0.6
@@ -150,7 +150,14 @@ def test_dropout_needs_a_key_and_keeps_the_mean():
             "labels: found 97, expected -100 or 0 to 96",
         ),
         (lambda m: m(IDS, logits_to_keep=-1), "logits_to_keep: found -1"),
-        (lambda m: m(IDS, cache=init_cache(CONFIG, 2, 9, jnp.float32)), "cache: 9 slots"),
+        (lambda m: m(IDS, logits_to_keep=jnp.asarray([3, 10])), "expected -10 to 9"),
+        (lambda m: m(IDS, logits_to_keep=jnp.asarray([1.0])), "logits_to_keep: found float32[1]"),
+        (
+            lambda m: m(
+                IDS, cache=init_cache(model_of(num_hidden_layers=1).config, 2, 9, jnp.float32)
+            ),
+            "cache: 9 slots",
+        ),
         (lambda m: m.generate(IDS, max_new_tokens=0), "max_new_tokens: found 0"),
         (lambda m: m.generate(IDS, jnp.ones((2, 9)), max_new_tokens=1), "attention_mask: found"),
     ],
@@ -169,6 +176,23 @@ def test_ids_and_labels_outside_the_vocabulary_are_nan_under_jit():
         assert np.isnan(jax.jit(lambda m, ids: m(ids).logits)(model, ids)[0, 3]).all()
         scored = jax.jit(lambda m, labels: m(IDS, labels=labels).loss)
         assert np.isnan(scored(model, ids))
+
+
+def test_a_position_that_is_not_there_is_nan_under_jit():
+    model = model_of(num_hidden_layers=1)
+    keep = jax.jit(lambda m, kept: m(IDS, logits_to_keep=kept).logits)
+    for kept in (jnp.asarray([3, 10]), jnp.asarray([[3, 10], [3, -11]])):
+        logits = np.asarray(keep(model, kept))
+        assert np.isfinite(logits[:, 0]).all()
+        assert np.isnan(logits[:, 1]).all()
+
+
+def test_a_cache_that_runs_over_is_nan_under_jit():
+    model = model_of(num_hidden_layers=1)
+    step = jax.jit(lambda m, cache: m(IDS, cache=cache))
+    out = step(model, init_cache(model.config, 2, 15, jnp.float32))
+    assert np.isfinite(out.logits).all()
+    assert np.isnan(step(model, out.cache).logits).all()
 
 
 def test_a_batch_without_labels_has_no_loss_and_no_gradient():

@@ -63,10 +63,12 @@ class TensorSpec:
 
     @property
     def size(self) -> int:
+        """How many numbers."""
         return math.prod(self.shape)
 
     @property
     def nbytes(self) -> int:
+        """How many bytes of data."""
         return self.size * self.dtype.itemsize
 
 
@@ -154,7 +156,7 @@ def write_safetensors(
         for path in temporary.values():
             path.unlink(missing_ok=True)
         raise
-    _remove_stale(directory, keep=temporary)
+    remove_stale(directory, keep=temporary)
     return list(temporary)
 
 
@@ -198,7 +200,8 @@ def _to_disk(file: BinaryIO) -> None:
     os.fsync(file.fileno())
 
 
-def _remove_stale(directory: Path, keep: Iterable[Path]) -> None:
+def remove_stale(directory: Path, keep: Iterable[Path]) -> None:
+    """Remove the weight files of an earlier save, except those in `keep`."""
     names = {path.name for path in keep}
     for path in directory.iterdir():
         if _OURS.fullmatch(path.name) and path.name not in names:
