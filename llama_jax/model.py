@@ -40,14 +40,23 @@ class Embedding(nnx.Module):
     """The token embedding table [vocab, hidden]."""
 
     def __init__(self, config: LlamaConfig, *, dtype: jnp.dtype, rngs: nnx.Rngs):
+        # torch's `padding_idx`, which transformers sets: that row gets no gradient as an input. Negative
+        # ids count from the end there; ids beyond the vocabulary, which torch refuses, mean none here.
+        pad, vocab = config.pad_token_id, config.vocab_size
+        self.padding_id = pad % vocab if pad is not None and -vocab <= pad < vocab else None
         shape = (config.vocab_size, config.hidden_size)
         normal = nnx.initializers.normal(config.initializer_range)
         self.weight = parameter(rngs, shape, ("vocab", "embed"), normal, dtype)
 
     def __call__(self, input_ids: Int[Array, "batch seq"]) -> Float[Array, "batch seq hidden"]:
         """Rows of the table; NaN for an id outside the vocabulary, never another token's row."""
-        table = self.weight[...]
-        return table.at[input_ids].get(mode="fill", fill_value=jnp.nan, wrap_negative_indices=False)
+        rows = self.weight.at[input_ids].get(
+            mode="fill", fill_value=jnp.nan, wrap_negative_indices=False
+        )
+        if self.padding_id is None:
+            return rows
+        padding = (input_ids == self.padding_id)[..., None]
+        return jnp.where(padding, jax.lax.stop_gradient(rows), rows)
 
 
 class LlamaModel(nnx.Module):

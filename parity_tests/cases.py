@@ -117,6 +117,9 @@ HEADS = [
 
 FIELDS = [
     case("tied", tie_word_embeddings=True),
+    # transformers gives the padding token's embedding no gradient, wherever the token stands
+    case("padding_token", pad_token_id=5),
+    case("padding_token_negative_tied", pad_token_id=-1, tie_word_embeddings=True),
     case("attention_bias", attention_bias=True),
     case("mlp_bias", mlp_bias=True),
     case("eps_1e-6", rms_norm_eps=1e-6),

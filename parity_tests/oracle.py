@@ -88,6 +88,17 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
+# Embedding ---------------------------------------------------------------------------------------
+
+
+def embed(config: Config, table: Tensor, ids: Tensor) -> Tensor:
+    """Rows of the table [vocab, hidden]; as an input, the row of `pad_token_id` is a constant."""
+    rows, pad = table[ids], config.get("pad_token_id")
+    if pad is None:
+        return rows
+    return torch.where((ids == pad % len(table))[..., None], rows.detach(), rows)
+
+
 # Rotary position embeddings ----------------------------------------------------------------------
 
 
@@ -353,7 +364,7 @@ def oracle(
     embedding = weights["model.embed_tokens.weight"]
     if inputs_embeds is None:
         assert input_ids is not None, "give input_ids or inputs_embeds"
-        inputs_embeds = embedding[input_ids]
+        inputs_embeds = embed(config, embedding, input_ids)
     x = inputs_embeds.to(dtype)
     batch, length, _ = x.shape
     if position_ids is None:

@@ -1,0 +1,74 @@
+"""The real checkpoint: converted, run by both, equal to the oracle's rule and in its greedy tokens."""
+
+import numpy as np
+import pytest
+import torch
+import transformers
+
+import convert
+from convert import demo_checkpoint
+from llama_jax import PRESETS, LlamaForCausalLM
+from llama_jax.config import read_json_object
+from llama_jax.info import parameter_count
+from llama_jax.tokenizer import load_tokenizer
+from parity_tests.demo import compare, load_torch
+
+pytestmark = pytest.mark.checkpoint
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory):
+    path = tmp_path_factory.mktemp("checkpoint") / "SmolLM2-135M-Instruct"
+    convert.convert(demo_checkpoint.fetch(), path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def both(directory):
+    torch.set_num_threads(2)
+    return LlamaForCausalLM.from_pretrained(directory), load_torch(directory)
+
+
+def test_it_is_the_preset(both):
+    ours, _ = both
+    preset = PRESETS["smollm2-135m"]
+    assert parameter_count(ours.config) == parameter_count(preset) == 134_515_008
+    for field in (
+        "hidden_size",
+        "num_hidden_layers",
+        "num_key_value_heads",
+        "rms_norm_eps",
+        "rope",
+    ):
+        assert getattr(ours.config, field) == getattr(preset, field)
+
+
+def test_p2_on_real_text(directory, both, capsys):
+    text = " ".join((transformers.LlamaModel.__doc__ or "", str(transformers.LlamaConfig.__doc__)))
+    ids = np.asarray([load_tokenizer(directory).encode(text).ids[:256]])
+    assert compare(*both, read_json_object(directory / "config.json"), ids)
+
+
+def test_p6_greedy_tokens_with_and_without_left_padding(directory, both):
+    ours, theirs = both
+    tokenizer = load_tokenizer(directory)
+    rows = [
+        tokenizer.encode(prompt).ids
+        for prompt in (
+            "The capital of France is",
+            "def fibonacci(n):",
+            "Once upon a time there was",
+        )
+    ]
+    width = max(map(len, rows))
+    ids = np.asarray([[2] * (width - len(row)) + row for row in rows])
+    mask = np.asarray([[0] * (width - len(row)) + [1] * len(row) for row in rows])
+    got = np.asarray(ours.generate(ids, mask, max_new_tokens=64))
+    with torch.no_grad():
+        want = theirs.generate(
+            torch.from_numpy(ids),
+            attention_mask=torch.from_numpy(mask),
+            max_new_tokens=64,
+            do_sample=False,
+        ).numpy()
+    np.testing.assert_array_equal(got, want)
