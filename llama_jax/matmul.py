@@ -5,7 +5,9 @@ cotangent with a bfloat16 operand and accumulates in bfloat16. Here the cotangen
 dtype, as PyTorch does, and both backward products accumulate in float32 again.
 """
 
+import functools
 import math
+import operator
 from functools import partial
 
 import jax
@@ -42,34 +44,31 @@ def einsum(
 
 # XLA's float32 product on the CPU adds up long rows in one go; PyTorch's library there, in blocks of
 # about this depth, which rounds less: 1.5 times less at a depth of 576. So do we, in at most so many
-# pieces. Short operands (decoding) take another path in XLA, which needs no help.
-_BLOCK_DEPTH, _MOST_BLOCKS, _FEW_ROWS = 192, 16, 32
+# pieces. A single row (decoding) takes another path in XLA, which needs no help.
+_BLOCK_DEPTH, _MOST_BLOCKS = 192, 16
 
 
 def _blocked_einsum(spec: str, a: Array, b: Array) -> Array:
     """`jnp.einsum`; for float32 on the CPU a sum over blocks of the contracted index."""
-    of_a, of_b = spec.split("->")[0].split(",")
-    (index, *others) = [
-        letter for letter in of_a if letter in of_b and letter not in spec.split("->")[1]
-    ]
+    inputs, out = spec.split("->")
+    of_a, of_b = inputs.split(",")
+    index, *others = [letter for letter in of_a if letter in of_b and letter not in out]
     axis_a, axis_b = of_a.index(index), of_b.index(index)
     depth = a.shape[axis_a]
     rows = math.prod(a.shape) // depth if depth else 0
     blocks = min(-(-depth // _BLOCK_DEPTH), _MOST_BLOCKS)
     narrow = a.dtype != jnp.float32 or jax.default_backend() != "cpu"
-    if narrow or others or blocks < 2 or rows < _FEW_ROWS:
+    if narrow or others or blocks < 2 or rows < 2:
         return jnp.einsum(spec, a, b, preferred_element_type=a.dtype)
-    total = None
-    for start in range(0, depth, size := -(-depth // blocks)):
+    size = -(-depth // blocks)
+
+    def piece(start: int) -> Array:
         end = min(start + size, depth)
-        piece = jnp.einsum(
-            spec,
-            jax.lax.slice_in_dim(a, start, end, axis=axis_a),
-            jax.lax.slice_in_dim(b, start, end, axis=axis_b),
-            preferred_element_type=a.dtype,
-        )
-        total = piece if total is None else total + piece
-    return total
+        part_a = jax.lax.slice_in_dim(a, start, end, axis=axis_a)
+        part_b = jax.lax.slice_in_dim(b, start, end, axis=axis_b)
+        return jnp.einsum(spec, part_a, part_b, preferred_element_type=a.dtype)
+
+    return functools.reduce(operator.add, map(piece, range(0, depth, size)))
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))
