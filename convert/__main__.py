@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import re
 import signal
 import sys
 from collections.abc import Sequence
@@ -24,9 +23,8 @@ from rich.table import Table
 
 from convert import Plan, info, plan, run
 from convert.checkpoint import DTYPES
+from llama_jax.arguments import OneLineParser, size_argument
 
-_UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
-_BINARY = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 _EPILOG = """\
 python -m convert info SRC [--json]   says what is in a checkpoint and writes nothing
 
@@ -34,13 +32,6 @@ SRC is a GGUF file of the llama architecture, quantised or not; of one in pieces
 DST becomes a Hugging Face directory: config.json, safetensors, tokenizer, generation config.
 It must not exist; it appears when it is complete, and not at all if anything fails.
 """
-
-
-class _Parser(argparse.ArgumentParser):
-    """Argument errors as one line like any other, without the usage in front."""
-
-    def error(self, message: str) -> NoReturn:
-        raise ValueError(f"{message}; see --help")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -61,7 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _convert(arguments: Sequence[str], console: Console) -> None:
-    parser = _Parser(
+    parser = OneLineParser(
         prog="python -m convert",
         description="Convert a checkpoint, one tensor in memory at a time.",
         epilog=_EPILOG,
@@ -69,6 +60,7 @@ def _convert(arguments: Sequence[str], console: Console) -> None:
     )
     parser.add_argument("source", metavar="SRC", help="the checkpoint to read")
     parser.add_argument("destination", metavar="DST", help="the directory to make")
+    parser.add_argument("--to", choices=["hf"], default="hf", help="format of DST: Hugging Face")
     parser.add_argument(
         "--dtype",
         choices=list(DTYPES),
@@ -76,7 +68,7 @@ def _convert(arguments: Sequence[str], console: Console) -> None:
     )
     parser.add_argument(
         "--max-shard-size",
-        type=_size,
+        type=size_argument,
         default="5GB",
         metavar="SIZE",
         help="largest safetensors file, as in 500MB, 5GB, 2GiB; default: %(default)s",
@@ -108,7 +100,9 @@ def _convert(arguments: Sequence[str], console: Console) -> None:
 
 
 def _info(arguments: Sequence[str], console: Console) -> None:
-    parser = _Parser(prog="python -m convert info", description="Say what is in a checkpoint.")
+    parser = OneLineParser(
+        prog="python -m convert info", description="Say what is in a checkpoint."
+    )
     parser.add_argument("command", choices=["info"], help=argparse.SUPPRESS)
     parser.add_argument("source", metavar="SRC", help="the checkpoint to read")
     parser.add_argument("--json", action="store_true", help="for machines")
@@ -157,17 +151,6 @@ def _bytes(count: int) -> str:
             return f"{count} bytes" if unit == "bytes" else f"{size:.1f} {unit}"
         size /= 1000
     return f"{size:.1f} TB"
-
-
-def _size(text: str) -> int:
-    """Bytes from "5GB", "2GiB", "500M" or a bare number, as argparse's `type`."""
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(?:([KMGT])(i?)B?|B?)", text.strip(), re.IGNORECASE)
-    if match:
-        prefix = (match[2] or "").upper()
-        size = int(float(match[1]) * (_BINARY if match[3] else _UNITS)[prefix])
-        if size > 0:
-            return size
-    raise argparse.ArgumentTypeError(f"{text!r}, expected a size such as 500MB, 5GB or 2GiB")
 
 
 def _terminate(signum: int, frame: FrameType | None) -> NoReturn:

@@ -8,37 +8,45 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import jax
+
+from llama_jax.arguments import OneLineParser, positive
+
 DTYPES = ("float32", "bfloat16", "float16")
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run one command. A user's mistake is one line on stderr and exit code 2."""
-    options = _parser().parse_args(arguments)
-    command: Callable[[argparse.Namespace], None] = options.command
     try:
+        options = _parser().parse_args(arguments)
+        command: Callable[[argparse.Namespace], None] = options.command
         with warnings.catch_warnings():
             warnings.simplefilter("always", UserWarning)
             warnings.showwarning = _show_warning
             command(options)
     except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+        message = " ".join(str(error).split())
+    except (MemoryError, OverflowError, jax.errors.JaxRuntimeError) as error:
+        message = f"not enough memory, or a size out of range: {str(error).splitlines()[0]}"
+    else:
+        return 0
+    print(f"error: {message}", file=sys.stderr)
+    return 2
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m llama_jax", description=__doc__)
+    parser = OneLineParser(prog="python -m llama_jax", description=__doc__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     generate = commands.add_parser("generate", help="continue a prompt, greedily")
     generate.set_defaults(command=_generate)
     generate.add_argument("--model", required=True, metavar="DIR", help="a Hugging Face directory")
     generate.add_argument("--prompt", required=True, metavar="TEXT")
-    generate.add_argument("--max-new-tokens", type=_positive, default=64, metavar="N")
+    generate.add_argument("--max-new-tokens", type=positive, default=64, metavar="N")
     generate.add_argument("--dtype", choices=DTYPES, help="default: as stored")
     generate.add_argument(
         "--cache-size",
-        type=_positive,
+        type=positive,
         metavar="N",
         help="slots of the key/value cache; default: prompt and new tokens",
     )
@@ -46,9 +54,9 @@ def _parser() -> argparse.ArgumentParser:
     info = commands.add_parser("info", help="the architecture: tensors, parameters, FLOPs, bytes")
     info.set_defaults(command=_info)
     info.add_argument("model", metavar="PRESET|DIR")
-    info.add_argument("--batch", type=_positive, default=1, metavar="B")
+    info.add_argument("--batch", type=positive, default=1, metavar="B")
     info.add_argument(
-        "--seq", type=_positive, metavar="S", help="default: min(max_position_embeddings, 8192)"
+        "--seq", type=positive, metavar="S", help="default: min(max_position_embeddings, 8192)"
     )
     return parser
 
@@ -68,8 +76,14 @@ def _generate(options: argparse.Namespace) -> None:
     if not directory.is_dir():
         raise ValueError(f"{directory}: no such directory, expected a Hugging Face checkpoint")
     tokenizer = load_tokenizer(directory)
+    try:
+        prompt = tokenizer.encode(options.prompt.encode().decode()).ids
+    except UnicodeEncodeError:
+        raise ValueError("--prompt: found bytes that are not UTF-8, expected text") from None
+    if not prompt:
+        raise ValueError("--prompt: found no tokens, expected at least one")
     model = LlamaForCausalLM.from_pretrained(directory, dtype=options.dtype)
-    ids = np.asarray([tokenizer.encode(options.prompt).ids], np.int32)
+    ids = np.asarray([prompt], np.int32)
     begin = time.perf_counter()
     tokens = np.asarray(
         model.generate(
@@ -97,13 +111,6 @@ def _info(options: argparse.Namespace) -> None:
         )
     seq = options.seq or min(config.max_position_embeddings, 8192)
     show(options.model, config, batch=options.batch, seq=seq)
-
-
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"found {value}, expected at least 1")
-    return value
 
 
 def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:

@@ -39,6 +39,7 @@ def dot_product_attention(
     weights = jnp.where(visible, jax.nn.softmax(scores, axis=-1), 0).astype(query.dtype)
     if dropout_key is not None and dropout_rate > 0:
         kept = jax.random.bernoulli(dropout_key, 1 - dropout_rate, weights.shape)
-        weights = jnp.where(kept, weights / (1 - dropout_rate), 0)
+        scale = 1 / (1 - dropout_rate) if dropout_rate < 1 else 0.0
+        weights = jnp.where(kept, weights * scale, 0)
     out = einsum("bngqk,bknd->bqngd", weights, value)
     return out.reshape(batch, q, heads, dim), weights.reshape(batch, heads, q, key.shape[1])

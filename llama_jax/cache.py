@@ -62,6 +62,12 @@ def extend_cache(
     )
 
 
+def last_segment(cache: KVCache) -> Int[Array, "batch 1"]:
+    """The segment of each row's newest slot, 0 in an empty cache."""
+    newest = jnp.maximum(cache.length - 1, 0)
+    return jax.lax.dynamic_index_in_dim(cache.segments, newest, axis=1)
+
+
 def write_layer(
     store: Float[Array, "layers batch capacity kv_heads dim"],
     layer: Int[Array, ""],

@@ -14,8 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from llama_jax.activations import ACTIVATIONS
-from llama_jax.rope import validate_rope_parameters
+from llama_jax.rope import longrope_attention_factor, validate_rope_parameters
 
+_ARCHITECTURES = ["LlamaForCausalLM"]
+_TRAINED_CONTEXT_TYPES = ("llama3", "yarn", "longrope")  # of original_max_position_embeddings
 DEFAULT_ROPE_THETA = 10000.0  # transformers' own default for Llama when no theta is given
 
 # Fields of other architectures (or of later Llamas) that would change the mathematics, with the values
@@ -103,10 +105,10 @@ class LlamaConfig:
         def fill(name: str, value: Any) -> None:
             object.__setattr__(self, name, value)  # the dataclass is frozen from here on
 
-        for name in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers"):
+        for name in ("vocab_size", "hidden_size", "intermediate_size", "num_attention_heads"):
             _require_positive_int(name, getattr(self, name))
-        for name in ("num_attention_heads", "max_position_embeddings"):
-            _require_positive_int(name, getattr(self, name))
+        _require_positive_int("max_position_embeddings", self.max_position_embeddings)
+        _require_positive_int("num_hidden_layers", self.num_hidden_layers, 100_000)
         if self.num_key_value_heads is None:
             fill("num_key_value_heads", self.num_attention_heads)
         _require_positive_int("num_key_value_heads", self.num_key_value_heads)
@@ -125,7 +127,7 @@ class LlamaConfig:
         _require_positive_int("head_dim", self.head_dim)
         if self.head_size % 2:
             raise ValueError(f"head_dim: found {self.head_dim}, expected an even number")
-        if self.hidden_act not in ACTIVATIONS:
+        if not isinstance(self.hidden_act, str) or self.hidden_act not in ACTIVATIONS:
             raise ValueError(
                 f"hidden_act: found {self.hidden_act!r}, expected one of {', '.join(ACTIVATIONS)}"
             )
@@ -139,19 +141,23 @@ class LlamaConfig:
         fill("pretraining_tp", 1 if self.pretraining_tp is None else self.pretraining_tp)
         _require_positive_int("pretraining_tp", self.pretraining_tp)
         for name in ("pad_token_id", "bos_token_id"):
-            _require_token("integer or null", name, getattr(self, name))
-        if isinstance(self.eos_token_id, list | tuple):
+            require_tokens(name, getattr(self, name), several=False)
+        require_tokens("eos_token_id", self.eos_token_id, several=True)
+        if isinstance(self.eos_token_id, list):
             fill("eos_token_id", tuple(self.eos_token_id))
-            for token in self.eos_token_ids:
-                _require_token("integer, list of integers or null", "eos_token_id", token)
-        else:
-            _require_token("integer, list of integers or null", "eos_token_id", self.eos_token_id)
         rope = dict(self.rope_parameters or {})
         rope.setdefault("rope_type", "default")
         rope.setdefault("rope_theta", DEFAULT_ROPE_THETA)
-        if rope["rope_type"] in ("llama3", "yarn", "longrope"):
+        if rope["rope_type"] in _TRAINED_CONTEXT_TYPES:
             rope.setdefault("original_max_position_embeddings", self.max_position_embeddings)
-        validate_rope_parameters(rope, self.head_size)
+        validate_rope_parameters(rope, self.head_size, self.max_position_embeddings)
+        if rope["rope_type"] == "yarn" and "factor" not in rope:
+            # transformers wants the key, and computes this where it is null
+            context = rope["original_max_position_embeddings"]
+            rope["factor"] = self.max_position_embeddings / context
+        if rope["rope_type"] == "longrope" and "factor" in rope:
+            # transformers 4 would derive it from max_position_embeddings instead of the factor
+            rope["attention_factor"] = longrope_attention_factor(rope, self.max_position_embeddings)
         fill("rope_parameters", rope)
         fill("extra_fields", dict(self.extra_fields))
         _refuse_unimplemented(self.extra_fields)
@@ -196,18 +202,24 @@ class LlamaConfig:
         names = {f.name for f in dataclasses.fields(cls)} - {"rope_parameters", "extra_fields"}
         rope = _merge_rope_layouts(fields)
         known = {name: fields.pop(name) for name in names & fields.keys()}
+        fields.pop("model_type", None)
+        if fields.get("architectures") == _ARCHITECTURES:
+            del fields["architectures"]
         return cls(**known, rope_parameters=rope, extra_fields=fields)
 
     def to_dict(self) -> dict[str, Any]:
         """The `config.json` content: both rope layouts, so that both majors of transformers agree."""
-        fields: dict[str, Any] = {"model_type": "llama"} | dict(self.extra_fields)
-        fields.setdefault("architectures", ["LlamaForCausalLM"])
+        fields: dict[str, Any] = {"architectures": list(_ARCHITECTURES), "model_type": "llama"}
+        fields |= self.extra_fields
         for f in dataclasses.fields(self):
             if f.name not in ("rope_parameters", "extra_fields"):
                 fields[f.name] = getattr(self, f.name)
         if isinstance(self.eos_token_id, tuple):
             fields["eos_token_id"] = list(self.eos_token_id)
         rope = dict(self.rope)
+        if rope["rope_type"] == "longrope":
+            # transformers 4 reads the trained context from outside the dictionary
+            fields["original_max_position_embeddings"] = rope["original_max_position_embeddings"]
         fields["rope_parameters"] = rope
         fields["rope_theta"] = rope["rope_theta"]
         scaling = {name: value for name, value in rope.items() if name != "rope_theta"}
@@ -248,9 +260,9 @@ def read_json_object(path: Path) -> dict[str, Any]:
     return value
 
 
-def _require_positive_int(name: str, value: Any) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ValueError(f"{name}: found {value!r}, expected a positive integer")
+def _require_positive_int(name: str, value: Any, most: int = 2**31 - 1) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= most:
+        raise ValueError(f"{name}: found {value!r}, expected a positive integer up to {most}")
 
 
 def _require_number(name: str, value: Any, low: float, high: float) -> None:
@@ -258,14 +270,20 @@ def _require_number(name: str, value: Any, low: float, high: float) -> None:
         raise ValueError(f"{name}: found {value!r}, expected a number from {low} to {high}")
 
 
-def _require_token(expected: str, name: str, value: Any) -> None:
-    if value is not None and (isinstance(value, bool) or not isinstance(value, int)):
-        raise ValueError(f"{name}: found {value!r}, expected {expected}")
+def require_tokens(name: str, value: Any, *, several: bool) -> None:
+    """Raise ValueError unless `value` is a token id, null or, where `several`, a list of ids."""
+    listed = several and isinstance(value, list | tuple)
+    for token in value if listed else () if value is None else (value,):
+        if type(token) is not int or not -(2**31) <= token < 2**31:
+            expected = "an integer, a list of integers or null" if several else "an integer or null"
+            raise ValueError(f"{name}: found {token!r}, expected {expected}")
 
 
 def _require_llama(fields: Mapping[str, Any]) -> None:
     model_type = fields.get("model_type")
     architectures = fields.get("architectures") or []
+    if not isinstance(architectures, list):
+        raise ValueError(f"architectures: found {architectures!r}, expected a list")
     if model_type is None and any(not str(name).startswith("Llama") for name in architectures):
         raise ValueError(f"architectures: found {architectures}, expected a Llama")
     if model_type not in (None, "llama"):
@@ -273,14 +291,16 @@ def _require_llama(fields: Mapping[str, Any]) -> None:
 
 
 def _refuse_unimplemented(fields: Mapping[str, Any]) -> None:
+    if fields.get("use_sliding_window") is False:
+        fields = {name: value for name, value in fields.items() if name != "sliding_window"}
     for name, neutral in _UNIMPLEMENTED.items():
         if name in fields and fields[name] not in neutral:
             raise ValueError(
                 f"{name}: found {fields[name]!r}, which changes the mathematics and is not "
                 f"implemented; expected it absent or {neutral[-1]!r}"
             )
-    layer_types = fields.get("layer_types")
-    if layer_types and any(kind != "full_attention" for kind in layer_types):
+    layer_types = fields.get("layer_types") or []
+    if not isinstance(layer_types, list) or any(kind != "full_attention" for kind in layer_types):
         raise ValueError(f"layer_types: found {layer_types}, expected only 'full_attention'")
 
 
@@ -297,13 +317,14 @@ def _merge_rope_layouts(fields: dict[str, Any]) -> dict[str, Any]:
         legacy_type = rope.pop("type", None)
         rope.setdefault("rope_type", legacy_type or "default")
         layouts[layout] = rope
-    if "rope_theta" in fields and fields["rope_theta"] is None:
-        raise ValueError("rope_theta: found null, expected a positive number")
+    given = "rope_theta" in fields
     theta = fields.pop("rope_theta", None)
     thetas = {name: rope["rope_theta"] for name, rope in layouts.items() if "rope_theta" in rope}
     if theta is not None:
         thetas["rope_theta"] = theta
-    if len(set(thetas.values())) > 1:
+    if given and not thetas:
+        raise ValueError("rope_theta: found null, expected a positive number")
+    if any(value != next(iter(thetas.values())) for value in thetas.values()):
         raise ValueError(
             f"rope_theta: found contradicting values {thetas}; transformers v4 and v5 would run "
             "different models, expected one value"
@@ -323,16 +344,15 @@ def _merge_rope_layouts(fields: dict[str, Any]) -> dict[str, Any]:
     # Phi-3 style files keep two rope constants outside the dictionary; transformers reads them too.
     for name in ("original_max_position_embeddings", "partial_rotary_factor"):
         outside = fields.get(name)
-        applies = name == "partial_rotary_factor" or rope["rope_type"] in (
-            "llama3",
-            "yarn",
-            "longrope",
-        )
-        if outside is None or not applies:
+        if outside is None:
+            continue
+        if name != "partial_rotary_factor" and rope["rope_type"] not in _TRAINED_CONTEXT_TYPES:
             continue
         if rope.setdefault(name, outside) != outside:
             raise ValueError(
                 f"{name}: found {outside} beside {rope[name]} in the rope parameters, expected "
                 "one value"
             )
+    if rope["rope_type"] == "longrope":
+        fields.pop("original_max_position_embeddings", None)  # written back from the rope constants
     return rope

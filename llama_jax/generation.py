@@ -8,11 +8,30 @@ from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Int
 
 from llama_jax.cache import KVCache, init_cache
-from llama_jax.config import LlamaConfig
+from llama_jax.config import LlamaConfig, require_tokens
 from llama_jax.model import require_ids
+
+# fields of a generation config that steer greedy decoding, and the values that leave it alone
+_NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "bad_words_ids": ([],),
+    "begin_suppress_tokens": ([],),
+    "encoder_repetition_penalty": (1.0,),
+    "exponential_decay_length_penalty": (),
+    "forced_bos_token_id": (),
+    "forced_eos_token_id": (),
+    "guidance_scale": (1.0,),
+    "min_length": (0,),
+    "min_new_tokens": (0,),
+    "no_repeat_ngram_size": (0,),
+    "num_beams": (1,),
+    "repetition_penalty": (1.0,),
+    "sequence_bias": ([], {}),
+    "suppress_tokens": ([],),
+}
 
 
 @dataclass(frozen=True)
@@ -30,11 +49,18 @@ class GenerationConfig:
         eos = config.eos_token_ids if eos is None else eos
         pad = fields.get("pad_token_id")
         pad = config.pad_token_id if pad is None else pad
-        eos_ids = (eos,) if isinstance(eos, int) else tuple(eos)
-        for token in (*eos_ids, *(() if pad is None else (pad,))):
-            if type(token) is not int:
-                raise ValueError(f"generation_config: found token {token!r}, expected an integer")
-        return cls(eos_ids, pad, dict(fields))
+        require_tokens("generation_config: eos_token_id", eos, several=True)
+        require_tokens("generation_config: pad_token_id", pad, several=False)
+        return cls((eos,) if isinstance(eos, int) else tuple(eos), pad, dict(fields))
+
+    @property
+    def unheeded(self) -> dict[str, Any]:
+        """Fields that change greedy tokens in transformers and are not implemented here."""
+        return {
+            name: self.fields[name]
+            for name, neutral in _NEUTRAL.items()
+            if self.fields.get(name) not in (None, *neutral)
+        }
 
 
 class CausalModel(Protocol):
@@ -73,11 +99,16 @@ def generate(
     Raises:
         ValueError: an empty prompt, an id outside the vocabulary, or a prompt that the cache cannot hold.
 
+    Must be called outside jit: it compiles itself, and cuts the result to what was generated.
+
     Warns:
-        UserWarning: positions beyond `max_position_embeddings`, which rope can compute but the model
-            has not been trained on.
+        UserWarning: padding on the right, after which a continuation makes little sense; positions
+            beyond `max_position_embeddings`, which rope can compute but the model has not been
+            trained on.
     """
     prompt = input_ids.shape[-1]
+    if not isinstance(max_new_tokens, int):
+        raise ValueError(f"max_new_tokens: found {max_new_tokens!r}, expected an integer")
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens: found {max_new_tokens}, expected at least 1")
     require_ids("input_ids", input_ids, model.config.vocab_size)
@@ -103,6 +134,11 @@ def generate(
                 f"attention_mask: found shape {attention_mask.shape}, expected {input_ids.shape}"
             )
         is_token = attention_mask.astype(bool)
+        if not np.asarray(is_token)[:, -1].all():
+            warnings.warn(
+                "attention_mask: found padding after the prompt, expected it on the left",
+                stacklevel=2,
+            )
     if pad_token_id is None:
         pad_token_id = eos_token_ids[0] if eos_token_ids else 0
     tokens, steps = _greedy(

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from llama_jax.arguments import size
 from llama_jax.config import LlamaConfig, read_json_object
 from llama_jax.safetensors_read import FLOAT_DTYPES, StoredTensor, read_header, read_tensor
 from llama_jax.safetensors_write import INDEX_FILE, SINGLE_FILE, TensorSpec, write_safetensors
@@ -111,6 +112,10 @@ def load(
     table = name_table(abstract)
     stored = _with_prefix(stored, table)
     tied = stored.pop("lm_head.weight") if _is_tied_copy(stored, table, config) else None
+    embedding = "model.embed_tokens.weight"
+    if tied is not None and embedding not in stored:
+        # one tensor under two names: some writers keep the other one
+        stored[embedding], tied = tied, None
     shapes = {name: tensor.shape for name, tensor in stored.items()}
     faults += _compare(shapes, table, abstract, excused)
     # with a fault there will be no model: values are only looked at, for the rest of the report
@@ -131,7 +136,7 @@ def load(
     with ThreadPoolExecutor(workers) as pool:
         faults += filter(None, pool.map(read, [name for name in stored if name in table]))
     if tied is not None and not faults:
-        faults += _compare_tied(tied, buffers[table["model.embed_tokens.weight"].path])
+        faults += _compare_tied(tied, buffers[table[embedding].path])
     if faults:
         raise ValueError(_report(f"{directory}: {len(faults)} faults", faults))
     return _merge(abstract, buffers), config
@@ -142,7 +147,7 @@ def save(
     config: LlamaConfig,
     directory: str | Path,
     *,
-    max_shard_size: int = 5_000_000_000,
+    max_shard_size: int | str = "5GB",
     json_files: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> None:
     """Write config.json, safetensors and `json_files` as a directory that transformers loads.
@@ -151,9 +156,9 @@ def save(
     in it are replaced, its other files are left alone.
 
     Args:
-        max_shard_size: bytes per file; one file `model.safetensors` where all fits.
+        max_shard_size: bytes per file, or "5GB"; one file `model.safetensors` where all fits.
     """
-    directory = Path(directory)
+    directory, shard_size = Path(directory), size(max_shard_size)
     leaves, table = _flat(model), name_table(model)
     specs = []
     for name, slot in table.items():
@@ -175,7 +180,7 @@ def save(
     if directory.exists() and not directory.is_dir():
         raise ValueError(f"{directory}: found a file, expected a directory")
     with staged_directory(directory, into_existing=True) as staging:
-        write_safetensors(staging, specs, next_tensor, max_shard_size=max_shard_size)
+        write_safetensors(staging, specs, next_tensor, max_shard_size=shard_size)
         for file, content in {**(json_files or {}), "config.json": fields}.items():
             # indented and sorted as transformers writes it
             text = json.dumps(content, indent=2, sort_keys=True, ensure_ascii=False)
@@ -189,7 +194,9 @@ def _require_float(dtype: Any) -> np.dtype:
     except (TypeError, KeyError):
         raise ValueError(f"dtype: found {dtype!r}, expected one of {', '.join(wanted)}") from None
     if found == jnp.float64 and not jax.config.read("jax_enable_x64"):
-        raise ValueError("dtype: found float64, expected jax_enable_x64 to be on")
+        raise ValueError(
+            "dtype: found float64, expected jax_enable_x64 to be on, or another dtype asked for"
+        )
     return found
 
 
@@ -240,7 +247,11 @@ def _open(directory: Path) -> tuple[dict[str, StoredTensor], list[str], set[str]
         listed = _read_index(directory / INDEX_FILE)
         files = sorted(set(listed.values()))
     else:
-        raise ValueError(f"{directory}: found no {SINGLE_FILE} or {INDEX_FILE}, expected weights")
+        others = sorted(path.name for path in directory.glob("*.bin"))[:1]
+        found = f"only {others[0]}" if others else "none"
+        raise ValueError(
+            f"{directory}: expected weights in {SINGLE_FILE} or {INDEX_FILE}, found {found}"
+        )
     stored: dict[str, StoredTensor] = {}
     faults: list[str] = []
     excused: set[str] = set()
@@ -286,9 +297,12 @@ def _read_index(path: Path) -> dict[str, str]:
     return weight_map
 
 
+_ROTARY_BUFFERS = tuple(f"rotary_emb.{name}" for name in ("inv_freq", "cos_cached", "sin_cached"))
+
+
 def _is_buffer(name: str) -> bool:
     """Old checkpoints store the rotary frequencies, which follow from the config."""
-    return name.endswith("rotary_emb.inv_freq")
+    return name.endswith(_ROTARY_BUFFERS)
 
 
 def _with_prefix(

@@ -1,5 +1,7 @@
 """The language-model loss: cross-entropy of float32 logits, ignored labels left out."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
@@ -15,7 +17,7 @@ def shift_labels(labels: Int[Array, "batch seq"]) -> Int[Array, "batch seq"]:
 def cross_entropy(
     logits: Float[Array, "*tokens vocab"],
     labels: Int[Array, "*tokens"],
-    num_items: Float[Array, ""] | Int[Array, ""] | int | float | None = None,
+    num_items: Any = None,
 ) -> Float[Array, ""]:
     """Sum of -log softmax(logits)[label] over labels that are not IGNORE_INDEX, divided.
 
@@ -38,4 +40,7 @@ def cross_entropy(
     mean = centre + jnp.where(valid, losses - centre, 0).sum() / count
     if num_items is None:
         return mean
-    return mean * count / jnp.asarray(num_items).astype(losses.dtype)
+    divisor = jnp.asarray(num_items).astype(losses.dtype)
+    if divisor.size != 1:
+        raise ValueError(f"num_items_in_batch: found shape {divisor.shape}, expected one number")
+    return mean * count / divisor.reshape(())

@@ -1,15 +1,16 @@
 """LlamaModel: embed, scan over the stacked layers, final norm."""
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Float, Int, Key
+from jaxtyping import Array, Bool, Float, Int, Key
 
-from llama_jax.cache import KVCache, extend_cache
+from llama_jax.cache import KVCache, extend_cache, last_segment
 from llama_jax.config import LlamaConfig
 from llama_jax.layers import DecoderLayer, RMSNorm, parameter
 from llama_jax.masks import attention_mask as make_attention_mask
@@ -96,8 +97,10 @@ class LlamaModel(nnx.Module):
                 With a cache it speaks of this call's tokens; the cache remembers earlier ones.
             inputs_embeds: given instead of ids, cast to the model's dtype.
             position_ids: rotary positions, [batch, seq] or [1, seq]; default: counted from 0, or from
-                the cache's length. They never change who attends to whom.
-            segment_ids: packed documents; tokens attend only within their own segment.
+                the cache's length. They never change who attends to whom: positions that start anew
+                do not pack (transformers infers packing from them when it runs without a cache).
+            segment_ids: packed documents; tokens attend only within their own segment. With a cache and
+                without segment_ids, a row goes on in its last segment.
             cache: earlier keys and values; the returned cache holds this call's as well. Too little room
                 for `seq` more tokens is an error outside jit and NaN under it.
             dropout_key: turns attention dropout on (training).
@@ -108,70 +111,111 @@ class LlamaModel(nnx.Module):
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("expected exactly one of input_ids and inputs_embeds")
+        given = as_array(input_ids if inputs_embeds is None else inputs_embeds)
         if inputs_embeds is None:
-            assert input_ids is not None
-            require_ids("input_ids", input_ids, self.config.vocab_size)
-            x = self.embed_tokens(jnp.asarray(input_ids))
-        else:
-            x = jnp.asarray(inputs_embeds, self.dtype)
-        batch, seq = x.shape[:2]
+            require_ids("input_ids", given, self.config.vocab_size)
+        elif given.ndim != 3 or given.shape[2] != self.config.hidden_size or 0 in given.shape:
+            raise ValueError(
+                f"inputs_embeds: found shape {given.shape}, expected [batch, seq, "
+                f"{self.config.hidden_size}] of at least one"
+            )
+        batch, seq = given.shape[:2]
+        attention_mask, segment_ids, position_ids = map(
+            as_array, (attention_mask, segment_ids, position_ids)
+        )
         for name, value in (("attention_mask", attention_mask), ("segment_ids", segment_ids)):
             if value is not None and value.shape != (batch, seq):
                 raise ValueError(f"{name}: found shape {value.shape}, expected {(batch, seq)}")
-        is_token = None if attention_mask is None else jnp.asarray(attention_mask, bool)
-        segment_ids = None if segment_ids is None else jnp.asarray(segment_ids, jnp.int32)
-
-        start = jnp.zeros((), jnp.int32) if cache is None else cache.length
-        slots = start + jnp.arange(seq, dtype=jnp.int32)
-        if position_ids is None:
-            position_ids = slots[None]
-        if position_ids.ndim != 2 or position_ids.shape not in ((1, seq), (batch, seq)):
+        if position_ids is not None and position_ids.shape not in ((1, seq), (batch, seq)):
             raise ValueError(
                 f"position_ids: found shape {position_ids.shape}, expected {(batch, seq)}"
             )
-        cos, sin = rope_cos_sin(
-            jnp.broadcast_to(position_ids, (batch, seq)),
-            self.config.rope,
-            self.config.head_size,
-            self.config.max_position_embeddings,
-            x.dtype,
+        if cache is not None:
+            _require_room(cache, self.config, batch, seq)
+        return _decode(
+            self,
+            jnp.asarray(given) if inputs_embeds is None else jnp.asarray(given, self.dtype),
+            None if attention_mask is None else jnp.asarray(attention_mask, bool),
+            None if position_ids is None else jnp.asarray(position_ids),
+            None if segment_ids is None else jnp.asarray(segment_ids, jnp.int32),
+            cache,
+            dropout_key,
+            output_hidden_states=output_hidden_states,
+            output_attentions=output_attentions,
         )
-        if cache is None:
-            mask = make_attention_mask(slots, slots, is_token, segment_ids, segment_ids)
-        else:
-            _require_room(cache, seq)
-            segment_ids = jnp.zeros((batch, seq), jnp.int32) if segment_ids is None else segment_ids
-            is_token = jnp.ones((batch, seq), bool) if is_token is None else is_token
-            cache = extend_cache(cache, is_token, segment_ids)
-            keys = jnp.arange(cache.capacity, dtype=jnp.int32)
-            mask = make_attention_mask(slots, keys, cache.is_token, segment_ids, cache.segments)
 
-        layer_count = self.config.num_hidden_layers
-        dropout_keys = None if dropout_key is None else jax.random.split(dropout_key, layer_count)
 
-        def run_layer(carry, layer_inputs):
-            x, store = carry
-            layer, index, key = layer_inputs
-            y, weights, store = layer(x, cos, sin, mask, store, index, start, key)
-            kept = (x if output_hidden_states else None, weights if output_attentions else None)
-            return (y, store), kept
+# Compiled as a whole, so that a call outside jit costs one dispatch and compiles once per shape; within
+# a caller's jit it is inlined.
+@partial(jax.jit, static_argnames=("output_hidden_states", "output_attentions"))
+def _decode(
+    model: LlamaModel,
+    given: Array,
+    is_token: Bool[Array, "batch seq"] | None,
+    position_ids: Int[Array, "_ seq"] | None,
+    segment_ids: Int[Array, "batch seq"] | None,
+    cache: KVCache | None,
+    dropout_key: Key[Array, ""] | None,
+    *,
+    output_hidden_states: bool,
+    output_attentions: bool,
+) -> ModelOutput:
+    """The forward pass on checked arguments; `given` are ids [batch, seq] or embeddings."""
+    config = model.config
+    x = model.embed_tokens(given) if given.ndim == 2 else given
+    batch, seq = x.shape[:2]
+    start = jnp.zeros((), jnp.int32) if cache is None else cache.length
+    slots = start + jnp.arange(seq, dtype=jnp.int32)
+    if position_ids is None:
+        position_ids = slots[None]
+    cos, sin = rope_cos_sin(
+        jnp.broadcast_to(position_ids, (batch, seq)),
+        config.rope,
+        config.head_size,
+        config.max_position_embeddings,
+        x.dtype,
+    )
+    if cache is None:
+        mask = make_attention_mask(slots, slots, is_token, segment_ids, segment_ids)
+    else:
+        if segment_ids is None:
+            segment_ids = jnp.broadcast_to(last_segment(cache), (batch, seq))
+        is_token = jnp.ones((batch, seq), bool) if is_token is None else is_token
+        cache = extend_cache(cache, is_token, segment_ids)
+        keys = jnp.arange(cache.capacity, dtype=jnp.int32)
+        mask = make_attention_mask(slots, keys, cache.is_token, segment_ids, cache.segments)
 
-        store = None if cache is None else (cache.keys, cache.values)
-        indices = jnp.arange(layer_count, dtype=jnp.int32)
-        (x, store), (inputs, weights) = jax.lax.scan(
-            run_layer, (x, store), (self.layers, indices, dropout_keys)
-        )
-        if cache is not None and store is not None:
-            cache = KVCache(*store, cache.is_token, cache.segments, cache.length)
-            # beyond the capacity, the update above has gone to other tokens' slots
-            x = jnp.where(cache.length <= cache.capacity, x, jnp.nan)
-        x = self.norm(x)
-        return ModelOutput(
-            last_hidden_state=x,
-            cache=cache,
-            hidden_states=(*inputs, x) if output_hidden_states else None,
-            attentions=tuple(weights) if output_attentions else None,
-        )
+    layer_count = config.num_hidden_layers
+    dropout_keys = None if dropout_key is None else jax.random.split(dropout_key, layer_count)
+
+    def run_layer(carry, layer_inputs):
+        x, store = carry
+        layer, index, key = layer_inputs
+        y, weights, store = layer(x, cos, sin, mask, store, index, start, key)
+        kept = (x if output_hidden_states else None, weights if output_attentions else None)
+        return (y, store), kept
+
+    store = None if cache is None else (cache.keys, cache.values)
+    indices = jnp.arange(layer_count, dtype=jnp.int32)
+    (x, store), (inputs, weights) = jax.lax.scan(
+        run_layer, (x, store), (model.layers, indices, dropout_keys)
+    )
+    if cache is not None and store is not None:
+        cache = KVCache(*store, cache.is_token, cache.segments, cache.length)
+        # beyond the capacity, the update above has gone to other tokens' slots
+        x = jnp.where(cache.length <= cache.capacity, x, jnp.nan)
+    x = model.norm(x)
+    return ModelOutput(
+        last_hidden_state=x,
+        cache=cache,
+        hidden_states=(*inputs, x) if output_hidden_states else None,
+        attentions=tuple(weights) if output_attentions else None,
+    )
+
+
+def as_array(value: Any) -> Any:
+    """Lists as numpy arrays, everything else as it is."""
+    return np.asarray(value) if isinstance(value, list | tuple) else value
 
 
 def known_value(value: Any) -> np.ndarray | None:
@@ -193,7 +237,10 @@ def require_ids(name: str, ids: Array | np.ndarray, vocab_size: int) -> None:
         raise ValueError(f"{name}: found token {wrong[0]}, expected 0 to {vocab_size - 1}")
 
 
-def _require_room(cache: KVCache, seq: int) -> None:
+def _require_room(cache: KVCache, config: LlamaConfig, batch: int, seq: int) -> None:
+    expected = (config.num_hidden_layers, batch, cache.capacity, config.kv_heads, config.head_size)
+    if cache.keys.shape != expected or cache.values.shape != expected:
+        raise ValueError(f"cache: found keys {cache.keys.shape}, expected {expected}")
     if seq > cache.capacity:
         raise ValueError(f"cache: {cache.capacity} slots, expected room for {seq} tokens")
     length = known_value(cache.length)

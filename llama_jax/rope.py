@@ -55,10 +55,12 @@ _KNOWN = {
 _MAY_BE_ZERO = {"partial_rotary_factor", "mscale", "mscale_all_dim", "attention_factor"}
 
 
-def validate_rope_parameters(rope: Mapping[str, Any], head_dim: int) -> None:
+def validate_rope_parameters(
+    rope: Mapping[str, Any], head_dim: int, max_position_embeddings: int
+) -> None:
     """Raise ValueError where `rope` is not a complete, computable set of rotary parameters."""
     rope_type = rope["rope_type"]
-    if rope_type not in _REQUIRED:
+    if not isinstance(rope_type, str) or rope_type not in _REQUIRED:
         raise ValueError(
             f"rope_type: found {rope_type!r}, expected one of {', '.join(map(repr, _REQUIRED))}"
         )
@@ -88,6 +90,14 @@ def validate_rope_parameters(rope: Mapping[str, Any], head_dim: int) -> None:
         raise ValueError(f"partial_rotary_factor: found {fraction}, expected at most 1.0")
     if rope_type == "dynamic" and head_dim <= 2:
         raise ValueError(f"head_dim: found {head_dim}, expected more than 2 for 'dynamic' rope")
+    try:
+        # constants that are each in range may still divide by zero or overflow together
+        computed = inverse_frequencies(rope, head_dim, max_position_embeddings, 1)
+        sane = all(np.isfinite(part).all() for part in computed)
+    except (ArithmeticError, ValueError):
+        sane = False
+    if not sane:
+        raise ValueError(f"rope_parameters: found {dict(rope)}, which has no finite frequencies")
 
 
 def inverse_frequencies(
@@ -204,6 +214,16 @@ def _yarn(
     return frequencies, float(attention_factor)
 
 
+def longrope_attention_factor(rope: Mapping[str, Any], max_position_embeddings: int) -> float:
+    """The factor on cos and sin of `longrope`: as given, or sqrt(1 + log(factor) / log(context))."""
+    given = rope.get("attention_factor")
+    if given is not None:
+        return float(given)
+    context = rope["original_max_position_embeddings"]
+    factor = rope.get("factor") or max_position_embeddings / context
+    return math.sqrt(1 + (0.0 if factor <= 1 else math.log(factor) / math.log(context)))
+
+
 def _longrope(
     plain: np.ndarray,
     rope: Mapping[str, Any],
@@ -211,20 +231,16 @@ def _longrope(
     length: int | Int[Array, ""],
 ) -> tuple[Any, float]:
     context = rope["original_max_position_embeddings"]
-    attention_factor = rope.get("attention_factor")
-    if attention_factor is None:
-        factor = rope.get("factor") or max_position_embeddings / context
-        growth = 0.0 if factor <= 1 else math.log(factor) / math.log(context)
-        attention_factor = math.sqrt(1 + growth)
+    attention_factor = longrope_attention_factor(rope, max_position_embeddings)
     short = plain / np.asarray(rope["short_factor"], np.float64)
     long = plain / np.asarray(rope["long_factor"], np.float64)
     if isinstance(length, int):
-        return (long if length > context else short), float(attention_factor)
+        return (long if length > context else short), attention_factor
     working = jnp.result_type(float)  # float64 exactly when x64 is on
     frequencies = jnp.where(
         length > context, jnp.asarray(long, working), jnp.asarray(short, working)
     )
-    return frequencies, float(attention_factor)
+    return frequencies, attention_factor
 
 
 def _dynamic(
@@ -260,4 +276,4 @@ def _require_factors(name: str, value: Any, count: int) -> None:
 
 
 def _is_positive(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < math.inf
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < 1e300

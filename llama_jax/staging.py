@@ -1,7 +1,8 @@
-"""Directories that are either whole or not there: written beside their name, moved when complete."""
+"""Directories written beside what they replace and moved into place when complete."""
 
 import os
 import shutil
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,7 +12,10 @@ from llama_jax.safetensors_write import remove_stale
 
 @contextmanager
 def staged_directory(directory: Path, *, into_existing: bool) -> Iterator[Path]:
-    """A temporary sibling of `directory` that takes its name when the block ends without an error.
+    """A temporary directory whose files become `directory` when the block ends without an error.
+
+    A new `directory` appears whole, by one rename, or not at all. Into an existing one the files are
+    moved one by one, config.json last, when all of them are written.
 
     Args:
         into_existing: whether `directory` may exist; then the new files replace those of the same name
@@ -21,23 +25,33 @@ def staged_directory(directory: Path, *, into_existing: bool) -> Iterator[Path]:
         FileExistsError: `directory` is there and must not be, or is no directory.
     """
     directory = directory.absolute()  # '.' has no name of its own
-    directory.parent.mkdir(parents=True, exist_ok=True)
-    staging = directory.with_name(f".{directory.name}.{os.getpid()}.partial")
-    staging.mkdir()
+    if into_existing and directory.is_dir():
+        # inside it: a mount point or a link may lie on another disk than its parent
+        staging = Path(tempfile.mkdtemp(prefix=".", suffix=".partial", dir=directory))
+        made: list[Path] = []
+    else:
+        made = _make_parents(directory)
+        prefix = f".{directory.name}."
+        staging = Path(tempfile.mkdtemp(prefix=prefix, suffix=".partial", dir=directory.parent))
     try:
         yield staging
-        if not os.path.lexists(directory):
-            staging.rename(directory)
-        elif into_existing and directory.is_dir():
-            written = [directory / path.name for path in staging.iterdir()]
-            for path in written:
-                os.replace(staging / path.name, path)
-            remove_stale(directory, keep=written)
-        else:
+        if staging.parent == directory:
+            names = sorted(os.listdir(staging), key=lambda name: name == "config.json")
+            for name in names:
+                os.replace(staging / name, directory / name)
+            remove_stale(directory, keep=[directory / name for name in names])
+        elif os.path.lexists(directory):
             # rename would silently replace an empty directory
-            raise FileExistsError(f"{directory}: has appeared meanwhile, expected it to be absent")
-    finally:
+            raise FileExistsError(f"{directory}: exists, expected it to be absent")
+        else:
+            staging.chmod(0o777 & ~_umask())  # mkdtemp makes it private
+            staging.rename(directory)
+    except BaseException:
         shutil.rmtree(staging, ignore_errors=True)
+        for parent in made:
+            parent.rmdir()
+        raise
+    shutil.rmtree(staging, ignore_errors=True)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -47,3 +61,16 @@ def write_text(path: Path, text: str) -> None:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())
+
+
+def _make_parents(directory: Path) -> list[Path]:
+    """Make the missing parents; returns them, the innermost first."""
+    missing = [parent for parent in directory.parents if not parent.exists()]
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    return missing
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

@@ -1,5 +1,7 @@
 """LlamaForCausalLM: the decoder with a language-model head."""
 
+import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +19,7 @@ from llama_jax.generation import GenerationConfig
 from llama_jax.layers import Linear
 from llama_jax.loss import IGNORE_INDEX, cross_entropy, shift_labels
 from llama_jax.matmul import einsum, working_dtype
-from llama_jax.model import Embeddings, LlamaModel, Positions, Tokens, known_value
+from llama_jax.model import Embeddings, LlamaModel, Positions, Tokens, as_array, known_value
 
 GENERATION_FILE = "generation_config.json"
 
@@ -105,6 +107,7 @@ class LlamaForCausalLM(nnx.Module):
         logits = einsum("bsh,vh->bsv", hidden, head, out_dtype=working)
         loss = None
         if labels is not None:
+            labels = as_array(labels)
             expected = decoded.last_hidden_state.shape[:2]
             _require_labels(labels, expected, self.config.vocab_size)
             kept = keep_positions(shift_labels(jnp.asarray(labels)), logits_to_keep)
@@ -123,7 +126,7 @@ class LlamaForCausalLM(nnx.Module):
         attention_mask: Array | np.ndarray | None = None,
         *,
         max_new_tokens: int,
-        eos_token_id: int | tuple[int, ...] | list[int] | None = None,
+        eos_token_id: int | Sequence[int] | None = None,
         pad_token_id: int | None = None,
         cache_capacity: int | None = None,
     ) -> Int[Array, "batch total"]:
@@ -131,7 +134,10 @@ class LlamaForCausalLM(nnx.Module):
         if eos_token_id is None:
             ends = self.generation_config.eos_token_ids
         else:
-            ends = (eos_token_id,) if isinstance(eos_token_id, int) else tuple(eos_token_id)
+            ends = tuple(np.atleast_1d(eos_token_id).tolist())
+        unheeded = self.generation_config.unheeded
+        if unheeded:
+            warnings.warn(f"{GENERATION_FILE}: {unheeded} is not implemented", stacklevel=2)
         return generation.generate(
             self,
             jnp.asarray(input_ids),
@@ -153,9 +159,7 @@ class LlamaForCausalLM(nnx.Module):
         model.generation_config = GenerationConfig.from_dict(fields, config)
         return model
 
-    def save_pretrained(
-        self, directory: str | Path, *, max_shard_size: int = 5_000_000_000
-    ) -> None:
+    def save_pretrained(self, directory: str | Path, *, max_shard_size: int | str = "5GB") -> None:
         """Write a Hugging Face directory that both majors of transformers load. See `hf.save`."""
         fields = self.generation_config.fields
         files = {GENERATION_FILE: fields} if fields else {}
@@ -164,10 +168,11 @@ class LlamaForCausalLM(nnx.Module):
 
 def keep_positions(values: Array, logits_to_keep: int | Array | np.ndarray) -> Array:
     """Rows of [batch, seq, ...]: all for 0, the last N for an int, those of an index array."""
-    if isinstance(logits_to_keep, int):
+    logits_to_keep = as_array(logits_to_keep)
+    if isinstance(logits_to_keep, int | np.integer):
         if logits_to_keep < 0:
             raise ValueError(f"logits_to_keep: found {logits_to_keep}, expected 0 or more")
-        return values[:, -logits_to_keep:]
+        return values[:, -int(logits_to_keep) :]
     indices, seq = jnp.asarray(logits_to_keep), values.shape[1]
     if not jnp.issubdtype(indices.dtype, jnp.integer) or indices.ndim not in (1, 2):
         raise ValueError(

@@ -27,7 +27,6 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    config.addinivalue_line("markers", "slow: more seeds or more examples; not run by default")
     name = config.getoption("--mutation")
     if name is not None:
         from parity_tests.mutations import MUTATIONS

@@ -70,7 +70,7 @@ def test_generate_beyond_the_cache_is_an_error(directory, capsys):
 
 def test_generate_from_nothing(directory, capsys):
     assert generate(directory, prompt="") == 2
-    assert "expected [batch, seq] of at least one" in error_line(capsys)
+    assert "--prompt: found no tokens" in error_line(capsys)
 
 
 def test_no_such_directory(tmp_path, capsys):
@@ -96,6 +96,9 @@ def copy_of(directory: Path, tmp_path: Path) -> Path:
         ("model.safetensors", b"12345", "expected a safetensors file"),
         ("generation_config.json", b"[]", "expected an object"),
         ("generation_config.json", b'{"eos_token_id": "x"}', "expected an integer"),
+        ("generation_config.json", b'{"eos_token_id": 2.5}', "found 2.5, expected an integer"),
+        ("generation_config.json", b'{"pad_token_id": [1]}', "found [1], expected an integer"),
+        ("generation_config.json", b'{"eos_token_id": 99999999999}', "expected an integer"),
     ],
 )
 def test_a_bad_file(directory, tmp_path, capsys, file, content, message):
@@ -141,7 +144,29 @@ def test_info_of_neither(capsys):
 
 @pytest.mark.parametrize("value", ["0", "-3", "x"])
 def test_a_count_that_is_none(directory, capsys, value):
-    with pytest.raises(SystemExit) as stopped:
-        generate(directory, "--max-new-tokens", value)
-    assert stopped.value.code == 2
-    assert "--max-new-tokens" in capsys.readouterr().err
+    assert generate(directory, "--max-new-tokens", value) == 2
+    assert f"--max-new-tokens: found {value!r}, expected a positive" in error_line(capsys)
+
+
+@pytest.mark.parametrize("arguments", [[], ["chatter"], ["info"], ["generate", "--model", "x"]])
+def test_arguments_that_make_no_command(capsys, arguments):
+    assert main(arguments) == 2
+    assert "see --help" in error_line(capsys)
+
+
+@pytest.mark.parametrize("count", ["1000000000000", "99999999999999999999"])
+def test_more_tokens_than_memory_holds(directory, capsys, count):
+    assert generate(directory, "--max-new-tokens", count) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[-1].startswith("error: ")
+
+
+def test_a_prompt_that_is_not_text(directory, capsys):
+    assert generate(directory, prompt="\udcff") == 2
+    assert "not UTF-8" in error_line(capsys)
+
+
+def test_a_file_for_a_directory_names_the_converter(tmp_path, capsys):
+    (tmp_path / "model.gguf").write_bytes(b"GGUF")
+    assert generate(tmp_path / "model.gguf") == 2
+    assert "python -m convert" in error_line(capsys)

@@ -121,6 +121,22 @@ def test_rope_constants_outside_the_dictionary_are_honoured():
     assert LlamaConfig.from_dict(fields).rope["original_max_position_embeddings"] == 64
 
 
+def test_a_null_theta_beside_a_complete_dictionary_is_no_contradiction():
+    fields = BASE | {"rope_theta": None, "rope_parameters": {"rope_theta": 3e4}, "rope_scaling": {}}
+    assert LlamaConfig.from_dict(fields).rope == {"rope_type": "default", "rope_theta": 3e4}
+
+
+def test_a_window_that_is_not_used_is_metadata():
+    fields = BASE | {"sliding_window": 4096, "use_sliding_window": False}
+    assert LlamaConfig.from_dict(fields).to_dict()["sliding_window"] == 4096
+
+
+def test_what_was_made_here_reads_back_as_itself():
+    config = LlamaConfig(pad_token_id=-1, eos_token_id=[1, 2])
+    assert LlamaConfig.from_dict(config.to_dict()) == config
+    assert LlamaConfig.from_dict({"model_type": None}).to_dict()["model_type"] == "llama"
+
+
 BAD: list[tuple[dict[str, Any], str]] = [
     ({"model_type": "mistral"}, "model_type: found 'mistral', expected 'llama'"),
     ({"model_type": None, "architectures": ["GPT2LMHeadModel"]}, "architectures: found"),
@@ -145,6 +161,21 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"is_causal": False}, "is_causal: found False"),
     ({"layer_types": ["sliding_attention"]}, "layer_types: found"),
     ({"rope_theta": None}, "rope_theta: found null"),
+    ({"rope_theta": [1]}, "rope_parameters['rope_theta']: found [1]"),
+    ({"rope_theta": 10**400}, "rope_parameters['rope_theta']: found"),
+    ({"hidden_act": []}, "hidden_act: found []"),
+    ({"layer_types": 5}, "layer_types: found 5"),
+    ({"model_type": None, "architectures": 5}, "architectures: found 5"),
+    ({"num_hidden_layers": 3_000_000_000}, "num_hidden_layers: found 3000000000"),
+    ({"vocab_size": 1 << 40}, "vocab_size: found 1099511627776"),
+    ({"eos_token_id": [None]}, "eos_token_id: found None"),
+    ({"eos_token_id": 1 << 40}, "eos_token_id: found 1099511627776"),
+    ({"rope_scaling": {"rope_type": []}}, "rope_type: found []"),
+    ({"rope_theta": 1, "rope_scaling": {"rope_type": "yarn", **YARN}}, "no finite frequencies"),
+    (
+        {"rope_scaling": {"rope_type": "longrope", **LONG, "original_max_position_embeddings": 1}},
+        "no finite frequencies",
+    ),
     ({"rope_theta": -1.0}, "rope_parameters['rope_theta']: found -1.0"),
     ({"rope_theta": 1e4, "rope_parameters": {"rope_theta": 5e5}}, "rope_theta: found contradict"),
     (

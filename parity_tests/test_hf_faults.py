@@ -1,6 +1,10 @@
 """A damaged checkpoint is one error that names every fault; a good one is read in place."""
 
 import json
+import os
+import shutil
+import tempfile
+from functools import partial
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -12,6 +16,9 @@ from flax import nnx
 
 from llama_jax import LlamaConfig, LlamaForCausalLM, hf
 from llama_jax.safetensors_read import read_header
+from llama_jax.staging import staged_directory
+
+staged = partial(staged_directory, into_existing=True)
 
 CONFIG = LlamaConfig(
     vocab_size=61,
@@ -240,6 +247,7 @@ def test_a_dtype_that_weights_cannot_have(directory, dtype):
 def test_old_rotary_buffers_are_passed_over(directory):
     tensors = tensors_of(directory)
     tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = np.ones(2, np.float32)
+    tensors["model.layers.0.self_attn.rotary_emb.cos_cached"] = np.ones(2, np.float32)
     rewrite(directory, tensors)
     LlamaForCausalLM.from_pretrained(directory)
 
@@ -260,6 +268,17 @@ def test_a_tied_head_that_is_stored_as_well(tmp_path):
     tensors["lm_head.weight"][0, 0] += 1
     rewrite(directory, tensors)
     assert "lm_head.weight: differs from the embedding" in fault(directory)
+
+
+def test_a_tied_model_stored_under_the_name_of_its_head(tmp_path):
+    directory = tied_directory(tmp_path)
+    tensors = tensors_of(directory)
+    before = LlamaForCausalLM.from_pretrained(directory)
+    tensors["lm_head.weight"] = tensors.pop("model.embed_tokens.weight")
+    rewrite(directory, tensors)
+    after = LlamaForCausalLM.from_pretrained(directory)
+    ids = jnp.asarray([[1, 2, 3]])
+    assert (before(ids).logits == after(ids).logits).all()
 
 
 def test_a_bare_decoder_lacks_the_prefix(tmp_path):
@@ -290,6 +309,32 @@ def test_a_save_that_fails_leaves_nothing(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="No space left"):
         model.save_pretrained(tmp_path / "model")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_save_goes_into_a_link_to_another_disk(tmp_path):
+    """As a mounted volume: its parent lies elsewhere, so it is staged inside."""
+    elsewhere = Path(tempfile.mkdtemp(dir="/dev/shm" if os.path.isdir("/dev/shm") else None))
+    try:
+        (tmp_path / "link").symlink_to(elsewhere)
+        model = LlamaForCausalLM(CONFIG, rngs=nnx.Rngs(0))
+        model.save_pretrained(tmp_path / "link", max_shard_size="4KB")
+        LlamaForCausalLM.from_pretrained(elsewhere)
+        assert not [path for path in elsewhere.iterdir() if path.name.startswith(".")]
+    finally:
+        shutil.rmtree(elsewhere)
+
+
+def test_a_failed_save_takes_its_parents_with_it(tmp_path):
+    with pytest.raises(ValueError, match="boom"), staged(tmp_path / "a" / "b" / "c"):
+        raise ValueError("boom")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_saves_beside_each_other_do_not_meet(tmp_path):
+    (tmp_path / "model").mkdir()
+    with staged(tmp_path / "model") as one, staged(tmp_path / "model") as other:
+        assert one != other
+    assert list((tmp_path / "model").iterdir()) == []
 
 
 def test_loading_takes_the_bytes_over_without_a_copy(directory):

@@ -1,6 +1,7 @@
 """P7: a Hugging Face directory goes through ours and comes out the same, bit for bit."""
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from transformers import LlamaConfig as HFConfig
 from transformers import LlamaForCausalLM as HFLlama
 
 from llama_jax import LlamaConfig, LlamaForCausalLM
+from llama_jax.rope import longrope_attention_factor
 from parity_tests.cases import (
     BASE,
     BY_NAME,
@@ -111,7 +113,34 @@ def test_both_layouts_mean_the_same_model(case: Case) -> None:
 def comparable(fields: dict[str, Any]) -> dict[str, Any]:
     """Without the older spelling of rope_type, and without fields that say nothing."""
     rope = {n: v for n, v in fields["rope_parameters"].items() if n != "type" and v is not None}
+    if rope["rope_type"] == "longrope":
+        # written for transformers 4, which reads the one outside and never the factor
+        fields = {n: v for n, v in fields.items() if n != "original_max_position_embeddings"}
+        if "factor" in rope:
+            trained = rope["original_max_position_embeddings"]
+            derived = math.sqrt(1 + math.log(rope["factor"]) / math.log(trained))
+            rope.setdefault("attention_factor", derived)
     return {n: v for n, v in fields.items() if v is not None} | {"rope_parameters": rope}
+
+
+@pytest.mark.parametrize("factor", [None, 2.0, 3.0])
+def test_transformers_4_reads_the_same_longrope(factor: float | None) -> None:
+    """By the rule of its `_compute_longrope_parameters`, which looks outside the dictionary first."""
+    rope = {"rope_type": "longrope", "short_factor": [1.0] * 8, "long_factor": [2.0] * 8}
+    rope |= {"original_max_position_embeddings": 16} | ({"factor": factor} if factor else {})
+    config = LlamaConfig.from_dict(
+        {"rope_scaling": rope, "head_dim": 16, "max_position_embeddings": 64}
+    )
+    fields = config.to_dict()
+    trained = fields["original_max_position_embeddings"]
+    by_version_4 = fields["rope_scaling"].get("attention_factor")
+    if by_version_4 is None:
+        ratio = fields["max_position_embeddings"] / trained
+        by_version_4 = math.sqrt(1 + math.log(ratio) / math.log(trained))
+    assert trained == 16
+    assert by_version_4 == longrope_attention_factor(config.rope, 64)
+    wanted = factor or 64 / 16
+    assert by_version_4 == math.sqrt(1 + math.log(wanted) / math.log(16))
 
 
 @pytest.mark.parametrize("case", [*CASES, *ROPES], ids=repr)

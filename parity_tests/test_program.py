@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from llama_jax import LlamaConfig, LlamaForCausalLM, init_cache
+from llama_jax import GenerationConfig, LlamaConfig, LlamaForCausalLM, init_cache
 
 CONFIG = LlamaConfig(
     vocab_size=97,
@@ -152,12 +152,12 @@ def test_dropout_needs_a_key_and_keeps_the_mean():
         (lambda m: m(IDS, logits_to_keep=-1), "logits_to_keep: found -1"),
         (lambda m: m(IDS, logits_to_keep=jnp.asarray([3, 10])), "expected -10 to 9"),
         (lambda m: m(IDS, logits_to_keep=jnp.asarray([1.0])), "logits_to_keep: found float32[1]"),
-        (
-            lambda m: m(
-                IDS, cache=init_cache(model_of(num_hidden_layers=1).config, 2, 9, jnp.float32)
-            ),
-            "cache: 9 slots",
-        ),
+        (lambda m: m(IDS, cache=init_cache(m.config, 2, 9, jnp.float32)), "cache: 9 slots"),
+        (lambda m: m(IDS, cache=init_cache(m.config, 3, 16, jnp.float32)), "cache: found keys"),
+        (lambda m: m(IDS, cache=init_cache(CONFIG, 2, 16, jnp.float32)), "cache: found keys"),
+        (lambda m: m(inputs_embeds=jnp.zeros((2, 10, 31))), "expected [batch, seq, 32]"),
+        (lambda m: m(IDS, labels=IDS, num_items_in_batch=jnp.ones(2)), "num_items_in_batch: found"),
+        (lambda m: m.generate(IDS, max_new_tokens=2.0), "max_new_tokens: found 2.0"),
         (lambda m: m.generate(IDS, max_new_tokens=0), "max_new_tokens: found 0"),
         (lambda m: m.generate(IDS, jnp.ones((2, 9)), max_new_tokens=1), "attention_mask: found"),
     ],
@@ -193,6 +193,58 @@ def test_a_cache_that_runs_over_is_nan_under_jit():
     out = step(model, init_cache(model.config, 2, 15, jnp.float32))
     assert np.isfinite(out.logits).all()
     assert np.isnan(step(model, out.cache).logits).all()
+
+
+def test_a_call_outside_jit_compiles_once(caplog):
+    model = model_of()
+    jax.block_until_ready(model(IDS, labels=IDS).loss)
+    with jax.log_compiles(True), caplog.at_level("WARNING"):
+        for _ in range(2):
+            jax.block_until_ready(model(IDS + 1, labels=IDS).loss)
+    assert [r for r in caplog.records if "Compiling" in r.message and "_decode" in r.message] == []
+
+
+def test_lists_are_taken_for_arrays():
+    model, rows = model_of(), IDS.tolist()
+    ones = [[1] * 10] * 2
+    listed = model(rows, attention_mask=ones, position_ids=[list(range(10))], labels=rows)
+    assert listed.loss == model(IDS, labels=IDS).loss
+    kept = model(IDS, logits_to_keep=[3, 4]).logits
+    np.testing.assert_allclose(kept, model(IDS).logits[:, 3:5], rtol=1e-6)
+    one = model(IDS, logits_to_keep=np.int64(1)).logits
+    np.testing.assert_allclose(one, model(IDS).logits[:, -1:], rtol=1e-6)
+
+
+def test_a_row_goes_on_in_its_last_segment():
+    """Tokens after a packed prompt see its last document, and none of the earlier ones."""
+    model = model_of()
+    segments = jnp.asarray([[1] * 4 + [2] * 6, [3] * 10])
+    whole = model(IDS, segment_ids=segments).logits
+    cache = model(
+        IDS[:, :6],
+        segment_ids=segments[:, :6],
+        cache=init_cache(CONFIG, 2, 10, jnp.float32),
+    ).cache
+    rest = model(IDS[:, 6:], cache=cache).logits
+    np.testing.assert_allclose(rest, whole[:, 6:], rtol=1e-5, atol=1e-6)
+
+
+def test_dropout_of_everything_has_finite_gradients():
+    model = model_of(attention_dropout=1.0)
+    gradient = jax.jit(jax.grad(lambda m: m(IDS, labels=IDS, dropout_key=jax.random.key(0)).loss))
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(gradient(model)))
+
+
+def test_what_generation_does_not_heed_is_said():
+    model = model_of(eos_token_id=None)
+    with pytest.warns(UserWarning, match="expected it on the left"):
+        model.generate(IDS, jnp.ones_like(IDS).at[0, -1].set(0), max_new_tokens=2)
+    steered = jax.tree.map(lambda leaf: leaf, model)
+    steered.generation_config = GenerationConfig.from_dict(
+        {"repetition_penalty": 1.3, "no_repeat_ngram_size": 0, "do_sample": True}, model.config
+    )
+    with pytest.warns(UserWarning, match=r"{'repetition_penalty': 1.3} is not implemented"):
+        steered.generate(IDS, max_new_tokens=2)
 
 
 def test_a_batch_without_labels_has_no_loss_and_no_gradient():

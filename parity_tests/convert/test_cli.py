@@ -19,8 +19,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 
 import convert
-from convert.__main__ import _size, main
+from convert.__main__ import main
 from convert.demo_checkpoint import FILE, cache_directory
+from llama_jax.arguments import size_argument
 from parity_tests.convert.test_gguf_tokenizer import byte_level_fields
 from parity_tests.convert.tiny_gguf import same, tiny_gguf, tiny_model
 
@@ -149,7 +150,7 @@ def test_a_destination_that_appears_meanwhile_is_kept(
     out = tmp_path / "out"
     todo = convert.plan(source, out)
     out.mkdir()
-    with pytest.raises(FileExistsError, match="has appeared meanwhile"):
+    with pytest.raises(FileExistsError, match="exists, expected it to be absent"):
         convert.run(todo)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["m.gguf", "out"]
 
@@ -198,7 +199,7 @@ def test_the_command_needs_no_torch(source: Path, tmp_path: Path) -> None:
     [("5GB", 5 * 10**9), ("2GiB", 2 * 2**30), ("500MB", 5 * 10**8), ("1.5K", 1500), ("77", 77)],
 )
 def test_sizes(text: str, size: int) -> None:
-    assert _size(text) == size
+    assert size_argument(text) == size
 
 
 @pytest.mark.checkpoint

@@ -1,0 +1,48 @@
+"""What the command lines share: mistakes in one line, counts, sizes."""
+
+import argparse
+import re
+from typing import NoReturn
+
+_DECIMAL = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
+_BINARY = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+
+
+class OneLineParser(argparse.ArgumentParser):
+    """An argument parser whose errors are a ValueError of one line, without the usage in front."""
+
+    def error(self, message: str) -> NoReturn:
+        """Raise instead of printing and exiting."""
+        raise ValueError(f"{message}; see --help")
+
+
+def positive(text: str) -> int:
+    """A count of at least one, as argparse's `type`."""
+    try:
+        value = int(text)
+    except ValueError:
+        value = 0
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"found {text!r}, expected a positive integer")
+    return value
+
+
+def size(text: str | int) -> int:
+    """Bytes from "5GB", "2GiB", "500M" or a bare number. Raises ValueError."""
+    match = re.fullmatch(
+        r"(\d+(?:\.\d+)?)\s*(?:([KMGT])(i?)B?|B?)", str(text).strip(), re.IGNORECASE
+    )
+    if match:
+        prefix = (match[2] or "").upper()
+        found = int(float(match[1]) * (_BINARY if match[3] else _DECIMAL)[prefix])
+        if found > 0:
+            return found
+    raise ValueError(f"found {text!r}, expected a size such as 500MB, 5GB or 2GiB")
+
+
+def size_argument(text: str) -> int:
+    """`size` as argparse's `type`, whose own message for a ValueError would hide the reason."""
+    try:
+        return size(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
