@@ -160,7 +160,9 @@ def test_an_interrupted_conversion_leaves_nothing(
     source: Path, tmp_path: Path, signum: signal.Signals
 ) -> None:
     slow = (
-        "import sys, time, convert.gguf_tensors as t; f = t.read_values\n"
+        "import signal, sys, time, convert.gguf_tensors as t; f = t.read_values\n"
+        # a suite run in the background hands down an ignored SIGINT
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         "def g(x): print('reading', flush=True); time.sleep(60); return f(x)\n"
         "t.read_values = g\n"
         "from convert.__main__ import main; sys.exit(main(sys.argv[1:]))"
