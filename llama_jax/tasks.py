@@ -17,7 +17,7 @@ from llama_jax.cache import KVCache
 from llama_jax.config import LlamaConfig, read_json_object
 from llama_jax.generation import GenerationConfig
 from llama_jax.layers import Linear
-from llama_jax.loss import IGNORE_INDEX, cross_entropy, shift_labels
+from llama_jax.loss import IGNORE_INDEX, fused_linear_cross_entropy, shift_labels
 from llama_jax.matmul import einsum, working_dtype
 from llama_jax.model import Embeddings, LlamaModel, Positions, Tokens, as_array, known_value
 
@@ -111,7 +111,7 @@ class LlamaForCausalLM(nnx.Module):
             expected = decoded.last_hidden_state.shape[:2]
             _require_labels(labels, expected, self.config.vocab_size)
             kept = keep_positions(shift_labels(jnp.asarray(labels)), logits_to_keep)
-            loss = cross_entropy(logits, kept, num_items_in_batch)
+            loss = causal_lm_loss(hidden, head, kept, num_items_in_batch)
         return CausalLMOutput(
             logits=logits.astype(hidden.dtype),
             loss=loss,
@@ -164,6 +164,24 @@ class LlamaForCausalLM(nnx.Module):
         fields = self.generation_config.fields
         files = {GENERATION_FILE: fields} if fields else {}
         hf.save(self, self.config, directory, max_shard_size=max_shard_size, json_files=files)
+
+
+def causal_lm_loss(
+    hidden: Float[Array, "batch kept hidden"],
+    head: Float[Array, "vocab hidden"],
+    labels: Int[Array, "batch kept"],
+    num_items_in_batch: Any,
+) -> Float[Array, ""]:
+    """The loss of shifted labels, never holding the logits: per valid label, or per given item."""
+    if num_items_in_batch is None:
+        return fused_linear_cross_entropy(hidden, head, labels, vocab_axis=0).loss
+    items = jnp.asarray(num_items_in_batch)
+    if items.size != 1:
+        raise ValueError(f"num_items_in_batch: found shape {items.shape}, expected one number")
+    divisor = items.reshape(())
+    return fused_linear_cross_entropy(
+        hidden, head, labels, vocab_axis=0, reduction="sum", loss_div_factor=divisor
+    ).loss
 
 
 def keep_positions(values: Array, logits_to_keep: int | Array | np.ndarray) -> Array:

@@ -147,9 +147,9 @@ def no_shift(shift: Any) -> Any:
     return lambda labels: labels
 
 
-def mean_over_all(cross_entropy: Any) -> Any:
-    def wrong(logits: Any, labels: Any, num_items: Any = None) -> Any:
-        return cross_entropy(logits, labels, labels.size if num_items is None else num_items)
+def mean_over_all(loss: Any) -> Any:
+    def wrong(hidden: Any, head: Any, labels: Any, num_items: Any) -> Any:
+        return loss(hidden, head, labels, labels.size if num_items is None else num_items)
 
     return wrong
 
@@ -173,7 +173,7 @@ MUTATIONS: dict[str, Mutation] = {
     "position_off_by_one": Mutation(model, "rope_cos_sin", position_off_by_one, "rotary.cos"),
     "mask_off_by_one": Mutation(model, "make_attention_mask", mask_off_by_one, "mask"),
     "loss_without_shift": Mutation(tasks, "shift_labels", no_shift, "loss"),
-    "mean_over_all_tokens": Mutation(tasks, "cross_entropy", mean_over_all, "loss"),
+    "mean_over_all_tokens": Mutation(tasks, "causal_lm_loss", mean_over_all, "loss"),
     "bfloat16_cast": Mutation(
         layers, "dot_product_attention", bfloat16_cast, "layers.0.self_attn.attention"
     ),

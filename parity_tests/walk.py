@@ -139,7 +139,8 @@ def our_steps(ours: LlamaForCausalLM, inputs: Mapping[str, Any], steps: Steps) -
     got["lm_head"] = layers.linear(want["norm"], head.weight[...], None)
     if "labels" in given:
         labels = tasks.shift_labels(given["labels"])
-        got["loss"] = tasks.cross_entropy(want["lm_head"], labels, ints.get("num_items_in_batch"))
+        items = ints.get("num_items_in_batch")
+        got["loss"] = tasks.causal_lm_loss(want["norm"], head.weight[...], labels, items)
     return got
 
 
