@@ -209,9 +209,9 @@ class _Gradients(NamedTuple):
 class _Losses(NamedTuple):
     """Per token, without weights, zero where ignored."""
 
-    ce: Array
-    z: Array
-    logsumexp: Array
+    ce: Any
+    z: Any
+    logsumexp: Any
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -296,7 +296,7 @@ def _fused_backward(options: _Options, residuals, cotangents):
 _fused.defvjp(_fused_forward, _fused_backward, symbolic_zeros=True)
 
 
-def _divided(weights: Array | None, count: Array | None, labels: Array) -> Array | None:
+def _divided(weights: Any, count: Any, labels: Any) -> Any:
     """Each token's part of the loss: its weight over the count of "mean"."""
     if count is None:
         return weights
@@ -323,7 +323,7 @@ def _exact_sum(values: Array) -> Array:
 
 def _run(
     options: _Options, wanted: _Wanted, hidden, kernel, bias, scale, weights, labels, logsumexp
-) -> tuple[_Losses | None, _Gradients]:
+) -> tuple[Any, _Gradients]:
     """`_run_local` on every shard, or directly where nothing is sharded.
 
     Args:
@@ -382,7 +382,7 @@ def _run(
 
 def _run_local(
     options: _Options, wanted: _Wanted, hidden, kernel, bias, scale, weights, labels, logsumexp
-) -> tuple[_Losses | None, _Gradients]:
+) -> tuple[Any, _Gradients]:
     """Losses and the wanted gradients of this shard's tokens and columns, a chunk at a time."""
     token_shape, size = labels.shape, hidden.shape[-1]
     working = _working_dtype(hidden, kernel)

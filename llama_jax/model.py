@@ -14,6 +14,7 @@ from llama_jax.cache import KVCache, extend_cache, last_segment
 from llama_jax.config import LlamaConfig
 from llama_jax.layers import DecoderLayer, RMSNorm, parameter
 from llama_jax.masks import attention_mask as make_attention_mask
+from llama_jax.positions import as_array, known_value
 from llama_jax.rope import rope_cos_sin
 
 # what a caller may pass: JAX or numpy arrays
@@ -211,16 +212,6 @@ def _decode(
         hidden_states=(*inputs, x) if output_hidden_states else None,
         attentions=tuple(weights) if output_attentions else None,
     )
-
-
-def as_array(value: Any) -> Any:
-    """Lists as numpy arrays, everything else as it is."""
-    return np.asarray(value) if isinstance(value, list | tuple) else value
-
-
-def known_value(value: Any) -> np.ndarray | None:
-    """The value as numpy, or None where it is known only when the program runs (under jit, grad)."""
-    return None if isinstance(value, jax.core.Tracer) else np.asarray(value)
 
 
 def require_ids(name: str, ids: Array | np.ndarray, vocab_size: int) -> None:

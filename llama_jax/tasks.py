@@ -19,7 +19,8 @@ from llama_jax.generation import GenerationConfig
 from llama_jax.layers import Linear
 from llama_jax.loss import IGNORE_INDEX, fused_linear_cross_entropy, shift_labels
 from llama_jax.matmul import einsum, working_dtype
-from llama_jax.model import Embeddings, LlamaModel, Positions, Tokens, as_array, known_value
+from llama_jax.model import Embeddings, LlamaModel, Positions, Tokens
+from llama_jax.positions import as_array, keep_positions, known_value
 
 GENERATION_FILE = "generation_config.json"
 
@@ -182,31 +183,6 @@ def causal_lm_loss(
     return fused_linear_cross_entropy(
         hidden, head, labels, vocab_axis=0, reduction="sum", loss_div_factor=divisor
     ).loss
-
-
-def keep_positions(values: Array, logits_to_keep: int | Array | np.ndarray) -> Array:
-    """Rows of [batch, seq, ...]: all for 0, the last N for an int, those of an index array."""
-    logits_to_keep = as_array(logits_to_keep)
-    if isinstance(logits_to_keep, int | np.integer):
-        if logits_to_keep < 0:
-            raise ValueError(f"logits_to_keep: found {logits_to_keep}, expected 0 or more")
-        return values[:, -int(logits_to_keep) :]
-    indices, seq = jnp.asarray(logits_to_keep), values.shape[1]
-    if not jnp.issubdtype(indices.dtype, jnp.integer) or indices.ndim not in (1, 2):
-        raise ValueError(
-            f"logits_to_keep: found {indices.dtype}{list(indices.shape)}, expected an int or an "
-            "integer array [kept] or [batch, kept]"
-        )
-    known = known_value(logits_to_keep)
-    if known is not None and ((known < -seq) | (known >= seq)).any():
-        raise ValueError(f"logits_to_keep: found {known.tolist()}, expected {-seq} to {seq - 1}")
-    # under jit, a position that is not there is NaN, or a label that makes the loss NaN
-    nothing = jnp.nan if jnp.issubdtype(values.dtype, jnp.floating) else IGNORE_INDEX - 1
-    if indices.ndim == 1:
-        return values.at[:, indices].get(mode="fill", fill_value=nothing)
-    return jax.vmap(lambda row, kept: row.at[kept].get(mode="fill", fill_value=nothing))(
-        values, indices
-    )
 
 
 def _require_labels(labels: Array | np.ndarray, expected: tuple[int, ...], vocab_size: int) -> None:
