@@ -1,6 +1,7 @@
 """`python -m benchmarks NAME...`: measurements, each printed as one table.
 
 compile   seconds to compile 4 and 32 layers of the same widths, forward and gradient
+loss      the loss-in-head beside its peers: memory, time and error
 load      from_pretrained of a bfloat16 directory against `cat` of the same file; peak RSS
 """
 
@@ -8,7 +9,7 @@ import argparse
 import importlib
 import sys
 
-MODULES = {"compile": "compile_time", "load": "load_time"}
+MODULES = {"compile": "compile_time", "load": "load_time", "loss": "loss"}
 
 
 def main() -> int:
