@@ -6,6 +6,7 @@ a transpose. `stack` is the leading shape of stacked layers, () for a single one
 """
 
 from collections.abc import Callable
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -129,6 +130,31 @@ class Linear(nnx.Module):
         return linear(x, self.weight[...], bias)
 
 
+def _projection(
+    config: LlamaConfig,
+    use_bias: bool,
+    stack: tuple[int, ...],
+    dtype: jnp.dtype,
+    rngs: nnx.Rngs,
+    in_features: int,
+    out_features: int,
+    axes: tuple[str, str],
+    slices: int = 1,
+) -> Linear:
+    """A projection of a decoder layer: what all seven have in common first, for `partial`."""
+    return Linear(
+        in_features,
+        out_features,
+        axes,
+        use_bias=use_bias,
+        slices=slices,
+        stddev=config.initializer_range,
+        stack=stack,
+        dtype=dtype,
+        rngs=rngs,
+    )
+
+
 class Attention(nnx.Module):
     """Rotary grouped-query self-attention with its four projections."""
 
@@ -141,19 +167,7 @@ class Attention(nnx.Module):
         heads = config.num_attention_heads * config.head_size
         kv_heads = config.kv_heads * config.head_size
 
-        def project(size_in: int, size_out: int, axes: tuple[str, str], slices: int = 1) -> Linear:
-            return Linear(
-                size_in,
-                size_out,
-                axes,
-                use_bias=config.attention_bias,
-                slices=slices,
-                stddev=config.initializer_range,
-                stack=stack,
-                dtype=dtype,
-                rngs=rngs,
-            )
-
+        project = partial(_projection, config, config.attention_bias, stack, dtype, rngs)
         self.q_proj = project(hidden, heads, ("heads", "embed"))
         self.k_proj = project(hidden, kv_heads, ("kv_heads", "embed"))
         self.v_proj = project(hidden, kv_heads, ("kv_heads", "embed"))
@@ -206,19 +220,7 @@ class MLP(nnx.Module):
     ):
         self.hidden_act = config.hidden_act
 
-        def project(size_in: int, size_out: int, axes: tuple[str, str], slices: int = 1) -> Linear:
-            return Linear(
-                size_in,
-                size_out,
-                axes,
-                use_bias=config.mlp_bias,
-                slices=slices,
-                stddev=config.initializer_range,
-                stack=stack,
-                dtype=dtype,
-                rngs=rngs,
-            )
-
+        project = partial(_projection, config, config.mlp_bias, stack, dtype, rngs)
         hidden, intermediate = config.hidden_size, config.intermediate_size
         self.gate_proj = project(hidden, intermediate, ("mlp", "embed"))
         self.up_proj = project(hidden, intermediate, ("mlp", "embed"))

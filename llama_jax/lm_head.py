@@ -85,7 +85,7 @@ class LMHeadConfig:
 
     def build(
         self, *, d_model: int, vocab_size: int, rngs: nnx.Rngs, stddev: float = 0.02
-    ) -> "LMHead | NormalizedLMHead":
+    ) -> "LMHead":
         """The head, its projection drawn with `stddev` (and normalised, for "normalized")."""
         dtype = jnp.dtype(self.dtype)
         if self.name == "normalized":
@@ -156,25 +156,41 @@ class LMHead(nnx.Module):
         Raises:
             ValueError: `return_logits=False` without labels, or what the loss refuses.
         """
-        hidden = self.norm(x) if hasattr(self, "norm") else x
+        hidden = keep_positions(self.norm(x) if hasattr(self, "norm") else x, logits_to_keep)
         bias = self.bias[...] if hasattr(self, "bias") else None
-        return _head(
+        weight, scale = self.weight[...], self.scale()
+        if labels is None:
+            if return_logits is False:
+                raise ValueError("return_logits: found False, expected labels to be given with it")
+            return _logits(hidden, weight, bias, scale)
+        fused = self.loss_implementation == "fused_linear"
+        out = fused_linear_cross_entropy(
             hidden,
-            self.weight[...],
-            bias,
-            None,
-            self.loss_implementation,
-            labels=labels,
+            weight,
+            keep_positions(labels, logits_to_keep),
+            bias=bias,
+            scale=scale,
             ignore_index=ignore_index,
-            loss_reduction=loss_reduction,
-            z_loss_multiplier=z_loss_multiplier,
+            reduction=loss_reduction,
+            z_loss=z_loss_multiplier,
             loss_div_factor=loss_div_factor,
-            return_logits=return_logits,
-            logits_to_keep=logits_to_keep,
+            mode="auto" if fused else "reference",
+            vocab_axis=0,
+        )
+        wanted = not fused if return_logits is None else return_logits
+        return LMOutputWithLoss(
+            logits=_logits(hidden, weight, bias, scale) if wanted else None,
+            loss=out.loss,
+            ce_loss=out.ce_loss,
+            z_loss=out.z_loss if z_loss_multiplier else None,
         )
 
+    def scale(self) -> Array | None:
+        """What multiplies the projection, a scalar a column; None for nothing."""
+        return None
 
-class NormalizedLMHead(nnx.Module):
+
+class NormalizedLMHead(LMHead):
     """nGPT's head: logits = (sz * sqrt(d_model)) * (x weight^T), no norm, no bias.
 
     `sz` [vocab] starts at 1 / sqrt(d_model), so that the effective scale starts at 1. Rows of the weight
@@ -203,84 +219,16 @@ class NormalizedLMHead(nnx.Module):
         self.weight = parameter(rngs, (vocab_size, d_model), ("vocab", "embed"), rows, dtype)
         self.sz = parameter(rngs, (vocab_size,), ("vocab",), start, dtype)
 
-    def __call__(
-        self,
-        x: Float[Array, "batch seq d_model"],
-        *,
-        labels: Int[Array, "batch seq"] | None = None,
-        ignore_index: int = IGNORE_INDEX,
-        loss_reduction: Reduction = "mean",
-        z_loss_multiplier: float | None = None,
-        loss_div_factor: Any = None,
-        return_logits: bool | None = None,
-        logits_to_keep: int | Array = 0,
-    ) -> Array | LMOutputWithLoss:
-        """As `LMHead.__call__`."""
+    def scale(self) -> Array:
+        """sz * sqrt(d_model), one a column."""
         sz = self.sz[...]
-        return _head(
-            x,
-            self.weight[...],
-            None,
-            sz.astype(working_dtype(sz.dtype)) * math.sqrt(x.shape[-1]),
-            self.loss_implementation,
-            labels=labels,
-            ignore_index=ignore_index,
-            loss_reduction=loss_reduction,
-            z_loss_multiplier=z_loss_multiplier,
-            loss_div_factor=loss_div_factor,
-            return_logits=return_logits,
-            logits_to_keep=logits_to_keep,
-        )
+        return sz.astype(working_dtype(sz.dtype)) * math.sqrt(self.weight.shape[-1])
 
 
 def normalize_rows(weight: Float[Array, "rows size"]) -> Float[Array, "rows size"]:
     """Each row divided by its length, computed in float32 (float64 for float64)."""
     wide = weight.astype(working_dtype(weight.dtype))
     return (wide / jnp.linalg.norm(wide, axis=-1, keepdims=True)).astype(weight.dtype)
-
-
-def _head(
-    hidden: Array,
-    weight: Array,
-    bias: Array | None,
-    scale: Array | None,
-    loss_implementation: LossImplementation,
-    *,
-    labels: Array | None,
-    ignore_index: int,
-    loss_reduction: Reduction,
-    z_loss_multiplier: float | None,
-    loss_div_factor: Any,
-    return_logits: bool | None,
-    logits_to_keep: int | Array,
-) -> Array | LMOutputWithLoss:
-    """What both heads do once they know their scale and bias."""
-    kept = keep_positions(hidden, logits_to_keep)
-    if labels is None:
-        if return_logits is False:
-            raise ValueError("return_logits: found False, expected labels to be given with it")
-        return _logits(kept, weight, bias, scale)
-    fused = loss_implementation == "fused_linear"
-    out = fused_linear_cross_entropy(
-        kept,
-        weight,
-        keep_positions(labels, logits_to_keep),
-        bias=bias,
-        scale=scale,
-        ignore_index=ignore_index,
-        reduction=loss_reduction,
-        z_loss=z_loss_multiplier,
-        loss_div_factor=loss_div_factor,
-        mode="auto" if fused else "reference",
-        vocab_axis=0,
-    )
-    wanted = not fused if return_logits is None else return_logits
-    return LMOutputWithLoss(
-        logits=_logits(kept, weight, bias, scale) if wanted else None,
-        loss=out.loss,
-        ce_loss=out.ce_loss,
-        z_loss=out.z_loss if z_loss_multiplier else None,
-    )
 
 
 def _logits(hidden: Array, weight: Array, bias: Array | None, scale: Array | None) -> Array:

@@ -237,31 +237,31 @@ def _fused_forward(options: _Options, *arguments):
     losses, gradients = _run(options, now, hidden, kernel, bias, scale, early_weights, labels, None)
     inputs = (hidden, kernel, bias, scale, weights, labels) if later else None
     dtypes = tuple(
-        None if value is None else jnp.zeros((), value.dtype)
-        for value in (hidden, kernel, bias, scale, weights)
+        None if value is None else value.dtype for value in (hidden, kernel, bias, scale, weights)
     )
-    residuals = (inputs, losses, gradients, weights, count, dtypes, _Flags(wanted, asked[4]))
+    residuals = (inputs, losses, gradients, weights, count, _Facts(wanted, asked[4], dtypes))
     return _reduce(options, losses, weights, count), residuals
 
 
 @jax.tree_util.register_static
 @dataclass(frozen=True)
-class _Flags:
+class _Facts:
     """Static facts that go from the forward to the backward pass."""
 
     wanted: _Wanted
     weights: bool
+    dtypes: tuple[Any, ...]
 
 
 def _fused_backward(options: _Options, residuals, cotangents):
-    inputs, losses, gradients, weights, count, dtypes, flags = residuals
+    inputs, losses, gradients, weights, count, facts = residuals
     # ce and z are for looking at: fused_linear_cross_entropy stops their gradient
     factor = cotangents[0]
     if isinstance(factor, jax.custom_derivatives.SymbolicZero):
         return (None,) * 7
     factor = factor.astype(losses.ce.dtype)
     d_weights = None
-    if flags.weights:
+    if facts.weights:
         d_weights = factor * (losses.ce + losses.z)
         d_weights = d_weights if count is None else d_weights / count
     if inputs is not None:
@@ -271,7 +271,7 @@ def _fused_backward(options: _Options, residuals, cotangents):
         per_token = per_token if own is None else per_token * own
         _, gradients = _run(
             options,
-            flags.wanted,
+            facts.wanted,
             hidden,
             kernel,
             bias,
@@ -287,8 +287,8 @@ def _fused_backward(options: _Options, residuals, cotangents):
         ]
         gradients = _Gradients(*scaled)
     cast = [
-        None if gradient is None else gradient.astype(example.dtype)
-        for gradient, example in zip((*gradients, d_weights), dtypes, strict=True)
+        None if gradient is None else gradient.astype(dtype)
+        for gradient, dtype in zip((*gradients, d_weights), facts.dtypes, strict=True)
     ]
     return (*cast, None, None)
 
@@ -321,6 +321,8 @@ def _exact_sum(values: Array) -> Array:
     return centre * values.size + jnp.sum(values - centre)
 
 
+# Compiled here, so that calls outside jit compile once per shape; inlined within a caller's jit.
+@partial(jax.jit, static_argnums=(0, 1))
 def _run(
     options: _Options, wanted: _Wanted, hidden, kernel, bias, scale, weights, labels, logsumexp
 ) -> tuple[Any, _Gradients]:
@@ -384,7 +386,7 @@ def _run_local(
     options: _Options, wanted: _Wanted, hidden, kernel, bias, scale, weights, labels, logsumexp
 ) -> tuple[Any, _Gradients]:
     """Losses and the wanted gradients of this shard's tokens and columns, a chunk at a time."""
-    token_shape, size = labels.shape, hidden.shape[-1]
+    token_shape = labels.shape
     working = _working_dtype(hidden, kernel)
     count = math.prod(token_shape)
     chunks = -(-count // options.chunk) if count else 1
@@ -415,9 +417,7 @@ def _run_local(
         return flat[:count].reshape(*token_shape, *values.shape[2:])
 
     losses = None if losses is None else _Losses(*map(join, losses))
-    gradients = sums._replace(
-        hidden=join(rows).reshape(*token_shape, size) if wanted.hidden else None
-    )
+    gradients = sums._replace(hidden=join(rows) if wanted.hidden else None)
     return losses, _sum_over_shards(options.shards, gradients)
 
 

@@ -201,12 +201,12 @@ def test_a_cache_that_runs_over_is_nan_under_jit():
 
 
 def test_a_call_outside_jit_compiles_once(caplog):
-    model = model_of()
+    model, others = model_of(), IDS[::-1]
     jax.block_until_ready(model(IDS, labels=IDS).loss)
     with jax.log_compiles(True), caplog.at_level("WARNING"):
         for _ in range(2):
-            jax.block_until_ready(model(IDS + 1, labels=IDS).loss)
-    assert [r for r in caplog.records if "Compiling" in r.message and "_decode" in r.message] == []
+            jax.block_until_ready(model(others, labels=IDS).loss)
+    assert [r.message for r in caplog.records if "Compiling" in r.message] == []
 
 
 def test_lists_are_taken_for_arrays():
