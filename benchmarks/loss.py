@@ -1,7 +1,8 @@
 """The loss-in-head beside its peers: memory, products, time and error, in one run.
 
 Value and both gradients of the mean loss, float32 on the CPU and bfloat16 on an accelerator. Peers that
-are not installed are left out and named.
+are not installed, or do not run on this backend, are left out and named. A peer's temporary memory is
+XLA's own figure or, for torch on a GPU, the allocator's peak above what stays.
 """
 
 import importlib.util
@@ -9,7 +10,7 @@ import statistics
 import time
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +19,7 @@ from rich.console import Console
 from rich.table import Table
 
 from llama_jax.loss import default_chunk, fused_linear_cross_entropy
+from train.flops import product_flops
 
 ROUNDS = 7
 
@@ -63,39 +65,82 @@ def main() -> None:
     truth = exact(hidden, kernel, labels)
     arguments = jnp.asarray(hidden, dtype), jnp.asarray(kernel, dtype), jnp.asarray(labels)
 
-    rows: dict[str, tuple[str, Callable[[], Any]]] = {}
-    for name, function in (("naive", naive), ("checkpointed scan", checkpointed), ("ours", ours)):
-        step = jax.jit(jax.value_and_grad(function, argnums=(0, 1)))
-        compiled = step.lower(*arguments).compile()
-        analysis: Any = compiled.memory_analysis()
-        memory = f"{analysis.temp_size_in_bytes / 2**20:.0f}"
-        rows[name] = memory, partial(finished, compiled, *arguments)
-    rows |= torch_peers(hidden, kernel, labels, dtype)
+    rows: dict[str, Row] = {}
+    functions = {"naive": naive, "checkpointed scan": checkpointed, "ours": ours}
+    missing = {}
+    for name, function in functions.items():
+        rows[name] = jax_row(function, arguments)
+    if importlib.util.find_spec("tokamax") is None:
+        missing["tokamax"] = "not installed"
+    else:
+        rows["tokamax"] = jax_row(tokamax_loss, (arguments[0], arguments[1].T, arguments[2]))
+    torch_rows, torch_missing = torch_peers(hidden, kernel, labels, dtype)
+    rows |= torch_rows
+    missing |= torch_missing
 
-    results = {name: run() for name, (_, run) in rows.items()}  # warms up, and gives the errors
+    results = {}
+    for name in list(rows):
+        try:
+            results[name] = rows[name].run()  # warms up, and gives the errors
+        except Exception as error:  # a peer that cannot run here must not take the table with it
+            missing[name] = f"{type(error).__name__}: {str(error).splitlines()[0][:100]}"
+            del rows[name]
     times: dict[str, list[float]] = {name: [] for name in rows}
     for _ in range(ROUNDS):
-        for name, (_, run) in rows.items():  # in turn, so that drift hits all alike
+        for name, row in rows.items():  # in turn, so that drift hits all alike
             begin = time.perf_counter()
-            run()
+            row.run()
             times[name].append(time.perf_counter() - begin)
     base = statistics.median(times["naive"])
     table = Table(
         title=f"loss and gradients, T={tokens} H={size} V={vocab} {jnp.dtype(dtype)}, "
         f"{jax.devices()[0].device_kind}, median of {ROUNDS}"
     )
-    columns = ("", "temp MiB", "time / naive", "loss error", "hidden error", "kernel error")
+    columns = (
+        "",
+        "units",
+        "temp MiB",
+        "time / naive",
+        "loss error",
+        "hidden error",
+        "kernel error",
+    )
     for column in columns:
         table.add_column(column, justify="left" if not column else "right")
-    for name, (memory, _) in rows.items():
+    for name, row in rows.items():
         errors = [f"{error:.1e}" for error in relative_errors(results[name], truth)]
         ratio = f"{statistics.median(times[name]) / base:.2f}"
-        table.add_row(name, memory, ratio, *errors)
+        table.add_row(name, row.units, row.memory(), ratio, *errors)
     console = Console(width=110)
     console.print(table)
-    missing = [n for n in ("tokamax", "liger_kernel") if importlib.util.find_spec(n) is None]
-    if missing:
-        console.print(f"not installed, left out: {', '.join(missing)}")
+    for name, reason in missing.items():
+        console.print(f"left out: {name} ({reason})")
+
+
+class Row(NamedTuple):
+    """A peer: its products in units of 2 T H V flops, its temporary memory in MiB, and one step."""
+
+    units: str
+    memory: Callable[[], str]
+    run: Callable[[], Any]
+
+
+def jax_row(function: Callable[..., jax.Array], arguments: tuple[jax.Array, ...]) -> Row:
+    """Value and both gradients of `function`, compiled and counted."""
+    step = jax.value_and_grad(function, argnums=(0, 1))
+    compiled = jax.jit(step).lower(*arguments).compile()
+    analysis: Any = compiled.memory_analysis()
+    flops = product_flops(jax.make_jaxpr(step)(*arguments).jaxpr)
+    unit = 2 * arguments[0].shape[0] * arguments[1].size
+    memory = f"{analysis.temp_size_in_bytes / 2**20:.0f}"
+    return Row(f"{flops / unit:.2f}", lambda: memory, partial(finished, compiled, *arguments))
+
+
+def tokamax_loss(hidden: jax.Array, kernel: jax.Array, labels: jax.Array) -> jax.Array:
+    """tokamax's, whose kernel is [H, V]; it has one for TPUs and plain XLA elsewhere."""
+    import tokamax
+
+    return tokamax.linear_softmax_cross_entropy_loss(hidden, labels, kernel, reduction="mean")
 
 
 def finished(function: Callable[..., Any], *arguments: Any) -> Any:
@@ -118,41 +163,70 @@ def exact(hidden: np.ndarray, kernel: np.ndarray, labels: np.ndarray) -> list[np
 
 
 def relative_errors(result: Any, truth: list[np.ndarray]) -> list[float]:
-    """rms error of each number over its rms."""
-    flat = [np.asarray(leaf, np.float64) for leaf in jax.tree.leaves(result)]
-    pairs = zip(flat, truth, strict=True)
+    """rms error of each number over its rms; a kernel's gradient may come transposed."""
+    flat = [on_host(leaf) for leaf in jax.tree.leaves(result)]
+    pairs = [(a if a.shape == b.shape else a.T, b) for a, b in zip(flat, truth, strict=True)]
     return [float(np.sqrt(np.mean((a - b) ** 2) / np.mean(b**2))) for a, b in pairs]
+
+
+def on_host(value: Any) -> np.ndarray:
+    """A jax array or torch tensor as float64 numpy."""
+    plain = value.detach().float().cpu().numpy() if hasattr(value, "detach") else value
+    return np.asarray(plain, np.float64)
 
 
 def torch_peers(
     hidden: np.ndarray, kernel: np.ndarray, labels: np.ndarray, dtype: Any
-) -> dict[str, tuple[str, Callable[[], Any]]]:
-    """torch's cross-entropy of explicit logits and, where torch has it, its fused one."""
+) -> tuple[dict[str, Row], dict[str, str]]:
+    """torch on explicit logits, eager and, on a GPU, compiled; its fused loss; Liger on a GPU."""
     if importlib.util.find_spec("torch") is None:
-        return {}
+        return {}, {"torch": "not installed"}
     import torch
 
-    device = "cuda" if torch.cuda.is_available() and jax.default_backend() == "gpu" else "cpu"
+    cross_entropy = torch.nn.functional.cross_entropy
+    on_gpu = torch.cuda.is_available() and jax.default_backend() == "gpu"
+    device = "cuda" if on_gpu else "cpu"
     kind = torch.float32 if dtype == jnp.float32 else torch.bfloat16
     h = torch.from_numpy(hidden).to(device, kind).requires_grad_()
     k = torch.from_numpy(kernel).to(device, kind).requires_grad_()
     target = torch.from_numpy(labels.astype(np.int64)).to(device)
-    losses: dict[str, Callable[[], Any]] = {
-        "torch F.cross_entropy": lambda: torch.nn.functional.cross_entropy(
-            (h @ k.T).float(), target
-        )
-    }
+
+    def explicit(h: Any, k: Any, target: Any) -> Any:
+        return cross_entropy((h @ k.T).float(), target)
+
+    losses: dict[str, Callable[..., Any]] = {"torch F.cross_entropy": explicit}
+    missing: dict[str, str] = {}
     fused = getattr(torch.nn.functional, "linear_cross_entropy", None)
     if fused is not None:
-        losses["torch F.linear_cross_entropy"] = lambda: fused(h, k, target)
+        losses["torch F.linear_cross_entropy"] = fused
+    if on_gpu:
+        losses["torch.compile F.cross_entropy"] = torch.compile(explicit)
+    if not on_gpu:
+        missing |= dict.fromkeys(("torch.compile", "Liger"), "no GPU")
+    elif importlib.util.find_spec("liger_kernel") is None:
+        missing["Liger"] = "not installed"
+    else:
+        from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
 
-    def step(loss: Callable[[], Any]) -> tuple[Any, ...]:
+        liger = LigerFusedLinearCrossEntropyLoss()
+        losses["Liger"] = lambda h, k, target: liger(k, h, target)
+
+    peaks: dict[str, str] = dict.fromkeys(losses, "")
+
+    def step(name: str) -> tuple[Any, ...]:
         h.grad = k.grad = None
-        value = loss()
+        if on_gpu:
+            torch.cuda.reset_peak_memory_stats()
+        value = losses[name](h, k, target)
         value.backward()
-        if device == "cuda":
+        found: tuple[Any, ...] = (value.detach(), h.grad, k.grad)
+        if on_gpu:
             torch.cuda.synchronize()
-        found: tuple[Any, ...] = (value, h.grad, k.grad)
-        return tuple(tensor.detach().float().cpu().numpy() for tensor in found)
+            above = torch.cuda.max_memory_allocated() - torch.cuda.memory_allocated()
+            peaks[name] = f"{above / 2**20:.0f}"
+        return found
 
-    return {name: ("", partial(step, loss)) for name, loss in losses.items()}
+    rows = {}
+    for name in losses:
+        rows[name] = Row("", partial(peaks.__getitem__, name), partial(step, name))
+    return rows, missing

@@ -217,7 +217,7 @@ class _Losses(NamedTuple):
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _fused(options: _Options, hidden, kernel, bias, scale, weights, labels, count):
     losses, _ = _run(options, _Wanted(), hidden, kernel, bias, scale, weights, labels, None)
-    return _reduce(options, losses, weights, count)
+    return _reduce(options, losses, weights, labels, count)
 
 
 def _fused_forward(options: _Options, *arguments):
@@ -240,7 +240,7 @@ def _fused_forward(options: _Options, *arguments):
         None if value is None else value.dtype for value in (hidden, kernel, bias, scale, weights)
     )
     residuals = (inputs, losses, gradients, weights, count, _Facts(wanted, asked[4], dtypes))
-    return _reduce(options, losses, weights, count), residuals
+    return _reduce(options, losses, weights, labels, count), residuals
 
 
 @jax.tree_util.register_static
@@ -303,22 +303,28 @@ def _divided(weights: Any, count: Any, labels: Any) -> Any:
     return jnp.broadcast_to(1 / count, labels.shape) if weights is None else weights / count
 
 
-def _reduce(options: _Options, losses: _Losses, weights: Array | None, count: Array | None):
+def _reduce(options: _Options, losses: _Losses, weights: Array | None, labels, count: Array | None):
     """(loss, ce, z): weighted, per token, summed, or divided by the count."""
     ce, z = losses.ce, losses.z
     if weights is not None:
         ce, z = ce * weights, z * weights
     if not options.per_token:
-        ce, z = _exact_sum(ce), _exact_sum(z)
-    if count is not None:
-        ce, z = ce / count, z / count
+        valid = labels != options.ignore_index
+        ce, z = _total(ce, valid, count), _total(z, valid, count)
     return ce + z, ce, z
 
 
-def _exact_sum(values: Array) -> Array:
-    """A long sum of like numbers loses bits that the sum of deviations from the mean keeps."""
-    centre = jax.lax.stop_gradient(jnp.sum(values) / values.size)
-    return centre * values.size + jnp.sum(values - centre)
+def _total(values: Array, valid: Array, count: Array | None) -> Array:
+    """The sum of the valid values or, with a count, their mean.
+
+    A long sum of like numbers loses bits that the sum of deviations from their mean keeps.
+    """
+    number = jnp.maximum(jnp.sum(valid), 1).astype(values.dtype) if count is None else count
+    centre = jax.lax.stop_gradient(jnp.sum(values) / number)
+    # an infinite loss must not come out as inf - inf
+    centre = jnp.where(jnp.isfinite(centre), centre, 0)
+    rest = jnp.sum(jnp.where(valid, values - centre, 0))
+    return centre * number + rest if count is None else centre + rest / number
 
 
 # Compiled here, so that calls outside jit compile once per shape; inlined within a caller's jit.
@@ -554,10 +560,12 @@ def _reference(options: _Options, hidden, kernel, bias, scale, weights, labels, 
     inside = (labels >= 0) & (labels < options.vocab)
     place = jnp.where(inside, labels, 0)[..., None]
     chosen = jnp.take_along_axis(logits, place, axis=-1)[..., 0]
-    ce = lse - (1 - options.smoothing) * chosen - options.smoothing * jnp.mean(logits, axis=-1)
+    ce = lse - (1 - options.smoothing) * chosen
+    if options.smoothing:
+        ce = ce - options.smoothing * jnp.mean(logits, axis=-1)
     ce = jnp.where(valid, jnp.where(inside, ce, jnp.nan), 0)
     z = jnp.where(valid, options.z_loss * jnp.square(lse), 0)
-    return _reduce(options, _Losses(ce, z, lse), weights, count)
+    return _reduce(options, _Losses(ce, z, lse), weights, labels, count)
 
 
 def _matmul(spec: str, a: Array, b: Array, working: Any) -> Array:

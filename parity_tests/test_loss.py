@@ -1,5 +1,8 @@
 """fused_linear_cross_entropy: every semantic item and edge case of its docstring."""
 
+import subprocess
+import sys
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,6 +11,7 @@ import torch
 
 from llama_jax.loss import fused_linear_cross_entropy
 from parity_tests.measure import relative_error
+from train.flops import product_flops
 
 TOKENS, HIDDEN, VOCAB = 37, 8, 23  # a prime vocabulary, a last chunk that is not full
 CHUNK = 8
@@ -312,6 +316,53 @@ def test_it_composes_with_vmap_scan_and_checkpoint():
         )
 
 
+def test_donated_buffers_change_nothing():
+    given, labels = arrays(np.float32)
+
+    def update(hidden, kernel):
+        def loss(kernel):
+            return fused_linear_cross_entropy(hidden, kernel, jnp.asarray(labels), chunk=8).loss
+
+        return kernel - 0.1 * jax.grad(loss)(kernel)
+
+    want = jax.jit(update)(given["hidden"], given["kernel"])
+    donated = jnp.array(given["kernel"])
+    got = jax.jit(update, donate_argnums=1)(given["hidden"], donated)
+    assert donated.is_deleted()
+    np.testing.assert_array_equal(got, want)
+
+
+@pytest.mark.parametrize("mode", ["auto", "recompute", "reference"])
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_an_infinite_loss_is_infinite(reduction, mode):
+    """As torch's: a token that the bias forbids costs infinitely much, not NaN."""
+    given, labels = arrays(np.float32)
+    bias = np.zeros(VOCAB, np.float32)
+    bias[labels[0]] = -np.inf
+    out = fused_linear_cross_entropy(
+        given["hidden"], given["kernel"], labels, bias=bias, reduction=reduction, mode=mode
+    )
+    assert out.loss == np.inf
+
+
+PLAIN_PROGRAM = """
+import jax, jax.numpy as jnp
+from llama_jax import fused_linear_cross_entropy
+
+def loss(w, x, y):
+    return fused_linear_cross_entropy(x, w["head"], y).loss
+
+x, y = jnp.ones((6, 4)), jnp.arange(6)
+w = {"head": jnp.zeros((4, 9))}
+value, gradient = jax.jit(jax.value_and_grad(loss))(w, x, y)
+assert abs(value - jnp.log(9)) < 1e-6 and gradient["head"].shape == (4, 9)
+"""
+
+
+def test_a_plain_jax_program_uses_it():
+    subprocess.run([sys.executable, "-W", "error", "-c", PLAIN_PROGRAM], check=True)
+
+
 def test_the_reference_mode_has_forward_derivatives_and_hessians():
     given, labels = arrays(np.float32)
     hidden = jnp.asarray(given["hidden"])
@@ -347,29 +398,6 @@ def shapes(tokens):
     )
 
 
-def units(jaxpr, tokens) -> float:
-    """Products in units of 2 * tokens * H * V flops, scans multiplied out."""
-
-    def flops(jaxpr):
-        total = 0
-        for equation in jaxpr.eqns:
-            inner = [
-                getattr(value, "jaxpr", value)
-                for value in equation.params.values()
-                if hasattr(getattr(value, "jaxpr", value), "eqns")
-            ]
-            times = equation.params["length"] if equation.primitive.name == "scan" else 1
-            total += times * sum(flops(each) for each in inner[:1])
-            if equation.primitive.name == "dot_general":
-                (contracted, _), _ = equation.params["dimension_numbers"]
-                left = equation.invars[0].aval.shape
-                depth = np.prod([left[axis] for axis in contracted])
-                total += 2 * depth * equation.outvars[0].aval.size
-        return total
-
-    return flops(jaxpr) / (2 * tokens * H * V)
-
-
 @pytest.mark.parametrize(
     ("argnums", "options", "expected"),
     [
@@ -385,7 +413,8 @@ def units(jaxpr, tokens) -> float:
 )
 def test_products_of_each_mode(argnums, options, expected):
     jaxpr = jax.make_jaxpr(step(argnums, **options))(*shapes(T))
-    assert units(jaxpr.jaxpr, T) == pytest.approx(expected, rel=0.01)
+    unit = 2 * T * H * V
+    assert product_flops(jaxpr.jaxpr) == pytest.approx(expected * unit, rel=0.01)
 
 
 @pytest.mark.parametrize(
