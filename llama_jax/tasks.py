@@ -66,6 +66,12 @@ class LlamaForCausalLM(nnx.Module):
         """dtype of the weights and of the computation."""
         return self.model.dtype
 
+    @property
+    def head_weight(self) -> Float[Array, "vocab hidden"]:
+        """The projection onto the vocabulary: `lm_head`'s weight, or the embedding where tied."""
+        tied = self.config.tie_word_embeddings
+        return (self.model.embed_tokens if tied else self.lm_head).weight[...]
+
     def __call__(
         self,
         input_ids: Tokens | None = None,
@@ -102,8 +108,7 @@ class LlamaForCausalLM(nnx.Module):
             dropout_key=dropout_key,
         )
         hidden = keep_positions(decoded.last_hidden_state, logits_to_keep)
-        tied = self.config.tie_word_embeddings
-        head = (self.model.embed_tokens if tied else self.lm_head).weight[...]
+        head = self.head_weight
         working = working_dtype(hidden.dtype)
         logits = einsum("bsh,vh->bsv", hidden, head, out_dtype=working)
         loss = None

@@ -1,9 +1,7 @@
-"""Floating-point operations: of any traced program, counted, and of a training step, by formula."""
+"""Floating-point operations of any traced program, counted."""
 
 import math
 from typing import Any
-
-from llama_jax.config import LlamaConfig
 
 
 def product_flops(jaxpr: Any) -> int:
@@ -30,18 +28,3 @@ def product_flops(jaxpr: Any) -> int:
             ]
             total += times * sum(map(product_flops, inner[:1]))
     return total
-
-
-def training_flops_per_token(config: LlamaConfig, sequence_length: int) -> int:
-    """6 N + 6 L S A flops a token, forward and backward: model FLOPs, as in PaLM (arXiv:2204.02311, B).
-
-    N counts the weights that multiply (projections, MLP and head; not norms or the embedding lookup), A is
-    heads * head size. Attention is counted causally: 2 L S A per token of the forward pass, half of what
-    a full [S, S] product takes. Recomputation does not count.
-    """
-    hidden, heads = config.hidden_size, config.num_attention_heads * config.head_size
-    kv_heads = config.kv_heads * config.head_size
-    attention = hidden * heads * 2 + hidden * kv_heads * 2
-    layer = attention + 3 * hidden * config.intermediate_size
-    weights = config.num_hidden_layers * layer + hidden * config.vocab_size
-    return 6 * weights + 6 * config.num_hidden_layers * sequence_length * heads
