@@ -11,12 +11,14 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Bool, Float, Int, Key
+from jax.ad_checkpoint import checkpoint_name
+from jaxtyping import Array, Float, Int, Key
 
 from llama_jax.activations import ACTIVATIONS
-from llama_jax.attention import dot_product_attention
+from llama_jax.attention import Implementation, attention
 from llama_jax.cache import write_layer
 from llama_jax.config import LlamaConfig
+from llama_jax.masks import AttentionMask
 from llama_jax.matmul import einsum, working_dtype
 from llama_jax.rope import rotate
 
@@ -63,7 +65,8 @@ def linear(
     else:
         working = working_dtype(x.dtype)
         out = einsum("ti,oi->to", flat, weight, out_dtype=working) + bias.astype(working)
-    return out.reshape(*x.shape[:-1], weight.shape[0]).astype(x.dtype)
+    out = out.reshape(*x.shape[:-1], weight.shape[0]).astype(x.dtype)
+    return checkpoint_name(out, "projection")  # for `remat`
 
 
 def sliced_linear(
@@ -178,14 +181,16 @@ class Attention(nnx.Module):
         x: Float[Array, "batch seq hidden"],
         cos: Float[Array, "batch seq half"],
         sin: Float[Array, "batch seq half"],
-        mask: Bool[Array, "b_or_1 1 seq k"],
+        mask: AttentionMask,
         store: tuple[Array, Array] | None,
         layer: Int[Array, ""],
         start: Int[Array, ""],
         dropout_key: Key[Array, ""] | None,
+        implementation: Implementation | None = None,
+        output_weights: bool = False,
     ) -> tuple[
         Float[Array, "batch seq hidden"],
-        Float[Array, "batch heads seq k"],
+        Float[Array, "batch heads seq k"] | None,
         tuple[Array, Array] | None,
     ]:
         """Attend over this call's keys or, where `store` holds cached ones, over the cache.
@@ -193,9 +198,10 @@ class Attention(nnx.Module):
         Args:
             store: keys and values [layers, batch, capacity, kv_heads, dim] of the cache, or None.
             layer, start: where in the store this call's keys and values are written.
+            implementation, output_weights: see `attention`.
 
         Returns:
-            Output, attention weights, and the store with the new keys and values in it.
+            Output, attention weights where asked for, and the store with the new keys and values in it.
         """
         split = (*x.shape[:2], -1, self.head_dim)
         query = rotate(self.q_proj(x).reshape(split), cos, sin)
@@ -206,8 +212,15 @@ class Attention(nnx.Module):
             values, value = write_layer(store[1], layer, start, value)
             store = keys, values
             key, value = key.astype(query.dtype), value.astype(query.dtype)
-        out, weights = dot_product_attention(
-            query, key, value, mask, self.dropout_rate, dropout_key
+        out, weights = attention(
+            query,
+            key,
+            value,
+            mask,
+            implementation=implementation,
+            dropout_rate=self.dropout_rate,
+            dropout_key=dropout_key,
+            output_weights=output_weights,
         )
         return self.o_proj(out.reshape(*x.shape[:2], -1)), weights, store
 
@@ -253,19 +266,30 @@ class DecoderLayer(nnx.Module):
         x: Float[Array, "batch seq hidden"],
         cos: Float[Array, "batch seq half"],
         sin: Float[Array, "batch seq half"],
-        mask: Bool[Array, "b_or_1 1 seq k"],
+        mask: AttentionMask,
         store: tuple[Array, Array] | None,
         layer: Int[Array, ""],
         start: Int[Array, ""],
         dropout_key: Key[Array, ""] | None,
+        implementation: Implementation | None = None,
+        output_weights: bool = False,
     ) -> tuple[
         Float[Array, "batch seq hidden"],
-        Float[Array, "batch heads seq k"],
+        Float[Array, "batch heads seq k"] | None,
         tuple[Array, Array] | None,
     ]:
         """As `Attention.__call__`, with the two residual branches around it."""
         attended, weights, store = self.self_attn(
-            self.input_layernorm(x), cos, sin, mask, store, layer, start, dropout_key
+            self.input_layernorm(x),
+            cos,
+            sin,
+            mask,
+            store,
+            layer,
+            start,
+            dropout_key,
+            implementation,
+            output_weights,
         )
         x = x + attended
         return x + self.mlp(self.post_attention_layernorm(x)), weights, store

@@ -2,7 +2,8 @@
 
 `fused_linear_cross_entropy` works on chunks of tokens: a [chunk, vocab] block of logits is formed, turned
 into losses and, in the same pass, into gradients, and forgotten (the idea of Liger Kernel,
-arXiv:2410.10989, and of Cut Cross-Entropy, arXiv:2411.09009). It needs nothing else of this library.
+arXiv:2410.10989, and of Cut Cross-Entropy, arXiv:2411.09009). It needs nothing else of this library but
+the names of mesh axes.
 
 Notation: T tokens, H hidden, V vocabulary, C tokens per chunk; one unit is a product of 2 * T * H * V
 flops. Products have operands of the input dtype and accumulate in float32; softmax and losses are
@@ -17,18 +18,15 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import AxisType, PartitionSpec
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
+
+from llama_jax.sharding import BATCH_AXES, SEQUENCE_AXIS, TENSOR_AXIS, mesh_axes
 
 IGNORE_INDEX = -100
 
 Reduction = Literal["mean", "sum", "none"]
 Mode = Literal["auto", "recompute", "reference"]
-
-# the mesh axes that the library's sharding rules use
-BATCH_AXES = ("data", "fsdp")
-SEQUENCE_AXIS = "sequence"
-VOCAB_AXIS = "tensor"
 
 
 @jax.tree_util.register_dataclass
@@ -591,37 +589,30 @@ def _pad(values: Array, axis: int, missing: int, fill: Any = 0) -> Array:
 
 def _find_shards(mesh: Any, token_shape: tuple[int, ...]) -> _Shards | None:
     """The shards of `mesh` or of the ambient mesh; None where no axis of ours splits anything."""
-    mesh = jax.sharding.get_abstract_mesh() if mesh is None else mesh
-    kinds = dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
-    # within a shard_map of the caller's, its axes are no longer ours to split
-    sizes = {name: mesh.shape[name] for name in kinds if kinds[name] != AxisType.Manual}
-
-    def present(*names: str) -> tuple[str, ...]:
-        return tuple(name for name in names if sizes.get(name, 1) > 1)
-
-    batch, sequence = present(*BATCH_AXES), present(SEQUENCE_AXIS)
-    (vocab,) = present(VOCAB_AXIS) or (None,)
+    axes = mesh_axes(mesh)
+    batch, sequence = axes.present(*BATCH_AXES), axes.present(SEQUENCE_AXIS)
+    (vocab,) = axes.present(TENSOR_AXIS) or (None,)
     if not (batch or sequence or vocab):
         return None
     if len(token_shape) == 1:
         split: tuple[tuple[str, ...], ...] = (batch + sequence,)
     else:
         split = (batch, sequence, *((),) * (len(token_shape) - 2))
-    for dimension, axes in zip(token_shape, split, strict=True):
-        parts = math.prod(sizes[name] for name in axes)
+    for dimension, names in zip(token_shape, split, strict=True):
+        parts = axes.size(*names)
         if dimension % parts:
             raise ValueError(
                 f"labels: found shape {list(token_shape)}, expected {dimension} to be divisible by "
-                f"the mesh axes {', '.join(axes)} = {parts}"
+                f"the mesh axes {', '.join(names)} = {parts}"
             )
     tokens = batch + sequence
     return _Shards(
-        mesh=mesh,
+        mesh=axes.mesh,
         tokens=tokens,
-        token_spec=tuple(axes or None for axes in split),
+        token_spec=tuple(names or None for names in split),
         vocab=vocab,
-        token_size=math.prod(sizes[name] for name in tokens),
-        vocab_size=sizes[vocab] if vocab else 1,
+        token_size=axes.size(*tokens),
+        vocab_size=axes.size(TENSOR_AXIS),
     )
 
 

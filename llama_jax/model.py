@@ -10,11 +10,13 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, Key
 
+from llama_jax.attention import Implementation
 from llama_jax.cache import KVCache, extend_cache, last_segment
 from llama_jax.config import LlamaConfig
 from llama_jax.layers import DecoderLayer, RMSNorm, parameter
-from llama_jax.masks import attention_mask as make_attention_mask
+from llama_jax.masks import AttentionMask
 from llama_jax.positions import as_array, known_value
+from llama_jax.remat import Remat, rematerialised
 from llama_jax.rope import rope_cos_sin
 
 # what a caller may pass: JAX or numpy arrays
@@ -89,6 +91,10 @@ class LlamaModel(nnx.Module):
         output_hidden_states: bool = False,
         output_attentions: bool = False,
         dropout_key: Key[Array, ""] | None = None,
+        *,
+        attention_implementation: Implementation | None = None,
+        remat: Remat = "none",
+        scan_unroll: int = 1,
     ) -> ModelOutput:
         """Run the decoder.
 
@@ -105,6 +111,10 @@ class LlamaModel(nnx.Module):
             cache: earlier keys and values; the returned cache holds this call's as well. Too little room
                 for `seq` more tokens is an error outside jit and NaN under it.
             dropout_key: turns attention dropout on (training).
+            attention_implementation: see `attention`; None is the fastest.
+            remat: what the backward pass keeps of a layer and what it computes again, see `remat.py`.
+            scan_unroll: how many layers one turn of the loop over them holds; more compile longer and
+                can run faster.
 
         Raises:
             ValueError: shapes that do not fit, ids outside the vocabulary or a full cache (the latter
@@ -131,6 +141,8 @@ class LlamaModel(nnx.Module):
             raise ValueError(
                 f"position_ids: found shape {position_ids.shape}, expected {(batch, seq)}"
             )
+        if not isinstance(scan_unroll, int) or scan_unroll < 1:
+            raise ValueError(f"scan_unroll: found {scan_unroll!r}, expected a positive integer")
         if cache is not None:
             _require_room(cache, self.config, batch, seq)
         return _decode(
@@ -143,12 +155,24 @@ class LlamaModel(nnx.Module):
             dropout_key,
             output_hidden_states=output_hidden_states,
             output_attentions=output_attentions,
+            attention_implementation=attention_implementation,
+            remat=remat,
+            scan_unroll=scan_unroll,
         )
 
 
 # Compiled as a whole, so that a call outside jit costs one dispatch and compiles once per shape; within
 # a caller's jit it is inlined.
-@partial(jax.jit, static_argnames=("output_hidden_states", "output_attentions"))
+@partial(
+    jax.jit,
+    static_argnames=(
+        "output_hidden_states",
+        "output_attentions",
+        "attention_implementation",
+        "remat",
+        "scan_unroll",
+    ),
+)
 def _decode(
     model: LlamaModel,
     given: Array,
@@ -160,6 +184,9 @@ def _decode(
     *,
     output_hidden_states: bool,
     output_attentions: bool,
+    attention_implementation: Implementation | None,
+    remat: Remat,
+    scan_unroll: int,
 ) -> ModelOutput:
     """The forward pass on checked arguments; `given` are ids [batch, seq] or embeddings."""
     config = model.config
@@ -177,14 +204,14 @@ def _decode(
         x.dtype,
     )
     if cache is None:
-        mask = make_attention_mask(slots, slots, is_token, segment_ids, segment_ids)
+        mask = AttentionMask(None, None, is_token, segment_ids, segment_ids)
     else:
         if segment_ids is None:
             segment_ids = jnp.broadcast_to(last_segment(cache), (batch, seq))
         is_token = jnp.ones((batch, seq), bool) if is_token is None else is_token
         cache = extend_cache(cache, is_token, segment_ids)
         keys = jnp.arange(cache.capacity, dtype=jnp.int32)
-        mask = make_attention_mask(slots, keys, cache.is_token, segment_ids, cache.segments)
+        mask = AttentionMask(slots, keys, cache.is_token, segment_ids, cache.segments)
 
     layer_count = config.num_hidden_layers
     dropout_keys = None if dropout_key is None else jax.random.split(dropout_key, layer_count)
@@ -192,14 +219,27 @@ def _decode(
     def run_layer(carry, layer_inputs):
         x, store = carry
         layer, index, key = layer_inputs
-        y, weights, store = layer(x, cos, sin, mask, store, index, start, key)
-        kept = (x if output_hidden_states else None, weights if output_attentions else None)
-        return (y, store), kept
+        y, weights, store = layer(
+            x,
+            cos,
+            sin,
+            mask,
+            store,
+            index,
+            start,
+            key,
+            attention_implementation,
+            output_attentions,
+        )
+        return (y, store), (x if output_hidden_states else None, weights)
 
     store = None if cache is None else (cache.keys, cache.values)
     indices = jnp.arange(layer_count, dtype=jnp.int32)
     (x, store), (inputs, weights) = jax.lax.scan(
-        run_layer, (x, store), (model.layers, indices, dropout_keys)
+        rematerialised(run_layer, remat),
+        (x, store),
+        (model.layers, indices, dropout_keys),
+        unroll=scan_unroll,
     )
     if cache is not None and store is not None:
         cache = KVCache(*store, cache.is_token, cache.segments, cache.length)

@@ -13,6 +13,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int, Key
 
 from llama_jax import generation, hf
+from llama_jax.attention import Implementation
 from llama_jax.cache import KVCache
 from llama_jax.config import LlamaConfig, read_json_object
 from llama_jax.generation import GenerationConfig
@@ -21,6 +22,7 @@ from llama_jax.loss import IGNORE_INDEX, fused_linear_cross_entropy, shift_label
 from llama_jax.matmul import einsum, working_dtype
 from llama_jax.model import Embeddings, LlamaModel, Positions, Tokens
 from llama_jax.positions import as_array, keep_positions, known_value
+from llama_jax.remat import Remat
 
 GENERATION_FILE = "generation_config.json"
 
@@ -86,6 +88,10 @@ class LlamaForCausalLM(nnx.Module):
         output_hidden_states: bool = False,
         output_attentions: bool = False,
         dropout_key: Key[Array, ""] | None = None,
+        *,
+        attention_implementation: Implementation | None = None,
+        remat: Remat = "none",
+        scan_unroll: int = 1,
     ) -> CausalLMOutput:
         """Logits and, with `labels`, the loss. See `LlamaModel.__call__` for the other arguments.
 
@@ -106,6 +112,9 @@ class LlamaForCausalLM(nnx.Module):
             output_hidden_states=output_hidden_states,
             output_attentions=output_attentions,
             dropout_key=dropout_key,
+            attention_implementation=attention_implementation,
+            remat=remat,
+            scan_unroll=scan_unroll,
         )
         hidden = keep_positions(decoded.last_hidden_state, logits_to_keep)
         head = self.head_weight

@@ -16,7 +16,10 @@ torch.set_num_threads(1)
 
 # The shapes and dtypes in the annotations of the numerics are checked as the suite runs. Not those of
 # the public surface, which answers a wrong argument with an error of its own.
-CHECKED = ("attention", "cache", "layers", "masks", "matmul", "rope")
+CHECKED = (
+    *("attention", "attention_blocked", "attention_cudnn", "attention_plain", "attention_splash"),
+    *("cache", "layers", "masks", "matmul", "rope"),
+)
 install_import_hook([f"llama_jax.{module}" for module in CHECKED], "beartype.beartype")
 
 

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from llama_jax import hf, layers, model, tasks
+from llama_jax import hf, layers, masks, model, tasks
 
 Buffers = dict[tuple[str, ...], np.ndarray]
 
@@ -120,12 +120,12 @@ def eps_1e_6(rms_norm: Any) -> Any:
 def tiled_kv_heads(attention: Any) -> Any:
     """Query head h reads kv head h % K, not h // (N / K): `tile` where `repeat` was meant."""
 
-    def wrong(query: Any, key: Any, value: Any, *rest: Any) -> Any:
+    def wrong(query: Any, key: Any, value: Any, mask: Any, **rest: Any) -> Any:
         heads, kv_heads = query.shape[2], key.shape[2]
         order = np.arange(heads).reshape(heads // kv_heads, kv_heads).T.reshape(-1)
-        out, weights = attention(query[:, :, order], key, value, *rest)
+        out, weights = attention(query[:, :, order], key, value, mask, **rest)
         back = np.argsort(order)
-        return out[:, :, back], weights[:, back]
+        return out[:, :, back], None if weights is None else weights[:, back]
 
     return wrong
 
@@ -136,8 +136,8 @@ def mask_off_by_one(mask: Any) -> Any:
 
 
 def bfloat16_cast(attention: Any) -> Any:
-    def wrong(*args: Any) -> Any:
-        out, weights = attention(*args)
+    def wrong(*args: Any, **rest: Any) -> Any:
+        out, weights = attention(*args, **rest)
         return out.astype(jnp.bfloat16).astype(out.dtype), weights
 
     return wrong
@@ -167,14 +167,10 @@ MUTATIONS: dict[str, Mutation] = {
     "o_proj_transposed": Mutation(
         hf, "_merge", while_loading(o_proj_transposed), "layers.0.self_attn.o_proj"
     ),
-    "kv_heads_tiled": Mutation(
-        layers, "dot_product_attention", tiled_kv_heads, "layers.0.self_attn.attention"
-    ),
+    "kv_heads_tiled": Mutation(layers, "attention", tiled_kv_heads, "layers.0.self_attn.attention"),
     "position_off_by_one": Mutation(model, "rope_cos_sin", position_off_by_one, "rotary.cos"),
-    "mask_off_by_one": Mutation(model, "make_attention_mask", mask_off_by_one, "mask"),
+    "mask_off_by_one": Mutation(masks, "attention_mask", mask_off_by_one, "mask"),
     "loss_without_shift": Mutation(tasks, "shift_labels", no_shift, "loss"),
     "mean_over_all_tokens": Mutation(tasks, "causal_lm_loss", mean_over_all, "loss"),
-    "bfloat16_cast": Mutation(
-        layers, "dot_product_attention", bfloat16_cast, "layers.0.self_attn.attention"
-    ),
+    "bfloat16_cast": Mutation(layers, "attention", bfloat16_cast, "layers.0.self_attn.attention"),
 }

@@ -12,6 +12,7 @@ import torch
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from llama_jax import LlamaConfig, activations, layers, rope
+from llama_jax.attention_plain import dot_product_attention
 from parity_tests import oracle
 from parity_tests.cases import BY_NAME, ROPES, Case, hf_config, inputs_of, weights_of
 from parity_tests.measure import relative_error, rms_error
@@ -173,7 +174,7 @@ def test_a_query_that_sees_nothing_gives_zero_and_no_nan() -> None:
     mask = jnp.array([[[[False] * 3, [False, True, False], [True, True, True]]]])
 
     def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, jax.Array]:
-        return layers.dot_product_attention(q, k, v, mask, 0.0, None)
+        return dot_product_attention(q, k, v, mask, 0.0, None)
 
     out, probabilities = attend(q, k, v)
     assert not out[:, 0].any()

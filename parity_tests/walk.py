@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import torch
 from torch import Tensor
 
-from llama_jax import LlamaForCausalLM, layers, model, tasks
+from llama_jax import LlamaForCausalLM, layers, masks, model, tasks
 from parity_tests import oracle
 from parity_tests.cases import torch_inputs
 from parity_tests.measure import relative_error
@@ -91,9 +91,8 @@ def our_steps(ours: LlamaForCausalLM, inputs: Mapping[str, Any], steps: Steps) -
     )
     slots, token = jnp.arange(length), given.get("attention_mask")
     token, segments = None if token is None else token.astype(bool), given.get("segment_ids")
-    got["mask"] = jnp.broadcast_to(
-        model.make_attention_mask(slots, slots, token, segments, segments), want["mask"].shape
-    )
+    mask = masks.AttentionMask(None, None, token, segments, segments)
+    got["mask"] = jnp.broadcast_to(masks.dense_mask(mask, length, length), want["mask"].shape)
     got["rotary.cos"], got["rotary.sin"] = (
         jnp.concatenate([part, part], axis=-1)
         for part in model.rope_cos_sin(
@@ -119,7 +118,7 @@ def our_steps(ours: LlamaForCausalLM, inputs: Mapping[str, Any], steps: Steps) -
             got[f"{name}.self_attn.rotate.{p}"] = turned.swapaxes(1, 2)
         q, k = (want[f"{name}.self_attn.rotate.{p}"].swapaxes(1, 2) for p in "qk")
         v = want[f"{name}.self_attn.v_proj"].reshape(split)
-        mixed, _ = layers.dot_product_attention(q, k, v, want["mask"], 0.0, None)
+        mixed, _ = layers.attention(q, k, v, mask)
         got[f"{name}.self_attn.attention"] = mixed.reshape(batch, length, -1)
         got[f"{name}.self_attn.o_proj"] = attn.o_proj(want[f"{name}.self_attn.attention"])
         normed = want[f"{name}.post_attention_layernorm"]
@@ -132,7 +131,7 @@ def our_steps(ours: LlamaForCausalLM, inputs: Mapping[str, Any], steps: Steps) -
         got[f"{name}.mlp.act"] = act(want[f"{name}.mlp.gate_proj"]) * want[f"{name}.mlp.up_proj"]
         got[f"{name}.mlp.down_proj"] = mlp.down_proj(want[f"{name}.mlp.act"])
         got[name], *_ = block(
-            want[f"{name}.input"], cos, sin, want["mask"], None, jnp.int32(0), jnp.int32(0), None
+            want[f"{name}.input"], cos, sin, mask, None, jnp.int32(0), jnp.int32(0), None
         )
     got["norm"] = decoder.norm(want[name])
     head = decoder.embed_tokens if config.tie_word_embeddings else ours.lm_head
