@@ -108,10 +108,10 @@ def _read(path: Path, file: IO[bytes], field: str) -> Iterator[str]:
 
 
 def _read_text(path: Path, stream: IO[bytes]) -> Iterator[str]:
-    text = io.TextIOWrapper(stream, encoding="utf-8-sig", newline="")
     try:
-        while piece := text.read(LONGEST_TEXT):
-            yield piece + text.readline(LONGEST_TEXT)
+        with io.TextIOWrapper(stream, encoding="utf-8-sig", newline="") as text:
+            while piece := text.read(LONGEST_TEXT):
+                yield piece + text.readline(LONGEST_TEXT)
     except UnicodeDecodeError as error:
         raise ValueError(_not_utf8(str(path), error)) from None
 
@@ -167,7 +167,8 @@ def _read_parquet(path: Path, field: str) -> Iterator[str]:
     except UnicodeDecodeError as error:
         raise ValueError(_not_utf8(str(path), error)) from None
     except (pa.ArrowException, OSError) as error:
-        raise ValueError(f"{path}: found damaged data ({error}), expected Parquet") from None
+        reason = " ".join(str(error).split())  # Arrow's may have several lines
+        raise ValueError(f"{path}: found damaged data ({reason}), expected Parquet") from None
 
 
 def _not_utf8(where: str, error: UnicodeDecodeError) -> str:

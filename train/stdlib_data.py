@@ -7,8 +7,8 @@ import hashlib
 import json
 import os
 import platform
-import shutil
 import sysconfig
+import tempfile
 from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
@@ -64,27 +64,21 @@ def stdlib_tokens() -> Path:
 
 
 def _make(files: Iterable[Path], directory: Path) -> None:
-    documents, tokenizer = directory / "documents.jsonl", directory / "tokenizer"
-    with documents.open("w", encoding="utf-8") as file:
-        for path in files:
-            # a source file may declare another encoding
-            with suppress(UnicodeDecodeError):
-                file.write(json.dumps({"text": path.read_bytes().decode()}) + "\n")
-    tokenizer.mkdir()
-    _train_bpe(read_documents([documents])).save(str(tokenizer / "tokenizer.json"))
-    config = {
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        "eos_token": EOS,
-        "clean_up_tokenization_spaces": False,
-    }
-    write_text(tokenizer / "tokenizer_config.json", json.dumps(config, indent=2) + "\n")
-    made = directory / "tokens"
-    tokenize([documents], tokenizer, made, validation_fraction=_VALIDATION_FRACTION)
-    for path in made.iterdir():
-        path.rename(directory / path.name)
-    documents.unlink()
-    made.rmdir()
-    shutil.rmtree(tokenizer)
+    with tempfile.TemporaryDirectory() as scratch:
+        documents = Path(scratch, "documents.jsonl")
+        with documents.open("w", encoding="utf-8") as file:
+            for path in files:
+                # a source file may declare another encoding
+                with suppress(UnicodeDecodeError):
+                    file.write(json.dumps({"text": path.read_bytes().decode()}) + "\n")
+        _train_bpe(read_documents([documents])).save(f"{scratch}/tokenizer.json")
+        config = {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "eos_token": EOS,
+            "clean_up_tokenization_spaces": False,
+        }
+        write_text(Path(scratch, "tokenizer_config.json"), json.dumps(config, indent=2) + "\n")
+        tokenize([documents], scratch, directory, validation_fraction=_VALIDATION_FRACTION)
 
 
 def _train_bpe(texts: Iterable[str]) -> Tokenizer:

@@ -100,7 +100,7 @@ def tokenize(
         ],
         made_from={
             "sources": _digest_of_names(sources),
-            "tokenizer": hashlib.sha256(tokenizer_file.read_bytes()).hexdigest(),
+            "tokenizer": hashlib.sha256(tokenizer_file.read_bytes()).hexdigest()[:16],
             "boundary_id": bos_id if eos_id is None else eos_id,
             "text_field": text_field,
             "validation_fraction": validation_fraction,
@@ -270,7 +270,7 @@ def _digest_of_names(sources: Sequence[str | Path]) -> str:
         raise ValueError("sources: found none, expected files, directories or globs")
     files = [file for source in sources for file in source_files(source)]
     names = "".join(f"{file.name}\0{file.stat().st_size}\0" for file in files)
-    return hashlib.sha256(names.encode(errors="surrogateescape")).hexdigest()
+    return hashlib.sha256(names.encode(errors="surrogateescape")).hexdigest()[:16]
 
 
 def _copy(source: Path, destination: Path) -> None:
