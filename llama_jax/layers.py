@@ -21,6 +21,7 @@ from llama_jax.config import LlamaConfig
 from llama_jax.masks import AttentionMask
 from llama_jax.matmul import einsum, working_dtype
 from llama_jax.rope import rotate
+from llama_jax.sharding import RESIDUAL_AXES, constrain
 
 Initializer = Callable[[jax.Array, tuple[int, ...], jnp.dtype], jax.Array]
 
@@ -207,6 +208,9 @@ class Attention(nnx.Module):
         query = rotate(self.q_proj(x).reshape(split), cos, sin)
         key = rotate(self.k_proj(x).reshape(split), cos, sin)
         value = self.v_proj(x).reshape(split)
+        query = constrain(query, "batch", "sequence", "heads", "hidden")
+        key = constrain(key, "batch", "sequence", "kv_heads", "hidden")
+        value = constrain(value, "batch", "sequence", "kv_heads", "hidden")
         if store is not None:
             keys, key = write_layer(store[0], layer, start, key)
             values, value = write_layer(store[1], layer, start, value)
@@ -291,5 +295,6 @@ class DecoderLayer(nnx.Module):
             implementation,
             output_weights,
         )
-        x = x + attended
-        return x + self.mlp(self.post_attention_layernorm(x)), weights, store
+        x = constrain(x + attended, *RESIDUAL_AXES)
+        x = x + self.mlp(self.post_attention_layernorm(x))
+        return constrain(x, *RESIDUAL_AXES), weights, store

@@ -18,6 +18,7 @@ from llama_jax.masks import AttentionMask
 from llama_jax.positions import as_array, known_value
 from llama_jax.remat import Remat, rematerialised
 from llama_jax.rope import rope_cos_sin
+from llama_jax.sharding import RESIDUAL_AXES, constrain
 
 # what a caller may pass: JAX or numpy arrays
 Tokens = Int[Array, "batch seq"] | Int[np.ndarray, "batch seq"]
@@ -191,6 +192,7 @@ def _decode(
     """The forward pass on checked arguments; `given` are ids [batch, seq] or embeddings."""
     config = model.config
     x = model.embed_tokens(given) if given.ndim == 2 else given
+    x = constrain(x, *RESIDUAL_AXES)
     batch, seq = x.shape[:2]
     start = jnp.zeros((), jnp.int32) if cache is None else cache.length
     slots = start + jnp.arange(seq, dtype=jnp.int32)

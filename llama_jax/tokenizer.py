@@ -8,7 +8,7 @@ if TYPE_CHECKING:
 
 
 def load_tokenizer(directory: str | Path) -> "Tokenizer":
-    """The tokenizer of a Hugging Face directory, as the `tokenizers` library reads it.
+    """The tokenizer of a Hugging Face directory, or of the file itself, as `tokenizers` reads it.
 
     Raises:
         ValueError: no tokenizer.json, one that the library refuses, or the library not installed.
@@ -19,7 +19,8 @@ def load_tokenizer(directory: str | Path) -> "Tokenizer":
         raise ValueError(
             "tokenizers is not installed, expected the extra: pip install 'llama-jax[generate]'"
         ) from None
-    path = Path(directory) / "tokenizer.json"
+    path = Path(directory)
+    path = path if path.is_file() else path / "tokenizer.json"
     if not path.is_file():
         raise ValueError(f"{path}: not found, expected the checkpoint's tokenizer")
     try:

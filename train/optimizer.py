@@ -62,9 +62,7 @@ def make_optimizer(
         decay = optax.add_decayed_weights(weight_decay, mask=decay_mask)
         rule = optax.chain(decay, optax.sgd(learning_rate, momentum=beta1))
     else:
-        raise ValueError(
-            f"optimizer: found {name!r}, expected adamw, muon, lion, adafactor or sgd"
-        )
+        raise ValueError(f"optimizer: found {name!r}, expected adamw, muon, lion, adafactor or sgd")
     clip = optax.identity() if clip_norm is None else optax.clip_by_global_norm(clip_norm)
     return optax.with_extra_args_support(optax.chain(clip, rule))
 

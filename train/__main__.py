@@ -1,0 +1,87 @@
+"""The command line: `python -m train COMMAND`. A command is a function here; tyro reads its signature."""
+
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+
+from train.documents import source_files
+from train.tokenize import tokenize as run_tokenize
+
+_CONSOLE = Console(stderr=True, soft_wrap=True, highlight=False)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit code: 0 done, 2 the user's fault, 130 interrupted."""
+    try:
+        tyro.extras.subcommand_cli_from_dict(COMMANDS, prog="python -m train", args=argv)
+    except (ValueError, OSError) as error:
+        message = " ".join(str(error).split())
+        _CONSOLE.print(f"[bold red]error:[/] {escape(message)}")
+        return 2
+    except KeyboardInterrupt:
+        _CONSOLE.print("interrupted: the same command goes on from here")
+        return 130
+    return 0
+
+
+def tokenize(
+    sources: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="SRC...")],
+    /,
+    tokenizer: Path,
+    out: Path,
+    text_field: str = "text",
+    validation_fraction: float = 0.005,
+    shard_tokens: int = 1 << 25,
+    eos: str | None = None,
+) -> None:
+    """Turn text into the token files that training reads; interrupted, the same command goes on.
+
+    Args:
+        sources: files, directories or globs of text, .jsonl or .parquet, compressed (.gz, .zst) or not
+        tokenizer: a tokenizer.json, or the directory that has one
+        out: the directory to write
+        text_field: the field of JSON lines, the column of Parquet
+        validation_fraction: how much of the documents is kept from training
+        shard_tokens: tokens of a shard, which is held in memory
+        eos: the end-of-text token, if not the one that the files beside the tokenizer name
+    """
+    total = sum(file.stat().st_size for source in sources for file in source_files(source))
+    speed = TextColumn("{task.fields[tokens]:,} tokens, {task.fields[rate]:,.0f}/s")
+    columns = (BarColumn(), DownloadColumn(), speed, TimeRemainingColumn())
+    begun = time.monotonic()
+    with Progress(*columns, console=_CONSOLE) as progress:
+        bar = progress.add_task("tokenizing", total=total, tokens=0, rate=0)
+
+        def report(read: int, tokens: int) -> None:
+            rate = tokens / (time.monotonic() - begun)
+            progress.update(bar, completed=read, tokens=tokens, rate=rate)
+
+        index = run_tokenize(
+            sources,
+            tokenizer,
+            out,
+            text_field=text_field,
+            validation_fraction=validation_fraction,
+            shard_tokens=shard_tokens,
+            eos=eos,
+            report=report,
+        )
+    for split, shards in index.splits.items():
+        documents, tokens = sum(s.documents for s in shards), sum(s.tokens for s in shards)
+        _CONSOLE.print(f"{split}: {tokens:,} tokens of {documents:,} documents")
+    _CONSOLE.print(f"written: {escape(str(out))}")
+
+
+# name on the command line: the function
+COMMANDS: dict[str, Callable[..., Any]] = {"tokenize": tokenize}
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,234 @@
+"""Token files: a directory of shards that are memory-mapped, and the index that describes them.
+
+    index.json             Index: what the directory holds; written last, and again after each shard
+    tokenizer.json, ...    the tokenizer, and the files that lay beside it
+    train-00000.tokens     token ids, little-endian uint16 (vocabulary up to 65536) or uint32, nothing else
+    train-00000.ends       little-endian int64: for each document, its end as a count of the shard's tokens
+    validation-00000.tokens, ...
+
+A shard holds whole documents and at least one; every document has at least one token.
+"""
+
+import dataclasses
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from llama_jax.staging import write_text
+
+INDEX_FILE = "index.json"
+VERSION = 1
+
+Split = Literal["train", "validation"]
+SPLITS: tuple[Split, ...] = ("train", "validation")
+
+_ENDS_DTYPE = np.dtype("<i8")
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One shard: the name of its file of tokens (`.ends` lies beside it), and how much it holds."""
+
+    file: str
+    tokens: int
+    documents: int
+
+
+@dataclass(frozen=True)
+class Index:
+    """What index.json says.
+
+    complete: False while shards are still to come.
+    dtype: of the token files, "uint16" or "uint32", little-endian.
+    vocab_size: the tokenizer's, its largest id and one.
+    eos_id: the id that each document ends with; None where the tokenizer has none, and then
+    bos_id: the id that each document begins with.
+    tokenizer: names of the tokenizer's files in the directory, tokenizer.json first.
+    made_from: what a run that continues must have been given, too.
+    splits: the shards of "train" and of "validation", in order.
+    """
+
+    complete: bool
+    dtype: str
+    vocab_size: int
+    eos_id: int | None
+    bos_id: int | None
+    tokenizer: list[str]
+    made_from: dict[str, Any]
+    splits: dict[Split, list[Shard]]
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """One split, memory-mapped, seen as one row of tokens.
+
+    shards: [tokens] of each file, as stored.
+    ends: [documents] int64 of each shard, ends of its documents within it.
+    starts: [shards + 1] int64, where each shard begins in the row, and the row's length.
+    """
+
+    files: tuple[Path, ...]
+    shards: tuple[np.ndarray, ...]
+    ends: tuple[np.ndarray, ...]
+    starts: np.ndarray
+
+    def __len__(self) -> int:
+        return int(self.starts[-1])
+
+
+def token_dtype(vocab_size: int) -> str:
+    """The name of the narrowest dtype that holds every id."""
+    return "uint16" if vocab_size <= 1 << 16 else "uint32"
+
+
+def write_shard(
+    directory: Path, split: Split, number: int, documents: Sequence[np.ndarray]
+) -> Shard:
+    """Write the documents, each [tokens] of the index's dtype, as one shard; complete or not at all."""
+    file = f"{split}-{number:05d}.tokens"
+    ends = np.cumsum([len(document) for document in documents], dtype=np.int64)
+    _write(directory / file, np.concatenate(documents))
+    _write(_ends_path(directory / file), ends)
+    return Shard(file=file, tokens=int(ends[-1]), documents=len(documents))
+
+
+def write_index(directory: Path, index: Index) -> None:
+    """Write index.json, or replace it in one step."""
+    text = json.dumps({"version": VERSION, **dataclasses.asdict(index)}, indent=2)
+    write_text(directory / f"{INDEX_FILE}.partial", text + "\n")
+    os.replace(directory / f"{INDEX_FILE}.partial", directory / INDEX_FILE)
+
+
+def read_index(directory: Path) -> Index:
+    """The index, complete or not.
+
+    Raises:
+        ValueError: none there, not one, or of another version.
+    """
+    path = directory / INDEX_FILE
+    try:
+        fields = json.loads(path.read_bytes())
+    except (FileNotFoundError, NotADirectoryError):
+        expected = "a directory made by `python -m train tokenize`"
+        raise ValueError(f"{path}: found no such file, expected {expected}") from None
+    except ValueError as error:
+        raise ValueError(f"{path}: found no JSON ({error}), expected an index") from None
+    version = fields.pop("version", None) if isinstance(fields, dict) else None
+    if version != VERSION:
+        raise ValueError(f"{path}: found version {version!r}, expected {VERSION}")
+    try:
+        splits = {split: [Shard(**shard) for shard in fields["splits"][split]] for split in SPLITS}
+        index = Index(**{**fields, "splits": splits})
+        known = index.dtype == token_dtype(index.vocab_size)
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"{path}: found other fields ({error}), expected an index") from None
+    if not known:
+        raise ValueError(
+            f"{path}: found dtype {index.dtype!r}, expected {token_dtype(index.vocab_size)!r} for a "
+            f"vocabulary of {index.vocab_size}"
+        )
+    return index
+
+
+def open_tokens(directory: Path, split: Split) -> Tokens:
+    """Memory-map one split.
+
+    Raises:
+        ValueError: no index or an unfinished one, no document in the split, a file that is missing, cut
+            short or too long, or ends that do not fit.
+    """
+    index = read_index(directory)
+    if not index.complete:
+        raise ValueError(
+            f"{directory / INDEX_FILE}: found an unfinished directory, expected a complete one: run the "
+            "same `python -m train tokenize` again"
+        )
+    shards = index.splits[split]
+    if not shards:
+        raise ValueError(
+            f"{directory}: found no document in the {split} split, expected at least one "
+            "(--validation-fraction of `python -m train tokenize`)"
+        )
+    dtype = np.dtype(index.dtype).newbyteorder("<")
+    files = tuple(directory / shard.file for shard in shards)
+    tokens, ends = [], []
+    for path, shard in zip(files, shards, strict=True):
+        tokens.append(_map(path, dtype, shard.tokens))
+        ends.append(_map(_ends_path(path), _ENDS_DTYPE, shard.documents))
+        if ends[-1][-1] != shard.tokens:
+            raise ValueError(
+                f"{_ends_path(path)}: found {ends[-1][-1]} as the last end, expected {shard.tokens}"
+            )
+    starts = np.cumsum([0, *(shard.tokens for shard in shards)], dtype=np.int64)
+    return Tokens(files=files, shards=tuple(tokens), ends=tuple(ends), starts=starts)
+
+
+def read_tokens(tokens: Tokens, start: int, stop: int, vocab_size: int) -> np.ndarray:
+    """The ids from `start` up to `stop` of the whole row: [stop - start] int32, a copy.
+
+    Raises:
+        ValueError: an id that is not below `vocab_size`; names the shard and the place in it.
+    """
+    ids = np.empty(stop - start, np.int32)
+    for shard, low, high in _parts(tokens, start, stop):
+        part = tokens.shards[shard][low:high]
+        if part.max() >= vocab_size:
+            place = int(np.argmax(part >= vocab_size))
+            raise ValueError(
+                f"{tokens.files[shard]}, token {low + place}: found id {part[place]}, expected less than "
+                f"the model's vocab_size {vocab_size}"
+            )
+        begin = int(tokens.starts[shard]) + low - start
+        ids[begin : begin + len(part)] = part
+    return ids
+
+
+def document_ends(tokens: Tokens, start: int, stop: int) -> np.ndarray:
+    """Where documents end, as places in the whole row after `start` up to `stop`: [documents] int64."""
+    found = [np.empty(0, np.int64)]
+    for shard, low, high in _parts(tokens, start, stop):
+        ends = tokens.ends[shard]
+        first, last = np.searchsorted(ends, np.asarray([low, high]), side="right")
+        found.append(ends[first:last] + tokens.starts[shard])
+    return np.concatenate(found)
+
+
+def _parts(tokens: Tokens, start: int, stop: int) -> list[tuple[int, int, int]]:
+    """The shards that `start` to `stop` touches: number, and from where to where in it."""
+    first = int(np.searchsorted(tokens.starts, start, side="right")) - 1
+    parts = []
+    for shard in range(first, len(tokens.shards)):
+        begin, end = (int(place) for place in tokens.starts[shard : shard + 2])
+        if begin >= stop:
+            break
+        parts.append((shard, max(start - begin, 0), min(stop, end) - begin))
+    return parts
+
+
+def _map(path: Path, dtype: np.dtype, count: int) -> np.ndarray:
+    expected = count * dtype.itemsize
+    found = f"{path.stat().st_size} bytes" if path.is_file() else "no such file"
+    if found != f"{expected} bytes":
+        raise ValueError(
+            f"{path}: found {found}, expected {expected} bytes: {count} of {dtype.name} by the index"
+        )
+    # a plain view: slices of memmap objects are slow to make
+    return np.asarray(np.memmap(path, dtype, mode="r", shape=(count,)))
+
+
+def _write(path: Path, values: np.ndarray) -> None:
+    partial = path.with_name(f"{path.name}.partial")
+    with partial.open("wb") as file:
+        values.astype(values.dtype.newbyteorder("<"), copy=False).tofile(file)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(partial, path)
+
+
+def _ends_path(path: Path) -> Path:
+    return path.with_suffix(".ends")
