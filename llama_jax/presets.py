@@ -1,4 +1,4 @@
-"""The published text models by name: the configurations of their Hugging Face repositories.
+"""Configurations by name: the published text models, from their Hugging Face repositories, and small ones.
 
 Base and instruct variants share an architecture; token ids are those of the base models.
 """
@@ -64,6 +64,29 @@ def _llama3(
     )
 
 
+def _small(
+    hidden: int,
+    intermediate: int,
+    layers: int,
+    heads: int,
+    kv_heads: int,
+    vocab_size: int,
+    *,
+    tied: bool,
+) -> LlamaConfig:
+    return LlamaConfig(
+        vocab_size=vocab_size,
+        hidden_size=hidden,
+        intermediate_size=intermediate,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
+        max_position_embeddings=2048,
+        rms_norm_eps=1e-5,
+        tie_word_embeddings=tied,
+    )
+
+
 def _smollm2(
     hidden: int,
     intermediate: int,
@@ -90,7 +113,13 @@ def _smollm2(
     )
 
 
-PRESETS: dict[str, LlamaConfig] = {
+# To pretrain from nothing; `python -m train` gives them the vocabulary of its data.
+SMALL: dict[str, LlamaConfig] = {
+    "tiny-4m": _small(256, 704, 4, 4, 2, 4096, tied=True),
+    "small-56m": _small(512, 1376, 8, 8, 4, 32000, tied=False),
+}
+
+PRESETS: dict[str, LlamaConfig] = SMALL | {
     "llama-7b": _llama1(4096, 11008, 32, 32),
     "llama-13b": _llama1(5120, 13824, 40, 40),
     "llama-30b": _llama1(6656, 17920, 60, 52),

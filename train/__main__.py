@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
+from train.config import RunOptions
 from train.documents import source_files
 from train.tokenize import tokenize as run_tokenize
 
@@ -19,8 +20,10 @@ _CONSOLE = Console(stderr=True, soft_wrap=True, highlight=False)
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code: 0 done, 2 the user's fault, 130 interrupted."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
     try:
-        tyro.extras.subcommand_cli_from_dict(COMMANDS, prog="python -m train", args=argv)
+        arguments = _with_saved_flags(arguments)
+        tyro.extras.subcommand_cli_from_dict(COMMANDS, prog="python -m train", args=arguments)
     except (ValueError, OSError) as error:
         message = " ".join(str(error).split())
         _CONSOLE.print(f"[bold red]error:[/] {escape(message)}")
@@ -29,6 +32,48 @@ def main(argv: Sequence[str] | None = None) -> int:
         _CONSOLE.print("interrupted: the same command goes on from here")
         return 130
     return 0
+
+
+def _with_saved_flags(arguments: list[str]) -> list[str]:
+    """Flags from a file put before those given: `run --toml FILE`, `resume RUN`'s own run.toml."""
+    from train.config import FILE, flags_of
+
+    if arguments[:1] == ["run"] and "--toml" in arguments:
+        place = arguments.index("--toml")
+        if place + 1 == len(arguments):
+            raise ValueError("--toml: found nothing, expected a file")
+        file = Path(arguments[place + 1])
+        return ["run", *flags_of(file), *arguments[1:place], *arguments[place + 2 :]]
+    if arguments[:1] == ["resume"] and len(arguments) > 1 and not arguments[1].startswith("-"):
+        folder = Path(arguments[1])
+        if not (folder / FILE).is_file():
+            raise ValueError(f"{folder}: found no {FILE}, expected the folder of a run")
+        return ["resume", str(folder), *flags_of(folder / FILE), *arguments[2:]]
+    return arguments
+
+
+def run(options: Annotated[RunOptions, tyro.conf.arg(name="")]) -> None:
+    """Pretrain. Flags can also come from a file, `--toml FILE`; a run's folder has one, run.toml."""
+    from train import run as train_run
+
+    train_run.run(options)
+
+
+def resume(
+    folder: Annotated[Path, tyro.conf.Positional],
+    /,
+    options: Annotated[RunOptions, tyro.conf.arg(name="")],
+) -> None:
+    """Go on with the run in a folder; flags change where and how it computes, not what.
+
+    Args:
+        folder: of the run
+    """
+    from train import run as train_run
+    from train.config import FILE, flags_of
+
+    saved = tyro.cli(RunOptions, args=flags_of(folder / FILE))
+    train_run.resume(folder, saved, options)
 
 
 def tokenize(
@@ -80,7 +125,7 @@ def tokenize(
 
 
 # name on the command line: the function
-COMMANDS: dict[str, Callable[..., Any]] = {"tokenize": tokenize}
+COMMANDS: dict[str, Callable[..., Any]] = {"run": run, "resume": resume, "tokenize": tokenize}
 
 
 if __name__ == "__main__":

@@ -1,4 +1,7 @@
-"""Learning-rate schedules by name: a warmup, then cosine, linear, constant, or constant with a last decay."""
+"""Learning-rate schedules by name: a warmup, then cosine, linear, constant, or wsd.
+
+"wsd" (warmup, stable, decay) is arXiv:2404.06395.
+"""
 
 from collections.abc import Callable
 from typing import Literal

@@ -90,7 +90,8 @@ def make_step(
             )
             (parts, gradients), _ = jax.lax.scan(accumulate, zeros, jnp.arange(micro_batches))
         updates, opt_state = optimizer.update(gradients, opt_state, params)
-        metrics = Metrics(*parts, optax.global_norm(gradients), valid)
+        ce_loss, z = parts
+        metrics = Metrics(ce_loss, z, optax.global_norm(gradients), valid)
         return optax.apply_updates(params, updates), opt_state, metrics
 
     return step

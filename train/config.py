@@ -1,0 +1,278 @@
+"""What a run is: dataclasses that tyro turns into flags, and TOML that turns into the same flags."""
+
+import dataclasses
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import tomli_w
+
+from llama_jax.attention import Implementation
+from llama_jax.remat import Remat
+from train.optimizer import Optimizer
+from train.schedules import Schedule
+
+FILE = "run.toml"
+
+Dtype = Literal["float32", "bfloat16", "float16", "float64"]
+
+
+@dataclass(frozen=True)
+class ModelOptions:
+    """The model and how it computes."""
+
+    preset: str = "tiny-4m"
+    """name of a configuration; `python -m llama_jax info` lists them"""
+    config: Path | None = None
+    """a config.json of Hugging Face, or a directory that has one, instead of a preset"""
+    init_from: Path | None = None
+    """a Hugging Face directory to start from: its configuration and its weights"""
+    parameter_dtype: Dtype = "float32"
+    """of parameters, gradients' sums and optimizer state"""
+    compute_dtype: Dtype | None = None
+    """of the forward and backward pass; default: float32 on a CPU, bfloat16 elsewhere"""
+    remat: Remat = "none"
+    """what the backward pass computes again instead of keeping it"""
+    scan_unroll: int = 1
+    """layers in one turn of the loop over them; more compile longer and can run faster"""
+    attention: Implementation | None = None
+    """attention's implementation; default: the fastest for the platform"""
+
+
+@dataclass(frozen=True)
+class OptimizerOptions:
+    """The optimizer, its schedule and the loss's regularisation."""
+
+    name: Optimizer = "adamw"
+    learning_rate: float = 3e-3
+    """the peak"""
+    schedule: Schedule = "cosine"
+    warmup_steps: int = 20
+    final_fraction: float = 0.1
+    """of the peak, at the end"""
+    decay_fraction: float = 0.2
+    """of all steps, for the decay of wsd"""
+    beta1: float = 0.9
+    beta2: float = 0.95
+    eps: float = 1e-8
+    weight_decay: float = 0.1
+    """of matrices; norms and biases have none"""
+    clip_norm: float | None = 1.0
+    """largest global norm of the gradient; none: no clip"""
+    z_loss: float = 0.0
+    """multiplier of logsumexp^2"""
+
+
+@dataclass(frozen=True)
+class MeshOptions:
+    """How devices share the work: axes that multiply to their number, one of them -1 for the rest."""
+
+    data: int = -1
+    """copies of the model, each with its rows of the batch"""
+    fsdp: int = 1
+    """parts of the weights, each with its rows of the batch"""
+    sequence: int = 1
+    """parts of each row"""
+    tensor: int = 1
+    """parts of heads, MLP and vocabulary"""
+
+
+@dataclass(frozen=True)
+class DistributedOptions:
+    """Several processes; clusters that JAX knows (TPU pods, SLURM, ...) need `enabled` only."""
+
+    enabled: bool = False
+    coordinator: str | None = None
+    """host:port of process 0"""
+    processes: int | None = None
+    process_id: int | None = None
+
+
+@dataclass(frozen=True)
+class CheckpointOptions:
+    """What is kept to go on from."""
+
+    every: int = 100
+    """steps between checkpoints"""
+    keep_last: int = 2
+    keep_every: int | None = None
+    """checkpoints at multiples of so many steps are kept for good"""
+
+
+@dataclass(frozen=True)
+class EvaluationOptions:
+    """What is measured and shown on the way."""
+
+    every: int = 100
+    """steps between evaluations; 0: none"""
+    batches: int = 8
+    """of the validation split; 0: all of it"""
+    sample_prompt: str = "def "
+    sample_tokens: int = 48
+    """greedy tokens shown at each evaluation; 0: none"""
+
+
+@dataclass(frozen=True)
+class LogOptions:
+    """Where figures go besides metrics.jsonl and the terminal."""
+
+    tensorboard: bool = False
+    wandb: str | None = None
+    """a Weights & Biases project"""
+    peak_flops: float | None = None
+    """of one device, for MFU; default: the chip's data sheet, on a CPU a measured product"""
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """A pretraining run."""
+
+    out: Path = Path("runs/run")
+    """the run's folder"""
+    data: tuple[str, ...] = ("stdlib",)
+    """token directories, each PATH or PATH=WEIGHT; stdlib is the source of Python's standard library"""
+    steps: int = 300
+    batch_size: int = 16
+    """rows of one step, over all devices"""
+    sequence_length: int = 256
+    micro_batches: int = 1
+    """parts of a step's batch, one after the other; gradients are summed"""
+    seed: int = 0
+    export_every: int = 0
+    """steps between exports as a Hugging Face directory in the run's folder; 0: none"""
+    model: ModelOptions = field(default_factory=ModelOptions)
+    optimizer: OptimizerOptions = field(default_factory=OptimizerOptions)
+    mesh: MeshOptions = field(default_factory=MeshOptions)
+    distributed: DistributedOptions = field(default_factory=DistributedOptions)
+    checkpoint: CheckpointOptions = field(default_factory=CheckpointOptions)
+    evaluation: EvaluationOptions = field(default_factory=EvaluationOptions)
+    log: LogOptions = field(default_factory=LogOptions)
+
+
+# What a resumed run may have otherwise: where and how it computes, not what.
+FREE_ON_RESUME = (
+    "out",
+    "mesh",
+    "distributed",
+    "checkpoint",
+    "evaluation",
+    "log",
+    "export_every",
+    "model.remat",
+    "model.scan_unroll",
+    "model.attention",
+)
+
+
+def validate(options: RunOptions) -> None:
+    """Raise ValueError for the first number out of its range."""
+    optimizer = options.optimizer
+    at_least = {
+        "steps": (options.steps, 1),
+        "batch-size": (options.batch_size, 1),
+        "sequence-length": (options.sequence_length, 1),
+        "micro-batches": (options.micro_batches, 1),
+        "export-every": (options.export_every, 0),
+        "model.scan-unroll": (options.model.scan_unroll, 1),
+        "optimizer.warmup-steps": (optimizer.warmup_steps, 0),
+        "checkpoint.every": (options.checkpoint.every, 1),
+        "checkpoint.keep-last": (options.checkpoint.keep_last, 1),
+        "evaluation.every": (options.evaluation.every, 0),
+        "evaluation.batches": (options.evaluation.batches, 0),
+        "evaluation.sample-tokens": (options.evaluation.sample_tokens, 0),
+    }
+    for name, (value, low) in at_least.items():
+        if value < low:
+            raise ValueError(f"{name}: found {value}, expected at least {low}")
+    if options.batch_size % options.micro_batches:
+        raise ValueError(
+            f"micro-batches: found {options.micro_batches}, expected to divide the batch size "
+            f"{options.batch_size}"
+        )
+    ranges = {
+        "learning-rate": (optimizer.learning_rate, 0, float("inf")),
+        "final-fraction": (optimizer.final_fraction, 0, 1),
+        "decay-fraction": (optimizer.decay_fraction, 0, 1),
+        "beta1": (optimizer.beta1, 0, 1),
+        "beta2": (optimizer.beta2, 0, 1),
+        "eps": (optimizer.eps, 0, float("inf")),
+        "weight-decay": (optimizer.weight_decay, 0, float("inf")),
+        "z-loss": (optimizer.z_loss, 0, float("inf")),
+        "clip-norm": (1.0 if optimizer.clip_norm is None else optimizer.clip_norm, 0, float("inf")),
+    }
+    for name, (number, smallest, largest) in ranges.items():
+        if not smallest <= number <= largest:
+            raise ValueError(f"optimizer.{name}: found {number}, expected {smallest} to {largest}")
+
+
+def to_toml(options: Any) -> str:
+    """The options as TOML; what is None is left out."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, Mapping):
+            return {name: plain(inner) for name, inner in value.items() if inner is not None}
+        if isinstance(value, tuple):
+            return [plain(inner) for inner in value]
+        return str(value) if isinstance(value, Path) else value
+
+    return tomli_w.dumps(plain(dataclasses.asdict(options)))
+
+
+def flags_of(path: Path) -> list[str]:
+    """The flags that a TOML file stands for, so that one parser checks both.
+
+    Raises:
+        ValueError: no such file, not TOML, or a key that is none of `RunOptions`.
+    """
+    try:
+        values = tomllib.loads(path.read_text("utf-8"))
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be read ({error.strerror})") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: is not TOML ({error})") from None
+    flags: list[str] = []
+
+    def add(prefix: str, table: Mapping[str, Any], known: Any) -> None:
+        names = {item.name: item for item in dataclasses.fields(known)}
+        for key, value in table.items():
+            name = key.replace("-", "_")
+            if name not in names:
+                raise ValueError(f"{path}: found {prefix}{key}, expected one of {', '.join(names)}")
+            inner = getattr(known, name)
+            if dataclasses.is_dataclass(inner):
+                if not isinstance(value, Mapping):
+                    raise ValueError(f"{path}: found {prefix}{key} = {value!r}, expected a table")
+                add(f"{prefix}{name}.", value, inner)
+                continue
+            flag = f"{prefix}{name}".replace("_", "-")
+            if isinstance(value, bool):
+                before, _, last = flag.rpartition(".")
+                flags.append(f"--{flag}" if value else f"--{before + '.' * bool(before)}no-{last}")
+            else:
+                # the form with = keeps a value that begins with a dash from being read as a flag
+                many = isinstance(value, list)
+                flags.extend([f"--{flag}", *map(str, value)] if many else [f"--{flag}={value}"])
+
+    add("", values, RunOptions())
+    return flags
+
+
+def differences(old: RunOptions, new: RunOptions) -> list[str]:
+    """The fields that a resumed run must not change, and did: "name: found NEW, expected OLD"."""
+    found: list[str] = []
+
+    def compare(prefix: str, before: Any, after: Any) -> None:
+        for item in dataclasses.fields(before):
+            name = prefix + item.name
+            if name in FREE_ON_RESUME:
+                continue
+            one, other = getattr(before, item.name), getattr(after, item.name)
+            if dataclasses.is_dataclass(one):
+                compare(name + ".", one, other)
+            elif one != other:
+                found.append(f"{name.replace('_', '-')}: found {other}, expected {one}")
+
+    compare("", old, new)
+    return found

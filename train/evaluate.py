@@ -1,0 +1,65 @@
+"""Validation loss: of a run on the way, or of a Hugging Face directory."""
+
+import itertools
+import math
+from collections.abc import Generator, Iterable, Sequence
+from contextlib import closing
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+
+from train.program import Program, place_batch, rows_of_process
+from train.step import Batch
+from train.windows import batches, windows
+
+Source = tuple[Path, float]
+
+
+class Evaluation(NamedTuple):
+    """Cross-entropy per token, in nats, over `num_tokens` labels; perplexity is its exponential."""
+
+    loss: float
+    num_tokens: int
+
+    @property
+    def perplexity(self) -> float:
+        """exp(loss); infinite where that overflows."""
+        return math.exp(self.loss) if self.loss < 700 else math.inf
+
+
+def placed_batches(
+    program: Program, dataset: Any, *, start_step: int = 0
+) -> Generator[Batch, None, None]:
+    """Batches of `dataset` from `start_step` on, each process reading only its rows."""
+    micro, rows, _ = program.batch.input_ids.shape
+    mine = rows_of_process(program.batch)
+    with closing(
+        batches(dataset, batch_size=micro * rows, rows=mine, start_step=start_step)
+    ) as read:
+        for part in read:
+            yield place_batch(program.batch, mine, part)
+
+
+def evaluate(program: Program, params: Any, sources: Sequence[Source], *, limit: int) -> Evaluation:
+    """The loss over the first `limit` batches of the validation split, over all of them for 0.
+
+    Raises:
+        ValueError: a source without a validation split.
+    """
+    _, _, length = program.batch.input_ids.shape
+    dataset = windows(
+        sources,
+        split="validation",
+        sequence_length=length,
+        vocab_size=program.config.vocab_size,
+        seed=0,
+    )
+    total, count = 0.0, 0
+    with closing(placed_batches(program, dataset)) as read:
+        taken: Iterable[Any] = itertools.islice(read, limit) if limit else read
+        for batch in taken:
+            loss, tokens = jax.device_get(program.evaluate(params, batch))
+            total += float(loss)
+            count += int(tokens)
+    return Evaluation(total / max(count, 1), count)

@@ -1,0 +1,324 @@
+"""A pretraining run: begun, gone on with after any end, and what it leaves in its folder.
+
+run.toml (the resolved options), config.json (the model), tokenizer/, checkpoints/, metrics.jsonl, loss.png.
+"""
+
+import dataclasses
+import json
+import math
+import shutil
+import time
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack, closing
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from llama_jax.config import LlamaConfig
+from llama_jax.info import forward_flops_per_token, parameter_count
+from llama_jax.staging import write_text
+from train import checkpoints, metrics_log
+from train.chips import peak_flops
+from train.config import FILE, Dtype, RunOptions, differences, to_toml, validate
+from train.display import Display, display
+from train.evaluate import Evaluation, evaluate, placed_batches
+from train.export import export_model
+from train.loggers import open_loggers
+from train.mesh import make_mesh
+from train.program import (
+    Program,
+    initial_opt_state,
+    initial_params,
+    make_program,
+    model_of,
+)
+from train.sample import sample_text
+from train.sources import common_index, find_sources, model_config
+from train.step import Metrics
+from train.stop import agreement, stop_signals
+from train.windows import windows
+
+TOKENIZER = "tokenizer"
+CONFIG = "config.json"
+
+
+def run(options: RunOptions) -> None:
+    """Begin a run in the folder `options.out`, which must not hold one.
+
+    Raises:
+        ValueError: options that are wrong in themselves, or do not fit the data, model or devices; a
+            loss that is no longer finite; a checkpoint that cannot be saved.
+    """
+    validate(options)
+    folder = options.out
+    if (folder / FILE).exists():
+        raise ValueError(
+            f"{folder}: found a run, expected a new folder: give --out, or go on with "
+            f"`python -m train resume {folder}`"
+        )
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"{folder}: found a file, expected a new folder")
+    _initialize_distributed(options)
+    if options.model.compute_dtype is None:
+        kind: Dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+        model = dataclasses.replace(options.model, compute_dtype=kind)
+        options = dataclasses.replace(options, model=model)
+    sources = find_sources(options.data)
+    index = common_index(sources)
+    config = model_config(options.model, index, options.sequence_length)
+    program = _program(options, config)
+    if jax.process_index() == 0:
+        # whatever can fail has been tried before there is a folder; run.toml last, it makes a run of it
+        folder.mkdir(parents=True, exist_ok=True)
+        for name in index.tokenizer:
+            (folder / TOKENIZER).mkdir(exist_ok=True)
+            shutil.copyfile(sources[0][0] / name, folder / TOKENIZER / name)
+        write_text(folder / CONFIG, json.dumps(config.to_dict(), indent=2) + "\n")
+        write_text(folder / FILE, to_toml(options))
+    _train(program, options, folder, sources)
+
+
+def resume(folder: Path, saved: RunOptions, options: RunOptions) -> None:
+    """Go on with the run in `folder` from its newest whole checkpoint, or from the start without one.
+
+    Args:
+        saved: what its run.toml says.
+        options: the same, with what may change changed: mesh, logging, where it computes.
+
+    Raises:
+        ValueError: as `run`; a folder without a run; options that would make it another run.
+    """
+    validate(options)
+    changed = differences(saved, options)
+    if changed:
+        raise ValueError(f"{folder}: is another run: {'; '.join(changed)}")
+    _initialize_distributed(options)
+    sources = find_sources(options.data)
+    index = common_index(sources)
+    if index.vocab_size > (config := LlamaConfig.from_pretrained(folder)).vocab_size:
+        raise ValueError(
+            f"{folder}: found a model of {config.vocab_size} tokens, expected at least "
+            f"{index.vocab_size}, the data's"
+        )
+    _train(_program(options, config), options, folder, sources)
+
+
+def _program(options: RunOptions, config: LlamaConfig) -> Program:
+    return make_program(
+        config,
+        make_mesh(dataclasses.asdict(options.mesh)),
+        options.model,
+        options.optimizer,
+        steps=options.steps,
+        batch_size=options.batch_size,
+        micro_batches=options.micro_batches,
+        sequence_length=options.sequence_length,
+    )
+
+
+def _train(
+    program: Program, options: RunOptions, folder: Path, sources: Sequence[tuple[Path, float]]
+) -> None:
+    """From the newest checkpoint to the last step, or to a signal."""
+    dataset = windows(
+        sources,
+        split="train",
+        sequence_length=options.sequence_length,
+        vocab_size=program.config.vocab_size,
+        seed=options.seed,
+    )
+    first = jax.process_index() == 0
+    with ExitStack() as stack:
+        stack.enter_context(jax.set_mesh(program.mesh))
+        keep = options.checkpoint
+        manager = checkpoints.open_manager(
+            folder, keep_last=keep.keep_last, keep_every=keep.keep_every
+        )
+        stack.callback(manager.close)
+        start, params, opt_state = _initial_state(program, options, manager)
+        show = stack.enter_context(display(options.steps, start, silent=not first))
+        _introduce(show, program, options, start)
+        log = stack.enter_context(metrics_log.open_metrics(folder, start)) if first else None
+        loggers = stack.enter_context(open_loggers(options.log, folder)) if first else ()
+
+        def record(figures: dict[str, Any]) -> None:
+            if log is not None:
+                metrics_log.write_line(log, figures)
+            for logger in loggers:
+                logger(figures)
+
+        asked = stack.enter_context(stop_signals())
+        any_of = agreement(program.mesh)
+        report = _reporter(program, options, show, record)
+        read = stack.enter_context(closing(placed_batches(program, dataset, start_step=start)))
+        pending: tuple[int, Metrics, jax.Array, float] | None = None
+        stopping = False
+        for step in range(start, options.steps):
+            begin = time.perf_counter()
+            batch = next(read)
+            waited = time.perf_counter() - begin
+            key = _dropout_key(program.config, options.seed, step)
+            params, opt_state, metrics = program.step(params, opt_state, batch, key)
+            stop = any_of(asked())
+            # the figures of the step before are there while this one computes
+            if pending is not None:
+                stopping = report(*pending)
+            pending = step + 1, metrics, stop, waited
+            done, last = step + 1, step + 1 == options.steps
+            evaluating = _due(done, options.evaluation.every) or (last and options.evaluation.every)
+            exporting = _due(done, options.export_every)
+            saving = _due(done, keep.every) or last or stopping
+            if not (evaluating or exporting or saving):
+                continue
+            stopping = report(*pending) or stopping
+            pending = None
+            if evaluating:
+                _evaluate(program, params, options, sources, folder, done, show, record)
+            if exporting:
+                export_model(
+                    model_of(program, params), folder / "exports" / f"{done}", folder / TOKENIZER
+                )
+            if saving or stopping:
+                facts = {
+                    "seed": options.seed,
+                    "next_window": done * options.batch_size,
+                    "options": to_toml(options),
+                    "model": program.config.to_dict(),
+                }
+                checkpoints.save(manager, done, params, opt_state, facts)
+            if stopping:
+                checkpoints.wait(manager)
+                show.say(
+                    f"stopped after step {done}, saved; go on: python -m train resume {folder}"
+                )
+                return
+        checkpoints.wait(manager)
+        if first:
+            metrics_log.draw_loss(folder)
+        show.say(f"done: {folder} ({metrics_log.FILE}, {metrics_log.PICTURE})")
+
+
+def _initial_state(program: Program, options: RunOptions, manager: Any) -> tuple[int, Any, Any]:
+    """Steps done, parameters and optimizer state: of a checkpoint, of other weights, or random."""
+    restored = checkpoints.restore(manager, program.params, program.opt_state)
+    if restored is not None:
+        return restored
+    params = initial_params(program, options.seed)
+    return 0, params, initial_opt_state(program, params)
+
+
+def _reporter(
+    program: Program,
+    options: RunOptions,
+    show: Display,
+    record: Callable[[dict[str, Any]], None],
+) -> Callable[[int, Metrics, jax.Array, float], bool]:
+    """`report(step, metrics, stop, data_wait)`: wait for a step, record it; whether to stop after it."""
+    compute_dtype = options.model.compute_dtype
+    peak = options.log.peak_flops or peak_flops(jax.devices()[0], jnp.dtype(compute_dtype))
+    devices = len(jax.devices())
+    flops = 3 * forward_flops_per_token(program.config, options.sequence_length)
+    tokens = options.batch_size * options.sequence_length
+    before = time.perf_counter()
+
+    def report(step: int, metrics: Metrics, stop: jax.Array, waited: float) -> bool:
+        nonlocal before
+        values = jax.device_get(metrics)
+        now = time.perf_counter()
+        seconds, before = now - before, now
+        loss, norm = float(values.loss), float(values.grad_norm)
+        if not (math.isfinite(loss) and math.isfinite(norm)):
+            raise ValueError(
+                f"step {step}: found loss {loss} and gradient norm {norm}, expected finite numbers: try a "
+                "lower --optimizer.learning-rate; earlier checkpoints are kept"
+            )
+        figures = {
+            "step": step,
+            "loss": loss,
+            "z_loss": float(values.z_loss),
+            "grad_norm": norm,
+            "learning_rate": float(program.learning_rate(step - 1)),
+            "num_tokens": int(values.num_tokens),
+            "seconds": seconds,
+            "data_wait": waited,
+            "tokens_per_second": tokens / seconds,
+            "mfu": None if peak is None else tokens / seconds * flops / (peak * devices),
+        }
+        record(figures)
+        show.step(figures, options.steps)
+        return bool(jax.device_get(stop))
+
+    return report
+
+
+def _evaluate(
+    program: Program,
+    params: Any,
+    options: RunOptions,
+    sources: Sequence[tuple[Path, float]],
+    folder: Path,
+    step: int,
+    show: Display,
+    record: Callable[[dict[str, Any]], None],
+) -> None:
+    found: Evaluation = evaluate(program, params, sources, limit=options.evaluation.batches)
+    figures: dict[str, Any] = {
+        "step": step,
+        "validation_loss": found.loss,
+        "perplexity": found.perplexity,
+        "validation_tokens": found.num_tokens,
+    }
+    show.say(f"step {step}: validation loss {found.loss:.4f}, perplexity {found.perplexity:.2f}")
+    wanted = options.evaluation.sample_tokens
+    # the sample is generated on this process's devices alone, which must hold the whole model
+    if wanted and jax.process_count() == 1:
+        prompt = options.evaluation.sample_prompt
+        text = sample_text(model_of(program, params), folder / TOKENIZER, prompt, wanted)
+        figures["sample"] = text
+        show.say(text)
+    record(figures)
+    if jax.process_index() == 0:
+        metrics_log.draw_loss(folder)
+
+
+def _introduce(show: Display, program: Program, options: RunOptions, start: int) -> None:
+    config, mesh = program.config, program.mesh
+    axes = " x ".join(f"{name} {size}" for name, size in mesh.shape.items() if size > 1) or "1"
+    show.say(
+        f"{parameter_count(config):,} parameters, {options.model.compute_dtype} over "
+        f"{options.model.parameter_dtype}; mesh {axes} on {jax.devices()[0].device_kind}; "
+        f"{options.batch_size} x {options.sequence_length} tokens a step"
+    )
+    flops = 3 * forward_flops_per_token(config, options.sequence_length)
+    show.say(
+        f"model FLOPs per token = 3 x (2 x matrix weights + 2 x layers x width x (seq + 1)) = {flops:.3g}"
+    )
+    if start:
+        show.say(f"resumed after step {start}")
+
+
+def _dropout_key(config: LlamaConfig, seed: int, step: int) -> Any:
+    """The step's key, a function of seed and step; None where the model has no dropout."""
+    if not config.attention_dropout:
+        return None
+    return jax.random.fold_in(jax.random.key(seed), step)
+
+
+def _due(step: int, every: int) -> bool:
+    return bool(every) and step % every == 0
+
+
+def _initialize_distributed(options: RunOptions) -> None:
+    """Join the other processes, where there are any."""
+    wanted = options.distributed
+    if not wanted.enabled and wanted.coordinator is None:
+        return
+    # before the backend starts; other platforms have collectives of their own
+    jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    try:
+        jax.distributed.initialize(wanted.coordinator, wanted.processes, wanted.process_id)
+    except Exception as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ValueError(f"distributed: cannot be initialized ({reason})") from None

@@ -1,0 +1,24 @@
+"""A sample of the model's text."""
+
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+from tokenizers import Tokenizer
+
+from llama_jax.tasks import LlamaForCausalLM
+
+
+def sample_text(model: LlamaForCausalLM, tokenizer: Path, prompt: str, max_new_tokens: int) -> str:
+    """The prompt and its greedy continuation.
+
+    Args:
+        tokenizer: a directory with tokenizer.json.
+    """
+    encoder = Tokenizer.from_file(str(tokenizer / "tokenizer.json"))
+    ids = encoder.encode(prompt, add_special_tokens=False).ids or [0]
+    room = model.config.max_position_embeddings - len(ids)
+    if room < 1:
+        return prompt
+    out = model.generate(jnp.asarray([ids]), max_new_tokens=min(max_new_tokens, room))
+    return prompt + encoder.decode(np.asarray(out)[0, len(ids) :].tolist())
