@@ -33,8 +33,8 @@ def windows(
 
     "train" has no end: the windows of each source in an order that `seed` gives, another in each epoch, and
     the sources mixed evenly in proportion to their weights (to 1%). "validation" has every window of every
-    source once, in order; weights and seed do not matter. (Grain's shuffle of less than a hundred windows
-    takes milliseconds an element, of more microseconds.)
+    source once, in order; weights and seed do not matter. (Grain takes milliseconds to shuffle an
+    element where a source has less than a hundred windows, else microseconds.)
 
     Args:
         sources: directories of `train.token_shards`, each with its weight.

@@ -310,7 +310,7 @@ def test_other_arguments_are_refused(complete: bool, tmp_path: Path) -> None:
         assert files_of(out) == before
         return str(caught.value)
 
-    last = "choose another --out, or the same arguments to go on"
+    last = "remove it, choose another --out, or go on with the same arguments"
     assert error_of(source, tokenizer, validation_fraction=0.1) == (
         f"{out}: found a directory made with validation_fraction 0.005, expected 0.1: {last}"
     )
