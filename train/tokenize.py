@@ -160,7 +160,7 @@ def _begin(out: Path, index: Index) -> Index:
             if known.made_from.get(key) != expected:
                 raise ValueError(
                     f"{out}: found a directory made with {key} {known.made_from.get(key)!r}, expected "
-                    f"{expected!r}: choose another --out, or the same arguments to go on"
+                    f"{expected!r}: remove it, choose another --out, or go on with the same arguments"
                 )
         return known
     if out.exists() and (not out.is_dir() or any(path.name != first for path in out.iterdir())):

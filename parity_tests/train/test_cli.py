@@ -1,0 +1,81 @@
+"""`python -m train`: what it prints, its exit codes, and its one line of error."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from parity_tests.train.corpus import word_tokenizer
+from train import __main__ as program
+from train.__main__ import main
+from train.token_shards import open_tokens, read_index
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def arguments(tmp_path: Path) -> list[str]:
+    lines = "".join(json.dumps({"body": f"a b {n}"}) + "\n" for n in range(100))
+    (tmp_path / "a.jsonl").write_text(lines)
+    word_tokenizer(tmp_path / "tok")
+    return [
+        "tokenize", str(tmp_path / "*.jsonl"), "--text-field", "body",
+        "--tokenizer", str(tmp_path / "tok"), "--out", str(tmp_path / "out"),
+        "--validation-fraction", "0.2", "--shard-tokens", "100",
+    ]  # fmt: skip
+
+
+def test_tokenize(arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(arguments) == 0
+    out, err = capsys.readouterr()
+    assert out == ""
+    index = read_index(tmp_path / "out")
+    train, validation = (len(open_tokens(tmp_path / "out", s)) for s in ("train", "validation"))
+    assert train + validation == 400
+    assert f"train: {train:,} tokens of {train // 4:,} documents" in err
+    assert f"validation: {validation:,} tokens of {validation // 4:,} documents" in err
+    assert err.endswith(f"written: {tmp_path}/out\n")
+    assert len(index.splits["train"]) == -(-train // 100)
+    assert main(arguments) == 0  # already there
+
+
+def test_a_mistake_is_one_line(
+    arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "b.jsonl").write_text("{}\n")
+    assert main(arguments) == 2
+    err = capsys.readouterr().err
+    assert "Traceback" not in err
+    assert err.splitlines()[-1] == (
+        f"error: {tmp_path}/b.jsonl, line 1: found fields none, expected 'body' (--text-field)"
+    )
+
+
+def test_unknown_arguments_exit_with_2(capsys: pytest.CaptureFixture[str]) -> None:
+    for wrong in (["tokenize"], ["tokenise"], [], ["tokenize", "a", "--out"]):
+        with pytest.raises(SystemExit) as caught:
+            main(wrong)
+        assert caught.value.code == 2
+        assert "Traceback" not in capsys.readouterr().err
+
+
+def test_an_interrupt_says_how_to_go_on(
+    arguments: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(program, "run_tokenize", interrupted)
+    assert main(arguments) == 130
+    assert capsys.readouterr().err.endswith("interrupted: the same command goes on from here\n")
+
+
+def test_as_a_program(arguments: list[str], tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "train"]
+    done = subprocess.run([*command, *arguments], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "out" / "index.json").exists()
