@@ -15,6 +15,7 @@ from llama_jax.attention_cudnn import cudnn_attention, cudnn_misfit
 from llama_jax.attention_plain import dot_product_attention
 from llama_jax.attention_splash import splash_attention, splash_kernel, splash_misfit
 from llama_jax.masks import AttentionMask, dense_mask, slots_of
+from llama_jax.platform import target_platform
 from llama_jax.sharding import BATCH_AXES, SEQUENCE_AXIS, TENSOR_AXIS, MeshAxes, mesh_axes
 
 Implementation = Literal["plain", "blocked", "cudnn", "splash"]
@@ -46,8 +47,8 @@ def attention(
     Args:
         implementation: "plain" holds the scores, and alone does weights and dropout; "blocked" never holds
             those of the whole sequence; "cudnn" and "splash" are kernels for GPU and TPU, without caches.
-            None takes what is fastest on the default backend and fits, for a program that is compiled
-            for another platform name it. All but "plain" are differentiable once, in reverse.
+            None takes what is fastest on the target platform and fits. All but "plain" are differentiable
+            once, in reverse.
         dropout_rate: of the attention weights, applied only where a `dropout_key` is given.
 
     Returns:
@@ -103,7 +104,7 @@ def _choose(
     if query.shape[1] <= PLAIN_LENGTH:
         return "plain"
     candidates: tuple[Implementation, ...] = ("blocked", "plain")
-    preferred = _PREFERRED.get(jax.default_backend())
+    preferred = _PREFERRED.get(target_platform())
     candidates = (preferred, *candidates) if preferred else candidates
     return next(name for name in candidates if misfit(name) is None)
 
@@ -139,7 +140,7 @@ def _over_shards(run: Callable[..., Array], shards: _Shards, *operands: Any) -> 
     """
     axes = shards.axes
     batch, sequence, heads = (names or None for names in shards[1:])
-    if not (batch or sequence or heads):
+    if not axes.sizes:
         return run(*operands)
     *kernel, query, key, value, mask = operands
     # where there are fewer kv heads than shards, neighbours hold the same one
@@ -162,6 +163,6 @@ def _over_shards(run: Callable[..., Array], shards: _Shards, *operands: Any) -> 
         mesh=axes.mesh,
         in_specs=(*of_kernel, of_query, of_key, of_key, of_mask),
         out_specs=of_query,
-        axis_names={*shards.batch, *shards.sequence, *shards.heads},
+        axis_names=axes.free,  # a TPU kernel must find no axis left to the partitioner, even of size 1
         check_vma=False,
     )(*kernel, query, key, value, mask)

@@ -36,9 +36,10 @@ RESIDUAL_AXES = ("batch", "sequence", "hidden")
 
 
 class MeshAxes(NamedTuple):
-    """A mesh and the sizes of those of its axes that a `shard_map` here may split something over."""
+    """A mesh, its axes that a `shard_map` here may have, and the sizes of those that split anything."""
 
     mesh: Any
+    free: frozenset[str]
     sizes: dict[str, int]
 
     def present(self, *names: str) -> tuple[str, ...]:
@@ -51,14 +52,15 @@ class MeshAxes(NamedTuple):
 
 
 def mesh_axes(mesh: Any = None) -> MeshAxes:
-    """The axes of `mesh`, or of the ambient mesh (`jax.set_mesh`), that are longer than 1 and free.
+    """The free axes of `mesh`, or of the ambient mesh (`jax.set_mesh`).
 
     Within a caller's `shard_map`, its axes are no longer ours to split.
     """
     mesh = jax.sharding.get_abstract_mesh() if mesh is None else mesh
     kinds = zip(mesh.axis_names, mesh.axis_types, strict=True)
-    free = [name for name, kind in kinds if kind != AxisType.Manual]
-    return MeshAxes(mesh, {name: mesh.shape[name] for name in free if mesh.shape[name] > 1})
+    free = frozenset(name for name, kind in kinds if kind != AxisType.Manual)
+    sizes = {name: size for name, size in mesh.shape.items() if name in free and size > 1}
+    return MeshAxes(mesh, free, sizes)
 
 
 def partition_spec(
