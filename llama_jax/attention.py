@@ -59,7 +59,7 @@ def attention(
     """
     axes = mesh_axes()
     dropout = dropout_key is not None and dropout_rate > 0
-    chosen = _choose(implementation, query, mask, dropout or output_weights, axes)
+    chosen = choose_implementation(implementation, query, mask, dropout or output_weights)
     if chosen == "plain":
         dense = dense_mask(mask, query.shape[1], key.shape[1])
         out, weights = dot_product_attention(query, key, value, dense, dropout_rate, dropout_key)
@@ -74,15 +74,19 @@ def attention(
     return _over_shards(run, shards, *operands), None
 
 
-def _choose(
-    implementation: Implementation | None,
-    query: Array,
-    mask: AttentionMask,
-    needs_weights: bool,
-    axes: MeshAxes,
+def choose_implementation(
+    implementation: Implementation | None, query: Any, mask: AttentionMask, needs_weights: bool
 ) -> Implementation:
-    """The implementation asked for, if it fits; else the best that does."""
-    sequence_shards = axes.size(SEQUENCE_AXIS)
+    """The implementation asked for, if it fits; else the best that does.
+
+    Args:
+        query: [batch, q, heads, dim], real or abstract, as the arrays of `mask`.
+        needs_weights: attention weights, or dropout of them, are asked for.
+
+    Raises:
+        ValueError: as `attention`.
+    """
+    sequence_shards = mesh_axes().size(SEQUENCE_AXIS)
 
     def misfit(name: str) -> str | None:
         if name == "plain":

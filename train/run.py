@@ -3,7 +3,6 @@
 run.toml (the resolved options), config.json (the model), tokenizer/, checkpoints/, metrics.jsonl, loss.png.
 """
 
-import dataclasses
 import json
 import math
 import shutil
@@ -21,18 +20,17 @@ from llama_jax.info import forward_flops_per_token, parameter_count
 from llama_jax.staging import write_text
 from train import checkpoints, metrics_log
 from train.chips import peak_flops
-from train.config import FILE, Dtype, RunOptions, differences, to_toml, validate
+from train.config import FILE, RunOptions, differences, to_toml, validate, with_compute_dtype
 from train.display import Display, display
 from train.evaluate import Evaluation, evaluate, placed_batches
 from train.export import export_model
 from train.loggers import open_loggers
-from train.mesh import make_mesh
 from train.program import (
     Program,
     initial_opt_state,
     initial_params,
-    make_program,
     model_of,
+    run_program,
 )
 from train.sample import sample_text
 from train.sources import common_index, find_sources, model_config
@@ -61,14 +59,11 @@ def run(options: RunOptions) -> None:
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"{folder}: found a file, expected a new folder")
     _initialize_distributed(options)
-    if options.model.compute_dtype is None:
-        kind: Dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
-        model = dataclasses.replace(options.model, compute_dtype=kind)
-        options = dataclasses.replace(options, model=model)
+    options = with_compute_dtype(options, jax.default_backend())
     sources = find_sources(options.data)
     index = common_index(sources)
     config = model_config(options.model, index, options.sequence_length)
-    program = _program(options, config)
+    program = run_program(options, config)
     if jax.process_index() == 0:
         # whatever can fail has been tried before there is a folder; run.toml last, it makes a run of it
         folder.mkdir(parents=True, exist_ok=True)
@@ -102,20 +97,7 @@ def resume(folder: Path, saved: RunOptions, options: RunOptions) -> None:
             f"{folder}: found a model of {config.vocab_size} tokens, expected at least "
             f"{index.vocab_size}, the data's"
         )
-    _train(_program(options, config), options, folder, sources)
-
-
-def _program(options: RunOptions, config: LlamaConfig) -> Program:
-    return make_program(
-        config,
-        make_mesh(dataclasses.asdict(options.mesh)),
-        options.model,
-        options.optimizer,
-        steps=options.steps,
-        batch_size=options.batch_size,
-        micro_batches=options.micro_batches,
-        sequence_length=options.sequence_length,
-    )
+    _train(run_program(options, config), options, folder, sources)
 
 
 def _train(

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from llama_jax.config import LlamaConfig, read_json_object
 from llama_jax.presets import PRESETS, SMALL
@@ -55,10 +56,10 @@ def _tokenizer(directory: Path, index: Index) -> bytes:
     return (directory / "tokenizer.json").read_bytes()
 
 
-def model_config(options: ModelOptions, index: Index, sequence_length: int) -> LlamaConfig:
+def model_config(options: ModelOptions, index: Index | None, sequence_length: int) -> LlamaConfig:
     """The model's configuration: of the weights to start from, a file, or a preset.
 
-    A small preset takes the vocabulary and the end-of-text token of the data.
+    A small preset takes the vocabulary and the end-of-text token of the data, where there are any.
 
     Raises:
         ValueError: an unknown preset, or a vocabulary smaller than the data's.
@@ -73,12 +74,11 @@ def model_config(options: ModelOptions, index: Index, sequence_length: int) -> L
             config = LlamaConfig.from_pretrained(path)
     elif options.preset in SMALL:
         name, small = options.preset, SMALL[options.preset].to_dict()
-        own = {
-            "vocab_size": index.vocab_size,
-            "bos_token_id": index.bos_id,
-            "eos_token_id": index.eos_id,
-            "max_position_embeddings": max(small["max_position_embeddings"], sequence_length),
-        }
+        longest = max(small["max_position_embeddings"], sequence_length)
+        own: dict[str, Any] = {"max_position_embeddings": longest}
+        if index is not None:
+            own["vocab_size"] = index.vocab_size
+            own |= {"bos_token_id": index.bos_id, "eos_token_id": index.eos_id}
         config = LlamaConfig.from_dict(small | own)
     elif options.preset in PRESETS:
         name, config = options.preset, PRESETS[options.preset]
@@ -86,7 +86,7 @@ def model_config(options: ModelOptions, index: Index, sequence_length: int) -> L
         raise ValueError(
             f"model.preset: found {options.preset!r}, expected one of {', '.join(PRESETS)}"
         )
-    if index.vocab_size > config.vocab_size:
+    if index is not None and index.vocab_size > config.vocab_size:
         raise ValueError(
             f"{name}: found vocab_size {config.vocab_size}, expected at least {index.vocab_size}, "
             "the data's"
