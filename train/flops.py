@@ -21,7 +21,9 @@ def product_flops(jaxpr: Any, kernel_share: float = 1.0) -> float:
             depth = math.prod(left[axis] for axis in contracted)
             total += 2 * depth * equation.outvars[0].aval.size
         elif equation.primitive.name == "cond":
-            total += max(product_flops(branch.jaxpr, kernel_share) for branch in equation.params["branches"])
+            total += max(
+                product_flops(branch.jaxpr, kernel_share) for branch in equation.params["branches"]
+            )
         else:
             times = _times(equation, kernel_share)
             # the first is the program itself; others are rules of its derivatives

@@ -32,8 +32,8 @@ def advice(plan: Plan, options: RunOptions, config: LlamaConfig) -> list[str]:
             if plan.peak + added <= chip.memory:
                 saved = 1 - plan.flops_per_token / plan.counted_flops_per_token
                 found.append(
-                    f"--model.remat {remat} would keep about {_gib(added)} more, which fits, and save up to "
-                    f"{saved:.0%} of the FLOPs"
+                    f"--model.remat {remat} would keep about {_gib(added)} more, which fits, and save "
+                    f"up to {saved:.0%} of the FLOPs"
                 )
                 break
     return found
@@ -47,7 +47,9 @@ def _to_fit(plan: Plan, options: RunOptions, config: LlamaConfig, missing: float
     state = estimated.state + estimated.gradients
 
     def say(text: str, saved: float) -> None:
-        enough = "which is enough" if saved >= missing else f"of the {_gib(missing)} that are missing"
+        enough = (
+            "which is enough" if saved >= missing else f"of the {_gib(missing)} that are missing"
+        )
         found.append(f"{text} would save about {_gib(saved)}, {enough}")
 
     if sizes["data"] > 1:
@@ -78,9 +80,7 @@ def _to_fit(plan: Plan, options: RunOptions, config: LlamaConfig, missing: float
                 f"{fewer.micro_batches}",
                 saved,
             )
-    everything = estimated.state * math.prod(
-        sizes[axis] for axis in ("fsdp", "sequence", "tensor")
-    )
+    everything = estimated.state * math.prod(sizes[axis] for axis in ("fsdp", "sequence", "tensor"))
     if everything / plan.devices > chip.memory:
         found.append(
             f"parameters and optimizer state alone are {_gib(everything)}: at least "

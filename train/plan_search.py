@@ -72,9 +72,7 @@ def meshes(options: RunOptions, config: LlamaConfig, count: int) -> Iterator[dic
     """Sizes of all axes that multiply to `count` and divide batch, sequence and heads."""
     rows = options.batch_size // options.micro_batches
     divisors = [n for n in range(1, count + 1) if count % n == 0]
-    tensors = [
-        n for n in divisors if n <= LARGEST_TENSOR and config.num_attention_heads % n == 0
-    ]
+    tensors = [n for n in divisors if n <= LARGEST_TENSOR and config.num_attention_heads % n == 0]
     sequences = [
         n
         for n in divisors
