@@ -32,7 +32,8 @@ class Memory(NamedTuple):
     parameters, optimizer_state: its parts of them, as they are stored.
     arguments: what the step is given: both of these, padded as the device lays them out, and the batch.
     outputs, aliased: what it returns, and how much of that overwrites arguments.
-    temporaries: everything else: activations, gradients, gathered weights.
+    temporaries: everything else: activations, gradients, gathered weights. For a TPU it is the sum of
+        XLA's buffers, which is more than are in use at a time.
     """
 
     parameters: int
@@ -47,7 +48,8 @@ class Memory(NamedTuple):
 class Plan:
     """One configuration, compiled. Bytes are of one device, FLOPs per token of all devices together.
 
-    peak: the most memory in use at a time, XLA's figure; where it refuses, what it says it would need.
+    peak: the most memory in use at a time: XLA's figure; for a CPU, whose figure leaves temporaries out,
+        arguments, new outputs and temporaries; where XLA refuses, what it says it would need.
     refused: why XLA would not compile it, in its own words; then memory and collectives are unknown.
     flops_per_token: of the model: 3 x `forward_flops_per_token`. counted_flops_per_token: of every
         product of the step, with what is computed again.
@@ -117,7 +119,9 @@ def make_plan(options: RunOptions, config: LlamaConfig, devices: Sequence[Any]) 
             aliased=stats.alias_size_in_bytes,
             temporaries=stats.temp_size_in_bytes,
         )
-        peak = peak_bytes(memory)
+        together = memory.arguments + memory.outputs - memory.aliased + memory.temporaries
+        known = devices[0].platform != "cpu" and stats.peak_memory_in_bytes
+        peak = known or together
         found = tuple(collectives(compiled.as_text()).values())
     line = None
     if chip is not None and memory is not None:
@@ -125,7 +129,7 @@ def make_plan(options: RunOptions, config: LlamaConfig, devices: Sequence[Any]) 
             chip,
             model_flops=model_flops * tokens / len(devices),
             flops=counted / len(devices),
-            moved=memory.arguments + memory.outputs + 2 * memory.temporaries,
+            moved=2 * peak,
             sent=sum(each.sent for each in found),
         )
     fits = None if chip is None else refused is None and peak <= chip.memory
@@ -158,11 +162,6 @@ def device_bytes(tree: Any) -> int:
         math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
         for leaf in jax.tree.leaves(tree)
     )
-
-
-def peak_bytes(memory: Memory) -> int:
-    """Arguments, outputs that do not overwrite them, and temporaries, all at once."""
-    return memory.arguments + memory.outputs - memory.aliased + memory.temporaries
 
 
 def _attention(options: RunOptions, program: Program) -> str:

@@ -40,7 +40,9 @@ def show_plan(console: Console, plan: Plan, advice: Sequence[str]) -> None:
     line = plan.roofline
     if line is not None:
         costs.add_row("products, at the chip's peak", f"{line.compute:.3f} s")
-        costs.add_row("memory, everything once", f"{line.memory:.3f} s")
+        costs.add_row(
+            "memory, what is there at the peak read and written once", f"{line.memory:.3f} s"
+        )
         costs.add_row("links, all of the chip's at once", f"{line.links:.3f} s")
         costs.add_row("MFU allowed, the longest hides the others", f"{line.mfu:.1%}")
         costs.add_row("MFU if none hides another", f"{line.mfu_in_turn:.1%}")

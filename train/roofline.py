@@ -9,7 +9,7 @@ class Roofline(NamedTuple):
     """Seconds of one step on one device, each as if the others took none; and the MFU they allow.
 
     compute: the products, at the chip's peak.
-    memory: arguments read once, results written once, temporaries written and read once. A lower bound.
+    memory: what is there at the peak, written once and read once. A lower bound.
     links: what is sent, over all links of the chip at once. A lower bound: a ring along one dimension of
         a torus has only two of them.
     mfu: model FLOPs over those of the peak where the longest of the three hides the others.
