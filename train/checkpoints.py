@@ -104,6 +104,19 @@ def restore(
     raise ValueError(f"{manager.directory}: found no checkpoint that is whole, expected one")
 
 
+def restore_params(manager: ocp.CheckpointManager, params: Any, step: int) -> Any:
+    """The parameters alone of the checkpoint of `step`. `params` as in `restore`."""
+    items = ocp.args.Composite(
+        params=ocp.args.StandardRestore(params), facts=ocp.args.JsonRestore()
+    )
+    restored = manager.restore(step, args=items)
+    found = [int(each) for each in fingerprints(restored["params"])]
+    # parameters come first, see `save`
+    if found != restored["facts"]["fingerprints"][: len(found)]:
+        raise ValueError(f"{manager.directory}: step {step}: parameters are not what was saved")
+    return restored["params"]
+
+
 def fingerprints(tree: Any) -> list[Any]:
     """One number a leaf: the sum of its bits as integers, which no sharding and no order changes."""
     return jax.device_get(_fingerprints(jax.tree.leaves(tree)))

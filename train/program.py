@@ -15,7 +15,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from llama_jax.config import LlamaConfig
 from llama_jax.sharding import BATCH_AXES, SEQUENCE_AXIS, parameter_shardings
 from llama_jax.tasks import LlamaForCausalLM
-from train.config import ModelOptions, OptimizerOptions
+from train.config import ModelOptions, OptimizerOptions, RunOptions
 from train.optimizer import make_optimizer
 from train.schedules import learning_rate_schedule
 from train.step import Batch, make_evaluation, make_step
@@ -108,6 +108,20 @@ def make_program(
             out_shardings=(shardings_of(params), shardings_of(opt_state), replicated),
         ),
         evaluate=jax.jit(evaluate, out_shardings=replicated),
+    )
+
+
+def program_of(options: RunOptions, config: LlamaConfig, mesh: Mesh) -> Program:
+    """`make_program` of a run's options."""
+    return make_program(
+        config,
+        mesh,
+        options.model,
+        options.optimizer,
+        steps=options.steps,
+        batch_size=options.batch_size,
+        micro_batches=options.micro_batches,
+        sequence_length=options.sequence_length,
     )
 
 

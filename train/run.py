@@ -15,10 +15,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
 from llama_jax.config import LlamaConfig
+from llama_jax.hf import load_params
 from llama_jax.info import forward_flops_per_token, parameter_count
 from llama_jax.staging import write_text
+from llama_jax.tasks import LlamaForCausalLM
 from train import checkpoints, metrics_log
 from train.chips import peak_flops
 from train.config import FILE, Dtype, RunOptions, differences, to_toml, validate
@@ -31,16 +34,15 @@ from train.program import (
     Program,
     initial_opt_state,
     initial_params,
-    make_program,
     model_of,
+    program_of,
 )
 from train.sample import sample_text
-from train.sources import common_index, find_sources, model_config
+from train.sources import TOKENIZER, common_index, find_sources, model_config
 from train.step import Metrics
 from train.stop import agreement, stop_signals
 from train.windows import windows
 
-TOKENIZER = "tokenizer"
 CONFIG = "config.json"
 
 
@@ -68,7 +70,7 @@ def run(options: RunOptions) -> None:
     sources = find_sources(options.data)
     index = common_index(sources)
     config = model_config(options.model, index, options.sequence_length)
-    program = _program(options, config)
+    program = program_of(options, config, _mesh(options))
     if jax.process_index() == 0:
         # whatever can fail has been tried before there is a folder; run.toml last, it makes a run of it
         folder.mkdir(parents=True, exist_ok=True)
@@ -102,20 +104,11 @@ def resume(folder: Path, saved: RunOptions, options: RunOptions) -> None:
             f"{folder}: found a model of {config.vocab_size} tokens, expected at least "
             f"{index.vocab_size}, the data's"
         )
-    _train(_program(options, config), options, folder, sources)
+    _train(program_of(options, config, _mesh(options)), options, folder, sources)
 
 
-def _program(options: RunOptions, config: LlamaConfig) -> Program:
-    return make_program(
-        config,
-        make_mesh(dataclasses.asdict(options.mesh)),
-        options.model,
-        options.optimizer,
-        steps=options.steps,
-        batch_size=options.batch_size,
-        micro_batches=options.micro_batches,
-        sequence_length=options.sequence_length,
-    )
+def _mesh(options: RunOptions) -> Mesh:
+    return make_mesh(dataclasses.asdict(options.mesh))
 
 
 def _train(
@@ -205,7 +198,11 @@ def _initial_state(program: Program, options: RunOptions, manager: Any) -> tuple
     restored = checkpoints.restore(manager, program.params, program.opt_state)
     if restored is not None:
         return restored
-    params = initial_params(program, options.seed)
+    source = options.model.init_from
+    if source is None:
+        params = initial_params(program, options.seed)
+    else:
+        params = load_params(LlamaForCausalLM, source, program.params)
     return 0, params, initial_opt_state(program, params)
 
 

@@ -12,6 +12,9 @@ from train.token_shards import Index, read_index
 
 STDLIB = "stdlib"
 
+# the folder of a run that has its tokenizer's files
+TOKENIZER = "tokenizer"
+
 
 def find_sources(data: Sequence[str]) -> list[tuple[Path, float]]:
     """Token directories and their weights, from PATH or PATH=WEIGHT; `stdlib` is made where it is not.
