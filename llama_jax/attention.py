@@ -133,11 +133,11 @@ def _over_shards(run: Callable[..., Array], shards: _Shards, *operands: Any) -> 
     """`run(*operands)`, which end in query, key, value and mask, on every shard.
 
     Kernels and loops over blocks are opaque to the compiler's partitioner, which would gather their
-    operands whole.
+    operands whole or refuse them.
     """
     axes = shards.axes
     batch, sequence, heads = (names or None for names in shards[1:])
-    if not (batch or sequence or heads):
+    if not axes.sizes:
         return run(*operands)
     *kernel, query, key, value, mask = operands
     # where there are fewer kv heads than shards, neighbours hold the same one
@@ -160,6 +160,6 @@ def _over_shards(run: Callable[..., Array], shards: _Shards, *operands: Any) -> 
         mesh=axes.mesh,
         in_specs=(*of_kernel, of_query, of_key, of_key, of_mask),
         out_specs=of_query,
-        axis_names={*shards.batch, *shards.sequence, *shards.heads},
+        axis_names=set(axes.sizes),
         check_vma=False,
     )(*kernel, query, key, value, mask)
