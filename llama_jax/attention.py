@@ -24,7 +24,7 @@ PLAIN_LENGTH = 128
 
 _Misfit = Callable[[Array, AttentionMask, int], str | None]
 _MISFITS: dict[str, _Misfit] = {"cudnn": cudnn_misfit, "splash": splash_misfit}
-_PREFERRED: dict[str, Implementation] = {"gpu": "cudnn", "tpu": "splash"}
+_PREFERRED = {"gpu": "cudnn", "tpu": "splash"}
 
 
 def attention(
@@ -33,7 +33,7 @@ def attention(
     value: Float[Array, "batch k kv_heads dim"],
     mask: AttentionMask,
     *,
-    implementation: Implementation | None = None,
+    implementation: str | None = None,
     dropout_rate: float = 0.0,
     dropout_key: Key[Array, ""] | None = None,
     output_weights: bool = False,
@@ -74,12 +74,12 @@ def attention(
 
 
 def _choose(
-    implementation: Implementation | None,
+    implementation: str | None,
     query: Array,
     mask: AttentionMask,
     needs_weights: bool,
     axes: MeshAxes,
-) -> Implementation:
+) -> str:
     """The implementation asked for, if it fits; else the best that does."""
     sequence_shards = axes.size(SEQUENCE_AXIS)
 
@@ -102,10 +102,8 @@ def _choose(
         return implementation
     if query.shape[1] <= PLAIN_LENGTH:
         return "plain"
-    candidates: tuple[Implementation, ...] = ("blocked", "plain")
-    preferred = _PREFERRED.get(jax.default_backend())
-    candidates = (preferred, *candidates) if preferred else candidates
-    return next(name for name in candidates if misfit(name) is None)
+    preferred = _PREFERRED.get(jax.default_backend(), "blocked")
+    return next(name for name in (preferred, "blocked", "plain") if misfit(name) is None)
 
 
 class _Shards(NamedTuple):
@@ -135,11 +133,11 @@ def _over_shards(run: Callable[..., Array], shards: _Shards, *operands: Any) -> 
     """`run(*operands)`, which end in query, key, value and mask, on every shard.
 
     Kernels and loops over blocks are opaque to the compiler's partitioner, which would gather their
-    operands whole.
+    operands whole or refuse them.
     """
     axes = shards.axes
     batch, sequence, heads = (names or None for names in shards[1:])
-    if not (batch or sequence or heads):
+    if not axes.sizes:
         return run(*operands)
     *kernel, query, key, value, mask = operands
     # where there are fewer kv heads than shards, neighbours hold the same one
@@ -162,6 +160,6 @@ def _over_shards(run: Callable[..., Array], shards: _Shards, *operands: Any) -> 
         mesh=axes.mesh,
         in_specs=(*of_kernel, of_query, of_key, of_key, of_mask),
         out_specs=of_query,
-        axis_names={*shards.batch, *shards.sequence, *shards.heads},
+        axis_names=set(axes.sizes),
         check_vma=False,
     )(*kernel, query, key, value, mask)

@@ -238,7 +238,7 @@ def _decode(
     store = None if cache is None else (cache.keys, cache.values)
     indices = jnp.arange(layer_count, dtype=jnp.int32)
     (x, store), (inputs, weights) = jax.lax.scan(
-        rematerialised(run_layer, remat),
+        rematerialised(run_layer, remat, in_loop=scan_unroll < layer_count),
         (x, store),
         (model.layers, indices, dropout_keys),
         unroll=scan_unroll,
