@@ -107,7 +107,7 @@ class EvaluationOptions:
 
     every: int = 100
     """steps between evaluations; 0: none"""
-    batches: int = 8
+    batches: int = 16
     """of the validation split; 0: all of it"""
     sample_prompt: str = "def "
     sample_tokens: int = 48
@@ -134,7 +134,7 @@ class RunOptions:
     data: tuple[str, ...] = ("stdlib",)
     """token directories, each PATH or PATH=WEIGHT; stdlib is the source of Python's standard library"""
     steps: int = 300
-    batch_size: int = 16
+    batch_size: int = 8
     """rows of one step, over all devices"""
     sequence_length: int = 256
     micro_batches: int = 1

@@ -144,7 +144,8 @@ def _train(
 
         asked = stack.enter_context(stop_signals())
         any_of = agreement(program.mesh)
-        report = _reporter(program, options, show, record)
+        clock = Clock()
+        report = _reporter(program, options, show, record, clock)
         read = stack.enter_context(closing(placed_batches(program, dataset, start_step=start)))
         pending: tuple[int, Metrics, jax.Array, float] | None = None
         stopping = False
@@ -187,10 +188,23 @@ def _train(
                     f"stopped after step {done}, saved; go on: python -m train resume {folder}"
                 )
                 return
+            clock.lap()  # what came between is no part of the next step
         checkpoints.wait(manager)
         if first:
             metrics_log.draw_loss(folder)
         show.say(f"done: {folder} ({metrics_log.FILE}, {metrics_log.PICTURE})")
+
+
+class Clock:
+    """Seconds between laps."""
+
+    def __init__(self) -> None:
+        self._last = time.perf_counter()
+
+    def lap(self) -> float:
+        """Seconds since the last one."""
+        before, self._last = self._last, time.perf_counter()
+        return self._last - before
 
 
 def _initial_state(program: Program, options: RunOptions, manager: Any) -> tuple[int, Any, Any]:
@@ -211,6 +225,7 @@ def _reporter(
     options: RunOptions,
     show: Display,
     record: Callable[[dict[str, Any]], None],
+    clock: Clock,
 ) -> Callable[[int, Metrics, jax.Array, float], bool]:
     """`report(step, metrics, stop, data_wait)`: wait for a step, record it; whether to stop after it."""
     compute_dtype = options.model.compute_dtype
@@ -218,13 +233,10 @@ def _reporter(
     devices = len(jax.devices())
     flops = 3 * forward_flops_per_token(program.config, options.sequence_length)
     tokens = options.batch_size * options.sequence_length
-    before = time.perf_counter()
 
     def report(step: int, metrics: Metrics, stop: jax.Array, waited: float) -> bool:
-        nonlocal before
         values = jax.device_get(metrics)
-        now = time.perf_counter()
-        seconds, before = now - before, now
+        seconds = clock.lap()
         loss, norm = float(values.loss), float(values.grad_norm)
         if not (math.isfinite(loss) and math.isfinite(norm)):
             raise ValueError(
