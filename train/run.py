@@ -62,7 +62,7 @@ def run(options: RunOptions) -> None:
         )
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"{folder}: found a file, expected a new folder")
-    _initialize_distributed(options)
+    _prepare_jax(options)
     if options.model.compute_dtype is None:
         kind: Dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
         model = dataclasses.replace(options.model, compute_dtype=kind)
@@ -96,7 +96,7 @@ def resume(folder: Path, saved: RunOptions, options: RunOptions) -> None:
     changed = differences(saved, options)
     if changed:
         raise ValueError(f"{folder}: is another run: {'; '.join(changed)}")
-    _initialize_distributed(options)
+    _prepare_jax(options)
     sources = find_sources(options.data)
     index = common_index(sources)
     if index.vocab_size > (config := LlamaConfig.from_pretrained(folder)).vocab_size:
@@ -319,8 +319,10 @@ def _due(step: int, every: int) -> bool:
     return bool(every) and step % every == 0
 
 
-def _initialize_distributed(options: RunOptions) -> None:
-    """Join the other processes, where there are any."""
+def _prepare_jax(options: RunOptions) -> None:
+    """Allow float64 where it is asked for, and join the other processes, where there are any."""
+    if "float64" in (options.model.parameter_dtype, options.model.compute_dtype):
+        jax.config.update("jax_enable_x64", True)
     wanted = options.distributed
     if not wanted.enabled and wanted.coordinator is None:
         return
