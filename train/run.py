@@ -69,7 +69,7 @@ def run(options: RunOptions) -> None:
         options = dataclasses.replace(options, model=model)
     sources = find_sources(options.data)
     index = common_index(sources)
-    config = model_config(options.model, index, options.sequence_length)
+    config = model_config(options.model, sources[0][0], index, options.sequence_length)
     program = program_of(options, config, _mesh(options))
     if jax.process_index() == 0:
         # whatever can fail has been tried before there is a folder; run.toml last, it makes a run of it

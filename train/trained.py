@@ -11,13 +11,12 @@ import jax
 from llama_jax.config import LlamaConfig
 from llama_jax.hf import load_params
 from llama_jax.tasks import LlamaForCausalLM
-from llama_jax.tokenizer import load_tokenizer
 from train import checkpoints
 from train.config import FILE, Dtype, ModelOptions, RunOptions
 from train.evaluate import Evaluation, evaluate
 from train.mesh import make_mesh
 from train.program import Program, program_of
-from train.sources import TOKENIZER, common_index, find_sources
+from train.sources import TOKENIZER, common_index, find_sources, require_same_tokenizer
 
 LONGEST = 2048
 
@@ -98,7 +97,5 @@ def evaluate_target(
         )
     sources = find_sources(data)
     common_index(sources)
-    known = load_tokenizer(sources[0][0]).get_vocab()
-    if load_tokenizer(tokenizer).get_vocab() != known:
-        raise ValueError(f"{sources[0][0]}: found another tokenizer, expected that of {target}")
+    require_same_tokenizer(tokenizer, sources[0][0])
     return evaluate(program, params, sources, limit=limit)
