@@ -12,9 +12,10 @@ TENSOR_AXIS = "tensor"
 
 
 class MeshAxes(NamedTuple):
-    """A mesh and the sizes of those of its axes that a `shard_map` here may split something over."""
+    """A mesh, those of its axes that are ours to use, and the sizes of those that split anything."""
 
     mesh: Any
+    free: tuple[str, ...]
     sizes: dict[str, int]
 
     def present(self, *names: str) -> tuple[str, ...]:
@@ -27,11 +28,8 @@ class MeshAxes(NamedTuple):
 
 
 def mesh_axes(mesh: Any = None) -> MeshAxes:
-    """The axes of `mesh`, or of the ambient mesh (`jax.set_mesh`), that are longer than 1 and free.
-
-    Within a caller's `shard_map`, its axes are no longer ours to split.
-    """
+    """The axes of `mesh` or of the ambient mesh (`jax.set_mesh`), but those of a caller's `shard_map`."""
     mesh = jax.sharding.get_abstract_mesh() if mesh is None else mesh
     kinds = zip(mesh.axis_names, mesh.axis_types, strict=True)
-    free = [name for name, kind in kinds if kind != AxisType.Manual]
-    return MeshAxes(mesh, {name: mesh.shape[name] for name in free if mesh.shape[name] > 1})
+    free = tuple(name for name, kind in kinds if kind != AxisType.Manual)
+    return MeshAxes(mesh, free, {name: mesh.shape[name] for name in free if mesh.shape[name] > 1})
