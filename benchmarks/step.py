@@ -113,7 +113,7 @@ def torch_step(given: Setting, ids: np.ndarray, dtype: str, compile_it: bool) ->
         optimizer.step()
         if device == "cuda":
             torch.cuda.synchronize()
-        return float(loss)
+        return loss.item()
 
     run()  # the moments are allocated
     optimizer.zero_grad(set_to_none=True)
@@ -184,19 +184,22 @@ def main() -> None:
     peak = next((flops for name, flops in PEAK_FLOPS.items() if name in kind), None)
     for row, seconds in zip(rows, times, strict=True):
         median = statistics.median(seconds)
-        base = [
-            (statistics.median(other), peer.memory)
-            for peer, other in zip(rows, times, strict=True)
-            if (peer.name, peer.dtype) == ("torch eager", row.dtype)
-        ]
+        base = next(
+            (
+                (statistics.median(other), peer.memory)
+                for peer, other in zip(rows, times, strict=True)
+                if (peer.name, peer.dtype) == ("torch eager", row.dtype)
+            ),
+            None,
+        )
         table.add_row(
             row.name,
             row.dtype,
             f"{median:.3f}",
-            *(f"{median / second:.2f}" for second, _ in base or [(np.nan, 0)]),
+            f"{median / base[0]:.2f}" if base else "",
             f"{given.batch * given.seq / median:.0f}",
             f"{row.memory / 2**20:.0f}",
-            *(f"{row.memory / most:.2f}" for _, most in base or [(0, np.nan)]),
+            f"{row.memory / base[1]:.2f}" if base else "",
             f"{model_flops(given) / median / peak:.1%}" if peak else "",
         )
     console = Console(width=110)

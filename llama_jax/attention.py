@@ -137,7 +137,7 @@ def _over_shards(run: Callable[..., Array], shards: _Shards, *operands: Any) -> 
     """
     axes = shards.axes
     batch, sequence, heads = (names or None for names in shards[1:])
-    if not axes.sizes:
+    if not axes.free:
         return run(*operands)
     *kernel, query, key, value, mask = operands
     # where there are fewer kv heads than shards, neighbours hold the same one
@@ -160,6 +160,6 @@ def _over_shards(run: Callable[..., Array], shards: _Shards, *operands: Any) -> 
         mesh=axes.mesh,
         in_specs=(*of_kernel, of_query, of_key, of_key, of_mask),
         out_specs=of_query,
-        axis_names=set(axes.sizes),
+        axis_names=set(axes.free),  # a kernel refuses any that is left, even of size 1
         check_vma=False,
     )(*kernel, query, key, value, mask)

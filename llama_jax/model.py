@@ -94,7 +94,7 @@ class LlamaModel(nnx.Module):
         dropout_key: Key[Array, ""] | None = None,
         *,
         attention_implementation: Implementation | None = None,
-        remat: Remat = "none",
+        remat: Remat = "dots",
         scan_unroll: int = 1,
     ) -> ModelOutput:
         """Run the decoder.

@@ -33,7 +33,7 @@ class ModelOptions:
     """of parameters, gradients' sums and optimizer state"""
     compute_dtype: Dtype | None = None
     """of the forward and backward pass; default: float32 on a CPU, bfloat16 elsewhere"""
-    remat: Remat = "none"
+    remat: Remat = "dots"
     """what the backward pass computes again instead of keeping it"""
     scan_unroll: int = 1
     """layers in one turn of the loop over them; more compile longer and can run faster"""
