@@ -286,7 +286,7 @@ def _evaluate(
         prompt = options.evaluation.sample_prompt
         text = sample_text(model_of(program, params), folder / TOKENIZER, prompt, wanted)
         figures["sample"] = text
-        show.say(text)
+        show.say(repr(text))
     record(figures)
     if jax.process_index() == 0:
         metrics_log.draw_loss(folder)
