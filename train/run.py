@@ -209,7 +209,9 @@ class Clock:
 
 def _initial_state(program: Program, options: RunOptions, manager: Any) -> tuple[int, Any, Any]:
     """Steps done, parameters and optimizer state: of a checkpoint, of other weights, or random."""
-    restored = checkpoints.restore(manager, program.params, program.opt_state)
+    restored = checkpoints.restore(
+        manager, program.params, program.opt_state, model=program.config.to_dict()
+    )
     if restored is not None:
         return restored
     source = options.model.init_from
