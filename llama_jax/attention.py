@@ -15,6 +15,7 @@ from llama_jax.attention_cudnn import cudnn_attention, cudnn_misfit
 from llama_jax.attention_plain import dot_product_attention
 from llama_jax.attention_splash import splash_attention, splash_kernel, splash_misfit
 from llama_jax.masks import AttentionMask, dense_mask, slots_of
+from llama_jax.platform import target_platform
 from llama_jax.sharding import BATCH_AXES, SEQUENCE_AXIS, TENSOR_AXIS, MeshAxes, mesh_axes
 
 Implementation = Literal["plain", "blocked", "cudnn", "splash"]
@@ -46,8 +47,8 @@ def attention(
     Args:
         implementation: "plain" holds the scores, and alone does weights and dropout; "blocked" never holds
             those of the whole sequence; "cudnn" and "splash" are kernels for GPU and TPU, without caches.
-            None takes what is fastest on the default backend and fits, for a program that is compiled
-            for another platform name it. All but "plain" are differentiable once, in reverse.
+            None takes what is fastest on the target platform and fits. All but "plain" are differentiable
+            once, in reverse.
         dropout_rate: of the attention weights, applied only where a `dropout_key` is given.
 
     Returns:
@@ -58,7 +59,7 @@ def attention(
     """
     axes = mesh_axes()
     dropout = dropout_key is not None and dropout_rate > 0
-    chosen = _choose(implementation, query, mask, dropout or output_weights, axes)
+    chosen = choose_implementation(implementation, query, mask, dropout or output_weights)
     if chosen == "plain":
         dense = dense_mask(mask, query.shape[1], key.shape[1])
         out, weights = dot_product_attention(query, key, value, dense, dropout_rate, dropout_key)
@@ -73,15 +74,19 @@ def attention(
     return _over_shards(run, shards, *operands), None
 
 
-def _choose(
-    implementation: str | None,
-    query: Array,
-    mask: AttentionMask,
-    needs_weights: bool,
-    axes: MeshAxes,
-) -> str:
-    """The implementation asked for, if it fits; else the best that does."""
-    sequence_shards = axes.size(SEQUENCE_AXIS)
+def choose_implementation(
+    implementation: Implementation | None, query: Any, mask: AttentionMask, needs_weights: bool
+) -> Implementation:
+    """The implementation asked for, if it fits; else the best that does.
+
+    Args:
+        query: [batch, q, heads, dim], real or abstract, as the arrays of `mask`.
+        needs_weights: attention weights, or dropout of them, are asked for.
+
+    Raises:
+        ValueError: as `attention`.
+    """
+    sequence_shards = mesh_axes().size(SEQUENCE_AXIS)
 
     def misfit(name: str) -> str | None:
         if name == "plain":
@@ -102,8 +107,10 @@ def _choose(
         return implementation
     if query.shape[1] <= PLAIN_LENGTH:
         return "plain"
-    preferred = _PREFERRED.get(jax.default_backend(), "blocked")
-    return next(name for name in (preferred, "blocked", "plain") if misfit(name) is None)
+    candidates: tuple[Implementation, ...] = ("blocked", "plain")
+    preferred = _PREFERRED.get(target_platform())
+    candidates = (preferred, *candidates) if preferred else candidates
+    return next(name for name in candidates if misfit(name) is None)
 
 
 class _Shards(NamedTuple):

@@ -18,6 +18,7 @@ from jaxtyping import Array, Float
 from llama_jax import masks
 from llama_jax.masks import AttentionMask, slots_of
 from llama_jax.matmul import einsum, working_dtype
+from llama_jax.platform import target_platform
 
 # Blocks of unequal frontiers are separate code. Beyond so many, neighbours share the frontier of the last
 # of them and are one loop: the program stays small, and 9/16 of the work is done where 1/2 would do.
@@ -64,7 +65,7 @@ def blocked_attention(
 
 def default_block() -> int:
     """Measured on CPUs; an accelerator wants products that fill it."""
-    return 128 if jax.default_backend() == "cpu" else 512
+    return 128 if target_platform() == "cpu" else 512
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))

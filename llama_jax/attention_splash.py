@@ -78,6 +78,13 @@ def splash_misfit(
     return None
 
 
+def visited_share(q: int, q_shards: int = 1) -> float:
+    """The part of its blocks that the causal kernel of `q` queries and keys visits, of all shards."""
+    block_q, block_k = _block(q // q_shards), _block(q)
+    visited = sum(-(-end // block_k) for end in range(block_q, q + 1, block_q))
+    return visited / ((q // block_q) * (q // block_k))
+
+
 def _block(size: int) -> int:
     """The largest power of two that divides `size` whole lanes, up to a limit."""
     block = _LARGEST_BLOCK

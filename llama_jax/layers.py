@@ -60,13 +60,14 @@ def linear(
     bias: Float[Array, " out"] | None,
 ) -> Float[Array, "*batch out"]:
     """x weight^T + bias, accumulated in float32 and rounded once, after the bias."""
-    flat = x.reshape(-1, x.shape[-1])
+    # the dimensions are kept apart: merged, a sequence that is split over devices would be gathered
+    batch = "abcdefgh"[: x.ndim - 1]
+    spec = f"{batch}i,oi->{batch}o"
     if bias is None:
-        out = einsum("ti,oi->to", flat, weight)
+        out = einsum(spec, x, weight)
     else:
         working = working_dtype(x.dtype)
-        out = einsum("ti,oi->to", flat, weight, out_dtype=working) + bias.astype(working)
-    out = out.reshape(*x.shape[:-1], weight.shape[0]).astype(x.dtype)
+        out = (einsum(spec, x, weight, out_dtype=working) + bias.astype(working)).astype(x.dtype)
     return checkpoint_name(out, "projection")  # for `remat`
 
 

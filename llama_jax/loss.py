@@ -21,6 +21,7 @@ import numpy as np
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
+from llama_jax.platform import target_platform
 from llama_jax.sharding import BATCH_AXES, SEQUENCE_AXIS, TENSOR_AXIS, mesh_axes
 
 IGNORE_INDEX = -100
@@ -153,7 +154,7 @@ def default_chunk(vocab: int) -> int:
     A chunk's logits and their gradients take about 8 bytes a column. A CPU wants them small, an
     accelerator wants products large enough to fill it.
     """
-    budget = 1 << (27 if jax.default_backend() == "cpu" else 30)
+    budget = 1 << (27 if target_platform() == "cpu" else 30)
     return max(128, 1 << int(math.log2(max(budget // (8 * vocab), 1))))
 
 

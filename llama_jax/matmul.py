@@ -14,6 +14,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from llama_jax.platform import target_platform
+
 
 def working_dtype(dtype: jnp.dtype) -> jnp.dtype:
     """The dtype of accumulation, norms, softmax, angles and losses: float64 for float64, else float32.
@@ -57,7 +59,7 @@ def _blocked_einsum(spec: str, a: Array, b: Array) -> Array:
     depth = a.shape[axis_a]
     rows = math.prod(a.shape) // depth if depth else 0
     blocks = min(-(-depth // _BLOCK_DEPTH), _MOST_BLOCKS)
-    narrow = a.dtype != jnp.float32 or jax.default_backend() != "cpu"
+    narrow = a.dtype != jnp.float32 or target_platform() != "cpu"
     if narrow or others or blocks < 2 or rows < 2:
         return jnp.einsum(spec, a, b, preferred_element_type=a.dtype)
     size = -(-depth // blocks)

@@ -12,17 +12,16 @@ import numpy as np
 
 from llama_jax import LlamaForCausalLM
 from llama_jax.hf import load_params
-from train.config import RunOptions
-from train.mesh import make_mesh
-from train.program import batch_sharding, place_batch, program_of, rows_of_process
+from train.config import MeshOptions, RunOptions
+from train.program import batch_sharding, place_batch, rows_of_process, run_program
 
 
 def main() -> None:
     directory = sys.argv[1]
-    options = RunOptions(batch_size=8, sequence_length=8, micro_batches=2)
+    axes = MeshOptions(data=1, fsdp=2, sequence=2, tensor=2)
+    options = RunOptions(batch_size=8, sequence_length=8, micro_batches=2, mesh=axes)
     model = LlamaForCausalLM.from_pretrained(directory)
-    mesh = make_mesh({"fsdp": 2, "sequence": 2, "tensor": 2})
-    program = program_of(options, model.config, mesh)
+    program = run_program(options, model.config)
     params = load_params(LlamaForCausalLM, directory, program.params)
     flat, _ = jax.tree_util.tree_flatten_with_path(params)
     split = 0
@@ -41,7 +40,7 @@ def main() -> None:
     values = np.arange(8 * 8, dtype=np.int32).reshape(8, 8)
     placed = place_batch(program.batch, rows, dict.fromkeys(program.batch._fields, values))
     np.testing.assert_array_equal(np.asarray(placed.labels), values.reshape(shape))
-    assert placed.labels.sharding == batch_sharding(mesh)
+    assert placed.labels.sharding == batch_sharding(program.mesh)
     assert jnp.asarray(placed.labels).addressable_shards[0].data.shape == (2, 2, 4)
 
 

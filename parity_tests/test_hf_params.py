@@ -4,7 +4,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import jax
 import ml_dtypes
 import numpy as np
 import pytest
@@ -17,8 +16,7 @@ from llama_jax import LlamaConfig, LlamaForCausalLM
 from llama_jax.hf import load_params
 from llama_jax.safetensors_read import read_header, read_slice
 from train.config import RunOptions
-from train.mesh import make_mesh
-from train.program import program_of
+from train.program import run_program
 
 CONFIG = LlamaConfig(
     vocab_size=64,
@@ -79,7 +77,7 @@ def test_a_fault_is_named(directory, tmp_path, damage):
         del tensors[name]
     save_file(tensors, tmp_path / "model.safetensors")
     (tmp_path / "config.json").write_text((directory / "config.json").read_text())
-    program = program_of(RunOptions(), CONFIG, make_mesh({}, jax.devices()[:1]))
+    program = run_program(RunOptions(), CONFIG)
     with pytest.raises(ValueError) as caught:
         load_params(LlamaForCausalLM, tmp_path, program.params)
     assert name in str(caught.value)

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
-from train.config import FILE, Dtype, RunOptions, flags_of
+from train.config import FILE, PLANNED, Dtype, RunOptions, flags_of
 from train.documents import source_files
 from train.tokenize import tokenize as run_tokenize
 
@@ -38,13 +38,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _with_saved_flags(arguments: list[str]) -> list[str]:
-    """Flags from a file put before those given: `run --toml FILE`, `resume RUN`'s own run.toml."""
-    if arguments[:1] == ["run"] and "--toml" in arguments:
+    """Flags from a file put before those given: `run` and `plan --toml FILE`, `resume RUN`'s run.toml."""
+    if arguments[:1] in (["run"], ["plan"]) and "--toml" in arguments:
         place = arguments.index("--toml")
         if place + 1 == len(arguments):
             raise ValueError("--toml: found nothing, expected a file")
         file = Path(arguments[place + 1])
-        return ["run", *flags_of(file), *arguments[1:place], *arguments[place + 2 :]]
+        return [arguments[0], *flags_of(file), *arguments[1:place], *arguments[place + 2 :]]
     if arguments[:1] == ["resume"] and len(arguments) > 1 and not arguments[1].startswith("-"):
         folder = Path(arguments[1])
         if not (folder / FILE).is_file():
@@ -147,6 +147,34 @@ def _saved_options(folder: Path) -> RunOptions:
     return tyro.cli(RunOptions, args=flags_of(folder / FILE))
 
 
+def plan(
+    options: Annotated[RunOptions, tyro.conf.arg(name="")] = PLANNED,
+    topology: str | None = None,
+    host_devices: int | None = None,
+    search: bool = False,
+    limit: int = 6,
+    json: Path | None = None,
+) -> None:
+    """Compile the step of `run` for devices that nobody here need own: memory, collectives, time.
+
+    Args:
+        topology: TPUs to compile for, such as v5p:4x4x4 or v6e:16x16 (pip install 'llama-jax[plan]')
+        host_devices: compile for so many devices of this host's CPU instead
+        search: try meshes and recomputations, the likeliest first, and rank them
+        limit: configurations that the search compiles
+        json: a file for the figures; of the search, all plans, the best first
+    """
+    from train import planning
+
+    planning.run_plan(
+        options,
+        topology=topology,
+        host_devices=host_devices,
+        limit=limit if search else None,
+        json_file=json,
+    )
+
+
 def tokenize(
     sources: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="SRC...")],
     /,
@@ -201,6 +229,7 @@ COMMANDS: dict[str, Callable[..., Any]] = {
     "resume": resume,
     "export": export,
     "eval": evaluate,
+    "plan": plan,
     "tokenize": tokenize,
 }
 

@@ -3,7 +3,7 @@
 import dataclasses
 import tomllib
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -151,6 +151,14 @@ class RunOptions:
     log: LogOptions = field(default_factory=LogOptions)
 
 
+# What `plan` plans unless told otherwise: a model for a pod, with 4 Mi tokens a step.
+PLANNED = RunOptions(
+    batch_size=512,
+    sequence_length=8192,
+    model=ModelOptions(preset="llama-3.1-8b", remat="full"),
+    mesh=MeshOptions(data=1, fsdp=-1),
+)
+
 # What a resumed run may have otherwise: where and how it computes, not what.
 FREE_ON_RESUME = (
     "out",
@@ -205,6 +213,14 @@ def validate(options: RunOptions) -> None:
     for name, (number, smallest, largest) in ranges.items():
         if not smallest <= number <= largest:
             raise ValueError(f"optimizer.{name}: found {number}, expected {smallest} to {largest}")
+
+
+def with_compute_dtype(options: RunOptions, platform: str) -> RunOptions:
+    """The options with the default of `compute_dtype` on `platform` filled in."""
+    if options.model.compute_dtype is not None:
+        return options
+    kind: Dtype = "float32" if platform == "cpu" else "bfloat16"
+    return replace(options, model=replace(options.model, compute_dtype=kind))
 
 
 def to_toml(options: Any) -> str:

@@ -3,6 +3,7 @@
 `python -m train plan` compiles the same program for devices that nobody here owns.
 """
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -16,6 +17,7 @@ from llama_jax.config import LlamaConfig
 from llama_jax.sharding import BATCH_AXES, SEQUENCE_AXIS, parameter_shardings
 from llama_jax.tasks import LlamaForCausalLM
 from train.config import ModelOptions, OptimizerOptions, RunOptions
+from train.mesh import make_mesh
 from train.optimizer import make_optimizer
 from train.schedules import learning_rate_schedule
 from train.step import Batch, make_evaluation, make_step
@@ -38,6 +40,26 @@ class Program(NamedTuple):
     batch: Any
     step: Callable[..., Any]
     evaluate: Callable[..., Any]
+
+
+def run_program(
+    options: RunOptions, config: LlamaConfig, devices: Sequence[Any] | None = None
+) -> Program:
+    """The program of a run of `config`, over `devices` (default: all of every process).
+
+    Raises:
+        ValueError: as `make_mesh` and `make_program`.
+    """
+    return make_program(
+        config,
+        make_mesh(dataclasses.asdict(options.mesh), devices),
+        options.model,
+        options.optimizer,
+        steps=options.steps,
+        batch_size=options.batch_size,
+        micro_batches=options.micro_batches,
+        sequence_length=options.sequence_length,
+    )
 
 
 def make_program(
@@ -108,20 +130,6 @@ def make_program(
             out_shardings=(shardings_of(params), shardings_of(opt_state), replicated),
         ),
         evaluate=jax.jit(evaluate, out_shardings=replicated),
-    )
-
-
-def program_of(options: RunOptions, config: LlamaConfig, mesh: Mesh) -> Program:
-    """`make_program` of a run's options."""
-    return make_program(
-        config,
-        mesh,
-        options.model,
-        options.optimizer,
-        steps=options.steps,
-        batch_size=options.batch_size,
-        micro_batches=options.micro_batches,
-        sequence_length=options.sequence_length,
     )
 
 

@@ -3,7 +3,6 @@
 run.toml (the resolved options), config.json (the model), tokenizer/, checkpoints/, metrics.jsonl, loss.png.
 """
 
-import dataclasses
 import json
 import math
 import shutil
@@ -15,7 +14,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh
 
 from llama_jax.config import LlamaConfig
 from llama_jax.hf import load_params
@@ -24,21 +22,26 @@ from llama_jax.staging import write_text
 from llama_jax.tasks import LlamaForCausalLM
 from train import checkpoints, metrics_log
 from train.chips import peak_flops
-from train.config import FILE, Dtype, RunOptions, differences, to_toml, validate
+from train.config import FILE, RunOptions, differences, to_toml, validate, with_compute_dtype
 from train.display import Display, display
 from train.evaluate import Evaluation, evaluate, placed_batches
 from train.export import export_model
 from train.loggers import open_loggers
-from train.mesh import make_mesh
 from train.program import (
     Program,
     initial_opt_state,
     initial_params,
     model_of,
-    program_of,
+    run_program,
 )
 from train.sample import sample_text
-from train.sources import TOKENIZER, common_index, find_sources, model_config
+from train.sources import (
+    TOKENIZER,
+    common_index,
+    find_sources,
+    model_config,
+    require_same_tokenizer,
+)
 from train.step import Metrics
 from train.stop import agreement, stop_signals
 from train.windows import windows
@@ -63,14 +66,13 @@ def run(options: RunOptions) -> None:
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"{folder}: found a file, expected a new folder")
     _prepare_jax(options)
-    if options.model.compute_dtype is None:
-        kind: Dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
-        model = dataclasses.replace(options.model, compute_dtype=kind)
-        options = dataclasses.replace(options, model=model)
+    options = with_compute_dtype(options, jax.default_backend())
     sources = find_sources(options.data)
     index = common_index(sources)
-    config = model_config(options.model, sources[0][0], index, options.sequence_length)
-    program = program_of(options, config, _mesh(options))
+    if options.model.init_from is not None:
+        require_same_tokenizer(options.model.init_from, sources[0][0])
+    config = model_config(options.model, index, options.sequence_length)
+    program = run_program(options, config)
     if jax.process_index() == 0:
         # whatever can fail has been tried before there is a folder; run.toml last, it makes a run of it
         folder.mkdir(parents=True, exist_ok=True)
@@ -104,11 +106,7 @@ def resume(folder: Path, saved: RunOptions, options: RunOptions) -> None:
             f"{folder}: found a model of {config.vocab_size} tokens, expected at least "
             f"{index.vocab_size}, the data's"
         )
-    _train(program_of(options, config, _mesh(options)), options, folder, sources)
-
-
-def _mesh(options: RunOptions) -> Mesh:
-    return make_mesh(dataclasses.asdict(options.mesh))
+    _train(run_program(options, config), options, folder, sources)
 
 
 def _train(

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from llama_jax.config import LlamaConfig, read_json_object
 from llama_jax.presets import PRESETS, SMALL
@@ -63,23 +64,17 @@ def require_same_tokenizer(model: Path, tokens: Path) -> None:
         )
 
 
-def model_config(
-    options: ModelOptions, tokens: Path, index: Index, sequence_length: int
-) -> LlamaConfig:
+def model_config(options: ModelOptions, index: Index | None, sequence_length: int) -> LlamaConfig:
     """The model's configuration: of the weights to start from, a file, or a preset.
 
-    A small preset takes the vocabulary and the end-of-text token of the data.
-
-    Args:
-        tokens, index: a directory of the data, and what its index says.
+    A small preset takes the vocabulary and the end-of-text token of the data, where there are any.
 
     Raises:
-        ValueError: an unknown preset; a vocabulary smaller than the data's; weights to start from whose
-            tokenizer is not the data's; sequences longer than the model's positions.
+        ValueError: an unknown preset; a vocabulary smaller than the data's; sequences longer than the
+            model's positions.
     """
     if options.init_from is not None:
         name, config = str(options.init_from), LlamaConfig.from_pretrained(options.init_from)
-        require_same_tokenizer(options.init_from, tokens)
     elif options.config is not None:
         name, path = str(options.config), options.config
         if path.is_file():
@@ -88,12 +83,11 @@ def model_config(
             config = LlamaConfig.from_pretrained(path)
     elif options.preset in SMALL:
         name, small = options.preset, SMALL[options.preset].to_dict()
-        own = {
-            "vocab_size": index.vocab_size,
-            "bos_token_id": index.bos_id,
-            "eos_token_id": index.eos_id,
-            "max_position_embeddings": max(small["max_position_embeddings"], sequence_length),
-        }
+        longest = max(small["max_position_embeddings"], sequence_length)
+        own: dict[str, Any] = {"max_position_embeddings": longest}
+        if index is not None:
+            own["vocab_size"] = index.vocab_size
+            own |= {"bos_token_id": index.bos_id, "eos_token_id": index.eos_id}
         config = LlamaConfig.from_dict(small | own)
     elif options.preset in PRESETS:
         name, config = options.preset, PRESETS[options.preset]
@@ -101,7 +95,7 @@ def model_config(
         raise ValueError(
             f"model.preset: found {options.preset!r}, expected one of {', '.join(PRESETS)}"
         )
-    if index.vocab_size > config.vocab_size:
+    if index is not None and index.vocab_size > config.vocab_size:
         raise ValueError(
             f"{name}: found vocab_size {config.vocab_size}, expected at least {index.vocab_size}, "
             "the data's"

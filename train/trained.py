@@ -12,10 +12,9 @@ from llama_jax.config import LlamaConfig
 from llama_jax.hf import load_params
 from llama_jax.tasks import LlamaForCausalLM
 from train import checkpoints
-from train.config import FILE, Dtype, ModelOptions, RunOptions
+from train.config import FILE, Dtype, MeshOptions, ModelOptions, RunOptions
 from train.evaluate import Evaluation, evaluate
-from train.mesh import make_mesh
-from train.program import Program, program_of
+from train.program import Program, run_program
 from train.sources import TOKENIZER, common_index, find_sources, require_same_tokenizer
 
 LONGEST = 2048
@@ -28,7 +27,8 @@ def restore_run(folder: Path, options: RunOptions, step: int | None) -> tuple[in
         ValueError: no checkpoint, or none of that step.
     """
     config = LlamaConfig.from_pretrained(folder)
-    program = program_of(options, config, make_mesh({}, jax.devices()[:1]))
+    options = dataclasses.replace(options, mesh=MeshOptions())
+    program = run_program(options, config, jax.devices()[:1])
     with closing(
         checkpoints.open_manager(folder, keep_last=1, keep_every=None, read_only=True)
     ) as manager:
@@ -51,7 +51,7 @@ def load_directory(
         model=ModelOptions(parameter_dtype=dtype, compute_dtype=dtype),
     )
     config = LlamaConfig.from_pretrained(directory)
-    program = program_of(options, config, make_mesh({}, jax.devices()[:1]))
+    program = run_program(options, config, jax.devices()[:1])
     return program, load_params(LlamaForCausalLM, directory, program.params)
 
 

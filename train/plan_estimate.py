@@ -1,0 +1,80 @@
+"""What a configuration should cost, from its shapes alone: which to compile first, and what would help."""
+
+import math
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import jax.numpy as jnp
+
+from llama_jax.config import LlamaConfig
+from llama_jax.info import forward_flops_per_token, parameter_count
+from llama_jax.remat import Remat
+from train.chips import Chip
+from train.config import RunOptions
+
+# Adam's two moments beside each parameter, then its gradient; other optimizers have less.
+_STATE_COPIES = 3
+
+
+class Estimate(NamedTuple):
+    """Bytes of one device, and seconds of a step where products and links hide each other."""
+
+    state: float
+    gradients: float
+    activations: float
+    head: float
+    seconds: float
+
+    @property
+    def peak(self) -> float:
+        """All at once."""
+        return self.state + self.gradients + self.activations + self.head
+
+
+def estimate(
+    options: RunOptions, config: LlamaConfig, sizes: Mapping[str, int], chip: Chip | None
+) -> Estimate:
+    """Of one configuration over a mesh of `sizes`; seconds are those of a TPU v5p without a `chip`."""
+    wide = jnp.dtype(options.model.parameter_dtype).itemsize
+    narrow = jnp.dtype(options.model.compute_dtype).itemsize
+    parameters = parameter_count(config)
+    tensor, sequence = sizes["tensor"], sizes["sequence"]
+    devices = math.prod(sizes.values())
+    parts = sizes["fsdp"] * sequence * tensor
+    tokens = options.batch_size * options.sequence_length
+    local = tokens * tensor / devices / options.micro_batches
+    kept = kept_numbers(config, options.model.remat, tensor)
+    table = config.vocab_size * config.hidden_size / tensor
+    head = table * (4 + 2 * narrow) + local * config.hidden_size * 4
+
+    flops = 3 * forward_flops_per_token(config, options.sequence_length) * tokens
+    flops *= 4 / 3 if options.model.remat == "full" else 1
+    # weights are gathered forwards and backwards, gradients reduced; over tensor, activations are summed
+    # twice a layer each way, and once more where the forward pass is done again
+    weights = parameters * narrow / tensor
+    sent = options.micro_batches * weights * (2 + 2) if parts > tensor else 0.0
+    passes = 6 if options.model.remat == "full" else 4
+    width = config.num_hidden_layers * config.hidden_size
+    sent += 2 * passes * local * options.micro_batches * width * narrow if tensor > 1 else 0.0
+    sent += 2 * parameters * wide / parts if sizes["data"] > 1 else 0.0
+    peak, link = (chip.flops, chip.link_bandwidth) if chip else (459e12, 600e9)
+    return Estimate(
+        state=parameters * wide * _STATE_COPIES / parts,
+        gradients=parameters * (wide + narrow) / parts,
+        activations=local * config.num_hidden_layers * kept * narrow,
+        head=head,
+        seconds=max(flops / devices / peak, sent / link),
+    )
+
+
+def kept_numbers(config: LlamaConfig, remat: Remat, tensor: int = 1) -> float:
+    """Numbers that a layer keeps of each token for its backward pass, on a device of `tensor`."""
+    hidden = config.hidden_size
+    if remat == "full":
+        return hidden
+    queries = config.num_attention_heads * config.head_size / tensor
+    keys = config.kv_heads * config.head_size / tensor
+    intermediate = config.intermediate_size / tensor
+    dots = 3 * hidden + 2 * queries + 2 * keys + 2 * intermediate
+    # without any recomputation also what norms, rotations and the activation made, some of it in float32
+    return dots if remat == "dots" else dots + 6 * hidden + queries + keys + 2 * intermediate

@@ -1,0 +1,71 @@
+"""`python -m train plan`: devices found, the step compiled for them, the figures shown."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+
+from llama_jax.info import parameter_count
+from llama_jax.staging import write_text
+from train.config import RunOptions, validate, with_compute_dtype
+from train.plan import Plan, make_plan
+from train.plan_advice import advice
+from train.plan_search import search
+from train.plan_tables import as_json, axes, gib, show_plan, show_ranking
+from train.sources import model_config
+from train.topology import host_devices as devices_of_host
+from train.topology import topology_devices
+
+
+def run_plan(
+    options: RunOptions,
+    *,
+    topology: str | None,
+    host_devices: int | None,
+    limit: int | None,
+    json_file: Path | None,
+) -> None:
+    """Print a plan or, with a `limit`, the ranking of a search and its best plan.
+
+    Raises:
+        ValueError: options that are wrong in themselves or do not fit the model or the devices; neither
+            or both of `topology` and `host_devices`; what `topology_devices` and `search` refuse.
+    """
+    validate(options)
+    config = model_config(options.model, None, options.sequence_length)
+    devices = _devices(topology, host_devices)
+    options = with_compute_dtype(options, devices[0].platform)
+    console = Console()
+    console.print(
+        f"{options.model.preset}: {parameter_count(config):,} parameters, {options.model.compute_dtype} over "
+        f"{options.model.parameter_dtype}; {options.batch_size} x {options.sequence_length} tokens a step "
+        f"in {options.micro_batches} parts; {len(devices)} x {escape(devices[0].device_kind)}"
+    )
+    if limit is None:
+        plans = [make_plan(options, config, devices)]
+    else:
+        plans = search(options, config, devices, limit=limit, report=lambda p: _say(console, p))
+        show_ranking(console, plans)
+    best = plans[0]
+    console.print(f"mesh {axes(best)}; remat {best.remat}; attention {best.attention}")
+    show_plan(console, best, advice(best, options, config))
+    if json_file is not None:
+        figures: Any = [as_json(plan) for plan in plans] if limit else as_json(best)
+        write_text(json_file, json.dumps(figures, indent=2) + "\n")
+
+
+def _devices(topology: str | None, host_devices: int | None) -> Sequence[Any]:
+    if topology is not None and host_devices is None:
+        return topology_devices(topology)
+    if host_devices is not None and topology is None:
+        return devices_of_host(host_devices)
+    found = "neither" if topology is None else "both"
+    raise ValueError(f"topology, host-devices: found {found}, expected one of them")
+
+
+def _say(console: Console, plan: Plan) -> None:
+    fits = "does not fit" if plan.fits is False else f"peak {gib(plan.peak)}"
+    console.print(f"{axes(plan)}; {plan.remat}: {fits}")
