@@ -22,11 +22,19 @@ from llama_jax.staging import write_text
 from llama_jax.tasks import LlamaForCausalLM
 from train import checkpoints, metrics_log
 from train.chips import peak_flops
-from train.config import FILE, RunOptions, differences, to_toml, validate, with_compute_dtype
+from train.config import (
+    FILE,
+    RunOptions,
+    differences,
+    to_toml,
+    validate,
+    with_absolute_paths,
+    with_compute_dtype,
+)
 from train.display import Display, display
 from train.evaluate import Evaluation, evaluate, placed_batches
 from train.export import export_model
-from train.loggers import open_loggers
+from train.loggers import open_loggers, require_loggers
 from train.program import (
     Program,
     initial_opt_state,
@@ -65,8 +73,9 @@ def run(options: RunOptions) -> None:
         )
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"{folder}: found a file, expected a new folder")
+    require_loggers(options.log)
     _prepare_jax(options)
-    options = with_compute_dtype(options, jax.default_backend())
+    options = with_compute_dtype(with_absolute_paths(options), jax.default_backend())
     sources = find_sources(options.data)
     index = common_index(sources)
     if options.model.init_from is not None:

@@ -8,11 +8,9 @@ from typing import Any
 from llama_jax.config import LlamaConfig, read_json_object
 from llama_jax.presets import PRESETS, SMALL
 from llama_jax.tokenizer import load_tokenizer
-from train.config import ModelOptions
+from train.config import STDLIB, ModelOptions
 from train.stdlib_data import stdlib_tokens
 from train.token_shards import Index, read_index
-
-STDLIB = "stdlib"
 
 # the folder of a run that has its tokenizer's files
 TOKENIZER = "tokenizer"
