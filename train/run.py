@@ -52,6 +52,7 @@ from train.sources import (
 )
 from train.step import Metrics
 from train.stop import agreement, stop_signals
+from train.token_shards import open_tokens
 from train.windows import windows
 
 CONFIG = "config.json"
@@ -71,6 +72,8 @@ def run(options: RunOptions) -> None:
             f"{folder}: found a run, expected a new folder: give --out, or go on with "
             f"`python -m train resume {folder}`"
         )
+    if (folder / checkpoints.FOLDER).exists():
+        raise ValueError(f"{folder}: found checkpoints, expected a new folder: give --out")
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"{folder}: found a file, expected a new folder")
     require_loggers(options.log)
@@ -81,6 +84,7 @@ def run(options: RunOptions) -> None:
     if options.model.init_from is not None:
         require_same_tokenizer(options.model.init_from, sources[0][0])
     config = model_config(options.model, index, options.sequence_length)
+    dataset = _training_windows(options, config, sources)
     program = run_program(options, config)
     if jax.process_index() == 0:
         # whatever can fail has been tried before there is a folder; run.toml last, it makes a run of it
@@ -90,7 +94,7 @@ def run(options: RunOptions) -> None:
             shutil.copyfile(sources[0][0] / name, folder / TOKENIZER / name)
         write_text(folder / CONFIG, json.dumps(config.to_dict(), indent=2) + "\n")
         write_text(folder / FILE, to_toml(options))
-    _train(program, options, folder, sources)
+    _train(program, options, folder, sources, dataset)
 
 
 def resume(folder: Path, saved: RunOptions, options: RunOptions) -> None:
@@ -115,20 +119,34 @@ def resume(folder: Path, saved: RunOptions, options: RunOptions) -> None:
             f"{folder}: found a model of {config.vocab_size} tokens, expected at least "
             f"{index.vocab_size}, the data's"
         )
-    _train(run_program(options, config), options, folder, sources)
+    dataset = _training_windows(options, config, sources)
+    _train(run_program(options, config), options, folder, sources, dataset)
 
 
-def _train(
-    program: Program, options: RunOptions, folder: Path, sources: Sequence[tuple[Path, float]]
-) -> None:
-    """From the newest checkpoint to the last step, or to a signal."""
-    dataset = windows(
+def _training_windows(
+    options: RunOptions, config: LlamaConfig, sources: Sequence[tuple[Path, float]]
+) -> Any:
+    """The windows of every step; that there is a validation split, where one is asked for, is tried too."""
+    if options.evaluation.every:
+        for directory, _ in sources:
+            open_tokens(directory, "validation")
+    return windows(
         sources,
         split="train",
         sequence_length=options.sequence_length,
-        vocab_size=program.config.vocab_size,
+        vocab_size=config.vocab_size,
         seed=options.seed,
     )
+
+
+def _train(
+    program: Program,
+    options: RunOptions,
+    folder: Path,
+    sources: Sequence[tuple[Path, float]],
+    dataset: Any,
+) -> None:
+    """From the newest checkpoint to the last step, or to a signal."""
     first = jax.process_index() == 0
     with ExitStack() as stack:
         stack.enter_context(jax.set_mesh(program.mesh))
