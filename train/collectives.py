@@ -3,6 +3,7 @@
 import math
 import re
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import NamedTuple
 
 KINDS = (
@@ -14,7 +15,8 @@ KINDS = (
 )
 
 
-class Collective(NamedTuple):
+@dataclass(frozen=True)
+class Collective:
     """All collectives of one kind in a program, seen from one device.
 
     count: how many are run, those in a loop once for each turn of it.

@@ -103,7 +103,8 @@ def make_plan(options: RunOptions, config: LlamaConfig, devices: Sequence[Any]) 
     kind = devices[0].device_kind
     chip = CHIPS.get(kind)
     state = device_bytes(program.params), device_bytes(program.opt_state)
-    memory, sent, found = None, 0.0, ()
+    memory: Memory | None = None
+    found: tuple[Collective, ...] = ()
     if compiled is None:
         assert refused is not None
         peak = _bytes_needed(refused, sum(state))
@@ -118,7 +119,6 @@ def make_plan(options: RunOptions, config: LlamaConfig, devices: Sequence[Any]) 
         )
         peak = peak_bytes(memory)
         found = tuple(collectives(compiled.as_text()).values())
-        sent = sum(each.sent for each in found)
     line = None
     if chip is not None and memory is not None:
         line = roofline(
@@ -126,7 +126,7 @@ def make_plan(options: RunOptions, config: LlamaConfig, devices: Sequence[Any]) 
             model_flops=model_flops * tokens / len(devices),
             flops=counted / len(devices),
             moved=memory.arguments + memory.outputs + 2 * memory.temporaries,
-            sent=sent,
+            sent=sum(each.sent for each in found),
         )
     fits = None if chip is None else refused is None and peak <= chip.memory
     return Plan(
@@ -171,7 +171,7 @@ def _attention(options: RunOptions, program: Program) -> str:
     _, rows, seq = program.batch.input_ids.shape
     shape = rows, seq, config.num_attention_heads, config.head_size
     query = jax.ShapeDtypeStruct(shape, jnp.dtype(options.model.compute_dtype))
-    segments = jax.ShapeDtypeStruct((rows, seq), jnp.int32)
+    segments: Any = jax.ShapeDtypeStruct((rows, seq), jnp.int32)
     mask = AttentionMask(None, None, None, segments, segments)
     dropout = bool(config.attention_dropout)
     return choose_implementation(options.model.attention, query, mask, dropout)

@@ -32,8 +32,8 @@ def advice(plan: Plan, options: RunOptions, config: LlamaConfig) -> list[str]:
             if plan.peak + added <= chip.memory:
                 saved = 1 - plan.flops_per_token / plan.counted_flops_per_token
                 found.append(
-                    f"--model.remat {remat} would keep about {_gib(added)} more, which fits, and save up to "
-                    f"{saved:.0%} of the FLOPs"
+                    f"--model.remat {remat} would keep about {_gib(added)} more, which fits, and save "
+                    f"up to {saved:.0%} of the FLOPs"
                 )
                 break
     return found

@@ -47,15 +47,15 @@ def estimate(
     table = config.vocab_size * config.hidden_size / tensor
     head = table * (4 + 2 * narrow) + local * config.hidden_size * 4
 
-    flops = 3 * forward_flops_per_token(config, options.sequence_length) * tokens
-    flops *= 4 / 3 if options.model.remat == "full" else 1
+    passes = 4 if options.model.remat == "full" else 3
+    flops = passes * forward_flops_per_token(config, options.sequence_length) * tokens
     # weights are gathered forwards and backwards, gradients reduced; over tensor, activations are summed
     # twice a layer each way, and once more where the forward pass is done again
     weights = parameters * narrow / tensor
     sent = options.micro_batches * weights * (2 + 2) if parts > tensor else 0.0
-    passes = 6 if options.model.remat == "full" else 4
+    sums = 6 if options.model.remat == "full" else 4
     width = config.num_hidden_layers * config.hidden_size
-    sent += 2 * passes * local * options.micro_batches * width * narrow if tensor > 1 else 0.0
+    sent += 2 * sums * local * options.micro_batches * width * narrow if tensor > 1 else 0.0
     sent += 2 * parameters * wide / parts if sizes["data"] > 1 else 0.0
     peak, link = (chip.flops, chip.link_bandwidth) if chip else (459e12, 600e9)
     return Estimate(

@@ -80,13 +80,16 @@ def as_json(plan: Plan) -> dict[str, Any]:
     """All figures by name; None where unknown."""
 
     def plain(value: Any) -> Any:
+        if dataclasses.is_dataclass(value):
+            fields = (item.name for item in dataclasses.fields(value))
+            return {name: plain(getattr(value, name)) for name in fields}
         if hasattr(value, "_asdict"):
             return {name: plain(inner) for name, inner in value._asdict().items()}
         if isinstance(value, tuple):
             return [plain(inner) for inner in value]
         return None if isinstance(value, float) and math.isnan(value) else value
 
-    return {item.name: plain(getattr(plan, item.name)) for item in dataclasses.fields(plan)}
+    return plain(plan)
 
 
 def axes(plan: Plan) -> str:

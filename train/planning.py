@@ -38,11 +38,12 @@ def run_plan(
     config = model_config(options.model, None, options.sequence_length)
     devices = _devices(topology, host_devices)
     options = with_compute_dtype(options, devices[0].platform)
-    console = Console()
+    console = Console(soft_wrap=True, highlight=False)
+    model, parts = options.model, options.micro_batches
     console.print(
-        f"{options.model.preset}: {parameter_count(config):,} parameters, {options.model.compute_dtype} over "
-        f"{options.model.parameter_dtype}; {options.batch_size} x {options.sequence_length} tokens a step "
-        f"in {options.micro_batches} parts; {len(devices)} x {escape(devices[0].device_kind)}"
+        f"{parameter_count(config):,} parameters, {model.compute_dtype} over {model.parameter_dtype}; "
+        f"{options.batch_size} x {options.sequence_length} tokens a step"
+        f"{f' in {parts} parts' if parts > 1 else ''}; {len(devices)} x {escape(devices[0].device_kind)}"
     )
     if limit is None:
         plans = [make_plan(options, config, devices)]

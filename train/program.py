@@ -38,8 +38,8 @@ class Program(NamedTuple):
     params: Any
     opt_state: Any
     batch: Any
-    step: Callable[..., Any]
-    evaluate: Callable[..., Any]
+    step: jax.stages.Wrapped
+    evaluate: jax.stages.Wrapped
 
 
 def run_program(

@@ -35,27 +35,33 @@ def topology_devices(name: str) -> list[Any]:
     from jax.experimental import topologies
 
     try:
-        devices = topologies.get_topology_desc(topology_name=name, platform="tpu").devices
+        described = topologies.get_topology_desc(topology_name=name, platform="tpu")
     except (jax.errors.JaxRuntimeError, ValueError) as error:
         raise ValueError(
             f"topology: found {name!r}, expected one that libtpu knows, such as v5p:4x4x4 or v6e:16x16 "
             f"({str(error).splitlines()[0]})"
         ) from None
+    devices: list[Any] = list(described.devices)
     if any(device.core_on_chip for device in devices):
         raise ValueError(
             f"topology: found {name!r}, whose chips are two devices each, expected one device a chip"
         )
-    return list(devices)
+    return devices
 
 
 def host_devices(count: int) -> list[Any]:
     """So many devices of this host's CPU; to be called before JAX has looked for devices.
 
     Raises:
-        ValueError: a number below 1.
+        ValueError: a number below 1, or JAX has looked for devices already.
     """
     if count < 1:
         raise ValueError(f"host-devices: found {count}, expected at least 1")
     jax.config.update("jax_platforms", "cpu")
-    jax.config.update("jax_num_cpu_devices", count)
+    try:
+        jax.config.update("jax_num_cpu_devices", count)
+    except RuntimeError:
+        raise ValueError(
+            f"host-devices: found {count} after JAX has started, expected it before"
+        ) from None
     return jax.devices()
