@@ -15,6 +15,7 @@ install: .venv/installed
 
 demo: install
 	$(BIN)/python -m parity_tests.demo
+	$(BIN)/python -m train.demo
 
 test: install
 	$(BIN)/python -m pytest -n $(WORKERS) -m 'not slow and not checkpoint'

@@ -25,7 +25,7 @@ PLAIN_LENGTH = 128
 
 _Misfit = Callable[[Array, AttentionMask, int], str | None]
 _MISFITS: dict[str, _Misfit] = {"cudnn": cudnn_misfit, "splash": splash_misfit}
-_PREFERRED: dict[str, Implementation] = {"gpu": "cudnn", "tpu": "splash"}
+_PREFERRED = {"gpu": "cudnn", "tpu": "splash"}
 
 
 def attention(
@@ -34,7 +34,7 @@ def attention(
     value: Float[Array, "batch k kv_heads dim"],
     mask: AttentionMask,
     *,
-    implementation: Implementation | None = None,
+    implementation: str | None = None,
     dropout_rate: float = 0.0,
     dropout_key: Key[Array, ""] | None = None,
     output_weights: bool = False,
@@ -140,11 +140,11 @@ def _over_shards(run: Callable[..., Array], shards: _Shards, *operands: Any) -> 
     """`run(*operands)`, which end in query, key, value and mask, on every shard.
 
     Kernels and loops over blocks are opaque to the compiler's partitioner, which would gather their
-    operands whole.
+    operands whole or refuse them.
     """
     axes = shards.axes
     batch, sequence, heads = (names or None for names in shards[1:])
-    if not axes.sizes:
+    if not axes.free:
         return run(*operands)
     *kernel, query, key, value, mask = operands
     # where there are fewer kv heads than shards, neighbours hold the same one
@@ -167,6 +167,6 @@ def _over_shards(run: Callable[..., Array], shards: _Shards, *operands: Any) -> 
         mesh=axes.mesh,
         in_specs=(*of_kernel, of_query, of_key, of_key, of_mask),
         out_specs=of_query,
-        axis_names=axes.free,  # a TPU kernel must find no axis left to the partitioner, even of size 1
+        axis_names=set(axes.free),  # a kernel refuses any that is left, even of size 1
         check_vma=False,
     )(*kernel, query, key, value, mask)

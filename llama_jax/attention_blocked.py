@@ -1,8 +1,10 @@
 """Attention a block of queries at a time, in plain XLA: no scores of the whole sequence, in any dtype.
 
-The backward pass of FlashAttention (arXiv:2205.14135, 2307.08691): it keeps the output and the logsumexp of
-every row and forms the scores again. A block of queries takes all its keys in one product, from the first
-to the causal frontier, so that no running maximum is needed and half of the work is skipped.
+The backward pass of FlashAttention (arXiv:2205.14135, 2307.08691): it keeps the output and two numbers a
+row and forms the scores again. They are the row's maximum and its sum of exponentials, not the logsumexp:
+one number that holds both is rounded more coarsely than either. A block of queries takes all its keys in
+one product, from the first to the causal frontier, so that no running maximum is needed and half of the
+work is skipped.
 """
 
 from functools import partial
@@ -79,10 +81,9 @@ def _forward(size: int, query: Array, key: Array, value: Array, mask: AttentionM
         seen = keys[:, :, : group.frontier], values[:, :, : group.frontier]
         step = partial(_forward_block, *seen, _keys_until(group.frontier, key, query, mask))
         parts.append(_over_blocks(step, None, group, blocks)[1])
-    out, logsumexp = (jnp.concatenate(part) for part in zip(*parts, strict=True))
-    out = checkpoint_name(_join(out, query), "attention")
-    logsumexp = checkpoint_name(logsumexp, "attention")
-    return out, (query, key, value, mask, out, logsumexp)
+    joined = [jnp.concatenate(part) for part in zip(*parts, strict=True)]
+    out, *rows = checkpoint_name([_join(joined[0], query), *joined[1:]], "attention")
+    return out, (query, key, value, mask, out, rows)
 
 
 def _forward_block(keys: Array, values: Array, mask: AttentionMask, carry: None, block: _Blocks):
@@ -93,18 +94,18 @@ def _forward_block(keys: Array, values: Array, mask: AttentionMask, carry: None,
     # a row that sees nothing has no mass, and an output of zeros
     mass = jnp.where(mass == 0, 1, mass)
     out = einsum("bngqk,bnkd->bngqd", weights.astype(values.dtype), values, out_dtype=scores.dtype)
-    return carry, ((out / mass).astype(values.dtype), (highest + jnp.log(mass))[..., 0])
+    return carry, ((out / mass).astype(values.dtype), highest, mass)
 
 
 def _backward(size: int, residuals: tuple[Any, ...], gradient: Array):
-    query, key, value, mask, out, logsumexp = residuals
+    query, key, value, mask, out, rows = residuals
     working = working_dtype(query.dtype)
     # what softmax's derivative subtracts in each row
     along = jnp.sum(out.astype(working) * gradient.astype(working), axis=-1, keepdims=True)
     per_block = (
         _split_queries(size, query, key, mask),
         _split(size, gradient, key.shape[2]),
-        logsumexp[..., None],
+        rows,
         _split(size, along, key.shape[2]),
     )
     keys, values = key.swapaxes(1, 2), value.swapaxes(1, 2)
@@ -125,11 +126,11 @@ def _backward(size: int, residuals: tuple[Any, ...], gradient: Array):
 
 
 def _backward_block(keys: Array, values: Array, mask: AttentionMask, carry: Any, given: Any):
-    block, gradient, logsumexp, along = given
+    block, gradient, (highest, mass), along = given
     d_keys, d_values = carry
     scores, visible = _scores(keys, mask, block)
     working, dtype, scale = scores.dtype, keys.dtype, keys.shape[-1] ** -0.5
-    weights = jnp.where(visible, jnp.exp(scores - logsumexp), 0)
+    weights = jnp.where(visible, jnp.exp(scores - highest) / mass, 0)
     d_weights = einsum("bngqd,bnkd->bngqk", gradient, values, out_dtype=working)
     d_scores = (weights * (d_weights - along) * scale).astype(dtype)
     d_query = einsum("bngqk,bnkd->bngqd", d_scores, keys)

@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Key
 
 from llama_jax.matmul import einsum, working_dtype
@@ -37,9 +38,10 @@ def dot_product_attention(
     # the lowest finite number, not -inf: a row that sees nothing must not become NaN on its way to zero
     scores = jnp.where(visible, scores, jnp.finfo(working).min)
     weights = jnp.where(visible, jax.nn.softmax(scores, axis=-1), 0).astype(query.dtype)
+    weights = checkpoint_name(weights, "attention")  # for `remat`
     if dropout_key is not None and dropout_rate > 0:
         kept = jax.random.bernoulli(dropout_key, 1 - dropout_rate, weights.shape)
         scale = 1 / (1 - dropout_rate) if dropout_rate < 1 else 0.0
         weights = jnp.where(kept, weights * scale, 0)
-    out = einsum("bngqk,bknd->bqngd", weights, value)
+    out = checkpoint_name(einsum("bngqk,bknd->bqngd", weights, value), "attention")
     return out.reshape(batch, q, heads, dim), weights.reshape(batch, heads, q, key.shape[1])

@@ -59,6 +59,7 @@ def splash_kernel(
         ),
         head_shards=head_shards,
         q_seq_shards=q_shards,
+        residual_checkpoint_name="attention",  # for `remat`
         interpret=interpret,
     )
 

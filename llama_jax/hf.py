@@ -20,12 +20,20 @@ from flax import nnx
 
 from llama_jax.arguments import size
 from llama_jax.config import LlamaConfig, read_json_object
-from llama_jax.safetensors_read import FLOAT_DTYPES, StoredTensor, read_header, read_tensor
+from llama_jax.safetensors_read import (
+    FLOAT_DTYPES,
+    StoredTensor,
+    read_header,
+    read_slice,
+    read_tensor,
+)
 from llama_jax.safetensors_write import INDEX_FILE, SINGLE_FILE, TensorSpec, write_safetensors
 from llama_jax.staging import staged_directory, write_text
 
 Model = TypeVar("Model", bound=nnx.Module)
 ParamPath = tuple[str, ...]
+
+_EMBEDDING = "model.embed_tokens.weight"
 
 
 @dataclass(frozen=True)
@@ -97,27 +105,8 @@ def load(
             non-finite tensor; or what `LlamaConfig.from_pretrained` refuses.
     """
     directory = Path(directory)
-    config = LlamaConfig.from_pretrained(directory)
-    stored, faults, excused = _open(directory)
-    if dtype is None:
-        dtype = _widest({FLOAT_DTYPES[tensor.dtype] for tensor in stored.values()})
-    dtype = _require_float(dtype)
-    if config.num_hidden_layers > max(len(stored), 1):
-        # an absurd count, before anything is laid out for it
-        raise ValueError(
-            f"{directory}: found {len(stored)} tensors, expected some for each of "
-            f"num_hidden_layers={config.num_hidden_layers}"
-        )
-    abstract = _abstract(model_class, config, dtype)
-    table = name_table(abstract)
-    stored = _with_prefix(stored, table)
-    tied = stored.pop("lm_head.weight") if _is_tied_copy(stored, table, config) else None
-    embedding = "model.embed_tokens.weight"
-    if tied is not None and embedding not in stored:
-        # one tensor under two names: some writers keep the other one
-        stored[embedding], tied = tied, None
-    shapes = {name: tensor.shape for name, tensor in stored.items()}
-    faults += _compare(shapes, table, abstract, excused)
+    match = _match(model_class, directory, dtype)
+    stored, table, abstract, faults = match.stored, match.table, match.abstract, match.faults
     # with a fault there will be no model: values are only looked at, for the rest of the report
     buffers = {} if faults else _allocate(abstract)
 
@@ -125,7 +114,7 @@ def load(
         if buffers:  # noqa: SIM108
             place = _place(buffers, table[name])
         else:
-            place = np.empty(stored[name].shape, dtype)
+            place = np.empty(stored[name].shape, match.dtype)
         try:
             finite = read_tensor(stored[name], place)
         except (ValueError, OSError) as error:
@@ -135,11 +124,56 @@ def load(
     workers = min(8, os.cpu_count() or 1)
     with ThreadPoolExecutor(workers) as pool:
         faults += filter(None, pool.map(read, [name for name in stored if name in table]))
-    if tied is not None and not faults:
-        faults += _compare_tied(tied, buffers[table[embedding].path])
+    if match.tied is not None and not faults:
+        faults += _compare_tied(match.tied, buffers[table[_EMBEDDING].path])
     if faults:
         raise ValueError(_report(f"{directory}: {len(faults)} faults", faults))
-    return _merge(abstract, buffers), config
+    return _merge(abstract, buffers), match.config
+
+
+def load_params(
+    model_class: Callable[..., nnx.Module], directory: str | Path, params: dict[str, Any]
+) -> dict[str, Any]:
+    """Read a directory's weights straight onto devices, each process only the parts its devices hold.
+
+    Args:
+        params: the tree of `nnx.to_pure_dict`, of abstract arrays with shardings and the wanted dtype.
+
+    Raises:
+        ValueError: as `load`; non-finite values are found in the parts that are read.
+    """
+    directory = Path(directory)
+    dtype = jax.tree.leaves(params)[0].dtype
+    match = _match(model_class, directory, dtype)
+    faults = list(match.faults)
+    if faults:
+        raise ValueError(_report(f"{directory}: {len(faults)} faults", faults))
+    slots: dict[ParamPath, list[str]] = {}
+    for name, slot in match.table.items():
+        slots.setdefault(slot.path, []).append(name)  # in the order of the layers
+
+    def place(path: tuple[Any, ...], leaf: Any) -> Any:
+        key = tuple(str(each.key) for each in path)
+        names = slots[key]
+        stacked = match.table[names[0]].layer is not None
+
+        def part(index: Any) -> np.ndarray:
+            index = tuple(
+                slice(*each.indices(n)) for each, n in zip(index, leaf.shape, strict=True)
+            )
+            out = _aligned(tuple(each.stop - each.start for each in index), leaf.dtype)
+            chosen, inner = (names[index[0]], index[1:]) if stacked else (names, index)
+            for place, name in zip(out if stacked else [out], chosen, strict=True):
+                if not read_slice(match.stored[name], inner, place):
+                    faults.append(f"{name}: holds non-finite values as {leaf.dtype}")
+            return out
+
+        return jax.make_array_from_callback(leaf.shape, leaf.sharding, part)
+
+    loaded = jax.tree_util.tree_map_with_path(place, params)
+    if faults:
+        raise ValueError(_report(f"{directory}: {len(faults)} faults", faults))
+    return loaded
 
 
 def save(
@@ -185,6 +219,46 @@ def save(
             # indented and sorted as transformers writes it
             text = json.dumps(content, indent=2, sort_keys=True, ensure_ascii=False)
             write_text(staging / file, text + "\n")
+
+
+@dataclass(frozen=True)
+class _Match:
+    """A directory's tensors beside the model they are for, and everything that does not fit.
+
+    tied: the copy of a tied head that some exporters write as well.
+    """
+
+    config: LlamaConfig
+    dtype: np.dtype
+    abstract: Any
+    table: dict[str, Slot]
+    stored: dict[str, StoredTensor]
+    tied: StoredTensor | None
+    faults: list[str]
+
+
+def _match(model_class: Callable[..., nnx.Module], directory: Path, dtype: Any) -> _Match:
+    config = LlamaConfig.from_pretrained(directory)
+    stored, faults, excused = _open(directory)
+    if dtype is None:
+        dtype = _widest({FLOAT_DTYPES[tensor.dtype] for tensor in stored.values()})
+    dtype = _require_float(dtype)
+    if config.num_hidden_layers > max(len(stored), 1):
+        # an absurd count, before anything is laid out for it
+        raise ValueError(
+            f"{directory}: found {len(stored)} tensors, expected some for each of "
+            f"num_hidden_layers={config.num_hidden_layers}"
+        )
+    abstract = _abstract(model_class, config, dtype)
+    table = name_table(abstract)
+    stored = _with_prefix(stored, table)
+    tied = stored.pop("lm_head.weight") if _is_tied_copy(stored, table, config) else None
+    if tied is not None and _EMBEDDING not in stored:
+        # one tensor under two names: some writers keep the other one
+        stored[_EMBEDDING], tied = tied, None
+    shapes = {name: tensor.shape for name, tensor in stored.items()}
+    faults += _compare(shapes, table, abstract, excused)
+    return _Match(config, dtype, abstract, table, stored, tied, faults)
 
 
 def _require_float(dtype: Any) -> np.dtype:

@@ -15,7 +15,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int, Key
 
 from llama_jax.activations import ACTIVATIONS
-from llama_jax.attention import Implementation, attention
+from llama_jax.attention import attention
 from llama_jax.cache import write_layer
 from llama_jax.config import LlamaConfig
 from llama_jax.masks import AttentionMask
@@ -188,7 +188,7 @@ class Attention(nnx.Module):
         layer: Int[Array, ""],
         start: Int[Array, ""],
         dropout_key: Key[Array, ""] | None,
-        implementation: Implementation | None = None,
+        implementation: str | None = None,
         output_weights: bool = False,
     ) -> tuple[
         Float[Array, "batch seq hidden"],
@@ -276,7 +276,7 @@ class DecoderLayer(nnx.Module):
         layer: Int[Array, ""],
         start: Int[Array, ""],
         dropout_key: Key[Array, ""] | None,
-        implementation: Implementation | None = None,
+        implementation: str | None = None,
         output_weights: bool = False,
     ) -> tuple[
         Float[Array, "batch seq hidden"],

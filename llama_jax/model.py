@@ -94,7 +94,7 @@ class LlamaModel(nnx.Module):
         dropout_key: Key[Array, ""] | None = None,
         *,
         attention_implementation: Implementation | None = None,
-        remat: Remat = "none",
+        remat: Remat = "dots",
         scan_unroll: int = 1,
     ) -> ModelOutput:
         """Run the decoder.
@@ -238,7 +238,7 @@ def _decode(
     store = None if cache is None else (cache.keys, cache.values)
     indices = jnp.arange(layer_count, dtype=jnp.int32)
     (x, store), (inputs, weights) = jax.lax.scan(
-        rematerialised(run_layer, remat),
+        rematerialised(run_layer, remat, in_loop=scan_unroll < layer_count),
         (x, store),
         (model.layers, indices, dropout_keys),
         unroll=scan_unroll,

@@ -12,12 +12,16 @@ Remat = Literal["none", "dots", "full"]
 KEPT_BY_DOTS = ("projection", "attention")
 
 
-def rematerialised(function: Callable[..., Any], remat: Remat) -> Callable[..., Any]:
-    """`function`, the body of a scan, with its residuals chosen.
+def rematerialised(function: Callable[..., Any], remat: Remat, in_loop: bool) -> Callable[..., Any]:
+    """`function`, a layer, with its residuals chosen.
 
     "none" keeps everything; "dots" keeps the outputs of the products (projections, attention) and computes
     again what is cheap (norms, activations, rotations); "full" keeps the inputs alone, and costs a
     second forward pass.
+
+    Args:
+        in_loop: a loop's forward and backward pass are apart anyway; elsewhere the compiler must be kept
+            from finding that the same is computed twice.
 
     Raises:
         ValueError: another name.
@@ -32,5 +36,4 @@ def rematerialised(function: Callable[..., Any], remat: Remat) -> Callable[..., 
         if remat == "full"
         else policies.save_only_these_names(*KEPT_BY_DOTS)
     )
-    # the loop keeps the two computations apart already
-    return jax.checkpoint(function, policy=policy, prevent_cse=False)
+    return jax.checkpoint(function, policy=policy, prevent_cse=not in_loop)

@@ -109,6 +109,37 @@ def read_tensor(tensor: StoredTensor, out: np.ndarray) -> bool:
     return finite
 
 
+def read_slice(tensor: StoredTensor, index: tuple[slice, ...], out: np.ndarray) -> bool:
+    """Read `tensor[index]` into `out`, casting to its dtype: a part of what `read_tensor` reads.
+
+    Only the rows (of the first axis) that are asked for are read, a few MB at a time.
+
+    Args:
+        index: one slice for each axis, of step 1.
+
+    Returns whether every value is finite, after the cast.
+
+    Raises:
+        ValueError: as `read_tensor`.
+    """
+    source = FLOAT_DTYPES[tensor.dtype]
+    rows, rest = range(*index[0].indices(tensor.shape[0])), index[1:]
+    row_bytes = math.prod(tensor.shape[1:]) * source.itemsize
+    step = max(1, _CHUNK_BYTES // max(row_bytes, 1))
+    finite = True
+    with open(tensor.path, "rb", buffering=0) as file:
+        for begin in range(0, len(rows), step):
+            count = min(step, len(rows) - begin)
+            scratch = np.empty((count, *tensor.shape[1:]), source)
+            skip = (rows.start + begin) * row_bytes
+            _read_exactly(file.fileno(), scratch.reshape(-1), tensor, skip)
+            part = out[begin : begin + count]
+            with np.errstate(over="ignore", invalid="ignore"):
+                part[...] = scratch[(slice(None), *rest)].astype(out.dtype)
+            finite = all_finite(np.ascontiguousarray(part)) and finite
+    return finite
+
+
 def _read_exactly(descriptor: int, out: np.ndarray, tensor: StoredTensor, skip: int) -> None:
     view = out.view(np.uint8).data
     while view:

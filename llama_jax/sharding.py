@@ -5,11 +5,12 @@ A mesh may have any of the four axes; what it lacks is not split. The model know
 """
 
 import math
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
 from flax import nnx
-from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Shaped
 
 BATCH_AXES = ("data", "fsdp")
@@ -36,10 +37,10 @@ RESIDUAL_AXES = ("batch", "sequence", "hidden")
 
 
 class MeshAxes(NamedTuple):
-    """A mesh, its axes that a `shard_map` here may have, and the sizes of those that split anything."""
+    """A mesh, those of its axes that are ours to use, and the sizes of those that split anything."""
 
     mesh: Any
-    free: frozenset[str]
+    free: tuple[str, ...]
     sizes: dict[str, int]
 
     def present(self, *names: str) -> tuple[str, ...]:
@@ -52,21 +53,17 @@ class MeshAxes(NamedTuple):
 
 
 def mesh_axes(mesh: Any = None) -> MeshAxes:
-    """The free axes of `mesh`, or of the ambient mesh (`jax.set_mesh`).
-
-    Within a caller's `shard_map`, its axes are no longer ours to split.
-    """
+    """The axes of `mesh` or of the ambient mesh (`jax.set_mesh`), but those of a caller's `shard_map`."""
     mesh = jax.sharding.get_abstract_mesh() if mesh is None else mesh
     kinds = zip(mesh.axis_names, mesh.axis_types, strict=True)
-    free = frozenset(name for name, kind in kinds if kind != AxisType.Manual)
-    sizes = {name: size for name, size in mesh.shape.items() if name in free and size > 1}
-    return MeshAxes(mesh, free, sizes)
+    free = tuple(name for name, kind in kinds if kind != AxisType.Manual)
+    return MeshAxes(mesh, free, {name: mesh.shape[name] for name in free if mesh.shape[name] > 1})
 
 
 def partition_spec(
-    axes: tuple[str, ...], shape: tuple[int, ...], mesh: Mesh | AbstractMesh
+    axes: tuple[str, ...], shape: tuple[int, ...], sizes: Mapping[str, int]
 ) -> PartitionSpec:
-    """The spec of an array whose dimensions have the logical names `axes`.
+    """The spec of an array whose dimensions have the logical names `axes`, over mesh axes of `sizes`.
 
     A mesh axis that does not divide its dimension is left out: that dimension is replicated over it.
     """
@@ -75,7 +72,7 @@ def partition_spec(
     for name, size in zip(axes, shape, strict=True):
         taken: list[str] = []
         for axis in RULES[name]:
-            parts = mesh.shape.get(axis, 1)
+            parts = sizes.get(axis, 1)
             if parts > 1 and size % parts == 0:
                 taken.append(axis)
                 size //= parts
@@ -88,7 +85,7 @@ def parameter_shardings(model: nnx.Module, mesh: Mesh) -> dict[str, Any]:
 
     def sharding(variable: nnx.Variable) -> NamedSharding:
         axes = variable.get_metadata("axes")
-        return NamedSharding(mesh, partition_spec(axes, variable.get_value().shape, mesh))
+        return NamedSharding(mesh, partition_spec(axes, variable.get_value().shape, mesh.shape))
 
     state = nnx.state(model, nnx.Param)
     flat = [(path, leaf.replace(sharding(leaf))) for path, leaf in nnx.to_flat_state(state)]
@@ -100,4 +97,4 @@ def constrain(x: Shaped[Array, "..."], *axes: str) -> Shaped[Array, "..."]:
     axes_of_mesh = mesh_axes()
     if not axes_of_mesh.sizes:
         return x
-    return jax.lax.with_sharding_constraint(x, partition_spec(axes, x.shape, axes_of_mesh.mesh))
+    return jax.lax.with_sharding_constraint(x, partition_spec(axes, x.shape, axes_of_mesh.sizes))

@@ -90,7 +90,7 @@ class LlamaForCausalLM(nnx.Module):
         dropout_key: Key[Array, ""] | None = None,
         *,
         attention_implementation: Implementation | None = None,
-        remat: Remat = "none",
+        remat: Remat = "dots",
         scan_unroll: int = 1,
     ) -> CausalLMOutput:
         """Logits and, with `labels`, the loss. See `LlamaModel.__call__` for the other arguments.

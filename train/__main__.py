@@ -1,5 +1,6 @@
 """The command line: `python -m train COMMAND`. A command is a function here; tyro reads its signature."""
 
+import logging
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -11,7 +12,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
-from train.config import PLANNED, RunOptions
+from train.config import FILE, PLANNED, Dtype, RunOptions, flags_of
 from train.documents import source_files
 from train.tokenize import tokenize as run_tokenize
 
@@ -21,6 +22,8 @@ _CONSOLE = Console(stderr=True, soft_wrap=True, highlight=False)
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code: 0 done, 2 the user's fault, 130 interrupted."""
     arguments = list(sys.argv[1:] if argv is None else argv)
+    # Orbax explains its defaults through it
+    logging.getLogger("absl").setLevel(logging.ERROR)
     try:
         arguments = _with_saved_flags(arguments)
         tyro.extras.subcommand_cli_from_dict(COMMANDS, prog="python -m train", args=arguments)
@@ -36,8 +39,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _with_saved_flags(arguments: list[str]) -> list[str]:
     """Flags from a file put before those given: `run` and `plan --toml FILE`, `resume RUN`'s run.toml."""
-    from train.config import FILE, flags_of
-
     if arguments[:1] in (["run"], ["plan"]) and "--toml" in arguments:
         place = arguments.index("--toml")
         if place + 1 == len(arguments):
@@ -70,10 +71,80 @@ def resume(
         folder: of the run
     """
     from train import run as train_run
-    from train.config import FILE, flags_of
 
-    saved = tyro.cli(RunOptions, args=flags_of(folder / FILE))
-    train_run.resume(folder, saved, options)
+    train_run.resume(folder, _saved_options(folder), options)
+
+
+def export(
+    folder: Annotated[Path, tyro.conf.Positional],
+    directory: Annotated[Path, tyro.conf.Positional],
+    /,
+    step: int | None = None,
+    dtype: Dtype | None = None,
+    verify: bool = False,
+) -> None:
+    """Write a run's model as a Hugging Face directory, tokenizer included.
+
+    Args:
+        folder: of the run
+        directory: to write
+        step: of the checkpoint; default: the newest
+        dtype: of the weights; default: the parameters'
+        verify: have transformers load it whole, and PyTorch compute the loss the run reported
+    """
+    from train.export import export_run, verify_export
+
+    options = _saved_options(folder)
+    exported = export_run(folder, options, directory, step=step, dtype=dtype)
+    _CONSOLE.print(f"written: {escape(str(directory))}, step {exported}")
+    if verify:
+        found = verify_export(folder, options, directory, step=exported, dtype=dtype)
+        reported = "none at that step" if found.reported is None else f"{found.reported:.6f}"
+        _CONSOLE.print(
+            f"validation loss over {found.num_tokens:,} tokens: PyTorch {found.torch:.6f}, here "
+            f"{found.ours:.6f}, reported by the run {reported}"
+        )
+
+
+def evaluate(
+    target: Annotated[Path, tyro.conf.Positional],
+    /,
+    data: tuple[str, ...] = (),
+    batches: int = 0,
+    batch_size: int = 8,
+    sequence_length: int | None = None,
+    step: int | None = None,
+    dtype: Dtype = "float32",
+) -> None:
+    """Loss and perplexity of a run or a Hugging Face directory over validation tokens.
+
+    Args:
+        target: the folder of a run, or a Hugging Face directory
+        data: token directories; default: the run's
+        batches: how many; 0: all
+        batch_size: rows of a batch
+        sequence_length: tokens of a row; default: the run's, or the model's up to 2048
+        step: of the run's checkpoint; default: the newest
+        dtype: of parameters and computation
+    """
+    from train.trained import evaluate_target
+
+    found = evaluate_target(
+        target,
+        data,
+        _saved_options(target) if (target / FILE).is_file() else None,
+        limit=batches,
+        batch_size=batch_size,
+        sequence_length=sequence_length,
+        step=step,
+        dtype=dtype,
+    )
+    print(f"loss {found.loss:.6f}  perplexity {found.perplexity:.4f}  tokens {found.num_tokens:,}")
+
+
+def _saved_options(folder: Path) -> RunOptions:
+    """What the run.toml of a run says. Raises ValueError where there is none."""
+    return tyro.cli(RunOptions, args=flags_of(folder / FILE))
 
 
 def plan(
@@ -156,6 +227,8 @@ def tokenize(
 COMMANDS: dict[str, Callable[..., Any]] = {
     "run": run,
     "resume": resume,
+    "export": export,
+    "eval": evaluate,
     "plan": plan,
     "tokenize": tokenize,
 }

@@ -1,5 +1,6 @@
 """Checkpoints of a run, by Orbax: asynchronous, atomic, for any mesh, and checked when they are read."""
 
+import json
 import warnings
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -9,8 +10,6 @@ import jax.numpy as jnp
 import orbax.checkpoint as ocp
 
 FOLDER = "checkpoints"
-
-_PRIMES = (1299709, 40503, 7919, 104729, 611953)
 
 
 class Restored(NamedTuple):
@@ -44,11 +43,21 @@ def save(
         facts: JSON to keep beside: configuration, seed, position in the data.
 
     Raises:
-        ValueError: an earlier save failed (the disk is full), or this one does.
+        ValueError: numbers that are not finite; an earlier save failed (the disk is full), or this one does.
     """
+    if not _all_finite(jax.tree.leaves((params, opt_state))):
+        raise ValueError(
+            f"step {step}: found parameters or optimizer state that are not finite, expected finite "
+            "numbers: try a lower --optimizer.learning-rate; earlier checkpoints are kept"
+        )
     prints = [int(each) for each in fingerprints((params, opt_state))]
     kept = facts | {"step": step, "fingerprints": prints}
     try:
+        # later ones were passed over as damaged when the run was resumed; Orbax would keep them as the
+        # newest, and save nothing before them
+        for later in manager.all_steps():
+            if later >= step:
+                manager.delete(later)
         manager.save(
             step,
             args=ocp.args.Composite(
@@ -70,15 +79,21 @@ def wait(manager: ocp.CheckpointManager) -> None:
 
 
 def restore(
-    manager: ocp.CheckpointManager, params: Any, opt_state: Any, step: int | None = None
+    manager: ocp.CheckpointManager,
+    params: Any,
+    opt_state: Any,
+    step: int | None = None,
+    *,
+    model: dict[str, Any] | None = None,
 ) -> Restored | None:
     """The newest checkpoint that is whole, or that of `step`; None where there is none.
 
     Args:
         params, opt_state: abstract arrays that say where everything goes, on whatever mesh.
+        model: the fact of that name, which checkpoints must have been saved with.
 
     Raises:
-        ValueError: no checkpoint of that step, or none that is whole.
+        ValueError: no checkpoint of that step, none that is whole, or one of another model.
 
     Warns:
         UserWarning: a damaged checkpoint is passed over for the one before.
@@ -93,7 +108,11 @@ def restore(
         steps = [step]
     for candidate in steps:
         try:
+            if model is not None:
+                _require_same_model(manager, candidate, model)
             return _restore_step(manager, candidate, params, opt_state)
+        except _AnotherModelError:
+            raise
         except Exception as error:  # Orbax and TensorStore raise whatever the damage leads them to
             reason = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
             warnings.warn(
@@ -104,8 +123,46 @@ def restore(
     raise ValueError(f"{manager.directory}: found no checkpoint that is whole, expected one")
 
 
+def restore_params(manager: ocp.CheckpointManager, params: Any, step: int) -> Any:
+    """The parameters alone of the checkpoint of `step`. `params` as in `restore`."""
+    items = ocp.args.Composite(
+        params=ocp.args.StandardRestore(params), facts=ocp.args.JsonRestore()
+    )
+    restored = manager.restore(step, args=items)
+    found = [int(each) for each in fingerprints(restored["params"])]
+    # parameters come first, see `save`
+    if found != restored["facts"]["fingerprints"][: len(found)]:
+        raise ValueError(f"{manager.directory}: step {step}: parameters are not what was saved")
+    return restored["params"]
+
+
+class _AnotherModelError(ValueError):
+    """Not damage, which is passed over: nothing in this folder will fit."""
+
+
+def _require_same_model(manager: ocp.CheckpointManager, step: int, model: dict[str, Any]) -> None:
+    saved = facts_of(manager, step)["model"]
+    given = json.loads(json.dumps(model))  # as `saved` has been through JSON
+    if saved != given:
+        faults = [
+            f"{name}: found {given.get(name)}, expected {saved.get(name)}"
+            for name in sorted(saved.keys() | given.keys())
+            if saved.get(name) != given.get(name)
+        ]
+        raise _AnotherModelError(
+            f"{manager.directory}: the checkpoint of step {step} is of another model than config.json: "
+            + "; ".join(faults)
+        )
+
+
+@jax.jit
+def _all_finite(leaves: list[Any]) -> Any:
+    numbers = [leaf for leaf in leaves if jnp.issubdtype(leaf.dtype, jnp.inexact)]
+    return jnp.all(jnp.stack([jnp.all(jnp.isfinite(leaf)) for leaf in numbers]))
+
+
 def fingerprints(tree: Any) -> list[Any]:
-    """One number a leaf: the sum of its bits as integers, which no sharding and no order changes."""
+    """One number a leaf: a sum over its values' bits and places, which no sharding changes."""
     return jax.device_get(_fingerprints(jax.tree.leaves(tree)))
 
 
@@ -114,14 +171,22 @@ def _fingerprints(leaves: list[Any]) -> list[Any]:
     def sum_of_bits(leaf: Any) -> Any:
         width = leaf.dtype.itemsize * 8
         bits = jax.lax.bitcast_convert_type(leaf, jnp.dtype(f"uint{min(width, 32)}"))
-        # weighted by the place, so that two values that change places show
-        places = jnp.uint32(1)
+        # mixed with the place, so that values which change places show; each step of the mixing can be
+        # undone, so that one changed value always does
+        mixed = jnp.uint32(0)
         for axis in range(bits.ndim):
-            step = jnp.uint32(2 * _PRIMES[axis])
-            places = places + step * jax.lax.broadcasted_iota(jnp.uint32, bits.shape, axis)
-        return jnp.sum(bits.astype(jnp.uint32) * places, dtype=jnp.uint32)
+            place = jax.lax.broadcasted_iota(jnp.uint32, bits.shape, axis)
+            mixed = _mix(mixed ^ (place + jnp.uint32(axis)))
+        return jnp.sum(_mix(bits.astype(jnp.uint32) ^ mixed), dtype=jnp.uint32)
 
     return [sum_of_bits(leaf) for leaf in leaves]
+
+
+def _mix(x: Any) -> Any:
+    """The finalizer of MurmurHash3, a permutation of the 32-bit integers."""
+    for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):
+        x = (x ^ (x >> jnp.uint32(shift))) * jnp.uint32(factor)
+    return x ^ (x >> jnp.uint32(16))
 
 
 def _restore_step(

@@ -16,6 +16,8 @@ from train.schedules import Schedule
 
 FILE = "run.toml"
 
+STDLIB = "stdlib"
+
 Dtype = Literal["float32", "bfloat16", "float16", "float64"]
 
 
@@ -33,7 +35,7 @@ class ModelOptions:
     """of parameters, gradients' sums and optimizer state"""
     compute_dtype: Dtype | None = None
     """of the forward and backward pass; default: float32 on a CPU, bfloat16 elsewhere"""
-    remat: Remat = "none"
+    remat: Remat = "dots"
     """what the backward pass computes again instead of keeping it"""
     scan_unroll: int = 1
     """layers in one turn of the loop over them; more compile longer and can run faster"""
@@ -107,7 +109,7 @@ class EvaluationOptions:
 
     every: int = 100
     """steps between evaluations; 0: none"""
-    batches: int = 8
+    batches: int = 16
     """of the validation split; 0: all of it"""
     sample_prompt: str = "def "
     sample_tokens: int = 48
@@ -131,10 +133,10 @@ class RunOptions:
 
     out: Path = Path("runs/run")
     """the run's folder"""
-    data: tuple[str, ...] = ("stdlib",)
+    data: tuple[str, ...] = (STDLIB,)
     """token directories, each PATH or PATH=WEIGHT; stdlib is the source of Python's standard library"""
     steps: int = 300
-    batch_size: int = 16
+    batch_size: int = 8
     """rows of one step, over all devices"""
     sequence_length: int = 256
     micro_batches: int = 1
@@ -221,6 +223,24 @@ def with_compute_dtype(options: RunOptions, platform: str) -> RunOptions:
         return options
     kind: Dtype = "float32" if platform == "cpu" else "bfloat16"
     return replace(options, model=replace(options.model, compute_dtype=kind))
+
+
+def with_absolute_paths(options: RunOptions) -> RunOptions:
+    """The same, for a folder that is resumed from elsewhere."""
+
+    def absolute(path: Path | None) -> Path | None:
+        return None if path is None else path.absolute()
+
+    model = dataclasses.replace(
+        options.model,
+        config=absolute(options.model.config),
+        init_from=absolute(options.model.init_from),
+    )
+    data = tuple(
+        text if text.partition("=")[0] == STDLIB else str(Path(text).absolute())
+        for text in options.data
+    )
+    return dataclasses.replace(options, data=data, model=model)
 
 
 def to_toml(options: Any) -> str:

@@ -41,6 +41,13 @@ def placed_batches(
             yield place_batch(program.batch, mine, part)
 
 
+def validation_windows(sources: Sequence[Source], length: int, vocab_size: int) -> Any:
+    """Every window of the validation split, in order."""
+    return windows(
+        sources, split="validation", sequence_length=length, vocab_size=vocab_size, seed=0
+    )
+
+
 def evaluate(program: Program, params: Any, sources: Sequence[Source], *, limit: int) -> Evaluation:
     """The loss over the first `limit` batches of the validation split, over all of them for 0.
 
@@ -48,13 +55,7 @@ def evaluate(program: Program, params: Any, sources: Sequence[Source], *, limit:
         ValueError: a source without a validation split.
     """
     _, _, length = program.batch.input_ids.shape
-    dataset = windows(
-        sources,
-        split="validation",
-        sequence_length=length,
-        vocab_size=program.config.vocab_size,
-        seed=0,
-    )
+    dataset = validation_windows(sources, length, program.config.vocab_size)
     total, count = 0.0, 0
     with closing(placed_batches(program, dataset)) as read:
         taken: Iterable[Any] = itertools.islice(read, limit) if limit else read

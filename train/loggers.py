@@ -1,5 +1,6 @@
 """Where figures go besides metrics.jsonl: TensorBoard and Weights & Biases, each imported if asked for."""
 
+import importlib.util
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -10,13 +11,17 @@ from train.config import LogOptions
 Logger = Callable[[dict[str, Any]], None]
 
 
+def require_loggers(options: LogOptions) -> None:
+    """Raise ValueError for a service asked for whose package is not installed."""
+    wanted = {"tensorboardX": options.tensorboard, "wandb": options.wandb is not None}
+    for package, asked in wanted.items():
+        if asked and importlib.util.find_spec(package) is None:
+            raise ValueError(f"log: found no package {package}, expected it to be installed")
+
+
 @contextmanager
 def open_loggers(options: LogOptions, run: Path) -> Iterator[list[Logger]]:
-    """A function for each service asked for, which takes a line of metrics.jsonl.
-
-    Raises:
-        ValueError: a package that is not installed.
-    """
+    """A function for each service asked for, which takes a line of metrics.jsonl."""
     with ExitStack() as stack:
         loggers: list[Logger] = []
         if options.tensorboard:
@@ -27,12 +32,8 @@ def open_loggers(options: LogOptions, run: Path) -> Iterator[list[Logger]]:
 
 
 def _tensorboard(run: Path, stack: ExitStack) -> Logger:
-    try:
-        from tensorboardX import SummaryWriter
-    except ImportError:
-        raise ValueError(
-            "log.tensorboard: expected the package tensorboardX to be installed"
-        ) from None
+    from tensorboardX import SummaryWriter
+
     writer = SummaryWriter(str(run / "tensorboard"))
     stack.callback(writer.close)
 
@@ -45,10 +46,8 @@ def _tensorboard(run: Path, stack: ExitStack) -> Logger:
 
 
 def _wandb(run: Path, project: str, stack: ExitStack) -> Logger:
-    try:
-        import wandb
-    except ImportError:
-        raise ValueError("log.wandb: expected the package wandb to be installed") from None
+    import wandb
+
     session = wandb.init(project=project, name=run.name, dir=str(run), id=run.name, resume="allow")
     stack.callback(session.finish)
     return lambda figures: session.log(figures, step=figures["step"])

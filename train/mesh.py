@@ -54,7 +54,19 @@ def make_mesh(sizes: Mapping[str, int], devices: Sequence[Any] | None = None) ->
         return jax.make_mesh(
             tuple(shape.values()), MESH_AXES, axis_types=types, devices=list(devices)
         )
-    outer = dict.fromkeys(MESH_AXES, 1)
+    outer = shape_over_slices(shape, slices)
+    inner = [shape[axis] // outer[axis] for axis in MESH_AXES]
+    grid = mesh_utils.create_hybrid_device_mesh(inner, tuple(outer.values()), devices=devices)
+    return Mesh(grid, MESH_AXES, axis_types=types)
+
+
+def shape_over_slices(shape: Mapping[str, int], slices: int) -> dict[str, int]:
+    """How many slices each axis spans: data as many as it can, fsdp the rest, the others none.
+
+    Raises:
+        ValueError: data and fsdp together do not divide over the slices.
+    """
+    outer = dict.fromkeys(shape, 1)
     outer["data"] = math.gcd(shape["data"], slices)
     outer["fsdp"] = math.gcd(shape["fsdp"], slices // outer["data"])
     if outer["data"] * outer["fsdp"] != slices:
@@ -62,6 +74,4 @@ def make_mesh(sizes: Mapping[str, int], devices: Sequence[Any] | None = None) ->
             f"mesh: found data {shape['data']} and fsdp {shape['fsdp']}, expected their product to be "
             f"divisible by {slices} slices"
         )
-    inner = [shape[axis] // outer[axis] for axis in MESH_AXES]
-    grid = mesh_utils.create_hybrid_device_mesh(inner, tuple(outer.values()), devices=devices)
-    return Mesh(grid, MESH_AXES, axis_types=types)
+    return outer

@@ -16,15 +16,25 @@ import jax
 import jax.numpy as jnp
 
 from llama_jax.config import LlamaConfig
+from llama_jax.hf import load_params
 from llama_jax.info import forward_flops_per_token, parameter_count
 from llama_jax.staging import write_text
+from llama_jax.tasks import LlamaForCausalLM
 from train import checkpoints, metrics_log
 from train.chips import peak_flops
-from train.config import FILE, RunOptions, differences, to_toml, validate, with_compute_dtype
+from train.config import (
+    FILE,
+    RunOptions,
+    differences,
+    to_toml,
+    validate,
+    with_absolute_paths,
+    with_compute_dtype,
+)
 from train.display import Display, display
 from train.evaluate import Evaluation, evaluate, placed_batches
 from train.export import export_model
-from train.loggers import open_loggers
+from train.loggers import open_loggers, require_loggers
 from train.program import (
     Program,
     initial_opt_state,
@@ -33,12 +43,18 @@ from train.program import (
     run_program,
 )
 from train.sample import sample_text
-from train.sources import common_index, find_sources, model_config
+from train.sources import (
+    TOKENIZER,
+    common_index,
+    find_sources,
+    model_config,
+    require_same_tokenizer,
+)
 from train.step import Metrics
 from train.stop import agreement, stop_signals
+from train.token_shards import open_tokens
 from train.windows import windows
 
-TOKENIZER = "tokenizer"
 CONFIG = "config.json"
 
 
@@ -56,13 +72,19 @@ def run(options: RunOptions) -> None:
             f"{folder}: found a run, expected a new folder: give --out, or go on with "
             f"`python -m train resume {folder}`"
         )
+    if (folder / checkpoints.FOLDER).exists():
+        raise ValueError(f"{folder}: found checkpoints, expected a new folder: give --out")
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"{folder}: found a file, expected a new folder")
-    _initialize_distributed(options)
-    options = with_compute_dtype(options, jax.default_backend())
+    require_loggers(options.log)
+    _prepare_jax(options)
+    options = with_compute_dtype(with_absolute_paths(options), jax.default_backend())
     sources = find_sources(options.data)
     index = common_index(sources)
+    if options.model.init_from is not None:
+        require_same_tokenizer(options.model.init_from, sources[0][0])
     config = model_config(options.model, index, options.sequence_length)
+    dataset = _training_windows(options, config, sources)
     program = run_program(options, config)
     if jax.process_index() == 0:
         # whatever can fail has been tried before there is a folder; run.toml last, it makes a run of it
@@ -72,7 +94,7 @@ def run(options: RunOptions) -> None:
             shutil.copyfile(sources[0][0] / name, folder / TOKENIZER / name)
         write_text(folder / CONFIG, json.dumps(config.to_dict(), indent=2) + "\n")
         write_text(folder / FILE, to_toml(options))
-    _train(program, options, folder, sources)
+    _train(program, options, folder, sources, dataset)
 
 
 def resume(folder: Path, saved: RunOptions, options: RunOptions) -> None:
@@ -89,7 +111,7 @@ def resume(folder: Path, saved: RunOptions, options: RunOptions) -> None:
     changed = differences(saved, options)
     if changed:
         raise ValueError(f"{folder}: is another run: {'; '.join(changed)}")
-    _initialize_distributed(options)
+    _prepare_jax(options)
     sources = find_sources(options.data)
     index = common_index(sources)
     if index.vocab_size > (config := LlamaConfig.from_pretrained(folder)).vocab_size:
@@ -97,20 +119,34 @@ def resume(folder: Path, saved: RunOptions, options: RunOptions) -> None:
             f"{folder}: found a model of {config.vocab_size} tokens, expected at least "
             f"{index.vocab_size}, the data's"
         )
-    _train(run_program(options, config), options, folder, sources)
+    dataset = _training_windows(options, config, sources)
+    _train(run_program(options, config), options, folder, sources, dataset)
 
 
-def _train(
-    program: Program, options: RunOptions, folder: Path, sources: Sequence[tuple[Path, float]]
-) -> None:
-    """From the newest checkpoint to the last step, or to a signal."""
-    dataset = windows(
+def _training_windows(
+    options: RunOptions, config: LlamaConfig, sources: Sequence[tuple[Path, float]]
+) -> Any:
+    """The windows of every step; that there is a validation split, where one is asked for, is tried too."""
+    if options.evaluation.every:
+        for directory, _ in sources:
+            open_tokens(directory, "validation")
+    return windows(
         sources,
         split="train",
         sequence_length=options.sequence_length,
-        vocab_size=program.config.vocab_size,
+        vocab_size=config.vocab_size,
         seed=options.seed,
     )
+
+
+def _train(
+    program: Program,
+    options: RunOptions,
+    folder: Path,
+    sources: Sequence[tuple[Path, float]],
+    dataset: Any,
+) -> None:
+    """From the newest checkpoint to the last step, or to a signal."""
     first = jax.process_index() == 0
     with ExitStack() as stack:
         stack.enter_context(jax.set_mesh(program.mesh))
@@ -133,7 +169,8 @@ def _train(
 
         asked = stack.enter_context(stop_signals())
         any_of = agreement(program.mesh)
-        report = _reporter(program, options, show, record)
+        clock = Clock()
+        report = _reporter(program, options, show, record, clock)
         read = stack.enter_context(closing(placed_batches(program, dataset, start_step=start)))
         pending: tuple[int, Metrics, jax.Array, float] | None = None
         stopping = False
@@ -176,18 +213,37 @@ def _train(
                     f"stopped after step {done}, saved; go on: python -m train resume {folder}"
                 )
                 return
+            clock.lap()  # what came between is no part of the next step
         checkpoints.wait(manager)
         if first:
             metrics_log.draw_loss(folder)
         show.say(f"done: {folder} ({metrics_log.FILE}, {metrics_log.PICTURE})")
 
 
+class Clock:
+    """Seconds between laps."""
+
+    def __init__(self) -> None:
+        self._last = time.perf_counter()
+
+    def lap(self) -> float:
+        """Seconds since the last one."""
+        before, self._last = self._last, time.perf_counter()
+        return self._last - before
+
+
 def _initial_state(program: Program, options: RunOptions, manager: Any) -> tuple[int, Any, Any]:
     """Steps done, parameters and optimizer state: of a checkpoint, of other weights, or random."""
-    restored = checkpoints.restore(manager, program.params, program.opt_state)
+    restored = checkpoints.restore(
+        manager, program.params, program.opt_state, model=program.config.to_dict()
+    )
     if restored is not None:
         return restored
-    params = initial_params(program, options.seed)
+    source = options.model.init_from
+    if source is None:
+        params = initial_params(program, options.seed)
+    else:
+        params = load_params(LlamaForCausalLM, source, program.params)
     return 0, params, initial_opt_state(program, params)
 
 
@@ -196,6 +252,7 @@ def _reporter(
     options: RunOptions,
     show: Display,
     record: Callable[[dict[str, Any]], None],
+    clock: Clock,
 ) -> Callable[[int, Metrics, jax.Array, float], bool]:
     """`report(step, metrics, stop, data_wait)`: wait for a step, record it; whether to stop after it."""
     compute_dtype = options.model.compute_dtype
@@ -203,13 +260,10 @@ def _reporter(
     devices = len(jax.devices())
     flops = 3 * forward_flops_per_token(program.config, options.sequence_length)
     tokens = options.batch_size * options.sequence_length
-    before = time.perf_counter()
 
     def report(step: int, metrics: Metrics, stop: jax.Array, waited: float) -> bool:
-        nonlocal before
         values = jax.device_get(metrics)
-        now = time.perf_counter()
-        seconds, before = now - before, now
+        seconds = clock.lap()
         loss, norm = float(values.loss), float(values.grad_norm)
         if not (math.isfinite(loss) and math.isfinite(norm)):
             raise ValueError(
@@ -259,7 +313,7 @@ def _evaluate(
         prompt = options.evaluation.sample_prompt
         text = sample_text(model_of(program, params), folder / TOKENIZER, prompt, wanted)
         figures["sample"] = text
-        show.say(text)
+        show.say(repr(text))
     record(figures)
     if jax.process_index() == 0:
         metrics_log.draw_loss(folder)
@@ -292,8 +346,10 @@ def _due(step: int, every: int) -> bool:
     return bool(every) and step % every == 0
 
 
-def _initialize_distributed(options: RunOptions) -> None:
-    """Join the other processes, where there are any."""
+def _prepare_jax(options: RunOptions) -> None:
+    """Allow float64 where it is asked for, and join the other processes, where there are any."""
+    if "float64" in (options.model.parameter_dtype, options.model.compute_dtype):
+        jax.config.update("jax_enable_x64", True)
     wanted = options.distributed
     if not wanted.enabled and wanted.coordinator is None:
         return

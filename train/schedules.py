@@ -42,9 +42,8 @@ def learning_rate_schedule(
         after = optax.constant_schedule(peak)
     else:
         raise ValueError(f"schedule: found {name!r}, expected cosine, linear, wsd or constant")
-    if warmup_steps < 1:
-        return after
-    start = peak / warmup_steps
-    warmup = optax.linear_schedule(start, peak, max(warmup_steps - 1, 1))
-    joined = optax.join_schedules([warmup, after], [warmup_steps])
-    return lambda step: joined(jnp.asarray(step))
+    schedule = after
+    if warmup_steps > 0:
+        warmup = optax.linear_schedule(peak / warmup_steps, peak, max(warmup_steps - 1, 1))
+        schedule = optax.join_schedules([warmup, after], [warmup_steps])
+    return lambda step: jnp.asarray(schedule(jnp.asarray(step, float)), float)

@@ -7,11 +7,13 @@ from typing import Any
 
 from llama_jax.config import LlamaConfig, read_json_object
 from llama_jax.presets import PRESETS, SMALL
-from train.config import ModelOptions
+from llama_jax.tokenizer import load_tokenizer
+from train.config import STDLIB, ModelOptions
 from train.stdlib_data import stdlib_tokens
 from train.token_shards import Index, read_index
 
-STDLIB = "stdlib"
+# the folder of a run that has its tokenizer's files
+TOKENIZER = "tokenizer"
 
 
 def find_sources(data: Sequence[str]) -> list[tuple[Path, float]]:
@@ -46,14 +48,18 @@ def common_index(sources: Sequence[tuple[Path, float]]) -> Index:
     (first, _), *others = sources
     index = read_index(first)
     for directory, _ in others:
-        other = read_index(directory)
-        if _tokenizer(directory, other) != _tokenizer(first, index):
-            raise ValueError(f"{directory}: found another tokenizer, expected that of {first}")
+        read_index(directory)
+        require_same_tokenizer(first, directory)
     return index
 
 
-def _tokenizer(directory: Path, index: Index) -> bytes:
-    return (directory / "tokenizer.json").read_bytes()
+def require_same_tokenizer(model: Path, tokens: Path) -> None:
+    """Raise ValueError unless the model's tokenizer.json and that of the tokens have one vocabulary."""
+    if load_tokenizer(model).get_vocab() != load_tokenizer(tokens).get_vocab():
+        raise ValueError(
+            f"{tokens}: found another tokenizer, expected that of {model}: tokenize text with it, "
+            f"`python -m train tokenize TEXT --tokenizer {model} --out TOKENS`"
+        )
 
 
 def model_config(options: ModelOptions, index: Index | None, sequence_length: int) -> LlamaConfig:
@@ -62,7 +68,8 @@ def model_config(options: ModelOptions, index: Index | None, sequence_length: in
     A small preset takes the vocabulary and the end-of-text token of the data, where there are any.
 
     Raises:
-        ValueError: an unknown preset, or a vocabulary smaller than the data's.
+        ValueError: an unknown preset; a vocabulary smaller than the data's; sequences longer than the
+            model's positions.
     """
     if options.init_from is not None:
         name, config = str(options.init_from), LlamaConfig.from_pretrained(options.init_from)

@@ -58,7 +58,9 @@ def make_step(
 
     def loss(params: Params, batch: Batch, num_tokens: Array, key: Key[Array, ""] | None):
         out = batch_loss(graphdef, params, batch, compute_dtype, z_loss, key, **forward)
-        return out.loss / num_tokens, (out.ce_loss / num_tokens, out.z_loss / num_tokens)
+        # in the loss's dtype: bfloat16 has no count above 256 exactly
+        count = num_tokens.astype(out.loss.dtype)
+        return out.loss / count, (out.ce_loss / count, out.z_loss / count)
 
     gradient = jax.value_and_grad(loss, has_aux=True)
 
@@ -69,7 +71,7 @@ def make_step(
         dropout_key: Key[Array, ""] | None = None,
     ) -> tuple[Params, optax.OptState, Metrics]:
         valid = jnp.sum(batch.labels != IGNORE_INDEX, dtype=jnp.int32)
-        count = jnp.maximum(valid, 1).astype(jax.tree.leaves(params)[0].dtype)
+        count = jnp.maximum(valid, 1)
         micro_batches = batch.labels.shape[0]
         keys = None if dropout_key is None else jax.random.split(dropout_key, micro_batches)
 
@@ -89,9 +91,11 @@ def make_step(
                 lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(lambda: _of(run(0)))
             )
             (parts, gradients), _ = jax.lax.scan(accumulate, zeros, jnp.arange(micro_batches))
-        updates, opt_state = optimizer.update(gradients, opt_state, params)
+        # optax mixes integers with floats
+        with jax.numpy_dtype_promotion("standard"):
+            updates, opt_state = optimizer.update(gradients, opt_state, params)
         ce_loss, z = parts
-        metrics = Metrics(ce_loss, z, optax.global_norm(gradients), valid)
+        metrics = Metrics(ce_loss, z, optax.tree.norm(gradients), valid)
         return optax.apply_updates(params, updates), opt_state, metrics
 
     return step

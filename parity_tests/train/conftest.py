@@ -1,0 +1,37 @@
+"""What tests of runs share: tiny data, a finished run, and a store of compiled programs."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import jax
+import pytest
+from jax.experimental.compilation_cache import compilation_cache
+
+from parity_tests.train.runs import Tiny, make_tiny, run_flags
+from train.__main__ import main
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Tiny:
+    return make_tiny(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture(scope="module")
+def compile_once(tiny: Tiny) -> Iterator[None]:
+    """Runs in this process compile each program once, and share it with processes of their own."""
+    before = jax.config.jax_persistent_cache_min_compile_time_secs
+    jax.config.update("jax_compilation_cache_dir", str(tiny.cache))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    compilation_cache.reset_cache()
+    yield
+    jax.config.update("jax_compilation_cache_dir", None)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", before)
+    compilation_cache.reset_cache()
+
+
+@pytest.fixture(scope="session")
+def finished(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of 12 steps that nothing disturbed, checkpoints of steps 9 and 12. Copy it before use."""
+    out = tmp_path_factory.mktemp("finished") / "run"
+    assert main(run_flags(tiny, out)) == 0
+    return out

@@ -1,0 +1,161 @@
+"""Tiny runs of the real program: data, a model, the flags, and what a run left behind."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+import tyro
+
+from llama_jax.config import LlamaConfig
+from parity_tests.train.corpus import EOS, token_directory, word_tokenizer
+from train import checkpoints
+from train.config import RunOptions, flags_of
+from train.config import FILE as RUN_FILE
+from train.mesh import make_mesh
+from train.metrics_log import TIMES, read_metrics
+from train.program import make_program
+
+ROOT = Path(__file__).parents[2]
+VOCAB = 64
+CONFIG: dict[str, Any] = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "vocab_size": VOCAB,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "rms_norm_eps": 1e-5,
+    "tie_word_embeddings": False,
+}
+
+
+class Tiny(NamedTuple):
+    """data: a directory of tokens. config: a config.json. cache: of compiled programs."""
+
+    data: Path
+    config: Path
+    cache: Path
+
+
+def make_tiny(directory: Path) -> Tiny:
+    rng = np.random.default_rng(0)
+    eos = 1
+    documents = []
+    for _ in range(300):
+        start, length = rng.integers(3, VOCAB), rng.integers(1, 40)
+        # words that follow each other, so that there is something to learn
+        documents.append([int(3 + (start + 5 * n) % (VOCAB - 3)) for n in range(length)] + [eos])
+    shards = [documents[:130], documents[130:260]]
+    data = token_directory(directory / "data", shards, [documents[260:]], vocab_size=VOCAB)
+    word_tokenizer(data, ["<s>", EOS, "<unk>", *(f"w{n}" for n in range(VOCAB - 3))])
+    (directory / "config.json").write_text(json.dumps(CONFIG))
+    return Tiny(data, directory / "config.json", directory / "compiled")
+
+
+def run_flags(tiny: Tiny, out: Path, **changes: Any) -> list[str]:
+    """`run` and its flags; `changes` by their names in run.toml, `__` for the dot."""
+    values = {
+        "out": out,
+        "data": tiny.data,
+        "model__config": tiny.config,
+        "batch_size": 8,
+        "sequence_length": 16,
+        "steps": 12,
+        "optimizer__warmup_steps": 2,
+        "checkpoint__every": 3,
+        "evaluation__every": 4,
+        "evaluation__batches": 2,
+        "evaluation__sample_tokens": 0,
+        "log__peak_flops": 1e9,
+    } | changes
+    return [
+        "run",
+        *(
+            f"--{name.replace('__', '.').replace('_', '-')}={value}"
+            for name, value in values.items()
+        ),
+    ]
+
+
+def environment(cache: Path | None, devices: int = 1) -> dict[str, str]:
+    """Of a process of our own; `cache` is where compiled programs are kept."""
+    kept = {
+        name: value for name, value in os.environ.items() if not name.startswith(("JAX", "XLA"))
+    }
+    made = {"JAX_PLATFORMS": "cpu", "COLUMNS": "200"}
+    if devices > 1:
+        made["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={devices}"
+    if cache is not None:
+        made["JAX_COMPILATION_CACHE_DIR"] = str(cache)
+        made["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+    return kept | made
+
+
+def start(arguments: Sequence[str], env: Mapping[str, str]) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-m", "train", *arguments],
+        cwd=ROOT,
+        env=env,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def finish(process: subprocess.Popen[str], code: int = 0) -> str:
+    """What it wrote to stderr, when it has ended with `code`."""
+    out, err = process.communicate(timeout=300)
+    assert process.returncode == code, err
+    assert out == ""
+    return err
+
+
+def state_of(run: Path, step: int) -> list[np.ndarray]:
+    """Parameters and optimizer state of a checkpoint, as it was saved."""
+    options = tyro.cli(RunOptions, args=flags_of(run / RUN_FILE))
+    program = make_program(
+        LlamaConfig.from_pretrained(run),
+        make_mesh({"data": -1}),
+        options.model,
+        options.optimizer,
+        steps=options.steps,
+        batch_size=options.batch_size,
+        micro_batches=options.micro_batches,
+        sequence_length=options.sequence_length,
+    )
+    manager = checkpoints.open_manager(run, keep_last=1, keep_every=None, read_only=True)
+    restored = checkpoints.restore(manager, program.params, program.opt_state, step)
+    assert restored is not None
+    return [np.asarray(leaf) for leaf in jax.tree.leaves((restored.params, restored.opt_state))]
+
+
+def same_bits(one: Sequence[np.ndarray], other: Sequence[np.ndarray]) -> bool:
+    return all(
+        a.dtype == b.dtype and a.shape == b.shape and a.tobytes() == b.tobytes()
+        for a, b in zip(one, other, strict=True)
+    )
+
+
+def figures_of(run: Path) -> list[dict[str, Any]]:
+    """metrics.jsonl without what depends on the clock."""
+    return [
+        {name: value for name, value in line.items() if name not in TIMES}
+        for line in read_metrics(run)
+    ]
+
+
+def saved_steps(run: Path) -> list[int]:
+    return sorted(
+        int(each.name) for each in (run / checkpoints.FOLDER).iterdir() if each.name.isdigit()
+    )

@@ -1,0 +1,123 @@
+"""What leaves a run: a directory that transformers loads whole and that has the loss the run reported."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+from train.__main__ import main
+from train.metrics_log import read_metrics
+from train.trained import evaluate_target
+
+
+def test_pytorch_has_the_loss_the_run_reported(finished, tmp_path, capsys):
+    assert main(["export", str(finished), str(tmp_path / "hf"), "--verify"]) == 0
+    said = capsys.readouterr().err
+    reported = [
+        line["validation_loss"] for line in read_metrics(finished) if "validation_loss" in line
+    ]
+    assert f"reported by the run {reported[-1]:.6f}" in said
+    assert (tmp_path / "hf" / "tokenizer.json").is_file()
+    _, report = AutoModelForCausalLM.from_pretrained(tmp_path / "hf", output_loading_info=True)
+    assert not any(report.values())
+
+
+def test_a_loss_that_differs_is_refused(finished, tmp_path, capsys):
+    """The check can fail: the run's report is changed in its fourth digit."""
+    run = shutil.copytree(finished, tmp_path / "run")
+    lines = read_metrics(run)
+    for line in lines:
+        if "validation_loss" in line:
+            line["validation_loss"] *= 1.0002
+    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert main(["export", str(run), str(tmp_path / "hf"), "--verify"]) == 2
+    assert "the run's loss" in capsys.readouterr().err
+
+
+def test_an_older_step_and_another_dtype(finished, tmp_path, capsys):
+    out = tmp_path / "hf"
+    assert main(["export", str(finished), str(out), "--step", "9", "--dtype", "bfloat16"]) == 0
+    dtypes = {str(tensor.dtype) for tensor in load_file(out / "model.safetensors").values()}
+    assert dtypes == {"bfloat16"}
+    assert main(["export", str(finished), str(out), "--step", "5"]) == 2
+    assert "step: found 5, expected one of 9, 12" in capsys.readouterr().err
+
+
+def test_eval_of_a_run_and_of_its_export_agree(finished, tmp_path, tiny, capsys):
+    assert main(["export", str(finished), str(tmp_path / "hf")]) == 0
+    capsys.readouterr()
+    common = ["--sequence-length", "16", "--batch-size", "4"]
+    losses = []
+    for target, more in ((finished, []), (tmp_path / "hf", ["--data", str(tiny.data)])):
+        assert main(["eval", str(target), *more, *common]) == 0
+        losses.append(float(capsys.readouterr().out.split()[1]))
+    assert losses[0] == losses[1]
+
+
+def test_eval_refuses_what_it_cannot_judge(finished, tmp_path, tiny, capsys):
+    assert main(["export", str(finished), str(tmp_path / "hf")]) == 0
+    assert main(["eval", str(tmp_path / "hf")]) == 2
+    assert "data: found none" in capsys.readouterr().err
+    other = shutil.copytree(tmp_path / "hf", tmp_path / "other")
+    vocabulary = json.loads((other / "tokenizer.json").read_text())
+    vocabulary["model"]["vocab"]["a new word"] = 63 + 1
+    (other / "tokenizer.json").write_text(json.dumps(vocabulary))
+    assert main(["eval", str(other), "--data", str(tiny.data)]) == 2
+    assert "found another tokenizer" in capsys.readouterr().err
+
+
+def test_the_denominator_of_an_evaluation_is_its_valid_tokens(finished, tiny):
+    """Batches of any size have one loss: windows of padding count for nothing."""
+    found = [
+        evaluate_target(
+            finished,
+            (str(tiny.data),),
+            _options(finished),
+            limit=0,
+            batch_size=size,
+            sequence_length=16,
+            step=None,
+            dtype="float32",
+        )
+        for size in (1, 7)
+    ]
+    assert found[0].num_tokens == found[1].num_tokens
+    np.testing.assert_allclose(found[0].loss, found[1].loss, rtol=1e-6)
+
+
+def test_weights_to_start_from(finished, tmp_path, tiny, capsys):
+    """A run that starts from an export begins with its loss, and checks the weights."""
+    assert main(["export", str(finished), str(tmp_path / "hf")]) == 0
+    flags = ["--model.init-from", str(tmp_path / "hf"), "--data", str(tiny.data), "--steps", "1"]
+    flags += ["--sequence-length", "16", "--optimizer.learning-rate", "0", "--evaluation.batches=2"]
+    flags += ["--evaluation.sample-tokens", "0"]
+    assert main(["run", "--out", str(tmp_path / "run"), *flags]) == 0
+    before = [line for line in read_metrics(finished) if "validation_loss" in line][-1]
+    after = [line for line in read_metrics(tmp_path / "run") if "validation_loss" in line][-1]
+    np.testing.assert_allclose(after["validation_loss"], before["validation_loss"], rtol=1e-6)
+
+    tensors = dict(load_file(tmp_path / "hf" / "model.safetensors"))
+    del tensors["model.norm.weight"]
+    save_file(tensors, tmp_path / "hf" / "model.safetensors")
+    capsys.readouterr()
+    assert main(["run", "--out", str(tmp_path / "other"), *flags]) == 2
+    assert "model.norm.weight: missing" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("target", ["nothing", "file"])
+def test_export_into_what_cannot_be_written(finished, tmp_path, target, capsys):
+    (tmp_path / "file").write_text("")
+    if target == "nothing":
+        assert main(["export", str(tmp_path / "nothing"), str(tmp_path / "hf")]) == 2
+    else:
+        assert main(["export", str(finished), str(tmp_path / "file")]) == 2
+    assert len(capsys.readouterr().err.strip().splitlines()) == 1
+
+
+def _options(run):
+    from train.__main__ import _saved_options
+
+    return _saved_options(run)

@@ -1,0 +1,287 @@
+"""What goes wrong around a run: one line, exit code 2, and nothing lost."""
+
+from __future__ import annotations
+
+import gc
+import json
+import math
+import resource
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from parity_tests.train.corpus import token_directory
+from parity_tests.train.runs import (
+    CONFIG,
+    Tiny,
+    figures_of,
+    run_flags,
+    same_bits,
+    saved_steps,
+    state_of,
+)
+from train.__main__ import main
+from train.checkpoints import FOLDER
+from train.metrics_log import read_metrics
+
+pytestmark = [
+    pytest.mark.usefixtures("compile_once"),
+    # Orbax leaves the other arrays' reads unfinished where one fails
+    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
+]
+
+
+@pytest.fixture(autouse=True)
+def _nothing_left_for_other_tests() -> Iterator[None]:
+    yield
+    gc.collect()
+
+
+@pytest.fixture
+def run(finished: Path, tmp_path: Path) -> Path:
+    """A finished run of 12 steps of one's own, checkpoints of steps 9 and 12."""
+    return Path(shutil.copytree(finished, tmp_path / "run"))
+
+
+def error_of(arguments: list[str], capfd: pytest.CaptureFixture[str]) -> str:
+    """The line of a command that fails; what a run says of itself before it is no error."""
+    capfd.readouterr()
+    assert main(arguments) == 2
+    out, err = capfd.readouterr()
+    assert out == ""
+    lines = err.splitlines()
+    assert [line for line in lines if "error" in line.lower() or "Traceback" in line] == lines[-1:]
+    assert lines[-1].startswith("error: ")
+    return lines[-1].removeprefix("error: ")
+
+
+# checkpoints ----------------------------------------------------------------------------------------
+
+
+def largest(folder: Path) -> Path:
+    """The file that holds the numbers."""
+    return max(
+        (each for each in folder.rglob("*") if each.is_file()), key=lambda f: f.stat().st_size
+    )
+
+
+def truncate(checkpoint: Path) -> None:
+    file = largest(checkpoint)
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+
+
+def delete(checkpoint: Path) -> None:
+    largest(checkpoint / "params").unlink()
+
+
+def flip(checkpoint: Path) -> None:
+    file = largest(checkpoint / "params")
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 0x10
+    file.write_bytes(content)
+
+
+def without_facts(checkpoint: Path) -> None:
+    shutil.rmtree(checkpoint / "facts")
+
+
+def empty(checkpoint: Path) -> None:
+    for file in checkpoint.rglob("*"):
+        if file.is_file() and file.name != "commit_success.txt":
+            file.write_bytes(b"")
+
+
+DAMAGES: list[Callable[[Path], None]] = [truncate, delete, flip, without_facts, empty]
+
+
+@pytest.mark.parametrize("damage", DAMAGES, ids=lambda damage: damage.__name__)
+def test_a_damaged_checkpoint_is_passed_over_and_saved_again(
+    damage: Callable[[Path], None], run: Path, finished: Path
+) -> None:
+    damage(run / FOLDER / "12")
+    with pytest.warns(UserWarning, match=r"the checkpoint of step 12 is damaged \(.*passed over"):
+        assert main(["resume", str(run)]) == 0
+    assert saved_steps(run) == [9, 12]
+    assert same_bits(state_of(run, 12), state_of(finished, 12))
+    assert figures_of(run) == figures_of(finished)
+
+
+def test_newer_damaged_checkpoints_do_not_push_out_the_whole_ones(
+    run: Path, finished: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Steps that come before the damaged one are saved, and kept, as any others."""
+    delete(run / FOLDER / "12")
+    with pytest.warns(UserWarning, match="step 12 is damaged"):
+        assert main(["resume", str(run), "--checkpoint.every=1"]) == 0
+    assert saved_steps(run) == [11, 12]
+    assert same_bits(state_of(run, 12), state_of(finished, 12))
+
+
+def test_all_checkpoints_damaged(run: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    for step in (9, 12):
+        truncate(run / FOLDER / str(step))
+    before = figures_of(run)
+    with pytest.warns(UserWarning, match="is damaged"):
+        assert error_of(["resume", str(run)], capfd) == (
+            f"{run / FOLDER}: found no checkpoint that is whole, expected one"
+        )
+    assert figures_of(run) == before
+    assert saved_steps(run) == [9, 12]
+
+
+def test_a_full_disk(run: Path, finished: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """No file may grow beyond what the small ones need: writing arrays fails as on a full disk."""
+    shutil.rmtree(run / FOLDER / "12")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (40_000, limits[1]))
+    try:
+        message = error_of(["resume", str(run)], capfd)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert message.startswith("a checkpoint could not be saved (")
+    assert message.endswith("); earlier ones are kept")
+    assert saved_steps(run) == [9]
+    assert main(["resume", str(run)]) == 0
+    assert same_bits(state_of(run, 12), state_of(finished, 12))
+    assert figures_of(run) == figures_of(finished)
+
+
+def test_another_model(
+    run: Path, tiny: Tiny, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    config = json.loads((run / "config.json").read_text())
+    (run / "config.json").write_text(json.dumps(config | {"intermediate_size": 40}))
+    assert error_of(["resume", str(run)], capfd) == (
+        f"{run / FOLDER}: the checkpoint of step 12 is of another model than config.json: "
+        "intermediate_size: found 40, expected 48"
+    )
+    # of the same shapes, and yet another
+    (run / "config.json").write_text(json.dumps(config | {"rms_norm_eps": 1e-6}))
+    assert "rms_norm_eps: found 1e-06, expected 1e-05" in error_of(["resume", str(run)], capfd)
+    # no config at all
+    (run / "config.json").unlink()
+    assert "config.json" in error_of(["resume", str(run)], capfd)
+
+
+# numbers --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("rate", [1e20, 1e38])
+def test_a_loss_that_is_not_finite(
+    rate: float, tiny: Tiny, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Warmup from a rate that is none: the first steps are sound, and their checkpoints."""
+    out = tmp_path / "run"
+    flags = run_flags(
+        tiny, out, optimizer__learning_rate=rate, checkpoint__every=1, evaluation__every=0
+    )
+    message = error_of(flags, capfd)
+    step = int(message.split(":")[0].removeprefix("step "))
+    assert "expected finite numbers: try a lower --optimizer.learning-rate" in message
+    assert all(math.isfinite(line["loss"]) for line in read_metrics(out))
+    assert all(saved < step for saved in saved_steps(out))
+    for saved in saved_steps(out):
+        assert all(np.isfinite(leaf).all() for leaf in state_of(out, saved))
+
+
+# data and options -----------------------------------------------------------------------------------
+
+
+def test_damaged_data(tiny: Tiny, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    data = Path(shutil.copytree(tiny.data, tmp_path / "data"))
+    shard = data / "train-00001.tokens"
+    content = shard.read_bytes()
+    flags = run_flags(tiny, tmp_path / "run", data=data)
+
+    shard.write_bytes(content[:-2])
+    message = error_of(flags, capfd)
+    assert message.startswith(f"{shard}: found {len(content) - 2} bytes, expected {len(content)}")
+
+    shard.unlink()
+    assert error_of(flags, capfd).startswith(f"{shard}: found no such file")
+    assert not (tmp_path / "run").exists()
+
+    shard.write_bytes(b"\xff\xff" * (len(content) // 2))
+    message = error_of(flags, capfd)
+    assert message.startswith(f"{shard}, token ")
+    assert message.endswith("found id 65535, expected less than the model's vocab_size 64")
+
+
+def test_no_validation_data(tiny: Tiny, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    data = token_directory(tmp_path / "data", [[[5] * 400]], vocab_size=64)
+    shutil.copyfile(tiny.data / "tokenizer.json", data / "tokenizer.json")
+    message = error_of(run_flags(tiny, tmp_path / "run", data=data), capfd)
+    assert message.startswith(f"{data}: found no document in the validation split")
+
+
+def test_a_folder_that_holds_a_run(run: Path, tiny: Tiny, capfd: Any) -> None:
+    before = (run / "run.toml").read_bytes()
+    assert error_of(run_flags(tiny, run), capfd) == (
+        f"{run}: found a run, expected a new folder: give --out, or go on with "
+        f"`python -m train resume {run}`"
+    )
+    assert (run / "run.toml").read_bytes() == before
+    # its options lost, its checkpoints are not a new run's to start from, or to overwrite
+    (run / "run.toml").unlink()
+    assert error_of(run_flags(tiny, run), capfd) == (
+        f"{run}: found checkpoints, expected a new folder: give --out"
+    )
+    assert saved_steps(run) == [9, 12]
+
+
+def test_a_folder_that_holds_none(tmp_path: Path, capfd: Any) -> None:
+    expected = f"{tmp_path}: found no run.toml, expected the folder of a run"
+    assert error_of(["resume", str(tmp_path)], capfd) == expected
+
+
+@pytest.mark.parametrize(
+    ("flag", "found"),
+    [
+        ("--seed=1", "seed: found 1, expected 0"),
+        ("--model.preset=tiny-1m", "model.preset: found tiny-1m, expected tiny-4m"),
+        ("--data=elsewhere", "data: found ('elsewhere',), expected"),
+        ("--steps=13", "steps: found 13, expected 12"),
+        ("--batch-size=4", "batch-size: found 4, expected 8"),
+        ("--optimizer.beta1=0.8", "optimizer.beta1: found 0.8, expected 0.9"),
+        ("--model.parameter-dtype=bfloat16", "found bfloat16, expected float32"),
+    ],
+)
+def test_another_run(flag: str, found: str, finished: Path, capfd: Any) -> None:
+    message = error_of(["resume", str(finished), flag], capfd)
+    assert message.startswith(f"{finished}: is another run: ")
+    assert found in message
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"mesh__data": 3}, "mesh: found data 3 x fsdp 1 x sequence 1 x tensor 1 = 3, expected 1 devices"),
+        ({"mesh__tensor": 0}, "mesh.tensor: found 0, expected at least 1, or -1 for the rest"),
+        ({"mesh__tensor": -1}, "mesh: found -1 for data and tensor, expected it once"),
+        ({"steps": 0}, "steps: found 0, expected at least 1"),
+        ({"micro_batches": 3}, "micro-batches: found 3, expected to divide the batch size 8"),
+        ({"sequence_length": 65}, "sequence-length: found 65, expected at most max_position_embeddings=64"),
+        ({"optimizer__beta2": 1.5}, "optimizer.beta2: found 1.5, expected 0 to 1"),
+        ({"optimizer__learning_rate": "nan"}, "optimizer.learning-rate: found nan, expected 0 to inf"),
+        ({"data": "nowhere"}, "nowhere/index.json: found no such file"),
+        ({"model__config": "nowhere"}, "nowhere"),
+        ({"seed": -1}, "seed: found -1, expected 0 to"),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_options(
+    changes: dict[str, Any], message: str, tiny: Tiny, tmp_path: Path, capfd: Any
+) -> None:
+    assert message in error_of(run_flags(tiny, tmp_path / "run", **changes), capfd)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_vocabulary_too_small(tiny: Tiny, tmp_path: Path, capfd: Any) -> None:
+    config = tmp_path / "config.json"
+    config.write_text(json.dumps(CONFIG | {"vocab_size": 63}))
+    message = error_of(run_flags(tiny, tmp_path / "run", model__config=config), capfd)
+    assert message == f"{config}: found vocab_size 63, expected at least 64, the data's"

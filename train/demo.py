@@ -1,0 +1,64 @@
+"""The second half of `make demo`: a model pretrained from nothing, killed, resumed, exported, verified.
+
+Everything is done by the commands a user has. Exit code 0 when PyTorch computes the loss the run reported.
+"""
+
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from rich.console import Console
+
+from train.metrics_log import PICTURE, read_metrics
+
+RUN, EXPORTED = Path("runs/demo"), Path("runs/demo-hf")
+STEPS, EVERY, KILLED_AFTER = 240, 60, 90
+
+console = Console(highlight=False)
+
+
+def main() -> int:
+    """Run, kill, resume, export."""
+    for directory in (RUN, EXPORTED):
+        shutil.rmtree(directory, ignore_errors=True)
+    console.print(
+        "\n[bold]5. pretraining from nothing on the source of Python's standard library[/bold]"
+    )
+    begin = train(
+        "run",
+        *("--out", str(RUN), "--steps", str(STEPS)),
+        *("--checkpoint.every", str(EVERY), "--evaluation.every", str(EVERY)),
+    )
+    while begin.poll() is None and reached() < KILLED_AFTER:
+        time.sleep(0.2)
+    if begin.poll() is not None:
+        return begin.returncode or 1  # it should not have ended yet
+    begin.send_signal(signal.SIGKILL)
+    begin.wait()
+    console.print(f"\n[bold]6. killed after step {reached()}; resumed from its checkpoint[/bold]")
+    if train("resume", str(RUN)).wait():
+        return 1
+    losses = [line["loss"] for line in read_metrics(RUN) if "loss" in line]
+    console.print(
+        f"loss {losses[0]:.3f} -> {losses[-1]:.3f} in {len(losses)} steps, picture: {RUN / PICTURE}"
+    )
+    console.print("\n[bold]7. exported, and its loss in PyTorch[/bold]")
+    return train("export", str(RUN), str(EXPORTED), "--verify").wait()
+
+
+def train(*arguments: str) -> subprocess.Popen[bytes]:
+    """`python -m train ...`, started."""
+    return subprocess.Popen([sys.executable, "-m", "train", *arguments])
+
+
+def reached() -> int:
+    """The last step that is in the run's metrics."""
+    lines = read_metrics(RUN)
+    return lines[-1]["step"] if lines else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
