@@ -75,8 +75,8 @@ def attention(
 
 
 def choose_implementation(
-    implementation: Implementation | None, query: Any, mask: AttentionMask, needs_weights: bool
-) -> Implementation:
+    implementation: str | None, query: Any, mask: AttentionMask, needs_weights: bool
+) -> str:
     """The implementation asked for, if it fits; else the best that does.
 
     Args:
@@ -107,7 +107,7 @@ def choose_implementation(
         return implementation
     if query.shape[1] <= PLAIN_LENGTH:
         return "plain"
-    candidates: tuple[Implementation, ...] = ("blocked", "plain")
+    candidates: tuple[str, ...] = ("blocked", "plain")
     preferred = _PREFERRED.get(target_platform())
     candidates = (preferred, *candidates) if preferred else candidates
     return next(name for name in candidates if misfit(name) is None)
