@@ -8,7 +8,7 @@ from llama_jax.config import LlamaConfig
 from llama_jax.remat import Remat
 from train.config import RunOptions
 from train.plan import Plan
-from train.plan_estimate import estimate
+from train.plan_estimate import Model, estimate, measure
 
 
 def advice(plan: Plan, options: RunOptions, config: LlamaConfig) -> list[str]:
@@ -16,8 +16,9 @@ def advice(plan: Plan, options: RunOptions, config: LlamaConfig) -> list[str]:
     chip = plan.chip
     if chip is None:
         return []
+    measured = measure(config, plan.sequence_length)
     if not plan.fits:
-        return _to_fit(plan, options, config, plan.peak - chip.memory)
+        return _to_fit(plan, options, measured, plan.peak - chip.memory)
     line = plan.roofline
     assert line is not None
     found = []
@@ -32,25 +33,26 @@ def advice(plan: Plan, options: RunOptions, config: LlamaConfig) -> list[str]:
         found.append(f"the links take {ratio:.1f} x the time of the products; {cure}")
     elif plan.remat == "full":
         most = int(line.compute / line.links) if line.links else 1
-        found += _to_recompute_less(plan, options, config, chip.memory - plan.peak, max(most, 1))
+        room = chip.memory - plan.peak
+        found += _to_recompute_less(plan, options, measured, room, max(most, 1))
     return found
 
 
 def _to_recompute_less(
-    plan: Plan, options: RunOptions, config: LlamaConfig, room: float, most: int
+    plan: Plan, options: RunOptions, measured: Model, room: float, most: int
 ) -> list[str]:
     """With the fewest micro-batches that make room for what would be kept.
 
     Args:
         most: times the micro-batches of now; each gathers the weights anew.
     """
-    kept = _activations(options, config, plan)
+    kept = _activations(options, measured, plan)
     saved = 1 - plan.flops_per_token / plan.counted_flops_per_token
     fewer: tuple[Remat, ...] = ("none", "dots")
     for times, remat in itertools.product(_divisors(_rows(plan)), fewer):
         parts = plan.micro_batches * times
         changed = replace(options, model=replace(options.model, remat=remat), micro_batches=parts)
-        added = _activations(changed, config, plan) - kept
+        added = _activations(changed, measured, plan) - kept
         if times <= most and added <= room:
             flags = f"--model.remat {remat}" + (f" --micro-batches {parts}" if times > 1 else "")
             amount = f"{_gib(abs(added))} {'more' if added > 0 else 'less'}"
@@ -58,11 +60,11 @@ def _to_recompute_less(
     return []
 
 
-def _to_fit(plan: Plan, options: RunOptions, config: LlamaConfig, missing: float) -> list[str]:
+def _to_fit(plan: Plan, options: RunOptions, measured: Model, missing: float) -> list[str]:
     chip = plan.chip
     assert chip is not None
     sizes, found = plan.mesh, []
-    estimated = estimate(options, config, sizes, chip)
+    estimated = estimate(options, measured, sizes, chip)
     state = estimated.state + estimated.gradients
 
     def say(text: str, saved: float) -> None:
@@ -74,7 +76,7 @@ def _to_fit(plan: Plan, options: RunOptions, config: LlamaConfig, missing: float
         say(f"--mesh.data 1 --mesh.fsdp {sizes['data'] * sizes['fsdp']}", saved)
     if options.model.remat != "full":
         full = replace(options, model=replace(options.model, remat="full"))
-        saved = estimated.activations - _activations(full, config, plan)
+        saved = estimated.activations - _activations(full, measured, plan)
         say("--model.remat full", saved)
     divisors = _divisors(_rows(plan))[1:]
     if divisors:
@@ -90,7 +92,7 @@ def _to_fit(plan: Plan, options: RunOptions, config: LlamaConfig, missing: float
         wider = {**sizes, "fsdp": sizes["fsdp"] // 2, "sequence": sizes["sequence"] * 2}
         fewer = replace(options, micro_batches=plan.micro_batches * 2)
         if plan.batch_size % fewer.micro_batches == 0:
-            saved = estimated.peak - estimate(fewer, config, wider, chip).peak
+            saved = estimated.peak - estimate(fewer, measured, wider, chip).peak
             say(
                 f"--mesh.sequence {wider['sequence']} --mesh.fsdp {wider['fsdp']} --micro-batches "
                 f"{fewer.micro_batches}",
@@ -114,8 +116,8 @@ def _divisors(number: int) -> list[int]:
     return [n for n in range(1, number + 1) if number % n == 0]
 
 
-def _activations(options: RunOptions, config: LlamaConfig, plan: Plan) -> float:
-    return estimate(options, config, plan.mesh, plan.chip).activations
+def _activations(options: RunOptions, measured: Model, plan: Plan) -> float:
+    return estimate(options, measured, plan.mesh, plan.chip).activations
 
 
 def _gib(count: float) -> str:

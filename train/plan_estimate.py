@@ -16,14 +16,23 @@ from train.config import RunOptions
 _STATE_COPIES = 3
 
 
+class Model(NamedTuple):
+    """What an estimate knows of a model, reckoned once for all configurations of it."""
+
+    config: LlamaConfig
+    parameters: int
+    forward_flops: int
+
+
 class Estimate(NamedTuple):
-    """Bytes of one device, and seconds of a step where products and links hide each other."""
+    """Bytes of one device, and seconds of its products and of what it sends."""
 
     state: float
     gradients: float
     activations: float
     head: float
-    seconds: float
+    compute: float
+    links: float
 
     @property
     def peak(self) -> float:
@@ -31,13 +40,19 @@ class Estimate(NamedTuple):
         return self.state + self.gradients + self.activations + self.head
 
 
+def measure(config: LlamaConfig, sequence_length: int) -> Model:
+    """Parameters, and forward FLOPs of a token."""
+    flops = forward_flops_per_token(config, sequence_length)
+    return Model(config, parameter_count(config), flops)
+
+
 def estimate(
-    options: RunOptions, config: LlamaConfig, sizes: Mapping[str, int], chip: Chip | None
+    options: RunOptions, model: Model, sizes: Mapping[str, int], chip: Chip | None
 ) -> Estimate:
     """Of one configuration over a mesh of `sizes`; seconds are those of a TPU v5p without a `chip`."""
     wide = jnp.dtype(options.model.parameter_dtype).itemsize
     narrow = jnp.dtype(options.model.compute_dtype).itemsize
-    parameters = parameter_count(config)
+    config, parameters = model.config, model.parameters
     tensor, sequence = sizes["tensor"], sizes["sequence"]
     devices = math.prod(sizes.values())
     parts = sizes["fsdp"] * sequence * tensor
@@ -48,7 +63,7 @@ def estimate(
     head = table * (4 + 2 * narrow) + local * config.hidden_size * 4
 
     passes = 4 if options.model.remat == "full" else 3
-    flops = passes * forward_flops_per_token(config, options.sequence_length) * tokens
+    flops = passes * model.forward_flops * tokens
     # weights are gathered forwards and backwards, gradients reduced; over tensor, activations are summed
     # twice a layer each way, and once more where the forward pass is done again
     weights = parameters * narrow / tensor
@@ -56,6 +71,11 @@ def estimate(
     sums = 6 if options.model.remat == "full" else 4
     width = config.num_hidden_layers * config.hidden_size
     sent += 2 * sums * local * options.micro_batches * width * narrow if tensor > 1 else 0.0
+    # over sequence, keys and values are gathered as often, and their gradients summed; over data,
+    # gradients once more
+    keys = 2 * config.kv_heads * config.head_size / tensor * config.num_hidden_layers
+    row = local * options.micro_batches * sequence
+    sent += (passes - 1) * row * keys * narrow if sequence > 1 else 0.0
     sent += 2 * parameters * wide / parts if sizes["data"] > 1 else 0.0
     peak, link = (chip.flops, chip.link_bandwidth) if chip else (459e12, 600e9)
     return Estimate(
@@ -63,7 +83,8 @@ def estimate(
         gradients=parameters * (wide + narrow) / parts,
         activations=local * config.num_hidden_layers * kept * narrow,
         head=head,
-        seconds=max(flops / devices / peak, sent / link),
+        compute=flops / devices / peak,
+        links=sent / link,
     )
 
 

@@ -12,7 +12,7 @@ from llama_jax.remat import Remat
 from train.chips import CHIPS
 from train.config import MeshOptions, RunOptions
 from train.plan import Plan, make_plan
-from train.plan_estimate import estimate
+from train.plan_estimate import estimate, measure
 
 # Beyond so many parts heads become few and the sums over tensor dear; a sequence's parts become short.
 LARGEST_TENSOR, LARGEST_SEQUENCE = 16, 16
@@ -58,13 +58,15 @@ def candidates(
     """Every mesh with every recomputation, by the estimate: what should fit first, then by its time."""
     chip = CHIPS.get(devices[0].device_kind)
     room = math.inf if chip is None else chip.memory
+    measured = measure(config, options.sequence_length)
     found = []
     for sizes in meshes(options, config, len(devices)):
         for remat in get_args(Remat):
             model = replace(options.model, remat=remat)
             candidate = replace(options, model=model, mesh=MeshOptions(**sizes))
-            cost = estimate(candidate, config, sizes, chip)
-            found.append((max(cost.peak / room, 1.0), cost.seconds, cost.peak, candidate))
+            cost = estimate(candidate, measured, sizes, chip)
+            times = max(cost.compute, cost.links), cost.compute + cost.links
+            found.append((max(cost.peak / room, 1.0), *times, candidate))
     return [candidate for *_, candidate in sorted(found, key=lambda each: each[:3])]
 
 
