@@ -20,6 +20,7 @@ demo: install
 test: install
 	$(BIN)/python -m pytest -n $(WORKERS) -m 'not slow and not checkpoint'
 
+# also compiles for TPUs where libtpu is there: pip install '.[plan]'
 test-all: install
 	$(BIN)/python -m convert.demo_checkpoint
 	$(BIN)/python -m pytest -n $(WORKERS)
