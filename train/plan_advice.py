@@ -12,9 +12,9 @@ from train.plan_estimate import Model, estimate, measure
 
 
 def advice(plan: Plan, options: RunOptions, config: LlamaConfig) -> list[str]:
-    """Sentences, the most helpful first; none for devices without a data sheet."""
+    """Sentences, the most helpful first; none without a data sheet, or where XLA named no amount."""
     chip = plan.chip
-    if chip is None:
+    if chip is None or math.isnan(plan.peak):
         return []
     measured = measure(config, plan.sequence_length)
     if not plan.fits:

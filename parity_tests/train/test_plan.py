@@ -186,6 +186,7 @@ def test_advice() -> None:
         "the links take 2.0 x the time of the products; what is sent hardly depends on the rows: 1024 of "
         "them in a micro-batch level the two"
     ]
+    assert said(math.nan) == []
     too_much = said(105 * GIB, data=8, fsdp=8)
     assert too_much[0].startswith("--mesh.data 1 --mesh.fsdp 64 would save about 14.7 GiB")
     assert too_much[0].endswith("which is enough")
