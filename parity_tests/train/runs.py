@@ -17,8 +17,8 @@ import tyro
 from llama_jax.config import LlamaConfig
 from parity_tests.train.corpus import EOS, token_directory, word_tokenizer
 from train import checkpoints
-from train.config import RunOptions, flags_of
 from train.config import FILE as RUN_FILE
+from train.config import RunOptions, flags_of
 from train.mesh import make_mesh
 from train.metrics_log import TIMES, read_metrics
 from train.program import make_program
