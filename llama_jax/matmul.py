@@ -87,7 +87,7 @@ def wide_einsum(spec: str, a: Array, b: Array, dtype: jnp.dtype) -> Array:
     size = a.shape[axis]
     if (
         a.dtype == jnp.bfloat16
-        and jax.default_backend() == "cpu"
+        and target_platform() == "cpu"
         and len(depths) == 1
         and axis < a.ndim - 1
         and size % 2 == 0
