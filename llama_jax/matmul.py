@@ -101,7 +101,7 @@ def wide_einsum(spec: str, a: Array, b: Array, dtype: jnp.dtype) -> Array:
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _low_precision_einsum(spec: str, out_dtype: jnp.dtype, a: Array, b: Array) -> Array:
-    return wide_einsum(spec, a, b, jnp.float32).astype(out_dtype)
+    return wide_einsum(spec, a, b, jnp.dtype(jnp.float32)).astype(out_dtype)
 
 
 def _forward(spec: str, out_dtype: jnp.dtype, a: Array, b: Array):

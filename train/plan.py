@@ -18,6 +18,7 @@ from llama_jax.attention_splash import visited_share
 from llama_jax.config import LlamaConfig
 from llama_jax.info import forward_flops_per_token
 from llama_jax.masks import AttentionMask
+from llama_jax.remat import Remat
 from train.chips import CHIPS, Chip
 from train.collectives import Collective, collectives
 from train.config import RunOptions
@@ -57,7 +58,7 @@ class Plan:
     """
 
     mesh: dict[str, int]
-    remat: str
+    remat: Remat
     batch_size: int
     sequence_length: int
     micro_batches: int

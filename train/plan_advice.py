@@ -1,9 +1,11 @@
 """What would make a plan fit, or faster, reckoned from its own figures."""
 
+import itertools
 import math
 from dataclasses import replace
 
 from llama_jax.config import LlamaConfig
+from llama_jax.remat import Remat
 from train.config import RunOptions
 from train.plan import Plan
 from train.plan_estimate import estimate
@@ -20,23 +22,40 @@ def advice(plan: Plan, options: RunOptions, config: LlamaConfig) -> list[str]:
     assert line is not None
     found = []
     if line.links > line.compute:
-        needed = math.ceil(plan.batch_size * line.links / line.compute)
-        found.append(
-            f"links take {line.links / line.compute:.1f} x the time of the products: they are level from "
-            f"about {needed} rows a batch on, if each is one more of a micro-batch"
+        ratio = line.links / line.compute
+        rows = math.ceil(plan.batch_size / plan.micro_batches * ratio)
+        cure = (
+            f"a smaller --mesh.tensor than {plan.mesh['tensor']} sends less"
+            if plan.mesh["tensor"] > 1
+            else f"what is sent hardly depends on the rows: {rows} of them in a micro-batch level the two"
         )
-    if options.model.remat == "full":
-        for remat in ("none", "dots"):
-            more = replace(options, model=replace(options.model, remat=remat))
-            added = _activations(more, config, plan) - _activations(options, config, plan)
-            if plan.peak + added <= chip.memory:
-                saved = 1 - plan.flops_per_token / plan.counted_flops_per_token
-                found.append(
-                    f"--model.remat {remat} would keep about {_gib(added)} more, which fits, and save "
-                    f"up to {saved:.0%} of the FLOPs"
-                )
-                break
+        found.append(f"the links take {ratio:.1f} x the time of the products; {cure}")
+    elif plan.remat == "full":
+        most = int(line.compute / line.links) if line.links else 1
+        found += _to_recompute_less(plan, options, config, chip.memory - plan.peak, max(most, 1))
     return found
+
+
+def _to_recompute_less(
+    plan: Plan, options: RunOptions, config: LlamaConfig, room: float, most: int
+) -> list[str]:
+    """With the fewest micro-batches that make room for what would be kept.
+
+    Args:
+        most: times the micro-batches of now; each gathers the weights anew.
+    """
+    kept = _activations(options, config, plan)
+    saved = 1 - plan.flops_per_token / plan.counted_flops_per_token
+    fewer: tuple[Remat, ...] = ("none", "dots")
+    for times, remat in itertools.product(_divisors(_rows(plan)), fewer):
+        parts = plan.micro_batches * times
+        changed = replace(options, model=replace(options.model, remat=remat), micro_batches=parts)
+        added = _activations(changed, config, plan) - kept
+        if times <= most and added <= room:
+            flags = f"--model.remat {remat}" + (f" --micro-batches {parts}" if times > 1 else "")
+            amount = f"{_gib(abs(added))} {'more' if added > 0 else 'less'}"
+            return [f"{flags} would keep about {amount} and save up to {saved:.0%} of the FLOPs"]
+    return []
 
 
 def _to_fit(plan: Plan, options: RunOptions, config: LlamaConfig, missing: float) -> list[str]:
@@ -47,9 +66,7 @@ def _to_fit(plan: Plan, options: RunOptions, config: LlamaConfig, missing: float
     state = estimated.state + estimated.gradients
 
     def say(text: str, saved: float) -> None:
-        enough = (
-            "which is enough" if saved >= missing else f"of the {_gib(missing)} that are missing"
-        )
+        enough = "which is enough" if saved >= missing else f"of {_gib(missing)} missing"
         found.append(f"{text} would save about {_gib(saved)}, {enough}")
 
     if sizes["data"] > 1:
@@ -59,10 +76,9 @@ def _to_fit(plan: Plan, options: RunOptions, config: LlamaConfig, missing: float
         full = replace(options, model=replace(options.model, remat="full"))
         saved = estimated.activations - _activations(full, config, plan)
         say("--model.remat full", saved)
-    rows = plan.batch_size // plan.micro_batches // (sizes["data"] * sizes["fsdp"])
-    if rows > 1:
+    divisors = _divisors(_rows(plan))[1:]
+    if divisors:
         # the fewest more parts that do, or as many as there are rows
-        divisors = [n for n in range(2, rows + 1) if rows % n == 0]
         enough = (n for n in divisors if estimated.activations * (1 - 1 / n) >= missing)
         times = next(enough, divisors[-1])
         say(
@@ -87,6 +103,15 @@ def _to_fit(plan: Plan, options: RunOptions, config: LlamaConfig, missing: float
             f"{math.ceil(everything / chip.memory)} devices"
         )
     return found
+
+
+def _rows(plan: Plan) -> int:
+    """Of a micro-batch, on one device."""
+    return plan.batch_size // plan.micro_batches // (plan.mesh["data"] * plan.mesh["fsdp"])
+
+
+def _divisors(number: int) -> list[int]:
+    return [n for n in range(1, number + 1) if number % n == 0]
 
 
 def _activations(options: RunOptions, config: LlamaConfig, plan: Plan) -> float:

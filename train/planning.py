@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +53,8 @@ def run_plan(
         show_ranking(console, plans)
     best = plans[0]
     console.print(f"mesh {axes(best)}; remat {best.remat}; attention {best.attention}")
-    show_plan(console, best, advice(best, options, config))
+    tried = replace(options, model=replace(options.model, remat=best.remat))
+    show_plan(console, best, advice(best, tried, config))
     if json_file is not None:
         figures: Any = [as_json(plan) for plan in plans] if limit else as_json(best)
         write_text(json_file, json.dumps(figures, indent=2) + "\n")

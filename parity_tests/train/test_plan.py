@@ -8,11 +8,19 @@ import math
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from llama_jax.presets import PRESETS
+from train.chips import CHIPS, GIB, Chip
 from train.collectives import collectives
+from train.config import PLANNED, RunOptions
+from train.plan import Plan
+from train.plan_advice import advice
+from train.roofline import Roofline, roofline
 
 ROOT = Path(__file__).parents[2]
 LINE_OF_128 = 128 * 4  # bytes
@@ -129,6 +137,68 @@ def test_search(planned):
     assert len({(*mesh.values(), remat) for mesh, remat in search["candidates"]}) == len(meshes)
     assert sorted(search["reported"]) == search["found"]
     assert len(search["found"]) == 2
+
+
+def a_plan(peak: float, links: float = 1.0, **changes: Any) -> tuple[Plan, RunOptions]:
+    """Of llama-3.1-8b over 64 chips of 95 GiB, 512 x 8192 tokens, as if it had been compiled."""
+    chip = CHIPS["TPU v5"]
+    model = replace(PLANNED.model, compute_dtype="bfloat16", remat=changes.pop("remat", "full"))
+    mesh = {"data": 1, "fsdp": 64, "sequence": 1, "tensor": 1} | changes
+    plan = Plan(
+        mesh=mesh,
+        remat=model.remat,
+        batch_size=512,
+        sequence_length=8192,
+        micro_batches=1,
+        compute_dtype="bfloat16",
+        device_kind="TPU v5",
+        devices=64,
+        attention="splash",
+        flops_per_token=3.0,
+        counted_flops_per_token=4.0,
+        compile_seconds=1.0,
+        peak=peak,
+        fits=peak <= chip.memory,
+        refused=None,
+        memory=None,
+        collectives=(),
+        chip=chip,
+        roofline=Roofline(compute=8.0, memory=0.1, links=links, mfu=0.75, mfu_in_turn=0.5),
+    )
+    return plan, replace(PLANNED, model=model)
+
+
+def test_advice() -> None:
+    """Layers' inputs are 16 GiB a device, "dots" keeps 200: numbers that anyone can check."""
+    config = PRESETS["llama-3.1-8b"]
+
+    def said(*given: Any, **changes: Any) -> list[str]:
+        return advice(*a_plan(*given, **changes), config)
+
+    # in 4 parts of 2 rows a device "dots" keeps a quarter of 200 GiB, where 16 were
+    assert said(50 * GIB) == [
+        "--model.remat dots --micro-batches 4 would keep about 34.0 GiB more and save up to 25% of the "
+        "FLOPs"
+    ]
+    # each part gathers the weights again, which twice over is all that the links can do
+    assert said(50 * GIB, 4.0) == []
+    assert said(50 * GIB, 16.0) == [
+        "the links take 2.0 x the time of the products; what is sent hardly depends on the rows: 1024 of "
+        "them in a micro-batch level the two"
+    ]
+    too_much = said(105 * GIB, data=8, fsdp=8)
+    assert too_much[0].startswith("--mesh.data 1 --mesh.fsdp 64 would save about 14.7 GiB")
+    assert too_much[0].endswith("which is enough")
+    assert too_much[1] == "--micro-batches 4 would save about 12.0 GiB, which is enough"
+    assert said(300 * GIB, remat="dots")[0] == (
+        "--model.remat full would save about 184.0 GiB, of 205.0 GiB missing"
+    )
+
+
+def test_roofline() -> None:
+    chip = Chip(flops=100.0, memory=1.0, memory_bandwidth=10.0, link_bandwidth=5.0)
+    line = roofline(chip, model_flops=300.0, flops=400.0, moved=10.0, sent=15.0)
+    assert line == (4.0, 1.0, 3.0, 3 / 4, 3 / 8)
 
 
 def test_command(planned):
