@@ -11,6 +11,7 @@ import orbax.checkpoint as ocp
 
 FOLDER = "checkpoints"
 
+
 class Restored(NamedTuple):
     """What a checkpoint holds; `step` steps are done."""
 
@@ -42,7 +43,8 @@ def save(
         facts: JSON to keep beside: configuration, seed, position in the data.
 
     Raises:
-        ValueError: numbers that are not finite; an earlier save failed (the disk is full), or this one does.
+        ValueError: numbers that are not finite; an earlier save failed (the disk is full), or this one
+            does.
     """
     if not _all_finite(jax.tree.leaves((params, opt_state))):
         raise ValueError(

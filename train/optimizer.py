@@ -32,9 +32,9 @@ def make_optimizer(
 ) -> optax.GradientTransformationExtraArgs:
     """Clip by global norm, then the optimizer, decoupled decay on what `decay_mask` names.
 
-    muon (Keller Jordan et al., 2024) updates the matrices of the layers, AdamW everything else, both
-    with Nesterov's momentum, which is `beta1`. Its update has the scale 0.2 * sqrt(max(in, out)) of arXiv:2502.16982, so that
-    AdamW's learning rates suit it.
+    muon (Keller Jordan et al., 2024) updates the matrices of the layers, AdamW everything else, both with
+    Nesterov's momentum, which is `beta1`. Its update has the scale 0.2 * sqrt(max(in, out)) of
+    arXiv:2502.16982, so that AdamW's learning rates suit it.
     """
     common = {"weight_decay": weight_decay, "mask": decay_mask}
     if name == "adamw":
