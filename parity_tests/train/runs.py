@@ -17,8 +17,8 @@ import tyro
 from llama_jax.config import LlamaConfig
 from parity_tests.train.corpus import EOS, token_directory, word_tokenizer
 from train import checkpoints
-from train.config import RunOptions, flags_of
 from train.config import FILE as RUN_FILE
+from train.config import RunOptions, flags_of
 from train.mesh import make_mesh
 from train.metrics_log import TIMES, read_metrics
 from train.program import make_program
@@ -79,12 +79,20 @@ def run_flags(tiny: Tiny, out: Path, **changes: Any) -> list[str]:
         "evaluation__sample_tokens": 0,
         "log__peak_flops": 1e9,
     } | changes
-    return ["run", *(f"--{name.replace('__', '.').replace('_', '-')}={value}" for name, value in values.items())]
+    return [
+        "run",
+        *(
+            f"--{name.replace('__', '.').replace('_', '-')}={value}"
+            for name, value in values.items()
+        ),
+    ]
 
 
 def environment(cache: Path | None, devices: int = 1) -> dict[str, str]:
     """Of a process of our own; `cache` is where compiled programs are kept."""
-    kept = {name: value for name, value in os.environ.items() if not name.startswith(("JAX", "XLA"))}
+    kept = {
+        name: value for name, value in os.environ.items() if not name.startswith(("JAX", "XLA"))
+    }
     made = {"JAX_PLATFORMS": "cpu", "COLUMNS": "200"}
     if devices > 1:  # a program for several compiles twice as fast like this
         made["XLA_FLAGS"] = (
@@ -151,4 +159,6 @@ def figures_of(run: Path) -> list[dict[str, Any]]:
 
 
 def saved_steps(run: Path) -> list[int]:
-    return sorted(int(each.name) for each in (run / checkpoints.FOLDER).iterdir() if each.name.isdigit())
+    return sorted(
+        int(each.name) for each in (run / checkpoints.FOLDER).iterdir() if each.name.isdigit()
+    )

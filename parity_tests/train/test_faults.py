@@ -64,7 +64,9 @@ def error_of(arguments: list[str], capfd: pytest.CaptureFixture[str]) -> str:
 
 def largest(folder: Path) -> Path:
     """The file that holds the numbers."""
-    return max((each for each in folder.rglob("*") if each.is_file()), key=lambda f: f.stat().st_size)
+    return max(
+        (each for each in folder.rglob("*") if each.is_file()), key=lambda f: f.stat().st_size
+    )
 
 
 def truncate(checkpoint: Path) -> None:

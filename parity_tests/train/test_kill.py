@@ -112,7 +112,9 @@ def test_killed_at_random_moments(tiny: Tiny, whole: Path, tmp_path: Path, kills
     same_run(run, whole)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)]
+)
 def test_a_signal_saves_and_ends(
     tiny: Tiny, whole: Path, tmp_path: Path, number: signal.Signals
 ) -> None:

@@ -50,13 +50,19 @@ def test_they_multiply_to_the_devices_or_are_refused(sizes: list[int], devices: 
 @pytest.mark.parametrize(
     ("sizes", "message"),
     [
-        ({"data": 3}, "mesh: found data 3 x fsdp 1 x sequence 1 x tensor 1 = 3, expected 8 devices in all"),
-        ({"data": -1, "tensor": 3}, "mesh: found fsdp 1 x sequence 1 x tensor 3 = 3, expected to divide 8 devices"),
+        (
+            {"data": 3},
+            "mesh: found data 3 x fsdp 1 x sequence 1 x tensor 1 = 3, expected 8 devices in all",
+        ),
+        (
+            {"data": -1, "tensor": 3},
+            "mesh: found fsdp 1 x sequence 1 x tensor 3 = 3, expected to divide 8 devices",
+        ),
         ({"data": -1, "fsdp": -1}, "mesh: found -1 for data and fsdp, expected it once"),
         ({"tensor": 0}, "mesh.tensor: found 0, expected at least 1, or -1 for the rest"),
         ({"tensor": -2}, "mesh.tensor: found -2, expected at least 1, or -1 for the rest"),
     ],
-)  # fmt: skip
+)
 def test_mistakes(sizes: dict[str, int], message: str) -> None:
     with pytest.raises(ValueError) as caught:
         mesh_shape(sizes, 8)

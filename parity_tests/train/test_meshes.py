@@ -163,7 +163,11 @@ def gone_on(tiny: Tiny, run: Path, layout: Layout, tmp_path: Path, steps_done: i
         if step > steps_done:
             shutil.rmtree(copy / FOLDER / str(step))
     axes = {"data": 1, "fsdp": 1, "sequence": 1, "tensor": 1} | layout.mesh
-    joined = ["--distributed.coordinator=None", "--distributed.processes=None", "--distributed.process-id=None"]
+    joined = [
+        "--distributed.coordinator=None",
+        "--distributed.processes=None",
+        "--distributed.process-id=None",
+    ]
     arguments = ["resume", str(copy), *(joined if layout.processes == 1 else ())]
     end(begin(tiny, layout._replace(mesh=axes), arguments, tmp_path / "ids"))
     return copy

@@ -20,7 +20,13 @@ from train.step import Batch, make_step
 
 CONFIG = BASE | {"attention_bias": True, "mlp_bias": True}
 RATES = {"adamw": 1e-2, "muon": 1e-2, "lion": 3e-3, "adafactor": 0.3, "sgd": 0.3}
-OPTIONS: dict[str, Any] = {"beta1": 0.9, "beta2": 0.95, "eps": 1e-8, "weight_decay": 0.1, "clip_norm": 1.0}
+OPTIONS: dict[str, Any] = {
+    "beta1": 0.9,
+    "beta2": 0.95,
+    "eps": 1e-8,
+    "weight_decay": 0.1,
+    "clip_norm": 1.0,
+}
 
 
 def params_of(dtype: Any = jnp.float32) -> tuple[Any, Any]:
@@ -43,12 +49,10 @@ def named(tree: Any) -> dict[str, np.ndarray]:
     return {keystr(path, simple=True, separator="."): np.asarray(leaf) for path, leaf in flat}
 
 
-def update(rule: Any, gradients: Any, params: Any, times: int = 1) -> Any:
+def update(rule: Any, gradients: Any, params: Any) -> Any:
     with jax.numpy_dtype_promotion("standard"):
         state = rule.init(params)
-        for _ in range(times):
-            updates, state = rule.update(gradients, state, params)
-    return updates
+        return jax.jit(rule.update)(gradients, state, params)[0]
 
 
 @pytest.mark.parametrize("name", get_args(Optimizer))
@@ -127,9 +131,9 @@ def test_muon_orthogonalises_the_momentum_of_every_layers_matrices() -> None:
             scale = 0.2 * np.sqrt(max(matrix.shape))
             want = -scale * newton_schulz(matrix)
             np.testing.assert_allclose(updates[name][layer], want, atol=2e-3 * scale)
-            # near to orthogonal: all singular values near to one
+            # near to orthogonal: singular values near to one, but for those that were near to zero
             values = np.linalg.svd(updates[name][layer] / scale, compute_uv=False)
-            assert 0.6 < values.min() <= values.max() < 1.3, name
+            assert 0.7 < np.median(values) <= values.max() < 1.25, name
             matrices += 1
     assert matrices == 7 * CONFIG["num_hidden_layers"]
 

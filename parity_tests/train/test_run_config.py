@@ -20,9 +20,9 @@ from train.config import (
     validate,
 )
 
-TEXT = st.text(
-    st.characters(blacklist_categories=["Cs", "Cc"]), min_size=1, max_size=8
-).filter(lambda text: not text.startswith("-") and text != "None")
+TEXT = st.text(st.characters(blacklist_categories=["Cs", "Cc"]), min_size=1, max_size=8).filter(
+    lambda text: not text.startswith("-") and text != "None"
+)
 LEAVES: dict[Any, st.SearchStrategy[Any]] = {
     int: st.integers(-5, 1 << 40),
     float: st.floats(allow_nan=False),

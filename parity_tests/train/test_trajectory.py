@@ -103,7 +103,11 @@ def torch_trajectory(
     state = {}
     for name, parameter in parameters.items():
         moments = optimizer.state[parameter]
-        state |= {name: parameter, f"m {name}": moments["exp_avg"], f"v {name}": moments["exp_avg_sq"]}
+        state |= {
+            name: parameter,
+            f"m {name}": moments["exp_avg"],
+            f"v {name}": moments["exp_avg_sq"],
+        }
     return Trajectory(losses, {name: value.detach().numpy() for name, value in state.items()})
 
 
