@@ -2,6 +2,7 @@
 
 compile   seconds to compile 4 and 32 layers of the same widths, forward and gradient
 loss      the loss-in-head beside its peers: memory, time and error
+step      a training step beside torch's: time, memory, tokens a second
 load      from_pretrained of a bfloat16 directory against `cat` of the same file; peak RSS
 """
 
@@ -9,7 +10,7 @@ import argparse
 import importlib
 import sys
 
-MODULES = {"compile": "compile_time", "load": "load_time", "loss": "loss"}
+MODULES = {"compile": "compile_time", "load": "load_time", "loss": "loss", "step": "step"}
 
 
 def main() -> int:

@@ -1,10 +1,10 @@
 """Attention a block of queries at a time, in plain XLA: no scores of the whole sequence, in any dtype.
 
 The backward pass of FlashAttention (arXiv:2205.14135, 2307.08691): it keeps the output and two numbers a
-row and forms the scores again. They are the row's maximum and its sum of exponentials, not the logsumexp:
-one number that holds both is rounded more coarsely than either. A block of queries takes all its keys in
-one product, from the first to the causal frontier, so that no running maximum is needed and half of the
-work is skipped.
+row, and forms the scores again. They are the maximum and the sum of exponentials, not the logsumexp: one
+number that holds both is rounded more coarsely than either. A block of queries takes all its keys in one
+product, from the first to the causal frontier, so that no running maximum is needed and half of the work
+is skipped.
 """
 
 from functools import partial

@@ -21,7 +21,7 @@ from llama_jax.config import LlamaConfig
 from llama_jax.masks import AttentionMask
 from llama_jax.matmul import einsum, working_dtype
 from llama_jax.rope import rotate
-from llama_jax.sharding import RESIDUAL_AXES, constrain
+from llama_jax.sharding import RESIDUAL_AXES, SEQUENCE_AXIS, constrain, mesh_axes
 
 Initializer = Callable[[jax.Array, tuple[int, ...], jnp.dtype], jax.Array]
 
@@ -60,14 +60,18 @@ def linear(
     bias: Float[Array, " out"] | None,
 ) -> Float[Array, "*batch out"]:
     """x weight^T + bias, accumulated in float32 and rounded once, after the bias."""
-    # the dimensions are kept apart: merged, a sequence that is split over devices would be gathered
-    batch = "abcdefgh"[: x.ndim - 1]
+    # One axis of tokens is what products are fastest with on a CPU, backward most of all; but merged, a
+    # sequence that is split over devices would be gathered.
+    split = mesh_axes().present(SEQUENCE_AXIS)
+    tokens = x if split else x.reshape(-1, x.shape[-1])
+    batch = "abcdefgh"[: tokens.ndim - 1]
     spec = f"{batch}i,oi->{batch}o"
     if bias is None:
-        out = einsum(spec, x, weight)
+        out = einsum(spec, tokens, weight)
     else:
         working = working_dtype(x.dtype)
-        out = (einsum(spec, x, weight, out_dtype=working) + bias.astype(working)).astype(x.dtype)
+        out = einsum(spec, tokens, weight, out_dtype=working) + bias.astype(working)
+    out = out.astype(x.dtype).reshape(*x.shape[:-1], weight.shape[0])
     return checkpoint_name(out, "projection")  # for `remat`
 
 

@@ -2,8 +2,8 @@
 
 `fused_linear_cross_entropy` works on chunks of tokens: a [chunk, vocab] block of logits is formed, turned
 into losses and, in the same pass, into gradients, and forgotten (the idea of Liger Kernel,
-arXiv:2410.10989, and of Cut Cross-Entropy, arXiv:2411.09009). It needs nothing else of this library but
-the names of mesh axes.
+arXiv:2410.10989, and of Cut Cross-Entropy, arXiv:2411.09009). Of this library it
+needs the products and the names of mesh axes.
 
 Notation: T tokens, H hidden, V vocabulary, C tokens per chunk; one unit is a product of 2 * T * H * V
 flops. Products have operands of the input dtype and accumulate in float32; softmax and losses are
@@ -21,6 +21,7 @@ import numpy as np
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
+from llama_jax.matmul import wide_einsum
 from llama_jax.platform import target_platform
 from llama_jax.sharding import BATCH_AXES, SEQUENCE_AXIS, TENSOR_AXIS, mesh_axes
 
@@ -451,7 +452,7 @@ def _run_chunk(
     product = _product_dtype(x, kernel)
     x, table = x.astype(product), kernel.astype(product)
     vocab_first = options.vocab_axis == 0
-    raw = _matmul("ch,vh->cv" if vocab_first else "ch,hv->cv", x, table, working)
+    raw = wide_einsum("ch,vh->cv" if vocab_first else "ch,hv->cv", x, table, working)
     logits, slope = _shape_logits(options, raw, bias, scale)
     columns, own = _columns(options, raw.shape[1], labels)
     real = None if columns is None else columns < options.vocab
@@ -490,11 +491,14 @@ def _run_chunk(
         gradient = gradient * scale
     gradient = gradient.astype(product)
     if wanted.kernel:
-        added = _matmul("cv,ch->vh" if vocab_first else "cv,ch->hv", gradient, x, working)
+        if vocab_first:
+            added = wide_einsum("cv,ch->vh", gradient, x, working)
+        else:
+            added = wide_einsum("ch,cv->hv", x, gradient, working)
         sums = sums._replace(kernel=sums.kernel + added)
     rows = None
     if wanted.hidden:
-        rows = _matmul("cv,vh->ch" if vocab_first else "cv,hv->ch", gradient, table, working)
+        rows = wide_einsum("cv,vh->ch" if vocab_first else "cv,hv->ch", gradient, table, working)
     return sums, (losses, rows)
 
 
@@ -553,7 +557,7 @@ def _reference(options: _Options, hidden, kernel, bias, scale, weights, labels, 
     valid = labels != options.ignore_index
     x = jnp.where(valid[..., None], hidden, 0).astype(product)
     spec = "...h,vh->...v" if options.vocab_axis == 0 else "...h,hv->...v"
-    raw = _matmul(spec, x, kernel.astype(product), working)
+    raw = jnp.einsum(spec, x, kernel.astype(product), preferred_element_type=working)
     logits, _ = _shape_logits(options, raw, bias, scale)
     lse = jax.nn.logsumexp(logits, axis=-1)
     inside = (labels >= 0) & (labels < options.vocab)
@@ -565,10 +569,6 @@ def _reference(options: _Options, hidden, kernel, bias, scale, weights, labels, 
     ce = jnp.where(valid, jnp.where(inside, ce, jnp.nan), 0)
     z = jnp.where(valid, options.z_loss * jnp.square(lse), 0)
     return _reduce(options, _Losses(ce, z, lse), weights, labels, count)
-
-
-def _matmul(spec: str, a: Array, b: Array, working: Any) -> Array:
-    return jnp.einsum(spec, a, b, preferred_element_type=working)
 
 
 def _working_dtype(hidden: Array, kernel: Array) -> Any:

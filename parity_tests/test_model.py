@@ -50,6 +50,20 @@ def test_p1_float64_equals_the_oracle(case: Case, record_property: Any) -> None:
     assert error <= P1, f"{name}: relative error {error:.2e}"
 
 
+@pytest.mark.parametrize("name", ["everything", "mask_holes", "segments_and_padding", "mqa"])
+def test_p1_without_holding_the_scores(name: str) -> None:
+    """The attention that long sequences take, whose backward pass is written out."""
+    case = BY_NAME[name]
+    weights, inputs = weights_of(case.config), inputs_of(case.inputs, case.config)
+    want = oracle_numbers(case.config, weights, inputs)
+    with jax.enable_x64(True):
+        ours = our_model(case.config, weights, jnp.float64)
+        options = our_inputs(inputs, jnp.float64)[1] | {"attention_implementation": "blocked"}
+        got = our_numbers(ours, inputs, compiled(options, FAST_COMPILE))
+    error, number = worst(got, want)
+    assert error <= P1, f"{number}: relative error {error:.2e}"
+
+
 @pytest.mark.parametrize(
     "name", ["everything", "mask_holes", "segments_and_padding", "keep_index", "tied", "mqa"]
 )

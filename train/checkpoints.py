@@ -43,7 +43,7 @@ def save(
         facts: JSON to keep beside: configuration, seed, position in the data.
 
     Raises:
-        ValueError: numbers that are not finite; an earlier save failed (the disk is full), or this one does.
+        ValueError: numbers that are not finite; this save fails, or an earlier one did (the disk is full).
     """
     if not _all_finite(jax.tree.leaves((params, opt_state))):
         raise ValueError(

@@ -244,16 +244,20 @@ def with_absolute_paths(options: RunOptions) -> RunOptions:
 
 
 def to_toml(options: Any) -> str:
-    """The options as TOML; what is None is left out."""
+    """The options as TOML, which has no None: it is left out where it is the default, else "None"."""
 
-    def plain(value: Any) -> Any:
-        if isinstance(value, Mapping):
-            return {name: plain(inner) for name, inner in value.items() if inner is not None}
+    def plain(value: Any, default: Any) -> Any:
+        if dataclasses.is_dataclass(value):
+            pairs = {
+                item.name: (getattr(value, item.name), getattr(default, item.name))
+                for item in dataclasses.fields(value)
+            }
+            return {name: plain(*pair) for name, pair in pairs.items() if pair != (None, None)}
         if isinstance(value, tuple):
-            return [plain(inner) for inner in value]
-        return str(value) if isinstance(value, Path) else value
+            return [plain(inner, None) for inner in value]
+        return str(value) if value is None or isinstance(value, Path) else value
 
-    return tomli_w.dumps(plain(dataclasses.asdict(options)))
+    return tomli_w.dumps(plain(options, type(options)()))
 
 
 def flags_of(path: Path) -> list[str]:

@@ -32,26 +32,26 @@ def make_optimizer(
 ) -> optax.GradientTransformationExtraArgs:
     """Clip by global norm, then the optimizer, decoupled decay on what `decay_mask` names.
 
-    muon (Keller Jordan et al., 2024) updates the matrices of the layers, AdamW everything else; its
-    `beta1` is the momentum. Its update has the scale 0.2 * sqrt(max(in, out)) of arXiv:2502.16982, so that
-    AdamW's learning rates suit it.
+    muon (Keller Jordan et al., 2024) updates the matrices of the layers, AdamW everything else, both with
+    Nesterov's momentum, which is `beta1`. Its update has the scale 0.2 * sqrt(max(in, out)) of
+    arXiv:2502.16982, so that AdamW's learning rates suit it.
     """
     common = {"weight_decay": weight_decay, "mask": decay_mask}
     if name == "adamw":
         rule = optax.adamw(learning_rate, b1=beta1, b2=beta2, eps=eps, **common)
     elif name == "muon":
-        rule = optax.contrib.muon(
-            learning_rate,
+        # its own decay has no mask for AdamW's share: here decay, sign and rate come after
+        direction = optax.contrib.muon(
+            -1.0,
             beta=beta1,
             eps=eps,
-            weight_decay=weight_decay,
-            weight_decay_mask=decay_mask,
             adam_b1=beta1,
             adam_b2=beta2,
-            adam_weight_decay=weight_decay,
             muon_weight_dimension_numbers=_layer_matrices,
             consistent_rms=0.2,
         )
+        decay = optax.add_decayed_weights(weight_decay, mask=decay_mask)
+        rule = optax.chain(direction, decay, optax.scale_by_learning_rate(learning_rate))
     elif name == "lion":
         rule = optax.lion(learning_rate, b1=beta1, b2=beta2, **common)
     elif name == "adafactor":

@@ -80,6 +80,9 @@ def make_program(
     """
     _require_divisible(config, mesh, batch_size // micro_batches, sequence_length)
     dtype = jnp.dtype(model.parameter_dtype)
+    compute_dtype = jnp.dtype(model.compute_dtype or model.parameter_dtype)
+    if jnp.float64 in (dtype, compute_dtype):
+        jax.config.update("jax_enable_x64", True)  # without which JAX makes it float32
     abstract = nnx.eval_shape(lambda: LlamaForCausalLM(config, rngs=nnx.Rngs(0), dtype=dtype))
     graphdef, state = nnx.split(abstract)
     params = _with_shardings(nnx.to_pure_dict(state), parameter_shardings(abstract, mesh))
@@ -101,7 +104,6 @@ def make_program(
         clip_norm=optimizer.clip_norm,
     )
     opt_state = _like_params(jax.eval_shape(rule.init, params), params, mesh)
-    compute_dtype = jnp.dtype(model.compute_dtype or model.parameter_dtype)
     forward = {
         "remat": model.remat,
         "scan_unroll": min(model.scan_unroll, config.num_hidden_layers),
