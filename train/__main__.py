@@ -20,7 +20,10 @@ _CONSOLE = Console(stderr=True, soft_wrap=True, highlight=False)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; returns the exit code: 0 done, 2 the user's fault, 130 interrupted."""
+    """Run one command; returns the exit code: 0 done, 2 the user's fault, 130 interrupted.
+
+    A run that SIGTERM or a first SIGINT stops has saved and is not interrupted: 0.
+    """
     arguments = list(sys.argv[1:] if argv is None else argv)
     # Orbax explains its defaults through it
     logging.getLogger("absl").setLevel(logging.ERROR)
@@ -32,7 +35,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         _CONSOLE.print(f"[bold red]error:[/] {escape(message)}")
         return 2
     except KeyboardInterrupt:
-        _CONSOLE.print("interrupted: the same command goes on from here")
+        # a run begun is gone on with by another command, which it says when it stops
+        again = "" if arguments[:1] == ["run"] else ": the same command goes on from here"
+        _CONSOLE.print(f"interrupted{again}")
         return 130
     return 0
 

@@ -7,7 +7,9 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import orbax.checkpoint as ocp
+from jax.experimental import multihost_utils
 
 FOLDER = "checkpoints"
 
@@ -107,19 +109,26 @@ def restore(
             raise ValueError(f"step: found {step}, expected one of {shown}")
         steps = [step]
     for candidate in steps:
+        fault, restored = "", None
         try:
             if model is not None:
                 _require_same_model(manager, candidate, model)
-            return _restore_step(manager, candidate, params, opt_state)
+            restored, expected = _read_step(manager, candidate, params, opt_state)
         except _AnotherModelError:
             raise
         except Exception as error:  # Orbax and TensorStore raise whatever the damage leads them to
-            reason = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
-            warnings.warn(
-                f"{manager.directory}: the checkpoint of step {candidate} is damaged ({reason}); "
-                "it is passed over",
-                stacklevel=2,
-            )
+            fault = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
+        # each process reads its own part; what follows is work of all of them
+        if _in_all_processes(restored is not None) and restored is not None:
+            found = [int(each) for each in fingerprints((restored.params, restored.opt_state))]
+            if found == expected:
+                return restored
+            fault = "its arrays are not what was saved"
+        warnings.warn(
+            f"{manager.directory}: the checkpoint of step {candidate} is damaged "
+            f"({fault or 'for another process'}); it is passed over",
+            stacklevel=2,
+        )
     raise ValueError(f"{manager.directory}: found no checkpoint that is whole, expected one")
 
 
@@ -189,9 +198,10 @@ def _mix(x: Any) -> Any:
     return x ^ (x >> jnp.uint32(16))
 
 
-def _restore_step(
+def _read_step(
     manager: ocp.CheckpointManager, step: int, params: Any, opt_state: Any
-) -> Restored:
+) -> tuple[Restored, list[int]]:
+    """What is there, and the fingerprints it must have."""
     restored = manager.restore(
         step,
         args=ocp.args.Composite(
@@ -200,12 +210,14 @@ def _restore_step(
             facts=ocp.args.JsonRestore(),
         ),
     )
-    expected = restored["facts"]["fingerprints"]
-    found = [int(each) for each in fingerprints((restored["params"], restored["opt_state"]))]
-    if found != expected:
-        wrong = sum(one != other for one, other in zip(found, expected, strict=True))
-        raise ValueError(f"{wrong} arrays are not what was saved")
-    return Restored(step, restored["params"], restored["opt_state"])
+    found = Restored(step, restored["params"], restored["opt_state"])
+    return found, restored["facts"]["fingerprints"]
+
+
+def _in_all_processes(mine: bool) -> bool:
+    if jax.process_count() == 1:
+        return mine
+    return bool(np.all(multihost_utils.process_allgather(np.asarray(mine))))
 
 
 def facts_of(manager: ocp.CheckpointManager, step: int) -> dict[str, Any]:
