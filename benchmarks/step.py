@@ -22,6 +22,7 @@ from rich.console import Console
 from rich.table import Table
 
 from llama_jax import PRESETS, LlamaConfig, LlamaForCausalLM, fused_linear_cross_entropy
+from llama_jax.compiler import step_compiler_options
 from llama_jax.loss import shift_labels
 
 SMALL = LlamaConfig(
@@ -74,7 +75,7 @@ def our_step(given: Setting, ids: np.ndarray, dtype: str, **options: Any) -> Row
         head = (model.model.embed_tokens if tied else model.lm_head).weight[...]
         return fused_linear_cross_entropy(hidden, head, shift_labels(ids), vocab_axis=0).loss
 
-    @partial(jax.jit, donate_argnums=(0, 1))
+    @partial(jax.jit, donate_argnums=(0, 1), compiler_options=step_compiler_options())
     def step(model: Any, state: Any, ids: jax.Array) -> tuple[Any, Any, jax.Array]:
         loss, gradient = jax.value_and_grad(loss_of)(model, ids)
         updates, state = optimizer.update(gradient, state, model)

@@ -12,6 +12,7 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from llama_jax.platform import target_platform
@@ -73,7 +74,7 @@ def _blocked_einsum(spec: str, a: Array, b: Array) -> Array:
     return functools.reduce(operator.add, map(piece, range(0, depth, size)))
 
 
-def wide_einsum(spec: str, a: Array, b: Array, dtype: jnp.dtype) -> Array:
+def wide_einsum(spec: str, a: Array, b: Array, dtype: DTypeLike) -> Array:
     """`jnp.einsum(spec, a, b)`, accumulated and returned in `dtype`; JAX's own derivative.
 
     XLA's bfloat16 product on the CPU wants the contracted index last in its first operand, and makes a

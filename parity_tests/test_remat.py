@@ -7,6 +7,7 @@ import pytest
 from flax import nnx
 
 from llama_jax import LlamaConfig, LlamaForCausalLM
+from llama_jax.compiler import step_compiler_options
 
 CONFIG = LlamaConfig(
     vocab_size=64,
@@ -59,6 +60,17 @@ def test_memory_falls(model, whole):
     dots, full = (run(model, remat=remat)[2] for remat in ("dots", "full"))
     assert full < 0.7 * dots
     assert dots < 0.7 * whole[2]
+
+
+def test_bfloat16_residuals_stay_bfloat16(model):
+    narrow = jax.tree.map(lambda weight: weight.astype(jnp.bfloat16), model)
+    step = jax.grad(lambda model: model(IDS, labels=IDS).loss)
+    lowered = jax.jit(step).lower(narrow)
+    plain, ours = (
+        lowered.compile(options).memory_analysis().temp_size_in_bytes
+        for options in ({}, step_compiler_options())
+    )
+    assert ours < 0.8 * plain
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ import optax
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from llama_jax.compiler import step_compiler_options
 from llama_jax.config import LlamaConfig
 from llama_jax.sharding import BATCH_AXES, SEQUENCE_AXIS, parameter_shardings
 from llama_jax.tasks import LlamaForCausalLM
@@ -129,6 +130,7 @@ def make_program(
         step=jax.jit(
             step,
             donate_argnums=(0, 1),
+            compiler_options=step_compiler_options(mesh.devices.flat[0].platform),
             out_shardings=(shardings_of(params), shardings_of(opt_state), replicated),
         ),
         evaluate=jax.jit(evaluate, out_shardings=replicated),
