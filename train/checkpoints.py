@@ -7,9 +7,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import orbax.checkpoint as ocp
-from jax.experimental import multihost_utils
 
 FOLDER = "checkpoints"
 
@@ -109,24 +107,27 @@ def restore(
             raise ValueError(f"step: found {step}, expected one of {shown}")
         steps = [step]
     for candidate in steps:
-        fault, restored = "", None
         try:
             if model is not None:
                 _require_same_model(manager, candidate, model)
             restored, expected = _read_step(manager, candidate, params, opt_state)
-        except _AnotherModelError:
-            raise
-        except Exception as error:  # Orbax and TensorStore raise whatever the damage leads them to
-            fault = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
-        # each process reads its own part; what follows is work of all of them
-        if _in_all_processes(restored is not None) and restored is not None:
             found = [int(each) for each in fingerprints((restored.params, restored.opt_state))]
             if found == expected:
                 return restored
             fault = "its arrays are not what was saved"
+        except _AnotherModelError:
+            raise
+        except Exception as error:  # Orbax and TensorStore raise whatever the damage leads them to
+            fault = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
+            if jax.process_count() > 1:
+                # the others may have read their parts, and wait for this one within Orbax
+                raise ValueError(
+                    f"{manager.directory}: the checkpoint of step {candidate} is damaged ({fault}): go on "
+                    "with one process, which passes it over, or remove it"
+                ) from None
         warnings.warn(
-            f"{manager.directory}: the checkpoint of step {candidate} is damaged "
-            f"({fault or 'for another process'}); it is passed over",
+            f"{manager.directory}: the checkpoint of step {candidate} is damaged ({fault}); it is passed "
+            "over",
             stacklevel=2,
         )
     raise ValueError(f"{manager.directory}: found no checkpoint that is whole, expected one")
@@ -212,12 +213,6 @@ def _read_step(
     )
     found = Restored(step, restored["params"], restored["opt_state"])
     return found, restored["facts"]["fingerprints"]
-
-
-def _in_all_processes(mine: bool) -> bool:
-    if jax.process_count() == 1:
-        return mine
-    return bool(np.all(multihost_utils.process_allgather(np.asarray(mine))))
 
 
 def facts_of(manager: ocp.CheckpointManager, step: int) -> dict[str, Any]:

@@ -250,23 +250,6 @@ def test_a_signal_to_one_of_two_processes_ends_both(
     assert same_bits(state_of(copy, 50), state_of(same, 50))
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("owner", [0, 1])
-def test_damage_that_one_of_two_processes_sees(
-    tiny: Tiny, whole: Runner, tmp_path: Path, owner: int
-) -> None:
-    """Both pass the checkpoint over."""
-    layout = LAYOUTS["two-processes-fsdp4-tensor2"]
-    run = whole("two-processes-fsdp4-tensor2", "float32", 12)
-    copy = Path(shutil.copytree(run, tmp_path / "run"))
-    arrays = copy / FOLDER / "12" / "params" / f"ocdbt.process_{owner}" / "d"
-    max(arrays.iterdir(), key=lambda file: file.stat().st_size).unlink()
-    end(begin(tiny, layout, ["resume", str(copy)], tmp_path / "ids"))
-    assert min(tokens(tmp_path / "ids", 2)) == 8
-    assert figures_of(copy) == figures_of(run)
-    assert same_bits(state_of(copy, 12), state_of(run, 12))
-
-
 def test_a_batch_that_the_mesh_does_not_divide(tiny: Tiny, tmp_path: Path) -> None:
     flags = run_flags(tiny, tmp_path / "run", batch_size=12)
     process = start(flags, environment(tiny.cache, 8))
