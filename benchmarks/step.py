@@ -1,4 +1,4 @@
-"""A training step beside torch's: loss, every gradient and AdamW, in one process, in turn.
+"""A training step beside torch's: loss, gradients, clip and AdamW, in one process, in turn.
 
 On a CPU a model of 56M parameters, batch 4 x 512, float32 and bfloat16 compute over float32 weights; on a
 GPU Llama-3.2-1B's shapes, batch 1 x 4096, bfloat16. Memory is what a step takes beyond weights and
@@ -10,41 +10,29 @@ import importlib.util
 import statistics
 import time
 from collections.abc import Callable
-from functools import partial
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-import optax
-from flax import nnx
 from rich.console import Console
 from rich.table import Table
 
-from llama_jax import PRESETS, LlamaConfig, LlamaForCausalLM, fused_linear_cross_entropy
-from llama_jax.compiler import step_compiler_options
-from llama_jax.loss import shift_labels
+from llama_jax import PRESETS
+from llama_jax.info import forward_flops_per_token
+from train.chips import CHIPS
+from train.config import Dtype, ModelOptions, RunOptions
+from train.program import initial_opt_state, initial_params, place_batch, run_program
 
-SMALL = LlamaConfig(
-    vocab_size=32000,
-    hidden_size=512,
-    intermediate_size=1376,
-    num_hidden_layers=8,
-    num_attention_heads=8,
-    num_key_value_heads=4,
-    rms_norm_eps=1e-5,
-)
 ROUNDS = 5
-PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12}  # dense bfloat16, by NVIDIA
 
 
 class Setting(NamedTuple):
     """What suits a backend."""
 
-    config: LlamaConfig
+    preset: str
     batch: int
     seq: int
-    dtypes: tuple[str, ...]
+    dtypes: tuple[Dtype, ...]
 
 
 class Row(NamedTuple):
@@ -59,36 +47,35 @@ class Row(NamedTuple):
 def setting() -> Setting:
     """The model and batch for the default backend."""
     if jax.default_backend() == "cpu":
-        return Setting(SMALL, 4, 512, ("float32", "bfloat16"))
-    return Setting(PRESETS["llama-3.2-1b"], 1, 4096, ("bfloat16",))
+        return Setting("small-56m", 4, 512, ("float32", "bfloat16"))
+    return Setting("llama-3.2-1b", 1, 4096, ("bfloat16",))
 
 
-def our_step(given: Setting, ids: np.ndarray, dtype: str, **options: Any) -> Row:
-    """Weights and moments in float32, cast at the start of the loss; the loss-in-head; optax.adamw."""
-    model = LlamaForCausalLM(given.config, rngs=nnx.Rngs(0))
-    optimizer = optax.adamw(1e-4)
-
-    def loss_of(model: LlamaForCausalLM, ids: jax.Array) -> jax.Array:
-        model = jax.tree.map(lambda weight: weight.astype(dtype), model)
-        hidden = model.model(ids, **options).last_hidden_state
-        tied = given.config.tie_word_embeddings
-        head = (model.model.embed_tokens if tied else model.lm_head).weight[...]
-        return fused_linear_cross_entropy(hidden, head, shift_labels(ids), vocab_axis=0).loss
-
-    @partial(jax.jit, donate_argnums=(0, 1), compiler_options=step_compiler_options())
-    def step(model: Any, state: Any, ids: jax.Array) -> tuple[Any, Any, jax.Array]:
-        loss, gradient = jax.value_and_grad(loss_of)(model, ids)
-        updates, state = optimizer.update(gradient, state, model)
-        return optax.apply_updates(model, updates), state, loss
-
-    held = [model, optimizer.init(model)]
-    rows = jnp.asarray(ids, jnp.int32)
-    compiled = step.lower(*held, rows).compile()
+def our_step(given: Setting, ids: np.ndarray, dtype: Dtype) -> Row:
+    """The step of `python -m train run`, its clip and packed segments included."""
+    options = RunOptions(
+        batch_size=given.batch,
+        sequence_length=given.seq,
+        model=ModelOptions(preset=given.preset, compute_dtype=dtype),
+    )
+    program = run_program(options, PRESETS[given.preset])
+    with jax.set_mesh(program.mesh):
+        params = initial_params(program, seed=0)
+        held = [params, initial_opt_state(program, params)]
+        rows = range(given.batch)
+        windows = {
+            "input_ids": ids,
+            "labels": np.roll(ids, -1, axis=1),
+            "segment_ids": np.zeros_like(ids),
+            "position_ids": np.broadcast_to(np.arange(given.seq, dtype=np.int32), ids.shape),
+        }
+        batch = place_batch(program.batch, rows, windows)
+        compiled = program.step.lower(*held, batch, None).compile()
     analysis: Any = compiled.memory_analysis()
 
     def run() -> float:
-        held[0], held[1], loss = compiled(*held, rows)
-        return float(jax.block_until_ready((held, loss))[1])
+        *held[:], metrics = compiled(*held, batch, None)
+        return float(jax.block_until_ready((held, metrics))[1].loss)
 
     return Row("ours", dtype, run, analysis.temp_size_in_bytes)
 
@@ -99,11 +86,11 @@ def torch_step(given: Setting, ids: np.ndarray, dtype: str, compile_it: bool) ->
     import transformers
 
     device = "cuda" if jax.default_backend() == "gpu" else "cpu"
-    config = transformers.LlamaConfig(**given.config.to_dict(), attn_implementation="sdpa")
+    config = transformers.LlamaConfig(**PRESETS[given.preset].to_dict(), attn_implementation="sdpa")
     model = transformers.LlamaForCausalLM(config).to(device).train()
     program = torch.compile(model) if compile_it else model
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
-    rows = torch.from_numpy(ids).to(device)
+    rows = torch.from_numpy(ids.astype(np.int64)).to(device)
     mixed = torch.autocast(device, torch.bfloat16, enabled=dtype == "bfloat16")
 
     def run() -> float:
@@ -111,6 +98,7 @@ def torch_step(given: Setting, ids: np.ndarray, dtype: str, compile_it: bool) ->
         with mixed:
             loss = program(input_ids=rows, labels=rows, use_cache=False).loss
         loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         if device == "cuda":
             torch.cuda.synchronize()
@@ -141,20 +129,12 @@ def torch_cpu_peak(run: Callable[[], Any]) -> int:
     return int(np.max(np.cumsum([size for _, size in memory])))
 
 
-def model_flops(given: Setting) -> float:
-    """Of one step: 6 a weight of a product and token, 12 * layers * heads * dim * seq / 2 for attention."""
-    config, tokens = given.config, given.batch * given.seq
-    heads = config.num_attention_heads * config.head_size
-    kv_heads = config.kv_heads * config.head_size
-    per_layer = config.hidden_size * (2 * heads + 2 * kv_heads + 3 * config.intermediate_size)
-    weights = config.num_hidden_layers * per_layer + config.vocab_size * config.hidden_size
-    return tokens * (6 * weights + 6 * config.num_hidden_layers * heads * given.seq)
-
-
 def main() -> None:
     """Print the table."""
     given = setting()
-    ids = np.random.default_rng(0).integers(0, given.config.vocab_size, (given.batch, given.seq))
+    config = PRESETS[given.preset]
+    shape = given.batch, given.seq
+    ids = np.random.default_rng(0).integers(0, config.vocab_size, shape).astype(np.int32)
     rows, missing = [], []
     for dtype in given.dtypes:
         rows.append(our_step(given, ids, dtype))
@@ -182,7 +162,8 @@ def main() -> None:
     columns = ("", "compute", "seconds", "/ torch eager", "tokens/s", "MiB", "/ torch eager", "MFU")
     for column in columns:
         table.add_column(column, justify="right" if column else "left")
-    peak = next((flops for name, flops in PEAK_FLOPS.items() if name in kind), None)
+    chip = CHIPS.get(kind)
+    flops = 3 * forward_flops_per_token(config, given.seq) * given.batch * given.seq
     for row, seconds in zip(rows, times, strict=True):
         median = statistics.median(seconds)
         base = next(
@@ -201,12 +182,12 @@ def main() -> None:
             f"{given.batch * given.seq / median:.0f}",
             f"{row.memory / 2**20:.0f}",
             f"{row.memory / base[1]:.2f}" if base else "",
-            f"{model_flops(given) / median / peak:.1%}" if peak else "",
+            f"{flops / median / chip.flops:.1%}" if chip else "",
         )
     console = Console(width=110)
     console.print(table)
     console.print(
-        "MFU: 6 x weights in products x tokens + 6 x layers x heads x dim x seq x tokens (causal)"
+        "MFU: 3 x tokens x (2 x weights in products + 2 x layers x heads x dim x (seq + 1)), causal"
     )
     for line in missing:
         console.print(f"left out: {line}")
