@@ -18,12 +18,12 @@ demo: install
 	$(BIN)/python -m train.demo
 
 test: install
-	$(BIN)/python -m pytest -n $(WORKERS) -m 'not slow and not checkpoint'
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -m 'not slow and not checkpoint'
 
 # also compiles for TPUs where libtpu is there: pip install '.[plan]'
 test-all: install
 	$(BIN)/python -m convert.demo_checkpoint
-	$(BIN)/python -m pytest -n $(WORKERS)
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 
 lint: install
 	$(BIN)/ruff check .
@@ -35,7 +35,7 @@ format: install
 	$(BIN)/ruff format .
 
 bench: install
-	$(BIN)/python -m benchmarks compile load
+	$(BIN)/python -m benchmarks compile load loss step
 
 clean:
 	rm -rf .venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

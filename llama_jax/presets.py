@@ -119,7 +119,7 @@ SMALL: dict[str, LlamaConfig] = {
     "small-56m": _small(512, 1376, 8, 8, 4, 32000, tied=False),
 }
 
-PRESETS: dict[str, LlamaConfig] = SMALL | {
+PRESETS: dict[str, LlamaConfig] = {
     "llama-7b": _llama1(4096, 11008, 32, 32),
     "llama-13b": _llama1(5120, 13824, 40, 40),
     "llama-30b": _llama1(6656, 17920, 60, 52),
@@ -146,4 +146,4 @@ PRESETS: dict[str, LlamaConfig] = SMALL | {
     "smollm2-135m": _smollm2(576, 1536, 30, 9, 3, 100000.0, 1 / 24),
     "smollm2-360m": _smollm2(960, 2560, 32, 15, 5, 100000.0, 0.02),
     "smollm2-1.7b": _smollm2(2048, 8192, 24, 32, 32, 130000.0, 0.02),
-}
+} | SMALL

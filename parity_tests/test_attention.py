@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import torch
 
 from llama_jax import attention_splash
 from llama_jax.attention import PLAIN_LENGTH, attention
@@ -112,7 +113,43 @@ def test_blocked_takes_given_slots():
             assert relative_error(ours, theirs) <= 1e-13
 
 
-@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16, jnp.float32])
+@pytest.mark.parametrize("kind", ["causal", "packed"])
+def test_blocked_rounds_no_more_than_torch(kind):
+    """Rule P2 in float32 for the output and the gradients of a random cotangent, pooled over seeds."""
+    seq, dim, errors = 512, 32, np.zeros((2, 4))
+    mask = mask_of(kind, seq)
+    visible = torch.from_numpy(np.array(dense_mask(mask, seq, seq)))
+    for seed in range(3):
+        rng = np.random.default_rng(seed)
+        wide = [rng.normal(size=(BATCH, seq, heads, dim)) for heads in (4, 2, 2, 4)]
+        *operands, cotangent = (each.astype(np.float32) for each in wide)
+
+        def by_torch(dtype, operands=operands, cotangent=cotangent):
+            heads_first = [
+                torch.from_numpy(each.swapaxes(1, 2).copy()).to(dtype).requires_grad_()
+                for each in operands
+            ]
+            out = torch.nn.functional.scaled_dot_product_attention(
+                *heads_first, attn_mask=visible, enable_gqa=True
+            )
+            out.backward(torch.from_numpy(cotangent.swapaxes(1, 2).copy()).to(dtype))
+            found = [out.detach(), *(each.grad for each in heads_first)]
+            return [each.numpy().swapaxes(1, 2) for each in found]
+
+        out, back = jax.vjp(
+            jax.jit(lambda *a: attention(*a, mask, implementation="blocked")[0]),
+            *map(jnp.asarray, operands),
+        )
+        ours = [out, *back(jnp.asarray(cotangent))]
+        truth = by_torch(torch.float64)
+        for row, found in enumerate((ours, by_torch(torch.float32))):
+            errors[row] += [
+                np.sum((np.asarray(a) - b) ** 2) for a, b in zip(found, truth, strict=True)
+            ]
+    assert (np.sqrt(errors[0]) <= 1.25 * np.sqrt(errors[1])).all(), np.sqrt(errors[0] / errors[1])
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
 def test_blocked_rounds_no_more_than_plain(dtype):
     """Against float64, pooled over the numbers of a row of blocks."""
     with jax.enable_x64(True):
