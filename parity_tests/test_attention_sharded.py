@@ -1,13 +1,11 @@
 """Attention over meshes of eight host devices equals attention on one."""
 
 import json
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parent.parent
+from parity_tests.own_process import lines_of
+
 MESHES = [
     *("data8", "tensor4", "tensor4-kv2", "tensor4-heads6", "sequence4", "fsdp2-sequence2-tensor2"),
 ]
@@ -15,15 +13,7 @@ MESHES = [
 
 @pytest.fixture(scope="module")
 def results():
-    done = subprocess.run(
-        (sys.executable, "-m", "parity_tests.sharded_attention"),
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    rows = [json.loads(line) for line in done.stdout.splitlines()]
+    rows = list(map(json.loads, lines_of("sharded_attention")))
     return {row["case"]: row["errors"] for row in rows}
 
 

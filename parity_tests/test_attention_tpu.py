@@ -2,14 +2,11 @@
 
 import importlib.util
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parent.parent
+from parity_tests.own_process import lines_of
+
 CASES = [
     *("data4-dim64", "data2-tensor2-packed", "sequence4-packed", "sequence2-tensor2-float32"),
     *("tensor4-kv2-dim80", "tensor4-heads6", "model"),
@@ -29,16 +26,7 @@ pytestmark = pytest.mark.skipif(
 
 @pytest.fixture(scope="module")
 def results():
-    done = subprocess.run(
-        (sys.executable, "-m", "parity_tests.tpu_attention"),
-        cwd=ROOT,
-        env=os.environ | ABSENT,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    rows = [json.loads(line) for line in done.stdout.splitlines()]
+    rows = list(map(json.loads, lines_of("tpu_attention", env=ABSENT)))
     return {row["case"]: row["kernels"] for row in rows}
 
 

@@ -1,9 +1,5 @@
 """Weights read by slices: each device gets its part of what `hf.load` reads whole."""
 
-import subprocess
-import sys
-from pathlib import Path
-
 import ml_dtypes
 import numpy as np
 import pytest
@@ -15,6 +11,7 @@ from safetensors.numpy import load_file, save_file
 from llama_jax import LlamaConfig, LlamaForCausalLM
 from llama_jax.hf import load_params
 from llama_jax.safetensors_read import read_header, read_slice
+from parity_tests.own_process import lines_of
 from train.config import RunOptions
 from train.program import run_program
 
@@ -37,14 +34,7 @@ def directory(tmp_path_factory):
 
 
 def test_each_device_reads_its_part(directory):
-    done = subprocess.run(
-        (sys.executable, "-m", "parity_tests.sharded_params", str(directory)),
-        cwd=Path(__file__).resolve().parent.parent,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
+    lines_of("sharded_params", str(directory))
 
 
 @given(

@@ -3,13 +3,11 @@
 import json
 import math
 import re
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parent.parent
+from parity_tests.own_process import lines_of
+
 CASES = [
     f"{mesh}-{vocab}-{reduction}"
     for mesh in ("8x1", "1x8", "4x2", "fsdp2-sequence2-tensor2")
@@ -20,15 +18,7 @@ CASES = [
 
 @pytest.fixture(scope="module")
 def results():
-    done = subprocess.run(
-        (sys.executable, "-m", "parity_tests.sharded_loss"),
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    rows = [json.loads(line) for line in done.stdout.splitlines()]
+    rows = list(map(json.loads, lines_of("sharded_loss")))
     return {row["case"]: row for row in rows}
 
 

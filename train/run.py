@@ -178,12 +178,16 @@ def _train(
             begin = time.perf_counter()
             batch = next(read)
             waited = time.perf_counter() - begin
+            # where a step was computed before its call returned, its figures are there already
+            if pending is not None and pending[1].loss.is_ready():
+                stopping = report(*pending)
+                pending = None
             key = _dropout_key(program.config, options.seed, step)
             params, opt_state, metrics = program.step(params, opt_state, batch, key)
             stop = any_of(asked())
             # the figures of the step before are there while this one computes
             if pending is not None:
-                stopping = report(*pending)
+                stopping = report(*pending) or stopping
             pending = step + 1, metrics, stop, waited
             done, last = step + 1, step + 1 == options.steps
             evaluating = _due(done, options.evaluation.every) or (last and options.evaluation.every)

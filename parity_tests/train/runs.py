@@ -15,15 +15,14 @@ import numpy as np
 import tyro
 
 from llama_jax.config import LlamaConfig
+from parity_tests.own_process import ROOT
 from parity_tests.train.corpus import EOS, token_directory, word_tokenizer
 from train import checkpoints
 from train.config import FILE as RUN_FILE
 from train.config import RunOptions, flags_of
-from train.mesh import make_mesh
 from train.metrics_log import TIMES, read_metrics
-from train.program import make_program
+from train.program import run_program
 
-ROOT = Path(__file__).parents[2]
 VOCAB = 64
 CONFIG: dict[str, Any] = {
     "architectures": ["LlamaForCausalLM"],
@@ -127,16 +126,7 @@ def finish(process: subprocess.Popen[str], code: int = 0) -> str:
 def state_of(run: Path, step: int) -> list[np.ndarray]:
     """Parameters and optimizer state of a checkpoint, as it was saved."""
     options = tyro.cli(RunOptions, args=flags_of(run / RUN_FILE))
-    program = make_program(
-        LlamaConfig.from_pretrained(run),
-        make_mesh({"data": -1}),
-        options.model,
-        options.optimizer,
-        steps=options.steps,
-        batch_size=options.batch_size,
-        micro_batches=options.micro_batches,
-        sequence_length=options.sequence_length,
-    )
+    program = run_program(options, LlamaConfig.from_pretrained(run))
     manager = checkpoints.open_manager(run, keep_last=1, keep_every=None, read_only=True)
     restored = checkpoints.restore(manager, program.params, program.opt_state, step)
     assert restored is not None

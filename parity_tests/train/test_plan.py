@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 
 from llama_jax.presets import PRESETS
+from parity_tests.own_process import ROOT, lines_of
 from train.chips import CHIPS, GIB, Chip
 from train.collectives import collectives
 from train.config import PLANNED, RunOptions
@@ -22,20 +23,12 @@ from train.plan import Plan
 from train.plan_advice import advice
 from train.roofline import Roofline, roofline
 
-ROOT = Path(__file__).parents[2]
 LINE_OF_128 = 128 * 4  # bytes
 
 
 @pytest.fixture(scope="module")
 def planned():
-    done = subprocess.run(
-        (sys.executable, "-m", "parity_tests.train.planned"),
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout.splitlines()[-1])
+    return json.loads(lines_of("train.planned")[-1])
 
 
 def test_collectives_of_small_programs(planned):
