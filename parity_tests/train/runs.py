@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -19,7 +20,7 @@ from parity_tests.own_process import ROOT
 from parity_tests.train.corpus import EOS, token_directory, word_tokenizer
 from train import checkpoints
 from train.config import FILE as RUN_FILE
-from train.config import RunOptions, flags_of
+from train.config import MeshOptions, RunOptions, flags_of
 from train.metrics_log import TIMES, read_metrics
 from train.program import run_program
 
@@ -126,6 +127,7 @@ def finish(process: subprocess.Popen[str], code: int = 0) -> str:
 def state_of(run: Path, step: int) -> list[np.ndarray]:
     """Parameters and optimizer state of a checkpoint, as it was saved."""
     options = tyro.cli(RunOptions, args=flags_of(run / RUN_FILE))
+    options = dataclasses.replace(options, mesh=MeshOptions())  # that of the devices here
     program = run_program(options, LlamaConfig.from_pretrained(run))
     manager = checkpoints.open_manager(run, keep_last=1, keep_every=None, read_only=True)
     restored = checkpoints.restore(manager, program.params, program.opt_state, step)
