@@ -172,7 +172,7 @@ def _train(
         clock = Clock()
         report = _reporter(program, options, show, record, clock)
         read = stack.enter_context(closing(placed_batches(program, dataset, start_step=start)))
-        pending: tuple[int, Metrics, jax.Array, float] | None = None
+        pending: tuple[int, Any, jax.Array, float] | None = None
         stopping = False
         for step in range(start, options.steps):
             begin = time.perf_counter()
