@@ -16,6 +16,12 @@ class OneLineParser(argparse.ArgumentParser):
         raise ValueError(f"{message}; see --help")
 
 
+def first_line(error: Exception, limit: int = 200) -> str:
+    """What another library's error says, for a line of ours; the error's name where it says nothing."""
+    text = str(error)
+    return text.splitlines()[0][:limit] if text else type(error).__name__
+
+
 def positive(text: str) -> int:
     """A count of at least one, as argparse's `type`."""
     try:

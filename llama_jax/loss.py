@@ -2,8 +2,8 @@
 
 `fused_linear_cross_entropy` works on chunks of tokens: a [chunk, vocab] block of logits is formed, turned
 into losses and, in the same pass, into gradients, and forgotten (the idea of Liger Kernel,
-arXiv:2410.10989, and of Cut Cross-Entropy, arXiv:2411.09009). Of this library it
-needs the products and the names of mesh axes.
+arXiv:2410.10989, and of Cut Cross-Entropy, arXiv:2411.09009). Of this library it needs
+the products and the names of mesh axes.
 
 Notation: T tokens, H hidden, V vocabulary, C tokens per chunk; one unit is a product of 2 * T * H * V
 flops. Products have operands of the input dtype and accumulate in float32; softmax and losses are

@@ -9,6 +9,8 @@ import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
 
+from llama_jax.arguments import first_line
+
 FOLDER = "checkpoints"
 
 
@@ -50,8 +52,7 @@ def save(
             f"step {step}: found parameters or optimizer state that are not finite, expected finite "
             "numbers: try a lower --optimizer.learning-rate; earlier checkpoints are kept"
         )
-    prints = [int(each) for each in fingerprints((params, opt_state))]
-    kept = facts | {"step": step, "fingerprints": prints}
+    kept = facts | {"step": step, "fingerprints": fingerprints((params, opt_state))}
     try:
         # later ones were passed over as damaged when the run was resumed; Orbax would keep them as the
         # newest, and save nothing before them
@@ -111,14 +112,13 @@ def restore(
             if model is not None:
                 _require_same_model(manager, candidate, model)
             restored, expected = _read_step(manager, candidate, params, opt_state)
-            found = [int(each) for each in fingerprints((restored.params, restored.opt_state))]
-            if found == expected:
+            if fingerprints((restored.params, restored.opt_state)) == expected:
                 return restored
             fault = "its arrays are not what was saved"
         except _AnotherModelError:
             raise
         except Exception as error:  # Orbax and TensorStore raise whatever the damage leads them to
-            fault = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
+            fault = first_line(error)
             if jax.process_count() > 1:
                 # the others may have read their parts, and wait for this one within Orbax
                 raise ValueError(
@@ -139,7 +139,7 @@ def restore_params(manager: ocp.CheckpointManager, params: Any, step: int) -> An
         params=ocp.args.StandardRestore(params), facts=ocp.args.JsonRestore()
     )
     restored = manager.restore(step, args=items)
-    found = [int(each) for each in fingerprints(restored["params"])]
+    found = fingerprints(restored["params"])
     # parameters come first, see `save`
     if found != restored["facts"]["fingerprints"][: len(found)]:
         raise ValueError(f"{manager.directory}: step {step}: parameters are not what was saved")
@@ -171,9 +171,9 @@ def _all_finite(leaves: list[Any]) -> Any:
     return jnp.all(jnp.stack([jnp.all(jnp.isfinite(leaf)) for leaf in numbers]))
 
 
-def fingerprints(tree: Any) -> list[Any]:
+def fingerprints(tree: Any) -> list[int]:
     """One number a leaf: a sum over its values' bits and places, which no sharding changes."""
-    return jax.device_get(_fingerprints(jax.tree.leaves(tree)))
+    return [int(each) for each in jax.device_get(_fingerprints(jax.tree.leaves(tree)))]
 
 
 @jax.jit
@@ -222,5 +222,6 @@ def facts_of(manager: ocp.CheckpointManager, step: int) -> dict[str, Any]:
 
 
 def _save_failed(error: Exception) -> ValueError:
-    reason = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
-    return ValueError(f"a checkpoint could not be saved ({reason}); earlier ones are kept")
+    return ValueError(
+        f"a checkpoint could not be saved ({first_line(error)}); earlier ones are kept"
+    )

@@ -2,7 +2,7 @@
 
 import itertools
 import math
-from collections.abc import Generator, Iterable, Sequence
+from collections.abc import Generator, Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -58,8 +58,7 @@ def evaluate(program: Program, params: Any, sources: Sequence[Source], *, limit:
     dataset = validation_windows(sources, length, program.config.vocab_size)
     total, count = 0.0, 0
     with closing(placed_batches(program, dataset)) as read:
-        taken: Iterable[Any] = itertools.islice(read, limit) if limit else read
-        for batch in taken:
+        for batch in itertools.islice(read, limit or None):
             loss, tokens = jax.device_get(program.evaluate(params, batch))
             total += float(loss)
             count += int(tokens)

@@ -81,7 +81,7 @@ def verify_export(
     ours = evaluate(program, params, sources, limit=limit)
     dataset = validation_windows(sources, length, program.config.vocab_size)
     with closing(batches(dataset, batch_size=rows, rows=range(rows))) as read:
-        theirs, count = torch_loss(directory, itertools.islice(read, limit) if limit else read)
+        theirs, count = torch_loss(directory, itertools.islice(read, limit or None))
     lines = read_metrics(folder)
     reported = next(
         (

@@ -37,6 +37,11 @@ def mesh_shape(sizes: Mapping[str, int], device_count: int) -> dict[str, int]:
     return shape
 
 
+def in_words(sizes: Mapping[str, int]) -> str:
+    """A mesh's axes and their sizes, those of size 1 left out."""
+    return " x ".join(f"{axis} {size}" for axis, size in sizes.items() if size > 1) or "1"
+
+
 def make_mesh(sizes: Mapping[str, int], devices: Sequence[Any] | None = None) -> Mesh:
     """A mesh over `devices` (default: all of every process), laid out for the hardware's links.
 

@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from train.mesh import in_words
 from train.plan import Plan
 
 
@@ -67,7 +68,7 @@ def show_ranking(console: Console, plans: Sequence[Plan]) -> None:
     for plan in plans:
         line = plan.roofline
         table.add_row(
-            axes(plan),
+            in_words(plan.mesh),
             plan.remat,
             "unknown" if math.isnan(plan.peak) else gib(plan.peak),
             {True: "yes", False: "no", None: ""}[plan.fits],
@@ -92,11 +93,6 @@ def as_json(plan: Plan) -> dict[str, Any]:
         return None if isinstance(value, float) and math.isnan(value) else value
 
     return plain(plan)
-
-
-def axes(plan: Plan) -> str:
-    """The mesh in words, without its axes of size 1."""
-    return " x ".join(f"{name} {size}" for name, size in plan.mesh.items() if size > 1) or "1"
 
 
 def gib(count: float) -> str:

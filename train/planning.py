@@ -12,10 +12,11 @@ from rich.markup import escape
 from llama_jax.info import parameter_count
 from llama_jax.staging import write_text
 from train.config import RunOptions, validate, with_compute_dtype
+from train.mesh import in_words
 from train.plan import Plan, make_plan
 from train.plan_advice import advice
 from train.plan_search import search
-from train.plan_tables import as_json, axes, gib, show_plan, show_ranking
+from train.plan_tables import as_json, gib, show_plan, show_ranking
 from train.sources import model_config
 from train.topology import host_devices as devices_of_host
 from train.topology import topology_devices
@@ -52,7 +53,7 @@ def run_plan(
         plans = search(options, config, devices, limit=limit, report=lambda p: _say(console, p))
         show_ranking(console, plans)
     best = plans[0]
-    console.print(f"mesh {axes(best)}; remat {best.remat}; attention {best.attention}")
+    console.print(f"mesh {in_words(best.mesh)}; remat {best.remat}; attention {best.attention}")
     tried = replace(options, model=replace(options.model, remat=best.remat))
     show_plan(console, best, advice(best, tried, config))
     if json_file is not None:
@@ -71,4 +72,4 @@ def _devices(topology: str | None, host_devices: int | None) -> Sequence[Any]:
 
 def _say(console: Console, plan: Plan) -> None:
     fits = "does not fit" if plan.fits is False else f"peak {gib(plan.peak)}"
-    console.print(f"{axes(plan)}; {plan.remat}: {fits}")
+    console.print(f"{in_words(plan.mesh)}; {plan.remat}: {fits}")

@@ -15,6 +15,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from llama_jax.arguments import first_line
 from llama_jax.config import LlamaConfig
 from llama_jax.hf import load_params
 from llama_jax.info import forward_flops_per_token, parameter_count
@@ -35,6 +36,7 @@ from train.display import Display, display
 from train.evaluate import Evaluation, evaluate, placed_batches
 from train.export import export_model
 from train.loggers import open_loggers, require_loggers
+from train.mesh import in_words
 from train.program import (
     Program,
     initial_opt_state,
@@ -77,7 +79,7 @@ def run(options: RunOptions) -> None:
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"{folder}: found a file, expected a new folder")
     require_loggers(options.log)
-    _prepare_jax(options)
+    _join_processes(options)
     options = with_compute_dtype(with_absolute_paths(options), jax.default_backend())
     sources = find_sources(options.data)
     index = common_index(sources)
@@ -111,7 +113,7 @@ def resume(folder: Path, saved: RunOptions, options: RunOptions) -> None:
     changed = differences(saved, options)
     if changed:
         raise ValueError(f"{folder}: is another run: {'; '.join(changed)}")
-    _prepare_jax(options)
+    _join_processes(options)
     sources = find_sources(options.data)
     index = common_index(sources)
     if index.vocab_size > (config := LlamaConfig.from_pretrained(folder)).vocab_size:
@@ -325,10 +327,9 @@ def _evaluate(
 
 def _introduce(show: Display, program: Program, options: RunOptions, start: int) -> None:
     config, mesh = program.config, program.mesh
-    axes = " x ".join(f"{name} {size}" for name, size in mesh.shape.items() if size > 1) or "1"
     show.say(
         f"{parameter_count(config):,} parameters, {options.model.compute_dtype} over "
-        f"{options.model.parameter_dtype}; mesh {axes} on {jax.devices()[0].device_kind}; "
+        f"{options.model.parameter_dtype}; mesh {in_words(mesh.shape)} on {jax.devices()[0].device_kind}; "
         f"{options.batch_size} x {options.sequence_length} tokens a step"
     )
     flops = 3 * forward_flops_per_token(config, options.sequence_length)
@@ -350,10 +351,8 @@ def _due(step: int, every: int) -> bool:
     return bool(every) and step % every == 0
 
 
-def _prepare_jax(options: RunOptions) -> None:
-    """Allow float64 where it is asked for, and join the other processes, where there are any."""
-    if "float64" in (options.model.parameter_dtype, options.model.compute_dtype):
-        jax.config.update("jax_enable_x64", True)
+def _join_processes(options: RunOptions) -> None:
+    """Join the other processes, where there are any."""
     wanted = options.distributed
     if not wanted.enabled and wanted.coordinator is None:
         return
@@ -362,5 +361,4 @@ def _prepare_jax(options: RunOptions) -> None:
     try:
         jax.distributed.initialize(wanted.coordinator, wanted.processes, wanted.process_id)
     except Exception as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ValueError(f"distributed: cannot be initialized ({reason})") from None
+        raise ValueError(f"distributed: cannot be initialized ({first_line(error)})") from None

@@ -76,34 +76,29 @@ def make_step(
         keys = None if dropout_key is None else jax.random.split(dropout_key, micro_batches)
 
         def run(index: Any) -> Any:
-            part = jax.tree.map(lambda x: x[index], (batch, keys))
-            return gradient(params, part[0], count, part[1])
+            part, key = jax.tree.map(lambda x: x[index], (batch, keys))
+            (_, losses), gradients = gradient(params, part, count, key)
+            return losses, gradients
 
         if micro_batches == 1:
-            (_, parts), gradients = run(0)
+            (ce_loss, z), gradients = run(0)
         else:
 
             def accumulate(sums: Any, index: Array) -> tuple[Any, None]:
-                (_, parts), gradients = run(index)
-                return jax.tree.map(jnp.add, sums, (parts, gradients)), None
+                return jax.tree.map(jnp.add, sums, run(index)), None
 
-            zeros = jax.tree.map(
-                lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(lambda: _of(run(0)))
+            shapes = jax.eval_shape(run, 0)
+            zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+            ((ce_loss, z), gradients), _ = jax.lax.scan(
+                accumulate, zeros, jnp.arange(micro_batches)
             )
-            (parts, gradients), _ = jax.lax.scan(accumulate, zeros, jnp.arange(micro_batches))
         # optax mixes integers with floats
         with jax.numpy_dtype_promotion("standard"):
             updates, opt_state = optimizer.update(gradients, opt_state, params)
-        ce_loss, z = parts
         metrics = Metrics(ce_loss, z, optax.tree.norm(gradients), valid)
         return optax.apply_updates(params, updates), opt_state, metrics
 
     return step
-
-
-def _of(result: Any) -> Any:
-    (_, parts), gradients = result
-    return parts, gradients
 
 
 def batch_loss(

@@ -6,6 +6,8 @@ from typing import Any
 
 import jax
 
+from llama_jax.arguments import first_line
+
 # libtpu must neither ask a metadata server, nor wait for other hosts, nor want a TPU for itself alone.
 # The type says nothing about what is compiled for, which is the topology; it only has to be one.
 _ENVIRONMENT = {
@@ -39,7 +41,7 @@ def topology_devices(name: str) -> list[Any]:
     except (jax.errors.JaxRuntimeError, ValueError) as error:
         raise ValueError(
             f"topology: found {name!r}, expected one that libtpu knows, such as v5p:4x4x4 or v6e:16x16 "
-            f"({str(error).splitlines()[0]})"
+            f"({first_line(error)})"
         ) from None
     devices: list[Any] = list(described.devices)
     if any(device.core_on_chip for device in devices):
