@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -84,7 +84,7 @@ def from_hf_tensors(
     shapes = {name: tuple(array.shape) for name, array in tensors.items()}
     faults = _compare(shapes, table, abstract, set())
     if faults:
-        raise ValueError(_report(f"{len(faults)} faults", faults))
+        raise ValueError(report(f"{len(faults)} faults", faults))
     buffers = _allocate(abstract)
     for name, slot in table.items():
         _place(buffers, slot)[...] = np.asarray(tensors[name]).astype(buffers[slot.path].dtype)
@@ -127,7 +127,7 @@ def load(
     if match.tied is not None and not faults:
         faults += _compare_tied(match.tied, buffers[table[_EMBEDDING].path])
     if faults:
-        raise ValueError(_report(f"{directory}: {len(faults)} faults", faults))
+        raise ValueError(report(f"{directory}: {len(faults)} faults", faults))
     return _merge(abstract, buffers), match.config
 
 
@@ -147,7 +147,7 @@ def load_params(
     match = _match(model_class, directory, dtype)
     faults = list(match.faults)
     if faults:
-        raise ValueError(_report(f"{directory}: {len(faults)} faults", faults))
+        raise ValueError(report(f"{directory}: {len(faults)} faults", faults))
     slots: dict[ParamPath, list[str]] = {}
     for name, slot in match.table.items():
         slots.setdefault(slot.path, []).append(name)  # in the order of the layers
@@ -172,7 +172,7 @@ def load_params(
 
     loaded = jax.tree_util.tree_map_with_path(place, params)
     if faults:
-        raise ValueError(_report(f"{directory}: {len(faults)} faults", faults))
+        raise ValueError(report(f"{directory}: {len(faults)} faults", faults))
     return loaded
 
 
@@ -222,10 +222,11 @@ def save(
 
 
 @dataclass(frozen=True)
-class _Match:
+class Fit:
     """A directory's tensors beside the model they are for, and everything that does not fit.
 
-    tied: the copy of a tied head that some exporters write as well.
+    dtype: what the model would have. stored: by the model's names. tied: the copy of a tied head that
+    some exporters write as well.
     """
 
     config: LlamaConfig
@@ -237,11 +238,38 @@ class _Match:
     faults: list[str]
 
 
-def _match(model_class: Callable[..., nnx.Module], directory: Path, dtype: Any) -> _Match:
+def _match(model_class: Callable[..., nnx.Module], directory: Path, dtype: Any) -> Fit:
     config = LlamaConfig.from_pretrained(directory)
-    stored, faults, excused = _open(directory)
+    return fit(model_class, config, open_weights(directory), directory, dtype)
+
+
+class Weights(NamedTuple):
+    """The tensors of a directory's weight files by name, what is wrong with the files, and the names
+    that the faulty files would have held (not to be called missing a second time)."""
+
+    stored: dict[str, StoredTensor]
+    faults: list[str]
+    excused: set[str]
+
+
+def fit(
+    model_class: Callable[..., nnx.Module],
+    config: LlamaConfig,
+    weights: Weights,
+    directory: Path,
+    dtype: Any = None,
+) -> Fit:
+    """Lay a directory's tensors beside the model of `config`; no values are read.
+
+    Args:
+        dtype: of the model; None keeps the stored one (the widest, where several are mixed).
+
+    Raises:
+        ValueError: an unknown dtype, or more layers than there are tensors. All other faults are returned.
+    """
+    stored, faults, excused = weights
     if dtype is None:
-        dtype = _widest({FLOAT_DTYPES[tensor.dtype] for tensor in stored.values()})
+        dtype = widest({FLOAT_DTYPES[tensor.dtype] for tensor in stored.values()})
     dtype = _require_float(dtype)
     if config.num_hidden_layers > max(len(stored), 1):
         # an absurd count, before anything is laid out for it
@@ -257,8 +285,8 @@ def _match(model_class: Callable[..., nnx.Module], directory: Path, dtype: Any) 
         # one tensor under two names: some writers keep the other one
         stored[_EMBEDDING], tied = tied, None
     shapes = {name: tensor.shape for name, tensor in stored.items()}
-    faults += _compare(shapes, table, abstract, excused)
-    return _Match(config, dtype, abstract, table, stored, tied, faults)
+    faults = faults + _compare(shapes, table, abstract, excused)
+    return Fit(config, dtype, abstract, table, stored, tied, faults)
 
 
 def _require_float(dtype: Any) -> np.dtype:
@@ -311,14 +339,17 @@ def _merge(abstract: Model, buffers: dict[ParamPath, np.ndarray]) -> Model:
     return nnx.merge(graphdef, nnx.from_flat_state(filled))
 
 
-def _open(directory: Path) -> tuple[dict[str, StoredTensor], list[str], set[str]]:
-    """The tensors of a directory's weight files, what is wrong with the files, and the names that
-    the faulty files would have held (not to be called missing a second time)."""
+def open_weights(directory: Path) -> Weights:
+    """The headers of a directory's safetensors files.
+
+    Raises:
+        ValueError: no such files, or the only one cannot be read.
+    """
     if (directory / SINGLE_FILE).exists():
         listed: dict[str, str] = {}
         files = [SINGLE_FILE]
     elif (directory / INDEX_FILE).exists():
-        listed = _read_index(directory / INDEX_FILE)
+        listed = read_index(directory / INDEX_FILE)
         files = sorted(set(listed.values()))
     else:
         others = sorted(path.name for path in directory.glob("*.bin"))[:1]
@@ -339,7 +370,7 @@ def _open(directory: Path) -> tuple[dict[str, StoredTensor], list[str], set[str]
             excused |= {name for name, place in listed.items() if place == file}
             continue
         for tensor in tensors:
-            if _is_buffer(tensor.name):
+            if is_buffer(tensor.name):
                 continue
             if tensor.name in stored:
                 faults.append(f"{tensor.name}: in {stored[tensor.name].path.name} and in {file}")
@@ -349,17 +380,18 @@ def _open(directory: Path) -> tuple[dict[str, StoredTensor], list[str], set[str]
                 excused.add(tensor.name)
             else:
                 stored[tensor.name] = tensor
-    return stored, faults, excused
+    return Weights(stored, faults, excused)
 
 
-def _widest(dtypes: set[np.dtype]) -> np.dtype:
+def widest(dtypes: set[np.dtype]) -> np.dtype:
     """The narrowest dtype that holds every value of `dtypes`: float32 for float16 beside bfloat16."""
     if len(dtypes) == 1:
         return next(iter(dtypes))
     return np.dtype(np.float64 if np.dtype(np.float64) in dtypes else np.float32)
 
 
-def _read_index(path: Path) -> dict[str, str]:
+def read_index(path: Path) -> dict[str, str]:
+    """Tensor name -> file of the same directory. Raises ValueError for any other place."""
     weight_map = read_json_object(path).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise ValueError(f"{path}: found no weight_map, expected tensor names and their files")
@@ -374,7 +406,7 @@ def _read_index(path: Path) -> dict[str, str]:
 _ROTARY_BUFFERS = tuple(f"rotary_emb.{name}" for name in ("inv_freq", "cos_cached", "sin_cached"))
 
 
-def _is_buffer(name: str) -> bool:
+def is_buffer(name: str) -> bool:
     """Old checkpoints store the rotary frequencies, which follow from the config."""
     return name.endswith(_ROTARY_BUFFERS)
 
@@ -432,7 +464,8 @@ def _compare(
     return faults
 
 
-def _report(title: str, faults: list[str], limit: int = 20) -> str:
+def report(title: str, faults: list[str], limit: int = 20) -> str:
+    """All faults as one line, the first `limit` of them in full."""
     shown = "; ".join(faults[:limit])
     more = f"; and {len(faults) - limit} more" if len(faults) > limit else ""
     return f"{title}: {shown}{more}"
