@@ -46,7 +46,8 @@ def read(path: Path, *, tokenizer: bool = True) -> Checkpoint:
     require_inside(path, "config.json")
     config = LlamaConfig.from_pretrained(path)
     weights, load, notes = _open(path)
-    found = fit(LlamaForCausalLM, config, weights, path)
+    # of its model only names and shapes matter; float32 asks nothing of JAX
+    found = fit(LlamaForCausalLM, config, weights, path, np.float32)
     if found.faults:
         raise ValueError(report(str(path), found.faults))
     stored = {name: found.stored[name] for name in found.table}
@@ -68,7 +69,7 @@ def read(path: Path, *, tokenizer: bool = True) -> Checkpoint:
         load=lambda name: load(stored[name]),
         dtype=common_dtype(specs),
         files=read_companions(path, tokenizer=tokenizer),
-        facts=_facts(list(stored.values())),
+        facts=stored_facts(list(stored.values())),
         notes=tuple(notes),
     )
 
@@ -145,7 +146,8 @@ def _equal(one: np.ndarray, other: np.ndarray) -> bool:
     return one.shape == other.shape and bool((one == other).all())
 
 
-def _facts(stored: list[StoredTensor]) -> dict[str, Any]:
+def stored_facts(stored: list[StoredTensor]) -> dict[str, Any]:
+    """What `info` shows of the tensors in files: how many of each dtype, and bytes."""
     sizes: dict[str, dict[str, int]] = {}
     for tensor in stored:
         entry = sizes.setdefault(tensor.dtype, {"tensors": 0, "bytes": 0})
