@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -76,12 +77,15 @@ def weights(model: LlamaForCausalLM, dtype: torch.dtype = torch.float32) -> Tens
 
 def fault(path: Path) -> str:
     with pytest.raises(ValueError) as caught:
-        checkpoint = read(path)
-        for spec in checkpoint.tensors:
-            checkpoint.load(spec.name)
+        read_all(path)
     assert "\n" not in str(caught.value)
     assert str(path) in str(caught.value)
     return str(caught.value)
+
+
+def read_all(path: Path) -> dict[str, np.ndarray]:
+    checkpoint = read(path)
+    return {spec.name: checkpoint.load(spec.name) for spec in checkpoint.tensors}
 
 
 def change(path: Path, piece: int, update: Any) -> Path:
@@ -400,8 +404,7 @@ def test_cuts_and_flips_anywhere(tmp_path: Path) -> None:
         damaged[rng.randrange(len(content))] ^= 1 << rng.randrange(8)
         file.write_bytes(damaged)
         try:
-            checkpoint = read(meta)
-            found = {s.name: torch.from_numpy(checkpoint.load(s.name)) for s in checkpoint.tensors}
+            found = {name: torch.from_numpy(values) for name, values in read_all(meta).items()}
         except ValueError as error:
             refused += 1
             assert "\n" not in str(error)
