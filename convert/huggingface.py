@@ -45,7 +45,7 @@ def read(path: Path, *, tokenizer: bool = True) -> Checkpoint:
     require_inside(path, "config.json")
     config = LlamaConfig.from_pretrained(path)
     weights, load = _open(path)
-    found = fit(LlamaForCausalLM, config, weights, path)
+    found = fit(LlamaForCausalLM, config, weights, path, "float32")
     if found.faults:
         raise ValueError(report(str(path), found.faults))
     stored = {name: found.stored[name] for name in found.table}
