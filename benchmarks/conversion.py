@@ -8,7 +8,6 @@ python -m benchmarks convert --preset llama-3.1-8b --pairs hf-orbax orbax-hf hf-
 
 import argparse
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -98,19 +97,24 @@ def copy_seconds(source: Path, target: Path) -> float:
     return seconds
 
 
+_CHILD = """
+import re, sys
+from convert.__main__ import main
+code = main(sys.argv[1:])
+print(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1])
+sys.exit(code)
+"""
+
+
 def convert(source: Path, target: Path, to: str) -> tuple[float, int]:
-    """Seconds and peak bytes of one conversion in its own process."""
-    command = [sys.executable, "-m", "convert", str(source), str(target), "--to", to]
+    """Seconds, from the start of the program, and peak bytes of one conversion in its own process."""
+    command = [sys.executable, "-c", _CHILD, str(source), str(target), "--to", to]
     start = time.perf_counter()
-    with tempfile.TemporaryFile() as err:
-        process = subprocess.Popen(command, cwd=ROOT, stderr=err)
-        _, status, usage = os.wait4(process.pid, 0)
-        seconds = time.perf_counter() - start
-        process.returncode = os.waitstatus_to_exitcode(status)
-        if process.returncode:
-            err.seek(0)
-            raise SystemExit(err.read().decode())
-    return seconds, usage.ru_maxrss * 1024
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    seconds = time.perf_counter() - start
+    if done.returncode:
+        raise SystemExit(done.stderr)
+    return seconds, int(done.stdout) * 1024
 
 
 def remove(path: Path) -> None:

@@ -69,6 +69,7 @@ def read_digests(path: Path, checkpoint: Checkpoint) -> Checkpoint:
 
 @contextmanager
 def recording(
+    source: Path,
     checkpoint: Checkpoint,
     specs: Sequence[TensorSpec],
     rule: Rule,
@@ -87,14 +88,17 @@ def recording(
 
     def fetch(name: str) -> tuple[np.ndarray, np.ndarray]:
         values = checkpoint.load(name)
-        return values, rule(name, values, dtypes[name])
+        try:
+            return values, rule(name, values, dtypes[name])
+        except ValueError as error:
+            raise ValueError(f"{source}: {error}") from None
 
     def load(name: str) -> np.ndarray:
         while newest:
             newest.pop().result()
         fetched = ahead.pop(name, None)
         values, result = fetch(name) if fetched is None else fetched.result()
-        records[name] = digesting.submit(_record, checkpoint, name, values, result)
+        records[name] = digesting.submit(_record, source, checkpoint, name, values, result)
         newest.append(records[name])
         ahead.clear()
         if name in follows:
@@ -105,13 +109,15 @@ def recording(
         yield replace(checkpoint, tensors=tuple(specs), load=load, digests={}), records
 
 
-def _record(checkpoint: Checkpoint, name: str, values: np.ndarray, result: np.ndarray) -> Record:
+def _record(
+    source: Path, checkpoint: Checkpoint, name: str, values: np.ndarray, result: np.ndarray
+) -> Record:
     sha256 = digest(result)
     expected = checkpoint.digests.get(name)
     if expected is not None and expected != (sha256 if result is values else digest(values)):
         raise ValueError(
-            f"tensor {name}: its values are not those that {FILE} has the digest of, expected the same: "
-            f"damaged, or changed since (then remove {FILE})"
+            f"{source}: tensor {name}: its values are not those that {place(source).name} has the digest "
+            f"of, expected the same: damaged, or changed since (then remove {place(source).name})"
         )
     return Record(str(result.dtype), result.shape, sha256, changes(values, result))
 
