@@ -6,7 +6,9 @@ be at most 1.25 times PyTorch's.
 
 from __future__ import annotations
 
+import io
 from collections.abc import Mapping
+from contextlib import redirect_stderr
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -119,13 +121,15 @@ def _torch_model(source: Path, checkpoint: Checkpoint) -> Any:
     model = transformers.LlamaForCausalLM(transformers.LlamaConfig.from_dict(checkpoint.config))
     tensors: dict[str, Any] = {}
     if source.is_file() and "-of-" not in source.name:  # it does not read pieces
-        tensors = load_gguf_checkpoint(source, return_tensors=True, model_to_load=model)["tensors"]
+        with redirect_stderr(io.StringIO()):  # a progress bar
+            found = load_gguf_checkpoint(source, return_tensors=True, model_to_load=model)
+        tensors = found["tensors"]
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            found = tensors.get(name)
-            if found is None:
-                found = torch.from_numpy(checkpoint.load(name).astype(np.float32))
-            parameter.copy_(found)
+            values = tensors.get(name)
+            if values is None:
+                values = torch.from_numpy(checkpoint.load(name).astype(np.float32))
+            parameter.copy_(values)
     return model.eval()
 
 
