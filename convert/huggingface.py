@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ import numpy as np
 from convert.casting import casts
 from convert.checkpoint import DTYPES, Checkpoint, common_dtype, in_dtype, plain_bytes
 from convert.companions import read_companions, require_inside, write_companions
+from convert.torch_files import WHOLE_NOTE, TorchFile, open_torch_file
 from llama_jax.config import LlamaConfig
 from llama_jax.hf import Weights, fit, open_weights, read_index, report
 from llama_jax.safetensors_read import FLOAT_DTYPES, StoredTensor, read_tensor
@@ -44,7 +45,7 @@ def read(path: Path, *, tokenizer: bool = True) -> Checkpoint:
     """
     require_inside(path, "config.json")
     config = LlamaConfig.from_pretrained(path)
-    weights, load = _open(path)
+    weights, load, notes = _open(path)
     found = fit(LlamaForCausalLM, config, weights, path, "float32")
     if found.faults:
         raise ValueError(report(str(path), found.faults))
@@ -53,7 +54,6 @@ def read(path: Path, *, tokenizer: bool = True) -> Checkpoint:
         TensorSpec(name, FLOAT_DTYPES[tensor.dtype], tensor.shape)
         for name, tensor in stored.items()
     )
-    notes = []
     if found.tied is not None:
         if not _equal(load(found.tied), load(stored["model.embed_tokens.weight"])):
             raise ValueError(
@@ -106,21 +106,29 @@ def write_config(checkpoint: Checkpoint, directory: Path) -> None:
     write_text(directory / "config.json", text + "\n")
 
 
-def _open(path: Path) -> tuple[Weights, Callable[[StoredTensor], np.ndarray]]:
-    """The headers of the weight files, and what reads a tensor of theirs."""
-    index = next((i for i in (INDEX_FILE, _BIN_FILES[1]) if (path / i).exists()), None)
-    if (path / SINGLE_FILE).exists():
-        files = [SINGLE_FILE]
-    elif index is not None:
+def _open(path: Path) -> tuple[Weights, Callable[[StoredTensor], np.ndarray], list[str]]:
+    """The headers of the weight files, what reads a tensor of theirs, and notes."""
+    single, index = (SINGLE_FILE, INDEX_FILE)
+    if not any((path / name).exists() for name in (SINGLE_FILE, INDEX_FILE)):
+        single, index = _BIN_FILES
+    if (path / single).exists():
+        files = [single]
+    else:
         require_inside(path, index)
         files = sorted(set(read_index(path / index).values()))
-    else:
-        files = [_BIN_FILES[0]]
     for file in files:
         require_inside(path, file)
-    if files[0].endswith(".safetensors"):
-        return open_weights(path), _read
-    raise NotImplementedError
+    if single == SINGLE_FILE:
+        return open_weights(path), _read, []
+    opened: dict[Path, TorchFile] = {}
+
+    def read_header(file: Path) -> Iterable[StoredTensor]:
+        opened[file] = open_torch_file(file)
+        return opened[file].tensors.values()
+
+    weights = open_weights(path, single, index, read_header)
+    notes = [f"{file.name} {WHOLE_NOTE}" for file, each in opened.items() if each.whole]
+    return weights, lambda tensor: opened[tensor.path].load(tensor.name), notes
 
 
 def _read(tensor: StoredTensor) -> np.ndarray:

@@ -7,7 +7,7 @@ is that layers are stacked, so `model.layers.self_attn.q_proj.weight` [layers, o
 
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -271,7 +271,7 @@ def fit(
     if dtype is None:
         dtype = widest({FLOAT_DTYPES[tensor.dtype] for tensor in stored.values()})
     dtype = _require_float(dtype)
-    if config.num_hidden_layers > max(len(stored), 1):
+    if config.num_hidden_layers > max(len(stored) + len(excused), 1):
         # an absurd count, before anything is laid out for it
         raise ValueError(
             f"{directory}: found {len(stored)} tensors, expected some for each of "
@@ -339,24 +339,30 @@ def _merge(abstract: Model, buffers: dict[ParamPath, np.ndarray]) -> Model:
     return nnx.merge(graphdef, nnx.from_flat_state(filled))
 
 
-def open_weights(directory: Path) -> Weights:
-    """The headers of a directory's safetensors files.
+def open_weights(
+    directory: Path,
+    single: str = SINGLE_FILE,
+    index: str = INDEX_FILE,
+    read_header: Callable[[Path], Iterable[StoredTensor]] = read_header,
+) -> Weights:
+    """The headers of a directory's weight files: of one file, or of several and their index.
+
+    Args:
+        read_header: the tensors of one file; safetensors unless another is given.
 
     Raises:
         ValueError: no such files, or the only one cannot be read.
     """
-    if (directory / SINGLE_FILE).exists():
+    if (directory / single).exists():
         listed: dict[str, str] = {}
-        files = [SINGLE_FILE]
-    elif (directory / INDEX_FILE).exists():
-        listed = read_index(directory / INDEX_FILE)
+        files = [single]
+    elif (directory / index).exists():
+        listed = read_index(directory / index)
         files = sorted(set(listed.values()))
     else:
         others = sorted(path.name for path in directory.glob("*.bin"))[:1]
         found = f"only {others[0]}" if others else "none"
-        raise ValueError(
-            f"{directory}: expected weights in {SINGLE_FILE} or {INDEX_FILE}, found {found}"
-        )
+        raise ValueError(f"{directory}: expected weights in {single} or {index}, found {found}")
     stored: dict[str, StoredTensor] = {}
     faults: list[str] = []
     excused: set[str] = set()
