@@ -107,6 +107,7 @@ def _convert(arguments: Sequence[str], console: Console) -> None:
         max_shard_size=options.max_shard_size,
         tokenizer=not options.no_tokenizer,
         verify=options.verify is not False,
+        logits=bool(options.verify),
     )
     _print_plan(todo, console)
     if options.dry_run:
@@ -170,6 +171,12 @@ def _print_report(report: Report, console: Console) -> None:
         )
     if report.verified:
         console.print(f"read back and compared: {report.tensors} tensors, bit for bit")
+    if report.logits:
+        tokens, ours, torch = report.logits
+        console.print(
+            f"logits of {tokens} tokens against float64: error {ours:.2e}, PyTorch's {torch:.2e}, "
+            f"a ratio of {ours / torch:.2f}"
+        )
     console.print(f"written: {escape(str(report.destination))}")
 
 

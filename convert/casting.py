@@ -53,7 +53,7 @@ def cast(name: str, values: np.ndarray, dtype: np.dtype[Any]) -> np.ndarray:
     return result
 
 
-_CHUNK = 2**22  # values compared at a time: bounds the temporaries
+_CHUNK = 2**20  # values compared at a time: bounds the temporaries
 
 
 def changes(before: np.ndarray, after: np.ndarray) -> Changes | None:

@@ -15,11 +15,11 @@ NAMES = (
     "added_tokens.json",
     "chat_template.jinja",
     "chat_template.json",
-    "generation_config.json",
     "vocab.json",
     "merges.txt",
 )
-_TOKENIZER = tuple(name for name in NAMES if name != "generation_config.json")
+TEMPLATES = "additional_chat_templates"  # a directory of *.jinja
+GENERATION_CONFIG = "generation_config.json"
 _MAX_BYTES = 256 * 2**20  # the largest tokenizers have 20 MB
 
 
@@ -28,10 +28,15 @@ def read_companions(directory: Path, *, tokenizer: bool) -> dict[str, bytes]:
 
     Raises ValueError for one that is damaged, too large, or a link out of the directory.
     """
+    names = [GENERATION_CONFIG]
+    if tokenizer:
+        require_inside(directory, TEMPLATES)
+        templates = sorted((directory / TEMPLATES).glob("*.jinja"))
+        names += [*NAMES, *(f"{TEMPLATES}/{path.name}" for path in templates)]
     files: dict[str, bytes] = {}
-    for name in NAMES:
+    for name in names:
         path = directory / name
-        if not os.path.lexists(path) or (name in _TOKENIZER and not tokenizer):
+        if not os.path.lexists(path):
             continue
         require_inside(directory, name)
         if not path.is_file():
@@ -49,7 +54,9 @@ def read_companions(directory: Path, *, tokenizer: bool) -> dict[str, bytes]:
 def write_companions(directory: Path, files: Mapping[str, bytes]) -> None:
     """Write them, and see them to the disk."""
     for name, content in files.items():
-        with (directory / name).open("wb") as file:
+        path = directory / name
+        path.parent.mkdir(exist_ok=True)
+        with path.open("wb") as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())

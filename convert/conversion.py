@@ -15,6 +15,7 @@ from convert.checkpoint import Checkpoint
 from convert.estimate import seconds
 from convert.formats import FORMATS
 from convert.proof import read_back
+from convert.verify_logits import Comparison, compare_logits, require_means
 from llama_jax.safetensors_write import TensorSpec
 from llama_jax.staging import move, staging_in
 
@@ -38,6 +39,7 @@ class Plan:
     """The tensors as the target's own reader will return them."""
     max_shard_size: int
     verify: bool
+    logits: bool
 
     @property
     def bytes_to_write(self) -> int:
@@ -73,6 +75,7 @@ class Report:
     changed: dict[str, Changes]
     """Tensors with values that the cast changed."""
     verified: bool
+    logits: Comparison | None
 
 
 def plan(
@@ -84,12 +87,13 @@ def plan(
     max_shard_size: int | None = None,
     tokenizer: bool = True,
     verify: bool = True,
+    logits: bool = False,
 ) -> Plan:
-    """Check a conversion as far as that can be done before it begins.
+    """Check a conversion as far as that can be done before it begins. For the arguments see `convert`.
 
     Raises ValueError for a source that is damaged or not a Llama, one that the target cannot hold, a
     destination that exists, lies in the source or has no parent directory, an unknown format or dtype,
-    and a disk without the room.
+    and a disk, or for `logits` a memory, without the room.
     """
     target = Path(os.path.abspath(destination))
     to = to or ("gguf" if target.suffix == ".gguf" else "hf")
@@ -114,6 +118,8 @@ def plan(
     if not os.access(target.parent, os.W_OK | os.X_OK):
         raise ValueError(f"{target.parent}: no permission to write there")
     checkpoint = formats.read(path, tokenizer=tokenizer)
+    if logits:
+        require_means(checkpoint)
     chosen = dtype or checkpoint.dtype
     if dtype is None and chosen not in format_.DTYPE_NAMES:
         chosen = None
@@ -126,6 +132,7 @@ def plan(
         specs=tuple(format_.specs(checkpoint, chosen)),
         max_shard_size=max_shard_size or DEFAULT_SHARD,
         verify=verify,
+        logits=logits,
     )
     needed = result.bytes_to_write + _SPARE + sum(map(len, checkpoint.files.values()))
     free = shutil.disk_usage(target.parent).free
@@ -139,27 +146,39 @@ def run(plan: Plan, progress: Callable[[int], None] | None = None) -> Report:
     format_, tell = FORMATS[plan.to], progress or (lambda count: None)
     name = plan.destination.name
     rule = format_.rule(plan.dtype)
-    options: dict[str, Any] = {"max_shard_size": plan.max_shard_size} if plan.to == "hf" else {}
+    options: dict[str, Any] = {}
+    if plan.to == "hf":
+        options = {"max_shard_size": plan.max_shard_size}
+    elif plan.to == "gguf":
+        options = {"dtype": plan.dtype}  # of the tensors it sees float32 values, which q8_0 has too
     with staging_in(plan.destination.parent, name) as staging:
         place = staging / name
-        with record.recording(plan.checkpoint, plan.specs, rule) as (checkpoint, written):
+        with record.recording(plan.source, plan.checkpoint, plan.specs, rule) as (
+            checkpoint,
+            written,
+        ):
             format_.write(checkpoint, place, tell, **options)
             records = {name: future.result() for name, future in written.items()}
         if plan.verify:
             read_back(format_.read, place, checkpoint.config, records, tell)
+        comparison = None
+        if plan.logits:
+            written_back = format_.read(place, tokenizer=False)
+            comparison = compare_logits(plan.source, plan.checkpoint, written_back, rule)
         facts = {
             "source": plan.checkpoint.format,
             "target": format_.TITLE,
             "dtype": plan.dtype,
             "parameters": plan.checkpoint.parameters,
             "verified": plan.verify,
+            "logits": None if comparison is None else comparison._asdict(),
         }
         record.write(record.place(place), facts, records)
         if place.is_file():
             os.replace(record.place(place), record.place(plan.destination))
         move(place, plan.destination)
     changed = {name: each.changes for name, each in records.items() if each.changes is not None}
-    return Report(plan.destination, len(records), changed, plan.verify)
+    return Report(plan.destination, len(records), changed, plan.verify, comparison)
 
 
 def convert(
@@ -171,6 +190,7 @@ def convert(
     max_shard_size: int | None = None,
     tokenizer: bool = True,
     verify: bool = True,
+    logits: bool = False,
 ) -> Path:
     """Convert the Llama at `source`, of any known format, into `destination` and return its path.
 
@@ -178,7 +198,9 @@ def convert(
         to: hf, orbax, gguf or meta; by default gguf where `destination` ends so, else hf.
         dtype: float32, bfloat16, float16, float64, or q8_0 for GGUF; by default what loses nothing.
         max_shard_size: bytes of a safetensors file.
+        tokenizer: whether it travels along; otherwise faults in it do not matter.
         verify: read the result back and compare every tensor, before it has its name.
+        logits: compare logits with PyTorch's as well, which takes torch and the model in memory.
 
     `destination` is either absent or whole, whatever happens. Raises ValueError for what the user can
     mend (see `plan`) and OSError for the disk's faults.
@@ -191,6 +213,7 @@ def convert(
         max_shard_size=max_shard_size,
         tokenizer=tokenizer,
         verify=verify,
+        logits=logits,
     )
     return run(todo).destination
 

@@ -46,8 +46,7 @@ def read(path: Path, *, tokenizer: bool = True) -> Checkpoint:
     require_inside(path, "config.json")
     config = LlamaConfig.from_pretrained(path)
     weights, load, notes = _open(path)
-    # of its model only names and shapes matter; float32 asks nothing of JAX
-    found = fit(LlamaForCausalLM, config, weights, path, np.float32)
+    found = fit(LlamaForCausalLM, config, weights, path, "float32")
     if found.faults:
         raise ValueError(report(str(path), found.faults))
     stored = {name: found.stored[name] for name in found.table}

@@ -86,7 +86,7 @@ def read(path: Path, *, tokenizer: bool = True) -> Checkpoint:
         for layer, name in enumerate(names):
             stored[name] = StoredTensor(params, name, dtype, shape, 0, nbytes)
             places[name] = leaf, layer if after else None
-    found = fit(LlamaForCausalLM, config, Weights(stored, faults, excused), path)
+    found = fit(LlamaForCausalLM, config, Weights(stored, faults, excused), path, "float32")
     if found.faults:
         raise ValueError(report(str(path), found.faults))
 

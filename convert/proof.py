@@ -23,11 +23,11 @@ _SAME = (  # with rope, what decides which function the weights compute
     "kv_heads",
     "head_size",
     "hidden_act",
-    "rms_norm_eps",
     "tie_word_embeddings",
     "attention_bias",
     "mlp_bias",
 )
+_ROUNDING = 1e-6  # relative: metadata may be float32, and a few of its roundings lie between
 
 
 def read_back(
@@ -74,6 +74,8 @@ def other_function(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[str
         for name in _SAME
         if getattr(first, name) != getattr(second, name)
     ]
+    if not np.isclose(first.rms_norm_eps, second.rms_norm_eps, rtol=_ROUNDING, atol=0):
+        faults.append(f"rms_norm_eps {second.rms_norm_eps}, expected {first.rms_norm_eps}")
     if not faults and not _same_rope(first, second):
         faults.append(f"rope_parameters {dict(second.rope)}, expected {dict(first.rope)}")
     return faults
@@ -87,9 +89,8 @@ def _same_rope(one: LlamaConfig, other: LlamaConfig) -> bool:
             inverse_frequencies(c.rope, c.head_size, c.max_position_embeddings, length)
             for c in (one, other)
         )
-        # float32 metadata: a few of its roundings
-        if not np.allclose(first, second, rtol=1e-6, atol=0) or not np.isclose(
-            factor, other_factor, rtol=1e-6
+        if not np.allclose(first, second, rtol=_ROUNDING, atol=0) or not np.isclose(
+            factor, other_factor, rtol=_ROUNDING
         ):
             return False
     return True

@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -68,39 +69,55 @@ def read_digests(path: Path, checkpoint: Checkpoint) -> Checkpoint:
 
 @contextmanager
 def recording(
+    source: Path,
     checkpoint: Checkpoint,
     specs: Sequence[TensorSpec],
     rule: Rule,
 ) -> Iterator[tuple[Checkpoint, dict[str, Future[Record]]]]:
     """`checkpoint` with every tensor passed through `rule` as it is loaded, and the records of those.
 
-    A record is made by another thread while its tensor is written; one tensor at a time waits for that.
-    Raises ValueError, on a later `load` or from the future, where a tensor is not what its digest says.
+    While a tensor is written, another thread makes its record and a third reads the one that follows; no
+    more than these three are held. Raises ValueError, on a later `load` or from the future, where a tensor
+    is not what its digest says.
     """
     dtypes = {spec.name: spec.dtype for spec in specs}
+    follows = {one.name: other.name for one, other in pairwise(specs)}
     records: dict[str, Future[Record]] = {}
+    ahead: dict[str, Future[tuple[np.ndarray, np.ndarray]]] = {}
     newest: list[Future[Record]] = []
+
+    def fetch(name: str) -> tuple[np.ndarray, np.ndarray]:
+        values = checkpoint.load(name)
+        try:
+            return values, rule(name, values, dtypes[name])
+        except ValueError as error:
+            raise ValueError(f"{source}: {error}") from None
 
     def load(name: str) -> np.ndarray:
         while newest:
             newest.pop().result()
-        values = checkpoint.load(name)
-        result = rule(name, values, dtypes[name])
-        records[name] = pool.submit(_record, checkpoint, name, values, result)
+        fetched = ahead.pop(name, None)
+        values, result = fetch(name) if fetched is None else fetched.result()
+        records[name] = digesting.submit(_record, source, checkpoint, name, values, result)
         newest.append(records[name])
+        ahead.clear()
+        if name in follows:
+            ahead[follows[name]] = reading.submit(fetch, follows[name])
         return result
 
-    with ThreadPoolExecutor(1) as pool:
+    with ThreadPoolExecutor(1) as digesting, ThreadPoolExecutor(1) as reading:
         yield replace(checkpoint, tensors=tuple(specs), load=load, digests={}), records
 
 
-def _record(checkpoint: Checkpoint, name: str, values: np.ndarray, result: np.ndarray) -> Record:
+def _record(
+    source: Path, checkpoint: Checkpoint, name: str, values: np.ndarray, result: np.ndarray
+) -> Record:
     sha256 = digest(result)
     expected = checkpoint.digests.get(name)
     if expected is not None and expected != (sha256 if result is values else digest(values)):
         raise ValueError(
-            f"tensor {name}: its values are not those that {FILE} has the digest of, expected the same: "
-            f"damaged, or changed since (then remove {FILE})"
+            f"{source}: tensor {name}: its values are not those that {place(source).name} has the digest "
+            f"of, expected the same: damaged, or changed since (then remove {place(source).name})"
         )
     return Record(str(result.dtype), result.shape, sha256, changes(values, result))
 
