@@ -10,17 +10,7 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
-from convert.gguf_tokenizer import (
-    BYTE,
-    CONTROL,
-    NORMAL,
-    PRE_TOKENIZERS,
-    UNKNOWN,
-    UNUSED,
-    USER_DEFINED,
-    Pre,
-    splitting,
-)
+from convert.gguf_tokenizer import PRE_TOKENIZERS, Pre, splitting
 from convert.gguf_write_sentencepiece import (
     open_sentencepiece,
     scores_of_merges,
@@ -36,6 +26,14 @@ from convert.gguf_write_special import (
     special_ids,
 )
 from llama_jax.config import LlamaConfig
+from llama_jax.tokenizer_sentencepiece import (
+    BYTE,
+    CONTROL,
+    NORMAL,
+    UNKNOWN,
+    UNUSED,
+    USER_DEFINED,
+)
 
 
 def tokenizer_metadata(files: Mapping[str, bytes], config: LlamaConfig) -> dict[str, Any]:
