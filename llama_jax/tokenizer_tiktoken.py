@@ -108,8 +108,10 @@ def tiktoken_model(tokenizer: Mapping[str, Any]) -> bytes | None:
         ranks = {bytes(map(_BYTES.__getitem__, token)): i for i, token in enumerate(tokens)}
         content = b"".join(base64.b64encode(token) + b" %d\n" % i for token, i in ranks.items())
         ours, theirs = tiktoken_json(content), dict(tokenizer)
+        made = [vocab["".join(_pair(merge))] for merge in theirs["model"]["merges"]]
         same = (
-            ours["model"]["vocab"] == vocab
+            made == sorted(made)
+            and ours["model"]["vocab"] == vocab
             and {tuple(m) for m in ours["model"]["merges"]}
             == set(map(_pair, theirs["model"]["merges"]))
             and ours["model"]["ignore_merges"] == theirs["model"].get("ignore_merges")
