@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from convert import gguf, huggingface, orbax
+from convert import gguf, huggingface, meta, orbax
 from convert.casting import Rule
 from convert.checkpoint import Checkpoint
 from convert.record import read_digests
@@ -56,7 +56,7 @@ class Format(Protocol):
         """
 
 
-FORMATS: dict[str, Format] = {"hf": huggingface, "orbax": orbax, "gguf": gguf}
+FORMATS: dict[str, Format] = {"hf": huggingface, "orbax": orbax, "gguf": gguf, "meta": meta}
 
 
 def recognise(path: Path) -> Format:

@@ -68,7 +68,7 @@ def read(path: Path, *, tokenizer: bool = True) -> Checkpoint:
         load=lambda name: load(stored[name]),
         dtype=common_dtype(specs),
         files=read_companions(path, tokenizer=tokenizer),
-        facts=_facts(list(stored.values())),
+        facts=stored_facts(list(stored.values())),
         notes=tuple(notes),
     )
 
@@ -145,7 +145,8 @@ def _equal(one: np.ndarray, other: np.ndarray) -> bool:
     return one.shape == other.shape and bool((one == other).all())
 
 
-def _facts(stored: list[StoredTensor]) -> dict[str, Any]:
+def stored_facts(stored: list[StoredTensor]) -> dict[str, Any]:
+    """What `info` shows of the tensors in files: how many of each dtype, and bytes."""
     sizes: dict[str, dict[str, int]] = {}
     for tensor in stored:
         entry = sizes.setdefault(tensor.dtype, {"tensors": 0, "bytes": 0})
