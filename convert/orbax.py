@@ -17,6 +17,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 import orbax.checkpoint as ocp
 import tensorstore as ts
@@ -26,7 +27,8 @@ from convert.checkpoint import DTYPES, Checkpoint, common_dtype, in_dtype, plain
 from convert.companions import read_companions, require_inside, write_companions
 from convert.huggingface import write_config
 from llama_jax.arguments import first_line
-from llama_jax.config import LlamaConfig
+from llama_jax.config import LlamaConfig, read_json_object
+from llama_jax.fingerprint import fingerprint
 from llama_jax.hf import Weights, fit, report, widest
 from llama_jax.safetensors_read import FLOAT_DTYPES, StoredTensor
 from llama_jax.safetensors_write import DTYPE_NAMES as STORED_NAMES
@@ -91,21 +93,33 @@ def read(path: Path, *, tokenizer: bool = True) -> Checkpoint:
         raise ValueError(report(str(path), found.faults))
 
     held: dict[str, np.ndarray] = {}  # the one stack whose chunks span several layers
+    expected = _fingerprints(params, list(stores))
+    sums: dict[str, dict[int, int]] = {leaf: {} for leaf in stores}
 
     def load(name: str) -> np.ndarray:
         leaf, layer = places[name]
         store = stores[leaf][0]
         try:
             if layer is None:
-                return store.read().result()
-            if _chunk(store)[0] == 1:
-                return store[layer].read().result()
-            if leaf not in held:
-                held.clear()
-                held[leaf] = store.read().result()
-            return held[leaf][layer].copy()
+                values = store.read().result()
+            elif _chunk(store)[0] == 1:
+                values = store[layer].read().result()
+            else:
+                if leaf not in held:
+                    held.clear()
+                    held[leaf] = store.read().result()
+                values = held[leaf][layer].copy()
         except ValueError as error:
             raise ValueError(f"{params}: tensor {name}: {first_line(error)}") from None
+        if expected:
+            part = values if layer is None else values[None]
+            sums[leaf][layer or 0] = int(jax.jit(fingerprint)(part, layer or 0))
+            complete = layer is None or len(sums[leaf]) == store.shape[0]
+            if complete and sum(sums[leaf].values()) % 2**32 != expected[leaf]:
+                raise ValueError(
+                    f"{params}: {leaf}: its values are not what was saved: the checkpoint is damaged"
+                )
+        return values
 
     specs = tuple(
         TensorSpec(name, FLOAT_DTYPES[stored[name].dtype], stored[name].shape)
@@ -130,6 +144,19 @@ def read(path: Path, *, tokenizer: bool = True) -> Checkpoint:
             "file_bytes": sum(f.stat().st_size for f in params.rglob("*") if f.is_file()),
         },
     )
+
+
+def _fingerprints(params: Path, leaves: list[str]) -> dict[str, int]:
+    """What `python -m train` has recorded of every leaf; {} where it has not."""
+    file = params.parent / "facts" / "metadata"
+    if not file.is_file():
+        return {}
+    found = read_json_object(file).get("fingerprints")
+    # of parameters and optimizer state, in the order of a tree's leaves
+    ordered = sorted(leaves, key=lambda leaf: leaf.split("."))
+    if not isinstance(found, list) or len(found) < len(ordered):
+        raise ValueError(f"{file}: found no fingerprints, expected those of {len(ordered)} arrays")
+    return dict(zip(ordered, found, strict=False))
 
 
 def specs(checkpoint: Checkpoint, dtype: str | None) -> list[TensorSpec]:
@@ -165,17 +192,22 @@ def write(checkpoint: Checkpoint, directory: Path, progress: Callable[[int], Non
         leaf: _create(params, leaf, members, stacked=_place(members[0].name)[1] is not None)
         for leaf, members in leaves.items()
     }
+    written: list[ts.WriteFutures] = []  # one at a time, while the next tensor is waited for
     for spec in checkpoint.tensors:
         leaf, layer = _place(spec.name)
         values, store = checkpoint.load(spec.name), stores[leaf]
+        while written:
+            written.pop().result()
         if layer is not None:
-            store[layer].write(values).result()
+            written.append(store[layer].write(values))
         else:
             rows = _chunk(store)[0]
             for start in range(0, len(values), rows):
                 part = values[start : start + rows]
                 store[start : start + len(part)].write(part).result()
         progress(spec.nbytes)
+    while written:
+        written.pop().result()
     write_config(checkpoint, directory)
     write_companions(directory, checkpoint.files)
 
