@@ -146,8 +146,9 @@ _KINDS = [
 ]
 _TRIALS = [
     *map("".join, itertools.chain(*(itertools.product(_KINDS, repeat=n) for n in (1, 2, 3)))),
-    *("123 1234 12345 ٣٤٥٦ ⅧⅧ", "don't I'LL we'Ve they're 'tis o'clock I'm you'd x's", "   a", "a   ", "a  \n  b"),
-    *("!!!\n\nab", "a_b__c", "https://x.y/z?a=1&b=%20#", "日本語 한국어 가나", "...//\n/ a", "\u00a0 \u3000x"),
+    *("123 1234 12345 ٣٤٥٦ ⅧⅧ", "don't I'LL we'Ve they're 'tis o'clock I'm you'd x's"),
+    *("   a", "a   ", "a  \n  b", "...//\n/ a", "\u00a0 \u3000x"),
+    *("!!!\n\nab", "a_b__c", "https://x.y/z?a=1&b=%20#", "日本語 한국어 가나"),
 ]  # fmt: skip
 
 
