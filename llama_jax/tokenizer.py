@@ -20,9 +20,9 @@ def load_tokenizer(directory: str | Path) -> Tokenizer:
 
     A `tokenizer.model` of SentencePiece's or tiktoken's form is made into what `tokenizers` runs, with the
     ids of the form's own library. Special tokens in the text are matched, as Hugging Face does; with
-    `encode_special_tokens` set on the result they are text. What goes around a text
-    a tokenizer.json says itself, as in transformers 5; for a tokenizer.model it is `add_bos_token` and
-    `add_eos_token` of a tokenizer_config.json beside, or else bos alone.
+    `encode_special_tokens` set on the result they are text. What goes around a text a tokenizer.json says
+    itself, as in transformers 5; for a tokenizer.model, `add_bos_token` and `add_eos_token` of a
+    tokenizer_config.json beside say it, or else it is bos alone.
 
     Raises:
         ValueError: no such file, one that is damaged or of another kind, or tokenizers not installed.

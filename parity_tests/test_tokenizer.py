@@ -71,7 +71,7 @@ def test_sentencepiece_on_hard_strings(options: dict[str, Any]) -> None:
         require_sentencepieces_ids(sentencepiece_model(**options), text)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=200, deadline=None)
 @given(TEXTS)
 def test_sentencepiece_on_any_string(text: str) -> None:
     require_sentencepieces_ids(sentencepiece_model(), text)
@@ -116,7 +116,7 @@ def test_tiktoken_on_hard_strings() -> None:
         require_tiktokens_ids(text)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=200, deadline=None)
 @given(TEXTS)
 def test_tiktoken_on_any_string(text: str) -> None:
     require_tiktokens_ids(text)
