@@ -76,7 +76,9 @@ def save(
 def _in_chunks(tree: Any) -> Any:
     """Stored layer by layer where a stack is large, so that whoever converts it need not hold all of it."""
     return jax.tree.map(
-        lambda leaf: ocp.SaveArgs(chunk_byte_size=CHUNK_BYTES, shard_axes=(0,) if leaf.ndim else ()),
+        lambda leaf: ocp.SaveArgs(
+            chunk_byte_size=CHUNK_BYTES, shard_axes=(0,) if leaf.ndim else ()
+        ),
         tree,
     )
 
