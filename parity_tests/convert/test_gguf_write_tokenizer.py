@@ -389,7 +389,7 @@ def test_splittings_are_told_apart_by_the_trials() -> None:
     rng = random.Random(1)
     noise = ["".join(rng.choices("aA1' .\n/é中", k=12)) for _ in range(300)]
     assert len({cut(pre, noise) for pre in SPLITTINGS}) == 6
-    assert len({cut(pre, TRIALS) for pre in SPLITTINGS}) == 6  # Llama 3's is there twice
+    assert len({cut(pre, TRIALS[::4]) for pre in SPLITTINGS}) == 6  # Llama 3's is there twice
 
 
 @pytest.mark.checkpoint
