@@ -172,6 +172,8 @@ def test_pickles_that_are_not_tensors_by_name(tmp_path: Path) -> None:
     assert "holds a Tensor under a int" in fault(saved(path, {3: torch.zeros(2)}))
     sparse = {"a": torch.eye(2).to_sparse()}
     assert "sparse" in fault(saved(path, sparse))
+    meta = {"a": torch.empty(3, device="meta")}
+    assert "tensor a: its numbers are not in the file" in fault(saved(path, meta))
 
 
 def test_files_that_are_something_else(tmp_path: Path) -> None:
