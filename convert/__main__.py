@@ -156,7 +156,7 @@ def _print_plan(todo: Plan, console: Console) -> None:
         f"{_bytes(todo.bytes_to_write)} of disk, at most {_bytes(memory)} of memory, "
         f"about {max(1, round(todo.seconds))} s"
     )
-    notes = list(checkpoint.notes)
+    notes = todo.notes
     if available is not None and available < memory:
         notes.append(f"{_bytes(available)} of memory are free: it may not be enough")
     for note in notes:

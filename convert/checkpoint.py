@@ -69,3 +69,8 @@ def in_dtype(checkpoint: Checkpoint, dtype: str | None) -> list[TensorSpec]:
 def plain_bytes(spec: TensorSpec, dtype: str | None) -> int:
     """Bytes on disk in formats that store plain numbers, whatever `--dtype` is."""
     return spec.nbytes
+
+
+def no_losses(checkpoint: Checkpoint) -> list[str]:
+    """Nothing is left behind."""
+    return []

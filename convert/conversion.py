@@ -43,6 +43,11 @@ class Plan:
     logits: bool
 
     @property
+    def notes(self) -> list[str]:
+        """What the user should know before it begins."""
+        return [*self.checkpoint.notes, *FORMATS[self.to].losses(self.checkpoint)]
+
+    @property
     def bytes_to_write(self) -> int:
         """Bytes of tensors in the result, all files together."""
         return sum(FORMATS[self.to].stored_bytes(spec, self.dtype) for spec in self.specs)

@@ -49,6 +49,10 @@ class Format(Protocol):
         """Bytes that a tensor of `specs` takes on disk."""
 
     @property
+    def losses(self) -> Callable[[Checkpoint], list[str]]:
+        """What will be left behind, in words."""
+
+    @property
     def write(self) -> Callable[..., None]:
         """`write(checkpoint, path, progress)`: to a path that does not exist; tells the bytes just written.
 

@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 from gguf.constants import LlamaFileType
 
-from convert.checkpoint import DTYPES, Checkpoint
+from convert.checkpoint import DTYPES, Checkpoint, no_losses
 from convert.gguf_header import GgufHeader, read_header
 from convert.gguf_rope import metadata_scaling, tensor_scaling
 from convert.gguf_tensors import PLAIN, map_tensors, read_values
@@ -30,9 +30,20 @@ from convert.gguf_tokenizer import generation_config, tokenizer_files
 from convert.gguf_write import rule, specs, stored_bytes, write
 from llama_jax.config import LlamaConfig
 
-__all__ = ["DTYPE_NAMES", "TITLE", "read", "recognises", "rule", "specs", "stored_bytes", "write"]
+__all__ = [
+    "DTYPE_NAMES",
+    "TITLE",
+    "losses",
+    "read",
+    "recognises",
+    "rule",
+    "specs",
+    "stored_bytes",
+    "write",
+]
 
 TITLE = "GGUF"
+losses = no_losses
 DTYPE_NAMES = ("float32", "bfloat16", "float16", "q8_0")
 
 

@@ -1,8 +1,6 @@
 """The tensors of a GGUF Llama under Hugging Face's names, dequantised and in Hugging Face's row order.
 
-llama.cpp's rotary embedding turns neighbouring pairs where Hugging Face's turns halves, so its
-converter interleaves the rows of the query and key projections: within each head, (2, D/2) became
-(D/2, 2). Queries have as many heads as the model, keys only as many as there are key/value heads.
+The rows of the query and key projections are in the other of the two orders (see `convert.rotary_rows`).
 """
 
 from __future__ import annotations
@@ -16,6 +14,7 @@ from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 from gguf.quants import dequantize
 
 from convert.gguf_header import GgufHeader, GgufTensor
+from convert.rotary_rows import to_halves
 from llama_jax.safetensors_write import TensorSpec
 
 PLAIN: dict[GGMLQuantizationType, np.dtype[Any]] = {
@@ -64,13 +63,7 @@ class Source:
         if self.tensor is None:
             return np.zeros(self.spec.shape, self.spec.dtype)
         values = read_values(self.tensor)
-        return _split_halves(values, self.heads) if self.heads else values
-
-
-def _split_halves(values: np.ndarray, heads: int) -> np.ndarray:
-    """Undo the interleaving of rotary pairs: [heads * D, ...], per head (D/2, 2) -> (2, D/2)."""
-    pairs = values.reshape(heads, -1, 2, *values.shape[1:])
-    return pairs.swapaxes(1, 2).reshape(values.shape)
+        return to_halves(values, self.heads) if self.heads else values
 
 
 def map_tensors(

@@ -30,6 +30,7 @@ from convert.gguf_tokenizer_proof import require_same_ids
 from convert.gguf_write_config import description, hyperparameters
 from convert.gguf_write_rope import rope_scaling
 from convert.gguf_write_tokenizer import tokenizer_metadata
+from convert.rotary_rows import to_pairs
 from llama_jax.config import LlamaConfig
 from llama_jax.safetensors_write import TensorSpec
 
@@ -159,15 +160,14 @@ def _heads(name: str, config: LlamaConfig) -> int:
 
 
 def _interleaved(values: np.ndarray, heads: int) -> Iterator[np.ndarray]:
-    """`values` in groups of rows; within each head, (2, D/2) has become (D/2, 2)."""
+    """`values` in groups of rows, those of `heads` in llama.cpp's order."""
     unit = len(values) // heads if heads else 1
     unit_bytes = max(1, values[:unit].nbytes)
     step = max(1, _CHUNK_BYTES // unit_bytes) * unit
     for start in range(0, len(values), step):
         rows = values[start : start + step]
         if heads:
-            halves = rows.reshape(-1, 2, unit // 2, *rows.shape[1:])
-            rows = halves.swapaxes(1, 2).reshape(rows.shape)
+            rows = to_pairs(rows, len(rows) // unit)
         yield rows
 
 

@@ -10,7 +10,14 @@ from typing import Any
 import numpy as np
 
 from convert.casting import casts
-from convert.checkpoint import DTYPES, Checkpoint, common_dtype, in_dtype, plain_bytes
+from convert.checkpoint import (
+    DTYPES,
+    Checkpoint,
+    common_dtype,
+    in_dtype,
+    no_losses,
+    plain_bytes,
+)
 from convert.companions import read_companions, require_inside, write_companions
 from convert.torch_files import WHOLE_NOTE, TorchFile, open_torch_file
 from llama_jax.config import LlamaConfig
@@ -25,6 +32,7 @@ DTYPE_NAMES = tuple(DTYPES)
 specs = in_dtype
 rule = casts
 stored_bytes = plain_bytes
+losses = no_losses
 DEFAULT_SHARD = 5_000_000_000
 _BIN_FILES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
 

@@ -18,7 +18,7 @@ from convert.companions import read_companions, require_inside
 from convert.huggingface import stored_facts
 from convert.meta_params import config_of, params_of
 from convert.meta_tensors import EMBEDDING, HEAD, Merged, merge, slots
-from convert.meta_tokenizer import hugging_face_files
+from convert.meta_tokenizer import hugging_face_files, metas_file
 from convert.meta_write import write
 from convert.proof import other_function
 from convert.torch_files import WHOLE_NOTE, TorchFile, open_torch_file, require_torch
@@ -26,7 +26,17 @@ from llama_jax.config import LlamaConfig, read_json_object
 from llama_jax.hf import report
 from llama_jax.safetensors_write import TensorSpec
 
-__all__ = ["DTYPE_NAMES", "TITLE", "read", "recognises", "rule", "specs", "stored_bytes", "write"]
+__all__ = [
+    "DTYPE_NAMES",
+    "TITLE",
+    "losses",
+    "read",
+    "recognises",
+    "rule",
+    "specs",
+    "stored_bytes",
+    "write",
+]
 
 TITLE = "Meta"
 DTYPE_NAMES = tuple(DTYPES)
@@ -34,6 +44,13 @@ rule = casts
 stored_bytes = plain_bytes
 _PIECE = re.compile(r"consolidated\.(\d\d+)\.pth")
 _IGNORED = "rope.freqs"  # a buffer of Llama 1 and 2; it follows from the params
+
+
+def losses(checkpoint: Checkpoint) -> list[str]:
+    """A tokenizer that Meta's code does not read."""
+    if "tokenizer.json" not in checkpoint.files or metas_file(checkpoint.files) is not None:
+        return []
+    return ["no tokenizer.model can be made of this tokenizer.json, which comes along as it is"]
 
 
 def recognises(path: Path) -> bool:

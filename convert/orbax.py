@@ -23,7 +23,14 @@ import orbax.checkpoint as ocp
 import tensorstore as ts
 
 from convert.casting import casts
-from convert.checkpoint import DTYPES, Checkpoint, common_dtype, in_dtype, plain_bytes
+from convert.checkpoint import (
+    DTYPES,
+    Checkpoint,
+    common_dtype,
+    in_dtype,
+    no_losses,
+    plain_bytes,
+)
 from convert.companions import read_companions, require_inside, write_companions
 from convert.huggingface import write_config
 from llama_jax.arguments import first_line
@@ -39,6 +46,7 @@ TITLE = "Orbax"
 DTYPE_NAMES = tuple(DTYPES)
 rule = casts
 stored_bytes = plain_bytes
+losses = no_losses
 PARAMS = "params"
 _CHECKPOINTS = "checkpoints"
 _CHUNK_BYTES = 2**26  # of tensors that are not stacked
