@@ -83,22 +83,42 @@ def recording(
     dtypes = {spec.name: spec.dtype for spec in specs}
     follows = {one.name: other.name for one, other in pairwise(specs)}
     records: dict[str, Future[Record]] = {}
-    ahead: dict[str, Future[tuple[np.ndarray, np.ndarray]]] = {}
+    ahead: dict[str, Future[tuple[np.ndarray, bool, Changes | None]]] = {}
     newest: list[Future[Record]] = []
 
-    def fetch(name: str) -> tuple[np.ndarray, np.ndarray]:
+    def require(name: str, sha256: str) -> None:
+        expected = checkpoint.digests.get(name, sha256)
+        if sha256 != expected:
+            raise ValueError(
+                f"{source}: tensor {name}: its values are not those that {place(source).name} has the "
+                f"digest of: damaged, or changed since (then remove {place(source).name})"
+            )
+
+    def fetch(name: str) -> tuple[np.ndarray, bool, Changes | None]:
         values = checkpoint.load(name)
         try:
-            return values, rule(name, values, dtypes[name])
+            result = rule(name, values, dtypes[name])
         except ValueError as error:
             raise ValueError(f"{source}: {error}") from None
+        if result is values:
+            return result, True, None
+        # here, so that the source's values are not held while those of the target are written
+        if name in checkpoint.digests:
+            require(name, digest(values))
+        return result, False, changes(values, result)
+
+    def record(name: str, result: np.ndarray, as_read: bool, changed: Changes | None) -> Record:
+        sha256 = digest(result)
+        if as_read:
+            require(name, sha256)
+        return Record(str(result.dtype), result.shape, sha256, changed)
 
     def load(name: str) -> np.ndarray:
         while newest:
             newest.pop().result()
         fetched = ahead.pop(name, None)
-        values, result = fetch(name) if fetched is None else fetched.result()
-        records[name] = digesting.submit(_record, source, checkpoint, name, values, result)
+        result, as_read, changed = fetch(name) if fetched is None else fetched.result()
+        records[name] = digesting.submit(record, name, result, as_read, changed)
         newest.append(records[name])
         ahead.clear()
         if name in follows:
@@ -107,19 +127,6 @@ def recording(
 
     with ThreadPoolExecutor(1) as digesting, ThreadPoolExecutor(1) as reading:
         yield replace(checkpoint, tensors=tuple(specs), load=load, digests={}), records
-
-
-def _record(
-    source: Path, checkpoint: Checkpoint, name: str, values: np.ndarray, result: np.ndarray
-) -> Record:
-    sha256 = digest(result)
-    expected = checkpoint.digests.get(name)
-    if expected is not None and expected != (sha256 if result is values else digest(values)):
-        raise ValueError(
-            f"{source}: tensor {name}: its values are not those that {place(source).name} has the digest "
-            f"of, expected the same: damaged, or changed since (then remove {place(source).name})"
-        )
-    return Record(str(result.dtype), result.shape, sha256, changes(values, result))
 
 
 def write(path: Path, facts: dict[str, Any], records: dict[str, Record]) -> None:

@@ -225,6 +225,15 @@ def killed_at(seconds: float, source: Path, out: Path) -> int:
     return process.returncode
 
 
+def sizes(directory: Path) -> dict[Path, int]:
+    """Of every file, but the one in which Orbax notes when and where it was done."""
+    return {
+        path.relative_to(directory): path.stat().st_size
+        for path in directory.rglob("*")
+        if path.is_file() and path.name not in ("commit_success.txt", "_CHECKPOINT_METADATA")
+    }
+
+
 def random_model(directory: Path, megabytes: int) -> Path:
     """A Hugging Face directory of one layer whose embedding takes so many megabytes."""
     model = tiny_model(hidden_size=64, num_hidden_layers=1)
@@ -257,14 +266,13 @@ def test_a_killed_conversion_leaves_no_destination_and_the_next_one_cleans_up(
     begin = time.monotonic()
     assert killed_at(120, source, tmp_path / "whole") == 0
     whole = time.monotonic() - begin
-    expected = {path.name: path.stat().st_size for path in (tmp_path / "whole").rglob("*")}
+    expected = sizes(tmp_path / "whole")
     generator = random.Random(0)
     for moment in (0.5, 0.6, 0.7, 0.8, 0.9, 2.0):
         code = killed_at(whole * moment * generator.uniform(0.9, 1.0), source, tmp_path / "out")
         assert code in (0, -signal.SIGKILL)
         if (tmp_path / "out").exists():
-            found = {path.name: path.stat().st_size for path in (tmp_path / "out").rglob("*")}
-            assert found == expected
+            assert sizes(tmp_path / "out") == expected
             if moment < 2:
                 shutil.rmtree(tmp_path / "out")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "out", "whole"]
