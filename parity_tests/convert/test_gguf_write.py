@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 import tempfile
 from dataclasses import replace
 from pathlib import Path
@@ -32,6 +34,7 @@ from parity_tests.convert.tiny_gguf import (
     tiny_model,
 )
 
+ROOT = Path(__file__).parents[2]
 DTYPES = ("float32", "bfloat16", "float16")
 LLAMA3 = {
     "rope_type": "llama3",
@@ -363,3 +366,20 @@ def test_every_end_of_a_generation_and_its_sampling(tmp_path: Path, ends: list[i
     stops = found.pop("eos_token_id")
     assert sorted([stops] if isinstance(stops, int) else stops) == sorted(ends)
     assert found == {k: v for k, v in generation.items() if k != "eos_token_id"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["bfloat16", "q8_0"])
+def test_memory_is_that_of_the_largest_tensor(tmp_path: Path, dtype: str) -> None:
+    model = tiny_model(vocab_size=100_000, hidden_size=512, num_hidden_layers=1)
+    saved(tmp_path / "in", model)
+    program = (
+        "import resource; from convert import convert; "
+        f"convert({str(tmp_path / 'in')!r}, {str(tmp_path / 'm.gguf')!r}, dtype={dtype!r}); "
+        "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, capture_output=True, check=True
+    )
+    peak, largest = int(done.stdout) * 1024, 100_000 * 512 * 4
+    assert largest < peak <= 600_000_000 + 3 * largest
