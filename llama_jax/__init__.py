@@ -1,6 +1,7 @@
 """The Llama family in JAX/Flax NNX, proved equal to PyTorch."""
 
 from llama_jax.cache import KVCache, init_cache
+from llama_jax.causal_lm import CausalLMOutput, LlamaForCausalLM
 from llama_jax.config import LlamaConfig
 from llama_jax.generation import GenerationConfig
 from llama_jax.lm_head import (
@@ -13,7 +14,6 @@ from llama_jax.lm_head import (
 from llama_jax.loss import LossOutput, fused_linear_cross_entropy
 from llama_jax.model import LlamaModel, ModelOutput
 from llama_jax.presets import PRESETS
-from llama_jax.tasks import CausalLMOutput, LlamaForCausalLM
 
 __all__ = [
     "PRESETS",
