@@ -20,8 +20,6 @@ from llama_jax.matmul import einsum, working_dtype
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
-# rotary frequencies of these follow the longest position of a batch
-_LENGTH_DEPENDENT = ("dynamic", "longrope")
 _SHORTEST = 16
 
 
@@ -62,7 +60,8 @@ def token_scores(
     ] * len(arrays)
     # the last token of a sequence is only a target
     lengths = [len(ids) - 1 for ids in arrays]
-    alike = config.rope["rope_type"] in _LENGTH_DEPENDENT
+    # its frequencies follow the longest position of a batch (those of `dynamic` only beyond the limit)
+    alike = config.rope["rope_type"] == "longrope"
     for rows in _batches(lengths, batch_size, alike):
         longest = lengths[rows[0]]
         shape = _power_of_two(len(rows), batch_size), _bucket(longest)
