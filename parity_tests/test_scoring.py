@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from flax import nnx
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
@@ -103,6 +103,7 @@ def test_a_continuation_is_the_end_of_the_whole(model: LlamaForCausalLM) -> None
         assert np.array_equal(got.log_probs, want.log_probs[-len(target) :])
 
 
+@settings(deadline=None)
 @given(count=st.integers(1, 60), length=st.integers(1, 20))
 def test_rolling_windows_score_each_token_once(count: int, length: int) -> None:
     tokens = list(range(100, 100 + count))
@@ -143,6 +144,7 @@ def test_few_programs_are_compiled(model: LlamaForCausalLM) -> None:
     assert _score._cache_size() - before <= len({_bucket(length) for length in range(1, 60)}) == 5
 
 
+@settings(deadline=None)
 @given(st.integers(1, 100_000))
 def test_a_bucket_is_at_most_half_as_much_again(length: int) -> None:
     assert length <= _bucket(length) <= max(16, length * 3 / 2)
