@@ -118,7 +118,7 @@ def draw_text(picture: MaskPicture, width: int) -> "Text":
     margin = digits + 1 + label + 1
     room = max((width - margin) // 2, 3)
     keys, queries = _window(len(picture.keys), room), _window(len(picture.queries), room)
-    drawn = Text(f"{picture.title}\n{_SEEN}where the token of the row sees that of the column\n")
+    drawn = Text(f"{picture.title}\n{_SEEN}the row's token sees the column's\n")
 
     names = ["" if key is None else _shown(picture.keys[key], _HEADER) for key in keys]
     height = max(map(len, names))
