@@ -1,5 +1,6 @@
 """`python -m benchmarks NAME...`: measurements, each printed as one table.
 
+convert   every pair of formats: seconds beside `cp`, peak memory (--preset, --pairs)
 compile   seconds to compile 4 and 32 layers of the same widths, forward and gradient
 loss      the loss-in-head beside its peers: memory, time and error
 step      a training step beside torch's: time, memory, tokens a second
@@ -10,7 +11,13 @@ import argparse
 import importlib
 import sys
 
-MODULES = {"compile": "compile_time", "load": "load_time", "loss": "loss", "step": "step"}
+MODULES = {
+    "compile": "compile_time",
+    "convert": "conversion",
+    "load": "load_time",
+    "loss": "loss",
+    "step": "step",
+}
 
 
 def main() -> int:
@@ -21,8 +28,12 @@ def main() -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("names", nargs="+", choices=MODULES, metavar="NAME")
-    for name in parser.parse_args().names:
-        importlib.import_module(f"benchmarks.{MODULES[name]}").main()
+    options, rest = parser.parse_known_args()
+    if rest and options.names != ["convert"]:
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    for name in options.names:
+        module = importlib.import_module(f"benchmarks.{MODULES[name]}")
+        module.main(rest) if rest else module.main()
     return 0
 
 

@@ -21,16 +21,23 @@ from rich.progress import (
 )
 from rich.table import Table
 
-from convert import Plan, info, plan, run
-from convert.checkpoint import DTYPES
+from convert import Plan, Report, info, plan, run
+from convert.casting import Changes
+from convert.estimate import available_memory
+from convert.formats import FORMATS
 from llama_jax.arguments import OneLineParser, size_argument
 
 _EPILOG = """\
 python -m convert info SRC [--json]   says what is in a checkpoint and writes nothing
 
-SRC is a GGUF file of the llama architecture, quantised or not; of one in pieces, any piece.
-DST becomes a Hugging Face directory: config.json, safetensors, tokenizer, generation config.
-It must not exist; it appears when it is complete, and not at all if anything fails.
+SRC is recognised by what it holds:
+  Hugging Face  a directory with *.safetensors or pytorch_model*.bin
+  Orbax         a run of python -m train, one of its checkpoints/STEP, or a directory made with --to orbax
+  GGUF          a file of the llama architecture, quantised or not; of one in pieces, any piece
+  Meta          a directory with params.json and consolidated.*.pth
+DST is made: a directory, or for GGUF a file. It must not exist; it appears when it is complete and
+proved, and not at all if anything fails. With it comes conversion.json, the SHA-256 of every tensor;
+a source that has one is checked against it.
 """
 
 
@@ -59,19 +66,23 @@ def _convert(arguments: Sequence[str], console: Console) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("source", metavar="SRC", help="the checkpoint to read")
-    parser.add_argument("destination", metavar="DST", help="the directory to make")
-    parser.add_argument("--to", choices=["hf"], default="hf", help="format of DST: Hugging Face")
+    parser.add_argument("destination", metavar="DST", help="the directory or file to make")
+    parser.add_argument(
+        "--to",
+        choices=list(FORMATS),
+        help="format of DST; default: gguf where DST ends in .gguf, else hf",
+    )
     parser.add_argument(
         "--dtype",
-        choices=list(DTYPES),
-        help="of every tensor written; default: the file's own, float32 if it is quantised",
+        choices=list(dict.fromkeys(d for f in FORMATS.values() for d in f.DTYPE_NAMES)),
+        help="of the tensors written; default: the source's own, float32 if it is quantised. "
+        "GGUF keeps vectors in float32, as llama.cpp wants them; q8_0 is for GGUF alone",
     )
     parser.add_argument(
         "--max-shard-size",
         type=size_argument,
-        default="5GB",
         metavar="SIZE",
-        help="largest safetensors file, as in 500MB, 5GB, 2GiB; default: %(default)s",
+        help="largest safetensors file, as in 500MB, 5GB, 2GiB; default: 5GB",
     )
     parser.add_argument(
         "--no-tokenizer", action="store_true", help="leave the tokenizer behind, and faults in it"
@@ -79,24 +90,34 @@ def _convert(arguments: Sequence[str], console: Console) -> None:
     parser.add_argument(
         "--dry-run", action="store_true", help="check everything, print the cost, write nothing"
     )
+    parser.add_argument(
+        "--verify",
+        action=argparse.BooleanOptionalAction,
+        help="default: read DST back and compare every tensor, bit for bit. --verify also compares logits "
+        "with PyTorch's on real tokens; --no-verify compares nothing",
+    )
     options = parser.parse_args(arguments)
     signal.signal(signal.SIGTERM, _terminate)
 
     todo = plan(
         options.source,
         options.destination,
+        to=options.to,
         dtype=options.dtype,
         max_shard_size=options.max_shard_size,
         tokenizer=not options.no_tokenizer,
+        verify=options.verify is not False,
+        logits=bool(options.verify),
     )
     _print_plan(todo, console)
     if options.dry_run:
         return
     columns = (BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console) as progress:
-        task = progress.add_task("writing", total=todo.bytes_to_write)
-        run(todo, lambda count: progress.advance(task, count))
-    console.print(f"written: {escape(str(todo.destination))}")
+    with Progress("{task.description}", *columns, console=console) as progress:
+        total = todo.bytes_to_write * (2 if todo.verify else 1)
+        task = progress.add_task("writing, then comparing", total=total)
+        report = run(todo, lambda count: progress.advance(task, count))
+    _print_report(report, console)
 
 
 def _info(arguments: Sequence[str], console: Console) -> None:
@@ -113,7 +134,7 @@ def _info(arguments: Sequence[str], console: Console) -> None:
         return
     table = Table(show_header=False, box=None)
     for key, value in facts.items():
-        if key == "config":
+        if key == "config" or (key == "faults" and not value):
             continue
         table.add_row(f"[bold]{key}[/]", escape(_readable(value)))
     for key, value in facts["config"].items():
@@ -128,12 +149,35 @@ def _print_plan(todo: Plan, console: Console) -> None:
         f"{checkpoint.format} ({stored}), {checkpoint.parameters:,} parameters "
         f"in {len(checkpoint.tensors)} tensors"
     )
+    memory, available = todo.peak_memory, available_memory()
     console.print(
-        f"writes {_bytes(todo.bytes_to_write)} of {todo.dtype}, "
-        f"holds at most {_bytes(todo.peak_memory)} of tensors in memory"
+        f"to {FORMATS[todo.to].TITLE}, {todo.dtype or 'dtypes as they are'}: "
+        f"{_bytes(todo.bytes_to_write)} of disk, at most {_bytes(memory)} of memory, "
+        f"about {max(1, round(todo.seconds))} s"
     )
-    for note in checkpoint.notes:
+    notes = list(checkpoint.notes)
+    if available is not None and available < memory:
+        notes.append(f"{_bytes(available)} of memory are free: it may not be enough")
+    for note in notes:
         console.print(f"[yellow]note:[/] {escape(note)}")
+
+
+def _print_report(report: Report, console: Console) -> None:
+    if report.changed:
+        total = Changes(*map(sum, zip(*report.changed.values(), strict=True)))
+        console.print(
+            f"{total.rounded:,} values in {len(report.changed)} of {report.tensors} tensors were rounded: "
+            f"{total.to_zero:,} became zero, {total.subnormal:,} subnormal"
+        )
+    if report.verified:
+        console.print(f"read back and compared: {report.tensors} tensors, bit for bit")
+    if report.logits:
+        tokens, ours, torch = report.logits
+        console.print(
+            f"logits of {tokens} tokens against float64: error {ours:.2e}, PyTorch's {torch:.2e}, "
+            f"a ratio of {ours / torch:.2f}"
+        )
+    console.print(f"written: {escape(str(report.destination))}")
 
 
 def _readable(value: Any) -> str:

@@ -1,26 +1,25 @@
 """What every reader returns and every writer takes: a config, and a stream of named tensors.
 
-A reader is a function `read(path) -> Checkpoint`, a writer a function that takes a Checkpoint; a new
-format is one new file with one or both. Names, shapes and row order are Hugging Face's Llama
-(`model.layers.0.self_attn.q_proj.weight`, [out, in]), the form that all of them know.
+Names, shapes and row order are Hugging Face's Llama (`model.layers.0.self_attn.q_proj.weight`, [out, in]),
+the form that all formats know.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import ml_dtypes
 import numpy as np
 
-from llama_jax.safetensors_read import all_finite
 from llama_jax.safetensors_write import TensorSpec
 
 DTYPES: dict[str, np.dtype[Any]] = {
     "float32": np.dtype(np.float32),
     "bfloat16": np.dtype(ml_dtypes.bfloat16),
     "float16": np.dtype(np.float16),
+    "float64": np.dtype(np.float64),
 }
 
 
@@ -33,13 +32,15 @@ class Checkpoint:
     config: dict[str, Any]
     """The content of a Hugging Face `config.json`, without a dtype."""
     tensors: tuple[TensorSpec, ...]
-    """Every tensor as `load` returns it, in the model's order."""
+    """Every tensor as `load` returns it, in the order in which it is read fastest."""
     load: Callable[[str], np.ndarray]
     """The values of one tensor, read when called; raises ValueError if they cannot be had."""
-    dtype: str
-    """The dtype that loses nothing worth keeping: a key of DTYPES."""
-    files: Mapping[str, str] = field(default_factory=dict)
-    """Text files that travel along, by relative path: tokenizer, templates, generation config."""
+    dtype: str | None
+    """The dtype that loses nothing worth keeping, a key of DTYPES; None: each tensor's own."""
+    files: Mapping[str, bytes] = field(default_factory=dict)
+    """Files that travel along, by name: tokenizer, templates, generation config."""
+    digests: Mapping[str, str] = field(default_factory=dict)
+    """SHA-256 of what `load` must return, by tensor, where it was recorded when that was written."""
     facts: Mapping[str, Any] = field(default_factory=dict)
     """More about the source that `info` shows: stored types, name, licence, tokenizer."""
     notes: tuple[str, ...] = ()
@@ -51,23 +52,20 @@ class Checkpoint:
         return sum(spec.size for spec in self.tensors)
 
 
-def cast(name: str, values: np.ndarray, dtype: np.dtype[Any]) -> np.ndarray:
-    """`values` as `dtype`, rounded to nearest even.
+def common_dtype(specs: Sequence[TensorSpec]) -> str | None:
+    """The dtype that all tensors share, as a key of DTYPES; None where they differ."""
+    found = {spec.dtype for spec in specs}
+    return next((name for name, dtype in DTYPES.items() if found == {dtype}), None)
 
-    Raises ValueError when values are not finite, or finite ones would not stay so (float16 ends at
-    65504): a model with them computes NaN, and nobody would know why.
-    """
-    if not all_finite(values):
-        count = int(values.size - np.isfinite(values).sum())
-        raise ValueError(f"tensor {name}: {count} values are NaN or infinite, expected none")
-    if values.dtype == dtype:
-        return values
-    with np.errstate(over="ignore"):
-        result = values.astype(dtype)
-    if not all_finite(result):
-        count = int(result.size - np.isfinite(result).sum())
-        raise ValueError(
-            f"tensor {name}: {count} values overflow {dtype}, "
-            f"largest magnitude {float(np.abs(values).max()):g}; choose bfloat16 or float32"
-        )
-    return result
+
+def in_dtype(checkpoint: Checkpoint, dtype: str | None) -> list[TensorSpec]:
+    """The tensors with every one in `dtype`, a key of DTYPES; None leaves each its own."""
+    return [
+        spec if dtype is None else TensorSpec(spec.name, DTYPES[dtype], spec.shape)
+        for spec in checkpoint.tensors
+    ]
+
+
+def plain_bytes(spec: TensorSpec, dtype: str | None) -> int:
+    """Bytes on disk in formats that store plain numbers, whatever `--dtype` is."""
+    return spec.nbytes

@@ -27,7 +27,22 @@ from convert.gguf_header import GgufHeader, read_header
 from convert.gguf_rope import metadata_scaling, tensor_scaling
 from convert.gguf_tensors import PLAIN, map_tensors, read_values
 from convert.gguf_tokenizer import generation_config, tokenizer_files
+from convert.gguf_write import rule, specs, stored_bytes, write
 from llama_jax.config import LlamaConfig
+
+__all__ = ["DTYPE_NAMES", "TITLE", "read", "recognises", "rule", "specs", "stored_bytes", "write"]
+
+TITLE = "GGUF"
+DTYPE_NAMES = ("float32", "bfloat16", "float16", "q8_0")
+
+
+def recognises(path: Path) -> bool:
+    """Whether it looks like one: a file of that name, or that begins so."""
+    if not path.is_file():
+        return False
+    with path.open("rb") as file:
+        return path.suffix == ".gguf" or file.read(4) == b"GGUF"
+
 
 # Hyperparameters that llama.cpp's graph would obey and Hugging Face's Llama has no field for, with the
 # values under which they do nothing.
@@ -83,7 +98,7 @@ def read(path: Path, *, tokenizer: bool = True) -> Checkpoint:
         tensors=tuple(source.spec for source in sources.values()),
         load=lambda name: sources[name].read(),
         dtype=_default_dtype(header),
-        files=files,
+        files={name: text.encode() for name, text in files.items()},
         facts=_facts(header) | tokenizer_facts,
         notes=tuple(notes),
     )

@@ -23,8 +23,31 @@ PLAIN: dict[GGMLQuantizationType, np.dtype[Any]] = {
     GGMLQuantizationType.F16: np.dtype(np.float16),
     GGMLQuantizationType.BF16: np.dtype(ml_dtypes.bfloat16),
 }
+_NAMES = {  # Hugging Face's modules -> llama.cpp's
+    "model.embed_tokens": "token_embd",
+    "model.norm": "output_norm",
+    "lm_head": "output",
+    "input_layernorm": "attn_norm",
+    "post_attention_layernorm": "ffn_norm",
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output",
+    "mlp.gate_proj": "ffn_gate",
+    "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down",
+}
 _CHUNK = 2**22  # values dequantised at a time: bounds the library's temporaries
 _IGNORED = ("rope_freqs.weight", "attn_rot_embd.weight")  # the first is read as configuration
+
+
+def gguf_name(name: str) -> str:
+    """llama.cpp's name of the tensor that Hugging Face calls `name`."""
+    module, _, kind = name.rpartition(".")
+    if module.startswith("model.layers."):
+        _, _, layer, inner = module.split(".", 3)
+        return f"blk.{layer}.{_NAMES[inner]}.{kind}"
+    return f"{_NAMES[module]}.{kind}"
 
 
 @dataclass(frozen=True)
@@ -57,16 +80,17 @@ def map_tensors(
     sources: dict[str, Source] = {}
     used: set[str] = set()
 
-    def add(name: str, gguf_name: str, shape: tuple[int, ...], heads: int = 0) -> None:
-        tensor = header.tensors.get(gguf_name)
-        used.add(gguf_name)
+    def add(name: str, shape: tuple[int, ...], heads: int = 0) -> None:
+        stored = gguf_name(name)
+        tensor = header.tensors.get(stored)
+        used.add(stored)
         if tensor is None:
-            faults.append(f"tensor {gguf_name} is missing, expected {list(shape)}")
+            faults.append(f"tensor {stored} is missing, expected {list(shape)}")
         elif tensor.shape != shape:
-            faults.append(f"tensor {gguf_name} is {list(tensor.shape)}, expected {list(shape)}")
+            faults.append(f"tensor {stored} is {list(tensor.shape)}, expected {list(shape)}")
         elif not _readable(tensor.type):
             faults.append(
-                f"tensor {gguf_name} has type {tensor.type.name}, which cannot be dequantised"
+                f"tensor {stored} has type {tensor.type.name}, which cannot be dequantised"
             )
         else:
             sources[name] = Source(TensorSpec(name, _dtype(tensor.type), shape), tensor, heads)
@@ -74,32 +98,36 @@ def map_tensors(
     e, f, v = config["hidden_size"], config["intermediate_size"], config["vocab_size"]
     h, k, d = (config[n] for n in ("num_attention_heads", "num_key_value_heads", "head_dim"))
     projections = {
-        "attn_q": ("self_attn.q_proj", h * d, e, h),
-        "attn_k": ("self_attn.k_proj", k * d, e, k),
-        "attn_v": ("self_attn.v_proj", k * d, e, 0),
-        "attn_output": ("self_attn.o_proj", e, h * d, 0),
-        "ffn_gate": ("mlp.gate_proj", f, e, 0),
-        "ffn_up": ("mlp.up_proj", f, e, 0),
-        "ffn_down": ("mlp.down_proj", e, f, 0),
+        "self_attn.q_proj": (h * d, e, h),
+        "self_attn.k_proj": (k * d, e, k),
+        "self_attn.v_proj": (k * d, e, 0),
+        "self_attn.o_proj": (e, h * d, 0),
+        "mlp.gate_proj": (f, e, 0),
+        "mlp.up_proj": (f, e, 0),
+        "mlp.down_proj": (e, f, 0),
     }
-    layers = range(config["num_hidden_layers"])
-    biased = {p for p in projections if any(f"blk.{i}.{p}.bias" in header.tensors for i in layers)}
-    add("model.embed_tokens.weight", "token_embd.weight", (v, e))
-    for i in layers:
-        add(f"model.layers.{i}.input_layernorm.weight", f"blk.{i}.attn_norm.weight", (e,))
-        add(f"model.layers.{i}.post_attention_layernorm.weight", f"blk.{i}.ffn_norm.weight", (e,))
-        for p, (module, rows, columns, heads) in projections.items():
-            name = f"model.layers.{i}.{module}"
-            add(f"{name}.weight", f"blk.{i}.{p}.weight", (rows, columns), heads)
-            if p in biased:
-                add(f"{name}.bias", f"blk.{i}.{p}.bias", (rows,), heads)
-            elif config["attention_bias" if p.startswith("attn_") else "mlp_bias"]:
+    layers = [f"model.layers.{i}" for i in range(config["num_hidden_layers"])]
+    biased = {
+        module
+        for module in projections
+        if any(gguf_name(f"{layer}.{module}.bias") in header.tensors for layer in layers)
+    }
+    add("model.embed_tokens.weight", (v, e))
+    for layer in layers:
+        add(f"{layer}.input_layernorm.weight", (e,))
+        add(f"{layer}.post_attention_layernorm.weight", (e,))
+        for module, (rows, columns, heads) in projections.items():
+            name = f"{layer}.{module}"
+            add(f"{name}.weight", (rows, columns), heads)
+            if module in biased:
+                add(f"{name}.bias", (rows,), heads)
+            elif config["attention_bias" if module.startswith("self_attn.") else "mlp_bias"]:
                 # llama.cpp takes each bias by itself; Hugging Face has all of a block's or none.
                 spec = TensorSpec(f"{name}.bias", np.dtype(np.float32), (rows,))
                 sources[spec.name] = Source(spec, None)
-    add("model.norm.weight", "output_norm.weight", (e,))
+    add("model.norm.weight", (e,))
     if not config["tie_word_embeddings"]:
-        add("lm_head.weight", "output.weight", (v, e))
+        add("lm_head.weight", (v, e))
 
     if biased and len(zeros := sorted(s.spec.name for s in sources.values() if s.tensor is None)):
         notes.append(f"{len(zeros)} biases that the file does not have are written as zeros")

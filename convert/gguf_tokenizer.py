@@ -19,11 +19,11 @@ import numpy as np
 Json = dict[str, Any]
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)  # tokenizer.ggml.token_type
-_SPACE = "\u2581"  # SentencePiece's visible space
+SPACE = "\u2581"  # SentencePiece's visible space
 
 
 @dataclass(frozen=True)
-class _Pre:
+class Pre:
     """What a `tokenizer.ggml.pre` stands for: how text is split before byte-level BPE."""
 
     splits: tuple[str, ...] = ()
@@ -55,13 +55,13 @@ _DEEPSEEK_CODER_SPLITS = (
     "[\u4e00-\u9fa5\u0800-\u4e00\uac00-\ud7ff]+",
 )
 
-_GPT2 = _Pre()
-_DIGITS = _Pre(digits=True)
-_LLAMA3 = _Pre(splits=(_LLAMA3_SPLIT,), gpt2=False, ignore_merges=True, add_bos=True)
-_LLAMA3_PLAIN = _Pre(splits=(_LLAMA3_SPLIT,), gpt2=False)
-_QWEN2 = _Pre(splits=(_QWEN2_SPLIT,), gpt2=False)
+_GPT2 = Pre()
+_DIGITS = Pre(digits=True)
+_LLAMA3 = Pre(splits=(_LLAMA3_SPLIT,), gpt2=False, ignore_merges=True, add_bos=True)
+_LLAMA3_PLAIN = Pre(splits=(_LLAMA3_SPLIT,), gpt2=False)
+_QWEN2 = Pre(splits=(_QWEN2_SPLIT,), gpt2=False)
 
-PRE_TOKENIZERS: dict[str, _Pre] = {
+PRE_TOKENIZERS: dict[str, Pre] = {
     **dict.fromkeys(["default", "gpt-2", "phi-2", "mpt", "olmo", "trillion", "mellum"], _GPT2),
     **dict.fromkeys(
         ["smollm", "starcoder", "refact", "command-r", "codeshell", "exaone", "minerva-7b"], _DIGITS
@@ -69,8 +69,8 @@ PRE_TOKENIZERS: dict[str, _Pre] = {
     **dict.fromkeys(["llama-bpe", "llama3", "llama-v3", "falcon3", "pixtral", "midm-2.0"], _LLAMA3),
     **dict.fromkeys(["dbrx", "smaug-bpe"], _LLAMA3_PLAIN),
     **dict.fromkeys(["qwen2", "deepseek-r1-qwen", "stablelm2", "megrez"], _QWEN2),
-    "tekken": _Pre(splits=(_TEKKEN_SPLIT,), gpt2=False, ignore_merges=True, add_bos=True),
-    "deepseek-coder": _Pre(splits=_DEEPSEEK_CODER_SPLITS, digits=True, gpt2=False),
+    "tekken": Pre(splits=(_TEKKEN_SPLIT,), gpt2=False, ignore_merges=True, add_bos=True),
+    "deepseek-coder": Pre(splits=_DEEPSEEK_CODER_SPLITS, digits=True, gpt2=False),
 }
 
 
@@ -207,7 +207,7 @@ def _added_token(i: int, content: str, *, special: bool) -> Json:
 # --- byte-level BPE ----------------------------------------------------------------------------------
 
 
-def _pre_tokenizer(path: Path, metadata: Json, notes: list[str]) -> tuple[_Pre, bool]:
+def _pre_tokenizer(path: Path, metadata: Json, notes: list[str]) -> tuple[Pre, bool]:
     name = metadata.get("tokenizer.ggml.pre", "default")
     if name == "default":
         notes.append("the file does not say how it splits text before BPE: taken to be GPT-2's way")
@@ -234,21 +234,26 @@ def _merges(path: Path, metadata: Json, tokens: list[str]) -> list[tuple[str, st
     return pairs
 
 
-def _byte_level(tokens: list[str], merges: list[tuple[str, str]], pre: _Pre) -> Json:
-    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
+_BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
+
+
+def splitting(pre: Pre) -> Json:
+    """What `pre` stands for as the `pre_tokenizer` of a tokenizer.json."""
     steps: list[Json] = [
         {"type": "Split", "pattern": {"Regex": split}, "behavior": "Isolated", "invert": False}
         for split in pre.splits
     ]
     if pre.digits:
         steps.append({"type": "Digits", "individual_digits": True})
-    steps.append({**byte_level, "use_regex": pre.gpt2})
+    steps.append({**_BYTE_LEVEL, "use_regex": pre.gpt2})
+    return steps[0] if len(steps) == 1 else {"type": "Sequence", "pretokenizers": steps}
+
+
+def _byte_level(tokens: list[str], merges: list[tuple[str, str]], pre: Pre) -> Json:
     return {
         "normalizer": None,
-        "pre_tokenizer": steps[0]
-        if len(steps) == 1
-        else {"type": "Sequence", "pretokenizers": steps},
-        "decoder": {**byte_level, "add_prefix_space": True, "use_regex": True},
+        "pre_tokenizer": splitting(pre),
+        "decoder": {**_BYTE_LEVEL, "add_prefix_space": True, "use_regex": True},
         "model": _bpe(tokens, merges, ignore_merges=pre.ignore_merges),
     }
 
@@ -284,17 +289,17 @@ def _sentencepiece(
     if not isinstance(scores, list) or len(scores) != len(tokens):
         raise _error(path, f"tokenizer.ggml.scores does not have {len(tokens)} entries")
     prefix = bool(metadata.get("tokenizer.ggml.add_space_prefix", True))
-    visible = {"type": "Replace", "pattern": {"String": " "}, "content": _SPACE}
+    visible = {"type": "Replace", "pattern": {"String": " "}, "content": SPACE}
     return {
         "normalizer": {
             "type": "Sequence",
-            "normalizers": [{"type": "Prepend", "prepend": _SPACE}] * prefix + [visible],
+            "normalizers": [{"type": "Prepend", "prepend": SPACE}] * prefix + [visible],
         },
         "pre_tokenizer": None,
         "decoder": {
             "type": "Sequence",
             "decoders": [
-                {"type": "Replace", "pattern": {"String": _SPACE}, "content": " "},
+                {"type": "Replace", "pattern": {"String": SPACE}, "content": " "},
                 {"type": "ByteFallback"},
                 {"type": "Fuse"},
             ]
@@ -302,7 +307,7 @@ def _sentencepiece(
         },
         "model": _bpe(
             tokens,
-            _merges_from_scores(tokens, types, scores),
+            merges_from_scores(tokens, types, scores),
             unk_token=unknown,
             fuse_unk=True,
             byte_fallback=BYTE in types,
@@ -310,7 +315,7 @@ def _sentencepiece(
     }
 
 
-def _merges_from_scores(
+def merges_from_scores(
     tokens: list[str], types: list[int], scores: list[float]
 ) -> list[tuple[str, str]]:
     """SentencePiece joins the neighbours whose union scores highest; a merge list says the same.

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -91,7 +91,7 @@ def from_hf_tensors(
     shapes = {name: tuple(array.shape) for name, array in tensors.items()}
     faults = _compare(shapes, table, abstract, set())
     if faults:
-        raise ValueError(_report(f"{len(faults)} faults", faults))
+        raise ValueError(report(f"{len(faults)} faults", faults))
     buffers = _allocate(abstract)
     for name, slot in table.items():
         _place(buffers, slot)[...] = np.asarray(tensors[name]).astype(buffers[slot.path].dtype)
@@ -123,7 +123,7 @@ def load(
             non-finite tensor.
     """
     directory = Path(directory)
-    match = _match(model_class, config, directory, dtype)
+    match = fit(model_class, config, open_weights(directory), directory, dtype)
     stored, table, abstract, faults = match.stored, match.table, match.abstract, match.faults
     # with a fault there will be no model: values are only looked at, for the rest of the report
     buffers = {} if faults else _allocate(abstract)
@@ -145,7 +145,7 @@ def load(
     if match.tied is not None and not faults:
         faults += _compare_tied(match.tied, buffers[table[match.embedding].path])
     if faults:
-        raise ValueError(_report(f"{directory}: {len(faults)} faults", faults))
+        raise ValueError(report(f"{directory}: {len(faults)} faults", faults))
     if match.new:
         key = (rngs or nnx.Rngs(0)).params()
         paths = [table[name].path for name in match.new]
@@ -172,10 +172,11 @@ def load_params(
     """
     directory = Path(directory)
     dtype = jax.tree.leaves(params)[0].dtype
-    match = _match(model_class, LlamaConfig.from_pretrained(directory), directory, dtype)
+    config = LlamaConfig.from_pretrained(directory)
+    match = fit(model_class, config, open_weights(directory), directory, dtype)
     faults = [*match.faults, *(f"{name}: missing" for name in match.new)]
     if faults:
-        raise ValueError(_report(f"{directory}: {len(faults)} faults", faults))
+        raise ValueError(report(f"{directory}: {len(faults)} faults", faults))
     slots: dict[ParamPath, list[str]] = {}
     for name, slot in match.table.items():
         slots.setdefault(slot.path, []).append(name)  # in the order of the layers
@@ -200,7 +201,7 @@ def load_params(
 
     loaded = jax.tree_util.tree_map_with_path(place, params)
     if faults:
-        raise ValueError(_report(f"{directory}: {len(faults)} faults", faults))
+        raise ValueError(report(f"{directory}: {len(faults)} faults", faults))
     return loaded
 
 
@@ -250,11 +251,12 @@ def save(
 
 
 @dataclass(frozen=True)
-class _Match:
+class Fit:
     """A directory's tensors beside the model they are for, and everything that does not fit.
 
-    embedding: the embedding's name in the table. tied: the copy of a tied head that some exporters write
-    as well. new: the tensors of a task's head that the directory has not.
+    dtype: what the model would have. stored: by the model's names. embedding: its name there. tied: the
+    copy of a tied head that some exporters write as well. new: what a task's head has and the directory
+    has not.
     """
 
     dtype: np.dtype
@@ -267,14 +269,35 @@ class _Match:
     faults: list[str]
 
 
-def _match(
-    model_class: Callable[..., nnx.Module], config: LlamaConfig, directory: Path, dtype: Any
-) -> _Match:
-    stored, faults, excused = _open(directory)
+class Weights(NamedTuple):
+    """The tensors of a directory's weight files by name, what is wrong with the files, and the names
+    that the faulty files would have held (not to be called missing a second time)."""
+
+    stored: dict[str, StoredTensor]
+    faults: list[str]
+    excused: set[str]
+
+
+def fit(
+    model_class: Callable[..., nnx.Module],
+    config: LlamaConfig,
+    weights: Weights,
+    directory: Path,
+    dtype: Any = None,
+) -> Fit:
+    """Lay a directory's tensors beside the model of `config`; no values are read.
+
+    Args:
+        dtype: of the model; None keeps the stored one (the widest, where several are mixed).
+
+    Raises:
+        ValueError: an unknown dtype, or more layers than there are tensors. All other faults are returned.
+    """
+    stored, faults, excused = weights
     if dtype is None:
-        dtype = _widest({FLOAT_DTYPES[tensor.dtype] for tensor in stored.values()})
+        dtype = widest({FLOAT_DTYPES[tensor.dtype] for tensor in stored.values()})
     dtype = _require_float(dtype)
-    if config.num_hidden_layers > max(len(stored), 1):
+    if config.num_hidden_layers > max(len(stored) + len(excused), 1):
         # an absurd count, before anything is laid out for it
         raise ValueError(
             f"{directory}: found {len(stored)} tensors, expected some for each of "
@@ -298,8 +321,8 @@ def _match(
         }
     new = [name for name in task_head if name not in stored and name not in excused]
     shapes = {name: tensor.shape for name, tensor in stored.items()}
-    faults += _compare(shapes, table, abstract, excused | set(new))
-    return _Match(dtype, abstract, table, stored, embedding, tied, new, faults)
+    faults = faults + _compare(shapes, table, abstract, excused | set(new))
+    return Fit(dtype, abstract, table, stored, embedding, tied, new, faults)
 
 
 def _require_float(dtype: Any) -> np.dtype:
@@ -368,21 +391,30 @@ def _merge(abstract: Model, buffers: dict[ParamPath, np.ndarray]) -> Model:
     return nnx.merge(graphdef, nnx.from_flat_state(filled))
 
 
-def _open(directory: Path) -> tuple[dict[str, StoredTensor], list[str], set[str]]:
-    """The tensors of a directory's weight files, what is wrong with the files, and the names that
-    the faulty files would have held (not to be called missing a second time)."""
-    if (directory / SINGLE_FILE).exists():
+def open_weights(
+    directory: Path,
+    single: str = SINGLE_FILE,
+    index: str = INDEX_FILE,
+    read_header: Callable[[Path], Iterable[StoredTensor]] = read_header,
+) -> Weights:
+    """The headers of a directory's weight files: of one file, or of several and their index.
+
+    Args:
+        read_header: the tensors of one file; safetensors unless another is given.
+
+    Raises:
+        ValueError: no such files, or the only one cannot be read.
+    """
+    if (directory / single).exists():
         listed: dict[str, str] = {}
-        files = [SINGLE_FILE]
-    elif (directory / INDEX_FILE).exists():
-        listed = _read_index(directory / INDEX_FILE)
+        files = [single]
+    elif (directory / index).exists():
+        listed = read_index(directory / index)
         files = sorted(set(listed.values()))
     else:
         others = sorted(path.name for path in directory.glob("*.bin"))[:1]
         found = f"only {others[0]}" if others else "none"
-        raise ValueError(
-            f"{directory}: expected weights in {SINGLE_FILE} or {INDEX_FILE}, found {found}"
-        )
+        raise ValueError(f"{directory}: expected weights in {single} or {index}, found {found}")
     stored: dict[str, StoredTensor] = {}
     faults: list[str] = []
     excused: set[str] = set()
@@ -396,7 +428,7 @@ def _open(directory: Path) -> tuple[dict[str, StoredTensor], list[str], set[str]
             excused |= {name for name, place in listed.items() if place == file}
             continue
         for tensor in tensors:
-            if _is_buffer(tensor.name):
+            if is_buffer(tensor.name):
                 continue
             if tensor.name in stored:
                 faults.append(f"{tensor.name}: in {stored[tensor.name].path.name} and in {file}")
@@ -406,17 +438,18 @@ def _open(directory: Path) -> tuple[dict[str, StoredTensor], list[str], set[str]
                 excused.add(tensor.name)
             else:
                 stored[tensor.name] = tensor
-    return stored, faults, excused
+    return Weights(stored, faults, excused)
 
 
-def _widest(dtypes: set[np.dtype]) -> np.dtype:
+def widest(dtypes: set[np.dtype]) -> np.dtype:
     """The narrowest dtype that holds every value of `dtypes`: float32 for float16 beside bfloat16."""
     if len(dtypes) == 1:
         return next(iter(dtypes))
     return np.dtype(np.float64 if np.dtype(np.float64) in dtypes else np.float32)
 
 
-def _read_index(path: Path) -> dict[str, str]:
+def read_index(path: Path) -> dict[str, str]:
+    """Tensor name -> file of the same directory. Raises ValueError for any other place."""
     weight_map = read_json_object(path).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise ValueError(f"{path}: found no weight_map, expected tensor names and their files")
@@ -431,7 +464,7 @@ def _read_index(path: Path) -> dict[str, str]:
 _ROTARY_BUFFERS = tuple(f"rotary_emb.{name}" for name in ("inv_freq", "cos_cached", "sin_cached"))
 
 
-def _is_buffer(name: str) -> bool:
+def is_buffer(name: str) -> bool:
     """Old checkpoints store the rotary frequencies, which follow from the config."""
     return name.endswith(_ROTARY_BUFFERS)
 
@@ -490,7 +523,8 @@ def _compare(
     return faults
 
 
-def _report(title: str, faults: list[str], limit: int = 20) -> str:
+def report(title: str, faults: list[str], limit: int = 20) -> str:
+    """All faults as one line, the first `limit` of them in full."""
     shown = "; ".join(faults[:limit])
     more = f"; and {len(faults) - limit} more" if len(faults) > limit else ""
     return f"{title}: {shown}{more}"

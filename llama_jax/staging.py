@@ -1,5 +1,7 @@
-"""Directories written beside what they replace and moved into place when complete."""
+"""Files and directories written beside what they replace and moved into place when complete."""
 
+import fcntl
+import glob
 import os
 import shutil
 import tempfile
@@ -8,6 +10,27 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from llama_jax.safetensors_write import remove_stale
+
+
+@contextmanager
+def staging_in(parent: Path, name: str) -> Iterator[Path]:
+    """An empty directory in `parent` for what will become `name`; what is left in it goes at the end.
+
+    It is locked while it is used, so that what a killed process has left behind is known and removed.
+    """
+    for leftover in parent.glob(f".{glob.escape(name)}.*.partial"):
+        abandoned = _lock(leftover)
+        if abandoned is not None:
+            shutil.rmtree(leftover, ignore_errors=True)
+            os.close(abandoned)
+    staging = Path(tempfile.mkdtemp(prefix=f".{name}.", suffix=".partial", dir=parent))
+    lock = _lock(staging)
+    try:
+        yield staging
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+        if lock is not None:
+            os.close(lock)
 
 
 @contextmanager
@@ -27,31 +50,31 @@ def staged_directory(directory: Path, *, into_existing: bool) -> Iterator[Path]:
     directory = directory.absolute()  # '.' has no name of its own
     if into_existing and directory.is_dir():
         # inside it: a mount point or a link may lie on another disk than its parent
-        staging = Path(tempfile.mkdtemp(prefix=".", suffix=".partial", dir=directory))
-        made: list[Path] = []
-    else:
-        made = _make_parents(directory)
-        prefix = f".{directory.name}."
-        staging = Path(tempfile.mkdtemp(prefix=prefix, suffix=".partial", dir=directory.parent))
-    try:
-        yield staging
-        if staging.parent == directory:
+        with staging_in(directory, directory.name) as staging:
+            yield staging
             names = sorted(os.listdir(staging), key=lambda name: name == "config.json")
             for name in names:
                 os.replace(staging / name, directory / name)
             remove_stale(directory, keep=[directory / name for name in names])
-        elif os.path.lexists(directory):
-            # rename would silently replace an empty directory
-            raise FileExistsError(f"{directory}: exists, expected it to be absent")
-        else:
+        return
+    made = _make_parents(directory)
+    try:
+        with staging_in(directory.parent, directory.name) as staging:
+            yield staging
             staging.chmod(0o777 & ~_umask())  # mkdtemp makes it private
-            staging.rename(directory)
+            move(staging, directory)
     except BaseException:
-        shutil.rmtree(staging, ignore_errors=True)
         for parent in made:
             parent.rmdir()
         raise
-    shutil.rmtree(staging, ignore_errors=True)
+
+
+def move(staged: Path, final: Path) -> None:
+    """Rename what is complete. Raises FileExistsError where something has come to be there."""
+    if os.path.lexists(final):
+        # rename would silently replace a file or an empty directory
+        raise FileExistsError(f"{final}: exists, expected it to be absent")
+    staged.rename(final)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -61,6 +84,20 @@ def write_text(path: Path, text: str) -> None:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())
+
+
+def _lock(directory: Path) -> int | None:
+    """An open, locked descriptor, or None where another process holds the lock."""
+    try:
+        descriptor = os.open(directory, os.O_RDONLY)
+    except OSError:
+        return None
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(descriptor)
+        return None
+    return descriptor
 
 
 def _make_parents(directory: Path) -> list[Path]:

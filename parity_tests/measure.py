@@ -41,7 +41,9 @@ def worst(got: Mapping[str, Any], want: Mapping[str, Any]) -> tuple[float, str]:
         raise ValueError(f"names differ: {sorted(got.keys() ^ want.keys())}")
     errors = {name: relative_error(got[name], want[name]) for name in want}
     # NaN compares false with everything, so it is looked for first.
-    name = next((n for n, e in errors.items() if np.isnan(e)), None) or max(errors, key=errors.get)
+    name = next((n for n, e in errors.items() if np.isnan(e)), None) or max(
+        errors, key=errors.__getitem__
+    )
     return errors[name], name
 
 

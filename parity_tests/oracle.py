@@ -231,7 +231,7 @@ def linear(weights: Weights, name: str, x: Tensor, slices: int = 1) -> Tensor:
     """x @ W^T + b with W [out, in]; the sum over `in` in `slices` parts, as pretraining_tp asks."""
     weight, bias = weights[f"{name}.weight"], weights.get(f"{name}.bias")
     parts = zip(x.chunk(slices, dim=-1), weight.chunk(slices, dim=-1), strict=True)
-    y = sum(part @ w.T for part, w in parts)
+    y = sum((part @ w.T for part, w in parts), start=x.new_zeros(()))
     return y if bias is None else y + bias
 
 

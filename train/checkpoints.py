@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import orbax.checkpoint as ocp
 
 from llama_jax.arguments import first_line
+from llama_jax.fingerprint import fingerprint
 
 FOLDER = "checkpoints"
 
@@ -172,31 +173,13 @@ def _all_finite(leaves: list[Any]) -> Any:
 
 
 def fingerprints(tree: Any) -> list[int]:
-    """One number a leaf: a sum over its values' bits and places, which no sharding changes."""
+    """One number a leaf, see `llama_jax.fingerprint`."""
     return [int(each) for each in jax.device_get(_fingerprints(jax.tree.leaves(tree)))]
 
 
 @jax.jit
 def _fingerprints(leaves: list[Any]) -> list[Any]:
-    def sum_of_bits(leaf: Any) -> Any:
-        width = leaf.dtype.itemsize * 8
-        bits = jax.lax.bitcast_convert_type(leaf, jnp.dtype(f"uint{min(width, 32)}"))
-        # mixed with the place, so that values which change places show; each step of the mixing can be
-        # undone, so that one changed value always does
-        mixed = jnp.uint32(0)
-        for axis in range(bits.ndim):
-            place = jax.lax.broadcasted_iota(jnp.uint32, bits.shape, axis)
-            mixed = _mix(mixed ^ (place + jnp.uint32(axis)))
-        return jnp.sum(_mix(bits.astype(jnp.uint32) ^ mixed), dtype=jnp.uint32)
-
-    return [sum_of_bits(leaf) for leaf in leaves]
-
-
-def _mix(x: Any) -> Any:
-    """The finalizer of MurmurHash3, a permutation of the 32-bit integers."""
-    for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):
-        x = (x ^ (x >> jnp.uint32(shift))) * jnp.uint32(factor)
-    return x ^ (x >> jnp.uint32(16))
+    return [fingerprint(leaf) for leaf in leaves]
 
 
 def _read_step(

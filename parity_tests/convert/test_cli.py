@@ -54,10 +54,11 @@ def test_a_conversion_says_what_it_costs_and_is_read_by_transformers(
     err = capsys.readouterr().err
     parameters = convert.info(source)["parameters"]
     assert f"{parameters:,} parameters in 21 tensors" in err
-    assert "of float32, holds at most" in err
+    assert "to Hugging Face, float32: 186.8 kB of disk, at most 600.2 MB of memory, about" in err
+    assert "read back and compared: 21 tensors, bit for bit" in err
     names = {p.name for p in (tmp_path / "out").iterdir()}
     assert names == {
-        "config.json", "generation_config.json", "model.safetensors", "tokenizer.json",
+        "config.json", "conversion.json", "generation_config.json", "model.safetensors", "tokenizer.json",
         "tokenizer_config.json",
     }  # fmt: skip
     AutoModelForCausalLM.from_pretrained(tmp_path / "out")
@@ -95,7 +96,8 @@ def test_info_of_a_file_whose_tokenizer_is_unknown(tmp_path: Path) -> None:
     fields = byte_level_fields("klingon")
     model = tiny_model(vocab_size=len(fields["tokenizer.ggml.tokens"]))
     facts = convert.info(tiny_gguf(tmp_path / "m.gguf", model, fields=fields))
-    assert "klingon" in facts["notes"][0]
+    assert "klingon" in facts["faults"][0]
+    assert facts["parameters"] == sum(p.numel() for p in model.parameters())
 
 
 def test_users_mistakes(
@@ -106,8 +108,11 @@ def test_users_mistakes(
 ) -> None:
     out = tmp_path / "out"
     assert "nowhere.gguf: not found" in error_of([tmp_path / "nowhere.gguf", out], capsys)
-    assert "a directory, expected a GGUF file" in error_of([tmp_path, out], capsys)
-    assert "exists, expected a directory to be made" in error_of([source, tmp_path], capsys)
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    assert "a directory without any, expected the weights" in error_of([empty, out], capsys)
+    assert "expected a place outside the source" in error_of([empty, empty / "a"], capsys)
+    assert "exists, expected a name that is free" in error_of([source, tmp_path], capsys)
     assert "expected it to hold c" in error_of([source, tmp_path / "a/b/c"], capsys)
     assert "arguments are required: DST" in error_of([source], capsys)
     assert "invalid choice: 'int3'" in error_of([source, out, "--dtype", "int3"], capsys)
@@ -118,7 +123,7 @@ def test_users_mistakes(
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=1000))
     assert "1000 bytes free, expected at least" in error_of([source, out], capsys)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["m.gguf", "text.gguf"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["empty", "m.gguf", "text.gguf"]
 
 
 def test_a_fault_found_half_way_leaves_nothing(

@@ -1,0 +1,121 @@
+"""Every pair of formats: seconds beside `cp` of the same bytes, and peak memory.
+
+A model of random bfloat16 values in the shape of a preset, in the temporary directory; every conversion is
+a process of its own and includes its proof. All pairs of an 8B model would take 80 GB of disk:
+
+python -m benchmarks convert --preset llama-3.1-8b --pairs hf-orbax orbax-hf hf-gguf
+"""
+
+import argparse
+import json
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from llama_jax.info import tensors
+from llama_jax.presets import PRESETS
+from llama_jax.safetensors_write import TensorSpec, write_safetensors
+from llama_jax.staging import write_text
+
+ROOT = Path(__file__).parents[1]
+SHARD = 5_000_000_000
+# each source is made by an earlier pair
+PAIRS = [
+    *("hf-orbax", "hf-gguf", "hf-meta", "orbax-hf", "orbax-gguf", "orbax-meta"),
+    *("gguf-hf", "gguf-orbax", "gguf-meta", "meta-hf", "meta-orbax", "meta-gguf"),
+    *("hf-hf", "orbax-orbax", "gguf-gguf", "meta-meta"),
+]
+
+
+def main(arguments: Sequence[str] = ()) -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks convert")
+    parser.add_argument("--preset", choices=PRESETS, default="llama-3.2-1b")
+    parser.add_argument("--pairs", nargs="+", default=PAIRS, metavar="FROM-TO")
+    options = parser.parse_args(arguments)
+    console = Console(width=100)
+    with tempfile.TemporaryDirectory() as folder:
+        root = Path(folder)
+        made = {"hf": random_model(options.preset, root / "hf")}
+        nbytes = sum(file.stat().st_size for file in made["hf"].iterdir())
+        rows = []
+        for pair in options.pairs:
+            source, target = pair.split("-")
+            # beside each other, for the disk and the machine change their pace
+            copied = copy_seconds(made["hf"], root / "copy")
+            out = root / f"{pair}.gguf" if target == "gguf" else root / pair
+            seconds, peak = convert(made[source], out, target)
+            rows.append((pair, seconds, copied, peak))
+            console.print(f"{pair}: {seconds:.1f} s, cp {copied:.1f} s, {peak / 1e6:.0f} MB")
+            if target in made:
+                remove(out)
+            else:
+                made[target] = out
+    table = Table(
+        title=f"{options.preset}, {nbytes / 1e9:.1f} GB of bfloat16, proof included",
+        title_justify="left",
+    )
+    for column in ("from-to", "seconds", "/ cp", "peak MB"):
+        table.add_column(column, justify="left" if column == "from-to" else "right")
+    for pair, seconds, copied, peak in rows:
+        table.add_row(pair, f"{seconds:.1f}", f"{seconds / copied:.2f}", f"{peak / 1e6:.0f}")
+    console.print(table)
+
+
+def random_model(preset: str, directory: Path) -> Path:
+    """A Hugging Face directory of random values, a tensor in memory at a time."""
+    directory.mkdir()
+    config = PRESETS[preset]
+    dtype = np.dtype(ml_dtypes.bfloat16)
+    random = np.random.default_rng(0)
+    specs = [TensorSpec(each.name, dtype, each.shape) for each in tensors(config)]
+    sizes = {spec.name: spec for spec in specs}
+
+    def values(name: str) -> np.ndarray:
+        # bits of numbers between 2**-8 and 2: finite, and nothing that compresses
+        bits = random.integers(0, 2**16, sizes[name].size, dtype=np.uint16)
+        return ((bits & 0x83FF) | 0x3C00).view(dtype).reshape(sizes[name].shape)
+
+    write_safetensors(directory, specs, values, max_shard_size=SHARD)
+    write_text(directory / "config.json", json.dumps(config.to_dict()))
+    return directory
+
+
+def copy_seconds(source: Path, target: Path) -> float:
+    start = time.perf_counter()
+    subprocess.run(["cp", "-r", str(source), str(target)], check=True)
+    seconds = time.perf_counter() - start
+    remove(target)
+    return seconds
+
+
+_CHILD = """
+import re, sys
+from convert.__main__ import main
+code = main(sys.argv[1:])
+print(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1])
+sys.exit(code)
+"""
+
+
+def convert(source: Path, target: Path, to: str) -> tuple[float, int]:
+    """Seconds, from the start of the program, and peak bytes of one conversion in its own process."""
+    command = [sys.executable, "-c", _CHILD, str(source), str(target), "--to", to]
+    start = time.perf_counter()
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    seconds = time.perf_counter() - start
+    if done.returncode:
+        raise SystemExit(done.stderr)
+    return seconds, int(done.stdout) * 1024
+
+
+def remove(path: Path) -> None:
+    shutil.rmtree(path) if path.is_dir() else path.unlink()

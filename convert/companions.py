@@ -1,0 +1,96 @@
+"""The files beside a model's weights: tokenizer, chat template, generation config."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+NAMES = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+    "chat_template.json",
+    "vocab.json",
+    "merges.txt",
+)
+TEMPLATES = "additional_chat_templates"  # a directory of *.jinja
+GENERATION_CONFIG = "generation_config.json"
+_MAX_BYTES = 256 * 2**20  # the largest tokenizers have 20 MB
+
+
+def read_companions(directory: Path, *, tokenizer: bool) -> dict[str, bytes]:
+    """The files of a Hugging Face directory that travel along, by name.
+
+    Raises ValueError for one that is damaged, too large, or a link out of the directory.
+    """
+    names = [GENERATION_CONFIG]
+    if tokenizer:
+        require_inside(directory, TEMPLATES)
+        templates = sorted((directory / TEMPLATES).glob("*.jinja"))
+        names += [*NAMES, *(f"{TEMPLATES}/{path.name}" for path in templates)]
+    files: dict[str, bytes] = {}
+    for name in names:
+        path = directory / name
+        if not os.path.lexists(path):
+            continue
+        require_inside(directory, name)
+        if not path.is_file():
+            raise ValueError(f"{path}: not a file, expected one")
+        if path.stat().st_size > _MAX_BYTES:
+            raise ValueError(f"{path}: {path.stat().st_size} bytes, expected at most {_MAX_BYTES}")
+        files[name] = path.read_bytes()
+        if name.endswith(".json"):
+            _require_json_object(path, files[name])
+    if "tokenizer.json" in files:
+        _require_tokenizer(directory / "tokenizer.json", files["tokenizer.json"])
+    return files
+
+
+def write_companions(directory: Path, files: Mapping[str, bytes]) -> None:
+    """Write them, and see them to the disk."""
+    for name, content in files.items():
+        path = directory / name
+        path.parent.mkdir(exist_ok=True)
+        with path.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+
+
+def require_inside(directory: Path, name: str) -> None:
+    """Raise ValueError if `name` is a link that leaves its directory.
+
+    The cache of huggingface_hub may: its `snapshots/REVISION/` links into the `blobs/` beside.
+    """
+    path = directory / name
+    if not path.is_symlink():
+        return
+    home, target = directory.resolve(), path.resolve()
+    roots = [home]
+    if home.parent.name == "snapshots":
+        roots.append(home.parent.parent / "blobs")
+    if not any(target.is_relative_to(root) for root in roots):
+        raise ValueError(f"{path}: a link to {target}, expected it to stay within {home}")
+
+
+def _require_json_object(path: Path, content: bytes) -> None:
+    try:
+        value = json.loads(content)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: not valid JSON ({error})") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"{path}: found a {type(value).__name__}, expected a JSON object")
+
+
+def _require_tokenizer(path: Path, content: bytes) -> None:
+    from tokenizers import Tokenizer
+
+    try:
+        Tokenizer.from_buffer(content)
+    except Exception as error:  # the library raises bare Exception for every fault of the file
+        raise ValueError(f"{path}: not a tokenizer ({error}); --no-tokenizer leaves it") from None

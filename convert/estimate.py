@@ -1,0 +1,41 @@
+"""What a conversion will take, guessed from what the machine does now."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import tempfile
+import time
+from pathlib import Path
+
+_PROBE = 2**25  # bytes: enough to see a rate, a fraction of a second
+
+
+def seconds(parent: Path, *, read: int, written: int, verify: bool) -> float:
+    """Time for reading, writing into `parent` and comparing so many bytes.
+
+    A trial of 32 MB: written to a file without a name, and digested.
+    """
+    block = os.urandom(_PROBE)
+    start = time.perf_counter()
+    with tempfile.TemporaryFile(dir=parent) as file:
+        file.write(block)
+        file.flush()
+        os.fsync(file.fileno())
+    write_rate = _PROBE / (time.perf_counter() - start)
+    start = time.perf_counter()
+    hashlib.sha256(block).digest()
+    digest_rate = _PROBE / (time.perf_counter() - start)
+    # digests are made while others are written; reading back waits for them
+    total = written / write_rate + read / (2 * digest_rate)
+    return total + (written / digest_rate if verify else 0.0)
+
+
+def available_memory() -> int | None:
+    """Bytes that a new program may take, where the system says so."""
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except OSError:
+        return None
+    found = next((line for line in lines if line.startswith("MemAvailable:")), None)
+    return None if found is None else int(found.split()[1]) * 1024

@@ -1,0 +1,310 @@
+"""Orbax checkpoints: what `python -m train` saves, and converted weights that any JAX program restores.
+
+A converted directory has config.json, the tokenizer and `params/`, which
+`ocp.StandardCheckpointer().restore(DIR / "params", abstract)` reads onto any mesh. Layers are stacked
+there, as in the model, and a stack of an 8B model's layers takes 3.8 GB. So Orbax writes the tree, and
+TensorStore, which is what Orbax itself stores arrays with, the values: a layer is a chunk.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+import tensorstore as ts
+
+from convert.casting import casts
+from convert.checkpoint import DTYPES, Checkpoint, common_dtype, in_dtype, plain_bytes
+from convert.companions import read_companions, require_inside, write_companions
+from convert.huggingface import write_config
+from llama_jax.arguments import first_line
+from llama_jax.causal_lm import LlamaForCausalLM
+from llama_jax.config import LlamaConfig, read_json_object
+from llama_jax.fingerprint import fingerprint
+from llama_jax.hf import Weights, fit, report, widest
+from llama_jax.safetensors_read import FLOAT_DTYPES, StoredTensor
+from llama_jax.safetensors_write import DTYPE_NAMES as STORED_NAMES
+from llama_jax.safetensors_write import TensorSpec
+
+TITLE = "Orbax"
+DTYPE_NAMES = tuple(DTYPES)
+rule = casts
+stored_bytes = plain_bytes
+PARAMS = "params"
+_CHECKPOINTS = "checkpoints"
+_CHUNK_BYTES = 2**26  # of tensors that are not stacked
+_LAYER = re.compile(r"(.*\blayers)\.(\d+)\.(.+)")
+_METADATA_KEY = re.compile(r"(.+)/(\.zarray|zarr\.json)")
+
+
+def recognises(path: Path) -> bool:
+    """Whether it looks like one: converted weights, a run, or one step of a run."""
+    return (path / PARAMS).is_dir() or (path / _CHECKPOINTS).is_dir()
+
+
+def read(path: Path, *, tokenizer: bool = True) -> Checkpoint:
+    """The Llama in an Orbax directory; of a run, the newest step. No values are read before `load`.
+
+    Raises ValueError for a directory without a finished checkpoint, arrays that are missing, damaged,
+    unexpected or misshapen, and another architecture.
+    """
+    home, params = _locate(path)
+    require_inside(home, "config.json")
+    config = LlamaConfig.from_pretrained(home)
+    stores = _open(params)
+    faults: list[str] = []
+    excused: set[str] = set()
+    stored: dict[str, StoredTensor] = {}
+    places: dict[str, tuple[str, int | None]] = {}
+    for leaf, (store, complete) in stores.items():
+        dtype = STORED_NAMES.get(np.dtype(store.dtype.numpy_dtype), str(store.dtype))
+        before, _, after = leaf.partition(".layers.")
+        names = [leaf]
+        if after:
+            if store.ndim == 0 or store.shape[0] > 2**16:
+                faults.append(
+                    f"{leaf}: found shape {list(store.shape)}, expected a stack of layers"
+                )
+                continue
+            names = [f"{before}.layers.{layer}.{after}" for layer in range(store.shape[0])]
+        if dtype not in FLOAT_DTYPES:
+            faults.append(f"{leaf}: found dtype {dtype}, expected {', '.join(FLOAT_DTYPES)}")
+        elif not complete:
+            faults.append(f"{leaf}: some of its chunks are missing")
+        if faults:
+            excused |= set(names)
+            continue
+        shape = tuple(store.shape[1:] if after else store.shape)
+        nbytes = math.prod(shape) * FLOAT_DTYPES[dtype].itemsize
+        for layer, name in enumerate(names):
+            stored[name] = StoredTensor(params, name, dtype, shape, 0, nbytes)
+            places[name] = leaf, layer if after else None
+    found = fit(LlamaForCausalLM, config, Weights(stored, faults, excused), path, "float32")
+    if found.faults:
+        raise ValueError(report(str(path), found.faults))
+
+    held: dict[str, np.ndarray] = {}  # the one stack whose chunks span several layers
+    expected = _fingerprints(params, list(stores))
+    sums: dict[str, dict[int, int]] = {leaf: {} for leaf in stores}
+
+    def load(name: str) -> np.ndarray:
+        leaf, layer = places[name]
+        store = stores[leaf][0]
+        try:
+            if layer is None:
+                values = store.read().result()
+            elif _chunk(store)[0] == 1:
+                values = store[layer].read().result()
+            else:
+                if leaf not in held:
+                    held.clear()
+                    held[leaf] = store.read().result()
+                values = held[leaf][layer].copy()
+        except ValueError as error:
+            raise ValueError(f"{params}: tensor {name}: {first_line(error)}") from None
+        if expected:
+            part = values if layer is None else values[None]
+            sums[leaf][layer or 0] = int(jax.jit(fingerprint)(part, layer or 0))
+            complete = layer is None or len(sums[leaf]) == store.shape[0]
+            if complete and sum(sums[leaf].values()) % 2**32 != expected[leaf]:
+                raise ValueError(
+                    f"{params}: {leaf}: its values are not what was saved: the checkpoint is damaged"
+                )
+        return values
+
+    specs = tuple(
+        TensorSpec(name, FLOAT_DTYPES[stored[name].dtype], stored[name].shape)
+        for name in found.table
+    )
+    companions = home / "tokenizer" if (home / "tokenizer").is_dir() else home
+    return Checkpoint(
+        format=f"{TITLE}, {params.relative_to(home)}",
+        config=config.to_dict() | {"architectures": ["LlamaForCausalLM"]},
+        tensors=specs,
+        load=load,
+        dtype=common_dtype(specs),
+        files=read_companions(companions, tokenizer=tokenizer),
+        facts={
+            "stored": {
+                dtype: {
+                    "tensors": sum(each.dtype == dtype for each in stored.values()),
+                    "bytes": sum(each.nbytes for each in stored.values() if each.dtype == dtype),
+                }
+                for dtype in sorted({each.dtype for each in stored.values()})
+            },
+            "file_bytes": sum(f.stat().st_size for f in params.rglob("*") if f.is_file()),
+        },
+    )
+
+
+def _fingerprints(params: Path, leaves: list[str]) -> dict[str, int]:
+    """What `python -m train` has recorded of every leaf; {} where it has not."""
+    file = params.parent / "facts" / "metadata"
+    if not file.is_file():
+        return {}
+    found = read_json_object(file).get("fingerprints")
+    # of parameters and optimizer state, in the order of a tree's leaves
+    ordered = sorted(leaves, key=lambda leaf: leaf.split("."))
+    if not isinstance(found, list) or len(found) < len(ordered):
+        raise ValueError(f"{file}: found no fingerprints, expected those of {len(ordered)} arrays")
+    return dict(zip(ordered, found, strict=False))
+
+
+def specs(checkpoint: Checkpoint, dtype: str | None) -> list[TensorSpec]:
+    """The tensors as they will be: a stack has one dtype, the widest of its layers'."""
+    wanted = in_dtype(checkpoint, dtype)
+    stacks: dict[str, set[np.dtype[Any]]] = {}
+    for spec in wanted:
+        stacks.setdefault(_place(spec.name)[0], set()).add(spec.dtype)
+    return [replace(spec, dtype=widest(stacks[_place(spec.name)[0]])) for spec in wanted]
+
+
+def write(checkpoint: Checkpoint, directory: Path, progress: Callable[[int], None]) -> None:
+    """Write `checkpoint` into the new directory `directory`, a layer's tensor at a time.
+
+    Raises OSError or ValueError for the disk's faults, and what `checkpoint.load` raises.
+    """
+    directory.mkdir()
+    params = directory / PARAMS
+    leaves: dict[str, list[TensorSpec]] = {}
+    for spec in checkpoint.tensors:
+        leaves.setdefault(_place(spec.name)[0], []).append(spec)
+    tree: dict[str, Any] = {}
+    for leaf in leaves:
+        *parents, last = leaf.split(".")
+        node = tree
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        node[last] = np.zeros(1)  # a stand-in: its array is made anew below
+    handler = ocp.PyTreeCheckpointHandler(use_ocdbt=False, use_compression=False)
+    with _quiet(), ocp.Checkpointer(handler) as checkpointer:
+        checkpointer.save(params.absolute(), args=ocp.args.PyTreeSave(tree))
+    stores = {
+        leaf: _create(params, leaf, members, stacked=_place(members[0].name)[1] is not None)
+        for leaf, members in leaves.items()
+    }
+    written: list[ts.WriteFutures] = []  # one at a time, while the next tensor is waited for
+    for spec in checkpoint.tensors:
+        leaf, layer = _place(spec.name)
+        values, store = checkpoint.load(spec.name), stores[leaf]
+        while written:
+            written.pop().result()
+        if layer is not None:
+            written.append(store[layer].write(values))
+        else:
+            rows = _chunk(store)[0]
+            for start in range(0, len(values), rows):
+                part = values[start : start + rows]
+                store[start : start + len(part)].write(part).result()
+        progress(spec.nbytes)
+    while written:
+        written.pop().result()
+    write_config(checkpoint, directory)
+    write_companions(directory, checkpoint.files)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without Orbax's warning that a checkpoint of one process has nothing to merge."""
+    logger = logging.getLogger("absl")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
+def _place(name: str) -> tuple[str, int | None]:
+    """The leaf of the parameter tree that holds a tensor, and its layer in a stack."""
+    match = _LAYER.fullmatch(name)
+    return (f"{match[1]}.{match[3]}", int(match[2])) if match else (name, None)
+
+
+def _create(params: Path, leaf: str, members: list[TensorSpec], *, stacked: bool) -> ts.TensorStore:
+    """The empty array of a leaf: uncompressed, since trained weights do not compress."""
+    shape = members[0].shape
+    if stacked:
+        whole, chunk = (len(members), *shape), (1, *shape)
+    else:
+        row = math.prod(shape[1:]) * members[0].dtype.itemsize
+        whole, chunk = shape, (max(1, min(shape[0], _CHUNK_BYTES // row)), *shape[1:])
+    dtype = members[0].dtype
+    metadata = {
+        "zarr_format": 2,
+        "shape": whole,
+        "chunks": chunk,
+        "dtype": "bfloat16" if dtype == DTYPES["bfloat16"] else dtype.str,
+        "compressor": None,
+        "fill_value": None,
+        "filters": None,
+        "order": "C",
+    }
+    spec = {"driver": "zarr", "kvstore": _files(params / leaf), "metadata": metadata}
+    return ts.open(spec, create=True, delete_existing=True).result()
+
+
+def _locate(path: Path) -> tuple[Path, Path]:
+    """The directory of config.json, and the Orbax checkpoint of the parameters."""
+    if path.parent.name == _CHECKPOINTS and path.name.isdigit():
+        return path.parent.parent, path / PARAMS
+    if (path / _CHECKPOINTS).is_dir():
+        steps = sorted(
+            int(step.name)
+            for step in (path / _CHECKPOINTS).iterdir()
+            if step.name.isdigit() and (step / PARAMS).is_dir()
+        )
+        if not steps:
+            raise ValueError(f"{path / _CHECKPOINTS}: found no checkpoint, expected one")
+        return path, path / _CHECKPOINTS / str(steps[-1]) / PARAMS
+    return path, path / PARAMS
+
+
+def _chunk(store: ts.TensorStore) -> tuple[int, ...]:
+    """The shape of what is stored as one piece."""
+    return tuple(int(n or 1) for n in store.chunk_layout.write_chunk.shape or ())
+
+
+def _files(directory: Path) -> dict[str, str]:
+    return {"driver": "file", "path": f"{directory.absolute()}/"}
+
+
+def _open(params: Path) -> dict[str, tuple[ts.TensorStore, bool]]:
+    """Every array by the name of its leaf, and whether all of its chunks are there.
+
+    A chunk that is missing would be read as zeros.
+    """
+    if not (params / "_METADATA").is_file():
+        raise ValueError(f"{params}: found no _METADATA, expected an Orbax checkpoint")
+    for link in params.rglob("*"):
+        if link.is_symlink() and not link.resolve().is_relative_to(params.resolve()):
+            raise ValueError(f"{link}: a link to {link.resolve()}, expected it to stay within")
+    base: dict[str, Any] = _files(params)
+    if (params / "manifest.ocdbt").exists():
+        base = {"driver": "ocdbt", "base": base}
+    try:
+        keys = [key.decode() for key in ts.KvStore.open(base).result().list().result()]
+        stores = {}
+        for key in keys:
+            if match := _METADATA_KEY.fullmatch(key):
+                leaf = match[1]
+                spec = {
+                    "driver": "zarr" if match[2] == ".zarray" else "zarr3",
+                    "kvstore": {**base, "path": base.get("path", "") + f"{leaf}/"},
+                }
+                store = ts.open(spec, open=True).result()
+                grid = [math.ceil(n / c) for n, c in zip(store.shape, _chunk(store), strict=True)]
+                present = sum(other.startswith(f"{leaf}/") for other in keys) - 1
+                stores[leaf] = store, present >= math.prod(grid)
+    except Exception as error:  # TensorStore raises whatever the damage leads it to
+        raise ValueError(f"{params}: not an Orbax checkpoint ({first_line(error)})") from None
+    return stores

@@ -1,0 +1,305 @@
+"""Pairs of formats: every tensor bitwise, read by others, planned, atomic, within its memory."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import ml_dtypes
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors import safe_open
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+import convert
+from convert import record
+from convert.casting import Changes, changes
+from convert.formats import FORMATS
+from llama_jax import LlamaForCausalLM
+from llama_jax.safetensors_write import TensorSpec, write_safetensors
+from parity_tests.convert.tiny_gguf import same, tiny_model
+
+ROOT = Path(__file__).parents[2]
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+HEADS = {"MHA": (4, 4), "GQA": (4, 2), "MQA": (4, 1)}
+MATRIX = [
+    {
+        "heads": heads,
+        "tied": tied,
+        "attention_bias": attention_bias,
+        "mlp_bias": mlp_bias,
+        "head_dim": head_dim,
+        "dtype": list(DTYPES)[(number + number // 3) % 3],
+    }
+    for number, (tied, attention_bias, mlp_bias, head_dim, heads) in enumerate(
+        itertools.product(*[(False, True)] * 3, (8, 16), HEADS)
+    )
+]
+assert len({tuple(each.values()) for each in MATRIX}) == 48
+
+
+def model_of(
+    heads: str, tied: bool, attention_bias: bool, mlp_bias: bool, head_dim: int, dtype: str
+) -> Any:
+    queries, keys = HEADS[heads]
+    return tiny_model(
+        num_attention_heads=queries,
+        num_key_value_heads=keys,
+        tie_word_embeddings=tied,
+        attention_bias=attention_bias,
+        mlp_bias=mlp_bias,
+        head_dim=head_dim,
+    ).to(DTYPES[dtype])
+
+
+def place_of(folder: Path, name: str) -> Path:
+    return folder / (f"{name}.gguf" if name == "gguf" else name)
+
+
+def weights(directory: Path) -> dict[str, torch.Tensor]:
+    return {
+        name: tensor
+        for file in sorted(directory.glob("*.safetensors"))
+        for name, tensor in load_file(file).items()
+    }
+
+
+def require_equal(directory: Path, model: Any) -> None:
+    """`directory` holds the tensors of `model`, bit for bit, and transformers loads it whole."""
+    expected = {
+        name: tensor
+        for name, tensor in model.state_dict().items()
+        if not (name == "lm_head.weight" and model.config.tie_word_embeddings)
+    }
+    found = weights(directory)
+    assert same(found, expected) == []
+    loaded, report = AutoModelForCausalLM.from_pretrained(
+        directory, dtype="auto", output_loading_info=True
+    )
+    assert not any(report[kind] for kind in report), report
+    assert loaded.dtype == model.dtype
+
+
+@pytest.mark.parametrize("through", [name for name in FORMATS if name != "meta"])
+def test_the_matrix_comes_back_bitwise(tmp_path: Path, through: str) -> None:
+    """Meta's format knows no biases and no other head_dim; its matrix is in test_meta.py."""
+    for number, options in enumerate(MATRIX):
+        folder = tmp_path / str(number)
+        model = model_of(**options)
+        model.save_pretrained(folder / "model", max_shard_size="20KB" if number % 2 else "5GB")
+        convert.convert(folder / "model", place_of(folder, through), to=through)
+        convert.convert(place_of(folder, through), folder / "back")
+        found = weights(folder / "back")
+        expected = weights(folder / "model")
+        assert same(found, expected) == [], options
+        fields = json.loads((folder / "back/config.json").read_text())
+        assert fields["head_dim"] == options["head_dim"]
+        assert fields["dtype"] == fields["torch_dtype"] == options["dtype"]
+        if number % 12 == 0:
+            require_equal(folder / "back", model)
+        shutil.rmtree(folder)
+
+
+@pytest.mark.parametrize(("source", "target"), list(itertools.product(FORMATS, FORMATS)))
+def test_every_pair(tmp_path: Path, source: str, target: str) -> None:
+    model = tiny_model(tie_word_embeddings=False).to(torch.bfloat16)
+    model.save_pretrained(tmp_path / "model")
+    (tmp_path / "one").mkdir()
+    (tmp_path / "two").mkdir()
+    first, second = place_of(tmp_path / "one", source), place_of(tmp_path / "two", target)
+    convert.convert(tmp_path / "model", first, to=source)
+    convert.convert(first, second, to=target)
+    facts = json.loads(record.place(second).read_text())
+    assert facts["verified"] is True
+    assert facts["parameters"] == sum(p.numel() for p in model.parameters())
+    convert.convert(second, tmp_path / "back")
+    require_equal(tmp_path / "back", model)
+
+
+@given(
+    st.lists(st.floats(width=32, allow_nan=False, allow_infinity=False), min_size=1, max_size=64),
+    st.sampled_from([np.dtype(np.float16), np.dtype(ml_dtypes.bfloat16)]),
+)
+def test_changes_are_counted(values: list[float], dtype: np.dtype) -> None:
+    before = np.array(values, np.float32)
+    with np.errstate(over="ignore"):
+        after = before.astype(dtype)
+    smallest = float(ml_dtypes.finfo(dtype).smallest_normal)
+    pairs = [
+        (float(b), float(a)) for b, a in zip(before, after, strict=True) if float(b) != float(a)
+    ]
+    expected = Changes(
+        len(pairs),
+        sum(a == 0 for _, a in pairs),
+        sum(0 < abs(a) < smallest for _, a in pairs),
+    )
+    assert changes(before, after) == (expected if pairs else None)
+
+
+def test_what_a_cast_changes_is_reported(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from convert.__main__ import main
+
+    model = tiny_model()
+    with torch.no_grad():
+        model.model.norm.weight[:3] = torch.tensor([1e-9, 3e-6, 1.0])
+    model.save_pretrained(tmp_path / "model")
+    assert main([str(tmp_path / "model"), str(tmp_path / "half"), "--dtype", "float16"]) == 0
+    assert "1 became zero, " in capsys.readouterr().err
+    changed = json.loads((tmp_path / "half" / record.FILE).read_text())["tensors"]
+    assert changed["model.norm.weight"]["changed"]["to_zero"] == 1
+    assert changed["model.norm.weight"]["changed"]["subnormal"] == 1
+    with torch.no_grad():
+        model.model.norm.weight[0] = 70000.0
+    model.save_pretrained(tmp_path / "large")
+    assert main([str(tmp_path / "large"), str(tmp_path / "none"), "--dtype", "float16"]) == 2
+    assert "model.norm.weight: 1 values overflow float16" in capsys.readouterr().err
+    assert not (tmp_path / "none").exists()
+
+
+def test_each_tensor_keeps_its_own_dtype(tmp_path: Path) -> None:
+    model = tiny_model().to(torch.bfloat16)
+    model.model.norm.float()
+    model.save_pretrained(tmp_path / "model")
+    mixed = model.state_dict()
+    convert.convert(tmp_path / "model", tmp_path / "copy")
+    assert same(weights(tmp_path / "copy"), mixed) == []
+    convert.convert(tmp_path / "model", tmp_path / "orbax", to="orbax")
+    convert.convert(tmp_path / "orbax", tmp_path / "back")
+    assert same(weights(tmp_path / "back"), mixed) == []
+
+
+def test_orbax_restores_what_was_converted(tmp_path: Path) -> None:
+    """Into the model's own tree, by Orbax alone."""
+    model = tiny_model()
+    model.save_pretrained(tmp_path / "model")
+    convert.convert(tmp_path / "model", tmp_path / "orbax", to="orbax")
+    ours = LlamaForCausalLM.from_pretrained(tmp_path / "model")
+    from flax import nnx
+
+    expected = nnx.to_pure_dict(nnx.state(ours, nnx.Param))
+    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    abstract = jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device), expected
+    )
+    with ocp.StandardCheckpointer() as checkpointer:
+        found = checkpointer.restore(tmp_path / "orbax/params", abstract)
+    jax.tree.map(np.testing.assert_array_equal, found, expected)
+
+
+def test_safetensors_alone_reads_it(tmp_path: Path) -> None:
+    tiny_model().save_pretrained(tmp_path / "model")
+    convert.convert(tmp_path / "model", tmp_path / "out")
+    with safe_open(tmp_path / "out/model.safetensors", "np") as file:
+        assert file.metadata() == {"format": "pt"}
+        assert len(list(file.keys())) == 21
+
+
+def killed_at(seconds: float, source: Path, out: Path) -> int:
+    """The exit code of a conversion that is killed after so long."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "convert", str(source), str(out), "--to", "orbax"],
+        cwd=ROOT,
+        stderr=subprocess.PIPE,
+    )
+    try:
+        process.communicate(timeout=seconds)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.communicate()
+    return process.returncode
+
+
+def random_model(directory: Path, megabytes: int) -> Path:
+    """A Hugging Face directory of one layer whose embedding takes so many megabytes."""
+    model = tiny_model(hidden_size=64, num_hidden_layers=1)
+    rows = megabytes * 2**20 // (64 * 2)
+    model.config.vocab_size = rows
+    model.config.save_pretrained(directory)
+    specs = [
+        TensorSpec(
+            name,
+            np.dtype(ml_dtypes.bfloat16),
+            (rows, 64) if "embed" in name or "lm_head" in name else tuple(tensor.shape),
+        )
+        for name, tensor in model.state_dict().items()
+    ]
+    generator = np.random.default_rng(0)
+
+    def values(name: str) -> np.ndarray:
+        spec = next(spec for spec in specs if spec.name == name)
+        bits = generator.integers(0, 2**16, spec.size, dtype=np.uint16)
+        return ((bits & 0x83FF) | 0x3C00).view(spec.dtype).reshape(spec.shape)
+
+    write_safetensors(directory, specs, values)
+    return directory
+
+
+def test_a_killed_conversion_leaves_no_destination_and_the_next_one_cleans_up(
+    tmp_path: Path,
+) -> None:
+    source = random_model(tmp_path / "model", 64)
+    begin = time.monotonic()
+    assert killed_at(120, source, tmp_path / "whole") == 0
+    whole = time.monotonic() - begin
+    expected = {path.name: path.stat().st_size for path in (tmp_path / "whole").rglob("*")}
+    generator = random.Random(0)
+    for moment in (0.5, 0.6, 0.7, 0.8, 0.9, 2.0):
+        code = killed_at(whole * moment * generator.uniform(0.9, 1.0), source, tmp_path / "out")
+        assert code in (0, -signal.SIGKILL)
+        if (tmp_path / "out").exists():
+            found = {path.name: path.stat().st_size for path in (tmp_path / "out").rglob("*")}
+            assert found == expected
+            if moment < 2:
+                shutil.rmtree(tmp_path / "out")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "out", "whole"]
+
+
+# of its own image: what wait4 says of a child begins with what its parent had when it forked
+MEASURED = """
+import re, sys
+from convert.__main__ import main
+code = main(sys.argv[1:])
+print(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1])
+sys.exit(code)
+"""
+
+
+@pytest.mark.parametrize("to", list(FORMATS))
+def test_memory_is_three_of_the_largest_tensor(tmp_path: Path, to: str) -> None:
+    """Peak RSS <= 600 MB + 3 x the largest tensor, out of Hugging Face and back into it."""
+    megabytes = 256
+    source = random_model(tmp_path / "model", megabytes)
+    out = place_of(tmp_path, to)
+    for first, second in ((source, out), (out, tmp_path / "back")):
+        command = [sys.executable, "-c", MEASURED, str(first), str(second)]
+        command += ["--to", to if second == out else "hf"]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        assert int(done.stdout) * 1024 <= 600e6 + 3 * megabytes * 2**20
+    assert same(weights(tmp_path / "back"), weights(source)) == []
+
+
+def test_a_plan_says_what_it_will_cost(tmp_path: Path) -> None:
+    tiny_model().save_pretrained(tmp_path / "model")
+    todo = convert.plan(tmp_path / "model", tmp_path / "out", dtype="bfloat16")
+    convert.run(todo)
+    size = (tmp_path / "out/model.safetensors").stat().st_size
+    assert 0 <= size - todo.bytes_to_write < 5000
+    assert todo.peak_memory >= 600e6
+    assert todo.seconds > 0

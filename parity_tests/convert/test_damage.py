@@ -1,0 +1,158 @@
+"""Damaged checkpoints of every format: one line of error, or nothing lost; never half a result."""
+
+from __future__ import annotations
+
+import random
+import resource
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+import convert
+from convert.formats import FORMATS
+from convert.record import FILE
+from parity_tests.convert.tiny_gguf import tiny_model
+
+CASES = 150
+SOURCES = [*FORMATS, "hf sharded"]
+_HEADROOM = 2 * 2**30  # bytes that a damaged count or length may not ask for
+
+
+@pytest.fixture(scope="module")
+def sources(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """The same model in every format, by the names of SOURCES."""
+    root = tmp_path_factory.mktemp("sources")
+    tiny_model().save_pretrained(root / "model")
+    made = {}
+    for name in FORMATS:
+        made[name] = root / f"{name}.gguf" if name == "gguf" else root / name
+        convert.convert(root / "model", made[name], to=name)
+    made["hf sharded"] = root / "hf sharded"
+    convert.convert(root / "model", made["hf sharded"], max_shard_size=20_000)
+    return made
+
+
+@pytest.fixture
+def little_memory() -> Iterator[None]:
+    """No more address space than now and `_HEADROOM`."""
+    now = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+    resource.setrlimit(resource.RLIMIT_AS, (now + _HEADROOM, hard))
+    yield
+    resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
+
+
+def copied(source: Path, place: Path) -> Path:
+    """A copy of a source, its record with it."""
+    if source.is_dir():
+        return Path(shutil.copytree(source, place / source.name))
+    shutil.copy(source.with_name(f"{source.name}.{FILE}"), place)
+    return Path(shutil.copy(source, place))
+
+
+def files_of(source: Path) -> list[Path]:
+    """Its files; the record of the digests is damaged like any other."""
+    if source.is_dir():
+        return sorted(path for path in source.rglob("*") if path.is_file())
+    return [source, source.with_name(f"{source.name}.{FILE}")]
+
+
+def cut(path: Path, rng: random.Random) -> str:
+    """Shorten a file by a random part."""
+    size = path.stat().st_size
+    left = rng.choice([0, rng.randrange(max(size, 1)), max(0, size - rng.randint(1, 64))])
+    with path.open("r+b") as file:
+        file.truncate(left)
+    return f"{path.name} cut from {size} to {left}"
+
+
+def flip(path: Path, rng: random.Random) -> str:
+    """Change a random bit, more often near the beginning or the end, where headers are."""
+    content = bytearray(path.read_bytes())
+    if not content:
+        return f"{path.name} is empty"
+    where = rng.randrange(len(content))
+    if rng.random() < 0.5:
+        where = rng.choice([min(where, rng.randrange(2048)), max(where, len(content) - 1024)])
+        where = min(where, len(content) - 1)
+    content[where] ^= 1 << rng.randrange(8)
+    path.write_bytes(content)
+    return f"{path.name} flipped at {where} of {len(content)}"
+
+
+def attempt(source: Path, out: Path) -> str | None:
+    """The error of converting `source`, None where it succeeds."""
+    try:
+        convert.convert(source, out)
+    except (ValueError, OSError) as error:
+        assert not out.exists()
+        assert str(source.parent) in str(error), f"names no file: {error}"
+        return str(error)
+    return None
+
+
+def tensors_of(directory: Path) -> dict[str, np.ndarray]:
+    return {
+        name: array
+        for file in directory.glob("*.safetensors")
+        for name, array in load_file(file).items()
+    }
+
+
+@pytest.mark.parametrize("damage", [cut, flip])
+@pytest.mark.parametrize("name", SOURCES)
+@pytest.mark.usefixtures("little_memory")
+def test_damage_is_an_error_or_changes_no_tensor(
+    sources: dict[str, Path], tmp_path: Path, name: str, damage: object
+) -> None:
+    """With digests beside it, whatever is read is what was written."""
+    rng = random.Random(f"{name} {damage}")
+    expected = tensors_of(sources["hf"])
+    errors = 0
+    for case in range(CASES):
+        place = tmp_path / str(case)
+        place.mkdir()
+        source = copied(sources[name], place)
+        what = damage(rng.choice(files_of(source)), rng)  # type: ignore[operator]
+        error = attempt(source, place / "out")
+        errors += error is not None
+        if error is None:
+            found = tensors_of(place / "out")
+            assert found.keys() == expected.keys(), what
+            for tensor, values in expected.items():
+                assert np.array_equal(found[tensor].view("u4"), values.view("u4")), (what, tensor)
+        assert {path.name for path in place.iterdir()} <= {
+            source.name,
+            f"{source.name}.{FILE}",
+            "out",
+        }, what
+        shutil.rmtree(place)
+    assert errors > CASES // 3
+
+
+@pytest.mark.parametrize("name", SOURCES)
+def test_a_cut_file_of_weights_is_found_without_digests(
+    sources: dict[str, Path], tmp_path: Path, name: str
+) -> None:
+    rng = random.Random(name)
+    for case in range(40):
+        place = tmp_path / str(case)
+        place.mkdir()
+        source = copied(sources[name], place)
+        record = next(path for path in files_of(source) if path.name.endswith(FILE))
+        record.unlink()
+        weights = [
+            path
+            for path in files_of(source)
+            if path.name != record.name
+            and path.suffix not in (".json", ".txt")
+            and path.stat().st_size > 0
+            and "_METADATA" not in path.name
+        ]
+        what = cut(rng.choice(weights), rng)
+        assert attempt(source, place / "out") is not None, what
+        shutil.rmtree(place)

@@ -1,0 +1,277 @@
+"""What users and their disks get wrong: one line that names file, tensor and reason."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import convert
+from convert import record
+from convert.formats import FORMATS
+from parity_tests.convert.tiny_gguf import tiny_model
+
+EMBEDDING = "model.embed_tokens.weight"
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("whole") / "model"
+    tiny_model().save_pretrained(directory)
+    return directory
+
+
+@pytest.fixture
+def source(whole: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(whole, tmp_path / "model"))
+
+
+@pytest.fixture
+def sharded(tmp_path: Path) -> Path:
+    directory = tmp_path / "model"
+    tiny_model().save_pretrained(directory, max_shard_size="20KB")
+    return directory
+
+
+def fault_of(source: Path, **options: Any) -> str:
+    """The one line that `convert` raises; nothing is left behind."""
+    before = sorted(source.parent.iterdir())
+    with pytest.raises(ValueError) as caught:
+        convert.convert(source, source.parent / "out", **options)
+    assert sorted(source.parent.iterdir()) == before
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def edit(path: Path, change: Callable[[Any], object]) -> None:
+    """Change a JSON file in place."""
+    value = json.loads(path.read_text())
+    change(value)
+    path.write_text(json.dumps(value))
+
+
+def change_tensors(source: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> None:
+    """Change the tensors of a directory of one file in place."""
+    tensors = load_file(source / "model.safetensors")
+    change(tensors)
+    save_file(tensors, source / "model.safetensors", {"format": "pt"})
+
+
+@pytest.mark.parametrize("place", ["../elsewhere.safetensors", "/etc/passwd", "a/../../b", ".."])
+def test_an_index_cannot_lead_out(sharded: Path, place: str) -> None:
+    index = sharded / "model.safetensors.index.json"
+    edit(index, lambda value: value["weight_map"].update({EMBEDDING: place}))
+    assert f"tensor {EMBEDDING} is said to be in {place!r}" in fault_of(sharded)
+
+
+def test_an_index_of_a_missing_file(sharded: Path) -> None:
+    name = sorted(sharded.glob("model-*.safetensors"))[1].name
+    (sharded / name).unlink()
+    assert f"{name}: cannot be read (No such file" in fault_of(sharded)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json", "generation_config.json"])
+def test_links_cannot_lead_out(source: Path, tmp_path: Path, name: str) -> None:
+    aside = tmp_path / "aside"
+    aside.mkdir()
+    (source / name).rename(aside / name)
+    (source / name).symlink_to(aside / name)
+    assert f"{source / name}: a link to {aside / name}, expected it to stay" in fault_of(source)
+
+
+def test_the_cache_of_huggingface_hub_is_read(source: Path, tmp_path: Path) -> None:
+    """Its snapshots are links to blobs of the same repository."""
+    blobs, snapshot = tmp_path / "hub/blobs", tmp_path / "hub/snapshots/abc"
+    blobs.mkdir(parents=True)
+    snapshot.mkdir(parents=True)
+    for file in source.iterdir():
+        file.rename(blobs / f"hash-{file.name}")
+        (snapshot / file.name).symlink_to(f"../../blobs/hash-{file.name}")
+    convert.convert(snapshot, tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda t: t.pop(EMBEDDING), f"{EMBEDDING}: missing"),
+        (lambda t: t.update(stranger=torch.ones(3)), "stranger: unexpected"),
+        (
+            lambda t: t.update({EMBEDDING: torch.ones(40, 31)}),
+            "found shape [40, 31], expected [40, 32]",
+        ),
+        (lambda t: t.update({EMBEDDING: torch.ones(40, 32).int()}), "found dtype I32"),
+        (
+            lambda t: t[EMBEDDING].view(-1)[7:9].fill_(torch.nan),
+            f"tensor {EMBEDDING}: 2 values are NaN",
+        ),
+        (
+            lambda t: t[EMBEDDING].view(-1)[0].fill_(-torch.inf),
+            f"tensor {EMBEDDING}: 1 values are NaN",
+        ),
+    ],
+)
+def test_tensors_that_are_wrong(source: Path, change: Callable[..., object], message: str) -> None:
+    change_tensors(source, change)
+    fault = fault_of(source)
+    assert message in fault
+    assert str(source) in fault
+
+
+def test_a_tensor_in_two_shards(sharded: Path) -> None:
+    first, second = sorted(sharded.glob("model-*.safetensors"))[:2]
+    tensors = load_file(first)
+    name = sorted(load_file(second))[0]
+    save_file({**tensors, name: load_file(second)[name]}, first)
+    fault = fault_of(sharded)
+    assert f"{name}: in {first.name} and in {second.name}" in fault
+
+
+def test_values_changed_under_a_record(source: Path, tmp_path: Path) -> None:
+    convert.convert(source, tmp_path / "kept")
+    shutil.rmtree(source)
+    change_tensors(tmp_path / "kept", lambda t: t["model.norm.weight"].neg_())
+    fault = fault_of(tmp_path / "kept")
+    assert "tensor model.norm.weight: its values are not those" in fault
+    (tmp_path / "kept" / record.FILE).unlink()
+    convert.convert(tmp_path / "kept", tmp_path / "out")
+
+
+def test_a_record_of_other_tensors(source: Path, tmp_path: Path) -> None:
+    (source / record.FILE).write_text(json.dumps({"tensors": {"x": {"sha256": "0"}}}))
+    assert "is of other tensors than the weights beside it" in fault_of(source)
+    (source / record.FILE).write_text("[]")
+    assert "found a JSON list, expected an object" in fault_of(source)
+
+
+def test_values_that_do_not_arrive_are_seen(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The proof can fail: a writer that swaps the two norms of a layer, whose shapes are the same."""
+    from convert import huggingface
+
+    names = {
+        f"model.layers.0.{one}_layernorm.weight": f"model.layers.0.{other}_layernorm.weight"
+        for one, other in (("input", "post_attention"), ("post_attention", "input"))
+    }
+    write = huggingface.write_safetensors
+
+    def swapped(directory: Path, specs: Any, load: Any, **options: Any) -> Any:
+        return write(directory, specs, lambda name: load(names.get(name, name)), **options)
+
+    monkeypatch.setattr(huggingface, "write_safetensors", swapped)
+    assert "was read back with other values than were written" in fault_of(source)
+    convert.convert(source, tmp_path / "out", verify=False)
+
+
+def test_another_function_is_seen(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from convert import huggingface
+
+    def forgetful(checkpoint: Any, directory: Path) -> None:
+        config = {**checkpoint.config, "rope_parameters": None, "rope_theta": 500000.0}
+        (directory / "config.json").write_text(json.dumps(config))
+
+    monkeypatch.setattr(huggingface, "write_config", forgetful)
+    assert "was read back with rope_parameters" in fault_of(source)
+
+
+@pytest.mark.parametrize("to", list(FORMATS))
+def test_a_destination_must_be_free_and_outside(source: Path, tmp_path: Path, to: str) -> None:
+    (tmp_path / "taken").mkdir()
+    for place, message in (
+        (tmp_path / "taken", "exists, expected a name that is free"),
+        (source / "inside", "expected a place outside the source"),
+        (tmp_path / "no/where", "not a directory, expected it to hold where"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            convert.convert(source, place, to=to)
+    link = tmp_path / "link"
+    link.symlink_to(source)
+    with pytest.raises(ValueError, match="expected a place outside the source"):
+        convert.convert(source, link / "inside", to=to)
+
+
+def test_a_place_without_permission(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "access", lambda *_: False)  # root may write anywhere
+    assert "no permission to write there" in fault_of(source)
+
+
+@pytest.mark.parametrize("to", list(FORMATS))
+def test_a_disk_that_fills_half_way(source: Path, tmp_path: Path, to: str) -> None:
+    """Files may not grow beyond a limit: what is written stops there, as on a full disk."""
+    import subprocess
+    import sys
+
+    program = (
+        "import resource, signal, sys; signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+        "from convert.__main__ import main\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (6000, 6000)); sys.exit(main(sys.argv[1:]))"
+    )
+    out = tmp_path / ("out.gguf" if to == "gguf" else "out")
+    done = subprocess.run(
+        [sys.executable, "-c", program, str(source), str(out), "--to", to],
+        cwd=Path(__file__).parents[2],
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 2, done.stderr
+    assert done.stderr.splitlines()[-1].startswith("error: ")
+    assert "Traceback" not in done.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_no_tokenizer_is_carried_that_is_none(source: Path, tmp_path: Path) -> None:
+    (source / "tokenizer.json").write_text("{}")
+    assert "tokenizer.json: not a tokenizer" in fault_of(source)
+    convert.convert(source, tmp_path / "out", tokenizer=False)
+    assert not (tmp_path / "out/tokenizer.json").exists()
+
+
+def test_info_tells_faults_and_what_can_be_said(source: Path) -> None:
+    change_tensors(source, lambda t: t.pop(EMBEDDING))
+    facts = convert.info(source)
+    assert facts["config"]["hidden_size"] == 32
+    assert f"{EMBEDDING}: missing" in facts["faults"][0]
+
+
+def test_dtypes_and_formats_that_are_none(source: Path) -> None:
+    assert "to is 'onnx', expected one of hf, orbax" in fault_of(source, to="onnx")
+    assert "dtype is 'int4', expected one of float32" in fault_of(source, dtype="int4")
+    assert "dtype is 'q8_0'" in fault_of(source, dtype="q8_0")
+    assert "max_shard_size is for Hugging Face" in fault_of(source, to="orbax", max_shard_size=7)
+
+
+def test_verification_needs_memory(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("convert.verify_logits.available_memory", lambda: 1000)
+    assert "--verify: 1000 bytes of memory are free" in fault_of(source, logits=True)
+
+
+def test_logits_are_compared(source: Path, tmp_path: Path) -> None:
+    todo = convert.plan(source, tmp_path / "out", to="orbax", logits=True)
+    found = convert.run(todo).logits
+    assert found is not None
+    assert found.tokens == 64
+    assert 0 < found.ours <= 1.25 * found.torch
+    facts = json.loads((tmp_path / "out" / record.FILE).read_text())
+    assert facts["logits"]["tokens"] == 64
+
+
+def test_logits_that_differ_are_an_error(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The comparison can fail: weights that are a little other than PyTorch's."""
+    from convert import verify_logits
+
+    monkeypatch.setattr(
+        verify_logits._Tensors,
+        "__getitem__",
+        lambda self, name: np.asarray(self.checkpoint.load(name)) * np.float32(1.0001),
+    )
+    assert "logits of what was written are" in fault_of(source, logits=True)
