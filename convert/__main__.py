@@ -114,7 +114,8 @@ def _convert(arguments: Sequence[str], console: Console) -> None:
         return
     columns = (BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
     with Progress("{task.description}", *columns, console=console) as progress:
-        total = todo.bytes_to_write * (2 if todo.verify else 1)
+        compared = sum(spec.nbytes for spec in todo.specs) if todo.verify else 0
+        total = todo.bytes_to_write + compared
         task = progress.add_task("writing, then comparing", total=total)
         report = run(todo, lambda count: progress.advance(task, count))
     _print_report(report, console)

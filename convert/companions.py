@@ -6,6 +6,7 @@ import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 NAMES = (
     "tokenizer.json",
@@ -60,6 +61,29 @@ def write_companions(directory: Path, files: Mapping[str, bytes]) -> None:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
+
+
+def tokenizer_facts(files: Mapping[str, bytes]) -> dict[str, Any]:
+    """What `info` says of the tokenizer among files that were read; {} where there is none."""
+    from tokenizers import Tokenizer
+
+    if "tokenizer.json" not in files:
+        return {}
+    tokenizer = Tokenizer.from_buffer(files["tokenizer.json"])
+    settings = json.loads(files.get("tokenizer_config.json", b"{}"))
+    named = {key: settings.get(key) for key in ("bos_token", "eos_token", "pad_token", "unk_token")}
+    return {
+        "tokenizer": {
+            "model": type(tokenizer.model).__name__,
+            "tokens": tokenizer.get_vocab_size(),
+            **{
+                key: token["content"] if isinstance(token, dict) else token
+                for key, token in named.items()
+                if token is not None
+            },
+            "chat_template": "chat_template.jinja" in files or "chat_template" in settings,
+        }
+    }
 
 
 def require_inside(directory: Path, name: str) -> None:

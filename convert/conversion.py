@@ -12,6 +12,7 @@ from typing import Any
 from convert import formats, huggingface, record
 from convert.casting import Changes
 from convert.checkpoint import Checkpoint
+from convert.companions import tokenizer_facts
 from convert.estimate import seconds
 from convert.formats import FORMATS
 from convert.proof import read_back
@@ -247,6 +248,7 @@ def info(source: str | os.PathLike[str]) -> dict[str, Any]:
         "parameters": checkpoint.parameters,
         "tensors": len(checkpoint.tensors),
         "default_dtype": checkpoint.dtype or "each tensor's own",
+        **tokenizer_facts(checkpoint.files),
         **checkpoint.facts,
         "config": checkpoint.config,
         "files": sorted(checkpoint.files),

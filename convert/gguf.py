@@ -254,13 +254,23 @@ def _rope(header: GgufHeader, config: dict[str, Any], keys: Keys) -> dict[str, A
         return {}
     context = config["max_position_embeddings"]
     parameters = metadata_scaling(keys, context)
-    if (tensor := header.tensors.get("rope_freqs.weight")) is not None:
+    attention = keys.number("rope.scaling.attn_factor", 1.0)
+    tensor = header.tensors.get("rope_freqs.weight")
+    if tensor is None and attention != 1.0 and parameters["rope_type"] != "yarn":
+        keys.faults.append(
+            f"llama.rope.scaling.attn_factor is {attention}, expected 1 without yarn or rope_freqs.weight"
+        )
+    if tensor is not None:
         factors = read_values(tensor)
         if not (np.isfinite(factors) & (factors > 0)).all():
             keys.faults.append("rope_freqs.weight has values that are not positive and finite")
             return {}
         found = tensor_scaling(
-            factors, head_dim=config["head_dim"], theta=theta, context_length=context
+            factors,
+            head_dim=config["head_dim"],
+            theta=theta,
+            context_length=context,
+            attention=attention,
         )
         if "default" not in (found["rope_type"], parameters["rope_type"]):
             keys.faults.append(

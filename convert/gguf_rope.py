@@ -61,20 +61,22 @@ def _yarn(keys: Any, factor: float, context_length: int) -> dict[str, Any]:
 
 
 def tensor_scaling(
-    factors: np.ndarray, *, head_dim: int, theta: float, context_length: int
+    factors: np.ndarray, *, head_dim: int, theta: float, context_length: int, attention: float
 ) -> dict[str, Any]:
     """`rope_parameters` without theta, from `rope_freqs.weight`, float32 [head_dim / 2].
 
-    Llama 3's constants where they reproduce the tensor to float32 rounding; otherwise longrope with
-    the tensor itself as both factor lists and an attention factor of 1, which divides by it just so.
+    Llama 3's constants where they reproduce the tensor to float32 rounding; otherwise, and where cos and
+    sin are multiplied by `attention`, longrope with the tensor itself as both factor lists, which divides
+    by it just so.
     """
-    if (factors == 1.0).all():
+    if attention == 1.0 and (factors == 1.0).all():
         return {"rope_type": "default"}
-    if (factors == factors[0]).all():
+    if attention == 1.0 and (factors == factors[0]).all():
         return {"rope_type": "linear", "factor": float(str(factors[0]))}
     factors = factors.astype(np.float32)
     frequencies = theta ** -(np.arange(0, head_dim, 2, dtype=np.float64) / head_dim)
-    for factor, low, high, original in _candidates(factors.astype(np.float64), frequencies):
+    candidates = _candidates(factors.astype(np.float64), frequencies) if attention == 1.0 else ()
+    for factor, low, high, original in candidates:
         found = llama3_factors(frequencies, factor, low, high, original)
         if np.allclose(1.0 / found, 1.0 / factors, rtol=_TOLERANCE, atol=_TOLERANCE):
             return {
@@ -89,7 +91,7 @@ def tensor_scaling(
         "rope_type": "longrope",
         "short_factor": shortest,
         "long_factor": shortest,
-        "attention_factor": 1.0,
+        "attention_factor": attention,
         "factor": 1.0,
         "original_max_position_embeddings": context_length,
     }

@@ -16,10 +16,15 @@ from typing import Any
 
 import numpy as np
 
-Json = dict[str, Any]
-
-NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)  # tokenizer.ggml.token_type
-SPACE = "\u2581"  # SentencePiece's visible space
+from llama_jax.tokenizer_json import Json, added_token, bpe, template, tokenizer_json
+from llama_jax.tokenizer_sentencepiece import (
+    CONTROL,
+    NORMAL,
+    UNKNOWN,
+    USER_DEFINED,
+    sentencepiece_parts,
+)
+from llama_jax.tokenizer_tiktoken import SPLIT as LLAMA3_SPLIT
 
 
 @dataclass(frozen=True)
@@ -38,11 +43,7 @@ class Pre:
     """What holds when `tokenizer.ggml.add_bos_token` is not given."""
 
 
-_LLAMA3_SPLIT = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
-    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-_QWEN2_SPLIT = _LLAMA3_SPLIT.replace(r"\p{N}{1,3}", r"\p{N}")
+_QWEN2_SPLIT = LLAMA3_SPLIT.replace(r"\p{N}{1,3}", r"\p{N}")
 _TEKKEN_SPLIT = (
     r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+"
     r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*"
@@ -57,8 +58,8 @@ _DEEPSEEK_CODER_SPLITS = (
 
 _GPT2 = Pre()
 _DIGITS = Pre(digits=True)
-_LLAMA3 = Pre(splits=(_LLAMA3_SPLIT,), gpt2=False, ignore_merges=True, add_bos=True)
-_LLAMA3_PLAIN = Pre(splits=(_LLAMA3_SPLIT,), gpt2=False)
+_LLAMA3 = Pre(splits=(LLAMA3_SPLIT,), gpt2=False, ignore_merges=True, add_bos=True)
+_LLAMA3_PLAIN = Pre(splits=(LLAMA3_SPLIT,), gpt2=False)
 _QWEN2 = Pre(splits=(_QWEN2_SPLIT,), gpt2=False)
 
 PRE_TOKENIZERS: dict[str, Pre] = {
@@ -100,7 +101,7 @@ def tokenizer_files(
         if isinstance(i, int) and 0 <= i < len(tokens)
     }
     added = [
-        _added_token(i, token, special=type_ != USER_DEFINED or token in special.values())
+        added_token(i, token, special=type_ != USER_DEFINED or token in special.values())
         for i, (token, type_) in enumerate(zip(tokens, types, strict=True))
         if type_ in (UNKNOWN, CONTROL, USER_DEFINED) or token in special.values()
     ]
@@ -111,23 +112,22 @@ def tokenizer_files(
         parts = _byte_level(tokens, _merges(path, metadata, tokens), pre)
     else:
         add_bos = True
-        parts = _sentencepiece(path, metadata, tokens, types, special.get("unk_token"))
+        parts = sentencepiece_parts(
+            tokens,
+            types,
+            _scores(path, metadata, tokens),
+            unknown=special.get("unk_token"),
+            prefix=bool(metadata.get("tokenizer.ggml.add_space_prefix", True)),
+        )
     add = {
         "bos": metadata.get("tokenizer.ggml.add_bos_token", add_bos) and "bos_token" in special,
         "eos": metadata.get("tokenizer.ggml.add_eos_token", False) and "eos_token" in special,
     }
     before, after = ([special[f"{n}_token"]] if add[n] else [] for n in ("bos", "eos"))
-    tokenizer = {
-        "version": "1.0",
-        "truncation": None,
-        "padding": None,
-        "added_tokens": added,
-        "normalizer": parts["normalizer"],
-        "pre_tokenizer": parts["pre_tokenizer"],
-        "post_processor": _template(before, after, tokens) if before or after else None,
-        "decoder": parts["decoder"],
-        "model": parts["model"],
-    }
+    ids_of = {token: i for i, token in enumerate(tokens)}
+    tokenizer = tokenizer_json(
+        added_tokens=added, post_processor=template(before, after, ids_of), **parts
+    )
     tokenizer_config: Json = {
         # The class that takes tokenizer.json as it is: transformers' LlamaTokenizer and GPT2Tokenizer
         # rebuild the splitting they know and drop the file's.
@@ -198,12 +198,6 @@ def _vocabulary(path: Path, metadata: Json) -> tuple[list[str], list[int]]:
     return tokens, types
 
 
-def _added_token(i: int, content: str, *, special: bool) -> Json:
-    """A token matched whole in the text, before anything else is done to it."""
-    flags = dict.fromkeys(["single_word", "lstrip", "rstrip", "normalized"], False)
-    return {"id": i, "content": content, **flags, "special": special}
-
-
 # --- byte-level BPE ----------------------------------------------------------------------------------
 
 
@@ -254,124 +248,37 @@ def _byte_level(tokens: list[str], merges: list[tuple[str, str]], pre: Pre) -> J
         "normalizer": None,
         "pre_tokenizer": splitting(pre),
         "decoder": {**_BYTE_LEVEL, "add_prefix_space": True, "use_regex": True},
-        "model": _bpe(tokens, merges, ignore_merges=pre.ignore_merges),
-    }
-
-
-def _bpe(tokens: list[str], merges: list[tuple[str, str]], **options: Any) -> Json:
-    return {
-        "type": "BPE",
-        "dropout": None,
-        "unk_token": None,
-        "continuing_subword_prefix": None,
-        "end_of_word_suffix": None,
-        "fuse_unk": False,
-        "byte_fallback": False,
-        "ignore_merges": False,
-        **options,
-        "vocab": {token: i for i, token in enumerate(tokens)},
-        "merges": merges,
+        "model": bpe(
+            {token: i for i, token in enumerate(tokens)}, merges, ignore_merges=pre.ignore_merges
+        ),
     }
 
 
 # --- SentencePiece BPE -------------------------------------------------------------------------------
 
 
-def _sentencepiece(
-    path: Path, metadata: Json, tokens: list[str], types: list[int], unknown: str | None
-) -> Json:
-    """Llama 2's form: spaces made visible, one more in front of every stretch of text, no splitting.
-
-    SentencePiece puts that space before the text even where it begins with one; so does the Prepend
-    normaliser, while the newer Metaspace pre-tokenizer does not.
-    """
+def _scores(path: Path, metadata: Json, tokens: list[str]) -> list[float]:
     scores = metadata.get("tokenizer.ggml.scores")
     if not isinstance(scores, list) or len(scores) != len(tokens):
         raise _error(path, f"tokenizer.ggml.scores does not have {len(tokens)} entries")
-    prefix = bool(metadata.get("tokenizer.ggml.add_space_prefix", True))
-    visible = {"type": "Replace", "pattern": {"String": " "}, "content": SPACE}
-    return {
-        "normalizer": {
-            "type": "Sequence",
-            "normalizers": [{"type": "Prepend", "prepend": SPACE}] * prefix + [visible],
-        },
-        "pre_tokenizer": None,
-        "decoder": {
-            "type": "Sequence",
-            "decoders": [
-                {"type": "Replace", "pattern": {"String": SPACE}, "content": " "},
-                {"type": "ByteFallback"},
-                {"type": "Fuse"},
-            ]
-            + [{"type": "Strip", "content": " ", "start": 1, "stop": 0}] * prefix,
-        },
-        "model": _bpe(
-            tokens,
-            merges_from_scores(tokens, types, scores),
-            unk_token=unknown,
-            fuse_unk=True,
-            byte_fallback=BYTE in types,
-        ),
-    }
-
-
-def merges_from_scores(
-    tokens: list[str], types: list[int], scores: list[float]
-) -> list[tuple[str, str]]:
-    """SentencePiece joins the neighbours whose union scores highest; a merge list says the same.
-
-    Every way to cut a piece into two pieces is a merge, ordered by the piece's score; among the cuts
-    of equal score the one with the longer left part is first, as in Hugging Face's converter. Only
-    normal pieces are joined: the others are matched whole or stand for single bytes.
-    """
-    normal = {
-        t: i for i, (t, type_) in enumerate(zip(tokens, types, strict=True)) if type_ == NORMAL
-    }
-    merges = []
-    for token, i in normal.items():
-        for cut in range(1, len(token)):
-            left, right = token[:cut], token[cut:]
-            if left in normal and right in normal:
-                merges.append((-scores[i], -len(left), -len(right), i, left, right))
-    return [(left, right) for *_, left, right in sorted(merges)]
+    return scores
 
 
 # --- around the model --------------------------------------------------------------------------------
 
 
-def _template(before: list[str], after: list[str], tokens: list[str]) -> Json:
-    """A post-processor that puts bos and eos around each of one or two texts."""
-
-    def around(sequence: str, type_id: int) -> list[Json]:
-        def special(names: list[str]) -> list[Json]:
-            return [{"SpecialToken": {"id": name, "type_id": type_id}} for name in names]
-
-        middle = [{"Sequence": {"id": sequence, "type_id": type_id}}]
-        return special(before) + middle + special(after)
-
-    return {
-        "type": "TemplateProcessing",
-        "single": around("A", 0),
-        "pair": around("A", 0) + around("B", 1),
-        "special_tokens": {
-            name: {"id": name, "ids": [tokens.index(name)], "tokens": [name]}
-            for name in before + after
-        },
-    }
-
-
 def _chat_templates(path: Path, metadata: Json, tokenizer_config: Json) -> dict[str, str]:
     """The default template goes into tokenizer_config.json (transformers 4) and beside it (5)."""
     files: dict[str, str] = {}
-    for key, template in metadata.items():
+    for key, text in metadata.items():
         name = key.removeprefix("tokenizer.chat_template")
-        if name == key or not isinstance(template, str):
+        if name == key or not isinstance(text, str):
             continue
         if not name:
-            tokenizer_config["chat_template"] = template
-            files["chat_template.jinja"] = template
+            tokenizer_config["chat_template"] = text
+            files["chat_template.jinja"] = text
         elif re.fullmatch(r"\.[A-Za-z0-9_-]{1,64}", name):
-            files[f"additional_chat_templates/{name[1:]}.jinja"] = template
+            files[f"additional_chat_templates/{name[1:]}.jinja"] = text
         else:
             raise _error(path, f"{key!r} is not a name for a chat template")
     return files

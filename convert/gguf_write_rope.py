@@ -1,4 +1,9 @@
-"""Hugging Face's rope_parameters in llama.cpp's two mechanisms, which `convert.gguf_rope` describes."""
+"""Hugging Face's rope_parameters in llama.cpp's two mechanisms, which `convert.gguf_rope` describes.
+
+Metadata where llama.cpp has the formula, `rope_freqs.weight` for all other frequencies that stay the same
+at every length. Of yarn's constants, `llama` reads the factor, the original context and the factor on cos
+and sin; its ramp is that of beta_fast 32 and beta_slow 1 whatever the file says.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +13,6 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float32
 
-from convert.gguf_rope import llama3_factors
 from llama_jax.config import LlamaConfig
 from llama_jax.rope import inverse_frequencies
 
@@ -16,91 +20,49 @@ from llama_jax.rope import inverse_frequencies
 def rope_scaling(config: LlamaConfig) -> tuple[dict[str, Any], Float32[np.ndarray, " half"] | None]:
     """Metadata, and `rope_freqs.weight` where frequencies are divided one by one.
 
-    Raises ValueError for what llama.cpp cannot express.
+    Raises ValueError for frequencies that depend on the current length, or are zero.
     """
     rope = config.rope
+    shape = config.head_size, config.max_position_embeddings
+    frequencies, attention = inverse_frequencies(rope, *shape, length=1)
+    if not np.array_equal(frequencies, inverse_frequencies(rope, *shape, length=2**31)[0]):
+        raise ValueError(
+            f"rope_type: found {rope['rope_type']!r} with frequencies that depend on the current length, "
+            "expected constant ones: GGUF's llama has no others"
+        )
+    if not np.all(frequencies):
+        raise ValueError(
+            f"rope_type: found {rope['rope_type']!r} with features that are not rotated, expected none: "
+            "GGUF's llama turns the whole head"
+        )
     match rope["rope_type"]:
         case "default":
             return {}, None
         case "linear":
-            scaling = {"type": "linear", "factor": float(rope["factor"])}
-            return _keys(scaling), None
-        case "yarn":
-            return _keys(_yarn(config)), None
-        case "llama3":
-            return {}, _llama3(config)
-        case "longrope":
-            return {}, _longrope(config)
-        case other:
-            raise ValueError(
-                f"rope_type: found {other!r}, expected default, linear, yarn, llama3 or longrope: "
-                "GGUF's llama has no other"
-            )
+            return _keys({"type": "linear", "factor": float(rope["factor"])}), None
+        case "yarn" if _is_llama_cpps(rope):
+            # llama.cpp multiplies this by 0.1 ln(factor) + 1
+            attention /= 0.1 * math.log(rope["factor"]) + 1.0
+            scaling = {
+                "type": "yarn",
+                "factor": float(rope["factor"]),
+                "original_context_length": int(rope["original_max_position_embeddings"]),
+            }
+            return _keys(scaling, attention), None
+    exponents = np.arange(0, config.head_size, 2, dtype=np.float64) / config.head_size
+    factors = float(rope["rope_theta"]) ** -exponents / frequencies
+    return _keys({}, attention), factors.astype(np.float32)
 
 
-def _keys(scaling: dict[str, Any]) -> dict[str, Any]:
-    return {f"llama.rope.scaling.{name}": value for name, value in scaling.items()}
-
-
-def _yarn(config: LlamaConfig) -> dict[str, Any]:
-    rope = config.rope
-    if not rope.get("truncate", True):
-        raise ValueError(
-            "rope_parameters['truncate']: found False, expected True: GGUF has no other"
-        )
-    if rope["factor"] < 1:
-        raise ValueError(f"rope_parameters['factor']: found {rope['factor']}, expected at least 1")
+def _is_llama_cpps(rope: Any) -> bool:
+    """Whether yarn's constants are those of llama.cpp's formula."""
     context = rope["original_max_position_embeddings"]
-    if context != int(context):
-        raise ValueError(
-            f"rope_parameters['original_max_position_embeddings']: found {context}, expected an integer"
-        )
-    _, attention = inverse_frequencies(
-        rope, config.head_size, config.max_position_embeddings, length=1
-    )
-    # llama.cpp multiplies this by 0.1 ln(factor) + 1
-    scaling = {"attn_factor": attention / (0.1 * math.log(rope["factor"]) + 1.0)}
-    return {
-        "type": "yarn",
-        "factor": float(rope["factor"]),
-        "original_context_length": int(context),
-        **({} if math.isclose(scaling["attn_factor"], 1.0) else scaling),
-        "yarn_beta_fast": float(rope.get("beta_fast") or 32),
-        "yarn_beta_slow": float(rope.get("beta_slow") or 1),
-    }
+    ramp = rope.get("beta_fast") or 32, rope.get("beta_slow") or 1, rope.get("truncate", True)
+    return ramp == (32, 1, True) and context == int(context) and rope["factor"] >= 1
 
 
-def _llama3(config: LlamaConfig) -> Float32[np.ndarray, " half"]:
-    rope, head_dim = config.rope, config.head_size
-    exponents = np.arange(0, head_dim, 2, dtype=np.float64) / head_dim
-    factors = llama3_factors(
-        float(rope["rope_theta"]) ** -exponents,
-        rope["factor"],
-        rope["low_freq_factor"],
-        rope["high_freq_factor"],
-        rope["original_max_position_embeddings"],
-    )
-    return factors.astype(np.float32)
-
-
-def _longrope(config: LlamaConfig) -> Float32[np.ndarray, " half"]:
-    """The factors, where they are the same at every length.
-
-    llama.cpp chooses between two lists by the context it is started with, Hugging Face by the current
-    length: they are not the same function.
-    """
-    rope = config.rope
-    if list(rope["short_factor"]) != list(rope["long_factor"]):
-        raise ValueError(
-            "rope_parameters['long_factor']: found another list than short_factor, expected the same: "
-            "GGUF cannot choose by the current length"
-        )
-    _, attention = inverse_frequencies(
-        rope, config.head_size, config.max_position_embeddings, length=1
-    )
-    if not math.isclose(attention, 1.0, rel_tol=1e-6):
-        raise ValueError(
-            f"rope_parameters['attention_factor']: found {attention:g}, expected 1: "
-            "GGUF's llama has none beside rope_freqs.weight"
-        )
-    return np.asarray(rope["short_factor"], np.float32)
+def _keys(scaling: dict[str, Any], attention: float = 1.0) -> dict[str, Any]:
+    """The metadata; `attention` is a factor on cos and sin."""
+    if not math.isclose(attention, 1.0, rel_tol=1e-12):
+        scaling = {**scaling, "attn_factor": attention}
+    return {f"llama.rope.scaling.{name}": value for name, value in scaling.items()}

@@ -10,7 +10,8 @@ import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from convert.gguf_tokenizer import (
+from convert.gguf_write_special import json_file, refusal
+from llama_jax.tokenizer_sentencepiece import (
     BYTE,
     CONTROL,
     NORMAL,
@@ -20,7 +21,6 @@ from convert.gguf_tokenizer import (
     USER_DEFINED,
     merges_from_scores,
 )
-from convert.gguf_write_special import json_file, refusal
 
 _ADDED_SCORE = -1000.0  # llama.cpp's converter gives it to tokens that SentencePiece does not know
 

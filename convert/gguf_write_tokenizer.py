@@ -9,18 +9,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from tokenizers import Tokenizer
+from tokenizers.pre_tokenizers import PreTokenizer
 
-from convert.gguf_tokenizer import (
-    BYTE,
-    CONTROL,
-    NORMAL,
-    PRE_TOKENIZERS,
-    UNKNOWN,
-    UNUSED,
-    USER_DEFINED,
-    Pre,
-    splitting,
-)
+from convert.gguf_tokenizer import PRE_TOKENIZERS, Pre, splitting
 from convert.gguf_write_sentencepiece import (
     open_sentencepiece,
     scores_of_merges,
@@ -36,6 +27,14 @@ from convert.gguf_write_special import (
     special_ids,
 )
 from llama_jax.config import LlamaConfig
+from llama_jax.tokenizer_sentencepiece import (
+    BYTE,
+    CONTROL,
+    NORMAL,
+    UNKNOWN,
+    UNUSED,
+    USER_DEFINED,
+)
 
 
 def tokenizer_metadata(files: Mapping[str, bytes], config: LlamaConfig) -> dict[str, Any]:
@@ -146,10 +145,11 @@ _KINDS = [
     "🙂",
     "s",
 ]
-_TRIALS = [
+TRIALS = [
     *map("".join, itertools.chain(*(itertools.product(_KINDS, repeat=n) for n in (1, 2, 3)))),
-    *("123 1234 12345 ٣٤٥٦ ⅧⅧ", "don't I'LL we'Ve they're 'tis o'clock I'm you'd x's", "   a", "a   ", "a  \n  b"),
-    *("!!!\n\nab", "a_b__c", "https://x.y/z?a=1&b=%20#", "日本語 한국어 가나", "...//\n/ a", "\u00a0 \u3000x"),
+    *("123 1234 12345 ٣٤٥٦ ⅧⅧ", "don't I'LL we'Ve they're 'tis o'clock I'm you'd x's"),
+    *("   a", "a   ", "a  \n  b", "...//\n/ a", "\u00a0 \u3000x"),
+    *("!!!\n\nab", "a_b__c", "https://x.y/z?a=1&b=%20#", "日本語 한국어 가나"),
 ]  # fmt: skip
 
 
@@ -159,28 +159,31 @@ def _pre_tokenizer(content: Json, tokenizer: Tokenizer) -> str:
         found = content["normalizer"].get("type")
         raise refusal(f"its normalizer is {found}, expected none before byte-level BPE")
 
-    def pieces(splitter: Any) -> list[list[str]]:
-        return [[piece for piece, _ in splitter.pre_tokenize_str(trial)] for trial in _TRIALS]
+    def cut(splitter: PreTokenizer | None, trial: str) -> list[str]:
+        return [] if splitter is None else [piece for piece, _ in splitter.pre_tokenize_str(trial)]
 
-    merging = bool(content["model"].get("ignore_merges"))
-    expected = None if tokenizer.pre_tokenizer is None else pieces(tokenizer.pre_tokenizer)
+    expected = [cut(tokenizer.pre_tokenizer, trial) for trial in TRIALS]
     names: dict[Pre, str] = {}
     for name, pre in PRE_TOKENIZERS.items():
         if name != "default":  # llama.cpp warns of it
             names.setdefault(pre, name)
     for pre, name in names.items():
-        empty = {
-            "model": {"type": "BPE", "vocab": {}, "merges": []},
-            "pre_tokenizer": splitting(pre),
-        }
-        if pre.ignore_merges == merging and expected == pieces(
-            Tokenizer.from_str(json.dumps(empty)).pre_tokenizer
+        splitter = splitter_of(pre)
+        if pre.ignore_merges == bool(content["model"].get("ignore_merges")) and all(
+            cut(splitter, trial) == pieces for trial, pieces in zip(TRIALS, expected, strict=True)
         ):
             return name
     raise refusal(
         "it splits text in a way that GGUF has no name for, expected that of one of "
         f"{', '.join(names.values())}"
     )
+
+
+def splitter_of(pre: Pre) -> PreTokenizer:
+    """What cuts text as `pre` says; the pieces are in byte-level BPE's alphabet."""
+    empty = {"type": "BPE", "vocab": {}, "merges": []}
+    content = {"model": empty, "pre_tokenizer": splitting(pre)}
+    return Tokenizer.from_str(json.dumps(content)).pre_tokenizer
 
 
 # --- SentencePiece -----------------------------------------------------------------------------------

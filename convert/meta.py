@@ -18,6 +18,7 @@ from convert.companions import read_companions, require_inside
 from convert.huggingface import stored_facts
 from convert.meta_params import config_of, params_of
 from convert.meta_tensors import EMBEDDING, HEAD, Merged, merge, slots
+from convert.meta_tokenizer import hugging_face_files
 from convert.meta_write import write
 from convert.proof import other_function
 from convert.torch_files import WHOLE_NOTE, TorchFile, open_torch_file, require_torch
@@ -70,6 +71,10 @@ def read(path: Path, *, tokenizer: bool = True) -> Checkpoint:
         if faults := other_function(beside.to_dict(), config.to_dict()):
             raise ValueError(f"{path}: params.json and config.json differ: {'; '.join(faults)}")
         config = beside
+    files = read_companions(path, tokenizer=tokenizer)
+    made, ids = hugging_face_files(path, files, config)
+    if beside is None:
+        config = replace(config, **ids)
     notes += [
         f"{next(iter(piece.tensors.values())).path.name} {WHOLE_NOTE}"
         for piece in pieces
@@ -83,7 +88,7 @@ def read(path: Path, *, tokenizer: bool = True) -> Checkpoint:
         tensors=specs,
         load=lambda name: sources[name].read(),
         dtype=common_dtype(specs),
-        files=read_companions(path, tokenizer=tokenizer),
+        files=files | made,
         facts=stored_facts([tensor for piece in pieces for tensor in piece.tensors.values()]),
         notes=tuple(notes),
     )

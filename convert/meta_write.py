@@ -26,6 +26,7 @@ from convert.companions import write_companions
 from convert.huggingface import write_config
 from convert.meta_params import params_of
 from convert.meta_tensors import EMBEDDING, HEAD, slots
+from convert.meta_tokenizer import MODEL, metas_file
 from convert.rotary_rows import to_pairs
 from llama_jax.config import LlamaConfig
 from llama_jax.safetensors_write import TensorSpec
@@ -57,7 +58,8 @@ def write(checkpoint: Checkpoint, directory: Path, progress: Callable[[int], Non
         os.fsync(file.fileno())
     write_text(directory / "params.json", json.dumps(params_of(config), indent=2) + "\n")
     write_config(checkpoint, directory)
-    write_companions(directory, checkpoint.files)
+    model = metas_file(checkpoint.files)
+    write_companions(directory, {**checkpoint.files, **({MODEL: model} if model else {})})
 
 
 def _write_all(

@@ -193,8 +193,11 @@ def _reason(error: Exception) -> str:
     if (start := text.find("GLOBAL ")) >= 0:
         wanted = text[start:].split()[1]
         return f"the pickle asks for {wanted}, which is no tensor: refused, it could run any code"
-    why = Exception(text.split("WeightsUnpickler error: ")[-1].strip())
-    return f"damaged, cut short or not PyTorch's ({first_line(why if text else error)})"
+    # after its advice on weights_only comes what was wrong
+    lines = text.split("WeightsUnpickler error: ")[-1].strip().splitlines()
+    return (
+        f"damaged, cut short or not PyTorch's ({lines[0][:200] if lines else type(error).__name__})"
+    )
 
 
 def _described(path: Path, name: str, tensor: Any, offset: int) -> StoredTensor:

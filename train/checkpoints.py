@@ -13,6 +13,7 @@ from llama_jax.arguments import first_line
 from llama_jax.fingerprint import fingerprint
 
 FOLDER = "checkpoints"
+CHUNK_BYTES = 2**26
 
 
 class Restored(NamedTuple):
@@ -63,13 +64,23 @@ def save(
         manager.save(
             step,
             args=ocp.args.Composite(
-                params=ocp.args.StandardSave(params),
-                opt_state=ocp.args.StandardSave(opt_state),
+                params=ocp.args.StandardSave(params, _in_chunks(params)),
+                opt_state=ocp.args.StandardSave(opt_state, _in_chunks(opt_state)),
                 facts=ocp.args.JsonSave(kept),
             ),
         )
     except Exception as error:
         raise _save_failed(error) from error
+
+
+def _in_chunks(tree: Any) -> Any:
+    """Stored layer by layer where a stack is large, so that whoever converts it need not hold all of it."""
+    return jax.tree.map(
+        lambda leaf: ocp.SaveArgs(
+            chunk_byte_size=CHUNK_BYTES, shard_axes=(0,) if leaf.ndim else ()
+        ),
+        tree,
+    )
 
 
 def wait(manager: ocp.CheckpointManager) -> None:

@@ -243,6 +243,23 @@ def test_info_tells_faults_and_what_can_be_said(source: Path) -> None:
     assert f"{EMBEDDING}: missing" in facts["faults"][0]
 
 
+def test_info_of_a_tokenizer(source: Path) -> None:
+    from tokenizers import Tokenizer, models
+
+    Tokenizer(models.WordLevel({"a": 0, "b": 1}, unk_token="a")).save(
+        str(source / "tokenizer.json")
+    )
+    (source / "tokenizer_config.json").write_text('{"bos_token": {"content": "b"}}')
+    facts = convert.info(source)
+    assert facts["tokenizer"] == {
+        "model": "WordLevel",
+        "tokens": 2,
+        "bos_token": "b",
+        "chat_template": False,
+    }
+    assert facts["faults"] == []
+
+
 def test_dtypes_and_formats_that_are_none(source: Path) -> None:
     assert "to is 'onnx', expected one of hf, orbax" in fault_of(source, to="onnx")
     assert "dtype is 'int4', expected one of float32" in fault_of(source, dtype="int4")

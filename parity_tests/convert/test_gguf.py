@@ -231,6 +231,7 @@ def test_special_ids_outside_the_vocabulary_are_ignored_with_a_note(tmp_path: Pa
         ({"llama.attention.layer_norm_rms_epsilon": None}, "rms_epsilon is None, expected a fin"),
         ({"llama.vocab_size": 41}, "token_embd.weight has 40 rows, expected 41"),
         ({"llama.rope.scaling.type": "dynamic"}, "scaling.type is 'dynamic', expected none, lin"),
+        ({"llama.rope.scaling.attn_factor": 2.0}, "attn_factor is 2.0, expected 1 without yarn or"),
     ],
 )
 def test_hyperparameters_that_cannot_be_are_named(

@@ -30,7 +30,9 @@ def test_llama3_constants_are_found_again(
     head_dim: int, theta: float, factor: float, low: float, high: float, original: int
 ) -> None:
     tensor = llama3_tensor(head_dim, theta, factor, low, high, original)
-    assert tensor_scaling(tensor, head_dim=head_dim, theta=theta, context_length=131072) == {
+    assert tensor_scaling(
+        tensor, head_dim=head_dim, theta=theta, context_length=131072, attention=1.0
+    ) == {
         "rope_type": "llama3",
         "factor": factor,
         "low_freq_factor": low,
@@ -41,7 +43,9 @@ def test_llama3_constants_are_found_again(
 
 def test_a_common_multiple_of_the_constants_is_the_same_scaling() -> None:
     tensor = llama3_tensor(128, 500000.0, 8.0, 2.0, 8.0, 8192)
-    found = tensor_scaling(tensor, head_dim=128, theta=500000.0, context_length=131072)
+    found = tensor_scaling(
+        tensor, head_dim=128, theta=500000.0, context_length=131072, attention=1.0
+    )
     assert found["rope_type"] == "llama3"
     assert found["low_freq_factor"] / found["original_max_position_embeddings"] == 2.0 / 8192
     assert found["high_freq_factor"] / found["original_max_position_embeddings"] == 8.0 / 8192
@@ -49,7 +53,7 @@ def test_a_common_multiple_of_the_constants_is_the_same_scaling() -> None:
 
 def test_a_tensor_that_llama3_cannot_make_is_kept_exactly() -> None:
     tensor = np.linspace(1.0, 3.7, 8, dtype=np.float32)
-    found = tensor_scaling(tensor, head_dim=16, theta=10000.0, context_length=512)
+    found = tensor_scaling(tensor, head_dim=16, theta=10000.0, context_length=512, attention=1.0)
     assert found["rope_type"] == "longrope"
     assert found["short_factor"] == found["long_factor"]
     assert np.array_equal(np.array(found["long_factor"], np.float32), tensor)
@@ -59,12 +63,14 @@ def test_a_tensor_that_llama3_cannot_make_is_kept_exactly() -> None:
 def test_a_single_wrong_entry_is_not_rounded_away() -> None:
     tensor = llama3_tensor(128, 500000.0, 8.0, 1.0, 4.0, 8192)
     tensor[40] *= np.float32(1 + 1e-4)
-    found = tensor_scaling(tensor, head_dim=128, theta=500000.0, context_length=131072)
+    found = tensor_scaling(
+        tensor, head_dim=128, theta=500000.0, context_length=131072, attention=1.0
+    )
     assert found["rope_type"] == "longrope"
 
 
 def test_trivial_tensors() -> None:
-    scaling = partial(tensor_scaling, head_dim=16, theta=10000.0, context_length=512)
+    scaling = partial(tensor_scaling, head_dim=16, theta=10000.0, context_length=512, attention=1.0)
     ones = np.ones(8, np.float32)
     assert scaling(ones) == {"rope_type": "default"}
     assert scaling(ones * 3) == {"rope_type": "linear", "factor": 3.0}

@@ -18,7 +18,8 @@ from transformers import AutoTokenizer
 
 from convert import convert
 from convert.gguf import read
-from convert.gguf_tokenizer import BYTE, CONTROL, NORMAL, PRE_TOKENIZERS, UNKNOWN, USER_DEFINED
+from convert.gguf_tokenizer import PRE_TOKENIZERS
+from llama_jax.tokenizer_sentencepiece import BYTE, CONTROL, NORMAL, UNKNOWN, USER_DEFINED
 from parity_tests.convert.tiny_gguf import tiny_gguf, tiny_model
 
 CORPUS = [

@@ -172,6 +172,8 @@ def test_pickles_that_are_not_tensors_by_name(tmp_path: Path) -> None:
     assert "holds a Tensor under a int" in fault(saved(path, {3: torch.zeros(2)}))
     sparse = {"a": torch.eye(2).to_sparse()}
     assert "sparse" in fault(saved(path, sparse))
+    meta = {"a": torch.empty(3, device="meta")}
+    assert "tensor a: its numbers are not in the file" in fault(saved(path, meta))
 
 
 def test_files_that_are_something_else(tmp_path: Path) -> None:
@@ -225,7 +227,7 @@ def test_flips_anywhere(tmp_path: Path, zipped: bool) -> None:
     content, expected = path.read_bytes(), read_all(path)
     rng = random.Random(0)
     refused = 0
-    for _ in range(400):
+    for _ in range(250):
         damaged = bytearray(content)
         for _ in range(rng.choice([1, 1, 3])):
             damaged[rng.randrange(len(content))] ^= 1 << rng.randrange(8)

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from llama_jax.fingerprint import fingerprint
 from train.checkpoints import (
     fingerprints,
     open_manager,
@@ -105,3 +108,25 @@ def test_nothing_saved(tmp_path: Path) -> None:
     manager = open_manager(tmp_path, keep_last=2, keep_every=None)
     assert restore(manager, *tree(0.0)) is None
     manager.close()
+
+
+def test_rows_add_up_to_the_whole() -> None:
+    values = jnp.asarray(np.random.default_rng(0).normal(size=(5, 3, 4)).astype(np.float32))
+    rows = [int(fingerprint(values[row : row + 1], row)) for row in range(5)]
+    assert sum(rows) % 2**32 == int(fingerprint(values))
+    assert sum(rows[::-1]) % 2**32 != int(fingerprint(values[::-1]))
+
+
+def test_a_large_stack_is_stored_layer_by_layer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So that a converter holds a layer of it, not the whole."""
+    monkeypatch.setattr("train.checkpoints.CHUNK_BYTES", 2**10)
+    params = {"model": {"layers": {"w": jnp.ones((8, 32, 16))}}}
+    with closing(open_manager(tmp_path, keep_last=1, keep_every=None)) as manager:
+        save(manager, 1, params, {"count": jnp.zeros(())}, {})
+        wait(manager)
+    path = tmp_path / "checkpoints/1/params"
+    leaf = ocp.StandardCheckpointer().metadata(path).item_metadata.tree["model"]["layers"]["w"]
+    assert leaf.storage.chunk_shape[0] == 1
+    assert np.prod(leaf.storage.chunk_shape) * 4 <= 2**10
