@@ -20,12 +20,12 @@ from convert.checkpoint import (
 )
 from convert.companions import read_companions, require_inside, write_companions
 from convert.torch_files import WHOLE_NOTE, TorchFile, open_torch_file
+from llama_jax.causal_lm import LlamaForCausalLM
 from llama_jax.config import LlamaConfig
 from llama_jax.hf import Weights, fit, open_weights, read_index, report
 from llama_jax.safetensors_read import FLOAT_DTYPES, StoredTensor, read_tensor
 from llama_jax.safetensors_write import INDEX_FILE, SINGLE_FILE, TensorSpec, write_safetensors
 from llama_jax.staging import write_text
-from llama_jax.tasks import LlamaForCausalLM
 
 TITLE = "Hugging Face"
 DTYPE_NAMES = tuple(DTYPES)

@@ -34,13 +34,13 @@ from convert.checkpoint import (
 from convert.companions import read_companions, require_inside, write_companions
 from convert.huggingface import write_config
 from llama_jax.arguments import first_line
+from llama_jax.causal_lm import LlamaForCausalLM
 from llama_jax.config import LlamaConfig, read_json_object
 from llama_jax.fingerprint import fingerprint
 from llama_jax.hf import Weights, fit, report, widest
 from llama_jax.safetensors_read import FLOAT_DTYPES, StoredTensor
 from llama_jax.safetensors_write import DTYPE_NAMES as STORED_NAMES
 from llama_jax.safetensors_write import TensorSpec
-from llama_jax.tasks import LlamaForCausalLM
 
 TITLE = "Orbax"
 DTYPE_NAMES = tuple(DTYPES)

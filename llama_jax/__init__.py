@@ -1,6 +1,7 @@
 """The Llama family in JAX/Flax NNX, proved equal to PyTorch."""
 
 from llama_jax.cache import KVCache, init_cache
+from llama_jax.causal_lm import CausalLMOutput, LlamaForCausalLM
 from llama_jax.config import LlamaConfig
 from llama_jax.generation import GenerationConfig
 from llama_jax.lm_head import (
@@ -13,7 +14,12 @@ from llama_jax.lm_head import (
 from llama_jax.loss import LossOutput, fused_linear_cross_entropy
 from llama_jax.model import LlamaModel, ModelOutput
 from llama_jax.presets import PRESETS
-from llama_jax.tasks import CausalLMOutput, LlamaForCausalLM
+from llama_jax.question_answering import LlamaForQuestionAnswering, QuestionAnsweringModelOutput
+from llama_jax.sequence_classification import (
+    LlamaForSequenceClassification,
+    SequenceClassifierOutput,
+)
+from llama_jax.token_classification import LlamaForTokenClassification, TokenClassifierOutput
 
 __all__ = [
     "PRESETS",
@@ -25,10 +31,16 @@ __all__ = [
     "LMOutputWithLoss",
     "LlamaConfig",
     "LlamaForCausalLM",
+    "LlamaForQuestionAnswering",
+    "LlamaForSequenceClassification",
+    "LlamaForTokenClassification",
     "LlamaModel",
     "LossOutput",
     "ModelOutput",
     "NormalizedLMHead",
+    "QuestionAnsweringModelOutput",
+    "SequenceClassifierOutput",
+    "TokenClassifierOutput",
     "fused_linear_cross_entropy",
     "init_cache",
     "normalize_rows",

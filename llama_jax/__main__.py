@@ -1,4 +1,4 @@
-"""`python -m llama_jax generate|info`: the library from a shell."""
+"""`python -m llama_jax generate|info|mask|score`: the library from a shell."""
 
 import argparse
 import sys
@@ -11,6 +11,8 @@ from typing import Any
 import jax
 
 from llama_jax.arguments import OneLineParser, positive
+from llama_jax.mask_command import add_mask
+from llama_jax.score_command import add_score
 
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -58,6 +60,8 @@ def _parser() -> argparse.ArgumentParser:
     info.add_argument(
         "--seq", type=positive, metavar="S", help="default: min(max_position_embeddings, 8192)"
     )
+    add_mask(commands)
+    add_score(commands, DTYPES)
     return parser
 
 

@@ -33,6 +33,17 @@ def positive(text: str) -> int:
     return value
 
 
+def some_text(value: str) -> str:
+    """Text that is not empty, as argparse's `type`."""
+    try:
+        value.encode()
+    except UnicodeEncodeError:  # what the shell passed on as it was
+        raise argparse.ArgumentTypeError("found bytes that are not UTF-8, expected text") from None
+    if not value:
+        raise argparse.ArgumentTypeError("found an empty text, expected at least one character")
+    return value
+
+
 def size(text: str | int) -> int:
     """Bytes from "5GB", "2GiB", "500M" or a bare number. Raises ValueError."""
     match = re.fullmatch(

@@ -18,6 +18,8 @@ from llama_jax.rope import longrope_attention_factor, validate_rope_parameters
 
 _ARCHITECTURES = ["LlamaForCausalLM"]
 _TRAINED_CONTEXT_TYPES = ("llama3", "yarn", "longrope")  # of original_max_position_embeddings
+_PROBLEM_TYPES = ("regression", "single_label_classification", "multi_label_classification")
+_DEFAULT_LABELS = 2  # transformers writes no label names where there are as many
 DEFAULT_ROPE_THETA = 10000.0  # transformers' own default for Llama when no theta is given
 
 # Fields of other architectures (or of later Llamas) that would change the mathematics, with the values
@@ -58,6 +60,7 @@ _UNIMPLEMENTED: dict[str, tuple[Any, ...]] = {
     "scale_depth": (None,),
     "scale_emb": (None, 1.0),
     "sliding_window": (None,),
+    "token_classification_bias": (True,),
     "use_parallel_residual": (False,),
     "use_qk_norm": (None, False),
     "use_sliding_window": (None, False),
@@ -70,8 +73,10 @@ class LlamaConfig:
 
     Fields, names and defaults are those of `transformers.LlamaConfig`. `num_key_value_heads` and
     `head_dim` are filled in when None. `rope_parameters` holds `rope_type`, `rope_theta` and the
-    constants of that type. `extra_fields` are the fields of the file that do not concern the
-    mathematics (`torch_dtype`, `architectures`, ...); they are kept and written back.
+    constants of that type. `num_labels`, `id2label` and `label2id` are filled in from one another; they,
+    `problem_type` and `classifier_dropout` are for the classification heads. `extra_fields` are the
+    fields of the file that do not concern the mathematics (`torch_dtype`, `architectures`, ...); they are
+    kept and written back.
 
     Raises:
         ValueError: a field of the wrong type or range, naming it, the value and what was expected.
@@ -99,6 +104,11 @@ class LlamaConfig:
     attention_dropout: float | None = 0.0
     mlp_bias: bool = False
     head_dim: int | None = None
+    num_labels: int | None = None
+    id2label: Mapping[int, str] | None = field(default=None, hash=False)
+    label2id: Mapping[str, int] | None = field(default=None, hash=False)
+    problem_type: str | None = None
+    classifier_dropout: float | None = None
     extra_fields: Mapping[str, Any] = field(default_factory=dict, hash=False)
 
     def __post_init__(self) -> None:
@@ -138,6 +148,8 @@ class LlamaConfig:
         _require_number("initializer_range", self.initializer_range, 0.0, 1.0)
         fill("attention_dropout", self.attention_dropout or 0.0)
         _require_number("attention_dropout", self.attention_dropout, 0.0, 1.0)
+        if self.classifier_dropout is not None:
+            _require_number("classifier_dropout", self.classifier_dropout, 0.0, 1.0)
         fill("pretraining_tp", 1 if self.pretraining_tp is None else self.pretraining_tp)
         _require_positive_int("pretraining_tp", self.pretraining_tp)
         for name in ("pad_token_id", "bos_token_id"):
@@ -145,6 +157,17 @@ class LlamaConfig:
         require_tokens("eos_token_id", self.eos_token_id, several=True)
         if isinstance(self.eos_token_id, list):
             fill("eos_token_id", tuple(self.eos_token_id))
+        for name, value in _merge_labels(self.num_labels, self.id2label, self.label2id).items():
+            fill(name, value)
+        if self.problem_type not in (None, *_PROBLEM_TYPES):
+            raise ValueError(
+                f"problem_type: found {self.problem_type!r}, expected null or one of "
+                f"{', '.join(_PROBLEM_TYPES)}"
+            )
+        if self.problem_type == "single_label_classification" and self.num_labels == 1:
+            raise ValueError(
+                "problem_type: found 'single_label_classification' of 1 label, expected 2"
+            )
         rope = dict(self.rope_parameters or {})
         rope.setdefault("rope_type", "default")
         rope.setdefault("rope_theta", DEFAULT_ROPE_THETA)
@@ -173,6 +196,12 @@ class LlamaConfig:
         """`num_key_value_heads`, which is never None once constructed."""
         assert self.num_key_value_heads is not None
         return self.num_key_value_heads
+
+    @property
+    def label_count(self) -> int:
+        """`num_labels`, which is never None once constructed."""
+        assert self.num_labels is not None
+        return self.num_labels
 
     @property
     def rope(self) -> Mapping[str, Any]:
@@ -211,8 +240,12 @@ class LlamaConfig:
         """The `config.json` content: both rope layouts, so that both majors of transformers agree."""
         fields: dict[str, Any] = {"architectures": list(_ARCHITECTURES), "model_type": "llama"}
         fields |= self.extra_fields
+        omitted = {"rope_parameters", "extra_fields", "num_labels"}
+        if self.id2label == _label_names(_DEFAULT_LABELS):
+            omitted |= {"id2label", "label2id"}
+        omitted |= {n for n in ("problem_type", "classifier_dropout") if getattr(self, n) is None}
         for f in dataclasses.fields(self):
-            if f.name not in ("rope_parameters", "extra_fields"):
+            if f.name not in omitted:
                 fields[f.name] = getattr(self, f.name)
         if isinstance(self.eos_token_id, tuple):
             fields["eos_token_id"] = list(self.eos_token_id)
@@ -227,8 +260,11 @@ class LlamaConfig:
         return fields
 
     @classmethod
-    def from_pretrained(cls, directory: str | Path) -> "LlamaConfig":
-        """Read `directory/config.json`.
+    def from_pretrained(cls, directory: str | Path, **changes: Any) -> "LlamaConfig":
+        """Read `directory/config.json`, with `changes` to its fields.
+
+        Args:
+            changes: fields as the file has them; a new `num_labels` drops the names of the old ones.
 
         Raises:
             ValueError: no such directory or file, broken JSON, or whatever `from_dict` refuses.
@@ -239,8 +275,10 @@ class LlamaConfig:
                 f"{path.parent}: no such directory, expected a Hugging Face checkpoint"
             )
         fields = read_json_object(path)
+        if "num_labels" in changes:
+            fields = {n: v for n, v in fields.items() if n not in ("id2label", "label2id")}
         try:
-            return cls.from_dict(fields)
+            return cls.from_dict(fields | changes)
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from None
 
@@ -277,6 +315,32 @@ def require_tokens(name: str, value: Any, *, several: bool) -> None:
         if type(token) is not int or not -(2**31) <= token < 2**31:
             expected = "an integer, a list of integers or null" if several else "an integer or null"
             raise ValueError(f"{name}: found {token!r}, expected {expected}")
+
+
+def _label_names(count: int) -> dict[int, str]:
+    return {label: f"LABEL_{label}" for label in range(count)}
+
+
+def _merge_labels(num_labels: Any, id2label: Any, label2id: Any) -> dict[str, Any]:
+    """The number of labels and their names both ways, from what is given of them."""
+    if id2label is None:
+        if label2id is not None:
+            raise ValueError("label2id: found no id2label beside it, expected both or neither")
+        num_labels = _DEFAULT_LABELS if num_labels is None else num_labels
+        _require_positive_int("num_labels", num_labels, 2**20)
+        id2label = _label_names(num_labels)
+    try:
+        id2label = {int(label): name for label, name in id2label.items()}
+    except (AttributeError, TypeError, ValueError):
+        raise ValueError(f"id2label: found {id2label!r}, expected names by number") from None
+    if not isinstance(label2id, Mapping | None):
+        raise ValueError(f"label2id: found {label2id!r}, expected numbers by name")
+    if not id2label or num_labels not in (None, len(id2label)):
+        expected = "at least one" if num_labels is None else f"num_labels={num_labels} of them"
+        raise ValueError(f"id2label: found {len(id2label)} labels, expected {expected}")
+    if label2id is None:
+        label2id = {name: label for label, name in id2label.items()}
+    return {"num_labels": len(id2label), "id2label": id2label, "label2id": dict(label2id)}
 
 
 def _require_llama(fields: Mapping[str, Any]) -> None:

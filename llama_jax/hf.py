@@ -7,7 +7,9 @@ is that layers are stacked, so `model.layers.self_attn.q_proj.weight` [layers, o
 
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import re
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jaxtyping import Array, Key
 
 from llama_jax.arguments import size
 from llama_jax.config import LlamaConfig, read_json_object
@@ -33,7 +36,11 @@ from llama_jax.staging import staged_directory, write_text
 Model = TypeVar("Model", bound=nnx.Module)
 ParamPath = tuple[str, ...]
 
-_EMBEDDING = "model.embed_tokens.weight"
+_LM_HEAD = "lm_head.weight"
+# Heads that are trained for a task. A checkpoint without them, or with another's, is where that starts.
+_TASK_HEADS = ("score.", "qa_outputs.")
+# the decoder's tensors, under the prefixes that transformers' classes give them
+_DECODER = re.compile(r"(?P<prefix>model\.|transformer\.|)(embed_tokens|layers|norm)\.")
 
 
 @dataclass(frozen=True)
@@ -92,20 +99,31 @@ def from_hf_tensors(
 
 
 def load(
-    model_class: Callable[..., Model], directory: str | Path, dtype: Any = None
-) -> tuple[Model, LlamaConfig]:
-    """Read a directory of config.json and safetensors, one tensor at a time, each to its final place.
+    model_class: Callable[..., Model],
+    config: LlamaConfig,
+    directory: str | Path,
+    dtype: Any = None,
+    rngs: nnx.Rngs | None = None,
+) -> Model:
+    """Read a directory's safetensors, one tensor at a time, each to its final place.
+
+    As in transformers, the decoder of any Llama's checkpoint can be read, whatever the head beside it;
+    but a language-model head is never made up.
 
     Args:
         model_class: `LlamaForCausalLM` or another class taking `(config, rngs=, dtype=)`.
         dtype: of the weights; None keeps the stored one (the widest, where several are mixed).
+        rngs: of the weights of a task's head that the directory has not; None is `nnx.Rngs(0)`.
+
+    Warns:
+        UserWarning: a task's head has been initialised, naming its tensors.
 
     Raises:
         ValueError: one message naming every missing, unexpected, mis-shaped, doubled, truncated or
-            non-finite tensor; or what `LlamaConfig.from_pretrained` refuses.
+            non-finite tensor.
     """
     directory = Path(directory)
-    match = _match(model_class, directory, dtype)
+    match = fit(model_class, config, open_weights(directory), directory, dtype)
     stored, table, abstract, faults = match.stored, match.table, match.abstract, match.faults
     # with a fault there will be no model: values are only looked at, for the rest of the report
     buffers = {} if faults else _allocate(abstract)
@@ -125,10 +143,20 @@ def load(
     with ThreadPoolExecutor(workers) as pool:
         faults += filter(None, pool.map(read, [name for name in stored if name in table]))
     if match.tied is not None and not faults:
-        faults += _compare_tied(match.tied, buffers[table[_EMBEDDING].path])
+        faults += _compare_tied(match.tied, buffers[table[match.embedding].path])
     if faults:
         raise ValueError(report(f"{directory}: {len(faults)} faults", faults))
-    return _merge(abstract, buffers), match.config
+    if match.new:
+        key = (rngs or nnx.Rngs(0)).params()
+        paths = [table[name].path for name in match.new]
+        for path, value in _initial(model_class, config, match.dtype, key, paths).items():
+            buffers[path][...] = value
+        warnings.warn(
+            f"{directory}: newly initialised {', '.join(match.new)}, of which it has no weights; "
+            "train them before use",
+            stacklevel=3,
+        )
+    return _merge(abstract, buffers)
 
 
 def load_params(
@@ -144,8 +172,9 @@ def load_params(
     """
     directory = Path(directory)
     dtype = jax.tree.leaves(params)[0].dtype
-    match = _match(model_class, directory, dtype)
-    faults = list(match.faults)
+    config = LlamaConfig.from_pretrained(directory)
+    match = fit(model_class, config, open_weights(directory), directory, dtype)
+    faults = [*match.faults, *(f"{name}: missing" for name in match.new)]
     if faults:
         raise ValueError(report(f"{directory}: {len(faults)} faults", faults))
     slots: dict[ParamPath, list[str]] = {}
@@ -225,22 +254,19 @@ def save(
 class Fit:
     """A directory's tensors beside the model they are for, and everything that does not fit.
 
-    dtype: what the model would have. stored: by the model's names. tied: the copy of a tied head that
-    some exporters write as well.
+    dtype: what the model would have. stored: by the model's names. embedding: its name there. tied: the
+    copy of a tied head that some exporters write as well. new: what a task's head has and the directory
+    has not.
     """
 
-    config: LlamaConfig
     dtype: np.dtype
     abstract: Any
     table: dict[str, Slot]
     stored: dict[str, StoredTensor]
+    embedding: str
     tied: StoredTensor | None
+    new: list[str]
     faults: list[str]
-
-
-def _match(model_class: Callable[..., nnx.Module], directory: Path, dtype: Any) -> Fit:
-    config = LlamaConfig.from_pretrained(directory)
-    return fit(model_class, config, open_weights(directory), directory, dtype)
 
 
 class Weights(NamedTuple):
@@ -279,14 +305,24 @@ def fit(
         )
     abstract = _abstract(model_class, config, dtype)
     table = name_table(abstract)
-    stored = _with_prefix(stored, table)
-    tied = stored.pop("lm_head.weight") if _is_tied_copy(stored, table, config) else None
-    if tied is not None and _EMBEDDING not in stored:
+    prefix = _decoder_prefix(table)
+    stored = _with_prefix(stored, prefix)
+    embedding = f"{prefix}embed_tokens.weight"
+    tied = stored.pop(_LM_HEAD) if _is_tied_copy(stored, table, config) else None
+    if tied is not None and embedding not in stored:
         # one tensor under two names: some writers keep the other one
-        stored[_EMBEDDING], tied = tied, None
+        stored[embedding], tied = tied, None
+    task_head = [name for name in table if name.startswith(_TASK_HEADS)]
+    if task_head or not prefix:
+        stored = {
+            name: tensor
+            for name, tensor in stored.items()
+            if name in table or not name.startswith((_LM_HEAD, *_TASK_HEADS))
+        }
+    new = [name for name in task_head if name not in stored and name not in excused]
     shapes = {name: tensor.shape for name, tensor in stored.items()}
-    faults = faults + _compare(shapes, table, abstract, excused)
-    return Fit(config, dtype, abstract, table, stored, tied, faults)
+    faults = faults + _compare(shapes, table, abstract, excused | set(new))
+    return Fit(dtype, abstract, table, stored, embedding, tied, new, faults)
 
 
 def _require_float(dtype: Any) -> np.dtype:
@@ -310,6 +346,22 @@ def _flat(model: nnx.Module) -> dict[ParamPath, Any]:
 
 def _abstract(model_class: Callable[..., Model], config: LlamaConfig, dtype: Any) -> Model:
     return nnx.eval_shape(lambda: model_class(config, rngs=nnx.Rngs(0), dtype=dtype))
+
+
+def _initial(
+    model_class: Callable[..., nnx.Module],
+    config: LlamaConfig,
+    dtype: Any,
+    key: Key[Array, ""],
+    paths: Sequence[ParamPath],
+) -> dict[ParamPath, Array]:
+    """Initial values of the parameters at `paths`; the compiler drops all others."""
+
+    def values() -> list[Array]:
+        leaves = _flat(model_class(config, rngs=nnx.Rngs(params=key), dtype=dtype))
+        return [leaves[path] for path in paths]
+
+    return dict(zip(paths, jax.jit(values)(), strict=True))
 
 
 def _allocate(abstract: nnx.Module) -> dict[ParamPath, np.ndarray]:
@@ -417,32 +469,33 @@ def is_buffer(name: str) -> bool:
     return name.endswith(_ROTARY_BUFFERS)
 
 
-def _with_prefix(
-    stored: dict[str, StoredTensor], table: Mapping[str, Slot]
-) -> dict[str, StoredTensor]:
-    """A checkpoint of the bare decoder lacks the prefix 'model.', one of a task model has it."""
-    prefixed = any(name.startswith("model.") for name in table)
-    if prefixed and not any(name.startswith("model.") for name in stored):
-        return {
-            f"model.{name}" if f"model.{name}" in table else name: tensor
-            for name, tensor in stored.items()
-        }
-    if not prefixed:
-        bare = {name.removeprefix("model."): tensor for name, tensor in stored.items()}
-        return {name: tensor for name, tensor in bare.items() if name != "lm_head.weight"}
-    return stored
+def _decoder_prefix(names: Iterable[str]) -> str:
+    """What stands before the decoder's names: nothing for the bare decoder."""
+    return next(match["prefix"] for match in map(_DECODER.match, names) if match)
+
+
+def _with_prefix(stored: Mapping[str, StoredTensor], prefix: str) -> dict[str, StoredTensor]:
+    """The decoder's tensors renamed for a class whose own have `prefix`, if none of them has it yet."""
+    matches = {name: _DECODER.match(name) for name in stored}
+    if any(match and match["prefix"] == prefix for match in matches.values()):
+        matches = {}
+    return {
+        prefix + name.removeprefix(match["prefix"])
+        if (match := matches.get(name))
+        else name: tensor
+        for name, tensor in stored.items()
+    }
 
 
 def _is_tied_copy(
     stored: Mapping[str, Any], table: Mapping[str, Slot], config: LlamaConfig
 ) -> bool:
-    name = "lm_head.weight"
-    return config.tie_word_embeddings and name in stored and name not in table
+    return config.tie_word_embeddings and _LM_HEAD in stored and _LM_HEAD not in table
 
 
 def _compare_tied(head: StoredTensor, embedding: np.ndarray) -> list[str]:
     """Some exporters write the tied head as well: welcome if it is the embedding, a fault if not."""
-    fault = ["lm_head.weight: differs from the embedding though tie_word_embeddings is true"]
+    fault = [f"{_LM_HEAD}: differs from the embedding though tie_word_embeddings is true"]
     if head.shape != embedding.shape:
         return fault
     copy = _aligned(embedding.shape, embedding.dtype)

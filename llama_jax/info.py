@@ -6,9 +6,9 @@ from dataclasses import dataclass
 import jax.numpy as jnp
 from flax import nnx
 
+from llama_jax.causal_lm import LlamaForCausalLM
 from llama_jax.config import LlamaConfig
 from llama_jax.hf import name_table
-from llama_jax.tasks import LlamaForCausalLM
 
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 

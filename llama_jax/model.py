@@ -16,6 +16,7 @@ from llama_jax.config import LlamaConfig
 from llama_jax.layers import DecoderLayer, RMSNorm, parameter
 from llama_jax.masks import AttentionMask
 from llama_jax.positions import as_array, known_value
+from llama_jax.pretrained import PretrainedModel
 from llama_jax.remat import Remat, rematerialised
 from llama_jax.rope import rope_cos_sin
 from llama_jax.sharding import RESIDUAL_AXES, constrain
@@ -64,7 +65,7 @@ class Embedding(nnx.Module):
         return jnp.where(padding, jax.lax.stop_gradient(rows), rows)
 
 
-class LlamaModel(nnx.Module):
+class LlamaModel(PretrainedModel):
     """The decoder without a head. Layers are stacked on a leading axis and run with one scan."""
 
     def __init__(self, config: LlamaConfig, *, rngs: nnx.Rngs, dtype: Any = jnp.float32):
@@ -205,16 +206,7 @@ def _decode(
         config.max_position_embeddings,
         x.dtype,
     )
-    if cache is None:
-        mask = AttentionMask(None, None, is_token, segment_ids, segment_ids)
-    else:
-        if segment_ids is None:
-            segment_ids = jnp.broadcast_to(last_segment(cache), (batch, seq))
-        is_token = jnp.ones((batch, seq), bool) if is_token is None else is_token
-        cache = extend_cache(cache, is_token, segment_ids)
-        keys = jnp.arange(cache.capacity, dtype=jnp.int32)
-        mask = AttentionMask(slots, keys, cache.is_token, segment_ids, cache.segments)
-
+    mask, cache = mask_of_call(batch, seq, is_token, segment_ids, cache)
     layer_count = config.num_hidden_layers
     dropout_keys = None if dropout_key is None else jax.random.split(dropout_key, layer_count)
 
@@ -254,6 +246,28 @@ def _decode(
         hidden_states=(*inputs, x) if output_hidden_states else None,
         attentions=tuple(weights) if output_attentions else None,
     )
+
+
+def mask_of_call(
+    batch: int,
+    seq: int,
+    is_token: Bool[Array, "batch seq"] | None,
+    segment_ids: Int[Array, "batch seq"] | None,
+    cache: KVCache | None,
+) -> tuple[AttentionMask, KVCache | None]:
+    """Who sees whom in a call of `seq` tokens a row, and the cache with their slots taken.
+
+    The keys are this call's tokens or, with a cache, its slots.
+    """
+    if cache is None:
+        return AttentionMask(None, None, is_token, segment_ids, segment_ids), None
+    queries = cache.length + jnp.arange(seq, dtype=jnp.int32)
+    if segment_ids is None:
+        segment_ids = jnp.broadcast_to(last_segment(cache), (batch, seq))
+    is_token = jnp.ones((batch, seq), bool) if is_token is None else is_token
+    cache = extend_cache(cache, is_token, segment_ids)
+    keys = jnp.arange(cache.capacity, dtype=jnp.int32)
+    return AttentionMask(queries, keys, cache.is_token, segment_ids, cache.segments), cache
 
 
 def require_ids(name: str, ids: Array | np.ndarray, vocab_size: int) -> None:

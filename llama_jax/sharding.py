@@ -25,6 +25,7 @@ RULES: dict[str, tuple[str, ...]] = {
     "layers": (),
     "embed": ("fsdp", SEQUENCE_AXIS),
     "vocab": (TENSOR_AXIS,),
+    "labels": (),
     "heads": (TENSOR_AXIS,),
     "kv_heads": (TENSOR_AXIS,),
     "mlp": (TENSOR_AXIS,),

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from transformers import LlamaConfig as HFConfig
 from transformers import LlamaForCausalLM as HFLlama
+from transformers import PreTrainedModel
 
 from parity_tests.oracle import IGNORE
 
@@ -333,14 +334,16 @@ def hf_config(config: Config) -> HFConfig:
     return HFConfig.from_dict(dict(config))
 
 
-def weights_of(config: Config, seed: int = 0) -> dict[str, torch.Tensor]:
+def weights_of(
+    config: Config, seed: int = 0, model_class: type[PreTrainedModel] = HFLlama
+) -> dict[str, torch.Tensor]:
     """Random weights under Hugging Face's names, float32; `lm_head.weight` only where not tied.
 
     Names and shapes are read off Hugging Face's own model. Matrices have a standard deviation of
     1/sqrt(fan_in), norm weights are 1 +- 0.3, biases +- 0.3.
     """
     with torch.device("meta"):
-        shapes = {name: p.shape for name, p in HFLlama(hf_config(config)).named_parameters()}
+        shapes = {name: p.shape for name, p in model_class(hf_config(config)).named_parameters()}
     rng = np.random.default_rng([seed, 0])
     weights = {}
     for name, shape in shapes.items():
@@ -359,12 +362,15 @@ def weights_of(config: Config, seed: int = 0) -> dict[str, torch.Tensor]:
 
 
 def hf_model(
-    config: Config, weights: Mapping[str, torch.Tensor], attention: str = "sdpa"
-) -> HFLlama:
+    config: Config,
+    weights: Mapping[str, torch.Tensor],
+    attention: str = "sdpa",
+    model_class: type[PreTrainedModel] = HFLlama,
+) -> Any:
     """Hugging Face's float32 model with these weights, in evaluation mode."""
     hf = hf_config(config)
     hf._attn_implementation = attention
-    model = HFLlama(hf).eval()
+    model = model_class(hf).eval()
     missing, unexpected = model.load_state_dict(weights, strict=False)
     assert not unexpected
     assert not missing or (missing == ["lm_head.weight"] and config["tie_word_embeddings"])

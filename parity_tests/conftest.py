@@ -18,7 +18,7 @@ torch.set_num_threads(1)
 # the public surface, which answers a wrong argument with an error of its own.
 CHECKED = (
     *("attention", "attention_blocked", "attention_cudnn", "attention_plain", "attention_splash"),
-    *("cache", "layers", "masks", "matmul", "rope"),
+    *("cache", "layers", "masks", "matmul", "rope", "scoring", "task_head"),
 )
 install_import_hook([f"llama_jax.{module}" for module in CHECKED], "beartype.beartype")
 

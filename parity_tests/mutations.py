@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from llama_jax import hf, layers, masks, model, tasks
+from llama_jax import causal_lm, hf, layers, masks, model
 
 Buffers = dict[tuple[str, ...], np.ndarray]
 
@@ -170,7 +170,7 @@ MUTATIONS: dict[str, Mutation] = {
     "kv_heads_tiled": Mutation(layers, "attention", tiled_kv_heads, "layers.0.self_attn.attention"),
     "position_off_by_one": Mutation(model, "rope_cos_sin", position_off_by_one, "rotary.cos"),
     "mask_off_by_one": Mutation(masks, "attention_mask", mask_off_by_one, "mask"),
-    "loss_without_shift": Mutation(tasks, "shift_labels", no_shift, "loss"),
-    "mean_over_all_tokens": Mutation(tasks, "causal_lm_loss", mean_over_all, "loss"),
+    "loss_without_shift": Mutation(causal_lm, "shift_labels", no_shift, "loss"),
+    "mean_over_all_tokens": Mutation(causal_lm, "causal_lm_loss", mean_over_all, "loss"),
     "bfloat16_cast": Mutation(layers, "attention", bfloat16_cast, "layers.0.self_attn.attention"),
 }

@@ -338,7 +338,15 @@ def causal_lm_loss(logits: Tensor, labels: Tensor, num_items_in_batch: int | Non
     return total / (max(int(counts.sum()), 1) if num_items_in_batch is None else num_items_in_batch)
 
 
-def oracle(
+class Decoded(NamedTuple):
+    """hidden_states (layers + 1) x [B, T, H], the last one after the final norm; attentions
+    layers x [B, N, T, S]."""
+
+    hidden_states: tuple[Tensor, ...]
+    attentions: tuple[Tensor, ...]
+
+
+def decode(
     config: Config,
     weights: Weights,
     *,
@@ -347,29 +355,21 @@ def oracle(
     attention_mask: Tensor | None = None,
     position_ids: Tensor | None = None,
     segment_ids: Tensor | None = None,
-    labels: Tensor | None = None,
-    num_items_in_batch: int | None = None,
-    logits_to_keep: int | Tensor = 0,
-    dtype: torch.dtype = torch.float64,
-) -> OracleOutput:
-    """Run the causal language model, every step of it in `dtype`.
+) -> Decoded:
+    """Run the decoder in the dtype of the weights.
 
     Give `input_ids` [B, T] or `inputs_embeds` [B, T, H]. `position_ids` [B, T] or [1, T] are
-    0 .. T-1 unless given, whatever the mask; they turn the heads and nothing else. The output
-    projection is `lm_head.weight`, or the embedding where that is absent (tied). `logits_to_keep`:
-    the last so many positions (0 is all), or an index of positions; the loss sees all of them.
-    The last of the hidden states is after the final norm, as in Hugging Face's model.
+    0 .. T-1 unless given, whatever the mask; they turn the heads and nothing else.
     """
-    weights = {name: weight.to(dtype) for name, weight in weights.items()}
     embedding = weights["model.embed_tokens.weight"]
     if inputs_embeds is None:
         assert input_ids is not None, "give input_ids or inputs_embeds"
         inputs_embeds = embed(config, embedding, input_ids)
-    x = inputs_embeds.to(dtype)
+    x = inputs_embeds.to(embedding.dtype)
     batch, length, _ = x.shape
     if position_ids is None:
         position_ids = torch.arange(length)[None]
-    cos, sin = cos_sin(config, position_ids, dtype)
+    cos, sin = cos_sin(config, position_ids, x.dtype)
     visible = visibility(batch, length, attention_mask, segment_ids)
 
     hidden_states, attentions = [x], []
@@ -379,9 +379,30 @@ def oracle(
         )
         hidden_states.append(x)
         attentions.append(probabilities)
-    x = hidden_states[-1] = rms_norm(x, weights["model.norm.weight"], config["rms_norm_eps"])
+    hidden_states[-1] = rms_norm(x, weights["model.norm.weight"], config["rms_norm_eps"])
+    return Decoded(tuple(hidden_states), tuple(attentions))
 
-    logits = x @ weights.get("lm_head.weight", embedding).T
+
+def oracle(
+    config: Config,
+    weights: Weights,
+    *,
+    labels: Tensor | None = None,
+    num_items_in_batch: int | None = None,
+    logits_to_keep: int | Tensor = 0,
+    dtype: torch.dtype = torch.float64,
+    **inputs: Any,
+) -> OracleOutput:
+    """Run the causal language model, every step of it in `dtype`.
+
+    `inputs` are those of `decode`. The output projection is `lm_head.weight`, or the embedding where
+    that is absent (tied). `logits_to_keep`: the last so many positions (0 is all), or an index of
+    positions; the loss sees all of them.
+    """
+    weights = {name: weight.to(dtype) for name, weight in weights.items()}
+    hidden_states, attentions = decode(config, weights, **inputs)
+    head = weights.get("lm_head.weight", weights["model.embed_tokens.weight"])
+    logits = hidden_states[-1] @ head.T
     loss = None if labels is None else causal_lm_loss(logits, labels, num_items_in_batch)
     keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-    return OracleOutput(loss, logits[:, keep], tuple(hidden_states), tuple(attentions))
+    return OracleOutput(loss, logits[:, keep], hidden_states, attentions)

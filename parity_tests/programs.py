@@ -1,8 +1,9 @@
 """Three programs, one shape of answer: the oracle, Hugging Face's model, and ours.
 
-Each gives `Numbers`: "logits", "loss" where there are labels, and "grad NAME" for every parameter
-under its Hugging Face name, as numpy arrays. The gradient is of the loss or, without labels, of a
-projection of the logits, so that every logit has a cotangent of its own.
+Each gives `Numbers`: "logits" (where there are those of start and end, side by side), "loss" where there
+are labels, and "grad NAME" for every parameter under its Hugging Face name, as numpy arrays. The gradient
+is of the loss or, without labels, of a projection of the logits, so that every logit has a cotangent of
+its own.
 """
 
 from collections.abc import Callable, Mapping
@@ -12,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import torch
-from transformers import LlamaForCausalLM as HFLlama
+from transformers import PreTrainedModel
 
 from llama_jax import LlamaConfig, LlamaForCausalLM, hf
 from parity_tests.cases import hf_inputs, torch_inputs
@@ -30,13 +31,21 @@ def _slope(xp: Any, logits: Any) -> Any:
     return xp.linspace(-1.0, 1.0, size, dtype=logits.dtype).reshape(logits.shape)
 
 
+def _logits(xp: Any, out: Any) -> Any:
+    """The logits of an output; those of start and end side by side. xp is torch or jax.numpy."""
+    return (
+        out.logits if hasattr(out, "logits") else xp.stack([out.start_logits, out.end_logits], -1)
+    )
+
+
 # torch -------------------------------------------------------------------------------------------
 
 
 def torch_numbers(out: Any, parameters: Mapping[str, torch.Tensor]) -> Numbers:
     """The answers of a torch program. A parameter which it did not use has a gradient of zeros."""
-    results = {"logits": out.logits}
-    scalar = (out.logits * _slope(torch, out.logits)).mean()
+    logits = _logits(torch, out)
+    results = {"logits": logits}
+    scalar = (logits * _slope(torch, logits)).mean()
     if out.loss is not None:
         results["loss"] = scalar = out.loss
     grads = torch.autograd.grad(scalar, list(parameters.values()), materialize_grads=True)
@@ -45,15 +54,19 @@ def torch_numbers(out: Any, parameters: Mapping[str, torch.Tensor]) -> Numbers:
 
 
 def oracle_numbers(
-    config: Config, weights: Weights, inputs: Inputs, dtype: torch.dtype = torch.float64
+    config: Config,
+    weights: Weights,
+    inputs: Inputs,
+    dtype: torch.dtype = torch.float64,
+    program: Callable[..., Any] = oracle,
 ) -> Numbers:
     parameters = {name: w.to(dtype).requires_grad_() for name, w in weights.items()}
     return torch_numbers(
-        oracle(config, parameters, **torch_inputs(inputs), dtype=dtype), parameters
+        program(config, parameters, **torch_inputs(inputs), dtype=dtype), parameters
     )
 
 
-def hf_numbers(model: HFLlama, inputs: Inputs) -> Numbers:
+def hf_numbers(model: PreTrainedModel, inputs: Inputs) -> Numbers:
     attention = model.config._attn_implementation
     return torch_numbers(model(**hf_inputs(inputs, attention)), dict(model.named_parameters()))
 
@@ -61,10 +74,12 @@ def hf_numbers(model: HFLlama, inputs: Inputs) -> Numbers:
 # JAX ---------------------------------------------------------------------------------------------
 
 
-def our_model(config: Config, weights: Weights, dtype: Any) -> LlamaForCausalLM:
+def our_model(
+    config: Config, weights: Weights, dtype: Any, model_class: type[Any] = LlamaForCausalLM
+) -> Any:
     """Our model with these weights. For float64 call it under `jax.enable_x64(True)`."""
     tensors = {name: weight.detach().numpy() for name, weight in weights.items()}
-    return hf.from_hf_tensors(LlamaForCausalLM, LlamaConfig.from_dict(config), tensors, dtype)
+    return hf.from_hf_tensors(model_class, LlamaConfig.from_dict(config), tensors, dtype)
 
 
 def our_inputs(inputs: Inputs, dtype: Any) -> tuple[dict[str, jax.Array], dict[str, int]]:
@@ -87,22 +102,21 @@ def compiled(
 ) -> Callable[..., tuple[dict[str, jax.Array], Any]]:
     """The jitted `(model, arrays) -> ({"logits", "loss"}, gradient)`, with `ints` fixed."""
 
-    def scalar(model: LlamaForCausalLM, arrays: dict[str, jax.Array]) -> Any:
+    def scalar(model: Any, arrays: dict[str, jax.Array]) -> Any:
         out = model(**arrays, **ints)
+        logits = _logits(jnp, out)
         if out.loss is not None:
-            return out.loss, {"logits": out.logits, "loss": out.loss}
-        return (out.logits * _slope(jnp, out.logits)).mean(), {"logits": out.logits}
+            return out.loss, {"logits": logits, "loss": out.loss}
+        return (logits * _slope(jnp, logits)).mean(), {"logits": logits}
 
-    def both(model: LlamaForCausalLM, arrays: dict[str, jax.Array]) -> Any:
+    def both(model: Any, arrays: dict[str, jax.Array]) -> Any:
         (_, results), gradient = jax.value_and_grad(scalar, has_aux=True)(model, arrays)
         return results, gradient
 
     return jax.jit(both, compiler_options=dict(options or {}))
 
 
-def our_numbers(
-    model: LlamaForCausalLM, inputs: Inputs, run: Callable[..., Any] | None = None
-) -> Numbers:
+def our_numbers(model: Any, inputs: Inputs, run: Callable[..., Any] | None = None) -> Numbers:
     """The answers of our model; `run` is its compiled function, where that is at hand already."""
     arrays, ints = our_inputs(inputs, model.dtype)
     run = run or compiled(ints, FAST_COMPILE if model.dtype == jnp.float64 else None)

@@ -10,8 +10,10 @@ from convert import demo_checkpoint
 from llama_jax import PRESETS, LlamaForCausalLM
 from llama_jax.config import read_json_object
 from llama_jax.info import parameter_count
+from llama_jax.scoring import token_scores
 from llama_jax.tokenizer import load_tokenizer
 from parity_tests.demo import compare, load_torch
+from parity_tests.measure import rms_error
 
 pytestmark = pytest.mark.checkpoint
 
@@ -72,3 +74,16 @@ def test_p6_greedy_tokens_with_and_without_left_padding(directory, both):
             do_sample=False,
         ).numpy()
     np.testing.assert_array_equal(got, want)
+
+
+def test_scores_of_real_text_are_those_of_log_softmax(directory, both):
+    ours, theirs = both
+    ids = load_tokenizer(directory).encode(str(transformers.LlamaConfig.__doc__)).ids
+    sequences = [ids[:129], ids[100:140], ids[:7]]
+    for tokens, scores in zip(sequences, token_scores(ours, sequences), strict=True):
+        with torch.no_grad():
+            logits = theirs(torch.tensor([tokens[:-1]])).logits[0]
+        targets = torch.tensor(tokens[1:])
+        want = torch.log_softmax(logits, -1).gather(-1, targets[:, None])[:, 0]
+        assert rms_error([scores.log_probs], [want]) < 1e-5
+        np.testing.assert_array_equal(scores.greedy, (logits.argmax(-1) == targets).numpy())

@@ -109,7 +109,8 @@ def test_every_field_and_unknown_metadata_survive_the_round_trip():
 def test_defaults_are_those_of_transformers():
     ours, theirs = LlamaConfig.from_dict({"model_type": "llama"}), transformers.LlamaConfig()
     for name in LlamaConfig.__dataclass_fields__.keys() - {"extra_fields"}:
-        assert getattr(ours, name) == getattr(theirs, name), name
+        # transformers looks for some fields that its own config need not have
+        assert getattr(ours, name) == getattr(theirs, name, None), name
 
 
 def test_rope_constants_outside_the_dictionary_are_honoured():

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import torch
 from torch import Tensor
 
-from llama_jax import LlamaForCausalLM, layers, masks, model, tasks
+from llama_jax import LlamaForCausalLM, causal_lm, layers, masks, model
 from parity_tests import oracle
 from parity_tests.cases import torch_inputs
 from parity_tests.measure import relative_error
@@ -137,9 +137,9 @@ def our_steps(ours: LlamaForCausalLM, inputs: Mapping[str, Any], steps: Steps) -
     head = decoder.embed_tokens if config.tie_word_embeddings else ours.lm_head
     got["lm_head"] = layers.linear(want["norm"], head.weight[...], None)
     if "labels" in given:
-        labels = tasks.shift_labels(given["labels"])
+        labels = causal_lm.shift_labels(given["labels"])
         items = ints.get("num_items_in_batch")
-        got["loss"] = tasks.causal_lm_loss(want["norm"], head.weight[...], labels, items)
+        got["loss"] = causal_lm.causal_lm_loss(want["norm"], head.weight[...], labels, items)
     return got
 
 

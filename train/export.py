@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import multihost_utils
 
-from llama_jax.tasks import LlamaForCausalLM
+from llama_jax.causal_lm import LlamaForCausalLM
 from train.config import RunOptions
 from train.evaluate import evaluate, validation_windows
 from train.metrics_log import read_metrics

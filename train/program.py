@@ -13,10 +13,10 @@ import optax
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from llama_jax.causal_lm import LlamaForCausalLM
 from llama_jax.compiler import step_compiler_options
 from llama_jax.config import LlamaConfig
 from llama_jax.sharding import BATCH_AXES, SEQUENCE_AXIS, parameter_shardings
-from llama_jax.tasks import LlamaForCausalLM
 from train.config import ModelOptions, OptimizerOptions, RunOptions
 from train.mesh import make_mesh
 from train.optimizer import make_optimizer

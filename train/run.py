@@ -16,11 +16,11 @@ import jax
 import jax.numpy as jnp
 
 from llama_jax.arguments import first_line
+from llama_jax.causal_lm import LlamaForCausalLM
 from llama_jax.config import LlamaConfig
 from llama_jax.hf import load_params
 from llama_jax.info import forward_flops_per_token, parameter_count
 from llama_jax.staging import write_text
-from llama_jax.tasks import LlamaForCausalLM
 from train import checkpoints, metrics_log
 from train.chips import peak_flops
 from train.config import (

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 from tokenizers import Tokenizer
 
-from llama_jax.tasks import LlamaForCausalLM
+from llama_jax.causal_lm import LlamaForCausalLM
 
 
 def sample_text(model: LlamaForCausalLM, tokenizer: Path, prompt: str, max_new_tokens: int) -> str:

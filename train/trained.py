@@ -8,9 +8,9 @@ from typing import Any
 
 import jax
 
+from llama_jax.causal_lm import LlamaForCausalLM
 from llama_jax.config import LlamaConfig
 from llama_jax.hf import load_params
-from llama_jax.tasks import LlamaForCausalLM
 from train import checkpoints
 from train.config import FILE, Dtype, MeshOptions, ModelOptions, RunOptions
 from train.evaluate import Evaluation, evaluate

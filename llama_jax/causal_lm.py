@@ -4,7 +4,7 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
@@ -17,11 +17,13 @@ from llama_jax.attention import Implementation
 from llama_jax.cache import KVCache
 from llama_jax.config import LlamaConfig, read_json_object
 from llama_jax.generation import GenerationConfig
+from llama_jax.labels import require_labels
 from llama_jax.layers import Linear
-from llama_jax.loss import IGNORE_INDEX, fused_linear_cross_entropy, shift_labels
+from llama_jax.loss import fused_linear_cross_entropy, shift_labels
 from llama_jax.matmul import einsum, working_dtype
 from llama_jax.model import Embeddings, LlamaModel, Positions, Tokens
-from llama_jax.positions import as_array, keep_positions, known_value
+from llama_jax.positions import as_array, keep_positions
+from llama_jax.pretrained import PretrainedModel
 from llama_jax.remat import Remat
 
 GENERATION_FILE = "generation_config.json"
@@ -39,7 +41,7 @@ class CausalLMOutput:
     attentions: tuple[Float[Array, "batch heads seq k"], ...] | None = None
 
 
-class LlamaForCausalLM(nnx.Module):
+class LlamaForCausalLM(PretrainedModel):
     """Llama with its language-model head, tied to the embedding where the config says so.
 
     A pytree: `jax.jit(lambda model, ids: model(ids).logits)` and `jax.grad` work on it directly. The
@@ -124,7 +126,7 @@ class LlamaForCausalLM(nnx.Module):
         if labels is not None:
             labels = as_array(labels)
             expected = decoded.last_hidden_state.shape[:2]
-            _require_labels(labels, expected, self.config.vocab_size)
+            require_labels(labels, expected, self.config.vocab_size)
             kept = keep_positions(shift_labels(jnp.asarray(labels)), logits_to_keep)
             loss = causal_lm_loss(hidden, head, kept, num_items_in_batch)
         return CausalLMOutput(
@@ -166,12 +168,19 @@ class LlamaForCausalLM(nnx.Module):
         )
 
     @classmethod
-    def from_pretrained(cls, directory: str | Path, dtype: Any = None) -> "LlamaForCausalLM":
-        """Load a Hugging Face directory. dtype None keeps the stored one. See `hf.load`."""
-        model, config = hf.load(cls, directory, dtype)
+    def from_pretrained(
+        cls,
+        directory: str | Path,
+        dtype: Any = None,
+        *,
+        rngs: nnx.Rngs | None = None,
+        **config_changes: Any,
+    ) -> Self:
+        """As `PretrainedModel.from_pretrained`, with the directory's generation_config.json."""
+        model = super().from_pretrained(directory, dtype, rngs=rngs, **config_changes)
         path = Path(directory) / GENERATION_FILE
         fields = read_json_object(path) if path.exists() else {}
-        model.generation_config = GenerationConfig.from_dict(fields, config)
+        model.generation_config = GenerationConfig.from_dict(fields, model.config)
         return model
 
     def save_pretrained(self, directory: str | Path, *, max_shard_size: int | str = "5GB") -> None:
@@ -197,18 +206,3 @@ def causal_lm_loss(
     return fused_linear_cross_entropy(
         hidden, head, labels, vocab_axis=0, reduction="sum", loss_div_factor=divisor
     ).loss
-
-
-def _require_labels(labels: Array | np.ndarray, expected: tuple[int, ...], vocab_size: int) -> None:
-    if labels.shape != expected or not jnp.issubdtype(labels.dtype, jnp.integer):
-        raise ValueError(
-            f"labels: found {labels.dtype}{list(labels.shape)}, expected integers {list(expected)}"
-        )
-    known = known_value(labels)
-    if known is None:
-        return  # the loss answers NaN
-    wrong = known[(known != IGNORE_INDEX) & ((known < 0) | (known >= vocab_size))]
-    if wrong.size:
-        raise ValueError(
-            f"labels: found {wrong[0]}, expected {IGNORE_INDEX} or 0 to {vocab_size - 1}"
-        )

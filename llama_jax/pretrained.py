@@ -1,0 +1,38 @@
+"""PretrainedModel: what every Llama does with a Hugging Face directory."""
+
+from pathlib import Path
+from typing import Any, Self
+
+from flax import nnx
+
+from llama_jax import hf
+from llama_jax.config import LlamaConfig
+
+
+class PretrainedModel(nnx.Module):
+    """A module of `(config, rngs=, dtype=)` whose parameters have transformers' names."""
+
+    config: LlamaConfig
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        directory: str | Path,
+        dtype: Any = None,
+        *,
+        rngs: nnx.Rngs | None = None,
+        **config_changes: Any,
+    ) -> Self:
+        """Load a Hugging Face directory. See `hf.load`.
+
+        Args:
+            dtype: of the weights; None keeps the stored one.
+            rngs: of the weights of a task's head that the directory has not; None is `nnx.Rngs(0)`.
+            config_changes: fields of config.json to change, such as `num_labels`.
+        """
+        config = LlamaConfig.from_pretrained(directory, **config_changes)
+        return hf.load(cls, config, directory, dtype, rngs)
+
+    def save_pretrained(self, directory: str | Path, *, max_shard_size: int | str = "5GB") -> None:
+        """Write a Hugging Face directory that both majors of transformers load. See `hf.save`."""
+        hf.save(self, self.config, directory, max_shard_size=max_shard_size)

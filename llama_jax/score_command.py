@@ -1,0 +1,133 @@
+"""`python -m llama_jax score`: log-probabilities of given texts, a token at a time."""
+
+import argparse
+import json
+import math
+import sys
+from pathlib import Path
+from typing import Any
+
+from llama_jax.arguments import positive, some_text
+
+
+def add_score(commands: Any, dtypes: tuple[str, ...]) -> None:
+    """Add the command to argparse's subparsers."""
+    parser = commands.add_parser("score", help="log-probabilities of texts")
+    parser.set_defaults(command=score)
+    parser.add_argument("--model", required=True, metavar="DIR", help="a Hugging Face directory")
+    texts = parser.add_mutually_exclusive_group(required=True)
+    texts.add_argument("--text", type=some_text, nargs="+", action="extend", metavar="TEXT")
+    texts.add_argument("--file", type=Path, metavar="F", help="a text a line, UTF-8")
+    parser.add_argument(
+        "--context", type=some_text, metavar="TEXT", help="what every text follows; not scored"
+    )
+    parser.add_argument(
+        "--rolling",
+        action="store_true",
+        help="texts of any length, in windows, each begun by the bos token",
+    )
+    parser.add_argument("--batch-size", type=positive, default=8, metavar="N")
+    parser.add_argument("--dtype", choices=dtypes, help="default: as stored")
+    parser.add_argument("--json", action="store_true", help="a JSON object a line")
+
+
+def score(options: argparse.Namespace) -> None:
+    """Score the texts and print them. Raises ValueError."""
+    from llama_jax.causal_lm import LlamaForCausalLM
+    from llama_jax.config import LlamaConfig
+    from llama_jax.scoring import encode_pair, loglikelihood, loglikelihood_rolling
+    from llama_jax.tokenizer import load_tokenizer
+
+    if options.rolling and options.context is not None:
+        raise ValueError("--rolling: found --context beside it, expected one of them")
+    texts = options.text or _lines(options.file)
+    limit = LlamaConfig.from_pretrained(options.model).max_position_embeddings
+    tokenizer = load_tokenizer(options.model)
+    pairs = []
+    for number, text in enumerate(texts, 1):
+        if options.context is None:
+            # the rolling windows begin with a bos of their own
+            ids = tokenizer.encode(text, add_special_tokens=not options.rolling).ids
+            pair = ([], ids) if options.rolling else (ids[:1], ids[1:])
+        else:
+            pair = encode_pair(tokenizer, options.context, text)
+        _require_tokens(number, pair, None if options.rolling else limit, options.context)
+        pairs.append(pair)
+    model = LlamaForCausalLM.from_pretrained(options.model, dtype=options.dtype)
+    if options.rolling:
+        sequences = [ids for _, ids in pairs]
+        scores = loglikelihood_rolling(model, sequences, batch_size=options.batch_size)
+    else:
+        scores = loglikelihood(model, pairs, batch_size=options.batch_size)
+    for text, (_, ids), scored in zip(texts, pairs, scores, strict=True):
+        tokens = [tokenizer.decode([token], skip_special_tokens=False) for token in ids]
+        if options.json:
+            row = {
+                "text": text,
+                "context": options.context,
+                "ids": ids,
+                "tokens": tokens,
+                "log_probs": scored.log_probs.tolist(),
+                "log_prob": scored.total,
+                "is_greedy": scored.is_greedy,
+            }
+            print(json.dumps(row, ensure_ascii=False))
+        else:
+            _show(tokens, scored)
+
+
+def _require_tokens(
+    number: int, pair: tuple[list[int], list[int]], limit: int | None, context: str | None
+) -> None:
+    """Raise ValueError unless there is something to score, in `limit` inputs; None is no limit."""
+    before, scored = pair
+    if context is not None and not before:
+        raise ValueError("--context: found no tokens, expected at least one")
+    if before and not scored and context is None:
+        raise ValueError(
+            f"text {number}: found 1 token, expected another before it: --context or --rolling"
+        )
+    if not scored:
+        raise ValueError(f"text {number}: found no tokens, expected at least one")
+    length = len(before) + len(scored)
+    if limit is not None and length - 1 > limit:
+        raise ValueError(
+            f"text {number}: found {length} tokens, expected at most {limit + 1} for "
+            f"max_position_embeddings={limit}, or --rolling"
+        )
+
+
+def _lines(path: Path) -> list[str]:
+    try:
+        lines = path.read_text("utf-8").splitlines()
+    except UnicodeDecodeError:
+        raise ValueError(f"{path}: found bytes that are not UTF-8, expected text") from None
+    if not lines:
+        raise ValueError(f"{path}: found an empty file, expected a text a line")
+    if "" in lines:
+        raise ValueError(f"{path}: line {lines.index('') + 1}: found an empty text")
+    return lines
+
+
+def _show(tokens: list[str], scored: Any) -> None:
+    """A table of one text: its tokens, their log-probabilities, and the text's own."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table()
+    table.add_column("token", no_wrap=True, max_width=40)
+    table.add_column("log-prob", justify="right")
+    table.add_column("likeliest")
+    for token, log_prob, greedy in zip(tokens, scored.log_probs, scored.greedy, strict=True):
+        # repr, for spaces and line ends; a token may look like rich's markup
+        shown = repr(token)[1:-1].replace("[", r"\[")
+        table.add_row(shown, f"{log_prob:.4f}", "yes" if greedy else "")
+    console = Console(file=sys.stdout)
+    console.print(table)
+    count = len(tokens)
+    perplexity = math.exp(min(-scored.total / count, 700.0))
+    console.print(
+        f"log-prob {scored.total:.4f} over {count} tokens, perplexity {perplexity:.4g}, "
+        f"greedy: {'yes' if scored.is_greedy else 'no'}",
+        highlight=False,
+    )

@@ -1,0 +1,307 @@
+"""Log-probabilities of given tokens: exact, as good as PyTorch's, and the same in any company."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from flax import nnx
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+
+from llama_jax import LlamaConfig, LlamaForCausalLM
+from llama_jax.__main__ import main
+from llama_jax.scoring import (
+    _bucket,
+    _score,
+    encode_pair,
+    loglikelihood,
+    loglikelihood_rolling,
+    rolling_windows,
+    token_log_probs,
+    token_scores,
+)
+from parity_tests.cases import BASE, BY_NAME, hf_model, weights_of
+from parity_tests.measure import relative_error, rms_error
+from parity_tests.oracle import oracle
+from parity_tests.programs import our_model
+
+CONFIG = BASE | {"num_hidden_layers": 1}
+
+
+def texts(seed: int, lengths: tuple[int, ...]) -> list[list[int]]:
+    rng = np.random.default_rng(seed)
+    return [rng.integers(0, CONFIG["vocab_size"], length).tolist() for length in lengths]
+
+
+def log_probs_of(logits: torch.Tensor, ids: list[int]) -> np.ndarray:
+    """By torch's own log_softmax, of each token but the first, from the logits of all but the last."""
+    chosen = torch.log_softmax(logits[0], -1).gather(-1, torch.tensor(ids[1:])[:, None])
+    return chosen[:, 0].detach().numpy()
+
+
+@pytest.mark.parametrize("name", ["tied", "rope_longrope_long"])
+@pytest.mark.parametrize("batch_size", [1, 3])
+def test_p1_in_any_company(name: str, batch_size: int) -> None:
+    """Neither padding nor neighbours nor their order changes a score, where rope looks at lengths too."""
+    config = BY_NAME[name].config | {"num_hidden_layers": 1, "max_position_embeddings": 64}
+    sequences = texts(0, (5, 20, 2, 12, 20, 16))
+    weights = weights_of(config)
+    with jax.enable_x64(True):
+        model = our_model(config, weights, jnp.float64)
+        got = token_scores(model, sequences, batch_size=batch_size)
+    for ids, scores in zip(sequences, got, strict=True):
+        assert scores.log_probs.dtype == np.float64
+        assert len(scores.log_probs) == len(scores.greedy) == len(ids) - 1
+        logits = oracle(config, weights, input_ids=torch.tensor([ids[:-1]])).logits
+        assert relative_error(scores.log_probs, log_probs_of(logits, ids)) <= 1e-11
+        assert scores.greedy.tolist() == (logits[0].argmax(-1) == torch.tensor(ids[1:])).tolist()
+
+
+def test_p2_float32_is_as_exact_as_log_softmax() -> None:
+    ours, theirs, exact = [], [], []
+    for seed in range(8):
+        weights = weights_of(CONFIG, seed)
+        model, hf = our_model(CONFIG, weights, jnp.float32), hf_model(CONFIG, weights)
+        sequences = texts(seed, (24, 31, 9, 33))
+        for ids, scores in zip(sequences, token_scores(model, sequences), strict=True):
+            tokens = torch.tensor([ids[:-1]])
+            ours.append(scores.log_probs)
+            theirs.append(log_probs_of(hf(tokens).logits, ids))
+            exact.append(log_probs_of(oracle(CONFIG, weights, input_ids=tokens).logits, ids))
+    mine, hugging_face = rms_error(ours, exact), rms_error(theirs, exact)
+    print(f"log-probs: rms error {mine:.3e}, torch {hugging_face:.3e} x {mine / hugging_face:.2f}")
+    assert mine <= 1.25 * hugging_face
+
+
+@pytest.fixture(scope="module")
+def model() -> LlamaForCausalLM:
+    return our_model(CONFIG, weights_of(CONFIG), jnp.float32)
+
+
+def test_what_the_model_would_write_is_greedy(model: LlamaForCausalLM) -> None:
+    (context,) = texts(1, (6,))
+    written = model.generate(np.array([context]), max_new_tokens=5, eos_token_id=[])[0, 6:].tolist()
+    other = [*written[:-1], (written[-1] + 1) % CONFIG["vocab_size"]]
+    likeliest, second = loglikelihood(model, [(context, written), (context, other)])
+    assert likeliest.is_greedy
+    assert not second.is_greedy
+    assert second.greedy.tolist() == [True, True, True, True, False]
+    assert likeliest.total > second.total
+    assert likeliest.total == pytest.approx(likeliest.log_probs.sum(), rel=1e-6)
+
+
+def test_a_continuation_is_the_end_of_the_whole(model: LlamaForCausalLM) -> None:
+    pairs = [(ids[:cut], ids[cut:]) for ids, cut in zip(texts(2, (9, 20)), (1, 15), strict=True)]
+    whole = token_scores(model, [c + t for c, t in pairs])
+    for (_, target), got, want in zip(pairs, loglikelihood(model, pairs), whole, strict=True):
+        assert np.array_equal(got.log_probs, want.log_probs[-len(target) :])
+
+
+@settings(deadline=None)
+@given(count=st.integers(1, 60), length=st.integers(1, 20))
+def test_rolling_windows_score_each_token_once(count: int, length: int) -> None:
+    tokens = list(range(100, 100 + count))
+    windows = rolling_windows(tokens, 7, length)
+    assert [token for _, target in windows for token in target] == tokens
+    assert windows[0][0] == [7]
+    for place, (context, target) in enumerate(windows):
+        assert len(context) + len(target) - 1 <= length  # the last token is not fed
+        if place:
+            # what is seen comes right before what is scored, and fills the window
+            assert context + target == tokens[target[-1] - 100 - length : target[-1] - 99]
+
+
+def test_rolling_is_the_text_after_its_prefix(model: LlamaForCausalLM) -> None:
+    short, long = texts(3, (10, 50))
+    got = loglikelihood_rolling(model, [short, long], prefix_token_id=4, max_length=16)
+    assert np.allclose(got[0].log_probs, token_scores(model, [[4, *short]])[0].log_probs, atol=1e-5)
+    assert len(got[1].log_probs) == 50
+    second = token_scores(model, [long[15:32]])[0].log_probs
+    assert np.allclose(got[1].log_probs[16:32], second, atol=1e-5)
+    by_config = loglikelihood_rolling(model, [short])  # the config's bos
+    assert by_config[0].total == pytest.approx(token_scores(model, [[1, *short]])[0].total, 1e-5)
+
+
+def test_no_logits_of_all_tokens_are_held() -> None:
+    tokens, vocab, chunk = 4096, 1024, 128
+    shapes = [(tokens, 8), (vocab, 8)]
+    hidden, head = (jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes)
+    targets = jax.ShapeDtypeStruct((tokens,), jnp.int32)
+    compiled = jax.jit(token_log_probs, static_argnums=3).lower(hidden, head, targets, chunk)
+    held = compiled.compile().memory_analysis().temp_size_in_bytes
+    assert held < 4 * tokens * vocab / 4  # a quarter of the logits
+
+
+def test_few_programs_are_compiled(model: LlamaForCausalLM) -> None:
+    before = _score._cache_size()
+    token_scores(model, texts(4, tuple(range(2, 60))), batch_size=4)
+    assert _score._cache_size() - before <= len({_bucket(length) for length in range(1, 60)}) == 5
+
+
+@settings(deadline=None)
+@given(st.integers(1, 100_000))
+def test_a_bucket_is_at_most_half_as_much_again(length: int) -> None:
+    assert length <= _bucket(length) <= max(16, length * 3 / 2)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda m: token_scores(m, [[1, 2], []]), "sequence 1: found no tokens"),
+        (lambda m: token_scores(m, [[1] * 66]), "sequence 0: found 66 tokens, expected at most 65"),
+        (lambda m: token_scores(m, [[1, 61]]), "sequence 0: found token 61, expected 0 to 60"),
+        (lambda m: loglikelihood(m, [([], [1])]), "context 0: found no tokens"),
+        (lambda m: loglikelihood(m, [([1], [])]), "continuation 0: found no tokens"),
+        (lambda m: loglikelihood_rolling(m, [[]]), "sequence: found no tokens"),
+        (
+            lambda m: loglikelihood_rolling(m, [[1]], max_length=65),
+            "max_length: found 65, expected",
+        ),
+    ],
+)
+def test_requests_that_make_no_sense(model: LlamaForCausalLM, call: Any, message: str) -> None:
+    with pytest.raises(ValueError) as caught:
+        call(model)
+    assert message in str(caught.value)
+
+
+# The command -------------------------------------------------------------------------------------
+
+WORDS = ["<unk>", "<s>", *["the", "capital", "of", "France", "is", "Paris", "and", "a", "b", "c"]]
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("score") / "model"
+    config = LlamaConfig(
+        vocab_size=len(WORDS),
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        max_position_embeddings=16,
+    )
+    LlamaForCausalLM(config, rngs=nnx.Rngs(0)).save_pretrained(path)
+    tokenizer = Tokenizer(models.WordLevel({w: n for n, w in enumerate(WORDS)}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.save(str(path / "tokenizer.json"))
+    return path
+
+
+def score(directory: Path, *arguments: str) -> int:
+    return main(["score", "--model", str(directory), *arguments])
+
+
+def test_score_prints_each_token(directory: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert score(directory, "--text", "the capital of", "Paris is") == 0
+    captured = capsys.readouterr()
+    assert captured.err == ""
+    for part in ("capital", "of", "is", "over 2 tokens", "over 1 tokens", "perplexity"):
+        assert part in captured.out
+    assert max(map(len, captured.out.splitlines())) <= 80
+
+
+def test_score_of_a_file_as_json(
+    directory: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "texts.txt"
+    file.write_text("the capital of\nParis is a b\n")
+    assert score(directory, "--file", str(file), "--json", "--batch-size", "1") == 0
+    rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    model = LlamaForCausalLM.from_pretrained(directory)
+    for row, text in zip(rows, ("the capital of", "Paris is a b"), strict=True):
+        ids = [WORDS.index(word) for word in text.split()]
+        (want,) = token_scores(model, [ids])
+        assert row["text"] == text
+        assert row["ids"] == ids[1:]
+        assert row["tokens"] == text.split()[1:]
+        assert np.allclose(row["log_probs"], want.log_probs, atol=1e-5)
+        assert row["log_prob"] == pytest.approx(want.total, rel=1e-5)
+        assert row["is_greedy"] == want.is_greedy
+
+
+def test_score_after_a_context(directory: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert score(directory, "--context", "the capital of", "--text", " France is", "--json") == 0
+    after = json.loads(capsys.readouterr().out)
+    assert score(directory, "--text", "the capital of France is", "--json") == 0
+    whole = json.loads(capsys.readouterr().out)
+    assert after["tokens"] == ["France", "is"]
+    assert np.allclose(after["log_probs"], whole["log_probs"][-2:], atol=1e-5)
+
+
+def test_score_of_a_long_text(directory: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert score(directory, "--rolling", "--json", "--text", " ".join("abc" * 20)) == 0
+    assert len(json.loads(capsys.readouterr().out)["log_probs"]) == 60
+
+
+def test_spaces_before_a_continuation_belong_to_it() -> None:
+    tokenizer = Tokenizer(models.WordLevel({w: n for n, w in enumerate(WORDS)}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", WORDS.index("<s>"))]
+    )
+    context, continuation = encode_pair(tokenizer, "the capital ", "of France")
+    assert [WORDS[n] for n in context] == ["<s>", "the", "capital"]
+    assert [WORDS[n] for n in continuation] == ["of", "France"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--text", ""], "--text: found an empty text"),
+        (["--text", "\udcff"], "--text: found bytes that are not UTF-8"),
+        (["--text", " "], "text 1: found no tokens, expected at least one"),
+        (["--text", "a"], "text 1: found 1 token, expected another before it"),
+        (
+            ["--text", "a b", " ".join("abc" * 6)],
+            "text 2: found 18 tokens, expected at most 17 for",
+        ),
+        (["--context", "a", "--text", " "], "text 1: found no tokens"),
+        (["--context", " ", "--text", "a"], "--context: found no tokens"),
+        (["--context", "a", "--rolling", "--text", "b"], "--rolling: found --context beside it"),
+        (["--text", "a b", "--file", "x"], "not allowed with argument"),
+        ([], "one of the arguments --text --file is required"),
+        (["--file", "/absent/file"], "No such file"),
+        (["--text", "a b", "--batch-size", "0"], "--batch-size: found '0'"),
+    ],
+)
+def test_score_of_nonsense(
+    directory: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
+) -> None:
+    assert score(directory, *arguments) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.startswith("error: ")
+    assert captured.err.count("\n") == 1
+    assert message in captured.err
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "found an empty file"),
+        (b"a b\n\nc", "line 2: found an empty text"),
+        (b"\xff", "UTF-8"),
+    ],
+)
+def test_a_file_of_nonsense(
+    directory: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    content: bytes,
+    message: str,
+) -> None:
+    (tmp_path / "texts").write_bytes(content)
+    assert score(directory, "--file", str(tmp_path / "texts")) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_score_with_no_directory(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert score(tmp_path / "absent", "--text", "a b") == 2
+    assert "no such directory, expected a Hugging Face checkpoint" in capsys.readouterr().err
