@@ -2,7 +2,8 @@
 
 from llama_jax.cache import KVCache, init_cache
 from llama_jax.config import LlamaConfig
-from llama_jax.generation import GenerationConfig
+from llama_jax.generation import GenerateOutput
+from llama_jax.generation_config import GenerationConfig
 from llama_jax.lm_head import (
     LMHead,
     LMHeadConfig,
@@ -18,6 +19,7 @@ from llama_jax.tasks import CausalLMOutput, LlamaForCausalLM
 __all__ = [
     "PRESETS",
     "CausalLMOutput",
+    "GenerateOutput",
     "GenerationConfig",
     "KVCache",
     "LMHead",

@@ -47,8 +47,8 @@ def einsum(
 
 # XLA's float32 product on the CPU adds up long rows in one go; PyTorch's library there, in blocks of
 # about this depth, which rounds less: 1.5 times less at a depth of 576. So do we, in at most so many
-# pieces. A single row (decoding) takes another path in XLA, which needs no help.
-_BLOCK_DEPTH, _MOST_BLOCKS = 192, 16
+# pieces. For few rows (decoding) the slices of the weights would cost more than the product.
+_BLOCK_DEPTH, _MOST_BLOCKS, _FEW_ROWS = 192, 16, 8
 
 
 def _blocked_einsum(spec: str, a: Array, b: Array) -> Array:
@@ -58,10 +58,11 @@ def _blocked_einsum(spec: str, a: Array, b: Array) -> Array:
     index, *others = [letter for letter in of_a if letter in of_b and letter not in out]
     axis_a, axis_b = of_a.index(index), of_b.index(index)
     depth = a.shape[axis_a]
-    rows = math.prod(a.shape) // depth if depth else 0
+    own = [size for letter, size in zip(of_a, a.shape, strict=True) if letter not in of_b]
+    rows = math.prod(own) if depth else 0
     blocks = min(-(-depth // _BLOCK_DEPTH), _MOST_BLOCKS)
     narrow = a.dtype != jnp.float32 or target_platform() != "cpu"
-    if narrow or others or blocks < 2 or rows < 2:
+    if narrow or others or blocks < 2 or rows <= _FEW_ROWS:
         return jnp.einsum(spec, a, b, preferred_element_type=a.dtype)
     size = -(-depth // blocks)
 

@@ -235,14 +235,24 @@ def _decode(
         )
         return (y, store), (x if output_hidden_states else None, weights)
 
-    store = None if cache is None else (cache.keys, cache.values)
     indices = jnp.arange(layer_count, dtype=jnp.int32)
-    (x, store), (inputs, weights) = jax.lax.scan(
-        rematerialised(run_layer, remat, in_loop=scan_unroll < layer_count),
-        (x, store),
-        (model.layers, indices, dropout_keys),
-        unroll=scan_unroll,
-    )
+    if isinstance(model.layers, DecoderLayer):
+        store = None if cache is None else (cache.keys, cache.values)
+        (x, store), (inputs, weights) = jax.lax.scan(
+            rematerialised(run_layer, remat, in_loop=scan_unroll < layer_count),
+            (x, store),
+            (model.layers, indices, dropout_keys),
+            unroll=scan_unroll,
+        )
+    else:
+        assert cache is not None, "unstacked layers are for decoding"
+        outcomes, stores = [], []
+        for layer, *of_layer in zip(model.layers, cache.keys, cache.values, strict=True):
+            (x, of_layer), outcome = run_layer((x, tuple(of_layer)), (layer, None, None))
+            outcomes.append(outcome)
+            stores.append(of_layer)
+        inputs, weights = zip(*outcomes, strict=True)
+        store = tuple(zip(*stores, strict=True))
     if cache is not None and store is not None:
         cache = KVCache(*store, cache.is_token, cache.segments, cache.length)
         # beyond the capacity, the update above has gone to other tokens' slots
@@ -272,7 +282,8 @@ def require_ids(name: str, ids: Array | np.ndarray, vocab_size: int) -> None:
 
 def _require_room(cache: KVCache, config: LlamaConfig, batch: int, seq: int) -> None:
     expected = (config.num_hidden_layers, batch, cache.capacity, config.kv_heads, config.head_size)
-    if cache.keys.shape != expected or cache.values.shape != expected:
+    stacked = not isinstance(cache.keys, tuple)
+    if stacked and (cache.keys.shape != expected or cache.values.shape != expected):
         raise ValueError(f"cache: found keys {cache.keys.shape}, expected {expected}")
     if seq > cache.capacity:
         raise ValueError(f"cache: {cache.capacity} slots, expected room for {seq} tokens")
