@@ -1,6 +1,7 @@
 """`python -m benchmarks NAME...`: measurements, each printed as one table.
 
 compile   seconds to compile 4 and 32 layers of the same widths, forward and gradient
+decode    greedy decoding beside Hugging Face's: tokens a second, and a prefill
 loss      the loss-in-head beside its peers: memory, time and error
 step      a training step beside torch's: time, memory, tokens a second
 load      from_pretrained of a bfloat16 directory against `cat` of the same file; peak RSS
@@ -10,7 +11,13 @@ import argparse
 import importlib
 import sys
 
-MODULES = {"compile": "compile_time", "load": "load_time", "loss": "loss", "step": "step"}
+MODULES = {
+    "compile": "compile_time",
+    "decode": "decode",
+    "load": "load_time",
+    "loss": "loss",
+    "step": "step",
+}
 
 
 def main() -> int:

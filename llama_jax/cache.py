@@ -133,6 +133,7 @@ def write_layer(
     zero = jnp.zeros((), jnp.int32)
 
     def write(old: Array, part: Array) -> Array:
+        place: tuple[Array, ...]
         if layer is None:
             part = jnp.moveaxis(part, 2, 1).reshape(batch * heads, seq, *part.shape[3:])
             place = (zero, start, zero)

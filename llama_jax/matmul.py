@@ -47,8 +47,10 @@ def einsum(
 
 # XLA's float32 product on the CPU adds up long rows in one go; PyTorch's library there, in blocks of
 # about this depth, which rounds less: 1.5 times less at a depth of 576. So do we, in at most so many
-# pieces. For few rows (decoding) the slices of the weights would cost more than the product.
-_BLOCK_DEPTH, _MOST_BLOCKS, _FEW_ROWS = 192, 16, 8
+# pieces. A single row (decoding) takes another path in XLA, which needs no help.
+_BLOCK_DEPTH, _MOST_BLOCKS = 192, 16
+# For so few rows, XLA's copies of the weights' pieces would cost more than the product.
+_FEW_ROWS = 8
 
 
 def _blocked_einsum(spec: str, a: Array, b: Array) -> Array:
@@ -58,12 +60,14 @@ def _blocked_einsum(spec: str, a: Array, b: Array) -> Array:
     index, *others = [letter for letter in of_a if letter in of_b and letter not in out]
     axis_a, axis_b = of_a.index(index), of_b.index(index)
     depth = a.shape[axis_a]
-    own = [size for letter, size in zip(of_a, a.shape, strict=True) if letter not in of_b]
-    rows = math.prod(own) if depth else 0
+    sizes = zip(of_a, a.shape, strict=True)
+    rows = math.prod(size for letter, size in sizes if letter not in of_b)
     blocks = min(-(-depth // _BLOCK_DEPTH), _MOST_BLOCKS)
     narrow = a.dtype != jnp.float32 or target_platform() != "cpu"
-    if narrow or others or blocks < 2 or rows <= _FEW_ROWS:
+    if narrow or others or blocks < 2 or rows < 2:
         return jnp.einsum(spec, a, b, preferred_element_type=a.dtype)
+    if rows <= _FEW_ROWS:
+        return _halved_einsum(spec, a, b, axis_a)
     size = -(-depth // blocks)
 
     def piece(start: int) -> Array:
@@ -73,6 +77,19 @@ def _blocked_einsum(spec: str, a: Array, b: Array) -> Array:
         return jnp.einsum(spec, part_a, part_b, preferred_element_type=a.dtype)
 
     return functools.reduce(operator.add, map(piece, range(0, depth, size)))
+
+
+def _halved_einsum(spec: str, a: Array, b: Array, axis: int) -> Array:
+    """`jnp.einsum` summed in two halves of the contracted `axis` of `a`, in one product with `b` whole.
+
+    Each row is two, with zeros for the other half: adding them rounds nothing, and `b` is read in place.
+    """
+    inputs, out = spec.split("->")
+    place = jax.lax.broadcasted_iota(jnp.int32, a.shape, axis)
+    first = place < a.shape[axis] // 2
+    halves = jnp.stack([jnp.where(first, a, 0), jnp.where(first, 0, a)])
+    both = jnp.einsum(f"Z{inputs}->Z{out}", halves, b, preferred_element_type=a.dtype)
+    return both[0] + both[1]
 
 
 def wide_einsum(spec: str, a: Array, b: Array, dtype: DTypeLike) -> Array:

@@ -1,6 +1,6 @@
 """LlamaModel: embed, scan over the stacked layers, final norm."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -72,7 +72,10 @@ class LlamaModel(nnx.Module):
         self.config = config
         self.embed_tokens = Embedding(config, dtype=dtype, rngs=rngs)
         stack = (config.num_hidden_layers,)
-        self.layers = DecoderLayer(config, stack=stack, dtype=dtype, rngs=rngs)
+        # or a list of single layers, where decoding unstacks them
+        self.layers: DecoderLayer | nnx.List = DecoderLayer(
+            config, stack=stack, dtype=dtype, rngs=rngs
+        )
         eps = config.rms_norm_eps
         self.norm = RMSNorm(config.hidden_size, eps, stack=(), dtype=dtype, rngs=rngs)
 
@@ -246,15 +249,16 @@ def _decode(
         )
     else:
         assert cache is not None, "unstacked layers are for decoding"
-        outcomes, stores = [], []
+        outcomes: list[Any] = []
+        stores: list[Any] = []
         for layer, *of_layer in zip(model.layers, cache.keys, cache.values, strict=True):
             (x, of_layer), outcome = run_layer((x, tuple(of_layer)), (layer, None, None))
             outcomes.append(outcome)
             stores.append(of_layer)
         inputs, weights = zip(*outcomes, strict=True)
-        store = tuple(zip(*stores, strict=True))
+        store = tuple(k for k, _ in stores), tuple(v for _, v in stores)
     if cache is not None and store is not None:
-        cache = KVCache(*store, cache.is_token, cache.segments, cache.length)
+        cache = replace(cache, keys=store[0], values=store[1])
         # beyond the capacity, the update above has gone to other tokens' slots
         x = jnp.where(cache.length <= cache.capacity, x, jnp.nan)
     x = model.norm(x)
