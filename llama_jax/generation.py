@@ -203,7 +203,6 @@ def _begin(
         model,
         jnp.pad(jnp.asarray(input_ids, jnp.int32), ((0, 0), (padding, 0))),
         jnp.pad(is_token, ((0, 0), (padding, 0))),
-        jnp.asarray(padding, jnp.int32),
         sampling,
         ending,
         key,
@@ -256,7 +255,6 @@ def _prefill(
     model: CausalModel,
     input_ids: Int[Array, "batch width"],
     is_token: Bool[Array, "batch width"],
-    padding: Int[Array, ""],
     sampling: Sampling,
     ending: Ending,
     key: Key[Array, ""] | None,
@@ -266,7 +264,7 @@ def _prefill(
     unstacked: bool,
     output_scores: bool,
 ) -> _State:
-    """The prompt in the cache and the first token; `padding` columns are the bucket's, not the user's."""
+    """The prompt in the cache, and the first token."""
     batch, width = input_ids.shape
     counted = jnp.cumsum(is_token, axis=-1, dtype=jnp.int32)
     out = model(
@@ -279,7 +277,7 @@ def _prefill(
     vocab, slots = model.config.vocab_size, capacity + 1
     seen = scores = None
     if sampling.repetition_penalty is not None:
-        given = jnp.where(jnp.arange(width) < padding, vocab, input_ids)
+        given = jnp.where(is_token, input_ids, vocab)
         rows = jnp.arange(batch)[:, None]
         seen = jnp.zeros((batch, vocab), bool).at[rows, given].set(True, mode="drop")
     if output_scores:

@@ -56,7 +56,7 @@ def repetition_filter(
 ) -> Float[Array, "batch vocab"]:
     """`RepetitionPenaltyLogitsProcessor`: tokens seen divided by `penalty`, or times it below zero.
 
-    arXiv:1909.05858. `seen` holds the tokens of the prompt, those of padding included, and all since.
+    arXiv:1909.05858. `seen` holds the tokens of the prompt, without padding, and all since.
     """
     penalized = jnp.where(logits < 0, logits * penalty, logits / penalty)
     return jnp.where(seen, penalized, logits)

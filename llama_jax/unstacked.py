@@ -35,5 +35,6 @@ def unstack_layers(model: Any) -> Any:
 def _views(stacked: jax.Array) -> list[jax.Array]:
     # an array object of its own: numpy's view would stay with the caller's, and keep it from being donated
     (shard,) = stacked.addressable_shards
-    device = next(iter(stacked.devices()))
+    # committed where the caller's is: a state that changes between calls would compile anew
+    device = next(iter(stacked.devices())) if stacked.committed else None
     return [jax.device_put(part, device, may_alias=True) for part in np.asarray(shard.data)]
