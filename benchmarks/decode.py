@@ -24,7 +24,7 @@ import convert
 from convert import demo_checkpoint
 from llama_jax import PRESETS, LlamaForCausalLM
 
-PROMPT, NEW, ROUNDS = 16, 128, 5
+PROMPT, NEW, ROUNDS = 16, 128, 3
 BATCHES = (1, 8)
 PREFILL = 1024
 

@@ -77,10 +77,10 @@ def _generate(options: argparse.Namespace) -> None:
             _print(text)
 
     begin = time.perf_counter()
-    if live:
-        _print(tokenizer.decode(prompts[0]))
     counts, ends = [0] * len(prompts), ["length"] * len(prompts)
     for tokens in _tokens(model, prompts, options, choices):
+        if live and not counts[0]:
+            _print(tokenizer.decode(prompts[0]))
         for row, token in enumerate(tokens.tolist()):
             if ends[row] != "length":
                 continue
