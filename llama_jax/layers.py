@@ -65,12 +65,14 @@ def linear(
     split = mesh_axes().present(SEQUENCE_AXIS)
     tokens = x if split else x.reshape(-1, x.shape[-1])
     batch = "abcdefgh"[: tokens.ndim - 1]
+    blocked = x.shape[-2:-1] != (1,)  # not a step of decoding
     spec = f"{batch}i,oi->{batch}o"
     if bias is None:
-        out = einsum(spec, tokens, weight)
+        out = einsum(spec, tokens, weight, blocked=blocked)
     else:
         working = working_dtype(x.dtype)
-        out = einsum(spec, tokens, weight, out_dtype=working) + bias.astype(working)
+        out = einsum(spec, tokens, weight, out_dtype=working, blocked=blocked)
+        out = out + bias.astype(working)
     out = out.astype(x.dtype).reshape(*x.shape[:-1], weight.shape[0])
     return checkpoint_name(out, "projection")  # for `remat`
 

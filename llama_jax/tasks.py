@@ -122,7 +122,8 @@ class LlamaForCausalLM(nnx.Module):
         hidden = keep_positions(decoded.last_hidden_state, logits_to_keep)
         head = self.head_weight
         working = working_dtype(hidden.dtype)
-        logits = einsum("bsh,vh->bsv", hidden, head, out_dtype=working)
+        blocked = hidden.shape[1] > 1  # not a step of decoding
+        logits = einsum("bsh,vh->bsv", hidden, head, out_dtype=working, blocked=blocked)
         loss = None
         if labels is not None:
             labels = as_array(labels)
