@@ -20,6 +20,7 @@ _ARCHITECTURES = ["LlamaForCausalLM"]
 _TRAINED_CONTEXT_TYPES = ("llama3", "yarn", "longrope")  # of original_max_position_embeddings
 _PROBLEM_TYPES = ("regression", "single_label_classification", "multi_label_classification")
 _DEFAULT_LABELS = 2  # transformers writes no label names where there are as many
+QUANT_METHOD = "llama_jax"  # a `quantization_config` of ours: how weights are stored, not what they are
 DEFAULT_ROPE_THETA = 10000.0  # transformers' own default for Llama when no theta is given
 
 # Fields of other architectures (or of later Llamas) that would change the mathematics, with the values
@@ -232,6 +233,9 @@ class LlamaConfig:
         rope = _merge_rope_layouts(fields)
         known = {name: fields.pop(name) for name in names & fields.keys()}
         fields.pop("model_type", None)
+        quantization = fields.get("quantization_config")
+        if isinstance(quantization, Mapping) and quantization.get("quant_method") == QUANT_METHOD:
+            del fields["quantization_config"]  # `quantization.py` reads it
         if fields.get("architectures") == _ARCHITECTURES:
             del fields["architectures"]
         return cls(**known, rope_parameters=rope, extra_fields=fields)

@@ -23,7 +23,9 @@ from jaxtyping import Array, Key
 
 from llama_jax.arguments import size
 from llama_jax.config import LlamaConfig, read_json_object
+from llama_jax.quantization import quantization_of, quantize, read_quantization
 from llama_jax.safetensors_read import (
+    CODE_DTYPES,
     FLOAT_DTYPES,
     StoredTensor,
     read_header,
@@ -123,16 +125,19 @@ def load(
             non-finite tensor.
     """
     directory = Path(directory)
+    model_class = _quantized(model_class, directory)
     match = fit(model_class, config, open_weights(directory), directory, dtype)
     stored, table, abstract, faults = match.stored, match.table, match.abstract, match.faults
     # with a fault there will be no model: values are only looked at, for the rest of the report
     buffers = {} if faults else _allocate(abstract)
 
     def read(name: str) -> str | None:
-        if buffers:  # noqa: SIM108
+        if buffers:
             place = _place(buffers, table[name])
         else:
-            place = np.empty(stored[name].shape, match.dtype)
+            place = np.empty(
+                stored[name].shape, CODE_DTYPES.get(stored[name].dtype, match.dtype)
+            )
         try:
             finite = read_tensor(stored[name], place)
         except (ValueError, OSError) as error:
@@ -228,8 +233,10 @@ def save(
         leaf = leaves[slot.path]
         shape = leaf.shape if slot.layer is None else leaf.shape[1:]
         specs.append(TensorSpec(name, np.dtype(leaf.dtype), tuple(shape)))
-    dtypes = {str(spec.dtype) for spec in specs}
+    dtypes = {str(spec.dtype) for spec in specs} - set(map(str, CODE_DTYPES.values()))
     fields = config.to_dict() | {"architectures": [type(model).__name__]}
+    if (quantization := quantization_of(model)) is not None:
+        fields["quantization_config"] = quantization.to_dict()
     if len(dtypes) == 1:
         # both majors of transformers: v4 reads torch_dtype, v5 dtype
         fields |= dict.fromkeys(("dtype", "torch_dtype"), dtypes.pop())
@@ -295,7 +302,8 @@ def fit(
     """
     stored, faults, excused = weights
     if dtype is None:
-        dtype = widest({FLOAT_DTYPES[tensor.dtype] for tensor in stored.values()})
+        floats = {tensor.dtype for tensor in stored.values()} - CODE_DTYPES.keys()
+        dtype = widest({FLOAT_DTYPES[name] for name in floats})
     dtype = _require_float(dtype)
     if config.num_hidden_layers > max(len(stored) + len(excused), 1):
         # an absurd count, before anything is laid out for it
@@ -321,8 +329,34 @@ def fit(
         }
     new = [name for name in task_head if name not in stored and name not in excused]
     shapes = {name: tensor.shape for name, tensor in stored.items()}
+    coded = next((name for name in stored if is_code(name)), None)
+    if coded is not None and coded not in table:
+        raise ValueError(f"{directory}: found quantised weights ({coded}), expected ordinary ones")
     faults = faults + _compare(shapes, table, abstract, excused | set(new))
+    leaves = _flat(abstract)
+    for name in filter(is_code, stored.keys() & table.keys()):
+        found, expected = CODE_DTYPES[stored[name].dtype], leaves[table[name].path].dtype
+        if found != expected:
+            faults.append(f"{name}: found dtype {found}, expected {expected}")
     return Fit(dtype, abstract, table, stored, embedding, tied, new, faults)
+
+
+def _quantized(model_class: Callable[..., Model], directory: Path) -> Callable[..., Model]:
+    """The class, or what makes its models quantised as those of `directory` are."""
+    quantization = read_quantization(read_json_object(directory / "config.json"))
+    if quantization is None:
+        return model_class
+    return lambda *args, **more: quantize(model_class(*args, **more), *quantization)
+
+
+def _stored_dtypes(name: str) -> Iterable[str]:
+    """What a tensor of this name may be stored as: a weight's codes as integers, all else as floats."""
+    return CODE_DTYPES if is_code(name) else FLOAT_DTYPES
+
+
+def is_code(name: str) -> bool:
+    """Whether a tensor is the integers of a quantised weight."""
+    return name.endswith(".weight.codes")
 
 
 def _require_float(dtype: Any) -> np.dtype:
@@ -432,8 +466,8 @@ def open_weights(
                 continue
             if tensor.name in stored:
                 faults.append(f"{tensor.name}: in {stored[tensor.name].path.name} and in {file}")
-            elif tensor.dtype not in FLOAT_DTYPES:
-                wanted = ", ".join(FLOAT_DTYPES)
+            elif tensor.dtype not in (allowed := _stored_dtypes(tensor.name)):
+                wanted = ", ".join(allowed)
                 faults.append(f"{tensor.name}: found dtype {tensor.dtype}, expected {wanted}")
                 excused.add(tensor.name)
             else:

@@ -56,9 +56,12 @@ class Embedding(nnx.Module):
 
     def __call__(self, input_ids: Int[Array, "batch seq"]) -> Float[Array, "batch seq hidden"]:
         """Rows of the table; NaN for an id outside the vocabulary, never another token's row."""
-        rows = self.weight.at[input_ids].get(
-            mode="fill", fill_value=jnp.nan, wrap_negative_indices=False
-        )
+
+        def take(table: Array) -> Array:
+            # fills with NaN; the integers of a quantised table with some code, its scales with NaN
+            return table.at[input_ids].get(mode="fill", wrap_negative_indices=False)
+
+        rows = jax.tree.map(take, self.weight)[...]
         if self.padding_id is None:
             return rows
         padding = (input_ids == self.padding_id)[..., None]

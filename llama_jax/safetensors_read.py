@@ -21,6 +21,8 @@ FLOAT_DTYPES: dict[str, np.dtype] = {
     "F16": np.dtype(np.float16),
     "BF16": np.dtype(ml_dtypes.bfloat16),
 }
+# of quantised weights
+CODE_DTYPES: dict[str, np.dtype] = {"I8": np.dtype(np.int8), "U8": np.dtype(np.uint8)}
 _ITEM_SIZES = {"BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "I16": 2, "U16": 2}
 _ITEM_SIZES |= {"F8_E8M0": 1, "F8_E4M3FNUZ": 1, "F8_E5M2FNUZ": 1, "C64": 8}
 _ITEM_SIZES |= {"F16": 2, "BF16": 2, "I32": 4, "U32": 4, "F32": 4, "I64": 8, "U64": 8, "F64": 8}
@@ -84,14 +86,15 @@ def read_header(path: Path) -> list[StoredTensor]:
 
 
 def read_tensor(tensor: StoredTensor, out: np.ndarray) -> bool:
-    """Read a floating-point tensor into `out`, C-contiguous, casting to its dtype.
+    """Read a tensor of floats or codes into `out`, C-contiguous, casting floats to its dtype.
 
     Returns whether every value is finite, after the cast: an overflow counts.
 
     Raises:
         ValueError: the file ends early (it changed since its header was read), or cannot be read.
     """
-    source = FLOAT_DTYPES[tensor.dtype]
+    source = (FLOAT_DTYPES | CODE_DTYPES)[tensor.dtype]
+    assert tensor.dtype in FLOAT_DTYPES or source == out.dtype, "codes are never cast"
     target = out.reshape(-1)
     assert np.shares_memory(target, out), "a reshape that copies would lose what is read"
     step = _CHUNK_BYTES // max(source.itemsize, target.itemsize)
@@ -105,7 +108,7 @@ def read_tensor(tensor: StoredTensor, out: np.ndarray) -> bool:
             if scratch is not None:
                 with np.errstate(over="ignore", invalid="ignore"):
                     part[...] = place.astype(target.dtype)
-            finite = all_finite(part) and finite
+            finite = (tensor.dtype in CODE_DTYPES or all_finite(part)) and finite
     return finite
 
 
