@@ -15,6 +15,7 @@ from llama_jax.lm_head import (
 from llama_jax.loss import LossOutput, fused_linear_cross_entropy
 from llama_jax.model import LlamaModel, ModelOutput
 from llama_jax.presets import PRESETS
+from llama_jax.quantization import Quantization, dequantize, quantize
 from llama_jax.question_answering import LlamaForQuestionAnswering, QuestionAnsweringModelOutput
 from llama_jax.sequence_classification import (
     LlamaForSequenceClassification,
@@ -40,10 +41,13 @@ __all__ = [
     "LossOutput",
     "ModelOutput",
     "NormalizedLMHead",
+    "Quantization",
     "QuestionAnsweringModelOutput",
     "SequenceClassifierOutput",
     "TokenClassifierOutput",
+    "dequantize",
     "fused_linear_cross_entropy",
     "init_cache",
     "normalize_rows",
+    "quantize",
 ]

@@ -1,4 +1,4 @@
-"""`python -m llama_jax generate|chat|score|mask|info`: the library from a shell."""
+"""`python -m llama_jax generate|chat|score|mask|info|quantize`: the library from a shell."""
 
 import argparse
 import sys
@@ -11,6 +11,7 @@ import jax
 
 from llama_jax.arguments import OneLineParser, positive
 from llama_jax.mask_command import add_mask
+from llama_jax.quantize_command import add_quantize
 from llama_jax.score_command import add_score
 from llama_jax.text_commands import DTYPES, add_commands
 
@@ -48,6 +49,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     add_mask(commands)
     add_score(commands, DTYPES)
+    add_quantize(commands, DTYPES)
     return parser
 
 

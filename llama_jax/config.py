@@ -20,7 +20,9 @@ _ARCHITECTURES = ["LlamaForCausalLM"]
 _TRAINED_CONTEXT_TYPES = ("llama3", "yarn", "longrope")  # of original_max_position_embeddings
 _PROBLEM_TYPES = ("regression", "single_label_classification", "multi_label_classification")
 _DEFAULT_LABELS = 2  # transformers writes no label names where there are as many
-QUANT_METHOD = "llama_jax"  # a `quantization_config` of ours: how weights are stored, not what they are
+QUANT_METHOD = (
+    "llama_jax"  # a `quantization_config` of ours: how weights are stored, not what they are
+)
 DEFAULT_ROPE_THETA = 10000.0  # transformers' own default for Llama when no theta is given
 
 # Fields of other architectures (or of later Llamas) that would change the mathematics, with the values

@@ -135,9 +135,7 @@ def load(
         if buffers:
             place = _place(buffers, table[name])
         else:
-            place = np.empty(
-                stored[name].shape, CODE_DTYPES.get(stored[name].dtype, match.dtype)
-            )
+            place = np.empty(stored[name].shape, CODE_DTYPES.get(stored[name].dtype, match.dtype))
         try:
             finite = read_tensor(stored[name], place)
         except (ValueError, OSError) as error:

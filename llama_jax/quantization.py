@@ -1,5 +1,6 @@
 """Models with weights in 8 or 4 bits: made, described, undone."""
 
+import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple, TypeVar
 
@@ -28,8 +29,8 @@ class Quantization(NamedTuple):
 def quantize(model: Model, bits: int, group_size: int | None = DEFAULT_GROUP_SIZE) -> Model:
     """A model like `model`, unchanged itself, whose matrices are held in 8 or 4 bits.
 
-    It works wherever the model does, but has no gradient. Each matrix is restored, in the model's dtype, where
-    it is multiplied with. 8 bits: every projection, the embedding and the language-model head, by rows.
+    It works wherever the model does, but has no gradient. Each matrix is restored, in the model's dtype,
+    where it is multiplied with. 8 bits: every projection, the embedding and the head, by rows.
     4 bits: the projections whose input dimension `group_size` divides, by groups of so many columns; the
     others, the embedding and the head in 8. Norms, biases and the heads of tasks stay as they are.
 
@@ -93,6 +94,16 @@ def read_quantization(fields: Mapping[str, Any]) -> Quantization | None:
         raise ValueError(f"quantization_config: {error}") from None
 
 
+def matrices_by_bits(model: nnx.Module) -> dict[int, int]:
+    """How many matrices of a quantised model are in 4 bits and in 8."""
+    found = [module for module in _modules(model) if isinstance(module, QuantizedWeight)]
+    counts = {4: 0, 8: 0}
+    for weight in found:
+        stack = weight.axes.count("layers")
+        counts[8 if weight.group_size is None else 4] += math.prod(weight.scale.shape[:stack])
+    return counts
+
+
 def weight_bytes(model: nnx.Module) -> int:
     """Bytes of all weights of `model` (abstract or real)."""
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(nnx.state(model)))
@@ -118,7 +129,9 @@ def _matrices(model: nnx.Module) -> list[Any]:
     return [
         module
         for module, weight in weights
-        if isinstance(weight, nnx.Param) and len(axes := _matrix_axes(weight)) == 2 and "labels" not in axes
+        if isinstance(weight, nnx.Param)
+        and len(axes := _matrix_axes(weight)) == 2
+        and "labels" not in axes
     ]
 
 

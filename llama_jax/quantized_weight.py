@@ -1,12 +1,13 @@
 """Weights in 8 or 4 bits: how a matrix becomes integers and scales, and what stands for it in a model.
 
-8 bits: symmetric, a scale for each row. 4 bits: a scale and a zero for each group of columns of a row, found
-by search: of the ranges of each group's values, cut by more and more, the one of least squared error.
+8 bits: symmetric, a scale for each row. 4 bits: a scale and a zero for each group of columns of a row,
+found by search: of the group's range, cut by more and more, the one of least squared error.
 """
 
 from collections.abc import Callable
 from functools import partial
 from types import EllipsisType
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -26,8 +27,8 @@ class QuantizedWeight(nnx.Module):
 
     8 bits: codes int8 [*stack, out, in] times scale [*stack, out]. 4 bits: codes uint8
     [*stack, out, groups, group / 2], the low half of each byte for the first half of a group and the high
-    half for the second, times scale plus zero, both [*stack, out, groups]. Scales and zeros have the dtype of
-    the weight.
+    half for the second, times scale plus zero, both [*stack, out, groups]. Scales and zeros have the dtype
+    of the weight.
     """
 
     def __init__(self, weight: nnx.Param, group_size: int | None):
@@ -81,9 +82,7 @@ def dequantize_int8(
 
 def quantize_int4(
     weight: Float[Array, "out in"], group_size: int
-) -> tuple[
-    UInt8[Array, "out groups half"], Float[Array, "out groups"], Float[Array, "out groups"]
-]:
+) -> tuple[UInt8[Array, "out groups half"], Float[Array, "out groups"], Float[Array, "out groups"]]:
     """Codes from -8 to 7, two a byte, and the scale and zero of each group, of least squared error."""
     wide = weight.astype(working_dtype(weight.dtype)).reshape(len(weight), -1, group_size)
     low, high = jnp.min(wide, axis=-1), jnp.max(wide, axis=-1)
@@ -98,10 +97,10 @@ def quantize_int4(
         error = jnp.sum(jnp.square(restored + zero.astype(wide.dtype)[..., None] - wide), axis=-1)
         return error, scale, zero
 
-    def better(best: tuple[Array, ...], part: Array) -> tuple[tuple[Array, ...], None]:
+    def better(best: Any, part: Array) -> tuple[Any, None]:
         found = cut(part)
         wins = found[0] < best[0]
-        return tuple(jnp.where(wins, *pair) for pair in zip(found, best, strict=True)), None
+        return jax.tree.map(partial(jnp.where, wins), found, best), None
 
     parts = jnp.asarray(_CUTS, wide.dtype)
     (_, scale, zero), _ = jax.lax.scan(better, cut(parts[0]), parts[1:])
@@ -134,6 +133,8 @@ def _divisor(scale: Array, dtype: jnp.dtype) -> Array:
 
 
 @partial(jax.jit, static_argnums=0)
-def _each_matrix(quantize: Callable[[Array], tuple[Array, ...]], weight: Array) -> tuple[Array, ...]:
+def _each_matrix(
+    quantize: Callable[[Array], tuple[Array, ...]], weight: Array
+) -> tuple[Array, ...]:
     """One matrix of a stack at a time, so that no more than one is ever held wide."""
     return quantize(weight) if weight.ndim == 2 else jax.lax.map(quantize, weight)

@@ -1,0 +1,73 @@
+"""`python -m llama_jax quantize`: a directory whose weights take 8 or 4 bits."""
+
+import argparse
+import shutil
+from pathlib import Path
+from typing import Any
+
+from llama_jax.arguments import positive
+
+# what else a text needs
+_COMPANIONS = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "chat_template.jinja",
+)
+
+
+def add_quantize(commands: Any, dtypes: tuple[str, ...]) -> None:
+    """Add the command to argparse's subparsers."""
+    parser = commands.add_parser("quantize", help="hold the weights in 8 or 4 bits")
+    parser.set_defaults(command=quantize)
+    parser.add_argument("--model", required=True, metavar="DIR", help="a Hugging Face directory")
+    parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="must not exist")
+    parser.add_argument("--bits", type=int, default=8, metavar="N", help="8 or 4")
+    parser.add_argument(
+        "--group-size", type=positive, default=128, metavar="N", help="columns a scale, 4 bits only"
+    )
+    parser.add_argument("--dtype", choices=dtypes, help="of all else; default: as stored")
+    parser.add_argument(
+        "--text", type=Path, metavar="F", help="a text, UTF-8, on which both are compared"
+    )
+
+
+def quantize(options: argparse.Namespace) -> None:
+    """Quantise, write and say what it saved and what it cost. Raises ValueError."""
+    from llama_jax import quantization
+    from llama_jax.divergence import divergence
+    from llama_jax.load import load_model
+    from llama_jax.staging import staged_directory
+    from llama_jax.tokenizer import load_tokenizer
+
+    if options.out.exists():
+        raise ValueError(f"--out: {options.out} exists, expected it to be absent")
+    ids = []
+    if options.text is not None:
+        ids = load_tokenizer(options.model).encode(_read(options.text)).ids
+    model = load_model(options.model, options.dtype)
+    quantized = quantization.quantize(model, options.bits, options.group_size)
+    with staged_directory(options.out, into_existing=False) as staging:
+        quantized.save_pretrained(staging)
+        for name in _COMPANIONS:
+            if (source := Path(options.model) / name).is_file():
+                shutil.copyfile(source, staging / name)
+    before, after = map(quantization.weight_bytes, (model, quantized))
+    print(f"{options.out}: {before} bytes of weights before, {after} after, {after / before:.1%}")
+    for bits, count in sorted(quantization.matrices_by_bits(quantized).items()):
+        print(f"{count} matrices in {bits} bits")
+    if ids:
+        found = divergence(model, quantized, ids)
+        change = found.perplexity / found.reference_perplexity - 1
+        print(
+            f"over {found.tokens} tokens: mean KL {found.kl:.3g}, perplexity "
+            f"{found.reference_perplexity:.5g} before, {found.perplexity:.5g} after, {change:+.2%}"
+        )
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text("utf-8")
+    except UnicodeDecodeError:
+        raise ValueError(f"{path}: found bytes that are not UTF-8, expected text") from None
