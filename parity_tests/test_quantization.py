@@ -12,6 +12,8 @@ from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import convert
+from convert import demo_checkpoint
 from llama_jax import (
     LlamaConfig,
     LlamaForCausalLM,
@@ -260,8 +262,9 @@ def test_command(tmp_path, model, capsys):
 
 
 @pytest.mark.checkpoint
-def test_checkpoint():
-    directory = Path(__file__).parent.parent / ".cache" / "SmolLM2-135M-Instruct"
+def test_checkpoint(tmp_path):
+    directory = tmp_path / "model"
+    convert.convert(demo_checkpoint.fetch(), directory)
     model = LlamaForCausalLM.from_pretrained(directory, dtype=jnp.float32)
     text = (Path(__file__).parent.parent / "LICENSE").read_text()
     ids = load_tokenizer(directory).encode(text).ids[:512]
