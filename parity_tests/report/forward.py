@@ -1,4 +1,4 @@
-"""The forward pass of all three programs in step: every module's output, compared as soon as it is there."""
+"""The forward pass of all three programs in step: every module's output, compared when it is there."""
 
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple

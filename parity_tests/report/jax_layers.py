@@ -1,6 +1,6 @@
 """llama_jax's own modules, a layer at a time."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
@@ -71,8 +71,11 @@ def program(checkpoint: Checkpoint, dtype: Any, length: int) -> Program:
     def norm(x: jax.Array) -> jax.Array:
         return layers.rms_norm(x, weight(NORM), config.rms_norm_eps)
 
-    def logits(hidden: jax.Array, first: int, last: int) -> torch.Tensor:
-        return _as_torch(layers.linear(hidden[0, first:last], weight(checkpoint.head), None))
+    def head() -> Callable[[jax.Array, int, int], torch.Tensor]:
+        kernel = weight(checkpoint.head)
+        return lambda hidden, first, last: _as_torch(
+            layers.linear(hidden[0, first:last], kernel, None)
+        )
 
     def loss_of(hidden: jax.Array, ids: np.ndarray) -> float:
         labels = tasks.shift_labels(jnp.asarray(ids, jnp.int32))
@@ -100,7 +103,7 @@ def program(checkpoint: Checkpoint, dtype: Any, length: int) -> Program:
         embed,
         layer,
         norm,
-        logits,
+        head,
         loss_of,
         head_vjp,
         layer_vjp,

@@ -5,8 +5,9 @@ pooled as a root of mean squares. Pooled over raw values instead, the few huge a
 Llamas have at single tokens would decide by luck (measured: ratios of 1.4 between equally good programs).
 """
 
-from collections.abc import Iterable, Mapping
-from typing import NamedTuple
+import itertools
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -38,25 +39,62 @@ class Compared(NamedTuple):
     unit: float
 
     @property
+    def drifted(self) -> bool:
+        """Whether its rms error is beyond the tolerance; NaN is too."""
+        return not self.ours.rms <= allowed(self.theirs.rms, self.unit)
+
+
+def allowed(theirs: float, unit: float) -> float:
+    """The largest rms error that is no drift: the yardstick's, or one correct rounding."""
+    return max(TOLERANCE * theirs, unit / 2)
+
+
+class Kind(NamedTuple):
+    """What stands at the same place of every layer, pooled: a single tensor's error can be luck.
+
+    members: in their order. ours, theirs: rms errors, pooled over them.
+    """
+
+    name: str
+    members: list[Compared]
+    ours: float
+    theirs: float
+
+    @property
     def allowed(self) -> float:
-        """The largest rms error that is no drift: the yardstick's, or one correct rounding."""
-        return max(TOLERANCE * self.theirs.rms, self.unit / 2)
+        return allowed(self.theirs, self.members[0].unit)
 
     @property
     def drifted(self) -> bool:
-        """NaN has drifted too."""
-        return not self.ours.rms <= self.allowed
-
-    @property
-    def ratio(self) -> float:
-        """Of the two rms errors; 1 where both are within a rounding."""
-        if max(self.ours.rms, self.theirs.rms) <= self.unit / 2:
-            return 1.0
-        return self.ours.rms / self.theirs.rms if self.theirs.rms else float("inf")
+        return not self.ours <= self.allowed
 
 
-def unit_of(dtype: torch.dtype) -> float:
-    return torch.finfo(dtype).eps
+def kinds(compared: Iterable[Compared]) -> list[Kind]:
+    """In the order of their first members; names without the number of the layer."""
+    groups: dict[str, list[Compared]] = {}
+    for each in compared:
+        name = ".".join("*" if part.isdigit() else part for part in each.name.split("."))
+        groups.setdefault(name, []).append(each)
+    return [
+        Kind(
+            name,
+            members,
+            pooled([each.ours.rms for each in members]),
+            pooled([each.theirs.rms for each in members]),
+        )
+        for name, members in groups.items()
+    ]
+
+
+def first_to_drift(compared: Sequence[Compared]) -> str | None:
+    """The first name, in their order, that is beyond the tolerance itself and of a kind that is."""
+    drifted = {each.name for kind in kinds(compared) if kind.drifted for each in kind.members}
+    return next((each.name for each in compared if each.name in drifted and each.drifted), None)
+
+
+def pooled(values: Any) -> float:
+    """The root of the mean square."""
+    return float(np.sqrt(np.mean(np.square(values, dtype=np.float64))))
 
 
 def errors(got: Tensor, want: Tensor, unit: float, rows: int) -> Errors:
@@ -82,35 +120,22 @@ def compare(name: str, ours: Tensor, theirs: Tensor, want: Tensor, unit: float, 
     return Compared(name, errors(ours, want, unit, rows), errors(theirs, want, unit, rows), unit)
 
 
-def first_to_drift(compared: Iterable[Compared]) -> str | None:
-    """The first name, in their order, whose error is beyond the tolerance."""
-    return next((each.name for each in compared if each.drifted), None)
-
-
 def windows(each: Compared, count: int = 32) -> list[tuple[int, float, float]]:
     """Errors along the sequence: (first position, ours, theirs), each pooled over a stretch of it."""
-    length = len(each.ours.by_position)
-    starts = [length * n // count for n in range(count)] if length >= count else range(length)
-
-    def pooled(values: np.ndarray, first: int, last: int) -> float:
-        return float(np.sqrt(np.mean(np.square(values[first:last], dtype=np.float64))))
-
-    return [
-        (
-            first,
-            pooled(each.ours.by_position, first, last),
-            pooled(each.theirs.by_position, first, last),
-        )
-        for first, last in zip(starts, [*starts[1:], length], strict=True)
-    ]
+    ours, theirs = each.ours.by_position, each.theirs.by_position
+    ends = np.linspace(0, len(ours), min(count, len(ours)) + 1).astype(int).tolist()
+    return [(a, pooled(ours[a:b]), pooled(theirs[a:b])) for a, b in itertools.pairwise(ends)]
 
 
 def position_of_drift(each: Compared) -> int | None:
-    """The first position of the first stretch of the sequence that is beyond the tolerance."""
-    for first, ours, theirs in windows(each):
-        if not ours <= max(TOLERANCE * theirs, each.unit / 2):
-            return first
-    return None
+    """Where it has drifted as a whole: the first position of the first stretch that has."""
+    if not each.drifted:
+        return None
+    stretches = windows(each)
+    return next(
+        (first for first, ours, theirs in stretches if not ours <= allowed(theirs, each.unit)),
+        None,
+    )
 
 
 def as_json(each: Compared) -> Mapping[str, object]:
@@ -121,7 +146,6 @@ def as_json(each: Compared) -> Mapping[str, object]:
         "name": each.name,
         "ours": numbers(each.ours),
         "theirs": numbers(each.theirs),
-        "ratio": each.ratio,
         "drifted": each.drifted,
     }
 

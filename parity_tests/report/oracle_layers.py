@@ -1,6 +1,6 @@
 """The float64 oracle, a layer at a time."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -43,13 +43,17 @@ def program(checkpoint: Checkpoint, dtype: Any, length: int) -> Program:
     def norm(x: Tensor) -> Tensor:
         return oracle.rms_norm(x, weight(NORM).double(), eps)
 
-    def logits(hidden: Tensor, first: int, last: int) -> Tensor:
-        rows = hidden[0, first:last]
+    def head() -> Callable[[Tensor, int, int], Tensor]:
         parts = weight(checkpoint.head).split(_VOCABULARY)
-        return torch.cat([rows @ part.double().T for part in parts], dim=-1)
+
+        def logits(hidden: Tensor, first: int, last: int) -> Tensor:
+            rows = hidden[0, first:last]
+            return torch.cat([rows @ part.double().T for part in parts], dim=-1)
+
+        return logits
 
     def loss(hidden: Tensor, ids: np.ndarray) -> float:
-        labels, total = torch.from_numpy(ids)[0], 0.0
+        labels, total, logits = torch.from_numpy(ids)[0], 0.0, head()
         last = len(labels) - 1
         for first in range(0, last, _QUERIES):
             until = min(first + _QUERIES, last)
@@ -81,7 +85,7 @@ def program(checkpoint: Checkpoint, dtype: Any, length: int) -> Program:
         embed,
         layer,
         norm,
-        logits,
+        head,
         loss,
         head_vjp,
         layer_vjp,

@@ -8,7 +8,14 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 
-from parity_tests.report.metrics import TOLERANCE, Compared, position_of_drift, windows
+from parity_tests.report.metrics import (
+    TOLERANCE,
+    Compared,
+    allowed,
+    first_to_drift,
+    position_of_drift,
+    windows,
+)
 from parity_tests.report.outputs import BINS
 from parity_tests.report.run import Report
 
@@ -77,14 +84,15 @@ def _through(report: Report, compared: list[Compared], label: str) -> bytes:
     for name, values, color, style in (
         (report.theirs, [each.theirs.rms for each in compared], _THEIRS, "-"),
         (report.ours, [each.ours.rms for each in compared], _OURS, "-"),
-        ("allowed", [each.allowed for each in compared], "gray", ":"),
+        ("allowed", [allowed(each.theirs.rms, each.unit) for each in compared], "gray", ":"),
     ):
         shown = [value if value > 0 else np.nan for value in values]  # none is no point
         axes.plot(shown, style, color=color, linewidth=1, label=_short(name))
-    drifted = [(place, each.ours.rms) for place, each in enumerate(compared) if each.drifted]
-    if drifted:
-        place, error = drifted[0]
-        axes.plot(place, error, "o", color="red", label=f"first to drift: {compared[place].name}")
+    drifted = first_to_drift(compared)
+    if drifted is not None:
+        place = [each.name for each in compared].index(drifted)
+        error = compared[place].ours.rms
+        axes.plot(place, error, "o", color="red", label=f"first to drift: {drifted}")
     axes.grid(alpha=0.3)
     axes.legend()
     return _png(figure)
@@ -97,8 +105,8 @@ def _sequence(report: Report) -> bytes:
     top, bottom = figure.subplots(2, 1, sharex=True)
     for name, values, color in ((report.theirs, theirs, _THEIRS), (report.ours, ours, _OURS)):
         top.step(starts, values, where="post", color=color, label=_short(name))
-    allowed = [max(TOLERANCE * error, report.unit / 2) for error in theirs]
-    top.step(starts, allowed, ":", where="post", color="gray", label="allowed")
+    bound = [allowed(error, report.unit) for error in theirs]
+    top.step(starts, bound, ":", where="post", color="gray", label="allowed")
     position = position_of_drift(logits)
     if position is not None:
         top.axvline(position, color="red", linewidth=1, label=f"drift begins at {position}")

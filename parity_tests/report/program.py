@@ -40,7 +40,7 @@ class Program(NamedTuple):
     embed: `ids [1, T] -> hidden states [1, T, H]`.
     layer: `(layer, hidden states) -> (intermediates [1, T, ...], hidden states)`.
     norm: the final one, `hidden states -> hidden states`.
-    logits: `(hidden states, first, last) -> [last - first, V]`, of those positions.
+    head: `() -> (hidden states, first, last) -> logits [last - first, V]` of those positions.
     loss: `(hidden states, ids) -> float`, of the labels which are the ids themselves.
     head_vjp: `(hidden states before the norm, ids) -> (their cotangent, gradients)`, of the loss.
     layer_vjp: `(layer, its hidden states, cotangent) -> (cotangent, gradients)`.
@@ -53,7 +53,7 @@ class Program(NamedTuple):
     embed: Callable[[np.ndarray], Any]
     layer: Callable[[int, Any], tuple[Steps, Any]]
     norm: Callable[[Any], Any]
-    logits: Callable[[Any, int, int], torch.Tensor]
+    head: Callable[[], Callable[[Any, int, int], torch.Tensor]]
     loss: Callable[[Any, np.ndarray], float]
     head_vjp: Callable[[Any, np.ndarray], tuple[Any, Steps]]
     layer_vjp: Callable[[int, Any, Any], tuple[Any, Steps]]

@@ -18,7 +18,7 @@ from parity_tests.report.backward import backward
 from parity_tests.report.estimate import Estimate, available_memory, estimate, model_bytes
 from parity_tests.report.forward import forward
 from parity_tests.report.greedy import Greedy, greedy, our_continuation, torch_continuation
-from parity_tests.report.metrics import Compared, compare
+from parity_tests.report.metrics import Compared, compare, pooled
 from parity_tests.report.outputs import Outputs, outputs
 from parity_tests.report.streamed import Checkpoint, open_checkpoint, require_same_shapes
 from parity_tests.report.tokens import bundled_tokens, read_tokens
@@ -135,10 +135,14 @@ def report(
 
 
 def _loss(said: Outputs, unit: float) -> Compared:
-    """The loss as the last module. The yardstick's error is that of its positions: see `verdict`."""
+    """The loss as the last module.
+
+    It is one number, and the ratio of two single errors is luck. The yardstick's error is taken to be that
+    of its positions' losses, by root mean square, which bounds the error of any mean of them.
+    """
     truth = torch.tensor([said.oracle.loss], dtype=torch.float64)
-    spread = np.sqrt(np.mean(np.square(said.theirs.losses - said.oracle.losses)))
-    return compare("loss", torch.tensor([said.ours.loss]), truth + float(spread), truth, unit, 1)
+    spread = pooled(said.theirs.losses - said.oracle.losses)
+    return compare("loss", torch.tensor([said.ours.loss]), truth + spread, truth, unit, 1)
 
 
 def _continuation(

@@ -1,7 +1,6 @@
 """The report as tables for a terminal, and as JSON."""
 
-from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -13,24 +12,14 @@ from parity_tests.report.metrics import (
     Compared,
     as_json,
     first_to_drift,
+    kinds,
+    pooled,
     position_of_drift,
 )
 from parity_tests.report.outputs import disagreements, ties
 from parity_tests.report.run import Report
 
 Rows = list[tuple[str, ...]]
-
-
-def kind_of(name: str) -> str:
-    """What modules or parameters of different layers have in common: their name without its number."""
-    return ".".join("*" if part.isdigit() else part for part in name.split("."))
-
-
-def by_kind(compared: Iterable[Compared]) -> dict[str, list[Compared]]:
-    kinds: dict[str, list[Compared]] = defaultdict(list)
-    for each in compared:
-        kinds[kind_of(each.name)].append(each)
-    return kinds
 
 
 def summary(report: Report) -> Rows:
@@ -56,35 +45,40 @@ def summary(report: Report) -> Rows:
     return rows
 
 
-def kind_rows(compared: Iterable[Compared]) -> Rows:
-    """(kind, ours rms, theirs rms, ours max, theirs max, ours ULPs, theirs ULPs, worst ratio, where)."""
+def kind_rows(compared: Sequence[Compared]) -> Rows:
+    """What KIND_COLUMNS say, of every kind."""
     rows = []
-    for kind, members in by_kind(compared).items():
-        worst = max(members, key=lambda each: each.ratio)
-        ours, theirs = ([getattr(each, side) for each in members] for side in ("ours", "theirs"))
+    for kind in kinds(compared):
+        ours, theirs = ([getattr(e, side) for e in kind.members] for side in ("ours", "theirs"))
+        worst = max(kind.members, key=lambda e: e.ours.rms / (e.theirs.rms or e.unit))
         rows.append(
             (
-                kind,
-                *(f"{_pooled([e.rms for e in side]):.2e}" for side in (ours, theirs)),
+                kind.name,
+                f"{kind.ours:.2e}",
+                f"{kind.theirs:.2e}",
+                f"{kind.ours / kind.theirs:.2f}" if kind.theirs else "",
                 *(f"{max(e.max for e in side):.1e}" for side in (ours, theirs)),
-                *(f"{_pooled([e.ulps for e in side]):.1f}" for side in (ours, theirs)),
-                f"{worst.ratio:.2f}",
-                worst.name if len(members) > 1 else "",
+                *(f"{pooled([e.ulps for e in side]):.1f}" for side in (ours, theirs)),
+                next((part for part in worst.name.split(".") if part.isdigit()), ""),
             )
         )
     return rows
 
 
 KIND_COLUMNS = (
-    *("", "rms: ours", "theirs", "max: ours", "theirs", "ULPs: ours", "theirs"),
-    *("worst ratio", "at"),
+    *("", "rms: ours", "theirs", "ratio", "max: ours", "theirs", "ULPs: ours", "theirs"),
+    "worst layer",
 )
 
 
-def check_rows(report: Report) -> Rows:
+CHECK_COLUMNS = "", "found", "allowed", "holds"
+
+
+def check_rows(report: Report, everything: bool) -> Rows:
     return [
         (check.what, f"{check.found:.2e}", f"{check.allowed:.2e}", "yes" if check.holds else "NO")
         for check in report.checks
+        if everything or not check.holds
     ]
 
 
@@ -133,7 +127,9 @@ def show(report: Report, console: Console) -> None:
                 "gradients, all layers of a kind pooled", KIND_COLUMNS, kind_rows(report.parameters)
             )
         )
-    console.print(_table("checks", ("", "found", "allowed", "holds"), check_rows(report)))
+    failed = check_rows(report, everything=False)
+    if failed:
+        console.print(_table("beyond the tolerance", CHECK_COLUMNS, failed))
     for line in conclusions(report):
         console.print(line, soft_wrap=True)
 
@@ -176,10 +172,6 @@ def to_json(report: Report) -> Mapping[str, Any]:
         "seconds": report.seconds,
         "peak_bytes": report.peak,
     }
-
-
-def _pooled(values: list[float]) -> float:
-    return float(np.sqrt(np.mean(np.square(values))))
 
 
 def _table(title: str, columns: Iterable[str], rows: Rows) -> Table:

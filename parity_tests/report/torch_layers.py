@@ -1,5 +1,6 @@
 """Hugging Face's own modules, a layer at a time: `LlamaDecoderLayer` and what stands around it."""
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -98,9 +99,9 @@ def program(checkpoint: Checkpoint, dtype: Any, length: int) -> Program:
     def norm(x: Tensor) -> Tensor:
         return final_norm()(x)
 
-    @torch.no_grad()
-    def logits(hidden: Tensor, first: int, last: int) -> Tensor:
-        return lm_head()(hidden[0, first:last])
+    def head() -> Callable[[Tensor, int, int], Tensor]:
+        module = lm_head()
+        return torch.no_grad()(lambda hidden, first, last: module(hidden[0, first:last]))
 
     @torch.no_grad()
     def loss(hidden: Tensor, ids: np.ndarray) -> float:
@@ -128,7 +129,7 @@ def program(checkpoint: Checkpoint, dtype: Any, length: int) -> Program:
         embed,
         layer,
         norm,
-        logits,
+        head,
         loss,
         head_vjp,
         layer_vjp,
