@@ -13,6 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+_BLOCK = 1 << 17  # elements whose errors are formed at once, in the processor's cache
+
 TOLERANCE = 1.25  # rules P2 and P3: at most this times the error of the program it is measured by
 
 
@@ -101,22 +103,34 @@ def errors(got: Tensor, want: Tensor, unit: float, rows: int) -> Errors:
     """Errors of `got`, in any dtype, against `want`; both are seen as [rows, -1]."""
     if got.numel() != want.numel():
         raise ValueError(f"shape {list(got.shape)}, expected {list(want.shape)}")
-    want = want.reshape(rows, -1).double()
-    difference = got.reshape(rows, -1).double() - want
-    scale = want.square().mean(1).sqrt()
-    error, worst = difference.square().mean(1).sqrt(), difference.abs().amax(1)
+    got, want = got.reshape(rows, -1), want.reshape(rows, -1)
+    step = max(1, _BLOCK // want.shape[1])
+    blocks = [_row_errors(*block) for block in zip(got.split(step), want.split(step), strict=True)]
+    scale, error, worst = (torch.cat(parts) for parts in zip(*blocks, strict=True))
     last_place = unit * torch.exp2(torch.floor(torch.log2(scale)))
     relative = _ratio(error, scale)
     return Errors(
-        rms=float(relative.square().mean().sqrt()),
+        rms=pooled(relative),
         max=float(_ratio(worst, scale).max()),
-        ulps=float(_ratio(error, last_place).square().mean().sqrt()),
+        ulps=pooled(_ratio(error, last_place)),
         max_ulps=float(_ratio(worst, last_place).max()),
         by_position=relative.float().numpy(),
     )
 
 
-def compare(name: str, ours: Tensor, theirs: Tensor, want: Tensor, unit: float, rows: int):
+def _row_errors(got: Tensor, want: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Of each row: rms of what is wanted, rms and maximum of the difference."""
+    want = want.double()
+    difference = got.double() - want
+    size = want.shape[1] ** -0.5
+    norms = (torch.linalg.vector_norm(each, dim=1) * size for each in (want, difference))
+    return *norms, torch.linalg.vector_norm(difference, ord=torch.inf, dim=1)
+
+
+def compare(
+    name: str, ours: Tensor, theirs: Tensor, want: Tensor, unit: float, rows: int
+) -> Compared:
+    """Both programs' tensor of that name against the oracle's."""
     return Compared(name, errors(ours, want, unit, rows), errors(theirs, want, unit, rows), unit)
 
 

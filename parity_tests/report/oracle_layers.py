@@ -12,7 +12,7 @@ from parity_tests import oracle
 from parity_tests.report.program import Program, Steps, as_torch
 from parity_tests.report.streamed import EMBEDDING, NORM, Checkpoint, read, read_layer
 
-_QUERIES = 256  # at a time: float64 scores of a whole sequence are the largest thing there is
+_QUERIES = 128  # at a time: float64 scores of a whole sequence are the largest thing there is
 _VOCABULARY = 16384  # rows of the head that are float64 at a time
 
 

@@ -9,7 +9,7 @@ import torch
 from parity_tests.report.metrics import Compared, Errors, errors
 from parity_tests.report.program import Program
 
-_ROWS = 128  # positions whose logits are in memory at once
+_ROWS = 64  # positions whose logits are in memory at once
 _SAMPLED = 4096  # tokens of the vocabulary, for the histograms
 BINS = np.linspace(-12.0, 4.0, 97)  # of the histograms: log10 of |error| / rms of the row
 
@@ -104,13 +104,13 @@ def _joined(blocks: Sequence[Errors]) -> Errors:
     """The errors of rows that were compared in blocks."""
     rows = [len(block.by_position) for block in blocks]
 
-    def pooled(values: Sequence[float]) -> float:
+    def over_rows(values: Sequence[float]) -> float:
         return float(np.sqrt(np.average(np.square(values), weights=rows)))
 
     return Errors(
-        rms=pooled([block.rms for block in blocks]),
+        rms=over_rows([block.rms for block in blocks]),
         max=max(block.max for block in blocks),
-        ulps=pooled([block.ulps for block in blocks]),
+        ulps=over_rows([block.ulps for block in blocks]),
         max_ulps=max(block.max_ulps for block in blocks),
         by_position=np.concatenate([block.by_position for block in blocks]),
     )

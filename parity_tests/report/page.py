@@ -56,7 +56,7 @@ def page(report: Report) -> str:
             body += [
                 f"<h2>{title}</h2>",
                 "<p>Errors against the float64 oracle, relative to the reference's rms; all layers of "
-                "a kind pooled; the worst layer is that of the largest ratio.</p>",
+                "a kind pooled; the worst is the layer of the largest ratio.</p>",
                 _table(KIND_COLUMNS, kind_rows(compared)),
                 f"<details><summary>All {len(compared)}</summary>{_full(compared)}</details>",
             ]

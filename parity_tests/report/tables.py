@@ -4,6 +4,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
@@ -67,7 +68,7 @@ def kind_rows(compared: Sequence[Compared]) -> Rows:
 
 KIND_COLUMNS = (
     *("", "rms: ours", "theirs", "ratio", "max: ours", "theirs", "ULPs: ours", "theirs"),
-    "worst layer",
+    "worst at",
 )
 
 
@@ -175,9 +176,10 @@ def to_json(report: Report) -> Mapping[str, Any]:
 
 
 def _table(title: str, columns: Iterable[str], rows: Rows) -> Table:
-    table = Table(title=title, title_justify="left")
+    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=0, pad_edge=False)
     for index, column in enumerate(columns):
         table.add_column(column, justify="right" if index else "left", overflow="fold")
-    for row in rows:
-        table.add_row(*row)
+    for name, *rest in rows:
+        short = name.removeprefix("model.").removeprefix("layers.*.").removesuffix(".weight")
+        table.add_row(short, *rest)
     return table

@@ -8,8 +8,12 @@ from parity_tests.report.outputs import Outputs, Predictions
 
 
 class Check(NamedTuple):
-    """found, allowed: errors of `what`. Holds where found is at most allowed; NaN never is."""
+    """found, allowed: errors of `what`. Holds where found is at most allowed; NaN never is.
 
+    metric: the kind of figure that `what` is one of.
+    """
+
+    metric: str
     what: str
     found: float
     allowed: float
@@ -17,6 +21,9 @@ class Check(NamedTuple):
     @property
     def holds(self) -> bool:
         return self.found <= self.allowed
+
+
+_METRICS = {"lm_head": "logits", "loss": "loss"}
 
 
 def checks(
@@ -32,15 +39,22 @@ def checks(
     def losses(of: Predictions) -> float:
         return pooled(of.losses - truth.losses)
 
-    rounding = unit * pooled(truth.losses) / 2
+    bound = TOLERANCE * losses(theirs) + unit * pooled(truth.losses) / 2
     margin = 2 * TOLERANCE * outputs.theirs.worst
     chosen = (ours.top1 != truth.top1) & (outputs.margin > margin)
+    rms = "rms error"
     return [
-        *(Check(f"{kind.name}: rms error", kind.ours, kind.allowed) for kind in kinds(modules)),
-        Check(
-            "losses of positions: rms error", losses(ours), TOLERANCE * losses(theirs) + rounding
+        *(
+            Check(
+                _METRICS.get(kind.name, "modules"), f"{rms} of {kind.name}", kind.ours, kind.allowed
+            )
+            for kind in kinds(modules)
         ),
-        Check("mean KL", float(ours.kl.mean()), TOLERANCE**2 * float(theirs.kl.mean()) + unit**2),
-        Check("choices that no rounding explains", float(chosen.sum()), 0.0),
-        *(Check(f"gradient of {kind.name}", kind.ours, kind.allowed) for kind in kinds(parameters)),
+        Check("losses", f"{rms} of positions' losses", losses(ours), bound),
+        Check("KL", "mean KL", float(ours.kl.mean()), TOLERANCE**2 * theirs.kl.mean() + unit**2),
+        Check("top-1", "choices that no rounding explains", float(chosen.sum()), 0.0),
+        *(
+            Check("gradients", f"{rms} of the gradient of {kind.name}", kind.ours, kind.allowed)
+            for kind in kinds(parameters)
+        ),
     ]
