@@ -110,9 +110,9 @@ def errors(got: Tensor, want: Tensor, unit: float, rows: int) -> Errors:
     last_place = unit * torch.exp2(torch.floor(torch.log2(scale)))
     relative = _ratio(error, scale)
     return Errors(
-        rms=pooled(relative),
+        rms=pooled(relative.numpy()),
         max=float(_ratio(worst, scale).max()),
-        ulps=pooled(_ratio(error, last_place)),
+        ulps=pooled(_ratio(error, last_place).numpy()),
         max_ulps=float(_ratio(worst, last_place).max()),
         by_position=relative.float().numpy(),
     )
