@@ -25,7 +25,7 @@ from parity_tests.report.tokens import bundled_tokens, read_tokens
 from parity_tests.report.verdict import Check, checks
 
 DTYPES = {"fp32": np.dtype(np.float32), "bf16": np.dtype(ml_dtypes.bfloat16)}
-BACKWARD_LENGTH = 512  # the first tokens, for the backward pass, which takes four times as long
+BACKWARD_LENGTH = 256  # the first tokens, for the backward pass, which takes four times as long
 
 
 class Report(NamedTuple):

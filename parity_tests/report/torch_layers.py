@@ -15,6 +15,8 @@ from parity_tests.report.oracle_layers import gradients
 from parity_tests.report.program import LAYER_STEPS, Program, Steps, as_torch
 from parity_tests.report.streamed import EMBEDDING, NORM, Checkpoint, read, read_layer
 
+_POSITIONS = 256  # whose logits are in memory at once
+
 
 def program(checkpoint: Checkpoint, dtype: Any, length: int) -> Program:
     """transformers' Llama with `sdpa` attention, weights and computation in `dtype`.
@@ -105,8 +107,22 @@ def program(checkpoint: Checkpoint, dtype: Any, length: int) -> Program:
 
     @torch.no_grad()
     def loss(hidden: Tensor, ids: np.ndarray) -> float:
-        labels = torch.from_numpy(ids)
-        return float(ForCausalLMLoss(lm_head()(hidden), labels, config.vocab_size))
+        # as transformers sums it over micro-batches: the logits of all positions at once are too large
+        labels, module = torch.from_numpy(ids)[0, 1:], lm_head()
+        return sum(
+            float(
+                ForCausalLMLoss(
+                    module(rows),
+                    None,
+                    config.vocab_size,
+                    num_items_in_batch=len(labels),
+                    shift_labels=targets,
+                )
+            )
+            for rows, targets in zip(
+                hidden[0, :-1].split(_POSITIONS), labels.split(_POSITIONS), strict=True
+            )
+        )
 
     def head_vjp(x: Tensor, ids: np.ndarray) -> tuple[Tensor, Steps]:
         x, norm, head = x.detach().requires_grad_(), final_norm(), lm_head()
