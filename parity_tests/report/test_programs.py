@@ -15,7 +15,8 @@ from parity_tests.report.program import LAYER_STEPS, Program
 from parity_tests.report.streamed import EMBEDDING, open_checkpoint
 
 LENGTH = 40
-CASES = ["rope_llama31", "tied", "mlp_bias", "attention_bias", "padding_token_negative_tied"]
+SLOW = ["rope_llama31", "mlp_bias", "attention_bias", "padding_token_negative_tied"]
+CASES = ["everything", *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW)]
 
 
 def streamed_numbers(program: Program, ids: np.ndarray, layers: int) -> dict[str, torch.Tensor]:

@@ -20,7 +20,7 @@ class Check(NamedTuple):
 
     @property
     def holds(self) -> bool:
-        return self.found <= self.allowed
+        return bool(self.found <= self.allowed)
 
 
 _METRICS = {"lm_head": "logits", "loss": "loss"}
@@ -51,7 +51,9 @@ def checks(
             for kind in kinds(modules)
         ),
         Check("losses", f"{rms} of positions' losses", losses(ours), bound),
-        Check("KL", "mean KL", float(ours.kl.mean()), TOLERANCE**2 * theirs.kl.mean() + unit**2),
+        Check(
+            "KL", "mean KL", float(ours.kl.mean()), TOLERANCE**2 * float(theirs.kl.mean()) + unit**2
+        ),
         Check("top-1", "choices that no rounding explains", float(chosen.sum()), 0.0),
         *(
             Check("gradients", f"{rms} of the gradient of {kind.name}", kind.ours, kind.allowed)
