@@ -7,6 +7,7 @@ import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from parity_tests.report.metrics import (
     TOLERANCE,
@@ -74,6 +75,7 @@ def _heat_maps(report: Report) -> bytes:
     bar.ax.set_yticklabels(["0.5", "1", "2"])
     for axes in (top, bottom):
         axes.set_ylabel("layer")
+        axes.yaxis.set_major_locator(MaxNLocator(integer=True))
     bottom.set_xlabel("position")
     return _png(figure)
 
