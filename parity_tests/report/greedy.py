@@ -21,8 +21,14 @@ class Greedy(NamedTuple):
     asked: int
 
 
-def greedy(ours: Callable[[np.ndarray, int], np.ndarray], theirs: Any, ids: np.ndarray) -> Greedy:
-    """Both continue the first tokens of `ids` [1, T] until one of them ends."""
+Continue = Callable[[np.ndarray, int], np.ndarray]
+
+
+def greedy(ours: Continue, theirs: Continue, ids: np.ndarray) -> Greedy:
+    """Both continue the first tokens of `ids` [1, T] until one of them ends.
+
+    ours, theirs: `(prompt [1, P], most new tokens) -> prompt and continuation [1, P + N]`.
+    """
     prompt = ids[:, : max(1, min(PROMPT, ids.shape[1] // 2))]
     one, other = (run(prompt, NEW)[0, prompt.shape[1] :] for run in (ours, theirs))
     length = min(len(one), len(other))

@@ -28,6 +28,8 @@ def bundled_tokens(checkpoint: Checkpoint) -> np.ndarray:
 def read_tokens(path: Path, checkpoint: Checkpoint) -> np.ndarray:
     """Token ids from a file, int64 [1, T]: a .npy array, or integers between blanks or commas.
 
+    More than the model's context are cut to it.
+
     Raises:
         ValueError: no such file, no ids in it, or ids outside the vocabulary.
     """
