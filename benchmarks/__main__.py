@@ -2,6 +2,7 @@
 
 convert   every pair of formats: seconds beside `cp`, peak memory (--preset, --pairs)
 compile   seconds to compile 4 and 32 layers of the same widths, forward and gradient
+decode    greedy decoding beside Hugging Face's: tokens a second, and a prefill
 loss      the loss-in-head beside its peers: memory, time and error
 step      a training step beside torch's: time, memory, tokens a second
 load      from_pretrained of a bfloat16 directory against `cat` of the same file; peak RSS
@@ -14,6 +15,7 @@ import sys
 MODULES = {
     "compile": "compile_time",
     "convert": "conversion",
+    "decode": "decode",
     "load": "load_time",
     "loss": "loss",
     "step": "step",

@@ -3,7 +3,8 @@
 from llama_jax.cache import KVCache, init_cache
 from llama_jax.causal_lm import CausalLMOutput, LlamaForCausalLM
 from llama_jax.config import LlamaConfig
-from llama_jax.generation import GenerationConfig
+from llama_jax.generation import GenerateOutput
+from llama_jax.generation_config import GenerationConfig
 from llama_jax.lm_head import (
     LMHead,
     LMHeadConfig,
@@ -24,6 +25,7 @@ from llama_jax.token_classification import LlamaForTokenClassification, TokenCla
 __all__ = [
     "PRESETS",
     "CausalLMOutput",
+    "GenerateOutput",
     "GenerationConfig",
     "KVCache",
     "LMHead",

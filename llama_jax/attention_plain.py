@@ -43,5 +43,6 @@ def dot_product_attention(
         kept = jax.random.bernoulli(dropout_key, 1 - dropout_rate, weights.shape)
         scale = 1 / (1 - dropout_rate) if dropout_rate < 1 else 0.0
         weights = jnp.where(kept, weights * scale, 0)
-    out = checkpoint_name(einsum("bngqk,bknd->bqngd", weights, value), "attention")
+    out = einsum("bngqk,bknd->bqngd", weights, value, blocked=q > 1)
+    out = checkpoint_name(out, "attention")
     return out.reshape(batch, q, heads, dim), weights.reshape(batch, heads, q, key.shape[1])

@@ -1,7 +1,7 @@
 """LlamaForCausalLM: the decoder with a language-model head."""
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -10,13 +10,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, Key
 
 from llama_jax import generation, hf
 from llama_jax.attention import Implementation
 from llama_jax.cache import KVCache
 from llama_jax.config import LlamaConfig, read_json_object
-from llama_jax.generation import GenerationConfig
+from llama_jax.generation import GenerateOutput
+from llama_jax.generation_config import GenerationConfig
 from llama_jax.labels import require_labels
 from llama_jax.layers import Linear
 from llama_jax.loss import fused_linear_cross_entropy, shift_labels
@@ -25,6 +27,7 @@ from llama_jax.model import Embeddings, LlamaModel, Positions, Tokens
 from llama_jax.positions import as_array, keep_positions
 from llama_jax.pretrained import PretrainedModel
 from llama_jax.remat import Remat
+from llama_jax.sampling import LogitsProcessor, Sampling
 
 GENERATION_FILE = "generation_config.json"
 
@@ -121,7 +124,8 @@ class LlamaForCausalLM(PretrainedModel):
         hidden = keep_positions(decoded.last_hidden_state, logits_to_keep)
         head = self.head_weight
         working = working_dtype(hidden.dtype)
-        logits = einsum("bsh,vh->bsv", hidden, head, out_dtype=working)
+        blocked = hidden.shape[1] > 1  # not a step of decoding
+        logits = einsum("bsh,vh->bsv", hidden, head, out_dtype=working, blocked=blocked)
         loss = None
         if labels is not None:
             labels = as_array(labels)
@@ -143,29 +147,85 @@ class LlamaForCausalLM(PretrainedModel):
         attention_mask: Array | np.ndarray | None = None,
         *,
         max_new_tokens: int,
-        eos_token_id: int | Sequence[int] | None = None,
-        pad_token_id: int | None = None,
+        key: Key[Array, ""] | None = None,
         cache_capacity: int | None = None,
-    ) -> Int[Array, "batch total"]:
-        """`generation.generate`; ids left out come from generation_config.json, then config.json."""
-        if eos_token_id is None:
-            ends = self.generation_config.eos_token_ids
-        else:
-            ends = tuple(np.atleast_1d(eos_token_id).tolist())
-        unheeded = self.generation_config.unheeded
-        if unheeded:
-            warnings.warn(f"{GENERATION_FILE}: {unheeded} is not implemented", stacklevel=2)
+        cache_dtype: DTypeLike | None = None,
+        output_scores: bool = False,
+        **choices: Any,
+    ) -> Int[Array, "batch total"] | GenerateOutput:
+        """The prompt and its continuation. See `generation.generate`, and `choices` for the others.
+
+        Further arguments, left out, come from generation_config.json, then from transformers' defaults:
+        do_sample, temperature, top_k, top_p, min_p, repetition_penalty, logits_processors, eos_token_id
+        (one or several), pad_token_id.
+        """
         return generation.generate(
             self,
-            jnp.asarray(input_ids),
-            None if attention_mask is None else jnp.asarray(attention_mask),
+            *_as_arrays(input_ids, attention_mask),
             max_new_tokens=max_new_tokens,
-            eos_token_ids=ends,
-            pad_token_id=self.generation_config.pad_token_id
-            if pad_token_id is None
-            else pad_token_id,
+            key=key,
             cache_capacity=cache_capacity,
+            cache_dtype=cache_dtype,
+            output_scores=output_scores,
+            **self._choices(**choices),
         )
+
+    def stream(
+        self,
+        input_ids: Tokens,
+        attention_mask: Array | np.ndarray | None = None,
+        *,
+        max_new_tokens: int,
+        key: Key[Array, ""] | None = None,
+        cache_capacity: int | None = None,
+        cache_dtype: DTypeLike | None = None,
+        **choices: Any,
+    ) -> Iterator[np.ndarray]:
+        """The new tokens of `generate`, [batch] at a time, as they come."""
+        return generation.stream(
+            self,
+            *_as_arrays(input_ids, attention_mask),
+            max_new_tokens=max_new_tokens,
+            key=key,
+            cache_capacity=cache_capacity,
+            cache_dtype=cache_dtype,
+            **self._choices(**choices),
+        )
+
+    def _choices(
+        self,
+        do_sample: bool | None = None,
+        temperature: float | None = None,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        min_p: float | None = None,
+        repetition_penalty: float | None = None,
+        logits_processors: Sequence[LogitsProcessor] = (),
+        eos_token_id: int | Sequence[int] | None = None,
+        pad_token_id: int | None = None,
+    ) -> dict[str, Any]:
+        """What chooses and ends, with the checkpoint's defaults, then transformers' own."""
+        config = self.generation_config
+        if config.unheeded:
+            warnings.warn(f"{GENERATION_FILE}: {config.unheeded} is not implemented", stacklevel=3)
+
+        def either(given: Any, name: str, otherwise: Any) -> Any:
+            return config.default(name, otherwise) if given is None else given
+
+        sampling = Sampling(
+            do_sample=either(do_sample, "do_sample", False),
+            temperature=either(temperature, "temperature", None),
+            top_k=either(top_k, "top_k", 50),
+            top_p=either(top_p, "top_p", None),
+            min_p=either(min_p, "min_p", None),
+            repetition_penalty=either(repetition_penalty, "repetition_penalty", None),
+            processors=tuple(logits_processors),
+        )
+        ends = config.eos_token_ids
+        if eos_token_id is not None:
+            ends = tuple(np.atleast_1d(eos_token_id).tolist())
+        pad = config.pad_token_id if pad_token_id is None else pad_token_id
+        return {"sampling": sampling, "eos_token_ids": ends, "pad_token_id": pad}
 
     @classmethod
     def from_pretrained(
@@ -188,6 +248,10 @@ class LlamaForCausalLM(PretrainedModel):
         fields = self.generation_config.fields
         files = {GENERATION_FILE: fields} if fields else {}
         hf.save(self, self.config, directory, max_shard_size=max_shard_size, json_files=files)
+
+
+def _as_arrays(ids: Any, mask: Any) -> tuple[Array, Array | None]:
+    return jnp.asarray(ids), None if mask is None else jnp.asarray(mask)
 
 
 def causal_lm_loss(

@@ -1,66 +1,23 @@
-"""Greedy generation: prefill and decode compiled as one program over a static cache."""
+"""Generation: a prefill and a loop of decoding steps, each compiled once per bucket of shapes."""
 
 import warnings
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Int
+from jax.typing import DTypeLike
+from jaxtyping import Array, Bool, Float, Int, Key
 
-from llama_jax.cache import KVCache, init_cache
-from llama_jax.config import LlamaConfig, require_tokens
+from llama_jax.cache import KVCache, init_cache, unstack_cache
+from llama_jax.config import LlamaConfig
+from llama_jax.matmul import working_dtype
 from llama_jax.model import require_ids
-
-# fields of a generation config that steer greedy decoding, and the values that leave it alone
-_NEUTRAL: dict[str, tuple[Any, ...]] = {
-    "bad_words_ids": ([],),
-    "begin_suppress_tokens": ([],),
-    "encoder_repetition_penalty": (1.0,),
-    "exponential_decay_length_penalty": (),
-    "forced_bos_token_id": (),
-    "forced_eos_token_id": (),
-    "guidance_scale": (1.0,),
-    "min_length": (0,),
-    "min_new_tokens": (0,),
-    "no_repeat_ngram_size": (0,),
-    "num_beams": (1,),
-    "repetition_penalty": (1.0,),
-    "sequence_bias": ([], {}),
-    "suppress_tokens": ([],),
-}
-
-
-@dataclass(frozen=True)
-class GenerationConfig:
-    """A `generation_config.json`: what ends and pads a generation, and fields kept to be written back."""
-
-    eos_token_ids: tuple[int, ...] = ()
-    pad_token_id: int | None = None
-    fields: Mapping[str, Any] = field(default_factory=dict, hash=False)
-
-    @classmethod
-    def from_dict(cls, fields: Mapping[str, Any], config: LlamaConfig) -> "GenerationConfig":
-        """Read the ids from `fields`, or from the model's config where the file leaves them out."""
-        eos = fields.get("eos_token_id")
-        eos = config.eos_token_ids if eos is None else eos
-        pad = fields.get("pad_token_id")
-        pad = config.pad_token_id if pad is None else pad
-        require_tokens("generation_config: eos_token_id", eos, several=True)
-        require_tokens("generation_config: pad_token_id", pad, several=False)
-        return cls((eos,) if isinstance(eos, int) else tuple(eos), pad, dict(fields))
-
-    @property
-    def unheeded(self) -> dict[str, Any]:
-        """Fields that change greedy tokens in transformers and are not implemented here."""
-        return {
-            name: self.fields[name]
-            for name, neutral in _NEUTRAL.items()
-            if self.fields.get(name) not in (None, *neutral)
-        }
+from llama_jax.sampling import Sampling, checked, choose, filtered
+from llama_jax.unstacked import unstack_layers, wants_unstacked
 
 
 class CausalModel(Protocol):
@@ -70,11 +27,44 @@ class CausalModel(Protocol):
 
     @property
     def dtype(self) -> jnp.dtype:
-        """dtype of the weights, and of the cache."""
+        """dtype of the weights, and of the cache unless it is told otherwise."""
 
     @property
     def __call__(self) -> Callable[..., Any]:
         """Ids, mask, positions and cache in; `logits` and `cache` out."""
+
+
+class GenerateOutput(NamedTuple):
+    """sequences: prompt and continuation. scores: of each new token, the logits it was chosen by."""
+
+    sequences: Int[Array, "batch total"]
+    scores: Float[Array, "batch new vocab"]
+
+
+class Ending(NamedTuple):
+    """What ends a row, and what it is filled with from then on; traced."""
+
+    eos_token_ids: Int[Array, " ends"]
+    pad_token_id: Int[Array, ""]
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class _State:
+    """Between two steps.
+
+    tokens: `length` columns of which are written. newest: the last of them, not yet in the cache, at
+    `position`. seen: for the repetition penalty. scores: of the new tokens so far, where asked for.
+    """
+
+    tokens: Int[Array, "batch slots"]
+    length: Int[Array, ""]
+    newest: Int[Array, " batch"]
+    position: Int[Array, " batch"]
+    ended: Bool[Array, " batch"]
+    cache: KVCache
+    seen: Bool[Array, "batch vocab"] | None
+    scores: Float[Array, "batch new vocab"] | None
 
 
 def generate(
@@ -83,118 +73,279 @@ def generate(
     attention_mask: Array | None,
     *,
     max_new_tokens: int,
+    sampling: Sampling,
     eos_token_ids: tuple[int, ...],
     pad_token_id: int | None,
+    key: Key[Array, ""] | None = None,
     cache_capacity: int | None = None,
-) -> Int[Array, "batch total"]:
-    """The prompt and the greedy continuation of every row, as `transformers.generate` returns them.
+    cache_dtype: DTypeLike | None = None,
+    output_scores: bool = False,
+) -> Int[Array, "batch total"] | GenerateOutput:
+    """The prompt and the continuation of every row, as `transformers.generate` returns them.
 
     A row ends with its first end-of-sequence token and is filled with `pad_token_id` (default: the first
     end-of-sequence id) until every row has ended or `max_new_tokens` are reached.
 
+    Must be called outside jit: it compiles itself, and cuts the result to what was generated. Prompts and
+    caches are padded to buckets (`bucket`), within which nothing is compiled anew.
+
     Args:
         attention_mask: [batch, prompt], 0 for padding; positions count tokens only.
+        key: what `sampling.do_sample` draws with; the same key gives the same tokens.
         cache_capacity: slots of the key/value cache; default: as many as are needed.
+        cache_dtype: of keys and values; default: the model's. int8 keeps a scale per token and head.
+        output_scores: return `GenerateOutput`.
 
     Raises:
-        ValueError: an empty prompt, an id outside the vocabulary, or a prompt that the cache cannot hold.
-
-    Must be called outside jit: it compiles itself, and cuts the result to what was generated.
+        ValueError: an empty prompt, an id outside the vocabulary, a mask of another shape, a prompt that
+            the cache cannot hold, numbers that `sampling.checked` refuses, or no key to draw with.
 
     Warns:
         UserWarning: padding on the right, after which a continuation makes little sense; positions
             beyond `max_position_embeddings`, which rope can compute but the model has not been
             trained on.
     """
-    prompt = input_ids.shape[-1]
+    begun = _begin(
+        model,
+        input_ids,
+        attention_mask,
+        max_new_tokens=max_new_tokens,
+        sampling=sampling,
+        eos_token_ids=eos_token_ids,
+        pad_token_id=pad_token_id,
+        key=key,
+        cache_capacity=cache_capacity,
+        cache_dtype=cache_dtype,
+        output_scores=output_scores,
+    )
+    state = begun.more(begun.state, max_new_tokens)
+    length = int(state.length)
+    sequences = state.tokens[:, begun.padding : length]
+    if state.scores is None:
+        return sequences
+    new = length - begun.padding - input_ids.shape[1]
+    return GenerateOutput(sequences, state.scores[:, :new])
+
+
+def stream(
+    model: CausalModel,
+    input_ids: Int[Array, "batch prompt"],
+    attention_mask: Array | None,
+    **more: Any,
+) -> Iterator[np.ndarray]:
+    """The new tokens of `generate` as they come, int32 [batch] each; filled up where a row has ended."""
+    begun = _begin(model, input_ids, attention_mask, output_scores=False, **more)
+    state, prompt = begun.state, begun.padding + input_ids.shape[1]
+    yield np.asarray(state.newest)
+    for count in range(2, more["max_new_tokens"] + 1):
+        state = begun.more(state, count)
+        if int(state.length) < prompt + count:
+            return
+        yield np.asarray(state.newest)
+
+
+def bucket(size: int) -> int:
+    """The next size that programs are compiled for: at most an eighth more, and 16 at least."""
+    step = max(16, 1 << max(size.bit_length() - 4, 0))
+    return -(-size // step) * step
+
+
+class _Begun(NamedTuple):
+    """A generation after its first token; `more(state, count)` goes on to `count` new tokens."""
+
+    state: _State
+    padding: int
+    more: Callable[[_State, int], _State]
+
+
+def _begin(
+    model: CausalModel,
+    input_ids: Int[Array, "batch prompt"],
+    attention_mask: Array | None,
+    *,
+    max_new_tokens: int,
+    sampling: Sampling,
+    eos_token_ids: tuple[int, ...],
+    pad_token_id: int | None,
+    key: Key[Array, ""] | None = None,
+    cache_capacity: int | None = None,
+    cache_dtype: DTypeLike | None = None,
+    output_scores: bool,
+) -> _Begun:
+    is_token = _require_prompt(model.config, input_ids, attention_mask)
     if not isinstance(max_new_tokens, int):
         raise ValueError(f"max_new_tokens: found {max_new_tokens!r}, expected an integer")
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens: found {max_new_tokens}, expected at least 1")
-    require_ids("input_ids", input_ids, model.config.vocab_size)
-    # the last token is returned, never fed back
-    needed = prompt + max_new_tokens - 1
-    capacity = needed if cache_capacity is None else cache_capacity
-    if needed > capacity:
-        raise ValueError(
-            f"prompt of {prompt} tokens and {max_new_tokens} new ones: expected a cache of at least "
-            f"{needed} slots, found {capacity}"
-        )
+    sampling = checked(sampling)
+    if sampling.do_sample and key is None:
+        raise ValueError("key: found None, expected a jax.random.key to draw tokens with")
+    prompt, vocab = input_ids.shape[1], model.config.vocab_size
+    for end in eos_token_ids:
+        if not isinstance(end, int) or not 0 <= end < vocab:
+            raise ValueError(
+                f"eos_token_id: found {end!r}, expected an integer from 0 to {vocab - 1}"
+            )
+    width, capacity = _shape(prompt, max_new_tokens, cache_capacity)
     limit = model.config.max_position_embeddings
     if prompt + max_new_tokens > limit:
         warnings.warn(
             f"{prompt} prompt tokens and {max_new_tokens} new ones go beyond "
             f"max_position_embeddings={limit}; the text may lose its sense",
-            stacklevel=2,
+            stacklevel=4,
         )
-    is_token = jnp.ones(input_ids.shape, bool)
-    if attention_mask is not None:
-        if attention_mask.shape != input_ids.shape:
-            raise ValueError(
-                f"attention_mask: found shape {attention_mask.shape}, expected {input_ids.shape}"
-            )
-        is_token = attention_mask.astype(bool)
-        if not np.asarray(is_token)[:, -1].all():
-            warnings.warn(
-                "attention_mask: found padding after the prompt, expected it on the left",
-                stacklevel=2,
-            )
     if pad_token_id is None:
         pad_token_id = eos_token_ids[0] if eos_token_ids else 0
-    tokens, steps = _greedy(
+    ending = Ending(jnp.asarray(eos_token_ids, jnp.int32), jnp.asarray(pad_token_id, jnp.int32))
+    padding = width - prompt
+    unstacked = wants_unstacked(model)
+    state = _prefill(
         model,
-        jnp.asarray(input_ids, jnp.int32),
-        is_token,
-        max_new_tokens=max_new_tokens,
-        eos_token_ids=eos_token_ids,
-        pad_token_id=pad_token_id,
+        jnp.pad(jnp.asarray(input_ids, jnp.int32), ((0, 0), (padding, 0))),
+        jnp.pad(is_token, ((0, 0), (padding, 0))),
+        sampling,
+        ending,
+        key,
         capacity=capacity,
+        cache_dtype=jnp.dtype(model.dtype if cache_dtype is None else cache_dtype),
+        unstacked=unstacked,
+        output_scores=output_scores,
     )
-    return tokens[:, : prompt + int(steps)]
+    decoder = unstack_layers(model) if unstacked else model
+
+    def more(state: _State, count: int) -> _State:
+        end = jnp.asarray(width + count, jnp.int32)
+        return _decode(decoder, state, end, width, sampling, ending, key)
+
+    return _Begun(state, padding, more)
 
 
-@partial(jax.jit, static_argnames=("max_new_tokens", "eos_token_ids", "pad_token_id", "capacity"))
-def _greedy(
+def _require_prompt(config: LlamaConfig, input_ids: Array, mask: Array | None) -> Array:
+    """The mask as booleans."""
+    require_ids("input_ids", input_ids, config.vocab_size)
+    if mask is None:
+        return jnp.ones(input_ids.shape, bool)
+    if mask.shape != input_ids.shape:
+        raise ValueError(f"attention_mask: found shape {mask.shape}, expected {input_ids.shape}")
+    is_token = jnp.asarray(mask).astype(bool)
+    if not np.asarray(is_token)[:, -1].all():
+        warnings.warn(
+            "attention_mask: found padding after the prompt, expected it on the left",
+            stacklevel=5,
+        )
+    return is_token
+
+
+def _shape(prompt: int, new: int, cache_capacity: int | None) -> tuple[int, int]:
+    """The padded length of the prompt, and the slots of the cache."""
+    needed = prompt + new - 1  # the last token is returned, never fed back
+    if cache_capacity is None:
+        width = bucket(prompt)
+        return width, bucket(width + new)
+    if needed > cache_capacity:
+        raise ValueError(
+            f"prompt of {prompt} tokens and {new} new ones: expected a cache of at least "
+            f"{needed} slots, found {cache_capacity}"
+        )
+    return min(bucket(prompt), prompt + cache_capacity - needed), cache_capacity
+
+
+@partial(jax.jit, static_argnames=("capacity", "cache_dtype", "unstacked", "output_scores"))
+def _prefill(
     model: CausalModel,
-    input_ids: Int[Array, "batch prompt"],
-    is_token: Bool[Array, "batch prompt"],
+    input_ids: Int[Array, "batch width"],
+    is_token: Bool[Array, "batch width"],
+    sampling: Sampling,
+    ending: Ending,
+    key: Key[Array, ""] | None,
     *,
-    max_new_tokens: int,
-    eos_token_ids: tuple[int, ...],
-    pad_token_id: int,
     capacity: int,
-) -> tuple[Int[Array, "batch total"], Int[Array, ""]]:
-    batch, prompt = input_ids.shape
-    ends = jnp.asarray(eos_token_ids, jnp.int32)
+    cache_dtype: jnp.dtype,
+    unstacked: bool,
+    output_scores: bool,
+) -> _State:
+    """The prompt in the cache, and the first token."""
+    batch, width = input_ids.shape
     counted = jnp.cumsum(is_token, axis=-1, dtype=jnp.int32)
     out = model(
         input_ids,
         attention_mask=is_token,
         position_ids=jnp.maximum(counted - 1, 0),
-        cache=init_cache(model.config, batch, capacity, model.dtype),
+        cache=init_cache(model.config, batch, capacity, cache_dtype),
         logits_to_keep=1,
     )
-    tokens = jnp.full((batch, prompt + max_new_tokens), pad_token_id, jnp.int32)
-    tokens = tokens.at[:, :prompt].set(input_ids)
-    newest = jnp.argmax(out.logits[:, -1], axis=-1).astype(jnp.int32)
-    tokens = tokens.at[:, prompt].set(newest)
-    ended = jnp.isin(newest, ends)
-    # (tokens, cache, newest token, its position, which rows have ended, how many were generated)
-    state = (tokens, out.cache, newest, counted[:, -1], ended, jnp.ones((), jnp.int32))
+    vocab, slots = model.config.vocab_size, capacity + 1
+    seen = scores = None
+    if sampling.repetition_penalty is not None:
+        given = jnp.where(is_token, input_ids, vocab)
+        rows = jnp.arange(batch)[:, None]
+        seen = jnp.zeros((batch, vocab), bool).at[rows, given].set(True, mode="drop")
+    if output_scores:
+        scores = jnp.zeros((batch, slots - width, vocab), working_dtype(model.dtype))
+    tokens = jnp.broadcast_to(ending.pad_token_id, (batch, slots)).at[:, :width].set(input_ids)
+    state = _State(
+        tokens=tokens,
+        length=jnp.asarray(width, jnp.int32),
+        newest=input_ids[:, -1],
+        position=counted[:, -1] - 1,
+        ended=jnp.zeros(batch, bool),
+        cache=unstack_cache(out.cache) if unstacked else out.cache,
+        seen=seen,
+        scores=scores,
+    )
+    return _append(state, out.logits[:, -1], width, sampling, ending, key)
 
-    def wants_more(state: tuple[Array, KVCache, Array, Array, Array, Array]) -> Array:
-        *_, ended, count = state
-        return (count < max_new_tokens) & ~jnp.all(ended)
 
-    def step(state: tuple[Array, KVCache, Array, Array, Array, Array]):
-        tokens, cache, newest, position, ended, count = state
-        out = model(newest[:, None], position_ids=position[:, None], cache=cache)
-        newest = jnp.argmax(out.logits[:, -1], axis=-1).astype(jnp.int32)
-        newest = jnp.where(ended, pad_token_id, newest)
-        tokens = jax.lax.dynamic_update_slice(
-            tokens, newest[:, None], (jnp.zeros((), jnp.int32), prompt + count)
-        )
-        return tokens, out.cache, newest, position + 1, ended | jnp.isin(newest, ends), count + 1
+@partial(jax.jit, static_argnames="width", donate_argnames="state")
+def _decode(
+    model: CausalModel,
+    state: _State,
+    end: Int[Array, ""],
+    width: int,
+    sampling: Sampling,
+    ending: Ending,
+    key: Key[Array, ""] | None,
+) -> _State:
+    """Steps until `end` columns are written or every row has ended."""
 
-    tokens, *_, count = jax.lax.while_loop(wants_more, step, state)
-    return tokens, count
+    def wants_more(state: _State) -> Array:
+        return (state.length < end) & ~jnp.all(state.ended)
+
+    def step(state: _State) -> _State:
+        out = model(state.newest[:, None], position_ids=state.position[:, None], cache=state.cache)
+        state = replace(state, cache=out.cache)
+        return _append(state, out.logits[:, -1], width, sampling, ending, key)
+
+    return jax.lax.while_loop(wants_more, step, state)
+
+
+def _append(
+    state: _State,
+    logits: Float[Array, "batch vocab"],
+    width: int,
+    sampling: Sampling,
+    ending: Ending,
+    key: Key[Array, ""] | None,
+) -> _State:
+    """The state with the token that `logits` give."""
+    wide = logits.astype(working_dtype(logits.dtype))
+    scores = filtered(sampling, wide, state.tokens, state.length, state.seen)
+    count = state.length - width
+    drawn_with = jax.random.fold_in(key, count) if sampling.do_sample and key is not None else None
+    newest = jnp.where(state.ended, ending.pad_token_id, choose(sampling, scores, drawn_with))
+    zero = jnp.zeros((), jnp.int32)
+    kept, seen = state.scores, state.seen
+    if kept is not None:
+        kept = jax.lax.dynamic_update_slice(kept, scores[:, None], (zero, count, zero))
+    if seen is not None:
+        seen = seen | (jnp.arange(seen.shape[1], dtype=jnp.int32) == newest[:, None])
+    return replace(
+        state,
+        tokens=jax.lax.dynamic_update_slice(state.tokens, newest[:, None], (zero, state.length)),
+        length=state.length + 1,
+        newest=newest,
+        position=state.position + 1,
+        ended=state.ended | jnp.isin(newest, ending.eos_token_ids),
+        seen=seen,
+        scores=kept,
+    )

@@ -16,7 +16,7 @@ from jaxtyping import Array, Float, Int, Key
 
 from llama_jax.activations import ACTIVATIONS
 from llama_jax.attention import attention
-from llama_jax.cache import write_layer
+from llama_jax.cache import Store, write_layer
 from llama_jax.config import LlamaConfig
 from llama_jax.masks import AttentionMask
 from llama_jax.matmul import einsum, working_dtype
@@ -73,12 +73,14 @@ def linear(
     split = mesh_axes().present(SEQUENCE_AXIS)
     tokens = x if split else x.reshape(-1, x.shape[-1])
     batch = "abcdefgh"[: tokens.ndim - 1]
+    blocked = x.shape[-2:-1] != (1,)  # not a step of decoding
     spec = f"{batch}i,oi->{batch}o"
     if bias is None:
-        out = einsum(spec, tokens, weight)
+        out = einsum(spec, tokens, weight, blocked=blocked)
     else:
         working = working_dtype(x.dtype)
-        out = einsum(spec, tokens, weight, out_dtype=working) + bias.astype(working)
+        out = einsum(spec, tokens, weight, out_dtype=working, blocked=blocked)
+        out = out + bias.astype(working)
     out = out.astype(x.dtype).reshape(*x.shape[:-1], weight.shape[0])
     return checkpoint_name(out, "projection")  # for `remat`
 
@@ -196,8 +198,8 @@ class Attention(nnx.Module):
         cos: Float[Array, "batch seq half"],
         sin: Float[Array, "batch seq half"],
         mask: AttentionMask,
-        store: tuple[Array, Array] | None,
-        layer: Int[Array, ""],
+        store: tuple[Store, Store] | None,
+        layer: Int[Array, ""] | None,
         start: Int[Array, ""],
         dropout_key: Key[Array, ""] | None,
         implementation: str | None = None,
@@ -205,12 +207,12 @@ class Attention(nnx.Module):
     ) -> tuple[
         Float[Array, "batch seq hidden"],
         Float[Array, "batch heads seq k"] | None,
-        tuple[Array, Array] | None,
+        tuple[Store, Store] | None,
     ]:
         """Attend over this call's keys or, where `store` holds cached ones, over the cache.
 
         Args:
-            store: keys and values [layers, batch, capacity, kv_heads, dim] of the cache, or None.
+            store: keys and values of the cache, of all layers or, with `layer` None, of this one; or None.
             layer, start: where in the store this call's keys and values are written.
             implementation, output_weights: see `attention`.
 
@@ -284,8 +286,8 @@ class DecoderLayer(nnx.Module):
         cos: Float[Array, "batch seq half"],
         sin: Float[Array, "batch seq half"],
         mask: AttentionMask,
-        store: tuple[Array, Array] | None,
-        layer: Int[Array, ""],
+        store: tuple[Store, Store] | None,
+        layer: Int[Array, ""] | None,
         start: Int[Array, ""],
         dropout_key: Key[Array, ""] | None,
         implementation: str | None = None,
@@ -293,7 +295,7 @@ class DecoderLayer(nnx.Module):
     ) -> tuple[
         Float[Array, "batch seq hidden"],
         Float[Array, "batch heads seq k"] | None,
-        tuple[Array, Array] | None,
+        tuple[Store, Store] | None,
     ]:
         """As `Attention.__call__`, with the two residual branches around it."""
         attended, weights, store = self.self_attn(

@@ -27,7 +27,12 @@ def working_dtype(dtype: jnp.dtype) -> jnp.dtype:
 
 
 def einsum(
-    spec: str, a: Float[Array, "..."], b: Float[Array, "..."], out_dtype: jnp.dtype | None = None
+    spec: str,
+    a: Float[Array, "..."],
+    b: Float[Array, "..."],
+    out_dtype: jnp.dtype | None = None,
+    *,
+    blocked: bool = True,
 ) -> Float[Array, "..."]:
     """`jnp.einsum(spec, a, b)` accumulated in float32 (float64 for float64), rounded once.
 
@@ -35,13 +40,16 @@ def einsum(
         spec: an explicit two-operand specification with no index that one operand alone sums over.
         a, b: operands of one dtype.
         out_dtype: dtype of the result; None keeps the operands'.
+        blocked: sum float32 on the CPU in blocks, which rounds less. A step of decoding does not: its time
+            is that of reading `b`, and XLA would copy every block of it.
     """
     if a.dtype != b.dtype:
         raise ValueError(f"einsum: found {a.dtype} and {b.dtype}, expected operands of one dtype")
     out_dtype = jnp.dtype(out_dtype or a.dtype)
     if working_dtype(a.dtype) == a.dtype:
         # nothing to round: plain JAX, differentiable any number of times, forwards and backwards
-        return _blocked_einsum(spec, a, b).astype(out_dtype)
+        multiply = _blocked_einsum if blocked else _plain_einsum
+        return multiply(spec, a, b).astype(out_dtype)
     return _low_precision_einsum(spec, out_dtype, a, b)
 
 
@@ -62,16 +70,20 @@ def _blocked_einsum(spec: str, a: Array, b: Array) -> Array:
     blocks = min(-(-depth // _BLOCK_DEPTH), _MOST_BLOCKS)
     narrow = a.dtype != jnp.float32 or target_platform() != "cpu"
     if narrow or others or blocks < 2 or rows < 2:
-        return jnp.einsum(spec, a, b, preferred_element_type=a.dtype)
+        return _plain_einsum(spec, a, b)
     size = -(-depth // blocks)
 
     def piece(start: int) -> Array:
         end = min(start + size, depth)
         part_a = jax.lax.slice_in_dim(a, start, end, axis=axis_a)
         part_b = jax.lax.slice_in_dim(b, start, end, axis=axis_b)
-        return jnp.einsum(spec, part_a, part_b, preferred_element_type=a.dtype)
+        return _plain_einsum(spec, part_a, part_b)
 
     return functools.reduce(operator.add, map(piece, range(0, depth, size)))
+
+
+def _plain_einsum(spec: str, a: Array, b: Array) -> Array:
+    return jnp.einsum(spec, a, b, preferred_element_type=a.dtype)
 
 
 def wide_einsum(spec: str, a: Array, b: Array, dtype: DTypeLike) -> Array:

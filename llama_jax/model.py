@@ -1,6 +1,6 @@
 """LlamaModel: embed, scan over the stacked layers, final norm."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -73,7 +73,10 @@ class LlamaModel(PretrainedModel):
         self.config = config
         self.embed_tokens = Embedding(config, dtype=dtype, rngs=rngs)
         stack = (config.num_hidden_layers,)
-        self.layers = DecoderLayer(config, stack=stack, dtype=dtype, rngs=rngs)
+        # or a list of single layers, where decoding unstacks them
+        self.layers: DecoderLayer | nnx.List = DecoderLayer(
+            config, stack=stack, dtype=dtype, rngs=rngs
+        )
         eps = config.rms_norm_eps
         self.norm = RMSNorm(config.hidden_size, eps, stack=(), dtype=dtype, rngs=rngs)
 
@@ -227,16 +230,27 @@ def _decode(
         )
         return (y, store), (x if output_hidden_states else None, weights)
 
-    store = None if cache is None else (cache.keys, cache.values)
     indices = jnp.arange(layer_count, dtype=jnp.int32)
-    (x, store), (inputs, weights) = jax.lax.scan(
-        rematerialised(run_layer, remat, in_loop=scan_unroll < layer_count),
-        (x, store),
-        (model.layers, indices, dropout_keys),
-        unroll=scan_unroll,
-    )
+    if isinstance(model.layers, DecoderLayer):
+        store = None if cache is None else (cache.keys, cache.values)
+        (x, store), (inputs, weights) = jax.lax.scan(
+            rematerialised(run_layer, remat, in_loop=scan_unroll < layer_count),
+            (x, store),
+            (model.layers, indices, dropout_keys),
+            unroll=scan_unroll,
+        )
+    else:
+        assert cache is not None, "unstacked layers are for decoding"
+        outcomes: list[Any] = []
+        stores: list[Any] = []
+        for layer, *of_layer in zip(model.layers, cache.keys, cache.values, strict=True):
+            (x, of_layer), outcome = run_layer((x, tuple(of_layer)), (layer, None, None))
+            outcomes.append(outcome)
+            stores.append(of_layer)
+        inputs, weights = zip(*outcomes, strict=True)
+        store = tuple(k for k, _ in stores), tuple(v for _, v in stores)
     if cache is not None and store is not None:
-        cache = KVCache(*store, cache.is_token, cache.segments, cache.length)
+        cache = replace(cache, keys=store[0], values=store[1])
         # beyond the capacity, the update above has gone to other tokens' slots
         x = jnp.where(cache.length <= cache.capacity, x, jnp.nan)
     x = model.norm(x)
@@ -286,7 +300,8 @@ def require_ids(name: str, ids: Array | np.ndarray, vocab_size: int) -> None:
 
 def _require_room(cache: KVCache, config: LlamaConfig, batch: int, seq: int) -> None:
     expected = (config.num_hidden_layers, batch, cache.capacity, config.kv_heads, config.head_size)
-    if cache.keys.shape != expected or cache.values.shape != expected:
+    stacked = not isinstance(cache.keys, tuple)
+    if stacked and (cache.keys.shape != expected or cache.values.shape != expected):
         raise ValueError(f"cache: found keys {cache.keys.shape}, expected {expected}")
     if seq > cache.capacity:
         raise ValueError(f"cache: {cache.capacity} slots, expected room for {seq} tokens")

@@ -65,12 +65,12 @@ def test_p6_greedy_tokens_with_and_without_left_padding(directory, both):
     width = max(map(len, rows))
     ids = np.asarray([[2] * (width - len(row)) + row for row in rows])
     mask = np.asarray([[0] * (width - len(row)) + [1] * len(row) for row in rows])
-    got = np.asarray(ours.generate(ids, mask, max_new_tokens=64))
+    got = np.asarray(ours.generate(ids, mask, max_new_tokens=200))
     with torch.no_grad():
         want = theirs.generate(
             torch.from_numpy(ids),
             attention_mask=torch.from_numpy(mask),
-            max_new_tokens=64,
+            max_new_tokens=200,
             do_sample=False,
         ).numpy()
     np.testing.assert_array_equal(got, want)

@@ -1,5 +1,6 @@
 """`python -m llama_jax`: what it prints, and one line with exit code 2 for each mistake."""
 
+import io
 import json
 from pathlib import Path
 
@@ -7,7 +8,7 @@ import pytest
 from flax import nnx
 from tokenizers import Tokenizer, models, pre_tokenizers
 
-from llama_jax import LlamaConfig, LlamaForCausalLM
+from llama_jax import LlamaConfig, LlamaForCausalLM, text_commands
 from llama_jax.__main__ import main
 
 WORDS = ["the", "capital", "of", "France", "is", "Paris", "and", "a", "b", "c", "d", "e"]
@@ -71,6 +72,91 @@ def test_generate_beyond_the_cache_is_an_error(directory, capsys):
 def test_generate_from_nothing(directory, capsys):
     assert generate(directory, prompt="") == 2
     assert "--prompt: found no tokens" in error_line(capsys)
+
+
+def test_several_prompts_are_one_batch(directory, capsys):
+    arguments = ("--prompt", "Paris is", "--max-new-tokens", "4", "--json")
+    assert generate(directory, *arguments) == 0
+    rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [row["prompt"] for row in rows] == ["the capital of France is", "Paris is"]
+    assert main(["generate", "--model", str(directory), *arguments]) == 0
+    (row,) = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert row == rows[1]
+    assert (row["new_tokens"], row["finish_reason"]) == (4, "length")
+
+
+def test_a_stop_string_ends_and_is_left_out(directory, capsys):
+    assert generate(directory, "--max-new-tokens", "6", "--json") == 0
+    words = json.loads(capsys.readouterr().out)["text"].split()
+    assert generate(directory, "--max-new-tokens", "6", "--json", "--stop", words[2]) == 0
+    row = json.loads(capsys.readouterr().out)
+    assert row["text"].split() == words[: words.index(words[2])]
+    assert row["finish_reason"] == "stop"
+
+
+def test_a_seed_draws_the_same_again(directory, capsys):
+    def draw(seed: str) -> str:
+        assert generate(directory, "--temperature", "2", "--seed", seed) == 0
+        return capsys.readouterr().out
+
+    assert draw("1") == draw("1")
+    assert draw("1") != draw("2")
+
+
+TEMPLATE = (
+    "{% for m in messages %}{{ m.role }} {{ m.content }} {% endfor %}"
+    "{% if messages[-1].content == 'wrong' %}{{ raise_exception('no such turn') }}{% endif %}"
+)
+
+
+def chat(directory: Path, monkeypatch: pytest.MonkeyPatch, lines: str) -> int:
+    monkeypatch.setattr("sys.stdin", io.StringIO(lines))
+    return main(["chat", "--model", str(directory), "--max-new-tokens", "3"])
+
+
+@pytest.mark.filterwarnings("ignore:.*max_position_embeddings")
+def test_chat_keeps_the_conversation(directory, tmp_path, capsys, monkeypatch):
+    copy = copy_of(directory, tmp_path)
+    (copy / "chat_template.jinja").write_text(TEMPLATE)
+    seen = []
+    encode = text_commands._encode
+    monkeypatch.setattr(
+        text_commands,
+        "_encode",
+        lambda t, text, *a, **k: seen.append(text) or encode(t, text, *a, **k),
+    )
+    assert chat(copy, monkeypatch, "the capital\n\nand a\n") == 0
+    first, second = capsys.readouterr().out.splitlines()
+    assert len(first.split()) == len(second.split()) == 3
+    assert seen[1] == f"user the capital assistant {first} user and a "
+    assert chat(copy, monkeypatch, "wrong\n") == 2
+    assert "chat template: no such turn" in error_line(capsys)
+
+
+def test_chat_without_a_template(directory, capsys, monkeypatch):
+    assert chat(directory, monkeypatch, "hi\n") == 2
+    assert "found no chat template" in error_line(capsys)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--temperature", "-1"), "--temperature: found -1.0, expected a number of at least 0"),
+        (("--top-p", "0"), "top_p: found 0.0, expected a number in (0, 1]"),
+        (("--top-p", "1.5"), "top_p: found 1.5, expected a number in (0, 1]"),
+        (("--stop-id", "99"), "eos_token_id: found 99, expected an integer from 0 to 12"),
+    ],
+)
+def test_a_flag_out_of_range(directory, capsys, flags, message):
+    assert generate(directory, "--json", *flags) == 2
+    assert message in error_line(capsys)
+
+
+def test_a_meta_checkpoint_names_the_converter(tmp_path, capsys):
+    (tmp_path / "params.json").write_text("{}")
+    (tmp_path / "consolidated.00.pth").write_bytes(b"")
+    assert generate(tmp_path) == 2
+    assert f"python -m convert {tmp_path} DIR" in error_line(capsys)
 
 
 def test_no_such_directory(tmp_path, capsys):
@@ -148,7 +234,9 @@ def test_a_count_that_is_none(directory, capsys, value):
     assert f"--max-new-tokens: found {value!r}, expected a positive" in error_line(capsys)
 
 
-@pytest.mark.parametrize("arguments", [[], ["chatter"], ["info"], ["generate", "--model", "x"]])
+@pytest.mark.parametrize(
+    "arguments", [[], ["chatter"], ["chat"], ["info"], ["generate", "--model", "x"]]
+)
 def test_arguments_that_make_no_command(capsys, arguments):
     assert main(arguments) == 2
     assert "see --help" in error_line(capsys)

@@ -1,14 +1,18 @@
 """P6: greedy tokens equal Hugging Face's `generate`; cached logits equal uncached ones."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
 
-from llama_jax import init_cache
+from llama_jax import LlamaForCausalLM, generation, init_cache
 from parity_tests.cases import BY_NAME, Config, hf_model, weights_of
 from parity_tests.measure import relative_error
+from parity_tests.own_process import lines_of
 from parity_tests.programs import FAST_COMPILE, our_model
 from parity_tests.test_model import P1
 
@@ -132,3 +136,95 @@ def test_generation_is_the_argmax_of_uncached_logits() -> None:
     generated = model.generate(ids, max_new_tokens=6)
     logits = model(generated[:, :-1]).logits
     np.testing.assert_array_equal(generated[:, 5:], jnp.argmax(logits[:, 4:], axis=-1))
+
+
+def tiny_model(name: str = "gqa_2_to_1") -> LlamaForCausalLM:
+    config = BY_NAME[name].config | ENDLESS
+    return our_model(config, weights_of(config), jnp.float32)
+
+
+def test_the_same_key_draws_the_same_tokens() -> None:
+    model, ids = tiny_model(), jnp.asarray(prompts(BY_NAME["gqa_2_to_1"].config, 2, 5), jnp.int32)
+
+    def draw(seed: int) -> list[list[int]]:
+        key = jax.random.key(seed)
+        return model.generate(ids, max_new_tokens=10, do_sample=True, top_k=0, key=key).tolist()
+
+    assert draw(0) == draw(0)
+    assert draw(0) != draw(1)
+    only = model.generate(ids, max_new_tokens=10, do_sample=True, top_k=1, key=jax.random.key(0))
+    np.testing.assert_array_equal(only, model.generate(ids, max_new_tokens=10))
+    with pytest.raises(ValueError, match=r"key: found None"):
+        model.generate(ids, max_new_tokens=2, do_sample=True)
+
+
+def test_repetition_penalty_and_scores_equal_hugging_face() -> None:
+    config = BY_NAME["gqa_2_to_1"].config | ENDLESS
+    ids, mask = prompts(config, 2, 7), left_padding(2, 7)
+    with torch.no_grad():
+        theirs = hf_model(config, weights_of(config)).generate(
+            torch.from_numpy(ids),
+            attention_mask=torch.from_numpy(mask),
+            max_new_tokens=NEW,
+            do_sample=False,
+            repetition_penalty=1.7,
+            return_dict_in_generate=True,
+            output_scores=True,
+        )
+    ours = tiny_model().generate(
+        ids, mask, max_new_tokens=NEW, repetition_penalty=1.7, output_scores=True
+    )
+    np.testing.assert_array_equal(ours.sequences, theirs.sequences.numpy())
+    want = torch.stack(theirs.scores, dim=1).numpy()
+    np.testing.assert_allclose(ours.scores, want, rtol=1e-4, atol=1e-5)
+
+
+def test_a_stream_is_the_generation_and_compiles_once() -> None:
+    model, ids = tiny_model(), jnp.asarray(prompts(BY_NAME["gqa_2_to_1"].config, 2, 5), jnp.int32)
+    whole = model.generate(ids, max_new_tokens=9)
+    with _no_compilation():
+        streamed = np.stack(list(model.stream(ids, max_new_tokens=9)), axis=1)
+        np.testing.assert_array_equal(whole[:, 5:], streamed)
+        # of the same buckets: other lengths of prompt and continuation
+        model.generate(jnp.asarray(np.asarray(ids)[:, :4]), max_new_tokens=7).block_until_ready()
+
+
+@contextmanager
+def _no_compilation() -> Iterator[None]:
+    """The programs of `generation` are compiled no further."""
+    programs = (generation._prefill, generation._decode)
+    before = [program._cache_size() for program in programs]
+    yield
+    assert [program._cache_size() for program in programs] == before
+
+
+def test_a_cache_of_8_bits_is_close() -> None:
+    config = BY_NAME["gqa_2_to_1"].config | ENDLESS
+    model, ids = tiny_model(), jnp.asarray(prompts(config, 2, 10), jnp.int32)
+    whole = model(ids).logits
+    out = model(ids, cache=init_cache(model.config, 2, 12, jnp.int8))
+    assert out.cache.keys.values.dtype == jnp.int8
+    assert 0 < relative_error(out.logits, whole) < 0.02
+    assert model.generate(ids, max_new_tokens=4, cache_dtype="int8").shape == (2, 14)
+
+
+def test_a_processor_of_the_users() -> None:
+    model, ids = tiny_model(), jnp.asarray(prompts(BY_NAME["gqa_2_to_1"].config, 2, 5), jnp.int32)
+
+    def newest_again(input_ids: jax.Array, logits: jax.Array, length: jax.Array) -> jax.Array:
+        newest = jax.lax.dynamic_index_in_dim(input_ids, length - 1, axis=1)
+        return jnp.where(jnp.arange(logits.shape[1]) == newest, logits, -jnp.inf)
+
+    out = model.generate(ids, max_new_tokens=3, logits_processors=[newest_again])
+    np.testing.assert_array_equal(out[:, 5:], np.repeat(ids[:, -1:], 3, axis=1))
+
+
+def test_sharded_over_a_mesh_the_tokens_are_the_same() -> None:
+    assert lines_of("sharded_generation") == ["same"]
+
+
+@pytest.mark.parametrize("size", range(1, 3000, 37))
+def test_a_bucket_wastes_an_eighth_at_most(size: int) -> None:
+    found = generation.bucket(size)
+    assert size <= found <= max(16, 1.13 * size + 16 * (size < 128))
+    assert generation.bucket(found) == found

@@ -246,9 +246,9 @@ def test_what_generation_does_not_heed_is_said():
         model.generate(IDS, jnp.ones_like(IDS).at[0, -1].set(0), max_new_tokens=2)
     steered = jax.tree.map(lambda leaf: leaf, model)
     steered.generation_config = GenerationConfig.from_dict(
-        {"repetition_penalty": 1.3, "no_repeat_ngram_size": 0, "do_sample": True}, model.config
+        {"no_repeat_ngram_size": 3, "num_beams": 1, "repetition_penalty": 1.3}, model.config
     )
-    with pytest.warns(UserWarning, match=r"{'repetition_penalty': 1.3} is not implemented"):
+    with pytest.warns(UserWarning, match=r"{'no_repeat_ngram_size': 3} is not implemented"):
         steered.generate(IDS, max_new_tokens=2)
 
 

@@ -1,0 +1,29 @@
+"""A causal model from whatever directory holds one."""
+
+from pathlib import Path
+from typing import Any
+
+from llama_jax.causal_lm import LlamaForCausalLM
+
+
+def load_model(directory: str | Path, dtype: Any = None) -> LlamaForCausalLM:
+    """The model of a Hugging Face directory, in `dtype` or as stored.
+
+    Raises:
+        ValueError: something else; where `python -m convert` reads it, the line that converts it.
+    """
+    directory = Path(directory)
+    if directory.is_file():
+        raise ValueError(
+            f"{directory}: found a file, expected a Hugging Face directory; for a GGUF file: "
+            f"python -m convert {directory} DIR"
+        )
+    if not directory.is_dir():
+        raise ValueError(f"{directory}: no such directory, expected a Hugging Face checkpoint")
+    meta = (directory / "params.json").is_file() and any(directory.glob("consolidated.*.pth"))
+    if meta and not (directory / "config.json").is_file():
+        raise ValueError(
+            f"{directory}: found a Meta checkpoint, expected a Hugging Face directory: "
+            f"python -m convert {directory} DIR"
+        )
+    return LlamaForCausalLM.from_pretrained(directory, dtype=dtype)

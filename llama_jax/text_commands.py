@@ -1,0 +1,225 @@
+"""`generate` and `chat` of the command line: text in, text out as it is formed."""
+
+import argparse
+import json
+import math
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from llama_jax.arguments import positive
+from llama_jax.causal_lm import LlamaForCausalLM
+from llama_jax.chat_template import find_chat_template, render_chat
+from llama_jax.detokenize import TextStream
+from llama_jax.load import load_model
+from llama_jax.tokenizer import load_tokenizer
+
+DTYPES = ("float32", "bfloat16", "float16")
+CACHE_DTYPES = (*DTYPES, "int8")
+
+
+def add_commands(commands: Any) -> None:
+    """The parsers of both, with what they share."""
+    generate = commands.add_parser("generate", help="continue one or several prompts")
+    generate.set_defaults(command=_generate)
+    chat = commands.add_parser("chat", help="talk with a model, a line a turn; ends with the input")
+    chat.set_defaults(command=_chat)
+    generate.add_argument(
+        "--prompt", required=True, action="append", metavar="TEXT", help="repeat it for a batch"
+    )
+    generate.add_argument("--json", action="store_true", help="a line of JSON for each prompt")
+    chat.add_argument("--system", metavar="TEXT", help="a system message to begin with")
+    for parser, new in ((generate, 64), (chat, 512)):
+        add = parser.add_argument
+        add("--model", required=True, metavar="DIR", help="a Hugging Face directory")
+        add("--max-new-tokens", type=positive, default=new, metavar="N")
+        add("--dtype", choices=DTYPES, help="default: as stored")
+        add("--cache-dtype", choices=CACHE_DTYPES, help="of keys and values; default: the model's")
+        add(
+            "--cache-size",
+            type=positive,
+            metavar="N",
+            help="slots of the key/value cache; default: prompt and new tokens",
+        )
+        add(
+            "--sample",
+            dest="do_sample",
+            action=argparse.BooleanOptionalAction,
+            default=None,
+            help="draw tokens; default: as the checkpoint says, or where a number below asks for it",
+        )
+        add("--temperature", type=float, metavar="T", help="0 is greedy")
+        add("--top-k", type=int, metavar="K")
+        add("--top-p", type=float, metavar="P")
+        add("--min-p", type=float, metavar="P")
+        add("--repetition-penalty", type=float, metavar="R")
+        add("--seed", type=int, default=0, metavar="N")
+        add("--stop", action="append", default=[], metavar="TEXT", help="end before this text")
+        add("--stop-id", action="append", type=int, metavar="ID", help="end at this token as well")
+
+
+def _generate(options: argparse.Namespace) -> None:
+    choices = _choices(options)
+    tokenizer, model = _load(options)
+    prompts = [_encode(tokenizer, text, "--prompt") for text in options.prompt]
+    streams = [TextStream(tokenizer, prompt, options.stop) for prompt in prompts]
+    live = len(prompts) == 1 and not options.json
+    texts = ["" for _ in prompts]
+
+    def say(row: int, text: str) -> None:
+        texts[row] += text
+        if live:
+            _print(text)
+
+    begin = time.perf_counter()
+    counts, ends = [0] * len(prompts), ["length"] * len(prompts)
+    for tokens in _tokens(model, prompts, options, choices):
+        if live and not counts[0]:
+            _print(tokenizer.decode(prompts[0]))
+        for row, token in enumerate(tokens.tolist()):
+            if ends[row] != "length":
+                continue
+            counts[row] += 1
+            if token in choices["eos_token_id"](model):
+                ends[row] = "stop"
+            else:
+                say(row, streams[row].push(token))
+                ends[row] = "stop" if streams[row].stopped else "length"
+        if all(end == "stop" for end in ends):
+            break
+    for row, stream in enumerate(streams):
+        say(row, stream.finish())
+    seconds = time.perf_counter() - begin
+    if live:
+        _print("\n")
+    for row, (prompt, text) in enumerate(zip(options.prompt, texts, strict=True)):
+        if options.json:
+            print(
+                json.dumps(
+                    {
+                        "prompt": prompt,
+                        "text": text,
+                        "new_tokens": counts[row],
+                        "finish_reason": ends[row],
+                    },
+                    ensure_ascii=False,
+                )
+            )
+        elif not live:
+            print(tokenizer.decode(prompts[row]) + text)
+    print(f"{sum(counts)} tokens in {seconds:.2f} s, compilation included", file=sys.stderr)
+
+
+def _chat(options: argparse.Namespace) -> None:
+    choices = _choices(options)
+    template, special_tokens = find_chat_template(_directory(options.model))
+    tokenizer, model = _load(options)
+    messages = [{"role": "system", "content": options.system}] if options.system else []
+    for line in _lines():
+        messages.append({"role": "user", "content": line})
+        text = render_chat(template, messages, special_tokens=special_tokens)
+        prompt = _encode(tokenizer, text, "conversation", add_special_tokens=False)
+        stream, answer = TextStream(tokenizer, prompt, options.stop), ""
+        for tokens in _tokens(model, [prompt], options, choices):
+            token = int(tokens[0])
+            if token in choices["eos_token_id"](model):
+                break
+            part = stream.push(token)
+            answer += part
+            _print(part)
+            if stream.stopped:
+                break
+        rest = stream.finish()
+        _print(rest + "\n")
+        messages.append({"role": "assistant", "content": answer + rest})
+
+
+def _lines() -> Iterator[str]:
+    """What the user says, until the input ends."""
+    asks = sys.stdin.isatty()
+    while True:
+        if asks:
+            _print("> ")
+        line = sys.stdin.readline()
+        if not line:
+            return
+        if line.strip():
+            yield line.rstrip("\n")
+
+
+def _choices(options: argparse.Namespace) -> dict[str, Any]:
+    """The sampling flags as `generate` takes them; `eos_token_id` becomes a function of the model."""
+    temperature, sample = options.temperature, options.do_sample
+    if temperature is not None and not 0 <= temperature < math.inf:
+        raise ValueError(f"--temperature: found {temperature}, expected a number of at least 0")
+    if temperature == 0:
+        temperature, sample = None, False
+    asked = (temperature, options.top_k, options.top_p, options.min_p)
+    if sample is None and any(value is not None for value in asked):
+        sample = True
+
+    def ends(model: LlamaForCausalLM) -> tuple[int, ...]:
+        return (*model.generation_config.eos_token_ids, *(options.stop_id or ()))
+
+    return {
+        "do_sample": sample,
+        "temperature": temperature,
+        "top_k": options.top_k,
+        "top_p": options.top_p,
+        "min_p": options.min_p,
+        "repetition_penalty": options.repetition_penalty,
+        "eos_token_id": ends,
+    }
+
+
+def _tokens(
+    model: LlamaForCausalLM,
+    prompts: list[list[int]],
+    options: argparse.Namespace,
+    choices: dict[str, Any],
+) -> Iterator[np.ndarray]:
+    """The new tokens of all prompts, [batch] at a time; shorter prompts are padded on the left."""
+    width = max(map(len, prompts))
+    ids = np.asarray([[0] * (width - len(prompt)) + prompt for prompt in prompts], np.int32)
+    mask = np.asarray([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts])
+    return model.stream(
+        ids,
+        mask,
+        max_new_tokens=options.max_new_tokens,
+        key=jax.random.key(options.seed),
+        cache_capacity=options.cache_size,
+        cache_dtype=options.cache_dtype,
+        **choices | {"eos_token_id": choices["eos_token_id"](model)},
+    )
+
+
+def _load(options: argparse.Namespace) -> tuple[Any, LlamaForCausalLM]:
+    directory = _directory(options.model)
+    # the tokenizer first: it is read in no time, and what is wrong with it is then said at once
+    return load_tokenizer(directory), load_model(directory, options.dtype)
+
+
+def _directory(model: str) -> Path:
+    directory = Path(model)
+    if not (directory / "config.json").is_file():
+        load_model(directory)  # says what is there instead
+    return directory
+
+
+def _encode(tokenizer: Any, text: str, name: str, add_special_tokens: bool = True) -> list[int]:
+    try:
+        ids = tokenizer.encode(text.encode().decode(), add_special_tokens=add_special_tokens).ids
+    except UnicodeError:
+        raise ValueError(f"{name}: found bytes that are not UTF-8, expected text") from None
+    if not ids:
+        raise ValueError(f"{name}: found no tokens, expected at least one")
+    return ids
+
+
+def _print(text: str) -> None:
+    print(text, end="", flush=True)
