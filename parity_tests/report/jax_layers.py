@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from flax import nnx
 
-from llama_jax import LlamaConfig, hf, layers, masks, model, tasks
+from llama_jax import LlamaConfig, causal_lm, hf, layers, masks, model
 from llama_jax.masks import AttentionMask
 from parity_tests.report.program import LAYER_STEPS, Program, Steps, as_torch
 from parity_tests.report.streamed import EMBEDDING, NORM, Checkpoint, read, read_layer
@@ -78,11 +78,11 @@ def program(checkpoint: Checkpoint, dtype: Any, length: int) -> Program:
         )
 
     def loss_of(hidden: jax.Array, ids: np.ndarray) -> float:
-        labels = tasks.shift_labels(jnp.asarray(ids, jnp.int32))
-        return float(tasks.causal_lm_loss(hidden, weight(checkpoint.head), labels, None))
+        labels = causal_lm.shift_labels(jnp.asarray(ids, jnp.int32))
+        return float(causal_lm.causal_lm_loss(hidden, weight(checkpoint.head), labels, None))
 
     def head_vjp(x: jax.Array, ids: np.ndarray) -> tuple[jax.Array, Steps]:
-        labels = tasks.shift_labels(jnp.asarray(ids, jnp.int32))
+        labels = causal_lm.shift_labels(jnp.asarray(ids, jnp.int32))
         names = NORM, checkpoint.head
         of_x, *rest = _head_vjp(x, *map(weight, names), labels, config.rms_norm_eps)
         return of_x, dict(zip(names, map(_as_torch, rest), strict=True))
@@ -175,7 +175,7 @@ def _layer_vjp(layer: Any, x: jax.Array, cos: jax.Array, sin: jax.Array, cotange
 @partial(jax.jit, static_argnums=4)
 def _head_vjp(x: jax.Array, norm: jax.Array, head: jax.Array, labels: Any, eps: float) -> Any:
     def loss(x: jax.Array, norm: jax.Array, head: jax.Array) -> jax.Array:
-        return tasks.causal_lm_loss(layers.rms_norm(x, norm, eps), head, labels, None)
+        return causal_lm.causal_lm_loss(layers.rms_norm(x, norm, eps), head, labels, None)
 
     return jax.grad(loss, argnums=(0, 1, 2))(x, norm, head)
 
