@@ -241,7 +241,9 @@ def _create(params: Path, leaf: str, members: list[TensorSpec], *, stacked: bool
         "order": "C",
     }
     spec = {"driver": "zarr", "kvstore": _files(params / leaf), "metadata": metadata}
-    return ts.open(spec, create=True, delete_existing=True).result()
+    # conversion.run sees everything to the disk at the end
+    context = ts.Context({"file_io_sync": False})
+    return ts.open(spec, create=True, delete_existing=True, context=context).result()
 
 
 def _chunk(store: ts.TensorStore) -> tuple[int, ...]:
