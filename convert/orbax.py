@@ -30,7 +30,7 @@ from convert.checkpoint import (
     plain_bytes,
 )
 from convert.companions import read_companions, require_inside, write_companions
-from convert.huggingface import write_config
+from convert.huggingface import stored_facts, write_config
 from llama_jax.arguments import first_line
 from llama_jax.causal_lm import LlamaForCausalLM
 from llama_jax.config import LlamaConfig, read_json_object
@@ -136,16 +136,8 @@ def read(path: Path, *, tokenizer: bool = True) -> Checkpoint:
         load=load,
         dtype=common_dtype(specs),
         files=read_companions(companions, tokenizer=tokenizer),
-        facts={
-            "stored": {
-                dtype: {
-                    "tensors": sum(each.dtype == dtype for each in stored.values()),
-                    "bytes": sum(each.nbytes for each in stored.values() if each.dtype == dtype),
-                }
-                for dtype in sorted({each.dtype for each in stored.values()})
-            },
-            "file_bytes": sum(f.stat().st_size for f in params.rglob("*") if f.is_file()),
-        },
+        facts=stored_facts(list(stored.values()))
+        | {"file_bytes": sum(f.stat().st_size for f in params.rglob("*") if f.is_file())},
     )
 
 
