@@ -53,14 +53,11 @@ def read_companions(directory: Path, *, tokenizer: bool) -> dict[str, bytes]:
 
 
 def write_companions(directory: Path, files: Mapping[str, bytes]) -> None:
-    """Write them, and see them to the disk."""
+    """Write them."""
     for name, content in files.items():
         path = directory / name
         path.parent.mkdir(exist_ok=True)
-        with path.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
+        path.write_bytes(content)
 
 
 def tokenizer_facts(files: Mapping[str, bytes]) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from convert.formats import FORMATS
 from convert.proof import read_back
 from convert.verify_logits import Comparison, compare_logits, require_means
 from llama_jax.safetensors_write import TensorSpec
-from llama_jax.staging import move, staging_in
+from llama_jax.staging import move, staging_in, to_disk
 
 DEFAULT_SHARD = huggingface.DEFAULT_SHARD
 _SPARE = 1_000_000  # bytes of disk beyond the tensors and the files beside: headers, the index
@@ -180,6 +180,7 @@ def run(plan: Plan, progress: Callable[[int], None] | None = None) -> Report:
             "logits": None if comparison is None else comparison._asdict(),
         }
         record.write(record.place(place), facts, records)
+        to_disk(staging)  # which the system has been writing to while tensors were compared
         if place.is_file():
             os.replace(record.place(place), record.place(plan.destination))
         move(place, plan.destination)

@@ -7,7 +7,6 @@ whose rows do not divide into blocks of Q8_0 is F16.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -126,8 +125,6 @@ def write(
                 data = quantised(rows) if _type(spec, dtype).name == "Q8_0" else rows
                 progress(file.write(np.ascontiguousarray(data).reshape(-1).view(np.uint8).data))
             _align(file)
-        file.flush()
-        os.fsync(file.fileno())
 
 
 def _dtype(spec: TensorSpec, dtype: str | None) -> np.dtype[Any]:

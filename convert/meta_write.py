@@ -10,7 +10,6 @@ from __future__ import annotations
 import io
 import json
 import math
-import os
 import pickle
 import struct
 import zipfile
@@ -51,11 +50,8 @@ def write(checkpoint: Checkpoint, directory: Path, progress: Callable[[int], Non
     """
     directory.mkdir()
     config = LlamaConfig.from_dict(checkpoint.config)
-    with (directory / FILE).open("w+b") as file:
-        with zipfile.ZipFile(file, "w") as archive:
-            _write_all(archive, checkpoint, config, progress)
-        file.flush()
-        os.fsync(file.fileno())
+    with (directory / FILE).open("w+b") as file, zipfile.ZipFile(file, "w") as archive:
+        _write_all(archive, checkpoint, config, progress)
     write_text(directory / "params.json", json.dumps(params_of(config), indent=2) + "\n")
     write_config(checkpoint, directory)
     model = metas_file(checkpoint.files)

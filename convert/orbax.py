@@ -8,11 +8,9 @@ TensorStore, which is what Orbax itself stores arrays with, the values: a layer 
 
 from __future__ import annotations
 
-import logging
 import math
 import re
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -32,12 +30,13 @@ from convert.checkpoint import (
     plain_bytes,
 )
 from convert.companions import read_companions, require_inside, write_companions
-from convert.huggingface import write_config
+from convert.huggingface import stored_facts, write_config
 from llama_jax.arguments import first_line
 from llama_jax.causal_lm import LlamaForCausalLM
 from llama_jax.config import LlamaConfig, read_json_object
 from llama_jax.fingerprint import fingerprint
 from llama_jax.hf import Weights, fit, report, widest
+from llama_jax.orbax_directory import PARAMS, is_orbax, locate, quiet_orbax
 from llama_jax.safetensors_read import FLOAT_DTYPES, StoredTensor
 from llama_jax.safetensors_write import DTYPE_NAMES as STORED_NAMES
 from llama_jax.safetensors_write import TensorSpec
@@ -47,16 +46,12 @@ DTYPE_NAMES = tuple(DTYPES)
 rule = casts
 stored_bytes = plain_bytes
 losses = no_losses
-PARAMS = "params"
-_CHECKPOINTS = "checkpoints"
 _CHUNK_BYTES = 2**26  # of tensors that are not stacked
 _LAYER = re.compile(r"(.*\blayers)\.(\d+)\.(.+)")
 _METADATA_KEY = re.compile(r"(.+)/(\.zarray|zarr\.json)")
 
 
-def recognises(path: Path) -> bool:
-    """Whether it looks like one: converted weights, a run, or one step of a run."""
-    return (path / PARAMS).is_dir() or (path / _CHECKPOINTS).is_dir()
+recognises = is_orbax
 
 
 def read(path: Path, *, tokenizer: bool = True) -> Checkpoint:
@@ -65,7 +60,7 @@ def read(path: Path, *, tokenizer: bool = True) -> Checkpoint:
     Raises ValueError for a directory without a finished checkpoint, arrays that are missing, damaged,
     unexpected or misshapen, and another architecture.
     """
-    home, params = _locate(path)
+    home, params = locate(path)
     require_inside(home, "config.json")
     config = LlamaConfig.from_pretrained(home)
     stores = _open(params)
@@ -141,16 +136,8 @@ def read(path: Path, *, tokenizer: bool = True) -> Checkpoint:
         load=load,
         dtype=common_dtype(specs),
         files=read_companions(companions, tokenizer=tokenizer),
-        facts={
-            "stored": {
-                dtype: {
-                    "tensors": sum(each.dtype == dtype for each in stored.values()),
-                    "bytes": sum(each.nbytes for each in stored.values() if each.dtype == dtype),
-                }
-                for dtype in sorted({each.dtype for each in stored.values()})
-            },
-            "file_bytes": sum(f.stat().st_size for f in params.rglob("*") if f.is_file()),
-        },
+        facts=stored_facts(list(stored.values()))
+        | {"file_bytes": sum(f.stat().st_size for f in params.rglob("*") if f.is_file())},
     )
 
 
@@ -194,7 +181,7 @@ def write(checkpoint: Checkpoint, directory: Path, progress: Callable[[int], Non
             node = node.setdefault(parent, {})
         node[last] = np.zeros(1)  # a stand-in: its array is made anew below
     handler = ocp.PyTreeCheckpointHandler(use_ocdbt=False, use_compression=False)
-    with _quiet(), ocp.Checkpointer(handler) as checkpointer:
+    with quiet_orbax(), ocp.Checkpointer(handler) as checkpointer:
         checkpointer.save(params.absolute(), args=ocp.args.PyTreeSave(tree))
     stores = {
         leaf: _create(params, leaf, members, stacked=_place(members[0].name)[1] is not None)
@@ -218,18 +205,6 @@ def write(checkpoint: Checkpoint, directory: Path, progress: Callable[[int], Non
         written.pop().result()
     write_config(checkpoint, directory)
     write_companions(directory, checkpoint.files)
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Without Orbax's warning that a checkpoint of one process has nothing to merge."""
-    logger = logging.getLogger("absl")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)
 
 
 def _place(name: str) -> tuple[str, int | None]:
@@ -258,23 +233,9 @@ def _create(params: Path, leaf: str, members: list[TensorSpec], *, stacked: bool
         "order": "C",
     }
     spec = {"driver": "zarr", "kvstore": _files(params / leaf), "metadata": metadata}
-    return ts.open(spec, create=True, delete_existing=True).result()
-
-
-def _locate(path: Path) -> tuple[Path, Path]:
-    """The directory of config.json, and the Orbax checkpoint of the parameters."""
-    if path.parent.name == _CHECKPOINTS and path.name.isdigit():
-        return path.parent.parent, path / PARAMS
-    if (path / _CHECKPOINTS).is_dir():
-        steps = sorted(
-            int(step.name)
-            for step in (path / _CHECKPOINTS).iterdir()
-            if step.name.isdigit() and (step / PARAMS).is_dir()
-        )
-        if not steps:
-            raise ValueError(f"{path / _CHECKPOINTS}: found no checkpoint, expected one")
-        return path, path / _CHECKPOINTS / str(steps[-1]) / PARAMS
-    return path, path / PARAMS
+    # conversion.run sees everything to the disk at the end
+    context = ts.Context({"file_io_sync": False})
+    return ts.open(spec, create=True, delete_existing=True, context=context).result()
 
 
 def _chunk(store: ts.TensorStore) -> tuple[int, ...]:

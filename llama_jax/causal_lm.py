@@ -238,9 +238,7 @@ class LlamaForCausalLM(PretrainedModel):
     ) -> Self:
         """As `PretrainedModel.from_pretrained`, with the directory's generation_config.json."""
         model = super().from_pretrained(directory, dtype, rngs=rngs, **config_changes)
-        path = Path(directory) / GENERATION_FILE
-        fields = read_json_object(path) if path.exists() else {}
-        model.generation_config = GenerationConfig.from_dict(fields, model.config)
+        model.generation_config = read_generation_config(Path(directory), model.config)
         return model
 
     def save_pretrained(self, directory: str | Path, *, max_shard_size: int | str = "5GB") -> None:
@@ -248,6 +246,12 @@ class LlamaForCausalLM(PretrainedModel):
         fields = self.generation_config.fields
         files = {GENERATION_FILE: fields} if fields else {}
         hf.save(self, self.config, directory, max_shard_size=max_shard_size, json_files=files)
+
+
+def read_generation_config(directory: Path, config: LlamaConfig) -> GenerationConfig:
+    """What the directory's generation_config.json says, or the model's config where there is none."""
+    path = directory / GENERATION_FILE
+    return GenerationConfig.from_dict(read_json_object(path) if path.exists() else {}, config)
 
 
 def _as_arrays(ids: Any, mask: Any) -> tuple[Array, Array | None]:

@@ -96,7 +96,9 @@ def from_hf_tensors(
         raise ValueError(report(f"{len(faults)} faults", faults))
     buffers = _allocate(abstract)
     for name, slot in table.items():
-        _place(buffers, slot)[...] = np.asarray(tensors[name]).astype(buffers[slot.path].dtype)
+        _place(buffers, slot)[...] = np.asarray(tensors[name]).astype(
+            buffers[slot.path].dtype, copy=False
+        )
     return _merge(abstract, buffers)
 
 

@@ -51,7 +51,15 @@ def rms_norm(
     """
     wide = x.astype(working_dtype(x.dtype))
     normed = wide * jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + eps)
-    return weight * normed.astype(x.dtype)
+    return _for_every_token(weight, x) * normed.astype(x.dtype)
+
+
+def _for_every_token(
+    parameter: Float[Array, " last"], x: Float[Array, "*batch last"]
+) -> Float[Array, "*batch last"]:
+    """Broadcast so that the gradient is summed in float32, not in the dtype of x."""
+    wide = jnp.broadcast_to(parameter.astype(working_dtype(x.dtype)), x.shape)
+    return wide.astype(x.dtype)
 
 
 def linear(
@@ -93,7 +101,7 @@ def sliced_linear(
     for start in starts[1:]:
         part = slice(start, start + size)
         total = total + linear(x[..., part], weight[:, part], None)
-    return total if bias is None else total + bias
+    return total if bias is None else total + _for_every_token(bias, total)
 
 
 class RMSNorm(nnx.Module):

@@ -4,10 +4,11 @@ from pathlib import Path
 from typing import Any
 
 from llama_jax.causal_lm import LlamaForCausalLM
+from llama_jax.orbax_directory import is_orbax, load_orbax, locate
 
 
 def load_model(directory: str | Path, dtype: Any = None) -> LlamaForCausalLM:
-    """The model of a Hugging Face directory, in `dtype` or as stored.
+    """The model of a Hugging Face or an Orbax directory, in `dtype` or as stored.
 
     Raises:
         ValueError: something else; where `python -m convert` reads it, the line that converts it.
@@ -26,4 +27,13 @@ def load_model(directory: str | Path, dtype: Any = None) -> LlamaForCausalLM:
             f"{directory}: found a Meta checkpoint, expected a Hugging Face directory: "
             f"python -m convert {directory} DIR"
         )
+    if is_orbax(directory):
+        return load_orbax(directory, dtype)
     return LlamaForCausalLM.from_pretrained(directory, dtype=dtype)
+
+
+def tokenizer_directory(directory: str | Path) -> Path:
+    """Where a directory has its tokenizer and templates: a run of `python -m train` in one of its own."""
+    directory = Path(directory)
+    home = locate(directory)[0] if is_orbax(directory) else directory
+    return home / "tokenizer" if (home / "tokenizer").is_dir() else home

@@ -114,6 +114,7 @@ def write_safetensors(
     *,
     max_shard_size: int = 5_000_000_000,
     progress: Callable[[int], None] | None = None,
+    fsync: bool = True,
 ) -> list[Path]:
     """Write `specs` into `directory`, asking `load(name)` for each tensor's values when it is due.
 
@@ -123,7 +124,8 @@ def write_safetensors(
 
     Every file is written beside its final name, fsynced, and renamed only when all are complete, so
     a failure leaves `directory` as it was; files of an earlier, differently sharded save are removed
-    afterwards, because a reader would mix the two. Returns the paths written, the index last.
+    afterwards, because a reader would mix the two. Returns the paths written, the index last. Without
+    `fsync`, the caller sees them to the disk, after other work.
 
     Raises ValueError for a tensor whose values have another dtype or shape than its spec, and for
     what `plan_shards` refuses.
@@ -138,7 +140,8 @@ def write_safetensors(
                 file.write(_header(members))
                 for spec in members:
                     _write_tensor(file, spec, load(spec.name), progress)
-                _to_disk(file)
+                if fsync:
+                    _to_disk(file)
         if len(shards) > 1:
             index = {
                 "metadata": {"total_size": sum(spec.nbytes for spec in specs)},
@@ -149,7 +152,8 @@ def write_safetensors(
             )
             with path.open("wb") as file:
                 file.write((json.dumps(index, indent=2) + "\n").encode())
-                _to_disk(file)
+                if fsync:
+                    _to_disk(file)
         for final, path in temporary.items():
             os.replace(path, final)
     except BaseException:

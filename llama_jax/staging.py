@@ -77,6 +77,16 @@ def move(staged: Path, final: Path) -> None:
     staged.rename(final)
 
 
+def to_disk(path: Path) -> None:
+    """Wait until a file, or every file and directory below one, is on the disk."""
+    for each in (*path.rglob("*"), path) if path.is_dir() else (path,):
+        descriptor = os.open(each, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
 def write_text(path: Path, text: str) -> None:
     """Write UTF-8 as it is, and see it to the disk."""
     path.parent.mkdir(exist_ok=True)

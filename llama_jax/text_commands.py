@@ -16,7 +16,7 @@ from llama_jax.arguments import positive
 from llama_jax.causal_lm import LlamaForCausalLM
 from llama_jax.chat_template import find_chat_template, render_chat
 from llama_jax.detokenize import TextStream
-from llama_jax.load import load_model
+from llama_jax.load import load_model, tokenizer_directory
 from llama_jax.tokenizer import load_tokenizer
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -117,7 +117,7 @@ def _generate(options: argparse.Namespace) -> None:
 
 def _chat(options: argparse.Namespace) -> None:
     choices = _choices(options)
-    template, special_tokens = find_chat_template(_directory(options.model))
+    template, special_tokens = find_chat_template(tokenizer_directory(_directory(options.model)))
     tokenizer, model = _load(options)
     messages = [{"role": "system", "content": options.system}] if options.system else []
     for line in _lines():
@@ -201,7 +201,7 @@ def _tokens(
 def _load(options: argparse.Namespace) -> tuple[Any, LlamaForCausalLM]:
     directory = _directory(options.model)
     # the tokenizer first: it is read in no time, and what is wrong with it is then said at once
-    return load_tokenizer(directory), load_model(directory, options.dtype)
+    return load_tokenizer(tokenizer_directory(directory)), load_model(directory, options.dtype)
 
 
 def _directory(model: str) -> Path:

@@ -24,6 +24,7 @@ from convert import demo_checkpoint
 from llama_jax import LlamaForCausalLM
 from llama_jax.config import read_json_object
 from llama_jax.tokenizer import load_tokenizer
+from parity_tests.__main__ import main as command
 from parity_tests.oracle import oracle
 
 CONTEXT = 512  # tokens of real text on which logits are compared
@@ -63,6 +64,10 @@ def main() -> int:
     step(f"4. {NEW_TOKENS} greedy tokens from both")
     for prompt in PROMPTS:
         same = continue_both(ours, theirs, tokenizer, prompt) and same
+
+    step("5. the parity report: every module and gradient")
+    page = directory.parent / "parity.html"
+    same = command(["report", str(directory), "--backward", "--html", str(page)]) == 0 and same
 
     verdict = "the same function" if same else "NOT the same function"
     console.print(f"\nllama_jax and PyTorch are {verdict} on this checkpoint.")

@@ -50,7 +50,9 @@ def torch_numbers(out: Any, parameters: Mapping[str, torch.Tensor]) -> Numbers:
         results["loss"] = scalar = out.loss
     grads = torch.autograd.grad(scalar, list(parameters.values()), materialize_grads=True)
     results |= {f"grad {name}": g for name, g in zip(parameters, grads, strict=True)}
-    return {name: value.detach().numpy() for name, value in results.items()}
+    # numpy has no bfloat16, and float32 has all of its values
+    wide = {name: v.float() if v.dtype == torch.bfloat16 else v for name, v in results.items()}
+    return {name: value.detach().numpy() for name, value in wide.items()}
 
 
 def oracle_numbers(

@@ -1,8 +1,8 @@
-"""The whole model: P1 (the algorithm, in float64) and P2 (the rounding, in float32).
+"""The whole model: P1 (the algorithm, in float64), P2 and P3 (the rounding, in float32 and bfloat16).
 
 P1: ours in float64 equals the oracle to 1e-11, which is far above float64's rounding (1e-14 here) and
 far below any difference of meaning. P2: ours in float32 is as near to the oracle as Hugging Face's
-model in float32 is.
+model in float32 is. P3: the same in bfloat16, from weights that are bfloat16 numbers.
 """
 
 from collections import defaultdict
@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import torch
 from hypothesis import strategies as st
 
 from parity_tests.cases import BASE, BY_NAME, MATRIX, Case, Inputs, hf_model, inputs_of, weights_of
@@ -97,7 +98,7 @@ def test_nothing_is_computed_that_was_not_asked_for() -> None:
     assert out.cache is None
 
 
-# P2 ----------------------------------------------------------------------------------------------
+# P2, P3 ----------------------------------------------------------------------------------------------
 
 # One of each kind of rounding: rotations, softmax over masks, the loss; `everything` has all biases.
 ROUNDING = [
@@ -117,13 +118,20 @@ ROUNDING = [
 WEIGHT_SEEDS = 8
 
 
-def pooled_errors(case: Case, input_seeds: int) -> dict[str, tuple[float, float]]:
-    """rms error of ours and of Hugging Face's in float32 for each number, pooled over all seeds."""
+def pooled_errors(
+    case: Case, input_seeds: int, dtype: torch.dtype = torch.float32
+) -> dict[str, tuple[float, float]]:
+    """rms error of ours and of Hugging Face's in `dtype` for each number, pooled over all seeds."""
     ours, theirs, truth = defaultdict(list), defaultdict(list), defaultdict(list)
-    run = compiled(our_inputs(inputs_of(case.inputs, case.config), jnp.float32)[1])
+    jax_dtype = {torch.float32: jnp.float32, torch.bfloat16: jnp.bfloat16}[dtype]
+    run = compiled(our_inputs(inputs_of(case.inputs, case.config), jax_dtype)[1])
     for seed in range(WEIGHT_SEEDS):
-        weights = weights_of(case.config, seed)
-        model, hf = our_model(case.config, weights, jnp.float32), hf_model(case.config, weights)
+        weights = {
+            name: weight.to(dtype).float() for name, weight in weights_of(case.config, seed).items()
+        }
+        model, hf = our_model(case.config, weights, jax_dtype), hf_model(case.config, weights)
+        for parameter in hf.parameters():  # and not the rotary frequencies, which stay float32
+            parameter.data = parameter.data.to(dtype)
         for draw in range(seed * input_seeds, (seed + 1) * input_seeds):
             inputs = inputs_of(case.inputs, case.config, draw)
             for pool, numbers in (
@@ -142,8 +150,22 @@ def pooled_errors(case: Case, input_seeds: int) -> dict[str, tuple[float, float]
 @pytest.mark.parametrize("input_seeds", [10, pytest.param(40, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", ROUNDING)
 def test_p2_float32_is_as_exact_as_hugging_face(name: str, input_seeds: int) -> None:
-    errors = pooled_errors(BY_NAME[name], input_seeds)
-    print(f"\n{name}: rms error against float64, ours and Hugging Face's, both float32")
+    require_as_exact(name, pooled_errors(BY_NAME[name], input_seeds))
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(n, marks=[] if n in ("everything", "gqa_3_to_1") else pytest.mark.slow)
+        for n in ROUNDING
+    ],
+)
+def test_p3_bfloat16_is_as_exact_as_hugging_face(name: str) -> None:
+    require_as_exact(name, pooled_errors(BY_NAME[name], 10, torch.bfloat16))
+
+
+def require_as_exact(name: str, errors: dict[str, tuple[float, float]]) -> None:
+    print(f"\n{name}: rms error against float64, ours and Hugging Face's")
     for number, (ours, theirs) in errors.items():
         print(f"  {number:56s} {ours:.3e} {theirs:.3e}  x {ours / theirs:.2f}")
     for number, (ours, theirs) in errors.items():

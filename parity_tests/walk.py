@@ -19,6 +19,8 @@ from parity_tests import oracle
 from parity_tests.cases import torch_inputs
 from parity_tests.measure import relative_error
 from parity_tests.programs import FAST_COMPILE, our_inputs, our_model
+from parity_tests.report import jax_layers, oracle_layers
+from parity_tests.report.program import LAYER_STEPS
 
 Steps = dict[str, Any]
 
@@ -28,7 +30,7 @@ def oracle_steps(
 ) -> Steps:
     """Every intermediate of the oracle in float64, in forward order."""
     weights = {name: w.double() for name, w in weights.items()}
-    given, eps, dim = torch_inputs(inputs), config["rms_norm_eps"], oracle.head_dim(config)
+    given = torch_inputs(inputs)
     embedding = weights["model.embed_tokens.weight"]
     x = embedding[given["input_ids"]] if "input_ids" in given else given["inputs_embeds"].double()
     batch, length, _ = x.shape
@@ -39,37 +41,15 @@ def oracle_steps(
     cos, sin = oracle.cos_sin(config, positions)
     steps: Steps = {"embed_tokens": x, "mask": visible, "rotary.cos": cos, "rotary.sin": sin}
 
-    def linear(name: str, x: Tensor, slices: int = 1) -> Tensor:
-        steps[name] = oracle.linear(weights, f"model.{name}", x, slices)
-        return steps[name]
-
-    def norm(name: str, x: Tensor) -> Tensor:
-        steps[name] = oracle.rms_norm(x, weights[f"model.{name}.weight"], eps)
-        return steps[name]
-
-    def heads(x: Tensor) -> Tensor:
-        return x.view(batch, length, -1, dim).transpose(1, 2)
-
-    slices = config.get("pretraining_tp") or 1
     for layer in range(config["num_hidden_layers"]):
         name = f"layers.{layer}"
-        steps[f"{name}.input"] = x
-        normed = norm(f"{name}.input_layernorm", x)
-        q, k, v = (heads(linear(f"{name}.self_attn.{p}_proj", normed)) for p in "qkv")
-        q = steps[f"{name}.self_attn.rotate.q"] = oracle.rotate(q, cos, sin)
-        k = steps[f"{name}.self_attn.rotate.k"] = oracle.rotate(k, cos, sin)
-        mixed, _ = oracle.attention(q, k, v, visible)
-        mixed = mixed.transpose(1, 2).reshape(batch, length, -1)
-        steps[f"{name}.self_attn.attention"] = mixed
-        x = x + linear(f"{name}.self_attn.o_proj", mixed, slices)
-        steps[f"{name}.middle"] = x
-        normed = norm(f"{name}.post_attention_layernorm", x)
-        gate = linear(f"{name}.mlp.gate_proj", normed)
-        up = linear(f"{name}.mlp.up_proj", normed)
-        hidden = steps[f"{name}.mlp.act"] = oracle.ACTIVATIONS[config["hidden_act"]](gate) * up
-        x = x + linear(f"{name}.mlp.down_proj", hidden, slices)
-        steps[name] = x
-    x = norm("norm", x)
+        prefix = f"model.{name}."
+        of_layer = {n.removeprefix(prefix): w for n, w in weights.items() if n.startswith(prefix)}
+        made = oracle_layers.layer_steps(config, of_layer, x, cos, sin, visible)
+        steps[f"{name}.input"], steps[f"{name}.middle"] = x, x + made["self_attn.o_proj"]
+        steps |= {_named(name, step): value for step, value in made.items()}
+        x = made[""]
+    x = steps["norm"] = oracle.rms_norm(x, weights["model.norm.weight"], config["rms_norm_eps"])
     logits = steps["lm_head"] = x @ weights.get("lm_head.weight", embedding).T
     if "labels" in given:
         steps["loss"] = oracle.causal_lm_loss(
@@ -84,7 +64,7 @@ def our_steps(ours: LlamaForCausalLM, inputs: Mapping[str, Any], steps: Steps) -
     given, ints = our_inputs(inputs, ours.dtype)
     want = {name: jnp.asarray(value.numpy()) for name, value in steps.items()}
     batch, length, _ = want["embed_tokens"].shape
-    split, half = (batch, length, -1, config.head_size), config.head_size // 2
+    half = config.head_size // 2
     got: Steps = {}
     got["embed_tokens"] = (
         decoder.embed_tokens(given["input_ids"]) if "input_ids" in given else given["inputs_embeds"]
@@ -107,32 +87,9 @@ def our_steps(ours: LlamaForCausalLM, inputs: Mapping[str, Any], steps: Steps) -
     for layer in range(config.num_hidden_layers):
         name = f"layers.{layer}"
         block = jax.tree.map(lambda stacked, layer=layer: stacked[layer], decoder.layers)
-        attn, mlp = block.self_attn, block.mlp
-        normed = want[f"{name}.input_layernorm"]
-        got[f"{name}.input_layernorm"] = block.input_layernorm(want[f"{name}.input"])
-        for p in "qkv":
-            got[f"{name}.self_attn.{p}_proj"] = getattr(attn, f"{p}_proj")(normed)
-        for p in "qk":
-            projected = want[f"{name}.self_attn.{p}_proj"].reshape(split)
-            turned = layers.rotate(projected, cos, sin)
-            got[f"{name}.self_attn.rotate.{p}"] = turned.swapaxes(1, 2)
-        q, k = (want[f"{name}.self_attn.rotate.{p}"].swapaxes(1, 2) for p in "qk")
-        v = want[f"{name}.self_attn.v_proj"].reshape(split)
-        mixed, _ = layers.attention(q, k, v, mask)
-        got[f"{name}.self_attn.attention"] = mixed.reshape(batch, length, -1)
-        got[f"{name}.self_attn.o_proj"] = attn.o_proj(want[f"{name}.self_attn.attention"])
-        normed = want[f"{name}.post_attention_layernorm"]
-        got[f"{name}.post_attention_layernorm"] = block.post_attention_layernorm(
-            want[f"{name}.middle"]
-        )
-        got[f"{name}.mlp.gate_proj"] = mlp.gate_proj(normed)
-        got[f"{name}.mlp.up_proj"] = mlp.up_proj(normed)
-        act = layers.ACTIVATIONS[mlp.hidden_act]
-        got[f"{name}.mlp.act"] = act(want[f"{name}.mlp.gate_proj"]) * want[f"{name}.mlp.up_proj"]
-        got[f"{name}.mlp.down_proj"] = mlp.down_proj(want[f"{name}.mlp.act"])
-        got[name], *_ = block(
-            want[f"{name}.input"], cos, sin, mask, None, jnp.int32(0), jnp.int32(0), None
-        )
+        taken = {step: want[_named(name, step)] for step in (*LAYER_STEPS, "middle")}
+        made = jax_layers.layer_steps(block, want[f"{name}.input"], cos, sin, mask, taken)
+        got |= {_named(name, step): made[step] for step in LAYER_STEPS}
     got["norm"] = decoder.norm(want[name])
     head = decoder.embed_tokens if config.tie_word_embeddings else ours.lm_head
     got["lm_head"] = layers.linear(want["norm"], head.weight[...], None)
@@ -141,6 +98,11 @@ def our_steps(ours: LlamaForCausalLM, inputs: Mapping[str, Any], steps: Steps) -
         items = ints.get("num_items_in_batch")
         got["loss"] = causal_lm.causal_lm_loss(want["norm"], head.weight[...], labels, items)
     return got
+
+
+def _named(layer: str, step: str) -> str:
+    """The layer's own output has no name of a step."""
+    return f"{layer}.{step}" if step else layer
 
 
 def drifts(

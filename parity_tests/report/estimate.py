@@ -1,0 +1,69 @@
+"""What a report will cost: time and memory, before it begins."""
+
+import os
+import time
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from llama_jax import LlamaConfig
+
+
+class Estimate(NamedTuple):
+    seconds: float
+    bytes: int
+
+
+def estimate(config: LlamaConfig, length: int, backward_length: int, itemsize: int) -> Estimate:
+    """From the products of the three programs, the larger part of it all, at this machine's speed."""
+    forward = _flops(config, length)
+    backward = 4 * _flops(config, backward_length)  # forward, forward again, two products back
+    narrow, wide = _speed(torch.float32), _speed(torch.float64)
+    # norms, softmax, comparisons and compilation take about as long again
+    seconds = 10 + 2 * (forward + backward) * (2 / narrow + 1 / wide)
+    layer, ends = _parameters(config)
+    hidden, states = config.hidden_size, config.num_hidden_layers * 3 * backward_length
+    logits = 3 * length * config.vocab_size * itemsize
+    of_head = 40 * backward_length * config.vocab_size + 24 * ends if backward_length else 0
+    working = max(
+        layer * (2 * itemsize + 8) + 40 * length * config.intermediate_size,
+        3 * ends * itemsize + logits,
+        of_head,
+    )
+    return Estimate(seconds, 1_000_000_000 + working + 8 * states * hidden)
+
+
+def available_memory() -> int:
+    """Bytes of RAM."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def model_bytes(config: LlamaConfig, itemsize: int) -> int:
+    layer, ends = _parameters(config)
+    heads = 1 if config.tie_word_embeddings else 2
+    return (config.num_hidden_layers * layer + heads * ends) * itemsize
+
+
+def _parameters(config: LlamaConfig) -> tuple[int, int]:
+    """Of one layer's products, and of the embedding."""
+    heads = (config.num_attention_heads + config.kv_heads) * config.head_size
+    layer = 2 * config.hidden_size * heads + 3 * config.hidden_size * config.intermediate_size
+    return layer, config.vocab_size * config.hidden_size
+
+
+def _flops(config: LlamaConfig, length: int) -> float:
+    """Of one forward pass: products with weights, and half of the attention's square."""
+    layer, ends = _parameters(config)
+    square = length * config.num_attention_heads * config.head_size
+    return 2.0 * length * (config.num_hidden_layers * (layer + square) + ends)
+
+
+def _speed(dtype: torch.dtype) -> float:
+    """Products a second, measured in some milliseconds."""
+    a = torch.from_numpy(np.random.default_rng(0).normal(size=(512, 512))).to(dtype)
+    a @ a
+    begin = time.perf_counter()
+    for _ in range(4):
+        a @ a
+    return 4 * 2 * 512**3 / (time.perf_counter() - begin)

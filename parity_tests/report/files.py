@@ -1,0 +1,34 @@
+"""A report into files, each written beside its name and moved when complete."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+from llama_jax.staging import write_text
+from parity_tests.report.page import page
+from parity_tests.report.run import Report
+from parity_tests.report.tables import to_json
+
+
+def write_json(report: Report, path: Path) -> None:
+    """Numbers that are not finite are null: JSON has no other word for them."""
+    _write(path, json.dumps(_finite(to_json(report)), indent=1, allow_nan=False) + "\n")
+
+
+def write_html(report: Report, path: Path) -> None:
+    _write(path, page(report))
+
+
+def _write(path: Path, text: str) -> None:
+    staged = path.with_name(f".{path.name}.tmp")
+    write_text(staged, text)
+    staged.replace(path)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _finite(each) for name, each in value.items()}
+    if isinstance(value, list):
+        return [_finite(each) for each in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

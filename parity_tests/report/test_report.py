@@ -1,0 +1,223 @@
+"""`python -m parity_tests report` and `mutate`: verdicts, files, and one line for each mistake."""
+
+import json
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from convert import convert, demo_checkpoint
+from parity_tests.__main__ import main
+from parity_tests.mutations import MUTATIONS, mutate
+from parity_tests.report.mutate import caught_by, quiet_report, write_case
+
+Files = tuple[Path, Path]
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> Files:
+    """A small checkpoint without a tokenizer, and token ids for it."""
+    return write_case(tmp_path_factory.mktemp("report"))
+
+
+@pytest.fixture
+def copy(files: Files, tmp_path: Path) -> Path:
+    """The checkpoint once more, to be changed."""
+    return shutil.copytree(files[0], tmp_path / "copy")
+
+
+def edit_config(directory: Path, **changes: object) -> None:
+    path = directory / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def run(files: Files, *more: str | Path) -> int:
+    checkpoint, tokens = files
+    return main(["report", str(checkpoint), "--tokens", str(tokens), *map(str, more)])
+
+
+def error_line(capsys: pytest.CaptureFixture[str]) -> str:
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert line.startswith("error: ")
+    return line
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_the_tolerance_holds_and_the_files_say_so(files: Files, dtype: str, tmp_path: Path) -> None:
+    numbers, page = tmp_path / "report.json", tmp_path / "report.html"
+    assert run(files, "--dtype", dtype, "--backward", "--json", numbers, "--html", page) == 0
+    assert {path.name for path in tmp_path.iterdir()} == {"report.json", "report.html"}
+    found = json.loads(numbers.read_text())
+    assert found["holds"]
+    assert found["first_module_to_drift"] is None
+    assert [len(found[key]) for key in ("modules", "parameters")] == [4 + 2 * 14 + 3, 2 * 9 + 3]
+    assert found["greedy"]["asked"] > 0
+    if dtype == "fp32":
+        assert found["predictions"]["ours"]["top1_agreement"] == 1.0
+        assert found["greedy"]["same"] == found["greedy"]["asked"]
+    text = page.read_text()
+    assert text.count("data:image/png;base64,") == 5
+    assert not re.search(r'(src|href)="(?!data:)', text)
+    assert "url(" not in text
+
+
+def test_a_checkpoint_against_itself_and_against_another(
+    files: Files, copy: Path, tmp_path: Path
+) -> None:
+    numbers = tmp_path / "report.json"
+    assert run(files, "--against", copy, "--json", numbers) == 0
+    found = json.loads(numbers.read_text())
+    assert all(module["ours"] == module["theirs"] for module in found["modules"][:-1])
+    assert found["ours"] == str(copy)
+
+    weights = load_file(copy / "model.safetensors")
+    weights["model.layers.1.mlp.up_proj.weight"] *= 1.001
+    save_file(weights, copy / "model.safetensors", {"format": "pt"})
+    assert run(files, "--against", copy, "--json", numbers) == 1
+    found = json.loads(numbers.read_text())
+    assert found["first_module_to_drift"] == "layers.1.mlp.up_proj"
+
+
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(n, marks=[] if n == "mask_off_by_one" else pytest.mark.slow) for n in MUTATIONS],
+)
+def test_a_mutation_fails_the_report_which_names_the_module(files: Files, name: str) -> None:
+    with mutate(name):
+        caught = caught_by(quiet_report(*files))
+    assert caught.metrics
+    assert caught.named == MUTATIONS[name].begins_at
+
+
+def test_no_such_directory(files: Files, tmp_path: Path, capsys) -> None:
+    assert main(["report", str(tmp_path / "absent")]) == 2
+    assert "absent: no such directory, expected a Hugging Face checkpoint" in error_line(capsys)
+
+
+def test_another_architecture(files: Files, copy: Path, capsys) -> None:
+    edit_config(copy, model_type="gpt2", architectures=["GPT2LMHeadModel"])
+    assert run((copy, files[1])) == 2
+    assert "model_type: found 'gpt2', expected 'llama'" in error_line(capsys)
+
+
+def test_weights_of_something_else(files: Files, copy: Path, capsys) -> None:
+    save_file({"wte.weight": torch.zeros(3, 3)}, copy / "model.safetensors", {"format": "pt"})
+    edit_config(copy, num_hidden_layers=1)
+    assert run((copy, files[1])) == 2
+    line = error_line(capsys)
+    assert "model.embed_tokens.weight: missing" in line
+    assert "wte.weight: unexpected" in line
+
+
+def test_a_config_that_transformers_refuses(files: Files, copy: Path, capsys) -> None:
+    edit_config(copy, dtype="float17")
+    assert run((copy, files[1])) == 2
+    assert "transformers cannot load it" in error_line(capsys)
+
+
+def test_two_checkpoints_of_other_shapes(files: Files, copy: Path, capsys) -> None:
+    weights = load_file(copy / "model.safetensors")
+    for name in list(weights):
+        if name.endswith(("gate_proj.weight", "up_proj.weight")):
+            weights[name] = weights[name][:40].clone()
+        if name.endswith("down_proj.weight"):
+            weights[name] = weights[name][:, :40].clone()
+    save_file(weights, copy / "model.safetensors", {"format": "pt"})
+    edit_config(copy, intermediate_size=40)
+    assert run(files, "--against", copy) == 2
+    line = error_line(capsys)
+    assert "6 tensors differ in shape" in line
+    assert "model.layers.0.mlp.down_proj.weight: [32, 44] and [32, 40]" in line
+
+
+def test_no_tokenizer(files: Files, capsys) -> None:
+    assert main(["report", str(files[0])]) == 2
+    line = error_line(capsys)
+    assert "tokenizer.json: not found" in line
+    assert "give token ids with --tokens FILE" in line
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("", "found 0 tokens, expected at least 2"),
+        ("7", "found 1 tokens, expected at least 2"),
+        ("1 2 61", "found token 61, expected 0 to 60"),
+        ("1, -1", "found token -1, expected 0 to 60"),
+        ("some text", "expected token ids, a .npy array or integers"),
+    ],
+)
+def test_tokens_that_do_not_fit(files: Files, content, message, tmp_path: Path, capsys) -> None:
+    path = tmp_path / "tokens.txt"
+    path.write_text(content)
+    assert run((files[0], path)) == 2
+    assert message in error_line(capsys)
+
+
+def test_tokens_that_are_not_there(files: Files, tmp_path: Path, capsys) -> None:
+    assert run((files[0], tmp_path / "absent.txt")) == 2
+    assert "absent.txt: cannot be read (No such file or directory)" in error_line(capsys)
+    np.save(tmp_path / "floats.npy", np.ones(3))
+    assert run((files[0], tmp_path / "floats.npy")) == 2
+    assert "found float64, expected integers" in error_line(capsys)
+
+
+def test_a_file_that_cannot_be_written_is_known_before_the_work(
+    files: Files, tmp_path: Path, capsys
+):
+    assert run(files, "--html", tmp_path / "absent" / "report.html") == 2
+    assert "its directory is not there" in error_line(capsys)
+
+
+def test_torch_is_not_installed(files: Files, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    monkeypatch.setitem(__import__("sys").modules, "parity_tests.report.run", None)
+    monkeypatch.setitem(__import__("sys").modules, "torch", None)
+    monkeypatch.delitem(__import__("sys").modules, "parity_tests.report.files", raising=False)
+    monkeypatch.delitem(__import__("sys").modules, "parity_tests.report.run", raising=False)
+    assert run(files) == 2
+    assert (
+        "torch is not installed, expected the extra: pip install 'llama-jax[parity]'"
+        in error_line(capsys)
+    )
+
+
+def chromium() -> str | None:
+    return next(
+        filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
+    )
+
+
+@pytest.mark.checkpoint
+def test_the_page_of_the_real_checkpoint_in_a_browser(tmp_path: Path) -> None:
+    """Scripts would be needed to see a picture decode: the page is asked by one that is added to it."""
+    directory = tmp_path / "SmolLM2-135M-Instruct"
+    convert(demo_checkpoint.fetch(), directory)
+    torch.set_num_threads(2)
+    page = tmp_path / "report.html"
+    assert main(["report", str(directory), "--html", str(page)]) == 0
+    browser = chromium()
+    if browser is None:
+        pytest.skip("no chromium, chromium-browser or google-chrome on the PATH")
+    asked = tmp_path / "asked.html"
+    question = (
+        "<script>onload = () => { document.title = [...document.images].filter(i => i.complete && "
+        "i.naturalWidth > 500).length + ' pictures ' + document.querySelectorAll('tbody tr').length "
+        "+ ' rows' }</script></body>"
+    )
+    asked.write_text(page.read_text().replace("</body>", question))
+    seen = subprocess.run(
+        [browser, "--headless", "--no-sandbox", "--disable-gpu", "--dump-dom", asked.as_uri()],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=True,
+    ).stdout
+    found = re.search(r"<title>(\d+) pictures (\d+) rows</title>", seen)
+    assert found, seen[:500]
+    assert int(found[1]) == 4
+    assert int(found[2]) > 400

@@ -1,0 +1,60 @@
+"""Which token ids the report runs on."""
+
+from pathlib import Path
+
+import numpy as np
+
+from llama_jax.tokenizer import load_tokenizer
+from parity_tests.report.streamed import Checkpoint
+
+LENGTH = 2000  # tokens of the bundled text
+_TEXT = Path(__file__).resolve().parents[2] / "LICENSE"
+
+
+def bundled_tokens(checkpoint: Checkpoint) -> np.ndarray:
+    """The first tokens of a plain text, by the checkpoint's own tokenizer, int64 [1, T].
+
+    Raises:
+        ValueError: the checkpoint has no tokenizer that can be read.
+    """
+    try:
+        tokenizer = load_tokenizer(checkpoint.directory)
+    except ValueError as error:
+        raise ValueError(f"{error}; give token ids with --tokens FILE") from None
+    ids = tokenizer.encode(_TEXT.read_text()).ids[:LENGTH]
+    return _checked(np.asarray(ids), checkpoint, str(_TEXT))
+
+
+def read_tokens(path: Path, checkpoint: Checkpoint) -> np.ndarray:
+    """Token ids from a file, int64 [1, T]: a .npy array, or integers between blanks or commas.
+
+    More than the model's context are cut to it.
+
+    Raises:
+        ValueError: no such file, no ids in it, or ids outside the vocabulary.
+    """
+    try:
+        if path.suffix == ".npy":
+            ids = np.load(path, allow_pickle=False)
+        else:
+            words = path.read_text().replace(",", " ").split()
+            ids = np.asarray([int(word) for word in words], np.int64)
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be read ({error.strerror})") from None
+    except ValueError as error:
+        raise ValueError(
+            f"{path}: expected token ids, a .npy array or integers ({error})"
+        ) from None
+    if not np.issubdtype(ids.dtype, np.integer):
+        raise ValueError(f"{path}: found {ids.dtype}, expected integers")
+    return _checked(ids.reshape(-1), checkpoint, str(path))
+
+
+def _checked(ids: np.ndarray, checkpoint: Checkpoint, source: str) -> np.ndarray:
+    config = checkpoint.config
+    if len(ids) < 2:
+        raise ValueError(f"{source}: found {len(ids)} tokens, expected at least 2")
+    wrong = ids[(ids < 0) | (ids >= config.vocab_size)]
+    if wrong.size:
+        raise ValueError(f"{source}: found token {wrong[0]}, expected 0 to {config.vocab_size - 1}")
+    return ids[None, : config.max_position_embeddings].astype(np.int64)
