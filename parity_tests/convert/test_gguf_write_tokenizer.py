@@ -19,8 +19,9 @@ from transformers import AutoTokenizer
 
 from convert import convert, plan
 from convert.demo_checkpoint import cache_directory
-from convert.gguf_tokenizer import BYTE, CONTROL, PRE_TOKENIZERS, UNUSED, USER_DEFINED, Pre
+from convert.gguf_tokenizer import PRE_TOKENIZERS, Pre
 from convert.gguf_write_tokenizer import TRIALS, splitter_of
+from llama_jax.tokenizer_sentencepiece import BYTE, CONTROL, UNUSED, USER_DEFINED
 from parity_tests.convert.test_gguf_tokenizer import (
     CORPUS,
     byte_level_fields,
