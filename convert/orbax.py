@@ -103,7 +103,9 @@ def read(path: Path, *, tokenizer: bool = True) -> Checkpoint:
         leaf, layer = places[name]
         store = stores[leaf][0]
         try:
-            if layer is None:
+            if layer is not None and _is_plain(store):
+                values = _read_chunk(params / leaf, layer, stored[name].shape, store)
+            elif layer is None:
                 values = store.read().result()
             elif _chunk(store)[0] == 1:
                 values = store[layer].read().result()
@@ -112,7 +114,7 @@ def read(path: Path, *, tokenizer: bool = True) -> Checkpoint:
                     held.clear()
                     held[leaf] = store.read().result()
                 values = held[leaf][layer].copy()
-        except ValueError as error:
+        except (ValueError, OSError) as error:
             raise ValueError(f"{params}: tensor {name}: {first_line(error)}") from None
         if expected:
             part = values if layer is None else values[None]
@@ -187,22 +189,15 @@ def write(checkpoint: Checkpoint, directory: Path, progress: Callable[[int], Non
         leaf: _create(params, leaf, members, stacked=_place(members[0].name)[1] is not None)
         for leaf, members in leaves.items()
     }
-    written: list[ts.WriteFutures] = []  # one at a time, while the next tensor is waited for
     for spec in checkpoint.tensors:
         leaf, layer = _place(spec.name)
-        values, store = checkpoint.load(spec.name), stores[leaf]
-        while written:
-            written.pop().result()
+        values, chunk = checkpoint.load(spec.name), _chunk(stores[leaf])
         if layer is not None:
-            written.append(store[layer].write(values))
+            _write_chunk(params / leaf, layer, values, chunk)
         else:
-            rows = _chunk(store)[0]
-            for start in range(0, len(values), rows):
-                part = values[start : start + rows]
-                store[start : start + len(part)].write(part).result()
+            for number, start in enumerate(range(0, len(values), chunk[0])):
+                _write_chunk(params / leaf, number, values[start : start + chunk[0]], chunk)
         progress(spec.nbytes)
-    while written:
-        written.pop().result()
     write_config(checkpoint, directory)
     write_companions(directory, checkpoint.files)
 
@@ -211,6 +206,16 @@ def _place(name: str) -> tuple[str, int | None]:
     """The leaf of the parameter tree that holds a tensor, and its layer in a stack."""
     match = _LAYER.fullmatch(name)
     return (f"{match[1]}.{match[3]}", int(match[2])) if match else (name, None)
+
+
+def _write_chunk(array: Path, number: int, values: np.ndarray, chunk: tuple[int, ...]) -> None:
+    """One chunk along the first axis: without compression its file is its bytes, the last one filled up.
+
+    As TensorStore would write it, which takes twice as long.
+    """
+    with (array / ".".join([str(number), *["0"] * (len(chunk) - 1)])).open("wb") as file:
+        file.write(np.ascontiguousarray(values).reshape(-1).view(np.uint8).data)
+        file.truncate(math.prod(chunk) * values.dtype.itemsize)
 
 
 def _create(params: Path, leaf: str, members: list[TensorSpec], *, stacked: bool) -> ts.TensorStore:
@@ -233,9 +238,41 @@ def _create(params: Path, leaf: str, members: list[TensorSpec], *, stacked: bool
         "order": "C",
     }
     spec = {"driver": "zarr", "kvstore": _files(params / leaf), "metadata": metadata}
-    # conversion.run sees everything to the disk at the end
-    context = ts.Context({"file_io_sync": False})
-    return ts.open(spec, create=True, delete_existing=True, context=context).result()
+    return ts.open(spec, create=True, delete_existing=True).result()
+
+
+def _is_plain(store: ts.TensorStore) -> bool:
+    """Whether a layer is a file of its bytes, as `write` makes it."""
+    spec = store.spec().to_json()
+    metadata, found = spec["metadata"], np.dtype(store.dtype.numpy_dtype)
+    return (
+        spec["driver"] == "zarr"
+        and spec["kvstore"]["driver"] == "file"
+        and _chunk(store) == (1, *store.shape[1:])
+        and metadata["compressor"] is None
+        and not metadata.get("filters")
+        and metadata["order"] == "C"
+        and metadata["dimension_separator"] == "."
+        and metadata["dtype"] in ("bfloat16", found.newbyteorder("<").str)
+    )
+
+
+def _read_chunk(
+    array: Path, number: int, shape: tuple[int, ...], store: ts.TensorStore
+) -> np.ndarray:
+    """What `_write_chunk` has written of a layer. Raises ValueError for a file of another size."""
+    values = np.empty(shape, store.dtype.numpy_dtype)
+    path = array / ".".join([str(number), *["0"] * len(shape)])
+    with path.open("rb", buffering=0) as file:
+        if path.stat().st_size != values.nbytes:
+            raise ValueError(f"{path.stat().st_size} bytes in {path}, expected {values.nbytes}")
+        view = values.reshape(-1).view(np.uint8).data
+        while view:
+            count = file.readinto(view)
+            if not count:
+                raise ValueError(f"{path} ends early")
+            view = view[count:]
+    return values
 
 
 def _chunk(store: ts.TensorStore) -> tuple[int, ...]:
