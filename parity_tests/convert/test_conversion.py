@@ -97,7 +97,8 @@ def require_equal(directory: Path, model: Any) -> None:
 @pytest.mark.parametrize("through", [name for name in FORMATS if name != "meta"])
 def test_the_matrix_comes_back_bitwise(tmp_path: Path, through: str) -> None:
     """Meta's format knows no biases and no other head_dim; its matrix is in test_meta.py."""
-    for number, options in enumerate(MATRIX):
+    # every other one where nothing is stacked or turned
+    for number, options in enumerate(MATRIX[:: 2 if through == "hf" else 1]):
         folder = tmp_path / str(number)
         model = model_of(**options)
         model.save_pretrained(folder / "model", max_shard_size="20KB" if number % 2 else "5GB")

@@ -17,7 +17,7 @@ from convert.formats import FORMATS
 from convert.record import FILE
 from parity_tests.convert.tiny_gguf import tiny_model
 
-CASES = 150
+CASES = 100
 SOURCES = [*FORMATS, "hf sharded"]
 _HEADROOM = 2 * 2**30  # bytes that a damaged count or length may not ask for
 
