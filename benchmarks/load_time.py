@@ -24,12 +24,12 @@ ROUNDS = 5
 ALLOWANCE = 600e6  # interpreter, JAX and its runtime
 
 _CHILD = """
-import json, resource, sys, time
+import json, re, sys, time
 from llama_jax import LlamaForCausalLM
 begin = time.perf_counter()
 model = LlamaForCausalLM.from_pretrained(sys.argv[1])
 seconds = time.perf_counter() - begin
-peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+peak = 1024 * int(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1])
 print(json.dumps({"seconds": seconds, "peak": peak}))
 """
 

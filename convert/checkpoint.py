@@ -36,7 +36,8 @@ class Checkpoint:
     load: Callable[[str], np.ndarray]
     """The values of one tensor, read when called; raises ValueError if they cannot be had."""
     dtype: str | None
-    """The dtype that loses nothing worth keeping, a key of DTYPES; None: each tensor's own."""
+    """Of a source, the dtype that loses nothing worth keeping, a key of DTYPES; of what a writer gets, the
+    one asked for. None: each tensor's own."""
     files: Mapping[str, bytes] = field(default_factory=dict)
     """Files that travel along, by name: tokenizer, templates, generation config."""
     digests: Mapping[str, str] = field(default_factory=dict)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -152,14 +152,11 @@ def run(plan: Plan, progress: Callable[[int], None] | None = None) -> Report:
     format_, tell = FORMATS[plan.to], progress or (lambda count: None)
     name = plan.destination.name
     rule = format_.rule(plan.dtype)
-    options: dict[str, Any] = {}
-    if plan.to == "hf":
-        options = {"max_shard_size": plan.max_shard_size}
-    elif plan.to == "gguf":
-        options = {"dtype": plan.dtype}  # of the tensors it sees float32 values, which q8_0 has too
+    options: dict[str, Any] = {"max_shard_size": plan.max_shard_size} if plan.to == "hf" else {}
+    asked = replace(plan.checkpoint, dtype=plan.dtype)
     with staging_in(plan.destination.parent, name) as staging:
         place = staging / name
-        with record.recording(plan.source, plan.checkpoint, plan.specs, rule) as (
+        with record.recording(plan.source, asked, plan.specs, rule) as (
             checkpoint,
             written,
         ):

@@ -56,7 +56,8 @@ class Format(Protocol):
     def write(self) -> Callable[..., None]:
         """`write(checkpoint, path, progress)`: to a path that does not exist; tells the bytes just written.
 
-        `checkpoint.load` is called once for each tensor, in any order, and returns what `specs` said.
+        `checkpoint.load` is called once for each tensor, in any order, and returns what `specs` said;
+        `checkpoint.dtype` is what `--dtype` was.
         """
 
 

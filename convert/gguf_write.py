@@ -84,14 +84,12 @@ def stored_bytes(spec: TensorSpec, dtype: str | None) -> int:
     return spec.size // block * block_bytes
 
 
-def write(
-    checkpoint: Checkpoint, path: Path, progress: Callable[[int], None], *, dtype: str | None
-) -> None:
-    """Write `checkpoint`, whose tensors are those of `specs(..., dtype)`, into the new file `path`.
+def write(checkpoint: Checkpoint, path: Path, progress: Callable[[int], None]) -> None:
+    """Write `checkpoint`, whose tensors are those of `specs` for its dtype, into the new file `path`.
 
     Raises OSError for the disk's faults, and what `checkpoint.load` raises.
     """
-    config = LlamaConfig.from_dict(checkpoint.config)
+    config, dtype = LlamaConfig.from_dict(checkpoint.config), checkpoint.dtype
     scaling, factors = rope_scaling(config)
     matrix = next(spec for spec in checkpoint.tensors if len(spec.shape) > 1)
     metadata = {

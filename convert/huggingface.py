@@ -99,7 +99,6 @@ def write(
         checkpoint.load,
         max_shard_size=max_shard_size,
         progress=progress,
-        fsync=False,
     )
     write_config(checkpoint, directory)
     write_companions(directory, checkpoint.files)

@@ -2,8 +2,9 @@
 
 A converted directory has config.json, the tokenizer and `params/`, which
 `ocp.StandardCheckpointer().restore(DIR / "params", abstract)` reads onto any mesh. Layers are stacked
-there, as in the model, and a stack of an 8B model's layers takes 3.8 GB. So Orbax writes the tree, and
-TensorStore, which is what Orbax itself stores arrays with, the values: a layer is a chunk.
+there, as in the model, and a stack of an 8B model's layers takes 3.8 GB. So Orbax writes the tree,
+TensorStore, which is what Orbax itself stores arrays with, the empty arrays, and each layer is a chunk of
+its own: a file of its bytes.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ from llama_jax.config import LlamaConfig, read_json_object
 from llama_jax.fingerprint import fingerprint
 from llama_jax.hf import Weights, fit, report, widest
 from llama_jax.orbax_directory import PARAMS, is_orbax, locate, quiet_orbax
-from llama_jax.safetensors_read import FLOAT_DTYPES, StoredTensor
+from llama_jax.safetensors_read import FLOAT_DTYPES, StoredTensor, read_tensor
 from llama_jax.safetensors_write import DTYPE_NAMES as STORED_NAMES
 from llama_jax.safetensors_write import TensorSpec
 
@@ -46,12 +47,10 @@ DTYPE_NAMES = tuple(DTYPES)
 rule = casts
 stored_bytes = plain_bytes
 losses = no_losses
+recognises = is_orbax
 _CHUNK_BYTES = 2**26  # of tensors that are not stacked
 _LAYER = re.compile(r"(.*\blayers)\.(\d+)\.(.+)")
 _METADATA_KEY = re.compile(r"(.+)/(\.zarray|zarr\.json)")
-
-
-recognises = is_orbax
 
 
 def read(path: Path, *, tokenizer: bool = True) -> Checkpoint:
@@ -88,8 +87,10 @@ def read(path: Path, *, tokenizer: bool = True) -> Checkpoint:
             continue
         shape = tuple(store.shape[1:] if after else store.shape)
         nbytes = math.prod(shape) * FLOAT_DTYPES[dtype].itemsize
+        plain = bool(after) and _is_plain(store)
         for layer, name in enumerate(names):
-            stored[name] = StoredTensor(params, name, dtype, shape, 0, nbytes)
+            file = params / leaf / _chunk_name(layer, store.ndim) if plain else params
+            stored[name] = StoredTensor(file, name, dtype, shape, 0, nbytes)
             places[name] = leaf, layer if after else None
     found = fit(LlamaForCausalLM, config, Weights(stored, faults, excused), path, "float32")
     if found.faults:
@@ -103,8 +104,8 @@ def read(path: Path, *, tokenizer: bool = True) -> Checkpoint:
         leaf, layer = places[name]
         store = stores[leaf][0]
         try:
-            if layer is not None and _is_plain(store):
-                values = _read_chunk(params / leaf, layer, stored[name].shape, store)
+            if stored[name].path != params:
+                values = _read_chunk(stored[name])
             elif layer is None:
                 values = store.read().result()
             elif _chunk(store)[0] == 1:
@@ -185,13 +186,13 @@ def write(checkpoint: Checkpoint, directory: Path, progress: Callable[[int], Non
     handler = ocp.PyTreeCheckpointHandler(use_ocdbt=False, use_compression=False)
     with quiet_orbax(), ocp.Checkpointer(handler) as checkpointer:
         checkpointer.save(params.absolute(), args=ocp.args.PyTreeSave(tree))
-    stores = {
+    chunks = {
         leaf: _create(params, leaf, members, stacked=_place(members[0].name)[1] is not None)
         for leaf, members in leaves.items()
     }
     for spec in checkpoint.tensors:
         leaf, layer = _place(spec.name)
-        values, chunk = checkpoint.load(spec.name), _chunk(stores[leaf])
+        values, chunk = checkpoint.load(spec.name), chunks[leaf]
         if layer is not None:
             _write_chunk(params / leaf, layer, values, chunk)
         else:
@@ -213,13 +214,18 @@ def _write_chunk(array: Path, number: int, values: np.ndarray, chunk: tuple[int,
 
     As TensorStore would write it, which takes twice as long.
     """
-    with (array / ".".join([str(number), *["0"] * (len(chunk) - 1)])).open("wb") as file:
+    with (array / _chunk_name(number, len(chunk))).open("wb") as file:
         file.write(np.ascontiguousarray(values).reshape(-1).view(np.uint8).data)
         file.truncate(math.prod(chunk) * values.dtype.itemsize)
 
 
-def _create(params: Path, leaf: str, members: list[TensorSpec], *, stacked: bool) -> ts.TensorStore:
-    """The empty array of a leaf: uncompressed, since trained weights do not compress."""
+def _create(
+    params: Path, leaf: str, members: list[TensorSpec], *, stacked: bool
+) -> tuple[int, ...]:
+    """Make the empty array of a leaf, uncompressed, for trained weights do not compress.
+
+    Returns the shape of its chunks.
+    """
     shape = members[0].shape
     if stacked:
         whole, chunk = (len(members), *shape), (1, *shape)
@@ -238,7 +244,7 @@ def _create(params: Path, leaf: str, members: list[TensorSpec], *, stacked: bool
         "order": "C",
     }
     spec = {"driver": "zarr", "kvstore": _files(params / leaf), "metadata": metadata}
-    return ts.open(spec, create=True, delete_existing=True).result()
+    return _chunk(ts.open(spec, create=True, delete_existing=True).result())
 
 
 def _is_plain(store: ts.TensorStore) -> bool:
@@ -257,22 +263,19 @@ def _is_plain(store: ts.TensorStore) -> bool:
     )
 
 
-def _read_chunk(
-    array: Path, number: int, shape: tuple[int, ...], store: ts.TensorStore
-) -> np.ndarray:
-    """What `_write_chunk` has written of a layer. Raises ValueError for a file of another size."""
-    values = np.empty(shape, store.dtype.numpy_dtype)
-    path = array / ".".join([str(number), *["0"] * len(shape)])
-    with path.open("rb", buffering=0) as file:
-        if path.stat().st_size != values.nbytes:
-            raise ValueError(f"{path.stat().st_size} bytes in {path}, expected {values.nbytes}")
-        view = values.reshape(-1).view(np.uint8).data
-        while view:
-            count = file.readinto(view)
-            if not count:
-                raise ValueError(f"{path} ends early")
-            view = view[count:]
+def _read_chunk(tensor: StoredTensor) -> np.ndarray:
+    """A layer that is a file of its bytes. Raises ValueError for a file of another size."""
+    size = tensor.path.stat().st_size
+    if size != tensor.nbytes:
+        raise ValueError(f"{size} bytes in {tensor.path}, expected {tensor.nbytes}")
+    values = np.empty(tensor.shape, FLOAT_DTYPES[tensor.dtype])
+    read_tensor(tensor, values)
     return values
+
+
+def _chunk_name(number: int, dimensions: int) -> str:
+    """The file of a chunk along the first axis."""
+    return ".".join([str(number), *["0"] * (dimensions - 1)])
 
 
 def _chunk(store: ts.TensorStore) -> tuple[int, ...]:

@@ -114,7 +114,6 @@ def write_safetensors(
     *,
     max_shard_size: int = 5_000_000_000,
     progress: Callable[[int], None] | None = None,
-    fsync: bool = True,
 ) -> list[Path]:
     """Write `specs` into `directory`, asking `load(name)` for each tensor's values when it is due.
 
@@ -122,10 +121,10 @@ def write_safetensors(
     bytes. Tensors are asked for in the given order and one at a time, so no more than one is alive.
     `progress` is told the number of bytes just written.
 
-    Every file is written beside its final name, fsynced, and renamed only when all are complete, so
-    a failure leaves `directory` as it was; files of an earlier, differently sharded save are removed
-    afterwards, because a reader would mix the two. Returns the paths written, the index last. Without
-    `fsync`, the caller sees them to the disk, after other work.
+    Every file is written beside its final name and renamed only when all are complete, so a failure leaves
+    `directory` as it was; files of an earlier, differently sharded save are removed afterwards, because a
+    reader would mix the two. Returns the paths written, the index last. They may not be on the disk yet:
+    see `staging.to_disk`.
 
     Raises ValueError for a tensor whose values have another dtype or shape than its spec, and for
     what `plan_shards` refuses.
@@ -140,8 +139,6 @@ def write_safetensors(
                 file.write(_header(members))
                 for spec in members:
                     _write_tensor(file, spec, load(spec.name), progress)
-                if fsync:
-                    _to_disk(file)
         if len(shards) > 1:
             index = {
                 "metadata": {"total_size": sum(spec.nbytes for spec in specs)},
@@ -152,8 +149,6 @@ def write_safetensors(
             )
             with path.open("wb") as file:
                 file.write((json.dumps(index, indent=2) + "\n").encode())
-                if fsync:
-                    _to_disk(file)
         for final, path in temporary.items():
             os.replace(path, final)
     except BaseException:
@@ -197,11 +192,6 @@ def _write_tensor(
         written = file.write(view[start : start + _CHUNK])
         if progress is not None:
             progress(written)
-
-
-def _to_disk(file: BinaryIO) -> None:
-    file.flush()
-    os.fsync(file.fileno())
 
 
 def remove_stale(directory: Path, keep: Iterable[Path]) -> None:

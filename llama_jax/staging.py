@@ -38,7 +38,7 @@ def staged_directory(directory: Path, *, into_existing: bool) -> Iterator[Path]:
     """A temporary directory whose files become `directory` when the block ends without an error.
 
     A new `directory` appears whole, by one rename, or not at all. Into an existing one the files are
-    moved one by one, config.json last, when all of them are written.
+    moved one by one, config.json last. Either happens when all of them are on the disk.
 
     Args:
         into_existing: whether `directory` may exist; then the new files replace those of the same name
@@ -52,6 +52,7 @@ def staged_directory(directory: Path, *, into_existing: bool) -> Iterator[Path]:
         # inside it: a mount point or a link may lie on another disk than its parent
         with staging_in(directory, directory.name) as staging:
             yield staging
+            to_disk(staging)
             names = sorted(os.listdir(staging), key=lambda name: name == "config.json")
             for name in names:
                 os.replace(staging / name, directory / name)
@@ -61,6 +62,7 @@ def staged_directory(directory: Path, *, into_existing: bool) -> Iterator[Path]:
     try:
         with staging_in(directory.parent, directory.name) as staging:
             yield staging
+            to_disk(staging)
             staging.chmod(0o777 & ~_umask())  # mkdtemp makes it private
             move(staging, directory)
     except BaseException:

@@ -85,7 +85,7 @@ def _generate(options: argparse.Namespace) -> None:
             if ends[row] != "length":
                 continue
             counts[row] += 1
-            if token in choices["eos_token_id"](model):
+            if token in _ends(model, options):
                 ends[row] = "stop"
             else:
                 say(row, streams[row].push(token))
@@ -127,7 +127,7 @@ def _chat(options: argparse.Namespace) -> None:
         stream, answer = TextStream(tokenizer, prompt, options.stop), ""
         for tokens in _tokens(model, [prompt], options, choices):
             token = int(tokens[0])
-            if token in choices["eos_token_id"](model):
+            if token in _ends(model, options):
                 break
             part = stream.push(token)
             answer += part
@@ -153,7 +153,7 @@ def _lines() -> Iterator[str]:
 
 
 def _choices(options: argparse.Namespace) -> dict[str, Any]:
-    """The sampling flags as `generate` takes them; `eos_token_id` becomes a function of the model."""
+    """The sampling flags as `generate` takes them."""
     temperature, sample = options.temperature, options.do_sample
     if temperature is not None and not 0 <= temperature < math.inf:
         raise ValueError(f"--temperature: found {temperature}, expected a number of at least 0")
@@ -162,10 +162,6 @@ def _choices(options: argparse.Namespace) -> dict[str, Any]:
     asked = (temperature, options.top_k, options.top_p, options.min_p)
     if sample is None and any(value is not None for value in asked):
         sample = True
-
-    def ends(model: LlamaForCausalLM) -> tuple[int, ...]:
-        return (*model.generation_config.eos_token_ids, *(options.stop_id or ()))
-
     return {
         "do_sample": sample,
         "temperature": temperature,
@@ -173,8 +169,12 @@ def _choices(options: argparse.Namespace) -> dict[str, Any]:
         "top_p": options.top_p,
         "min_p": options.min_p,
         "repetition_penalty": options.repetition_penalty,
-        "eos_token_id": ends,
     }
+
+
+def _ends(model: LlamaForCausalLM, options: argparse.Namespace) -> tuple[int, ...]:
+    """The tokens that end a text: the checkpoint's and the user's."""
+    return (*model.generation_config.eos_token_ids, *(options.stop_id or ()))
 
 
 def _tokens(
@@ -194,7 +194,8 @@ def _tokens(
         key=jax.random.key(options.seed),
         cache_capacity=options.cache_size,
         cache_dtype=options.cache_dtype,
-        **choices | {"eos_token_id": choices["eos_token_id"](model)},
+        eos_token_id=_ends(model, options),
+        **choices,
     )
 
 
