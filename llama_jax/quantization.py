@@ -12,11 +12,11 @@ from llama_jax.quantized_weight import QuantizedWeight
 
 Model = TypeVar("Model", bound=nnx.Module)
 
-DEFAULT_GROUP_SIZE = 128
+INT4_GROUP_SIZE = 128  # unless told
 
 
 class Quantization(NamedTuple):
-    """How a model was quantised; `group_size` is of 4 bits only."""
+    """How a model was quantised; columns that share a scale, None for all of a row."""
 
     bits: int
     group_size: int | None
@@ -26,38 +26,38 @@ class Quantization(NamedTuple):
         return {"quant_method": QUANT_METHOD, **self._asdict()}
 
 
-def quantize(model: Model, bits: int, group_size: int | None = DEFAULT_GROUP_SIZE) -> Model:
+def quantize(model: Model, bits: int, group_size: int | None = None) -> Model:
     """A model like `model`, unchanged itself, whose matrices are held in 8 or 4 bits.
 
     It works wherever the model does, but has no gradient. Each matrix is restored, in the model's dtype,
-    where it is multiplied with. 8 bits: every projection, the embedding and the head, by rows.
-    4 bits: the projections whose input dimension `group_size` divides, by groups of so many columns; the
-    others, the embedding and the head in 8. Norms, biases and the heads of tasks stay as they are.
+    where it is multiplied with. 8 bits: every projection, the embedding and the head. 4 bits: the
+    projections; embedding and head in 8 bits by rows. A matrix whose input dimension `group_size` does not
+    divide is held in 8 bits by rows. Norms, biases and the heads of tasks stay as they are.
 
     Args:
         bits: 8 or 4.
-        group_size: for 4 bits, an even number.
+        group_size: columns that share a scale, an even number; None: all of a row in 8 bits, 128 in 4.
 
     Raises:
         ValueError: other bits or group sizes, one that divides no input dimension, a quantised model.
     """
-    quantization = _checked(bits, group_size)
+    bits, size = _checked(bits, group_size)
     if quantization_of(model) is not None:
         raise ValueError("model: found quantised weights, expected a model that is not quantised")
     copy = nnx.merge(*nnx.split(model))
     matrices = _matrices(copy)
-    if quantization.group_size is not None:
-        sizes = {weight.shape[-1] for weight in map(_weight, matrices) if _is_projection(weight)}
-        if all(size % quantization.group_size for size in sizes):
+    fine = [module for module in matrices if bits == 8 or _is_projection(module.weight)]
+    if size is not None:
+        widths = {module.weight.shape[-1] for module in fine}
+        if all(width % size for width in widths):
             raise ValueError(
-                f"group_size: found {group_size}, expected a divisor of one of the input dimensions "
-                f"{', '.join(map(str, sorted(sizes)))}"
+                f"group_size: found {size}, expected a divisor of one of the input dimensions "
+                f"{', '.join(map(str, sorted(widths)))}"
             )
+        fine = [module for module in fine if module.weight.shape[-1] % size == 0]
     for module in matrices:
-        weight = _weight(module)
-        size = quantization.group_size
-        grouped = size is not None and _is_projection(weight) and weight.shape[-1] % size == 0
-        module.weight = QuantizedWeight(weight, size if grouped else None)
+        found = (bits, size) if module in fine else (8, None)
+        module.weight = QuantizedWeight(module.weight, *found)
     return copy
 
 
@@ -72,11 +72,9 @@ def dequantize(model: Model) -> Model:
 
 def quantization_of(model: nnx.Module) -> Quantization | None:
     """How `model` was quantised; None if it was not."""
-    found = [module for module in _modules(model) if isinstance(module, QuantizedWeight)]
-    if not found:
-        return None
-    sizes = {weight.group_size for weight in found} - {None}
-    return Quantization(4, sizes.pop()) if sizes else Quantization(8, None)
+    ways = {(weight.bits, weight.group_size) for weight in _quantized(model)}
+    # those by rows in 8 bits may be the ones that no group divides
+    return Quantization(*min(ways, key=lambda way: (way[0], way[1] is None))) if ways else None
 
 
 def read_quantization(fields: Mapping[str, Any]) -> Quantization | None:
@@ -96,11 +94,10 @@ def read_quantization(fields: Mapping[str, Any]) -> Quantization | None:
 
 def matrices_by_bits(model: nnx.Module) -> dict[int, int]:
     """How many matrices of a quantised model are in 4 bits and in 8."""
-    found = [module for module in _modules(model) if isinstance(module, QuantizedWeight)]
     counts = {4: 0, 8: 0}
-    for weight in found:
+    for weight in _quantized(model):
         stack = weight.axes.count("layers")
-        counts[8 if weight.group_size is None else 4] += math.prod(weight.scale.shape[:stack])
+        counts[weight.bits] += math.prod(weight.scale.shape[:stack])
     return counts
 
 
@@ -112,15 +109,19 @@ def weight_bytes(model: nnx.Module) -> int:
 def _checked(bits: Any, group_size: Any) -> Quantization:
     if bits not in (4, 8) or isinstance(bits, bool):
         raise ValueError(f"bits: found {bits!r}, expected 8 or 4")
-    if bits == 8:
-        return Quantization(8, None)
+    if group_size is None:
+        return Quantization(bits, INT4_GROUP_SIZE if bits == 4 else None)
     if not isinstance(group_size, int) or group_size < 2 or group_size % 2:
         raise ValueError(f"group_size: found {group_size!r}, expected a positive even number")
-    return Quantization(4, group_size)
+    return Quantization(bits, group_size)
 
 
 def _modules(model: nnx.Module) -> list[Any]:
     return [module for _, module in nnx.iter_modules(model)]
+
+
+def _quantized(model: nnx.Module) -> list[QuantizedWeight]:
+    return [module for module in _modules(model) if isinstance(module, QuantizedWeight)]
 
 
 def _matrices(model: nnx.Module) -> list[Any]:
@@ -133,10 +134,6 @@ def _matrices(model: nnx.Module) -> list[Any]:
         and len(axes := _matrix_axes(weight)) == 2
         and "labels" not in axes
     ]
-
-
-def _weight(module: Any) -> nnx.Param:
-    return module.weight
 
 
 def _matrix_axes(weight: nnx.Param) -> tuple[str, ...]:

@@ -25,7 +25,10 @@ def add_quantize(commands: Any, dtypes: tuple[str, ...]) -> None:
     parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="must not exist")
     parser.add_argument("--bits", type=int, default=8, metavar="N", help="8 or 4")
     parser.add_argument(
-        "--group-size", type=positive, default=128, metavar="N", help="columns a scale, 4 bits only"
+        "--group-size",
+        type=positive,
+        metavar="N",
+        help="columns that share a scale; default: a whole row in 8 bits, 128 in 4",
     )
     parser.add_argument("--dtype", choices=dtypes, help="of all else; default: as stored")
     parser.add_argument(

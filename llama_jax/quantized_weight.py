@@ -1,7 +1,7 @@
 """Weights in 8 or 4 bits: how a matrix becomes integers and scales, and what stands for it in a model.
 
-8 bits: symmetric, a scale for each row. 4 bits: a scale and a zero for each group of columns of a row,
-found by search: of the group's range, cut by more and more, the one of least squared error.
+8 bits: symmetric, a scale for each row, or each group of columns of a row. 4 bits: a scale and a zero for
+each group, found by search: of the group's range, cut by more and more, the one of least squared error.
 """
 
 from collections.abc import Callable
@@ -25,30 +25,23 @@ _CUTS = tuple(1 - 0.02 * step for step in range(25))
 class QuantizedWeight(nnx.Module):
     """In the place of a weight [*stack, out, in]: `weight[...]` is the matrix it stands for.
 
-    8 bits: codes int8 [*stack, out, in] times scale [*stack, out]. 4 bits: codes uint8
+    8 bits: codes int8 [*stack, out, in] times scale [*stack, out], or, in groups, codes
+    [*stack, out, groups, group] times [*stack, out, groups]. 4 bits: codes uint8
     [*stack, out, groups, group / 2], the low half of each byte for the first half of a group and the high
     half for the second, times scale plus zero, both [*stack, out, groups]. Scales and zeros have the dtype
     of the weight.
     """
 
-    def __init__(self, weight: nnx.Param, group_size: int | None):
-        """8 bits where `group_size` is None, else 4."""
+    def __init__(self, weight: nnx.Param, bits: int, group_size: int | None):
+        """`group_size`: how many columns share a scale; None, in 8 bits only: all of a row."""
         self.axes = weight.get_metadata("axes")
-        if group_size is None:
-            codes, scale = _each_matrix(quantize_int8, weight[...])
-            self.codes = nnx.Param(codes, axes=self.axes)
-            self.scale = nnx.Param(scale, axes=self.axes[:-1])
-        else:
-            grouped = partial(quantize_int4, group_size=group_size)
-            codes, scale, zero = _each_matrix(grouped, weight[...])
-            self.codes = nnx.Param(codes, axes=(*self.axes, "hidden"))
-            self.scale = nnx.Param(scale, axes=self.axes)
-            self.zero = nnx.Param(zero, axes=self.axes)
-
-    @property
-    def group_size(self) -> int | None:
-        """How many columns share a scale; None where all of a row do, in 8 bits."""
-        return 2 * self.codes.shape[-1] if hasattr(self, "zero") else None
+        self.bits, self.group_size = bits, group_size
+        stored = _each_matrix(_QUANTIZE[bits], group_size, weight[...])
+        of_codes = self.axes if group_size is None else (*self.axes, "hidden")
+        self.codes = nnx.Param(stored[0], axes=of_codes)
+        self.scale = nnx.Param(stored[1], axes=of_codes[:-1])
+        if bits == 4:
+            self.zero = nnx.Param(stored[2], axes=of_codes[:-1])
 
     @property
     def dtype(self) -> jnp.dtype:
@@ -57,16 +50,19 @@ class QuantizedWeight(nnx.Module):
 
     def __getitem__(self, _: EllipsisType) -> Float[Array, "*stack out in"]:
         """The matrix."""
-        if not hasattr(self, "zero"):
-            return dequantize_int8(self.codes[...], self.scale[...])
-        return dequantize_int4(self.codes[...], self.scale[...], self.zero[...])
+        if self.bits == 4:
+            return dequantize_int4(self.codes[...], self.scale[...], self.zero[...])
+        values = dequantize_int8(self.codes[...], self.scale[...])
+        return values if self.group_size is None else values.reshape(*values.shape[:-2], -1)
 
 
 def quantize_int8(
-    weight: Float[Array, "out in"],
-) -> tuple[Int8[Array, "out in"], Float[Array, " out"]]:
-    """Codes from -127 to 127 and the scale of each row, its largest value at 127."""
+    weight: Float[Array, "out in"], group_size: int | None = None
+) -> tuple[Int8[Array, "*rows columns"], Float[Array, "*rows"]]:
+    """Codes from -127 to 127 and the scale of each row or group, its largest value at 127."""
     wide = weight.astype(working_dtype(weight.dtype))
+    if group_size is not None:
+        wide = wide.reshape(len(weight), -1, group_size)
     scale = (jnp.max(jnp.abs(wide), axis=-1) / _INT8_MOST).astype(weight.dtype)
     codes = jnp.round(wide / _divisor(scale, wide.dtype))
     return jnp.clip(codes, -_INT8_MOST, _INT8_MOST).astype(jnp.int8), scale
@@ -132,9 +128,13 @@ def _divisor(scale: Array, dtype: jnp.dtype) -> Array:
     return jnp.where(scale == 0, 1, scale).astype(dtype)[..., None]
 
 
-@partial(jax.jit, static_argnums=0)
+_QUANTIZE: dict[int, Callable[..., tuple[Array, ...]]] = {8: quantize_int8, 4: quantize_int4}
+
+
+@partial(jax.jit, static_argnums=(0, 1))
 def _each_matrix(
-    quantize: Callable[[Array], tuple[Array, ...]], weight: Array
+    quantize: Callable[..., tuple[Array, ...]], group_size: int | None, weight: Array
 ) -> tuple[Array, ...]:
     """One matrix of a stack at a time, so that no more than one is ever held wide."""
-    return quantize(weight) if weight.ndim == 2 else jax.lax.map(quantize, weight)
+    one = partial(quantize, group_size=group_size)
+    return one(weight) if weight.ndim == 2 else jax.lax.map(one, weight)

@@ -47,7 +47,7 @@ CONFIG = LlamaConfig(
 )
 IDS = np.asarray([[5, 9, 2, 60, 7, 33], [1, 2, 3, 4, 5, 6]], np.int32)
 # of 24 columns, 16 divides none: those matrices stay in 8 bits
-WAYS = [(8, 128), (4, 8), (4, 16)]
+WAYS = [(8, None), (8, 8), (8, 16), (4, 8), (4, 16)]
 
 
 @pytest.fixture(scope="module")
@@ -78,6 +78,11 @@ def test_error_bounds(values, width, dtype):
     assert (error <= half_step + 2 * rounding).all()
 
     groups = exact.reshape(len(exact), -1, width)
+    restored = dequantize_int8(*jax.jit(quantize_int8, static_argnums=1)(weight, width))
+    half_step = np.abs(groups).max(-1, keepdims=True) / 254
+    error = np.abs(np.asarray(restored, np.float64) - groups)
+    assert (error <= half_step + 2 * rounding[..., None]).all()
+
     restored = dequantize_int4(*jax.jit(quantize_int4, static_argnums=1)(weight, width))
     assert restored.dtype == dtype
     assert restored.shape == weight.shape
@@ -126,6 +131,12 @@ def test_which_matrices_take_how_many_bits(model):
     assert layers.mlp.down_proj.weight.codes.shape == (2, 24, 2, 8)
     assert layers.mlp.up_proj.weight.codes.dtype == jnp.int8
     assert matrices_by_bits(quantize(model, 4, 8)) == {4: 2 * 7, 8: 1}
+    in_eights = quantize(model, 8, 8)
+    assert quantization_of(in_eights) == Quantization(8, 8)
+    assert in_eights.model.embed_tokens.weight.codes.shape == (61, 3, 8)
+    assert matrices_by_bits(in_eights) == {4: 0, 8: 2 * 7 + 1}
+    # of 24 and 32 columns, 16 divides 32 only
+    assert quantize(model, 8, 16).model.embed_tokens.weight.codes.shape == (61, 24)
 
 
 def test_memory(model):
@@ -134,6 +145,8 @@ def test_memory(model):
     assert weight_bytes(model) == 4 * (projections + 61 * 24) + rest
     rows = 2 * (24 + 12 + 12 + 24 + 32 + 32 + 24)
     assert weight_bytes(quantize(model, 8)) == projections + 4 * rows + 61 * (24 + 4) + rest
+    scales = (projections + 61 * 24) // 8 * 4
+    assert weight_bytes(quantize(model, 8, 8)) == projections + 61 * 24 + scales + rest
     grouped = projections // 2 + projections // 8 * 2 * 4
     assert weight_bytes(quantize(model, 4, 8)) == grouped + 61 * (24 + 4) + rest
 
@@ -144,8 +157,7 @@ def test_saved_and_loaded_bitwise(tmp_path, way, dtype):
     quantized = quantize(LlamaForCausalLM(CONFIG, rngs=nnx.Rngs(1), dtype=dtype), *way)
     quantized.save_pretrained(tmp_path / "q")
     fields = json.loads((tmp_path / "q" / "config.json").read_text())
-    size = way[1] if way[0] == 4 else None
-    expected = {"quant_method": "llama_jax", "bits": way[0], "group_size": size}
+    expected = {"quant_method": "llama_jax", "bits": way[0], "group_size": way[1]}
     assert fields["quantization_config"] == expected
     loaded = LlamaForCausalLM.from_pretrained(tmp_path / "q")
     assert quantization_of(loaded) == quantization_of(quantized)
@@ -199,7 +211,7 @@ def test_divergence(model):
         ((3, 128), "bits: found 3, expected 8 or 4"),
         ((True, 128), "bits: found True"),
         ((4, 0), "group_size: found 0, expected a positive even number"),
-        ((4, None), "group_size: found None"),
+        ((8, 128), "group_size: found 128"),
         ((4, 7), "group_size: found 7"),
         (
             (4, 128),
