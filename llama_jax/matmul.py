@@ -54,9 +54,11 @@ def einsum(
 
 
 # XLA's float32 product on the CPU adds up long rows in one go; PyTorch's library there, in blocks of
-# about this depth, which rounds less: 1.5 times less at a depth of 576. So do we, in at most so many
-# pieces. A single row (decoding) takes another path in XLA, which needs no help.
-_BLOCK_DEPTH, _MOST_BLOCKS = 192, 16
+# smaller depth, which rounds less: 1.5 times less at a depth of 576. So do we, in at most so many pieces. A
+# few pieces more cost little; twice as many, twice the time. A single row (decoding) takes another path in
+# XLA, which needs no help.
+_DEPTH, _MOST_BLOCKS = 192, 16
+_FINE_DEPTH, _MOST_FINE_BLOCKS = 144, 6
 
 
 def _blocked_einsum(spec: str, a: Array, b: Array) -> Array:
@@ -67,7 +69,8 @@ def _blocked_einsum(spec: str, a: Array, b: Array) -> Array:
     axis_a, axis_b = of_a.index(index), of_b.index(index)
     depth = a.shape[axis_a]
     rows = math.prod(a.shape) // depth if depth else 0
-    blocks = min(-(-depth // _BLOCK_DEPTH), _MOST_BLOCKS)
+    fine = min(-(-depth // _FINE_DEPTH), _MOST_FINE_BLOCKS)
+    blocks = max(fine, min(-(-depth // _DEPTH), _MOST_BLOCKS))
     narrow = a.dtype != jnp.float32 or target_platform() != "cpu"
     if narrow or others or blocks < 2 or rows < 2:
         return _plain_einsum(spec, a, b)

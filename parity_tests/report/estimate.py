@@ -17,13 +17,14 @@ class Estimate(NamedTuple):
 
 def estimate(config: LlamaConfig, length: int, backward_length: int, itemsize: int) -> Estimate:
     """From the products of the three programs, the larger part of it all, at this machine's speed."""
-    forward = _flops(config, length)
-    backward = 4 * _flops(config, backward_length)  # forward, forward again, two products back
+    forward, part = _flops(config, length), _flops(config, backward_length)
     narrow, wide = _speed(torch.float32), _speed(torch.float64)
+    # of the backward pass: forward again and two products back, by all; forward once more, by the oracle
+    products = forward * (2 / narrow + 1 / wide) + part * (6 / narrow + 4 / wide)
     # norms, softmax, comparisons and compilation take about as long again
-    seconds = 10 + 2 * (forward + backward) * (2 / narrow + 1 / wide)
+    seconds = 10 + 2 * products
     layer, ends = _parameters(config)
-    hidden, states = config.hidden_size, config.num_hidden_layers * 3 * backward_length
+    hidden, states = config.hidden_size, config.num_hidden_layers * backward_length
     logits = 3 * length * config.vocab_size * itemsize
     of_head = 40 * backward_length * config.vocab_size + 24 * ends if backward_length else 0
     working = max(
@@ -31,7 +32,7 @@ def estimate(config: LlamaConfig, length: int, backward_length: int, itemsize: i
         3 * ends * itemsize + logits,
         of_head,
     )
-    return Estimate(seconds, 1_000_000_000 + working + 8 * states * hidden)
+    return Estimate(seconds, 1_000_000_000 + working + itemsize * states * hidden)
 
 
 def available_memory() -> int:

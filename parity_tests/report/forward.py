@@ -10,14 +10,10 @@ from parity_tests.report.program import Program
 
 
 class Forward(NamedTuple):
-    """modules: in forward order. hidden: each program's last hidden states, after the norm.
-
-    inputs: each program's inputs of every layer and of the final norm, where they are kept.
-    """
+    """modules: in forward order. hidden: each program's last hidden states, after the norm."""
 
     modules: list[Compared]
     hidden: list[Any]
-    inputs: list[list[Any]]
 
 
 def forward(
@@ -26,17 +22,15 @@ def forward(
     layers: int,
     unit: float,
     advance: Callable[[], None],
-    keep_inputs: bool = False,
 ) -> Forward:
     """Run ours, theirs and the oracle, in this order in `programs`, on `ids` [1, T].
 
-    `advance` is called after every layer. With `keep_inputs`, nothing is compared.
+    `advance` is called after every layer.
     """
     length, modules = ids.shape[1], []
 
     def add(name: str, outputs: Sequence[Any]) -> None:
-        if not keep_inputs:
-            modules.append(compare(name, *outputs, unit=unit, rows=length))
+        modules.append(compare(name, *outputs, unit=unit, rows=length))
 
     def add_steps(prefix: str, steps: Sequence[dict[str, Any]]) -> None:
         for name in list(steps[0]):
@@ -46,21 +40,15 @@ def forward(
         return [p.as_torch(x) for p, x in zip(programs, values, strict=True)]
 
     hidden = [program.embed(ids) for program in programs]
-    inputs: list[list[Any]] = [[] for _ in programs]
     add("embed_tokens", states(hidden))
     add_steps("", [program.ends() for program in programs])
     for layer in range(layers):
         steps = []
         for index, program in enumerate(programs):
-            if keep_inputs:
-                inputs[index].append(hidden[index])
             intermediate, hidden[index] = program.layer(layer, hidden[index])
             steps.append(intermediate)
         add_steps(f"layers.{layer}", steps)
         advance()
-    if keep_inputs:
-        for kept, x in zip(inputs, hidden, strict=True):
-            kept.append(x)
     hidden = [program.norm(x) for program, x in zip(programs, hidden, strict=True)]
     add("norm", states(hidden))
-    return Forward(modules, hidden, inputs)
+    return Forward(modules, hidden)

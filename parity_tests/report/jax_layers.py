@@ -109,6 +109,7 @@ def program(checkpoint: Checkpoint, dtype: Any, length: int) -> Program:
         layer_vjp,
         embed_vjp,
         _as_torch,
+        lambda x: jnp.asarray(x.float().numpy(), dtype),
     )
 
 

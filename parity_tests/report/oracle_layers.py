@@ -91,6 +91,7 @@ def program(checkpoint: Checkpoint, dtype: Any, length: int) -> Program:
         layer_vjp,
         embed_vjp,
         lambda x: x,
+        torch.Tensor.double,
     )
 
 

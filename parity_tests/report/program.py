@@ -1,8 +1,9 @@
 """What the report asks of a program: to run a Llama one layer at a time, and back again.
 
 Three modules answer it, each with a function `(checkpoint, dtype, length) -> Program`: `jax_layers`,
-`torch_layers` and `oracle_layers`. What a program hands out it also takes back; only what is compared
-becomes torch tensors. Tensors are read from the checkpoint when a layer is reached, and dropped with it.
+`torch_layers` and `oracle_layers`. What a program hands out it also takes back; what is compared, and
+what all are given alike, are torch tensors. Weights are read from the checkpoint when a layer is reached,
+and dropped with it.
 
 Letters in shapes: T tokens, H hidden, V vocabulary; the batch of one sequence is [1, T, ...].
 """
@@ -46,6 +47,7 @@ class Program(NamedTuple):
     layer_vjp: `(layer, its hidden states, cotangent) -> (cotangent, gradients)`.
     embed_vjp: `(ids, cotangent, head's gradient or None) -> gradient`; with the head's where it is tied.
     as_torch: its hidden states as a torch tensor.
+    given: hidden states or a cotangent out of a torch tensor.
     """
 
     name: str
@@ -59,6 +61,7 @@ class Program(NamedTuple):
     layer_vjp: Callable[[int, Any, Any], tuple[Any, Steps]]
     embed_vjp: Callable[[np.ndarray, Any, Any], torch.Tensor]
     as_torch: Callable[[Any], torch.Tensor]
+    given: Callable[[torch.Tensor], Any]
 
 
 def as_torch(array: np.ndarray) -> torch.Tensor:
@@ -66,3 +69,8 @@ def as_torch(array: np.ndarray) -> torch.Tensor:
     if array.dtype.name == "bfloat16":
         return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
     return torch.from_numpy(array)
+
+
+def torch_dtype(dtype: np.dtype) -> torch.dtype:
+    """What torch calls it."""
+    return as_torch(np.zeros(0, dtype)).dtype

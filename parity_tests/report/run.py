@@ -20,6 +20,7 @@ from parity_tests.report.forward import forward
 from parity_tests.report.greedy import Greedy, greedy, our_continuation, torch_continuation
 from parity_tests.report.metrics import Compared, compare, pooled
 from parity_tests.report.outputs import Outputs, outputs
+from parity_tests.report.program import torch_dtype
 from parity_tests.report.streamed import Checkpoint, open_checkpoint, require_same_shapes
 from parity_tests.report.tokens import bundled_tokens, read_tokens
 from parity_tests.report.verdict import Check, checks
@@ -114,7 +115,9 @@ def report(
         parameters = []
         if with_backward:
             progress.update(task, description="backward")
-            parameters = backward(programs(first.shape[1]), first, layers, unit, advance)
+            parameters = backward(
+                programs(first.shape[1]), first, layers, torch_dtype(compute), unit, advance
+            )
     fits = model_bytes(config, compute.itemsize) <= available_memory() / 4
     return Report(
         title=str(directory),

@@ -10,7 +10,6 @@ from parity_tests.cases import BY_NAME, hf_model, weights_of, write_hf_directory
 from parity_tests.measure import rms_error, worst
 from parity_tests.programs import hf_numbers, oracle_numbers, our_model, our_numbers
 from parity_tests.report import jax_layers, oracle_layers, torch_layers
-from parity_tests.report.forward import forward
 from parity_tests.report.program import LAYER_STEPS, Program
 from parity_tests.report.streamed import EMBEDDING, open_checkpoint
 
@@ -21,8 +20,10 @@ CASES = ["everything", *(pytest.param(name, marks=pytest.mark.slow) for name in 
 
 def streamed_numbers(program: Program, ids: np.ndarray, layers: int) -> dict[str, torch.Tensor]:
     """Logits, loss and every gradient, as `parity_tests.programs` has them."""
-    kept = forward([program], ids, layers, 0.0, lambda: None, keep_inputs=True)
-    inputs, hidden = kept.inputs[0], kept.hidden[0]
+    inputs = [program.embed(ids)]
+    for layer in range(layers):
+        inputs.append(program.layer(layer, inputs[-1])[1])
+    hidden = program.norm(inputs[-1])
     numbers = {
         "logits": program.head()(hidden, 0, ids.shape[1])[None],
         "loss": torch.tensor(program.loss(hidden, ids), dtype=torch.float64),

@@ -12,7 +12,7 @@ from transformers.models.llama import modeling_llama as hf
 
 from llama_jax.arguments import first_line
 from parity_tests.report.oracle_layers import gradients
-from parity_tests.report.program import LAYER_STEPS, Program, Steps, as_torch
+from parity_tests.report.program import LAYER_STEPS, Program, Steps, as_torch, torch_dtype
 from parity_tests.report.streamed import EMBEDDING, NORM, Checkpoint, read, read_layer
 
 _POSITIONS = 256  # whose logits are in memory at once
@@ -26,9 +26,8 @@ def program(checkpoint: Checkpoint, dtype: Any, length: int) -> Program:
     """
     config = _config(checkpoint)
     dim = checkpoint.config.head_size
-    torch_dtype = as_torch(np.zeros(0, dtype)).dtype
     positions = torch.arange(length)[None]
-    rotary = hf.LlamaRotaryEmbedding(config)(torch.zeros(1, dtype=torch_dtype), positions)
+    rotary = hf.LlamaRotaryEmbedding(config)(torch.zeros(1, dtype=torch_dtype(dtype)), positions)
 
     def filled(module: nn.Module, **tensors: np.ndarray) -> nn.Module:
         weights = {name: as_torch(tensor) for name, tensor in tensors.items()}
@@ -150,6 +149,7 @@ def program(checkpoint: Checkpoint, dtype: Any, length: int) -> Program:
         head_vjp,
         layer_vjp,
         embed_vjp,
+        lambda x: x,
         lambda x: x,
     )
 
