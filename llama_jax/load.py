@@ -1,9 +1,10 @@
-"""A causal model from whatever directory holds one."""
+"""A causal model, its config and its tokenizer from whatever directory holds one."""
 
 from pathlib import Path
 from typing import Any
 
 from llama_jax.causal_lm import LlamaForCausalLM
+from llama_jax.config import LlamaConfig
 from llama_jax.orbax_directory import is_orbax, load_orbax, locate
 
 
@@ -13,6 +14,28 @@ def load_model(directory: str | Path, dtype: Any = None) -> LlamaForCausalLM:
     Raises:
         ValueError: something else; where `python -m convert` reads it, the line that converts it.
     """
+    directory = _readable(directory)
+    if is_orbax(directory):
+        return load_orbax(directory, dtype)
+    return LlamaForCausalLM.from_pretrained(directory, dtype=dtype)
+
+
+def load_config(directory: str | Path) -> LlamaConfig:
+    """The config of what `load_model` loads. Raises ValueError as it does."""
+    return LlamaConfig.from_pretrained(_home(_readable(directory)))
+
+
+def tokenizer_directory(directory: str | Path) -> Path:
+    """Where a directory has its tokenizer and templates: a run of `python -m train` in one of its own."""
+    home = _home(_readable(directory))
+    return home / "tokenizer" if (home / "tokenizer").is_dir() else home
+
+
+def _home(directory: Path) -> Path:
+    return locate(directory)[0] if is_orbax(directory) else directory
+
+
+def _readable(directory: str | Path) -> Path:
     directory = Path(directory)
     if directory.is_file():
         raise ValueError(
@@ -27,13 +50,4 @@ def load_model(directory: str | Path, dtype: Any = None) -> LlamaForCausalLM:
             f"{directory}: found a Meta checkpoint, expected a Hugging Face directory: "
             f"python -m convert {directory} DIR"
         )
-    if is_orbax(directory):
-        return load_orbax(directory, dtype)
-    return LlamaForCausalLM.from_pretrained(directory, dtype=dtype)
-
-
-def tokenizer_directory(directory: str | Path) -> Path:
-    """Where a directory has its tokenizer and templates: a run of `python -m train` in one of its own."""
-    directory = Path(directory)
-    home = locate(directory)[0] if is_orbax(directory) else directory
-    return home / "tokenizer" if (home / "tokenizer").is_dir() else home
+    return directory

@@ -14,7 +14,9 @@ def add_mask(commands: Any) -> None:
     """Add the command to argparse's subparsers."""
     parser = commands.add_parser("mask", help="which token sees which, as a picture")
     parser.set_defaults(command=mask)
-    parser.add_argument("--model", required=True, metavar="DIR", help="a Hugging Face directory")
+    parser.add_argument(
+        "--model", required=True, metavar="DIR", help="Hugging Face's, Orbax's or a run"
+    )
     parser.add_argument(
         "--text",
         type=some_text,
@@ -40,12 +42,12 @@ def mask(options: argparse.Namespace) -> None:
     """Print the pictures and, where asked for, write them as PNG. Raises ValueError."""
     from rich.console import Console
 
-    from llama_jax.config import LlamaConfig
+    from llama_jax.load import load_config, tokenizer_directory
     from llama_jax.mask_picture import draw_png, draw_text, mask_pictures
     from llama_jax.tokenizer import load_tokenizer
 
-    positions = LlamaConfig.from_pretrained(options.model).max_position_embeddings
-    tokenizer = load_tokenizer(options.model)
+    positions = load_config(options.model).max_position_embeddings
+    tokenizer = load_tokenizer(tokenizer_directory(options.model))
     texts = []
     for number, text in enumerate(options.text, 1):
         ids = tokenizer.encode(text).ids

@@ -21,7 +21,9 @@ def add_quantize(commands: Any, dtypes: tuple[str, ...]) -> None:
     """Add the command to argparse's subparsers."""
     parser = commands.add_parser("quantize", help="hold the weights in 8 or 4 bits")
     parser.set_defaults(command=quantize)
-    parser.add_argument("--model", required=True, metavar="DIR", help="a Hugging Face directory")
+    parser.add_argument(
+        "--model", required=True, metavar="DIR", help="Hugging Face's, Orbax's or a run"
+    )
     parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="must not exist")
     parser.add_argument("--bits", type=int, default=8, metavar="N", help="8 or 4")
     parser.add_argument(
@@ -40,7 +42,7 @@ def quantize(options: argparse.Namespace) -> None:
     """Quantise, write and say what it saved and what it cost. Raises ValueError."""
     from llama_jax import quantization
     from llama_jax.divergence import divergence
-    from llama_jax.load import load_model
+    from llama_jax.load import load_model, tokenizer_directory
     from llama_jax.staging import staged_directory
     from llama_jax.tokenizer import load_tokenizer
 
@@ -48,13 +50,13 @@ def quantize(options: argparse.Namespace) -> None:
         raise ValueError(f"--out: {options.out} exists, expected it to be absent")
     ids = []
     if options.text is not None:
-        ids = load_tokenizer(options.model).encode(_read(options.text)).ids
+        ids = load_tokenizer(tokenizer_directory(options.model)).encode(_read(options.text)).ids
     model = load_model(options.model, options.dtype)
     quantized = quantization.quantize(model, options.bits, options.group_size)
     with staged_directory(options.out, into_existing=False) as staging:
         quantized.save_pretrained(staging)
         for name in _COMPANIONS:
-            if (source := Path(options.model) / name).is_file():
+            if (source := tokenizer_directory(options.model) / name).is_file():
                 shutil.copyfile(source, staging / name)
     before, after = map(quantization.weight_bytes, (model, quantized))
     print(f"{options.out}: {before} bytes of weights before, {after} after, {after / before:.1%}")

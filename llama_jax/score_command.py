@@ -14,7 +14,9 @@ def add_score(commands: Any, dtypes: tuple[str, ...]) -> None:
     """Add the command to argparse's subparsers."""
     parser = commands.add_parser("score", help="log-probabilities of texts")
     parser.set_defaults(command=score)
-    parser.add_argument("--model", required=True, metavar="DIR", help="a Hugging Face directory")
+    parser.add_argument(
+        "--model", required=True, metavar="DIR", help="Hugging Face's, Orbax's or a run"
+    )
     texts = parser.add_mutually_exclusive_group(required=True)
     texts.add_argument("--text", type=some_text, nargs="+", action="extend", metavar="TEXT")
     texts.add_argument("--file", type=Path, metavar="F", help="a text a line, UTF-8")
@@ -33,16 +35,15 @@ def add_score(commands: Any, dtypes: tuple[str, ...]) -> None:
 
 def score(options: argparse.Namespace) -> None:
     """Score the texts and print them. Raises ValueError."""
-    from llama_jax.causal_lm import LlamaForCausalLM
-    from llama_jax.config import LlamaConfig
+    from llama_jax.load import load_config, load_model, tokenizer_directory
     from llama_jax.scoring import encode_pair, loglikelihood, loglikelihood_rolling
     from llama_jax.tokenizer import load_tokenizer
 
     if options.rolling and options.context is not None:
         raise ValueError("--rolling: found --context beside it, expected one of them")
     texts = options.text or _lines(options.file)
-    limit = LlamaConfig.from_pretrained(options.model).max_position_embeddings
-    tokenizer = load_tokenizer(options.model)
+    limit = load_config(options.model).max_position_embeddings
+    tokenizer = load_tokenizer(tokenizer_directory(options.model))
     pairs = []
     for number, text in enumerate(texts, 1):
         if options.context is None:
@@ -53,7 +54,7 @@ def score(options: argparse.Namespace) -> None:
             pair = encode_pair(tokenizer, options.context, text)
         _require_tokens(number, pair, None if options.rolling else limit, options.context)
         pairs.append(pair)
-    model = LlamaForCausalLM.from_pretrained(options.model, dtype=options.dtype)
+    model = load_model(options.model, options.dtype)
     if options.rolling:
         sequences = [ids for _, ids in pairs]
         scores = loglikelihood_rolling(model, sequences, batch_size=options.batch_size)

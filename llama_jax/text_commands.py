@@ -6,7 +6,6 @@ import math
 import sys
 import time
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -16,7 +15,7 @@ from llama_jax.arguments import positive
 from llama_jax.causal_lm import LlamaForCausalLM
 from llama_jax.chat_template import find_chat_template, render_chat
 from llama_jax.detokenize import TextStream
-from llama_jax.load import load_model, tokenizer_directory
+from llama_jax.load import load_config, load_model, tokenizer_directory
 from llama_jax.tokenizer import load_tokenizer
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -36,7 +35,7 @@ def add_commands(commands: Any) -> None:
     chat.add_argument("--system", metavar="TEXT", help="a system message to begin with")
     for parser, new in ((generate, 64), (chat, 512)):
         add = parser.add_argument
-        add("--model", required=True, metavar="DIR", help="a Hugging Face directory")
+        add("--model", required=True, metavar="DIR", help="Hugging Face's, Orbax's or a run")
         add("--max-new-tokens", type=positive, default=new, metavar="N")
         add("--dtype", choices=DTYPES, help="default: as stored")
         add("--cache-dtype", choices=CACHE_DTYPES, help="of keys and values; default: the model's")
@@ -117,7 +116,8 @@ def _generate(options: argparse.Namespace) -> None:
 
 def _chat(options: argparse.Namespace) -> None:
     choices = _choices(options)
-    template, special_tokens = find_chat_template(tokenizer_directory(_directory(options.model)))
+    load_config(options.model)  # says what is there instead of a model
+    template, special_tokens = find_chat_template(tokenizer_directory(options.model))
     tokenizer, model = _load(options)
     messages = [{"role": "system", "content": options.system}] if options.system else []
     for line in _lines():
@@ -200,16 +200,10 @@ def _tokens(
 
 
 def _load(options: argparse.Namespace) -> tuple[Any, LlamaForCausalLM]:
-    directory = _directory(options.model)
+    load_config(options.model)  # says what is there instead of a model
     # the tokenizer first: it is read in no time, and what is wrong with it is then said at once
-    return load_tokenizer(tokenizer_directory(directory)), load_model(directory, options.dtype)
-
-
-def _directory(model: str) -> Path:
-    directory = Path(model)
-    if not (directory / "config.json").is_file():
-        load_model(directory)  # says what is there instead
-    return directory
+    tokenizer = load_tokenizer(tokenizer_directory(options.model))
+    return tokenizer, load_model(options.model, options.dtype)
 
 
 def _encode(tokenizer: Any, text: str, name: str, add_special_tokens: bool = True) -> list[int]:

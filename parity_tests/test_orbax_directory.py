@@ -14,6 +14,7 @@ import pytest
 
 import convert
 from llama_jax import LlamaForCausalLM
+from llama_jax.__main__ import main
 from llama_jax.load import load_model, tokenizer_directory
 from llama_jax.tokenizer import load_tokenizer
 from parity_tests.convert.tiny_gguf import tiny_model
@@ -54,6 +55,19 @@ def test_a_run_and_a_step_of_it(finished: Path, tmp_path: Path) -> None:  # noqa
     require_same(load_model(finished), expected)
     require_same(load_model(finished / "checkpoints" / str(newest)), expected)
     assert load_tokenizer(tokenizer_directory(finished)).get_vocab_size() > 0
+
+
+def test_every_command_takes_a_run(finished: Path, tmp_path: Path, capsys) -> None:  # noqa: F811
+    step = max(path for path in (finished / "checkpoints").iterdir() if path.name.isdigit())
+    for model in map(str, (finished, step)):
+        out = str(tmp_path / Path(model).name)
+        for command in (
+            ["score", "--model", model, "--text", "def f(x):"],
+            ["mask", "--model", model, "--text", "def f(x):"],
+            ["quantize", "--model", model, "--out", out],
+            ["generate", "--model", out, "--prompt", "def", "--max-new-tokens", "2"],
+        ):
+            assert main(command) == 0, capsys.readouterr().err
 
 
 def test_what_is_damaged_is_one_line(tmp_path: Path) -> None:
