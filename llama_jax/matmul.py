@@ -57,7 +57,7 @@ def einsum(
 # smaller depth, which rounds less: 1.5 times less at a depth of 576. So do we, in at most so many pieces. A
 # few pieces more cost little; twice as many, twice the time. A single row (decoding) takes another path in
 # XLA, which needs no help.
-_DEPTH, _MOST_BLOCKS = 192, 16
+_DEPTH, _MOST_BLOCKS = 192, 32
 _FINE_DEPTH, _MOST_FINE_BLOCKS = 144, 6
 
 
