@@ -1,0 +1,62 @@
+"""The emulated precisions of float32 products have the errors of the real ones, and no product escapes."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from benchmarks.precision import BFLOAT16, TF32, emulated, product
+from llama_jax import LlamaConfig, LlamaForCausalLM
+
+# Rounding to b bits leaves a uniform error of one ulp / sqrt(12); of normal numbers that is 0.21 * 2**-b.
+ROUNDED = 0.21
+
+
+def rms_error(bits: int, parts: int) -> float:
+    rng = np.random.default_rng(0)
+    a, b = (rng.normal(size=size).astype(np.float32) for size in ((64, 256), (256, 64)))
+    want = a.astype(np.float64) @ b.astype(np.float64)
+    got = np.asarray(
+        jax.jit(product, static_argnames=("spec", "bits", "parts"))(
+            "ij,jk->ik", a, b, bits=bits, parts=parts
+        )
+    )
+    return float(np.sqrt(np.mean(np.square(got - want)) / np.mean(np.square(want))))
+
+
+@pytest.mark.parametrize("bits", [BFLOAT16, TF32])
+def test_one_pass_has_the_error_of_rounding_both_operands(bits: int) -> None:
+    assert rms_error(bits, 1) == pytest.approx(2**0.5 * ROUNDED * 2.0**-bits, rel=0.1)
+
+
+def test_three_passes_leave_errors_of_second_order_and_six_float32s() -> None:
+    # two remainders of two roundings, and the product of both remainders of one
+    assert rms_error(BFLOAT16, 2) == pytest.approx(
+        3**0.5 * (ROUNDED * 2.0**-BFLOAT16) ** 2, rel=0.1
+    )
+    assert rms_error(BFLOAT16, 3) < 4e-7
+
+
+def test_every_product_of_the_model_is_emulated() -> None:
+    config = LlamaConfig(
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+    )
+    model = LlamaForCausalLM(config, rngs=nnx.Rngs(0), dtype=jnp.float32)
+    ids = jnp.ones((1, 8), jnp.int32)
+
+    def products() -> int:
+        traced = jax.make_jaxpr(lambda model: model(ids).logits)(model)
+        return str(traced).count("dot_general[")
+
+    plain = products()
+    assert plain
+    for parts, passes in ((1, 1), (2, 3), (3, 6)):
+        with emulated(BFLOAT16, parts):
+            assert products() == passes * plain
+    assert products() == plain
