@@ -1,8 +1,8 @@
 """Errors of ours and of Hugging Face's against the float64 oracle: the real checkpoint and every preset.
 
 Of a preset: its widths, heads, vocabulary and rotary embedding with random weights, but few layers, on
-random tokens. Presets with the same shapes and rotary embedding are one row. What the report's estimate
-puts above this machine's memory is left out and named.
+random tokens. Presets of one shape are one row, run as the last of them. What the report's estimate puts
+above this machine's memory is left out and named.
 
 python -m benchmarks parity --presets llama-3.2-1b tinyllama-1.1b
 """
@@ -28,13 +28,12 @@ from llama_jax import PRESETS, LlamaConfig
 from parity_tests.report import jax_layers, oracle_layers, torch_layers
 from parity_tests.report.estimate import available_memory, estimate
 from parity_tests.report.forward import forward
-from parity_tests.report.metrics import Compared
-from parity_tests.report.outputs import outputs
+from parity_tests.report.metrics import Compared, compare
 from parity_tests.report.run import DTYPES
 from parity_tests.report.streamed import Checkpoint, open_checkpoint
 from parity_tests.report.tokens import bundled_tokens
 
-LAYERS, TOKENS = 2, 128  # of a preset
+LAYERS, TOKENS = 2, 64  # of a preset
 
 
 def main(arguments: Sequence[str] = ()) -> None:
@@ -65,7 +64,7 @@ def main(arguments: Sequence[str] = ()) -> None:
         add(f"SmolLM2-135M-Instruct, {ids.shape[1]} tokens", checkpoint, ids)
     table.add_section()
     for names in same_shapes(options.presets):
-        config = replace(PRESETS[names[0]], num_hidden_layers=LAYERS)
+        config = replace(PRESETS[names[-1]], num_hidden_layers=LAYERS)
         needed = max(estimate(config, TOKENS, 0, dtype.itemsize).bytes for dtype in DTYPES.values())
         if needed > available_memory():
             left_out.append(f"{', '.join(names)} ({needed / 1e9:.0f} GB)")
@@ -86,18 +85,25 @@ def errors(checkpoint: Checkpoint, ids: np.ndarray, dtype: str) -> Compared:
     modules = (jax_layers, torch_layers, oracle_layers)
     programs = [module.program(checkpoint, compute, length) for module in modules]
     layers = checkpoint.config.num_hidden_layers
-    hidden = forward(programs, ids, layers, unit, lambda: None).hidden
-    return outputs(programs, hidden, ids, unit).logits
+    passed = forward(programs, ids, layers, unit, lambda: None, keep_inputs=True)
+    # one head in memory at a time
+    ours, theirs, oracle = (
+        program.head()(hidden, 0, length)
+        for program, hidden in zip(programs, passed.hidden, strict=True)
+    )
+    return compare("lm_head", ours, theirs, oracle, unit, length)
 
 
 def same_shapes(presets: Sequence[str]) -> list[list[str]]:
-    """Their names, together where all but depth, context and epsilon is the same."""
-    groups: dict[LlamaConfig, list[str]] = {}
+    """Their names, together where the tensors of a layer and of both ends have the same shapes."""
+    groups: dict[tuple[object, ...], list[str]] = {}
     for name in presets:
-        alike = replace(
-            PRESETS[name], num_hidden_layers=1, max_position_embeddings=131072, rms_norm_eps=1e-5
+        config = PRESETS[name]
+        shape = (
+            *(config.vocab_size, config.hidden_size, config.intermediate_size, config.head_size),
+            *(config.num_attention_heads, config.kv_heads, config.tie_word_embeddings),
         )
-        groups.setdefault(alike, []).append(name)
+        groups.setdefault(shape, []).append(name)
     return list(groups.values())
 
 
