@@ -69,7 +69,7 @@ def main() -> None:
         def add(names: tuple[str, str, str], model: LlamaForCausalLM, context: Any) -> None:
             with context:
                 logits = model(jnp.asarray(ids, jnp.int32)).logits[0]
-                found = drift(np.asarray(logits, np.float32), truth, ids)
+                found = drift(np.array(logits, np.float32), truth, ids)
             rows.append((names, found))
 
         model = load(dtype=jnp.float32)

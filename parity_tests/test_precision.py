@@ -4,9 +4,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import torch
 from flax import nnx
+from torch.nn.functional import cross_entropy, kl_div
 
-from benchmarks.precision import BFLOAT16, TF32, emulated, product
+from benchmarks.precision import BFLOAT16, TF32, drift, emulated, product
 from llama_jax import LlamaConfig, LlamaForCausalLM
 
 # Rounding to b bits leaves a uniform error of one ulp / sqrt(12); of normal numbers that is 0.21 * 2**-b.
@@ -60,3 +62,22 @@ def test_every_product_of_the_model_is_emulated() -> None:
         with emulated(BFLOAT16, parts):
             assert products() == passes * plain
     assert products() == plain
+
+
+def test_drift_in_blocks_is_that_of_the_whole() -> None:
+    torch.manual_seed(0)
+    truth = torch.randn(150, 11, dtype=torch.float64)
+    got = (truth + 0.1 * torch.randn(150, 11)).float()
+    ids = torch.randint(11, (1, 150))
+    found = drift(got.numpy(), truth, ids.numpy())
+    errors = (got - truth).square().mean(1) / truth.square().mean(1)
+    logs = [each.double().log_softmax(-1) for each in (truth, got)]
+    losses = [cross_entropy(each[:-1], ids[0, 1:]) for each in logs]
+    assert found == pytest.approx(
+        (
+            float(errors.mean().sqrt()),
+            float(kl_div(logs[1], logs[0], log_target=True, reduction="batchmean")),
+            float((got.argmax(1) == truth.argmax(1)).double().mean()),
+            float(losses[1] - losses[0]),
+        )
+    )
