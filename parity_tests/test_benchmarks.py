@@ -1,4 +1,5 @@
-"""The emulated precisions of float32 products have the errors of the real ones, and no product escapes."""
+"""What the benchmarks stand on: the errors of emulated precisions, which no product escapes; drift from the
+oracle; presets of one shape together."""
 
 import jax
 import jax.numpy as jnp
@@ -8,8 +9,9 @@ import torch
 from flax import nnx
 from torch.nn.functional import cross_entropy, kl_div
 
+from benchmarks.parity import same_shapes
 from benchmarks.precision import BFLOAT16, TF32, drift, emulated, product
-from llama_jax import LlamaConfig, LlamaForCausalLM
+from llama_jax import PRESETS, LlamaConfig, LlamaForCausalLM
 
 # Rounding to b bits leaves a uniform error of one ulp / sqrt(12); of normal numbers that is 0.21 * 2**-b.
 ROUNDED = 0.21
@@ -81,3 +83,11 @@ def test_drift_in_blocks_is_that_of_the_whole() -> None:
             float(losses[1] - losses[0]),
         )
     )
+
+
+def test_every_preset_stands_with_those_of_its_shape() -> None:
+    groups = same_shapes(list(PRESETS))
+    assert sorted(name for names in groups for name in names) == sorted(PRESETS)
+    assert ["llama-7b", "llama-2-7b"] in groups
+    assert ["llama-3-70b", "llama-3.1-70b"] in groups
+    assert ["llama-2-70b"] in groups  # another vocabulary
