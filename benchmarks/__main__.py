@@ -1,11 +1,13 @@
 """`python -m benchmarks NAME...`: measurements, each printed as one table.
 
-convert   every pair of formats: seconds beside `cp`, peak memory (--preset, --pairs)
-compile   seconds to compile 4 and 32 layers of the same widths, forward and gradient
-decode    greedy decoding beside Hugging Face's: tokens a second, and a prefill
-loss      the loss-in-head beside its peers: memory, time and error
-step      a training step beside torch's: time, memory, tokens a second
-load      from_pretrained of a bfloat16 directory against `cat` of the same file; peak RSS
+compile    seconds to compile 4 and 32 layers of the same widths, forward and gradient
+convert    every pair of formats: seconds beside `cp`, peak memory (--preset, --pairs)
+decode     greedy decoding beside Hugging Face's: tokens a second, and a prefill
+load       from_pretrained of a bfloat16 directory against `cat` of the same file; peak RSS
+loss       the loss-in-head beside its peers: memory, time and error
+parity     our error and Hugging Face's, of the real checkpoint and of every preset (--presets)
+precision  what lower precisions of float32 products do to the real checkpoint
+step       a training step beside torch's: time, memory, tokens a second
 """
 
 import argparse
@@ -18,8 +20,11 @@ MODULES = {
     "decode": "decode",
     "load": "load_time",
     "loss": "loss",
+    "parity": "parity",
+    "precision": "precision",
     "step": "step",
 }
+WITH_OPTIONS = ["convert"], ["parity"]
 
 
 def main() -> int:
@@ -31,7 +36,7 @@ def main() -> int:
     )
     parser.add_argument("names", nargs="+", choices=MODULES, metavar="NAME")
     options, rest = parser.parse_known_args()
-    if rest and options.names != ["convert"]:
+    if rest and options.names not in WITH_OPTIONS:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     for name in options.names:
         module = importlib.import_module(f"benchmarks.{MODULES[name]}")

@@ -7,7 +7,6 @@ python -m benchmarks convert --preset llama-3.1-8b --pairs hf-orbax orbax-hf hf-
 """
 
 import argparse
-import json
 import shutil
 import subprocess
 import sys
@@ -16,18 +15,13 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-import ml_dtypes
-import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from llama_jax.info import tensors
+from benchmarks.random_checkpoint import write_random
 from llama_jax.presets import PRESETS
-from llama_jax.safetensors_write import TensorSpec, write_safetensors
-from llama_jax.staging import write_text
 
 ROOT = Path(__file__).parents[1]
-SHARD = 5_000_000_000
 # each source is made by an earlier pair
 PAIRS = [
     *("hf-orbax", "hf-gguf", "hf-meta", "orbax-hf", "orbax-gguf", "orbax-meta"),
@@ -44,8 +38,9 @@ def main(arguments: Sequence[str] = ()) -> None:
     console = Console(width=100)
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
-        made = {"hf": random_model(options.preset, root / "hf")}
-        nbytes = sum(file.stat().st_size for file in made["hf"].iterdir())
+        made = {"hf": root / "hf"}
+        specs = write_random(PRESETS[options.preset], made["hf"])
+        nbytes = sum(spec.nbytes for spec in specs)
         rows = []
         for pair in options.pairs:
             source, target = pair.split("-")
@@ -68,25 +63,6 @@ def main(arguments: Sequence[str] = ()) -> None:
     for pair, seconds, copied, peak in rows:
         table.add_row(pair, f"{seconds:.1f}", f"{seconds / copied:.2f}", f"{peak / 1e6:.0f}")
     console.print(table)
-
-
-def random_model(preset: str, directory: Path) -> Path:
-    """A Hugging Face directory of random values, a tensor in memory at a time."""
-    directory.mkdir()
-    config = PRESETS[preset]
-    dtype = np.dtype(ml_dtypes.bfloat16)
-    random = np.random.default_rng(0)
-    specs = [TensorSpec(each.name, dtype, each.shape) for each in tensors(config)]
-    sizes = {spec.name: spec for spec in specs}
-
-    def values(name: str) -> np.ndarray:
-        # bits of numbers between 2**-8 and 2: finite, and nothing that compresses
-        bits = random.integers(0, 2**16, sizes[name].size, dtype=np.uint16)
-        return ((bits & 0x83FF) | 0x3C00).view(dtype).reshape(sizes[name].shape)
-
-    write_safetensors(directory, specs, values, max_shard_size=SHARD)
-    write_text(directory / "config.json", json.dumps(config.to_dict()))
-    return directory
 
 
 def copy_seconds(source: Path, target: Path) -> float:

@@ -9,15 +9,11 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
-import ml_dtypes
-import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from llama_jax.config import LlamaConfig
-from llama_jax.info import tensors
+from benchmarks.random_checkpoint import write_random
 from llama_jax.presets import PRESETS
-from llama_jax.safetensors_write import TensorSpec, write_safetensors
 
 CONFIG = replace(PRESETS["llama-3.2-1b"], tie_word_embeddings=False)
 ROUNDS = 5
@@ -38,7 +34,8 @@ def main() -> None:
     """Write a directory of random weights, load it in fresh processes in turn with `cat`."""
     with tempfile.TemporaryDirectory() as folder:
         directory = Path(folder)
-        total, largest = write_random(CONFIG, directory)
+        specs = write_random(CONFIG, directory, max_shard_size=1 << 62)  # one file for `cat`
+        total, largest = sum(s.nbytes for s in specs), max(s.nbytes for s in specs)
         file = directory / "model.safetensors"
         pairs = []
         for _ in range(ROUNDS + 1):
@@ -64,22 +61,6 @@ def main() -> None:
         f"{allowed / 1e9:.2f} GB",
     )
     Console().print(table)
-
-
-def write_random(config: LlamaConfig, directory: Path) -> tuple[int, int]:
-    """A bfloat16 checkpoint of random values; returns its bytes and those of its largest tensor."""
-    dtype = np.dtype(ml_dtypes.bfloat16)
-    specs = [TensorSpec(tensor.name, dtype, tensor.shape) for tensor in tensors(config)]
-    shapes = {spec.name: spec.shape for spec in specs}
-    rng = np.random.default_rng(0)
-
-    def random(name: str) -> np.ndarray:
-        return (rng.standard_normal(shapes[name], np.float32) * 0.02).astype(dtype)
-
-    write_safetensors(directory, specs, random, max_shard_size=1 << 62)
-    fields = config.to_dict() | {"torch_dtype": "bfloat16"}
-    (directory / "config.json").write_text(json.dumps(fields))
-    return sum(spec.nbytes for spec in specs), max(spec.nbytes for spec in specs)
 
 
 def measure_load(directory: Path) -> dict[str, float]:

@@ -1,0 +1,130 @@
+"""Errors of ours and of Hugging Face's against the float64 oracle: the real checkpoint and every preset.
+
+Of a preset: its widths, heads, vocabulary and rotary embedding with random weights, but few layers, on
+random tokens. Presets of one shape are one row, run as the last of them. What the report's estimate puts
+above this machine's memory is left out and named.
+
+python -m benchmarks parity --presets llama-3.2-1b tinyllama-1.1b
+"""
+
+import argparse
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+import transformers
+from rich.console import Console
+from rich.table import Table
+
+import convert
+from benchmarks.random_checkpoint import write_random
+from convert import demo_checkpoint
+from llama_jax import PRESETS, LlamaConfig
+from parity_tests.report import jax_layers, oracle_layers, torch_layers
+from parity_tests.report.estimate import available_memory, estimate
+from parity_tests.report.forward import forward
+from parity_tests.report.metrics import Compared, compare
+from parity_tests.report.run import DTYPES
+from parity_tests.report.streamed import Checkpoint, open_checkpoint
+from parity_tests.report.tokens import bundled_tokens
+
+LAYERS, TOKENS = 2, 64  # of a preset
+
+
+def main(arguments: Sequence[str] = ()) -> None:
+    """Print a line as it is found, and all of them as a table."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks parity")
+    parser.add_argument("--presets", nargs="*", choices=PRESETS, default=PRESETS, metavar="NAME")
+    options = parser.parse_args(arguments)
+    transformers.logging.set_verbosity_error()
+    console, left_out = Console(width=110), []
+    table = Table(
+        title="rms logit error against the float64 oracle; "
+        f"presets: {LAYERS} layers of random weights, {TOKENS} tokens",
+        title_justify="left",
+    )
+    table.add_column("")
+    for dtype in DTYPES:
+        for column in ("ours", "HF", "ratio"):
+            table.add_column(f"{dtype} {column}", justify="right")
+
+    def add(name: str, checkpoint: Checkpoint, ids: np.ndarray) -> None:
+        begin = time.perf_counter()
+        cells = [cell for dtype in DTYPES for cell in _cells(errors(checkpoint, ids, dtype))]
+        table.add_row(name, *cells)
+        console.print(name, *cells, f"{time.perf_counter() - begin:.0f} s", highlight=False)
+
+    with real_checkpoint() as checkpoint:
+        ids = bundled_tokens(checkpoint)
+        add(f"SmolLM2-135M-Instruct, {ids.shape[1]} tokens", checkpoint, ids)
+    table.add_section()
+    for names in same_shapes(options.presets):
+        config = replace(PRESETS[names[-1]], num_hidden_layers=LAYERS)
+        needed = max(estimate(config, TOKENS, 0, dtype.itemsize).bytes for dtype in DTYPES.values())
+        if needed > available_memory():
+            left_out.append(f"{', '.join(names)} ({needed / 1e9:.0f} GB)")
+            continue
+        ids = np.random.default_rng(0).integers(0, config.vocab_size, (1, TOKENS))
+        with random_checkpoint(config) as checkpoint:
+            add(", ".join(names), checkpoint, ids)
+    console.print(table)
+    if left_out:
+        memory = f"{available_memory() / 1e9:.0f} GB"
+        console.print(f"left out, more than this machine's {memory}: {'; '.join(left_out)}")
+
+
+def errors(checkpoint: Checkpoint, ids: np.ndarray, dtype: str) -> Compared:
+    """Of the logits of `ids` [1, T], weights and computation in `dtype`."""
+    compute, length = DTYPES[dtype], ids.shape[1]
+    unit = float(ml_dtypes.finfo(compute).eps)
+    modules = (jax_layers, torch_layers, oracle_layers)
+    programs = [module.program(checkpoint, compute, length) for module in modules]
+    layers = checkpoint.config.num_hidden_layers
+    passed = forward(programs, ids, layers, unit, lambda: None)
+    # one head in memory at a time
+    ours, theirs, oracle = (
+        program.head()(hidden, 0, length)
+        for program, hidden in zip(programs, passed.hidden, strict=True)
+    )
+    return compare("lm_head", ours, theirs, oracle, unit, length)
+
+
+def same_shapes(presets: Sequence[str]) -> list[list[str]]:
+    """Their names, together where the tensors of a layer and of both ends have the same shapes."""
+    groups: dict[tuple[object, ...], list[str]] = {}
+    for name in presets:
+        config = PRESETS[name]
+        shape = (
+            *(config.vocab_size, config.hidden_size, config.intermediate_size, config.head_size),
+            *(config.num_attention_heads, config.kv_heads, config.tie_word_embeddings),
+        )
+        groups.setdefault(shape, []).append(name)
+    return list(groups.values())
+
+
+@contextmanager
+def real_checkpoint() -> Iterator[Checkpoint]:
+    """The demo's, as a Hugging Face directory."""
+    with tempfile.TemporaryDirectory() as folder:
+        directory = Path(folder) / "checkpoint"
+        convert.convert(demo_checkpoint.fetch(), directory)
+        yield open_checkpoint(directory)
+
+
+@contextmanager
+def random_checkpoint(config: LlamaConfig) -> Iterator[Checkpoint]:
+    """Random weights of that shape."""
+    with tempfile.TemporaryDirectory() as folder:
+        directory = Path(folder) / "checkpoint"
+        write_random(config, directory)
+        yield open_checkpoint(directory)
+
+
+def _cells(logits: Compared) -> tuple[str, str, str]:
+    ours, theirs = logits.ours.rms, logits.theirs.rms
+    return f"{ours:.2e}", f"{theirs:.2e}", f"{ours / theirs:.2f}"
