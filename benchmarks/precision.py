@@ -103,7 +103,7 @@ def oracle_logits(directory: Path, ids: np.ndarray) -> torch.Tensor:
     checkpoint, length = open_checkpoint(directory), ids.shape[1]
     program = oracle_layers.program(checkpoint, np.dtype(np.float32), length)
     layers = checkpoint.config.num_hidden_layers
-    hidden = forward([program], ids, layers, 0.0, lambda: None, keep_inputs=True).hidden[0]
+    hidden = forward([program], ids, layers, 0.0, lambda: None).hidden[0]
     return program.head()(hidden, 0, length)
 
 
