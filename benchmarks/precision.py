@@ -27,7 +27,6 @@ import convert
 from convert import demo_checkpoint
 from llama_jax import LlamaForCausalLM, matmul
 from parity_tests.report import oracle_layers
-from parity_tests.report.forward import forward
 from parity_tests.report.metrics import errors
 from parity_tests.report.streamed import open_checkpoint
 from parity_tests.report.tokens import bundled_tokens
@@ -102,9 +101,10 @@ def oracle_logits(directory: Path, ids: np.ndarray) -> torch.Tensor:
     """float64 [T, V], of the directory's weights as float32."""
     checkpoint, length = open_checkpoint(directory), ids.shape[1]
     program = oracle_layers.program(checkpoint, np.dtype(np.float32), length)
-    layers = checkpoint.config.num_hidden_layers
-    hidden = forward([program], ids, layers, 0.0, lambda: None).hidden[0]
-    return program.head()(hidden, 0, length)
+    states = program.embed(ids)
+    for layer in range(checkpoint.config.num_hidden_layers):
+        states = program.layer(layer, states)[1]
+    return program.head()(program.norm(states), 0, length)
 
 
 def drift(got: np.ndarray, truth: torch.Tensor, ids: np.ndarray) -> Drift:
