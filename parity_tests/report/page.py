@@ -41,8 +41,6 @@ def page(report: Report) -> str:
         f'<div class="{verdict}">{"<br>".join(map(escape, conclusions(report)))}</div>',
         "<h2>What comes out</h2>",
         _table(("", report.ours, report.theirs), summary(report)),
-        "<h2>What the verdict stands on</h2>",
-        _table(CHECK_COLUMNS, check_rows(report, everything=True)),
     ]
     for title, caption, png in pictures(report):
         data = base64.b64encode(png).decode()
@@ -51,6 +49,10 @@ def page(report: Report) -> str:
             f'<img alt="{escape(title)}" src="data:image/png;base64,{data}">'
             f"<figcaption>{escape(caption)}</figcaption></figure>"
         )
+    body += [
+        "<h2>What the verdict stands on</h2>",
+        _table(CHECK_COLUMNS, check_rows(report, everything=True)),
+    ]
     for title, compared in (("Modules", report.modules), ("Gradients", report.parameters)):
         if compared:
             body += [
