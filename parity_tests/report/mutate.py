@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+import transformers
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
@@ -53,7 +54,10 @@ def caught_by(made: Report) -> Caught:
 
 def mutate_all(console: Console) -> bool:
     """Print a line for each mutation, and for none; whether every one was caught and rightly named."""
-    table = Table("mutation", "caught by", box=SIMPLE_HEAD)
+    transformers.logging.disable_progress_bar()
+    table = Table(box=SIMPLE_HEAD)
+    table.add_column("mutation", no_wrap=True)
+    table.add_column("caught by")
     table.add_column("first module to drift", no_wrap=True)
     table.add_column("")
     right = True
