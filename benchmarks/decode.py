@@ -7,11 +7,9 @@ the rest.
 """
 
 import statistics
-import tempfile
 import time
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -20,8 +18,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-import convert
-from convert import demo_checkpoint
+from benchmarks.real_checkpoint import real_checkpoint
 from llama_jax import PRESETS, LlamaForCausalLM
 
 PROMPT, NEW, ROUNDS = 16, 128, 3
@@ -101,9 +98,7 @@ def programs() -> tuple[LlamaForCausalLM, dict[str, Generate]]:
         settings = transformers.LlamaConfig(**config.to_dict())
         theirs = transformers.LlamaForCausalLM(settings).to("cuda", torch.bfloat16).eval()
     else:
-        with tempfile.TemporaryDirectory() as folder:
-            directory = Path(folder) / "checkpoint"
-            convert.convert(demo_checkpoint.fetch(), directory)
+        with real_checkpoint() as directory:
             ours = LlamaForCausalLM.from_pretrained(directory, dtype=jnp.float32)
             load = transformers.LlamaForCausalLM.from_pretrained
             theirs = load(directory, dtype=torch.float32).eval()

@@ -21,9 +21,8 @@ import transformers
 from rich.console import Console
 from rich.table import Table
 
-import convert
 from benchmarks.random_checkpoint import write_random
-from convert import demo_checkpoint
+from benchmarks.real_checkpoint import real_checkpoint
 from llama_jax import PRESETS, LlamaConfig
 from parity_tests.report import jax_layers, oracle_layers, torch_layers
 from parity_tests.report.estimate import available_memory, estimate
@@ -59,7 +58,8 @@ def main(arguments: Sequence[str] = ()) -> None:
         table.add_row(name, *cells)
         console.print(name, *cells, f"{time.perf_counter() - begin:.0f} s", highlight=False)
 
-    with real_checkpoint() as checkpoint:
+    with real_checkpoint() as directory:
+        checkpoint = open_checkpoint(directory)
         ids = bundled_tokens(checkpoint)
         add(f"SmolLM2-135M-Instruct, {ids.shape[1]} tokens", checkpoint, ids)
     table.add_section()
@@ -105,15 +105,6 @@ def same_shapes(presets: Sequence[str]) -> list[list[str]]:
         )
         groups.setdefault(shape, []).append(name)
     return list(groups.values())
-
-
-@contextmanager
-def real_checkpoint() -> Iterator[Checkpoint]:
-    """The demo's, as a Hugging Face directory."""
-    with tempfile.TemporaryDirectory() as folder:
-        directory = Path(folder) / "checkpoint"
-        convert.convert(demo_checkpoint.fetch(), directory)
-        yield open_checkpoint(directory)
 
 
 @contextmanager

@@ -8,11 +8,9 @@ product are rounded, to nearest, and sums are float32.
 
 import functools
 import operator
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from functools import partial
-from pathlib import Path
 from typing import Any, NamedTuple
 from unittest import mock
 
@@ -23,12 +21,11 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-import convert
-from convert import demo_checkpoint
+from benchmarks.real_checkpoint import real_checkpoint
 from llama_jax import LlamaForCausalLM, matmul
 from parity_tests.report import oracle_layers
 from parity_tests.report.metrics import errors
-from parity_tests.report.streamed import open_checkpoint
+from parity_tests.report.streamed import Checkpoint, open_checkpoint
 from parity_tests.report.tokens import bundled_tokens
 
 _ROWS = 64  # positions whose float64 logits are compared at once
@@ -56,12 +53,10 @@ class Drift(NamedTuple):
 
 def main() -> None:
     """Print the table."""
-    with tempfile.TemporaryDirectory() as folder:
-        directory = Path(folder) / "checkpoint"
-        convert.convert(demo_checkpoint.fetch(), directory)
+    with real_checkpoint() as directory:
         checkpoint = open_checkpoint(directory)
         ids = bundled_tokens(checkpoint)
-        truth = oracle_logits(directory, ids)
+        truth = oracle_logits(checkpoint, ids)
         load = partial(LlamaForCausalLM.from_pretrained, directory)
         device, rows = jax.devices()[0].device_kind, []
 
@@ -97,9 +92,9 @@ def main() -> None:
     Console(width=110).print(table)
 
 
-def oracle_logits(directory: Path, ids: np.ndarray) -> torch.Tensor:
-    """float64 [T, V], of the directory's weights as float32."""
-    checkpoint, length = open_checkpoint(directory), ids.shape[1]
+def oracle_logits(checkpoint: Checkpoint, ids: np.ndarray) -> torch.Tensor:
+    """float64 [T, V], of the checkpoint's weights as float32."""
+    length = ids.shape[1]
     program = oracle_layers.program(checkpoint, np.dtype(np.float32), length)
     states = program.embed(ids)
     for layer in range(checkpoint.config.num_hidden_layers):
