@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from llama_jax.arguments import positive
+from llama_jax.arguments import positive, some_text
 from llama_jax.causal_lm import LlamaForCausalLM
 from llama_jax.chat_template import find_chat_template, render_chat
 from llama_jax.detokenize import TextStream
@@ -58,7 +58,14 @@ def add_commands(commands: Any) -> None:
         add("--min-p", type=float, metavar="P")
         add("--repetition-penalty", type=float, metavar="R")
         add("--seed", type=int, default=0, metavar="N")
-        add("--stop", action="append", default=[], metavar="TEXT", help="end before this text")
+        add(
+            "--stop",
+            type=some_text,
+            action="append",
+            default=[],
+            metavar="TEXT",
+            help="stop string, which may name special tokens; may be given several times",
+        )
         add("--stop-id", action="append", type=int, metavar="ID", help="end at this token as well")
 
 
@@ -76,23 +83,27 @@ def _generate(options: argparse.Namespace) -> None:
             _print(text)
 
     begin = time.perf_counter()
-    counts, ends = [0] * len(prompts), ["length"] * len(prompts)
+    new: list[list[int]] = [[] for _ in prompts]
+    ends = ["length"] * len(prompts)
     for tokens in _tokens(model, prompts, options, choices):
-        if live and not counts[0]:
+        if live and not new[0]:
             _print(tokenizer.decode(prompts[0]))
         for row, token in enumerate(tokens.tolist()):
             if ends[row] != "length":
                 continue
-            counts[row] += 1
+            new[row].append(token)
             if token in _ends(model, options):
                 ends[row] = "stop"
+                say(row, streams[row].finish(token))
             else:
                 say(row, streams[row].push(token))
                 ends[row] = "stop" if streams[row].stopped else "length"
         if all(end == "stop" for end in ends):
             break
     for row, stream in enumerate(streams):
-        say(row, stream.finish())
+        if ends[row] == "length":
+            say(row, stream.finish())
+            ends[row] = "stop" if stream.stopped else "length"
     seconds = time.perf_counter() - begin
     if live:
         _print("\n")
@@ -103,7 +114,9 @@ def _generate(options: argparse.Namespace) -> None:
                     {
                         "prompt": prompt,
                         "text": text,
-                        "new_tokens": counts[row],
+                        "prompt_ids": prompts[row],
+                        "ids": new[row],
+                        "new_tokens": len(new[row]),
                         "finish_reason": ends[row],
                     },
                     ensure_ascii=False,
@@ -111,7 +124,7 @@ def _generate(options: argparse.Namespace) -> None:
             )
         elif not live:
             print(tokenizer.decode(prompts[row]) + text)
-    print(f"{sum(counts)} tokens in {seconds:.2f} s, compilation included", file=sys.stderr)
+    print(f"{sum(map(len, new))} tokens in {seconds:.2f} s, compilation included", file=sys.stderr)
 
 
 def _chat(options: argparse.Namespace) -> None:
@@ -119,22 +132,23 @@ def _chat(options: argparse.Namespace) -> None:
     load_config(options.model)  # says what is there instead of a model
     template, special_tokens = find_chat_template(tokenizer_directory(options.model))
     tokenizer, model = _load(options)
-    messages = [{"role": "system", "content": options.system}] if options.system else []
+    messages = [{"role": "system", "content": options.system}] if options.system is not None else []
     for line in _lines():
         messages.append({"role": "user", "content": line})
         text = render_chat(template, messages, special_tokens=special_tokens)
         prompt = _encode(tokenizer, text, "conversation", add_special_tokens=False)
-        stream, answer = TextStream(tokenizer, prompt, options.stop), ""
+        stream, answer, end = TextStream(tokenizer, prompt, options.stop), "", None
         for tokens in _tokens(model, [prompt], options, choices):
             token = int(tokens[0])
             if token in _ends(model, options):
+                end = token
                 break
             part = stream.push(token)
             answer += part
             _print(part)
             if stream.stopped:
                 break
-        rest = stream.finish()
+        rest = stream.finish(end)
         _print(rest + "\n")
         messages.append({"role": "assistant", "content": answer + rest})
 
