@@ -35,24 +35,36 @@ def add_score(commands: Any, dtypes: tuple[str, ...]) -> None:
 
 def score(options: argparse.Namespace) -> None:
     """Score the texts and print them. Raises ValueError."""
+    from llama_jax.encode import encode_text
     from llama_jax.load import load_config, load_model, tokenizer_directory
-    from llama_jax.scoring import encode_pair, loglikelihood, loglikelihood_rolling
+    from llama_jax.scoring import (
+        encode_pair,
+        loglikelihood,
+        loglikelihood_rolling,
+        prefix_token,
+    )
     from llama_jax.tokenizer import load_tokenizer
 
     if options.rolling and options.context is not None:
         raise ValueError("--rolling: found --context beside it, expected one of them")
     texts = options.text or _lines(options.file)
-    limit = load_config(options.model).max_position_embeddings
+    config = load_config(options.model)
+    limit = None if options.rolling else config.max_position_embeddings
     tokenizer = load_tokenizer(tokenizer_directory(options.model))
+    if options.context is not None and not encode_text(tokenizer, options.context).ids:
+        raise ValueError("--context: found no tokens, expected at least one")
     pairs = []
     for number, text in enumerate(texts, 1):
         if options.context is None:
+            before, ids = encode_text(tokenizer, text)
+            both = before + ids
             # the rolling windows begin with a bos of their own
-            ids = tokenizer.encode(text, add_special_tokens=not options.rolling).ids
-            pair = ([], ids) if options.rolling else (ids[:1], ids[1:])
+            pair = ([], ids) if options.rolling else (both[:1], both[1:])
         else:
-            pair = encode_pair(tokenizer, options.context, text)
-        _require_tokens(number, pair, None if options.rolling else limit, options.context)
+            pair = encode_pair(
+                tokenizer, options.context, text, prefix_token_id=prefix_token(config)
+            )
+        _require_tokens(number, pair, limit, options.context)
         pairs.append(pair)
     model = load_model(options.model, options.dtype)
     if options.rolling:
@@ -83,7 +95,10 @@ def _require_tokens(
     """Raise ValueError unless there is something to score, in `limit` inputs; None is no limit."""
     before, scored = pair
     if context is not None and not before:
-        raise ValueError("--context: found no tokens, expected at least one")
+        raise ValueError(
+            f"text {number}: its first token spans the context, and there is no bos or eos to begin "
+            "with; end --context at a word"
+        )
     if before and not scored and context is None:
         raise ValueError(
             f"text {number}: found 1 token, expected another before it: --context or --rolling"

@@ -14,6 +14,9 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from llama_jax.causal_lm import LlamaForCausalLM
+from llama_jax.config import LlamaConfig
+from llama_jax.encode import encode_text
+from llama_jax.incremental import common_length
 from llama_jax.loss import default_chunk
 from llama_jax.matmul import einsum, working_dtype
 
@@ -129,8 +132,7 @@ def loglikelihood_rolling(
             f"max_position_embeddings={config.max_position_embeddings}"
         )
     if prefix_token_id is None:
-        candidates = [config.bos_token_id, *config.eos_token_ids]
-        prefix_token_id = next((token for token in candidates if token is not None), None)
+        prefix_token_id = prefix_token(config)
     if prefix_token_id is None:
         raise ValueError("prefix_token_id: found no bos or eos in the config, expected a token")
     windows = [rolling_windows(sequence, prefix_token_id, length) for sequence in sequences]
@@ -154,17 +156,38 @@ def rolling_windows(
 
 
 def encode_pair(
-    tokenizer: "Tokenizer", context: str, continuation: str
+    tokenizer: "Tokenizer", context: str, continuation: str, *, prefix_token_id: int | None = None
 ) -> tuple[list[int], list[int]]:
-    """Tokens of a context and of what follows, cut where lm-evaluation-harness cuts them.
+    """Tokens of a context and of what follows, by the rule of lm-evaluation-harness.
 
     Spaces at the end of the context go to the continuation, and both are encoded as one text, so that
-    the tokens are those that the model would have read.
+    the tokens are those that the model would have read. The context is as many of them as it has when
+    encoded alone; where a token spans the boundary, only those before it, so that none is lost. An empty
+    context takes the prefix token. The tokenizer's beginning of text comes once, its end not at all.
+
+    Args:
+        prefix_token_id: what an empty context becomes, see `prefix_token`. If it is None, the context
+            of the result may be empty.
     """
     bare = context.rstrip()
     continuation = context[len(bare) :] + continuation
-    first = tokenizer.encode(bare).ids
-    return first, tokenizer.encode(bare + continuation).ids[len(first) :]
+    before, whole = encode_text(tokenizer, bare + continuation)
+    if not context and prefix_token_id is not None:
+        before = []
+    shared = common_length(encode_text(tokenizer, bare).ids, whole)
+    first, rest = before + whole[:shared], whole[shared:]
+    if first or prefix_token_id is None:
+        return first, rest
+    if rest[:1] == [prefix_token_id]:
+        return rest[:1], rest[1:]
+    return [prefix_token_id], rest
+
+
+def prefix_token(config: LlamaConfig) -> int | None:
+    """The token before a text that has nothing before it: the config's bos, else its first eos, if any."""
+    if config.bos_token_id is not None:
+        return config.bos_token_id
+    return next(iter(config.eos_token_ids), None)
 
 
 def token_log_probs(

@@ -4,21 +4,25 @@ from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
-from tokenizers import Tokenizer
 
 from llama_jax.causal_lm import LlamaForCausalLM
+from llama_jax.detokenize import continuation_text
+from llama_jax.tokenizer import load_tokenizer
 
 
 def sample_text(model: LlamaForCausalLM, tokenizer: Path, prompt: str, max_new_tokens: int) -> str:
     """The prompt and its greedy continuation.
 
     Args:
-        tokenizer: a directory with tokenizer.json.
+        tokenizer: a directory with a tokenizer.
+
+    Raises:
+        ValueError: the tokenizer is missing or damaged.
     """
-    encoder = Tokenizer.from_file(str(tokenizer / "tokenizer.json"))
+    encoder = load_tokenizer(tokenizer)
     ids = encoder.encode(prompt, add_special_tokens=False).ids or [0]
     room = model.config.max_position_embeddings - len(ids)
     if room < 1:
         return prompt
     out = model.generate(jnp.asarray([ids]), max_new_tokens=min(max_new_tokens, room))
-    return prompt + encoder.decode(np.asarray(out)[0, len(ids) :].tolist())
+    return prompt + continuation_text(encoder, ids, np.asarray(out)[0, len(ids) :].tolist())
