@@ -13,23 +13,28 @@ from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from transformers import PreTrainedTokenizerFast
 
 from llama_jax import LlamaConfig, LlamaForCausalLM
 from llama_jax.__main__ import main
+from llama_jax.encode import encode_text
 from llama_jax.scoring import (
     _bucket,
     _score,
     encode_pair,
     loglikelihood,
     loglikelihood_rolling,
+    prefix_token,
     rolling_windows,
     token_log_probs,
     token_scores,
 )
+from llama_jax.tokenizer import model_json
 from parity_tests.cases import BASE, BY_NAME, hf_model, weights_of
 from parity_tests.measure import relative_error, rms_error
 from parity_tests.oracle import oracle
 from parity_tests.programs import our_model
+from parity_tests.tiny_tokenizers import CORPUS, sentencepiece_model, tiktoken_model
 
 CONFIG = BASE | {"num_hidden_layers": 1}
 
@@ -169,6 +174,138 @@ def test_requests_that_make_no_sense(model: LlamaForCausalLM, call: Any, message
     with pytest.raises(ValueError) as caught:
         call(model)
     assert message in str(caught.value)
+
+
+# Pairs and windows, by lm-evaluation-harness's definitions -----------------------------------------
+
+
+def harness_pair(encode: Any, context: str, continuation: str) -> tuple[list[int], list[int]]:
+    """TemplateLM._encode_pair of a causal model, from its definition."""
+    spaces = len(context) - len(context.rstrip())
+    if spaces:
+        context, continuation = context[:-spaces], context[-spaces:] + continuation
+    whole, first = encode(context + continuation), encode(context)
+    return first, whole[len(first) :]
+
+
+def harness_windows(
+    tokens: list[int], prefix: int, length: int
+) -> list[tuple[list[int], list[int]]]:
+    """get_rolling_token_windows with a context of one, then make_disjoint_window, from their definitions."""
+    size = min(length, len(tokens))
+    windows = [([prefix, *tokens[: size - 1]], tokens[:size])]
+    done = size
+    while done < len(tokens):
+        end = done + min(len(tokens) - done, length)
+        windows.append((tokens[end - length - 1 : end - 1], tokens[done:end]))
+        done = end
+    return [(a[: len(a) - (len(b) - 1)], b) for a, b in windows]
+
+
+@pytest.mark.parametrize("length", [1, 2, 3, 7, 16])
+def test_rolling_windows_are_those_of_the_harness(length: int) -> None:
+    for count in range(1, 50):
+        tokens = list(range(100, 100 + count))
+        assert rolling_windows(tokens, 7, length) == harness_windows(tokens, 7, length)
+
+
+def tiny(name: str, before: str = "", after: str = "") -> Tokenizer:
+    content = sentencepiece_model() if name == "sentencepiece" else tiktoken_model()
+    tokenizer = Tokenizer.from_str(json.dumps(model_json(content, add_bos=False)))
+    around = [(token, tokenizer.token_to_id(token)) for token in (before, after) if token]
+    if around:
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single=f"{before} $A {after}".strip(), special_tokens=around
+        )
+    return tokenizer
+
+
+SPECIAL = {"sentencepiece": ("<s>", "</s>"), "tiktoken": ("<|begin_of_text|>", "<|end_of_text|>")}
+
+
+@pytest.mark.parametrize("name", SPECIAL)
+@pytest.mark.parametrize("bos", [True, False])
+def test_pairs_are_those_of_the_harness(name: str, bos: bool) -> None:
+    first = SPECIAL[name][0] if bos else ""
+    tokenizer, ending = tiny(name, first), tiny(name, first, SPECIAL[name][1])
+    theirs = PreTrainedTokenizerFast(tokenizer_object=tiny(name, first), bos_token=first or None)
+    same = 0
+    for text in dict.fromkeys(CORPUS):
+        for cut in range(1, len(text)):
+            context, continuation = text[:cut], text[cut:]
+            found = encode_pair(tokenizer, context, continuation)
+            assert [*found[0], *found[1]] == theirs.encode(text)
+            assert encode_pair(ending, context, continuation) == found
+            expected = harness_pair(theirs.encode, context, continuation)
+            if [*expected[0], *expected[1]] == theirs.encode(text):
+                same += 1
+                assert found == expected
+            else:  # its rule loses a token that spans the boundary
+                assert len(found[1]) > len(expected[1])
+    assert same > 100
+
+
+@pytest.mark.parametrize("name", SPECIAL)
+def test_a_token_that_spans_the_boundary_is_scored(name: str) -> None:
+    bos = SPECIAL[name][0]
+    tokenizer, with_bos = tiny(name), tiny(name, bos)
+    whole = tokenizer.encode("the cat").ids
+    prefix = tokenizer.token_to_id(bos)
+    assert encode_pair(tokenizer, "t", "he cat", prefix_token_id=5) == ([5], whole)
+    assert encode_pair(tokenizer, "t", "he cat") == ([], whole)
+    assert encode_pair(with_bos, "t", "he cat") == ([prefix], whole)
+
+
+@pytest.mark.parametrize("name", SPECIAL)
+def test_an_empty_context_takes_the_prefix_token(name: str) -> None:
+    bos, eos = SPECIAL[name]
+    for tokenizer in (tiny(name), tiny(name, bos), tiny(name, bos, eos)):
+        ids = tokenizer.encode("the cat", add_special_tokens=False).ids
+        assert encode_pair(tokenizer, "", "the cat", prefix_token_id=5) == ([5], ids)
+        first = tokenizer.token_to_id(bos)
+        assert encode_pair(tokenizer, "", "the cat", prefix_token_id=first) == ([first], ids)
+        # a prefix that is in the text already comes once
+        pair = encode_pair(tokenizer, "", f"{bos}the cat", prefix_token_id=first)
+        assert pair == (
+            [first],
+            tokenizer.encode(f"{bos}the cat", add_special_tokens=False).ids[1:],
+        )
+        spaced = tokenizer.encode(" the cat", add_special_tokens=False).ids
+        assert encode_pair(tokenizer, " ", "the cat", prefix_token_id=first) == ([first], spaced)
+
+
+@pytest.mark.parametrize("name", SPECIAL)
+def test_what_a_tokenizer_adds_comes_once_and_only_before(name: str) -> None:
+    bos, eos = SPECIAL[name]
+    tokenizer = tiny(name, bos, eos)
+    first, last = map(tokenizer.token_to_id, (bos, eos))
+    ids = tokenizer.encode("the cat", add_special_tokens=False).ids
+    assert encode_text(tokenizer, "the cat") == ([first], ids)
+    assert encode_text(tokenizer, f"{bos}the cat").before == []
+    assert encode_text(tokenizer, bos) == ([], [first])
+    assert encode_text(tokenizer, eos) == ([first], [last])  # what the text says itself stays
+    assert encode_text(tokenizer, "") == ([], [])
+    assert encode_pair(tokenizer, f"{bos}the", f" cat{eos}")[0][:2] != [first, first]
+    assert encode_pair(tokenizer, "the", f" cat{eos}")[1][-1] == last
+
+
+def test_truncation_and_padding_are_not_heeded() -> None:
+    tokenizer = tiny("tiktoken", "<|begin_of_text|>", "<|end_of_text|>")
+    expected = encode_pair(tokenizer, "the capital of", " France is Paris")
+    tokenizer.enable_truncation(4, stride=1, direction="left")
+    tokenizer.enable_padding(length=40, pad_id=3, direction="left")
+    told = tokenizer.truncation, tokenizer.padding
+    assert encode_pair(tokenizer, "the capital of", " France is Paris") == expected
+    assert (tokenizer.truncation, tokenizer.padding) == told
+
+
+def test_the_prefix_token_is_bos_or_else_eos() -> None:
+    for ids, expected in (
+        (dict(bos_token_id=4, eos_token_id=5), 4),
+        (dict(eos_token_id=[6, 5]), 6),
+    ):
+        assert prefix_token(LlamaConfig(**{"bos_token_id": None, **ids})) == expected
+    assert prefix_token(LlamaConfig(bos_token_id=None, eos_token_id=None)) is None
 
 
 # The command -------------------------------------------------------------------------------------
