@@ -51,7 +51,9 @@ def describe(path: Path) -> str:
 def _describe(path: Path) -> str:
     if not path.exists():
         if len(path.parts) == 2 and not path.is_absolute():
-            return f"no such directory; if it is a name on the Hub: hf download {path} --local-dir DIR"
+            return (
+                f"no such directory; if it is a name on the Hub: hf download {path} --local-dir DIR"
+            )
         return "no such directory"
     if not path.is_dir():
         return f"a file; for a GGUF file, {_CONVERT} {path} DIR"
@@ -79,7 +81,9 @@ def _describe(path: Path) -> str:
         count = "one" if len(inside) == 1 else f"{len(inside)}, such as"
         return f"a folder of checkpoints, not one itself; give {count}: {path / last}"
     if cached := [name for name in names if name.startswith("models--")]:
-        return f"a cache of huggingface_hub; give a snapshot in it: {path / cached[0]}/snapshots/..."
+        return (
+            f"a cache of huggingface_hub; give a snapshot in it: {path / cached[0]}/snapshots/..."
+        )
     return "a directory without weights" if names else "an empty directory"
 
 
@@ -136,7 +140,9 @@ def quantization_refusal(fields: Mapping[str, Any]) -> str | None:
             f", or dequantise it with transformers: AutoModelForCausalLM.{how}, then "
             "save_pretrained(NEW_DIR)"
         )
-    return f"quantization_config: the weights are quantised ({scheme}), which is not supported; {way}"
+    return (
+        f"quantization_config: the weights are quantised ({scheme}), which is not supported; {way}"
+    )
 
 
 def _method(found: Mapping[str, Any]) -> Any:
@@ -147,19 +153,20 @@ def _method(found: Mapping[str, Any]) -> Any:
     return "MLX" if {"bits", "group_size"} <= found.keys() else "by an unnamed method"
 
 
-def _bits(found: Mapping[str, Any]) -> int | None:
+def _bits(found: Mapping[str, Any], depth: int = 3) -> int | None:
     """The bits of a weight, wherever the method keeps them."""
-    for flag, bits in (("load_in_4bit", 4), ("load_in_8bit", 8)):
+    for flag, width in (("load_in_4bit", 4), ("load_in_8bit", 8)):
         if found.get(flag) is True:
-            return bits
+            return width
     for name in _BITS:
         if type(found.get(name)) is int:
             return int(found[name])
-    inner = [value for value in found.values() if isinstance(value, Mapping)]
+    inner = [value for value in found.values() if isinstance(value, Mapping) and depth]
     # compressed-tensors: config_groups.group_0.weights.num_bits; hqq: weight_quant_params.nbits
     inner.sort(key=lambda each: "weights" not in each)
     weights = [each["weights"] for each in inner if isinstance(each.get("weights"), Mapping)]
-    return next((bits for each in weights + inner if (bits := _bits(each)) is not None), None)
+    bits = (_bits(each, depth - 1) for each in weights + inner)
+    return next((each for each in bits if each is not None), None)
 
 
 def _short(value: Any, quoted: bool = True) -> str:

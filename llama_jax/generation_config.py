@@ -65,9 +65,9 @@ class GenerationConfig:
         Raises:
             ValueError: an id that is none.
         """
-        eos = _ids(fields.get("eos_token_id"))
+        eos = token_ids(fields.get("eos_token_id"))
         eos = config.eos_token_ids if eos is None else eos
-        pad = _ids(fields.get("pad_token_id"))
+        pad = token_ids(fields.get("pad_token_id"))
         pad = config.pad_token_id if pad is None else pad
         require_tokens("generation_config.json: eos_token_id", eos, several=True)
         require_tokens("generation_config.json: pad_token_id", pad, several=False)
@@ -80,10 +80,10 @@ class GenerationConfig:
 
     def default(self, name: str, otherwise: Any) -> Any:
         """The field, or `otherwise` where the file leaves it out."""
-        found = self.fields.get(name)
+        found: Any = self.fields.get(name)
         if name == "top_k" and type(found) in (bool, float) and found == 0:
             found = 0
-        if name == "top_p" and type(found) in (int, float):
+        if name == "top_p" and isinstance(found, int | float) and not isinstance(found, bool):
             # above 1 keeps everything, and 0 the likeliest token alone, as any number close to it
             found = 1.0 if found > 1 else 1e-30 if found == 0 else found
         return otherwise if found is None else found
@@ -110,10 +110,10 @@ class GenerationConfig:
         }
 
 
-def _ids(value: Any) -> Any:
+def token_ids(value: Any) -> Any:
     """A token id, or several, as integers: transformers takes 2.0 and true for 2 and 1 here."""
     if isinstance(value, list):
-        return [_ids(each) for each in value]
+        return [token_ids(each) for each in value]
     if isinstance(value, bool) or (isinstance(value, float) and value.is_integer()):
         return int(value)
     return value

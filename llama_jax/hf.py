@@ -414,7 +414,9 @@ def tied_faults(match: Fit, rows: Rows = read_rows) -> list[str]:
         row = head.shape[1] * 8
         step = max(1, _COMPARED_BYTES // max(row, 1))
         same = all(
-            equal(*(rows(each, start, min(start + step, head.shape[0])) for each in (head, embedding)))
+            equal(
+                *(rows(each, start, min(start + step, head.shape[0])) for each in (head, embedding))
+            )
             for start in range(0, head.shape[0], step)
         )
     return [] if same else [OTHER_HEAD]
