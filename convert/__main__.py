@@ -23,12 +23,14 @@ from rich.table import Table
 
 from convert import Plan, Report, info, plan, run
 from convert.casting import Changes
+from convert.checkpoint import dtype_name
 from convert.estimate import available_memory
 from convert.formats import FORMATS
 from llama_jax.arguments import OneLineParser, size_argument
 
 _EPILOG = """\
-python -m convert info SRC [--json]   says what is in a checkpoint and writes nothing
+python -m convert info SRC [--json]   says what is in a checkpoint and writes nothing; exit code 1 if it
+                                      has faults
 
 SRC is recognised by what it holds:
   Hugging Face  a directory with *.safetensors or pytorch_model*.bin
@@ -42,12 +44,13 @@ a source that has one is checked against it.
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; returns the exit code: 0 done, 2 the user's fault, 130 interrupted."""
+    """Run one command; returns the exit code: 0 done, 1 `info` lists faults, 2 the user's fault, 130
+    interrupted."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     command = _info if arguments[:1] == ["info"] else _convert
     console = Console(stderr=True, soft_wrap=True, highlight=False)
     try:
-        command(arguments, console)
+        return command(arguments, console)
     except (ValueError, OSError) as error:
         message = " ".join(str(error).split())
         console.print(f"[bold red]error:[/] {escape(message)}")
@@ -55,10 +58,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         console.print("interrupted: nothing was written")
         return 130
-    return 0
 
 
-def _convert(arguments: Sequence[str], console: Console) -> None:
+def _convert(arguments: Sequence[str], console: Console) -> int:
     parser = OneLineParser(
         prog="python -m convert",
         description="Convert a checkpoint, one tensor in memory at a time.",
@@ -74,9 +76,11 @@ def _convert(arguments: Sequence[str], console: Console) -> None:
     )
     parser.add_argument(
         "--dtype",
+        type=dtype_name,
         choices=list(dict.fromkeys(d for f in FORMATS.values() for d in f.DTYPE_NAMES)),
         help="of the tensors written; default: the source's own, float32 if it is quantised. "
-        "GGUF keeps vectors in float32, as llama.cpp wants them; q8_0 is for GGUF alone",
+        "F32, BF16, F16 and Q8_0 are understood as well. GGUF keeps vectors in float32, as llama.cpp wants "
+        "them; q8_0 is for GGUF alone",
     )
     parser.add_argument(
         "--max-shard-size",
@@ -111,7 +115,7 @@ def _convert(arguments: Sequence[str], console: Console) -> None:
     )
     _print_plan(todo, console)
     if options.dry_run:
-        return
+        return 0
     columns = (BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
     with Progress("{task.description}", *columns, console=console) as progress:
         compared = sum(spec.nbytes for spec in todo.specs) if todo.verify else 0
@@ -119,11 +123,14 @@ def _convert(arguments: Sequence[str], console: Console) -> None:
         task = progress.add_task("writing, then comparing", total=total)
         report = run(todo, lambda count: progress.advance(task, count))
     _print_report(report, console)
+    return 0
 
 
-def _info(arguments: Sequence[str], console: Console) -> None:
+def _info(arguments: Sequence[str], console: Console) -> int:
     parser = OneLineParser(
-        prog="python -m convert info", description="Say what is in a checkpoint."
+        prog="python -m convert info",
+        description="Say what is in a checkpoint. Exit code: 0 sound, 1 with faults, which are listed, "
+        "2 no checkpoint.",
     )
     parser.add_argument("command", choices=["info"], help=argparse.SUPPRESS)
     parser.add_argument("source", metavar="SRC", help="the checkpoint to read")
@@ -132,7 +139,7 @@ def _info(arguments: Sequence[str], console: Console) -> None:
     facts = info(options.source)
     if options.json:
         print(json.dumps(facts, indent=2))
-        return
+        return 1 if facts["faults"] else 0
     table = Table(show_header=False, box=None)
     for key, value in facts.items():
         if key == "config" or (key == "faults" and not value):
@@ -141,6 +148,7 @@ def _info(arguments: Sequence[str], console: Console) -> None:
     for key, value in facts["config"].items():
         table.add_row(f"config.{key}", escape(_readable(value)))
     Console().print(table)
+    return 1 if facts["faults"] else 0
 
 
 def _print_plan(todo: Plan, console: Console) -> None:

@@ -53,6 +53,23 @@ class Checkpoint:
         return sum(spec.size for spec in self.tensors)
 
 
+_OTHER_NAMES = {
+    **dict.fromkeys(("f32", "fp32", "float"), "float32"),
+    **dict.fromkeys(("bf16",), "bfloat16"),
+    **dict.fromkeys(("f16", "fp16", "half"), "float16"),
+    **dict.fromkeys(("f64", "fp64", "double"), "float64"),
+}
+
+
+def dtype_name(text: str) -> str:
+    """A dtype's name as `--dtype` has it, from any that formats and `info` use: F32, BF16, Q8_0.
+
+    What is no dtype comes back as it is.
+    """
+    found = text.strip().lower().removeprefix("torch.")
+    return _OTHER_NAMES.get(found, found)
+
+
 def common_dtype(specs: Sequence[TensorSpec]) -> str | None:
     """The dtype that all tensors share, as a key of DTYPES; None where they differ."""
     found = {spec.dtype for spec in specs}

@@ -11,7 +11,7 @@ from typing import Any
 
 from convert import formats, huggingface, record
 from convert.casting import Changes
-from convert.checkpoint import Checkpoint
+from convert.checkpoint import Checkpoint, dtype_name
 from convert.companions import tokenizer_facts
 from convert.estimate import seconds
 from convert.formats import FORMATS
@@ -106,6 +106,7 @@ def plan(
     if to not in FORMATS:
         raise ValueError(f"to is {to!r}, expected one of {', '.join(FORMATS)}")
     format_ = FORMATS[to]
+    dtype = None if dtype is None else dtype_name(str(dtype))
     if dtype is not None and dtype not in format_.DTYPE_NAMES:
         raise ValueError(
             f"dtype is {dtype!r}, expected one of {', '.join(format_.DTYPE_NAMES)} for {format_.TITLE}"
@@ -200,7 +201,8 @@ def convert(
 
     Args:
         to: hf, orbax, gguf or meta; by default gguf where `destination` ends so, else hf.
-        dtype: float32, bfloat16, float16, float64, or q8_0 for GGUF; by default what loses nothing.
+        dtype: float32, bfloat16, float16, float64, or q8_0 for GGUF, in capitals or not, or as formats
+            have them (F32, BF16); by default what loses nothing.
         max_shard_size: bytes of a safetensors file.
         tokenizer: whether it travels along; otherwise faults in it do not matter.
         verify: read the result back and compare every tensor, before it has its name.

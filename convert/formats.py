@@ -14,6 +14,7 @@ from convert.casting import Rule
 from convert.checkpoint import Checkpoint
 from convert.record import read_digests
 from llama_jax.config import LlamaConfig
+from llama_jax.foreign_weights import describe
 from llama_jax.safetensors_write import TensorSpec
 
 
@@ -71,9 +72,9 @@ def recognise(path: Path) -> Format:
     for format_ in FORMATS.values():
         if format_.recognises(path):
             return format_
-    found = "a directory without any" if path.is_dir() else "a file that is none"
+    found = describe(path) if path.is_dir() else "a file that is none; perhaps its directory"
     raise ValueError(
-        f"{path}: {found}, expected the weights of Hugging Face (a directory with *.safetensors or *.bin), "
+        f"{path}: {found}; expected the weights of Hugging Face (a directory with *.safetensors or *.bin), "
         "Orbax (a directory), Meta (a directory with consolidated.*.pth) or GGUF (a file)"
     )
 

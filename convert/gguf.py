@@ -22,12 +22,14 @@ from typing import Any
 import numpy as np
 from gguf.constants import LlamaFileType
 
-from convert.checkpoint import DTYPES, Checkpoint, no_losses
+from convert.checkpoint import DTYPES, Checkpoint
 from convert.gguf_header import GgufHeader, read_header
 from convert.gguf_rope import metadata_scaling, tensor_scaling
 from convert.gguf_tensors import PLAIN, map_tensors, read_values
 from convert.gguf_tokenizer import generation_config, tokenizer_files
-from convert.gguf_write import rule, specs, stored_bytes, write
+from convert.gguf_write import losses, rule, specs, stored_bytes, write
+from convert.model_card import FILE as CARD
+from convert.model_card import card_of
 from llama_jax.config import LlamaConfig
 
 __all__ = [
@@ -43,7 +45,6 @@ __all__ = [
 ]
 
 TITLE = "GGUF"
-losses = no_losses
 DTYPE_NAMES = ("float32", "bfloat16", "float16", "q8_0")
 
 
@@ -103,14 +104,17 @@ def read(path: Path, *, tokenizer: bool = True) -> Checkpoint:
         files |= texts
         notes += more
 
+    facts = _facts(header)
+    card = card_of(facts)
     return Checkpoint(
         format=f"GGUF v{header.version}",
         config=config,
         tensors=tuple(source.spec for source in sources.values()),
         load=lambda name: sources[name].read(),
         dtype=_default_dtype(header),
-        files={name: text.encode() for name, text in files.items()},
-        facts=_facts(header) | tokenizer_facts,
+        files={name: text.encode() for name, text in files.items()}
+        | ({} if card is None else {CARD: card}),
+        facts=facts | tokenizer_facts,
         notes=tuple(notes),
     )
 
@@ -315,9 +319,12 @@ def _facts(header: GgufHeader) -> dict[str, Any]:
         "stored": {name: {"tensors": count[name], "bytes": size[name]} for name in count},
         "file_bytes": header.file_size,
     }
-    for key in ("name", "organization", "license", "size_label"):
-        if isinstance(value := header.metadata.get(f"general.{key}"), str):
-            facts[key] = value
+    for key in ("name", "organization", "license", "license.name", "license.link", "size_label"):
+        if isinstance(value := header.metadata.get(f"general.{key}"), str) and value:
+            facts[key.replace(".", "_")] = value
+    languages = header.metadata.get("general.languages")
+    if isinstance(languages, list) and languages and all(type(each) is str for each in languages):
+        facts["languages"] = languages
     file_type = header.metadata.get("general.file_type")
     if file_type in list(LlamaFileType):
         facts["file_type"] = LlamaFileType(file_type).name

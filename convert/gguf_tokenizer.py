@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from convert.gguf_ends import end_ids, ends_by_text
 from llama_jax.tokenizer_json import Json, added_token, bpe, template, tokenizer_json
 from llama_jax.tokenizer_sentencepiece import (
     CONTROL,
@@ -89,6 +90,8 @@ def tokenizer_files(
     if kind not in ("gpt2", "llama"):
         raise _error(path, f"tokenizer.ggml.model is {kind!r}, expected 'gpt2' or 'llama'")
     tokens, types = _vocabulary(path, metadata)
+    for i in ends_by_text(tokens):
+        types[i] = CONTROL  # as llama.cpp has it, whatever the file says
     ids = {
         "bos": config["bos_token_id"],
         "eos": config["eos_token_id"],
@@ -152,10 +155,9 @@ def generation_config(metadata: Json, config: Json) -> Json:
     """`generation_config.json`: where to stop, and the sampling the file recommends, if it does.
 
     A chat model ends its turn with another token than its text (Llama 3: <|eot_id|>, <|eom_id|>), so
-    the eos here is a list where the file names several.
+    the eos here is a list where llama.cpp would end at several.
     """
-    ends = [config["eos_token_id"]]
-    ends += [metadata.get(f"tokenizer.ggml.{name}_token_id") for name in ("eot", "eom")]
+    ends = [config["eos_token_id"], *end_ids(metadata)]
     known = dict.fromkeys(i for i in ends if isinstance(i, int) and 0 <= i < config["vocab_size"])
     result: Json = {
         "bos_token_id": config["bos_token_id"],
@@ -170,9 +172,10 @@ def generation_config(metadata: Json, config: Json) -> Json:
         ("penalty_repeat", "repetition_penalty"),
     ]:
         value = metadata.get(f"general.sampling.{key}")
-        if isinstance(value, np.float32) and np.isfinite(value) and value > 0:
+        off = name in ("top_k", "min_p") and value == 0
+        if isinstance(value, np.float32) and np.isfinite(value) and (value > 0 or off):
             result[name] = float(str(value))
-        elif type(value) is int and value > 0:
+        elif type(value) is int and (value > 0 or off):
             result[name] = value
     result["do_sample"] = "temperature" in result
     return {name: value for name, value in result.items() if value is not None}
@@ -195,7 +198,7 @@ def _vocabulary(path: Path, metadata: Json) -> tuple[list[str], list[int]]:
     types = metadata.get("tokenizer.ggml.token_type", [NORMAL] * len(tokens))
     if not isinstance(types, list) or len(types) != len(tokens):
         raise _error(path, f"tokenizer.ggml.token_type does not have {len(tokens)} entries")
-    return tokens, types
+    return tokens, list(types)
 
 
 # --- byte-level BPE ----------------------------------------------------------------------------------

@@ -23,11 +23,13 @@ from gguf.constants import (
 
 from convert.casting import Rule, cast, casts
 from convert.checkpoint import DTYPES, Checkpoint
+from convert.gguf_ends import end_ids
 from convert.gguf_q8_0 import dequantised, divides, quantised
 from convert.gguf_tensors import PLAIN, gguf_name
 from convert.gguf_tokenizer_proof import require_same_ids
 from convert.gguf_write_config import description, hyperparameters
 from convert.gguf_write_rope import rope_scaling
+from convert.gguf_write_special import ends_of, unusable_sampling
 from convert.gguf_write_tokenizer import tokenizer_metadata
 from convert.rotary_rows import to_pairs
 from llama_jax.config import LlamaConfig
@@ -63,6 +65,37 @@ def specs(checkpoint: Checkpoint, dtype: str | None) -> list[TensorSpec]:
     rope_scaling(config)
     require_same_ids(checkpoint.files, tokenizer_metadata(checkpoint.files, config), config)
     return [TensorSpec(s.name, _dtype(s, dtype), s.shape) for s in checkpoint.tensors]
+
+
+def losses(checkpoint: Checkpoint) -> list[str]:
+    """Ends of a generation that GGUF has no key for, or that llama.cpp adds; numbers it cannot take."""
+    config, files = LlamaConfig.from_dict(checkpoint.config), checkpoint.files
+    metadata = tokenizer_metadata(files, config)
+    tokens = dict(enumerate(metadata.get("tokenizer.ggml.tokens", [])))
+    wanted, found = ends_of(files, config), end_ids(metadata)
+
+    def named(ids: list[int]) -> str:
+        return ", ".join(f"{i} ({tokens[i]})" if i in tokens else str(i) for i in ids)
+
+    notes = []
+    if lost := [i for i in wanted if i not in found and 0 <= i < config.vocab_size]:
+        notes.append(
+            f"generations will not end at {named(lost)}: GGUF has keys for three such tokens "
+            "(eos, eot, eom), which are taken"
+        )
+    if wanted and (more := [i for i in found if i not in wanted]):
+        notes.append(
+            f"llama.cpp will end generations at {named(more)} as well, which it knows by its text"
+        )
+    notes += [
+        f"generation_config.json: {name} {str(value)[:40]} is no number to draw with, and left out"
+        for name, value in unusable_sampling(files).items()
+    ]
+    if not {"license", "languages"} & checkpoint.facts.keys():
+        notes.append(
+            "license and languages are left out: no README.md beside the weights says them"
+        )
+    return notes
 
 
 def rule(dtype: str | None) -> Rule:

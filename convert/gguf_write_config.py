@@ -11,6 +11,8 @@ from gguf.constants import GGML_QUANT_VERSION
 from convert.checkpoint import Checkpoint
 from llama_jax.config import LlamaConfig
 
+_GENERAL = {"license_name": "general.license.name", "license_link": "general.license.link"}
+
 
 def hyperparameters(config: LlamaConfig) -> dict[str, Any]:
     """Everything but what stretches the rotary embedding (see `convert.gguf_write_rope`).
@@ -44,8 +46,8 @@ def hyperparameters(config: LlamaConfig) -> dict[str, Any]:
 def description(checkpoint: Checkpoint, name: str) -> dict[str, Any]:
     """What the model is called; `name` is for a source that does not say."""
     known = {
-        f"general.{key}": checkpoint.facts[key]
-        for key in ("organization", "license")
+        _GENERAL.get(key, f"general.{key}"): checkpoint.facts[key]
+        for key in ("organization", "license", "license_name", "license_link", "languages")
         if key in checkpoint.facts
     }
     return {

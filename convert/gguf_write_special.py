@@ -8,7 +8,9 @@ from typing import Any
 
 import numpy as np
 
+from convert.gguf_ends import ends_by_text
 from llama_jax.config import LlamaConfig
+from llama_jax.generation_config import GenerationConfig, token_ids
 
 Json = dict[str, Any]
 _TEMPLATES = "additional_chat_templates/"
@@ -32,13 +34,13 @@ def special_ids(
     """The ids of bos, eos, unknown and padding, and the further ends of a generation.
 
     As llama.cpp's converter: the token that the tokenizer's files name, else the config's id. A model with
-    several ends (Llama 3: <|end_of_text|>, <|eom_id|>, <|eot_id|>) has them as eos, eot and eom.
+    several ends (Llama 3: <|end_of_text|>, <|eom_id|>, <|eot_id|>) has them as eos, eot and eom; of more
+    than three, those have keys that llama.cpp would not know by their text.
 
     Args:
         ids: of the tokens; empty without a vocabulary.
     """
     named = json_file(files, "special_tokens_map.json") | json_file(files, "tokenizer_config.json")
-    generation = json_file(files, "generation_config.json")
 
     def known(value: Any) -> bool:
         return type(value) is int and 0 <= value < config.vocab_size
@@ -48,11 +50,12 @@ def special_ids(
         content = token.get("content") if isinstance(token, dict) else token
         return ids.get(content, otherwise) if isinstance(content, str) else otherwise
 
-    stops = generation.get("eos_token_id")
-    ends = [*config.eos_token_ids, *(stops if isinstance(stops, list) else [stops])]
     eos = token_id("eos", next(iter(config.eos_token_ids), None))
-    others = [i for i in dict.fromkeys(ends) if known(i) and i != eos]
+    others = [i for i in ends_of(files, config) if known(i) and i != eos]
     names = {i: token for token, i in ids.items()}
+    if len(others) > 2:
+        by_text = ends_by_text(list(ids))
+        others = sorted(others, key=lambda i: i in by_text)[:2]
     others.sort(key=lambda i: "eom" in names.get(i, ""))
     found = {
         "bos": token_id("bos", config.bos_token_id),
@@ -88,16 +91,54 @@ def chat_templates(files: Mapping[str, bytes]) -> dict[str, Any]:
     return metadata | ({"tokenizer.chat_templates": others} if others else {})
 
 
+def ends_of(files: Mapping[str, bytes], config: LlamaConfig) -> list[int]:
+    """Every token at which transformers ends: those of the config and of generation_config.json."""
+    stops = token_ids(json_file(files, "generation_config.json").get("eos_token_id"))
+    stops = stops if isinstance(stops, list) else [stops]
+    return list(dict.fromkeys(i for i in (*config.eos_token_ids, *stops) if type(i) is int))
+
+
+_SAMPLING = {
+    "temp": "temperature",
+    "top_k": "top_k",
+    "top_p": "top_p",
+    "min_p": "min_p",
+    "penalty_repeat": "repetition_penalty",
+}
+
+
 def sampling(files: Mapping[str, bytes]) -> dict[str, Any]:
     """The sampling that generation_config.json recommends; nothing where it recommends none."""
-    generation = json_file(files, "generation_config.json")
-    if not generation.get("do_sample"):
+    fields = json_file(files, "generation_config.json")
+    generation = GenerationConfig(fields=fields)
+    if not generation.do_sample:
         return {}
-    found: Json = {
-        "temp": float(generation.get("temperature", 1.0)),
-        "top_k": np.int32(generation.get("top_k", 0)),
-        "top_p": float(generation.get("top_p", 0.0)),
-        "min_p": float(generation.get("min_p") or 0.0),
-        "penalty_repeat": float(generation.get("repetition_penalty", 0.0)),
+    found: Json = {}
+    for key, name in _SAMPLING.items():
+        value = generation.default(name, 1.0 if key == "temp" else None)
+        if value is None or not _usable(name, value):
+            continue
+        found[key] = np.int32(value) if key == "top_k" else float(value)
+    return {f"general.sampling.{key}": value for key, value in found.items()}
+
+
+def unusable_sampling(files: Mapping[str, bytes]) -> dict[str, Any]:
+    """Fields of generation_config.json that transformers would refuse to draw with."""
+    generation = GenerationConfig(fields=json_file(files, "generation_config.json"))
+    if not generation.do_sample:
+        return {}
+    found = {name: generation.default(name, None) for name in _SAMPLING.values()}
+    return {
+        name: value
+        for name, value in found.items()
+        if value is not None and not _usable(name, value)
     }
-    return {f"general.sampling.{key}": value for key, value in found.items() if value > 0}
+
+
+def _usable(name: str, value: Any) -> bool:
+    """Whether transformers draws with it."""
+    if name == "top_k":
+        return type(value) is int and 0 <= value < 2**31
+    if type(value) not in (int, float) or not abs(value) < 1e30:
+        return False
+    return value >= 0 if name == "min_p" else value > 0

@@ -19,10 +19,21 @@ from convert.checkpoint import (
     plain_bytes,
 )
 from convert.companions import read_companions, require_inside, write_companions
+from convert.model_card import card_facts
 from convert.torch_files import WHOLE_NOTE, TorchFile, open_torch_file
 from llama_jax.causal_lm import LlamaForCausalLM
 from llama_jax.config import LlamaConfig
-from llama_jax.hf import Weights, fit, open_weights, read_index, report
+from llama_jax.hf import (
+    Rows,
+    Weights,
+    fit,
+    ignored_note,
+    open_weights,
+    read_index,
+    read_rows,
+    report,
+    tied_faults,
+)
 from llama_jax.safetensors_read import FLOAT_DTYPES, StoredTensor, read_tensor
 from llama_jax.safetensors_write import INDEX_FILE, SINGLE_FILE, TensorSpec, write_safetensors
 from llama_jax.staging import write_text
@@ -53,21 +64,22 @@ def read(path: Path, *, tokenizer: bool = True) -> Checkpoint:
     """
     require_inside(path, "config.json")
     config = LlamaConfig.from_pretrained(path)
-    weights, load, notes = _open(path)
+    weights, load, rows, notes = _open(path)
     found = fit(LlamaForCausalLM, config, weights, path, "float32")
-    if found.faults:
-        raise ValueError(report(str(path), found.faults))
+    if faults := found.faults or tied_faults(found, rows):
+        raise ValueError(report(str(path), faults))
     stored = {name: found.stored[name] for name in found.table}
     specs = tuple(
         TensorSpec(name, FLOAT_DTYPES[tensor.dtype], tensor.shape)
         for name, tensor in stored.items()
     )
+    if config.ignored:
+        notes.append(ignored_note(config))
+    if found.wrappers:
+        notes.append(f"{found.wrappers} is taken out of the tensors' names")
+    card, more = card_facts(path)
+    notes += more
     if found.tied is not None:
-        if not _equal(load(found.tied), load(stored["model.embed_tokens.weight"])):
-            raise ValueError(
-                f"{found.tied.path}: lm_head.weight differs from the embedding, "
-                "expected the same, for tie_word_embeddings is true"
-            )
         notes.append("lm_head.weight, a copy of the embedding, is left out: the head is tied")
     return Checkpoint(
         format=TITLE,
@@ -76,7 +88,7 @@ def read(path: Path, *, tokenizer: bool = True) -> Checkpoint:
         load=lambda name: load(stored[name]),
         dtype=common_dtype(specs),
         files=read_companions(path, tokenizer=tokenizer),
-        facts=stored_facts(list(stored.values())),
+        facts=stored_facts(list(stored.values())) | card,
         notes=tuple(notes),
     )
 
@@ -114,8 +126,8 @@ def write_config(checkpoint: Checkpoint, directory: Path) -> None:
     write_text(directory / "config.json", text + "\n")
 
 
-def _open(path: Path) -> tuple[Weights, Callable[[StoredTensor], np.ndarray], list[str]]:
-    """The headers of the weight files, what reads a tensor of theirs, and notes."""
+def _open(path: Path) -> tuple[Weights, Callable[[StoredTensor], np.ndarray], Rows, list[str]]:
+    """The headers of the weight files, what reads a tensor of theirs, or rows of one, and notes."""
     single, index = (SINGLE_FILE, INDEX_FILE)
     if not any((path / name).exists() for name in (SINGLE_FILE, INDEX_FILE)):
         single, index = _BIN_FILES
@@ -127,7 +139,7 @@ def _open(path: Path) -> tuple[Weights, Callable[[StoredTensor], np.ndarray], li
     for file in files:
         require_inside(path, file)
     if single == SINGLE_FILE:
-        return open_weights(path), _read, []
+        return open_weights(path), _read, read_rows, []
     opened: dict[Path, TorchFile] = {}
 
     def read_header(file: Path) -> Iterable[StoredTensor]:
@@ -136,7 +148,18 @@ def _open(path: Path) -> tuple[Weights, Callable[[StoredTensor], np.ndarray], li
 
     weights = open_weights(path, single, index, read_header)
     notes = [f"{file.name} {WHOLE_NOTE}" for file, each in opened.items() if each.whole]
-    return weights, lambda tensor: opened[tensor.path].load(tensor.name), notes
+
+    def load(tensor: StoredTensor) -> np.ndarray:
+        return opened[tensor.path].load(tensor.name)
+
+    whole: dict[str, np.ndarray] = {}
+
+    def rows(tensor: StoredTensor, start: int, stop: int) -> np.ndarray:
+        if tensor.name not in whole:
+            whole[tensor.name] = load(tensor)
+        return whole[tensor.name][start:stop]
+
+    return weights, load, rows, notes
 
 
 def _read(tensor: StoredTensor) -> np.ndarray:
@@ -147,10 +170,6 @@ def _read(tensor: StoredTensor) -> np.ndarray:
             f"{tensor.path}: tensor {tensor.name}: {count} values are NaN or infinite, expected none"
         )
     return values
-
-
-def _equal(one: np.ndarray, other: np.ndarray) -> bool:
-    return one.shape == other.shape and bool((one == other).all())
 
 
 def stored_facts(stored: list[StoredTensor]) -> dict[str, Any]:

@@ -20,10 +20,11 @@ from convert.meta_params import config_of, params_of
 from convert.meta_tensors import EMBEDDING, HEAD, Merged, merge, slots
 from convert.meta_tokenizer import hugging_face_files, metas_file
 from convert.meta_write import write
+from convert.model_card import card_facts
 from convert.proof import other_function
 from convert.torch_files import WHOLE_NOTE, TorchFile, open_torch_file, require_torch
 from llama_jax.config import LlamaConfig, read_json_object
-from llama_jax.hf import report
+from llama_jax.hf import ignored_note, report
 from llama_jax.safetensors_write import TensorSpec
 
 __all__ = [
@@ -97,6 +98,10 @@ def read(path: Path, *, tokenizer: bool = True) -> Checkpoint:
         for piece in pieces
         if piece.whole
     ]
+    facts, more = card_facts(path)
+    notes += more
+    if config.ignored:
+        notes.append(ignored_note(config))
     specs = tuple(source.spec for source in sources.values())
     count = len(pieces)
     return Checkpoint(
@@ -106,7 +111,8 @@ def read(path: Path, *, tokenizer: bool = True) -> Checkpoint:
         load=lambda name: sources[name].read(),
         dtype=common_dtype(specs),
         files=files | made,
-        facts=stored_facts([tensor for piece in pieces for tensor in piece.tensors.values()]),
+        facts=stored_facts([tensor for piece in pieces for tensor in piece.tensors.values()])
+        | facts,
         notes=tuple(notes),
     )
 

@@ -32,11 +32,12 @@ from convert.checkpoint import (
 )
 from convert.companions import read_companions, require_inside, write_companions
 from convert.huggingface import stored_facts, write_config
+from convert.model_card import card_facts
 from llama_jax.arguments import first_line
 from llama_jax.causal_lm import LlamaForCausalLM
 from llama_jax.config import LlamaConfig, read_json_object
 from llama_jax.fingerprint import fingerprint
-from llama_jax.hf import Weights, fit, report, widest
+from llama_jax.hf import Weights, fit, ignored_note, report, tied_faults, widest
 from llama_jax.orbax_directory import PARAMS, is_orbax, locate, quiet_orbax
 from llama_jax.safetensors_read import FLOAT_DTYPES, StoredTensor, read_tensor
 from llama_jax.safetensors_write import DTYPE_NAMES as STORED_NAMES
@@ -131,6 +132,21 @@ def read(path: Path, *, tokenizer: bool = True) -> Checkpoint:
         TensorSpec(name, FLOAT_DTYPES[stored[name].dtype], stored[name].shape)
         for name in found.table
     )
+    whole: dict[str, np.ndarray] = {}
+
+    def rows(tensor: StoredTensor, start: int, stop: int) -> np.ndarray:
+        if tensor.name not in whole:
+            whole[tensor.name] = load(tensor.name)
+        return whole[tensor.name][start:stop]
+
+    if faults := tied_faults(found, rows):
+        raise ValueError(report(str(path), faults))
+    whole.clear()
+    facts, notes = card_facts(home)
+    if config.ignored:
+        notes.append(ignored_note(config))
+    if found.tied is not None:
+        notes.append("lm_head.weight, a copy of the embedding, is left out: the head is tied")
     companions = home / "tokenizer" if (home / "tokenizer").is_dir() else home
     return Checkpoint(
         format=f"{TITLE}, {params.relative_to(home)}",
@@ -140,7 +156,9 @@ def read(path: Path, *, tokenizer: bool = True) -> Checkpoint:
         dtype=common_dtype(specs),
         files=read_companions(companions, tokenizer=tokenizer),
         facts=stored_facts(list(stored.values()))
-        | {"file_bytes": sum(f.stat().st_size for f in params.rglob("*") if f.is_file())},
+        | {"file_bytes": sum(f.stat().st_size for f in params.rglob("*") if f.is_file())}
+        | facts,
+        notes=tuple(notes),
     )
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
@@ -24,6 +25,7 @@ from llama_jax.config import read_json_object
 from llama_jax.safetensors_write import TensorSpec
 
 FILE = "conversion.json"
+_SHA256 = re.compile("[0-9a-f]{64}")
 
 
 class Record(NamedTuple):
@@ -55,8 +57,11 @@ def read_digests(path: Path, checkpoint: Checkpoint) -> Checkpoint:
         return checkpoint
     tensors = read_json_object(file).get("tensors")
     try:
-        found = {name: str(entry["sha256"]) for name, entry in tensors.items()}  # type: ignore[union-attr]
+        found = {name: entry["sha256"] for name, entry in tensors.items()}  # type: ignore[union-attr]
+        sound = all(isinstance(each, str) and _SHA256.fullmatch(each) for each in found.values())
     except (AttributeError, KeyError, TypeError):
+        sound = False
+    if not sound:
         raise ValueError(f"{file}: found no digests, expected one for each tensor") from None
     names = {spec.name for spec in checkpoint.tensors}
     if other := sorted(names ^ found.keys()):

@@ -28,6 +28,7 @@ from llama_jax.safetensors_read import FLOAT_DTYPES, StoredTensor, all_finite
 WHOLE_NOTE = "is of the form before torch 1.6 and is held in memory as a whole"
 _CHUNK = 2**22  # bytes read at a time
 _MAX_STRUCTURE = 2**28  # bytes of pickle or directory: a model of 100,000 tensors has 20 MB
+_WITHIN = ("state_dict", "model_state_dict", "model", "module")
 _DTYPES = {
     "float64": "F64",
     "float32": "F32",
@@ -173,6 +174,10 @@ def _state_dict(path: Path, source: io.BytesIO | _Bounded, device: str) -> dict[
             found = torch.load(source, map_location=device, weights_only=True)
     except Exception as error:  # torch raises whatever the damage leads it to
         raise ValueError(f"{path.name}: {_reason(error)}") from None
+    if isinstance(found, dict):
+        # what trainers save has the tensors in a dictionary within, beside their own state
+        inner = [found[key] for key in _WITHIN if isinstance(found.get(key), dict)]
+        found = inner[0] if inner else found
     if not isinstance(found, dict):
         raise ValueError(f"{path.name}: holds a {type(found).__name__}, expected tensors by name")
     for name, tensor in found.items():

@@ -209,15 +209,21 @@ class LlamaForCausalLM(PretrainedModel):
         if config.unheeded:
             warnings.warn(f"{GENERATION_FILE}: {config.unheeded} is not implemented", stacklevel=3)
 
+        draws = config.do_sample if do_sample is None else do_sample
+
         def either(given: Any, name: str, otherwise: Any) -> Any:
             return config.default(name, otherwise) if given is None else given
 
+        def drawn(given: Any, name: str, otherwise: Any) -> Any:
+            # the file's value may be anything where nothing is drawn
+            return either(given, name, otherwise) if draws else given
+
         sampling = Sampling(
-            do_sample=either(do_sample, "do_sample", False),
-            temperature=either(temperature, "temperature", None),
-            top_k=either(top_k, "top_k", 50),
-            top_p=either(top_p, "top_p", None),
-            min_p=either(min_p, "min_p", None),
+            do_sample=draws,
+            temperature=drawn(temperature, "temperature", None),
+            top_k=drawn(top_k, "top_k", 50),
+            top_p=drawn(top_p, "top_p", None),
+            min_p=drawn(min_p, "min_p", None),
             repetition_penalty=either(repetition_penalty, "repetition_penalty", None),
             processors=tuple(logits_processors),
         )
@@ -251,7 +257,14 @@ class LlamaForCausalLM(PretrainedModel):
 def read_generation_config(directory: Path, config: LlamaConfig) -> GenerationConfig:
     """What the directory's generation_config.json says, or the model's config where there is none."""
     path = directory / GENERATION_FILE
-    return GenerationConfig.from_dict(read_json_object(path) if path.exists() else {}, config)
+    found = GenerationConfig.from_dict(read_json_object(path) if path.exists() else {}, config)
+    if found.idle:
+        idle = ", ".join(found.idle)
+        warnings.warn(
+            f"{path}: {idle} without do_sample: tokens are chosen greedily, as in transformers",
+            stacklevel=2,
+        )
+    return found
 
 
 def _as_arrays(ids: Any, mask: Any) -> tuple[Array, Array | None]:

@@ -14,57 +14,64 @@ from pathlib import Path
 from typing import Any
 
 from llama_jax.activations import ACTIVATIONS
+from llama_jax.foreign_weights import describe, quantization_refusal
 from llama_jax.rope import longrope_attention_factor, validate_rope_parameters
 
 _ARCHITECTURES = ["LlamaForCausalLM"]
 _TRAINED_CONTEXT_TYPES = ("llama3", "yarn", "longrope")  # of original_max_position_embeddings
 _PROBLEM_TYPES = ("regression", "single_label_classification", "multi_label_classification")
 _DEFAULT_LABELS = 2  # transformers writes no label names where there are as many
-QUANT_METHOD = (
-    "llama_jax"  # a `quantization_config` of ours: how weights are stored, not what they are
-)
+# Marks a `quantization_config` of ours: how weights are stored, not what they are. It takes the place of
+# `quant_method`, without which transformers refuses the directory; a name there that it does not know
+# would be a warning, and a model of new weights.
+QUANTIZED_BY = {"quantized_by": "llama_jax"}
+_FORMERLY = {"quant_method": "llama_jax"}
+_LONGEST_MESSAGE = 600
 DEFAULT_ROPE_THETA = 10000.0  # transformers' own default for Llama when no theta is given
 
-# Fields of other architectures (or of later Llamas) that would change the mathematics, with the values
-# that leave it unchanged. Anything else that we do not know is metadata: kept, and written back.
+# Fields that change what transformers' Llama computes and are not implemented here, with the values that
+# leave it unchanged.
 _UNIMPLEMENTED: dict[str, tuple[Any, ...]] = {
-    "add_cross_attention": (False,),
-    "alibi": (False,),
-    "attention_chunk_size": (None,),
-    "attention_multiplier": (None,),
-    "attn_logit_softcapping": (None,),
-    "attn_temperature_tuning": (None, False),
-    "clip_qkv": (None,),
-    "embd_pdrop": (None, 0.0),
-    "embedding_multiplier": (None, 1.0),
-    "final_logit_softcapping": (None,),
-    "hidden_dropout": (None, 0.0),
     "is_causal": (None, True),
-    "is_encoder_decoder": (False,),
-    "kv_lora_rank": (None,),
-    "logit_scale": (None, 1.0),
-    "logits_scaling": (None, 1.0),
+    "is_encoder_decoder": (None, False),
+    "per_layer_config": (None, {}),
+    "token_classification_bias": (True,),
+}
+# Fields of other architectures that transformers' Llama does not look at, and so neither do we; with the
+# values that mean nothing anywhere. A file with another value was perhaps meant for another program.
+_IGNORED: dict[str, tuple[Any, ...]] = {
+    "add_cross_attention": (None, False),
+    "alibi": (None, False),
+    "attention_chunk_size": (None, 0),
+    "attention_multiplier": (None,),
+    "attn_logit_softcapping": (None, 0),
+    "attn_temperature_tuning": (None, False),
+    "clip_qkv": (None, 0),
+    "embd_pdrop": (None, 0),
+    "embedding_multiplier": (None, 1),
+    "final_logit_softcapping": (None, 0),
+    "hidden_dropout": (None, 0),
+    "kv_lora_rank": (None, 0),
+    "logit_scale": (None, 1),
+    "logits_scaling": (None, 1),
     "no_rope_layers": (None, []),
     "num_experts": (None, 0),
     "num_experts_per_tok": (None, 0),
     "num_local_experts": (None, 0),
     "n_routed_experts": (None, 0),
-    "parallel_attn": (False,),
-    "per_layer_config": (None, {}),
+    "parallel_attn": (None, False),
     "pruned_heads": (None, {}),
-    "q_lora_rank": (None,),
+    "q_lora_rank": (None, 0),
     "qk_layernorm": (None, False),
     "qk_norm": (None, False),
-    "quantization_config": (None,),
     "query_pre_attn_scalar": (None,),
-    "resid_pdrop": (None, 0.0),
-    "residual_multiplier": (None, 1.0),
+    "resid_pdrop": (None, 0),
+    "residual_multiplier": (None, 1),
     "rope_interleaved": (None, False),
     "scale_depth": (None,),
-    "scale_emb": (None, 1.0),
-    "sliding_window": (None,),
-    "token_classification_bias": (True,),
-    "use_parallel_residual": (False,),
+    "scale_emb": (None, 1),
+    "sliding_window": (None, 0),
+    "use_parallel_residual": (None, False),
     "use_qk_norm": (None, False),
     "use_sliding_window": (None, False),
 }
@@ -189,6 +196,18 @@ class LlamaConfig:
         _refuse_unimplemented(self.extra_fields)
 
     @property
+    def ignored(self) -> dict[str, Any]:
+        """Fields that other programs may obey, and transformers' Llama and this one do not."""
+        fields = self.extra_fields
+        if not fields.get("use_sliding_window", True):
+            fields = {name: value for name, value in fields.items() if name != "sliding_window"}
+        return {
+            name: fields[name]
+            for name, neutral in _IGNORED.items()
+            if name in fields and fields[name] not in neutral
+        }
+
+    @property
     def head_size(self) -> int:
         """`head_dim`, which is never None once constructed."""
         assert self.head_dim is not None
@@ -235,8 +254,7 @@ class LlamaConfig:
         rope = _merge_rope_layouts(fields)
         known = {name: fields.pop(name) for name in names & fields.keys()}
         fields.pop("model_type", None)
-        quantization = fields.get("quantization_config")
-        if isinstance(quantization, Mapping) and quantization.get("quant_method") == QUANT_METHOD:
+        if our_quantization(fields) is not None:
             del fields["quantization_config"]  # `quantization.py` reads it
         if fields.get("architectures") == _ARCHITECTURES:
             del fields["architectures"]
@@ -277,16 +295,19 @@ class LlamaConfig:
         """
         path = Path(directory) / "config.json"
         if not path.parent.is_dir():
-            raise ValueError(
-                f"{path.parent}: no such directory, expected a Hugging Face checkpoint"
-            )
+            raise ValueError(f"{path.parent}: {describe(path.parent)}")
+        if not path.exists():
+            raise ValueError(f"{path}: not found; {path.parent} is {describe(path.parent)}")
         fields = read_json_object(path)
         if "num_labels" in changes:
             fields = {n: v for n, v in fields.items() if n not in ("id2label", "label2id")}
         try:
             return cls.from_dict(fields | changes)
         except ValueError as error:
-            raise ValueError(f"{path}: {error}") from None
+            message = str(error)
+            if len(message) > _LONGEST_MESSAGE:  # a value that it shows may be of any size
+                message = f"{message[:_LONGEST_MESSAGE]}..."
+            raise ValueError(f"{path}: {message}") from None
 
 
 def read_json_object(path: Path) -> dict[str, Any]:
@@ -329,9 +350,8 @@ def _label_names(count: int) -> dict[int, str]:
 
 def _merge_labels(num_labels: Any, id2label: Any, label2id: Any) -> dict[str, Any]:
     """The number of labels and their names both ways, from what is given of them."""
-    if id2label is None:
-        if label2id is not None:
-            raise ValueError("label2id: found no id2label beside it, expected both or neither")
+    if id2label is None or id2label == {}:
+        label2id = None  # as in transformers: the names follow from the numbers
         num_labels = _DEFAULT_LABELS if num_labels is None else num_labels
         _require_positive_int("num_labels", num_labels, 2**20)
         id2label = _label_names(num_labels)
@@ -339,9 +359,12 @@ def _merge_labels(num_labels: Any, id2label: Any, label2id: Any) -> dict[str, An
         id2label = {int(label): name for label, name in id2label.items()}
     except (AttributeError, TypeError, ValueError):
         raise ValueError(f"id2label: found {id2label!r}, expected names by number") from None
+    for name in id2label.values():
+        if not isinstance(name, str):
+            raise ValueError(f"id2label: found {name!r}, expected a name")
     if not isinstance(label2id, Mapping | None):
         raise ValueError(f"label2id: found {label2id!r}, expected numbers by name")
-    if not id2label or num_labels not in (None, len(id2label)):
+    if num_labels not in (None, len(id2label)):
         expected = "at least one" if num_labels is None else f"num_labels={num_labels} of them"
         raise ValueError(f"id2label: found {len(id2label)} labels, expected {expected}")
     if label2id is None:
@@ -352,7 +375,7 @@ def _merge_labels(num_labels: Any, id2label: Any, label2id: Any) -> dict[str, An
 def _require_llama(fields: Mapping[str, Any]) -> None:
     model_type = fields.get("model_type")
     architectures = fields.get("architectures") or []
-    if not isinstance(architectures, list):
+    if model_type is None and not isinstance(architectures, list):
         raise ValueError(f"architectures: found {architectures!r}, expected a list")
     if model_type is None and any(not str(name).startswith("Llama") for name in architectures):
         raise ValueError(f"architectures: found {architectures}, expected a Llama")
@@ -360,9 +383,22 @@ def _require_llama(fields: Mapping[str, Any]) -> None:
         raise ValueError(f"model_type: found {model_type!r}, expected 'llama'")
 
 
+def our_quantization(fields: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    """`quantization_config` of a parsed config.json if this library wrote it, else None."""
+    found = fields.get("quantization_config")
+    if not isinstance(found, Mapping):
+        return None
+    marks = (QUANTIZED_BY, _FORMERLY)
+    return found if any(mark.items() <= _hashable(found).items() for mark in marks) else None
+
+
+def _hashable(fields: Mapping[str, Any]) -> dict[str, str]:
+    return {name: value for name, value in fields.items() if isinstance(value, str)}
+
+
 def _refuse_unimplemented(fields: Mapping[str, Any]) -> None:
-    if fields.get("use_sliding_window") is False:
-        fields = {name: value for name, value in fields.items() if name != "sliding_window"}
+    if refusal := quantization_refusal(fields):
+        raise ValueError(refusal)
     for name, neutral in _UNIMPLEMENTED.items():
         if name in fields and fields[name] not in neutral:
             raise ValueError(
@@ -379,7 +415,7 @@ def _merge_rope_layouts(fields: dict[str, Any]) -> dict[str, Any]:
     layouts: dict[str, dict[str, Any]] = {}
     for layout in ("rope_scaling", "rope_parameters"):
         value = fields.pop(layout, None)
-        if value is None or value == {}:
+        if not value:  # null and {}; transformers takes 0, false and [] so as well
             continue
         if not isinstance(value, Mapping):
             raise ValueError(f"{layout}: found {value!r}, expected an object or null")

@@ -23,6 +23,7 @@ from jaxtyping import Array, Key
 
 from llama_jax.arguments import size
 from llama_jax.config import LlamaConfig, read_json_object
+from llama_jax.foreign_weights import describe
 from llama_jax.quantization import quantization_of, quantize, read_quantization
 from llama_jax.safetensors_read import (
     CODE_DTYPES,
@@ -39,10 +40,32 @@ Model = TypeVar("Model", bound=nnx.Module)
 ParamPath = tuple[str, ...]
 
 _LM_HEAD = "lm_head.weight"
+OTHER_HEAD = (
+    f"{_LM_HEAD}: differs from the embedding although tie_word_embeddings is true; remove the tensor, or "
+    "set tie_word_embeddings to false in config.json to use it"
+)
+_COMPARED_BYTES = 1 << 24
 # Heads that are trained for a task. A checkpoint without them, or with another's, is where that starts.
 _TASK_HEADS = ("score.", "qa_outputs.")
 # the decoder's tensors, under the prefixes that transformers' classes give them
 _DECODER = re.compile(r"(?P<prefix>model\.|transformer\.|)(embed_tokens|layers|norm)\.")
+# what wrappers put into the names of the modules they wrap: torch.compile, FSDP, activation checkpointing,
+# DeepSpeed. No module of a model is called so.
+_WRAPPERS = re.compile(
+    r"(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module|_forward_module)\."
+)
+# what others, and classes around the model, put before every name: DDP's `module.`, Lightning's `model.`,
+# PEFT's `base_model.model.`
+_OUTER = re.compile(rf"(?P<outer>(?:[A-Za-z_]\w*\.)*?){_DECODER.pattern}")
+_LOW_RANK = re.compile(r"\.lora_[A-Z]|\.lora_embedding_[A-Z]|\.lora_magnitude_vector")
+# what describes the model that an earlier save has left in a directory, and would describe the new one
+_OF_EARLIER_SAVES = (
+    "generation_config.json",
+    "conversion.json",
+    "adapter_config.json",
+    "adapter_model.safetensors",
+    "adapter_model.bin",
+)
 
 
 @dataclass(frozen=True)
@@ -147,10 +170,11 @@ def load(
     workers = min(8, os.cpu_count() or 1)
     with ThreadPoolExecutor(workers) as pool:
         faults += filter(None, pool.map(read, [name for name in stored if name in table]))
-    if match.tied is not None and not faults:
-        faults += _compare_tied(match.tied, buffers[table[match.embedding].path])
+    if not faults:
+        faults += tied_faults(match)
     if faults:
         raise ValueError(report(f"{directory}: {len(faults)} faults", faults))
+    warn_ignored(config, directory)
     if match.new:
         key = (rngs or nnx.Rngs(0)).params()
         paths = [table[name].path for name in match.new]
@@ -180,8 +204,10 @@ def load_params(
     config = LlamaConfig.from_pretrained(directory)
     match = fit(model_class, config, open_weights(directory), directory, dtype)
     faults = [*match.faults, *(f"{name}: missing" for name in match.new)]
+    faults = faults or tied_faults(match)
     if faults:
         raise ValueError(report(f"{directory}: {len(faults)} faults", faults))
+    warn_ignored(config, directory)
     slots: dict[ParamPath, list[str]] = {}
     for name, slot in match.table.items():
         slots.setdefault(slot.path, []).append(name)  # in the order of the layers
@@ -220,8 +246,9 @@ def save(
 ) -> None:
     """Write config.json, safetensors and `json_files` as a directory that transformers loads.
 
-    Everything is written beside `directory` first and moved when complete; weights of an earlier save
-    in it are replaced, its other files are left alone.
+    Everything is written beside `directory` first and moved when complete. Of an earlier save in it, the
+    weights and what else describes that model (generation config, adapter, record of a conversion) are
+    replaced or removed; its other files are left alone.
 
     Args:
         max_shard_size: bytes per file, or "5GB"; one file `model.safetensors` where all fits.
@@ -249,7 +276,7 @@ def save(
 
     if directory.exists() and not directory.is_dir():
         raise ValueError(f"{directory}: found a file, expected a directory")
-    with staged_directory(directory, into_existing=True) as staging:
+    with staged_directory(directory, into_existing=True, stale=_OF_EARLIER_SAVES) as staging:
         write_safetensors(staging, specs, next_tensor, max_shard_size=shard_size)
         for file, content in {**(json_files or {}), "config.json": fields}.items():
             # indented and sorted as transformers writes it
@@ -263,7 +290,7 @@ class Fit:
 
     dtype: what the model would have. stored: by the model's names. embedding: its name there. tied: the
     copy of a tied head that some exporters write as well. new: what a task's head has and the directory
-    has not.
+    has not. wrappers: what was taken out of the tensors' names, for people; "" where nothing was.
     """
 
     dtype: np.dtype
@@ -274,6 +301,7 @@ class Fit:
     tied: StoredTensor | None
     new: list[str]
     faults: list[str]
+    wrappers: str = ""
 
 
 class Weights(NamedTuple):
@@ -301,6 +329,19 @@ def fit(
         ValueError: an unknown dtype, or more layers than there are tensors. All other faults are returned.
     """
     stored, faults, excused = weights
+    shown = _unwrapped([*stored, *excused])
+    wrappers = ", ".join(dict.fromkeys(filter(None, (each.taken for each in shown.values()))))
+    named = {shown[name].name: tensor for name, tensor in stored.items()}
+    if len(named) < len(stored):
+        names = [shown[name].name for name in stored]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"{directory}: {twice} is there with {wrappers} in its name and without")
+    stored, excused = named, {shown[name].name for name in excused}
+    if lora := next(filter(_LOW_RANK.search, stored), None):
+        raise ValueError(
+            f"{directory}: found the tensors of a PEFT adapter beside the model's ({lora}); merge them "
+            "with peft: merge_and_unload(), then save_pretrained"
+        )
     if dtype is None:
         floats = {tensor.dtype for tensor in stored.values()} - CODE_DTYPES.keys()
         dtype = widest({FLOAT_DTYPES[name] for name in floats})
@@ -331,14 +372,72 @@ def fit(
     shapes = {name: tensor.shape for name, tensor in stored.items()}
     coded = next((name for name in stored if is_code(name)), None)
     if coded is not None and coded not in table:
-        raise ValueError(f"{directory}: found quantised weights ({coded}), expected ordinary ones")
+        raise ValueError(
+            f"{directory}: found quantised weights ({coded}), expected ordinary ones: take the checkpoint "
+            "they were made from, or undo it: quantization.dequantize(model).save_pretrained(NEW_DIR)"
+        )
     faults = faults + _compare(shapes, table, abstract, excused | set(new))
     leaves = _flat(abstract)
     for name in filter(is_code, stored.keys() & table.keys()):
         found, expected = CODE_DTYPES[stored[name].dtype], leaves[table[name].path].dtype
         if found != expected:
             faults.append(f"{name}: found dtype {found}, expected {expected}")
-    return Fit(dtype, abstract, table, stored, embedding, tied, new, faults)
+    if len(faults) > 1 and (prefix := _prefix_of_some(stored, table)):
+        faults.insert(0, f"some names begin with {prefix!r} and others do not")
+    return Fit(dtype, abstract, table, stored, embedding, tied, new, faults, wrappers)
+
+
+Rows = Callable[[StoredTensor, int, int], np.ndarray]
+
+
+def read_rows(tensor: StoredTensor, start: int, stop: int) -> np.ndarray:
+    """Rows of a tensor in a safetensors file, in the dtype in which they are stored."""
+    values = np.empty((stop - start, *tensor.shape[1:]), FLOAT_DTYPES[tensor.dtype])
+    read_slice(tensor, (slice(start, stop), *(slice(n) for n in tensor.shape[1:])), values)
+    return values
+
+
+def tied_faults(match: Fit, rows: Rows = read_rows) -> list[str]:
+    """What is wrong with the copy of a tied head, if there is one: it must be the embedding.
+
+    Some exporters write it as well. Values are compared as they are stored, so every reader that calls
+    this decides alike.
+
+    Args:
+        rows: what reads part of a tensor, `rows(tensor, start, stop)`.
+    """
+    if match.tied is None:
+        return []
+    head, embedding = match.tied, match.stored[match.embedding]
+    same = head.shape == embedding.shape and len(head.shape) == 2
+    if same:
+        row = head.shape[1] * 8
+        step = max(1, _COMPARED_BYTES // max(row, 1))
+        same = all(
+            equal(
+                *(rows(each, start, min(start + step, head.shape[0])) for each in (head, embedding))
+            )
+            for start in range(0, head.shape[0], step)
+        )
+    return [] if same else [OTHER_HEAD]
+
+
+def equal(one: np.ndarray, other: np.ndarray) -> bool:
+    """Whether two arrays, perhaps of two dtypes, hold the same numbers."""
+    wide = widest({one.dtype, other.dtype})
+    return bool((one.astype(wide, copy=False) == other.astype(wide, copy=False)).all())
+
+
+def warn_ignored(config: LlamaConfig, directory: Path) -> None:
+    """Warn of fields of config.json that another program may obey."""
+    if config.ignored:
+        warnings.warn(f"{directory}: {ignored_note(config)}", stacklevel=4)
+
+
+def ignored_note(config: LlamaConfig) -> str:
+    """`config.ignored` in words."""
+    shown = ", ".join(f"{name} {str(value)[:40]}" for name, value in config.ignored.items())
+    return f"config.json: {shown} ignored, as transformers' Llama does"
 
 
 def _quantized(model_class: Callable[..., Model], directory: Path) -> Callable[..., Model]:
@@ -446,9 +545,9 @@ def open_weights(
         listed = read_index(directory / index)
         files = sorted(set(listed.values()))
     else:
-        others = sorted(path.name for path in directory.glob("*.bin"))[:1]
-        found = f"only {others[0]}" if others else "none"
-        raise ValueError(f"{directory}: expected weights in {single} or {index}, found {found}")
+        raise ValueError(
+            f"{directory}: expected weights in {single} or {index}; it is {describe(directory)}"
+        )
     stored: dict[str, StoredTensor] = {}
     faults: list[str] = []
     excused: set[str] = set()
@@ -488,11 +587,22 @@ def read_index(path: Path) -> dict[str, str]:
     if not isinstance(weight_map, dict) or not weight_map:
         raise ValueError(f"{path}: found no weight_map, expected tensor names and their files")
     for name, file in weight_map.items():
-        if not isinstance(file, str) or file in ("", ".", "..") or Path(file).name != file:
+        if not _is_file_name(file):
             raise ValueError(
-                f"{path}: tensor {name} is said to be in {file!r}, expected a file of the directory"
+                f"{path}: tensor {name[:200]} is said to be in {str(file)[:200]!r}, expected a file of "
+                "the directory"
             )
     return weight_map
+
+
+def _is_file_name(name: Any) -> bool:
+    if not isinstance(name, str) or name in ("", ".", "..") or "\0" in name or len(name) > 255:
+        return False
+    try:
+        os.fsencode(name)
+    except UnicodeEncodeError:
+        return False
+    return Path(name).name == name
 
 
 _ROTARY_BUFFERS = tuple(f"rotary_emb.{name}" for name in ("inv_freq", "cos_cached", "sin_cached"))
@@ -501,6 +611,35 @@ _ROTARY_BUFFERS = tuple(f"rotary_emb.{name}" for name in ("inv_freq", "cos_cache
 def is_buffer(name: str) -> bool:
     """Old checkpoints store the rotary frequencies, which follow from the config."""
     return name.endswith(_ROTARY_BUFFERS)
+
+
+class _Unwrapped(NamedTuple):
+    """A tensor's name without what wrappers put into it, and that."""
+
+    name: str
+    taken: str
+
+
+def _unwrapped(names: Sequence[str]) -> dict[str, _Unwrapped]:
+    """Each name without what wraps the model: wrappers' own segments, and what stands before every name."""
+    inner = {name: _WRAPPERS.sub("", name) for name in names}
+    outer = next((match["outer"] for match in map(_OUTER.match, inner.values()) if match), "")
+    if not all(name.startswith(outer) for name in inner.values()):
+        outer = ""  # a model beside others, or a mixture: said as it is
+    return {
+        name: _Unwrapped(
+            short.removeprefix(outer),
+            ", ".join(sorted({*_WRAPPERS.findall(name), *([outer] if outer else [])})),
+        )
+        for name, short in inner.items()
+    }
+
+
+def _prefix_of_some(stored: Mapping[str, Any], table: Mapping[str, Slot]) -> str:
+    """A prefix without which names that are not of the model would be; "" where there is none."""
+    matches = (_OUTER.match(name) for name in stored if name not in table)
+    outers = {match["outer"] for match in matches if match}
+    return next((outer for outer in sorted(outers) if outer), "")
 
 
 def _decoder_prefix(names: Iterable[str]) -> str:
@@ -525,16 +664,6 @@ def _is_tied_copy(
     stored: Mapping[str, Any], table: Mapping[str, Slot], config: LlamaConfig
 ) -> bool:
     return config.tie_word_embeddings and _LM_HEAD in stored and _LM_HEAD not in table
-
-
-def _compare_tied(head: StoredTensor, embedding: np.ndarray) -> list[str]:
-    """Some exporters write the tied head as well: welcome if it is the embedding, a fault if not."""
-    fault = [f"{_LM_HEAD}: differs from the embedding though tie_word_embeddings is true"]
-    if head.shape != embedding.shape:
-        return fault
-    copy = _aligned(embedding.shape, embedding.dtype)
-    read_tensor(head, copy)
-    return [] if np.array_equal(copy, embedding) else fault
 
 
 def _compare(

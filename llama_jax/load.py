@@ -5,6 +5,7 @@ from typing import Any
 
 from llama_jax.causal_lm import LlamaForCausalLM
 from llama_jax.config import LlamaConfig
+from llama_jax.foreign_weights import describe
 from llama_jax.orbax_directory import is_orbax, load_orbax, locate
 
 
@@ -12,7 +13,7 @@ def load_model(directory: str | Path, dtype: Any = None) -> LlamaForCausalLM:
     """The model of a Hugging Face or an Orbax directory, in `dtype` or as stored.
 
     Raises:
-        ValueError: something else; where `python -m convert` reads it, the line that converts it.
+        ValueError: something else, saying what it is and what to do with it.
     """
     directory = _readable(directory)
     if is_orbax(directory):
@@ -37,17 +38,6 @@ def _home(directory: Path) -> Path:
 
 def _readable(directory: str | Path) -> Path:
     directory = Path(directory)
-    if directory.is_file():
-        raise ValueError(
-            f"{directory}: found a file, expected a Hugging Face directory; for a GGUF file: "
-            f"python -m convert {directory} DIR"
-        )
     if not directory.is_dir():
-        raise ValueError(f"{directory}: no such directory, expected a Hugging Face checkpoint")
-    meta = (directory / "params.json").is_file() and any(directory.glob("consolidated.*.pth"))
-    if meta and not (directory / "config.json").is_file():
-        raise ValueError(
-            f"{directory}: found a Meta checkpoint, expected a Hugging Face directory: "
-            f"python -m convert {directory} DIR"
-        )
+        raise ValueError(f"{directory}: {describe(directory)}")
     return directory

@@ -7,12 +7,15 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 from flax import nnx
 
 from llama_jax.arguments import first_line
 from llama_jax.causal_lm import LlamaForCausalLM, read_generation_config
 from llama_jax.config import LlamaConfig
+from llama_jax.hf import OTHER_HEAD, equal, report, warn_ignored
+from llama_jax.safetensors_read import all_finite
 
 PARAMS = "params"
 CHECKPOINTS = "checkpoints"
@@ -75,21 +78,58 @@ def load_orbax(path: Path, dtype: Any = None) -> LlamaForCausalLM:
                 lambda: LlamaForCausalLM(config, rngs=nnx.Rngs(0), dtype=dtype)
             )
             graphdef, state = nnx.split(abstract)
+            wanted = nnx.to_pure_dict(state)
+            if config.tie_word_embeddings and "lm_head" in stored:
+                # the copy of a tied head that some exporters write as well
+                wanted["lm_head"] = {"weight": wanted["model"]["embed_tokens"]["weight"]}
+            if faults := _misfits(stored, wanted):
+                raise ValueError(report(f"{len(faults)} faults", faults))
             wanted = jax.tree.map(
-                lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device),
-                nnx.to_pure_dict(state),
+                lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device), wanted
             )
-            found, expected = (
-                jax.tree.map(lambda leaf: tuple(leaf.shape), tree) for tree in (stored, wanted)
-            )
-            if found != expected:
-                raise ValueError("its arrays are others than config.json has")
             restored = checkpointer.restore(params.absolute(), wanted)
+            if faults := _bad_values(restored, config):
+                raise ValueError(report(f"{len(faults)} faults", faults))
     except Exception as error:  # Orbax and TensorStore raise whatever is wrong
         raise ValueError(
-            f"{params}: not a checkpoint of this model ({first_line(error)})"
+            f"{params}: not a checkpoint of this model ({first_line(error, limit=1000)})"
         ) from None
+    if config.tie_word_embeddings:
+        restored.pop("lm_head", None)
+    warn_ignored(config, home)
     nnx.replace_by_pure_dict(state, restored)
     model = nnx.merge(graphdef, state)
     model.generation_config = read_generation_config(home, config)
     return model
+
+
+def _flat(tree: Any) -> dict[str, Any]:
+    """Leaves by their names, parts joined by dots."""
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return {".".join(str(part.key) for part in path): leaf for path, leaf in leaves}
+
+
+def _misfits(stored: Any, wanted: Any) -> list[str]:
+    """Arrays that are missing, unexpected or of another shape than the model's."""
+    found, expected = _flat(stored), _flat(wanted)
+    faults = [f"{name}: missing" for name in expected if name not in found]
+    faults += [f"{name}: unexpected" for name in found if name not in expected]
+    for name in found.keys() & expected.keys():
+        one, other = list(found[name].shape), list(expected[name].shape)
+        if one != other:
+            faults.append(f"{name}: found shape {one}, expected {other}")
+    return sorted(faults)
+
+
+def _bad_values(restored: Any, config: LlamaConfig) -> list[str]:
+    """Arrays that are not finite, and a tied head that is not the embedding."""
+    arrays = _flat(restored)
+    faults = [
+        f"{name}: holds non-finite values as {array.dtype}"
+        for name, array in arrays.items()
+        if not all_finite(np.asarray(array))
+    ]
+    if config.tie_word_embeddings and "lm_head.weight" in arrays and not faults:
+        pair = ("lm_head.weight", "model.embed_tokens.weight")
+        faults += [] if equal(*(np.asarray(arrays[name]) for name in pair)) else [OTHER_HEAD]
+    return faults

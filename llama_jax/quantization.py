@@ -7,7 +7,7 @@ from typing import Any, NamedTuple, TypeVar
 import jax
 from flax import nnx
 
-from llama_jax.config import QUANT_METHOD
+from llama_jax.config import QUANTIZED_BY, our_quantization
 from llama_jax.quantized_weight import QuantizedWeight
 
 Model = TypeVar("Model", bound=nnx.Module)
@@ -22,8 +22,8 @@ class Quantization(NamedTuple):
     group_size: int | None
 
     def to_dict(self) -> dict[str, Any]:
-        """`quantization_config` as config.json has it."""
-        return {"quant_method": QUANT_METHOD, **self._asdict()}
+        """`quantization_config` as config.json has it; transformers refuses to load it."""
+        return {**QUANTIZED_BY, **self._asdict()}
 
 
 def quantize(model: Model, bits: int, group_size: int | None = None) -> Model:
@@ -83,8 +83,8 @@ def read_quantization(fields: Mapping[str, Any]) -> Quantization | None:
     Raises:
         ValueError: bits or a group size that we do not have.
     """
-    found = fields.get("quantization_config")
-    if not isinstance(found, Mapping) or found.get("quant_method") != QUANT_METHOD:
+    found = our_quantization(fields)
+    if found is None:
         return None
     try:
         return _checked(found.get("bits"), found.get("group_size"))

@@ -92,7 +92,8 @@ def validate_rope_parameters(
         raise ValueError(f"head_dim: found {head_dim}, expected more than 2 for 'dynamic' rope")
     try:
         # constants that are each in range may still divide by zero or overflow together
-        computed = inverse_frequencies(rope, head_dim, max_position_embeddings, 1)
+        with np.errstate(all="ignore"):
+            computed = inverse_frequencies(rope, head_dim, max_position_embeddings, 1)
         sane = all(np.isfinite(part).all() for part in computed)
     except (ArithmeticError, ValueError):
         sane = False

@@ -5,7 +5,7 @@ import glob
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -34,7 +34,9 @@ def staging_in(parent: Path, name: str) -> Iterator[Path]:
 
 
 @contextmanager
-def staged_directory(directory: Path, *, into_existing: bool) -> Iterator[Path]:
+def staged_directory(
+    directory: Path, *, into_existing: bool, stale: Iterable[str] = ()
+) -> Iterator[Path]:
     """A temporary directory whose files become `directory` when the block ends without an error.
 
     A new `directory` appears whole, by one rename, or not at all. Into an existing one the files are
@@ -43,6 +45,7 @@ def staged_directory(directory: Path, *, into_existing: bool) -> Iterator[Path]:
     Args:
         into_existing: whether `directory` may exist; then the new files replace those of the same name
             and the weights of an earlier save, and its other files are left alone.
+        stale: names of other files of an earlier save, which go where no new one takes their place.
 
     Raises:
         FileExistsError: `directory` is there and must not be, or is no directory.
@@ -57,6 +60,8 @@ def staged_directory(directory: Path, *, into_existing: bool) -> Iterator[Path]:
             for name in names:
                 os.replace(staging / name, directory / name)
             remove_stale(directory, keep=[directory / name for name in names])
+            for name in set(stale) - set(names):
+                (directory / name).unlink(missing_ok=True)
         return
     made = _make_parents(directory)
     try:

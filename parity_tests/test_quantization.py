@@ -157,7 +157,7 @@ def test_saved_and_loaded_bitwise(tmp_path, way, dtype):
     quantized = quantize(LlamaForCausalLM(CONFIG, rngs=nnx.Rngs(1), dtype=dtype), *way)
     quantized.save_pretrained(tmp_path / "q")
     fields = json.loads((tmp_path / "q" / "config.json").read_text())
-    expected = {"quant_method": "llama_jax", "bits": way[0], "group_size": way[1]}
+    expected = {"quantized_by": "llama_jax", "bits": way[0], "group_size": way[1]}
     assert fields["quantization_config"] == expected
     loaded = LlamaForCausalLM.from_pretrained(tmp_path / "q")
     assert quantization_of(loaded) == quantization_of(quantized)
@@ -235,7 +235,10 @@ def test_twice(model):
         ({"bits": 3}, "quantization_config: bits: found 3"),
         ({"bits": 4, "group_size": 0}, "quantization_config: group_size: found 0"),
         ({"bits": 4, "group_size": 8}, "model.layers.0.mlp.down_proj.weight.zero: missing"),
-        ({"quant_method": "awq"}, "quantization_config: found"),
+        (
+            {"quantized_by": "other", "quant_method": "awq"},
+            r"quantization_config: the weights are quantised \(awq, 8 bits\)",
+        ),
         (None, "found quantised weights"),
     ],
 )
