@@ -12,7 +12,7 @@ def tokenizer_json(
     *,
     model: Json,
     added_tokens: Iterable[Json],
-    decoder: Json,
+    decoder: Json | None,
     normalizer: Json | None = None,
     pre_tokenizer: Json | None = None,
     post_processor: Json | None = None,
@@ -31,10 +31,10 @@ def tokenizer_json(
     }
 
 
-def added_token(i: int, content: str, *, special: bool) -> Json:
-    """A token matched whole in the text, before anything else is done to it."""
-    flags = dict.fromkeys(["single_word", "lstrip", "rstrip", "normalized"], False)
-    return {"id": i, "content": content, **flags, "special": special}
+def added_token(i: int, content: str, *, special: bool, normalized: bool = False) -> Json:
+    """A token matched whole in the text, before anything else is done to it, or after it was normalised."""
+    flags = dict.fromkeys(["single_word", "lstrip", "rstrip"], False)
+    return {"id": i, "content": content, **flags, "normalized": normalized, "special": special}
 
 
 def bpe(vocab: Mapping[str, int], merges: Sequence[tuple[str, str]], **options: Any) -> Json:

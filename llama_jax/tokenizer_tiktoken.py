@@ -10,7 +10,7 @@ from __future__ import annotations
 import base64
 import binascii
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from llama_jax.tokenizer_json import Json, added_token, bpe, template, tokenizer_json
@@ -22,24 +22,30 @@ SPLIT = (
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 _LINE = re.compile(rb"([A-Za-z0-9+/]+={0,2}) (\d{1,9})")
-_NAMED = {  # by place; those between are reserved, counted from 0, as in Hugging Face's tokenizer.json
+# by place; those between are reserved, counted from 0, as in Hugging Face's tokenizer.json
+_NAMED_3_0 = {
     0: BEGIN,
     1: END,
-    4: "<|finetune_right_pad_id|>",
     6: "<|start_header_id|>",
     7: "<|end_header_id|>",
-    8: "<|eom_id|>",
     9: "<|eot_id|>",
+}
+_NAMED = _NAMED_3_0 | {
+    4: "<|finetune_right_pad_id|>",
+    8: "<|eom_id|>",
     10: "<|python_tag|>",
 }
 _SPECIALS = 256
 
 
-def special_tokens() -> list[str]:
-    """The tokens after the ranks, in order, by the names that Llama 3.1 gave them."""
-    reserved = iter(range(_SPECIALS))
+def special_tokens(*, release_3_0: bool = False) -> list[str]:
+    """The tokens after the ranks, in order, by the names that Llama 3.1 gave them, or 3.0.
+
+    The file is the same in both releases: which one it is, the model beside tells.
+    """
+    reserved, named = iter(range(_SPECIALS)), _NAMED_3_0 if release_3_0 else _NAMED
     return [
-        _NAMED.get(i) or f"<|reserved_special_token_{next(reserved)}|>" for i in range(_SPECIALS)
+        named.get(i) or f"<|reserved_special_token_{next(reserved)}|>" for i in range(_SPECIALS)
     ]
 
 
@@ -78,22 +84,92 @@ def read_ranks(content: bytes) -> dict[bytes, int]:
     return ranks
 
 
-def tiktoken_json(content: bytes, *, add_bos: bool = True, add_eos: bool = False) -> Json:
-    """The `tokenizer.json` of a `tokenizer.model` of Llama 3. Raises ValueError as `read_ranks`."""
+def tiktoken_json(
+    content: bytes,
+    *,
+    add_bos: bool = True,
+    add_eos: bool = False,
+    release_3_0: bool = False,
+    cut_runs: bool = False,
+) -> Json:
+    """The `tokenizer.json` of a `tokenizer.model` of Llama 3. Raises ValueError as `read_ranks`.
+
+    Args:
+        release_3_0: see `special_tokens`.
+        cut_runs: cut as Meta's `tokenizer.py` does before tiktoken sees the text: every 400,000
+            characters, and where a run of 25,000 with or of 25,000 without white space goes on.
+    """
     ranks = read_ranks(content)
-    specials = {token: len(ranks) + i for i, token in enumerate(special_tokens())}
-    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
-    split = {"type": "Split", "pattern": {"Regex": SPLIT}, "behavior": "Isolated", "invert": False}
-    steps = [split, {**byte_level, "use_regex": False}]
+    tokens = special_tokens(release_3_0=release_3_0)
+    specials = {token: len(ranks) + i for i, token in enumerate(tokens)}
+    return _byte_level(
+        ranks,
+        added_tokens=[added_token(i, token, special=True) for token, i in specials.items()],
+        post_processor=template([BEGIN] * add_bos, [END] * add_eos, specials),
+        cut_runs=cut_runs,
+    )
+
+
+def plain_tiktoken_json(content: bytes, placed: Mapping[int, str], extra: Sequence[str]) -> Json:
+    """What transformers 5 makes of a file of ranks, Llama 3's or not. Raises ValueError as `read_ranks`.
+
+    Args:
+        placed: the special tokens by id; the ids between get names too.
+        extra: further ones, after those.
+    """
+    ranks = read_ranks(content)
+    last = max(placed, default=0)
+    if last > len(ranks) + _MOST_SPECIALS:
+        raise ValueError(f"added_tokens_decoder has id {last} after {len(ranks)} ranks")
+    names = [placed.get(i, f"<|reserved_token_{i}|>") for i in range(len(ranks), last + 1)]
+    names = list(dict.fromkeys([*names, *extra]))
+    vocab = {_text(token) for token in ranks}
+    fresh = [name for name in names if name not in vocab]
+    ids = {name: len(ranks) + i for i, name in enumerate(fresh)}
+    ids |= {name: ranks[bytes(map(_BYTES.__getitem__, name))] for name in names if name in vocab}
+    return _byte_level(
+        ranks,
+        added_tokens=[added_token(ids[name], name, special=True) for name in names],
+        post_processor={**_BYTE_LEVEL, "trim_offsets": False, "use_regex": True},
+    )
+
+
+_MOST_SPECIALS = 1 << 20  # more is a damaged file
+_BYTE_LEVEL: Json = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
+
+
+def _byte_level(ranks: Mapping[bytes, int], *, cut_runs: bool = False, **parts: Any) -> Json:
+    split = _split(SPLIT, "Isolated")
     vocab = {_text(token): rank for token, rank in ranks.items()}
     merges = [(_text(left), _text(right)) for left, right in _merges(ranks)]
+    steps = [*(_CUTS if cut_runs else ()), split, {**_BYTE_LEVEL, "use_regex": False}]
     return tokenizer_json(
         model=bpe(vocab, merges, ignore_merges=True),
-        added_tokens=[added_token(i, token, special=True) for token, i in specials.items()],
         pre_tokenizer={"type": "Sequence", "pretokenizers": steps},
-        post_processor=template([BEGIN] * add_bos, [END] * add_eos, specials),
-        decoder={**byte_level, "use_regex": True},
+        decoder={**_BYTE_LEVEL, "use_regex": True},
+        **parts,
     )
+
+
+def _split(pattern: str, behavior: str) -> Json:
+    return {
+        "type": "Split",
+        "pattern": {"Regex": pattern},
+        "behavior": behavior,
+        "invert": False,
+    }
+
+
+def _run(inside: str) -> str:
+    """The first 25,000 of a run that goes on, and the next ones."""
+    return rf"(?:\G|(?<!{inside})){inside}{{25000}}(?={inside})"
+
+
+# Python's str.isspace; \G is where the last match ended; (a number must not be above 100,000)
+_CUTS = (
+    _split(r"(?:[\s\S]{1000}){400}", "Isolated"),
+    _split(_run(r"[\s\x1c-\x1f]") + "|" + _run(r"[^\s\x1c-\x1f]"), "MergedWithPrevious"),
+)
 
 
 def tiktoken_model(tokenizer: Mapping[str, Any]) -> bytes | None:
