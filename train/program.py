@@ -20,6 +20,7 @@ from llama_jax.sharding import BATCH_AXES, SEQUENCE_AXIS, parameter_shardings
 from train.config import ModelOptions, OptimizerOptions, RunOptions
 from train.mesh import make_mesh
 from train.optimizer import make_optimizer
+from train.per_layer import Path, map_by_parameter
 from train.schedules import learning_rate_schedule
 from train.step import Batch, make_evaluation, make_step
 
@@ -232,19 +233,17 @@ def _with_shardings(tree: Any, shardings: Any) -> Any:
 def _like_params(opt_state: Any, params: Any, mesh: Mesh) -> Any:
     """Each leaf of the optimizer's state sharded as the parameter it belongs to, the rest replicated.
 
-    A leaf belongs to the parameter in whose path its own ends, if it has its shape.
+    Of other shapes there are counts, and sums over rows or columns, which are small.
     """
     flat, _ = jax.tree_util.tree_flatten_with_path(params)
     known: dict[Any, Any] = dict(flat)
-    depth = {len(path) for path in known}
 
-    def shard(path: tuple[Any, ...], leaf: Any) -> Any:
-        owners = (known.get(path[-length:]) for length in sorted(depth, reverse=True))
-        owner = next((owner for owner in owners if owner is not None), None)
+    def shard(leaf: Any, path: Path | None) -> Any:
+        owner = known.get(path)
         if owner is not None and owner.shape == leaf.shape:
             sharding = owner.sharding
         else:
             sharding = NamedSharding(mesh, PartitionSpec())
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
-    return jax.tree_util.tree_map_with_path(shard, opt_state)
+    return map_by_parameter(shard, opt_state, params)
