@@ -9,6 +9,7 @@ import optax
 from jax.tree_util import keystr
 from jaxtyping import Array, Float
 
+from llama_jax.matmul import working_dtype
 from train.muon import scale_by_muon
 from train.per_layer import is_stacked, per_layer
 
@@ -112,10 +113,10 @@ def make_optimizer(
 
 
 def global_norm(tree: Any) -> Float[Array, ""]:
-    """The norm of all leaves as one vector, in float32 at least."""
+    """The norm of all leaves as one vector, in float32 (float64 for float64)."""
 
     def squares(leaf: Array) -> Array:
-        return jnp.sum(jnp.square(leaf.astype(_wide(leaf))))
+        return jnp.sum(jnp.square(leaf.astype(working_dtype(leaf.dtype))))
 
     return jnp.sqrt(sum(map(squares, jax.tree.leaves(tree))))
 
@@ -127,13 +128,9 @@ def _clip(largest: float) -> optax.GradientTransformation:
         norm = global_norm(gradients)
 
         def shorten(leaf: Array) -> Array:
-            shorter = leaf.astype(_wide(leaf)) / norm * largest
+            shorter = leaf.astype(norm.dtype) / norm * largest
             return jnp.where(norm < largest, leaf, shorter.astype(leaf.dtype))
 
         return jax.tree.map(shorten, gradients), state
 
     return optax.GradientTransformation(optax.init_empty_state, clip)
-
-
-def _wide(leaf: Array) -> Any:
-    return jnp.promote_types(leaf.dtype, jnp.float32)

@@ -17,7 +17,7 @@ from llama_jax.causal_lm import LlamaForCausalLM
 from llama_jax.compiler import step_compiler_options
 from llama_jax.config import LlamaConfig
 from llama_jax.sharding import BATCH_AXES, SEQUENCE_AXIS, parameter_shardings
-from train.config import ModelOptions, OptimizerOptions, RunOptions
+from train.config import ModelOptions, OptimizerOptions, RunOptions, warmup_steps
 from train.mesh import make_mesh
 from train.optimizer import make_optimizer
 from train.per_layer import Path, map_by_parameter
@@ -78,7 +78,8 @@ def make_program(
     """The program of a run over `mesh`.
 
     Raises:
-        ValueError: a batch, sequence or model that the mesh does not divide.
+        ValueError: a batch, sequence or model that the mesh does not divide; a schedule that does not fit
+            the steps.
     """
     _require_divisible(config, mesh, batch_size // micro_batches, sequence_length)
     dtype = jnp.dtype(model.parameter_dtype)
@@ -92,7 +93,7 @@ def make_program(
         optimizer.schedule,
         peak=optimizer.learning_rate,
         steps=steps,
-        warmup_steps=optimizer.warmup_steps,
+        warmup_steps=warmup_steps(optimizer, steps),
         final_fraction=optimizer.final_fraction,
         decay_fraction=optimizer.decay_fraction,
     )
@@ -231,19 +232,23 @@ def _with_shardings(tree: Any, shardings: Any) -> Any:
 
 
 def _like_params(opt_state: Any, params: Any, mesh: Mesh) -> Any:
-    """Each leaf of the optimizer's state sharded as the parameter it belongs to, the rest replicated.
-
-    Of other shapes there are counts, and sums over rows or columns, which are small.
-    """
+    """Each leaf of the optimizer's state sharded as the parameter it belongs to, the rest replicated."""
     flat, _ = jax.tree_util.tree_flatten_with_path(params)
     known: dict[Any, Any] = dict(flat)
 
     def shard(leaf: Any, path: Path | None) -> Any:
-        owner = known.get(path)
-        if owner is not None and owner.shape == leaf.shape:
-            sharding = owner.sharding
-        else:
-            sharding = NamedSharding(mesh, PartitionSpec())
-        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+        spec = PartitionSpec() if path is None else _spec_like(leaf, known[path])
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=NamedSharding(mesh, spec))
 
     return map_by_parameter(shard, opt_state, params)
+
+
+def _spec_like(leaf: Any, parameter: Any) -> PartitionSpec:
+    """The parameter's spec for an array of its shape, or of its shape without one axis (a sum over it)."""
+    shape, spec = parameter.shape, parameter.sharding.spec
+    if leaf.shape == shape:
+        return spec
+    for axis in range(len(shape)):
+        if leaf.shape == shape[:axis] + shape[axis + 1 :]:
+            return PartitionSpec(*spec[:axis], *spec[axis + 1 :])
+    return PartitionSpec()
