@@ -56,6 +56,7 @@ def make_step(
     and `opt_state` donated.
 
     Args:
+        compute_dtype: not float16 to train: without a scale of the loss, small gradients become 0 in it.
         forward: static choices of `LlamaModel.__call__`: remat, unrolling, attention.
     """
 

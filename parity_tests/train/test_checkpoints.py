@@ -117,14 +117,40 @@ def old_adafactor(rate: Any) -> Any:
     return optax.adafactor(rate, weight_decay_rate=0.1, weight_decay_mask=decay_mask)
 
 
+def old_muon(rate: Any) -> Any:
+    """With Nesterov's momentum for AdamW's share too."""
+
+    def numbers(path: Any, leaf: Any) -> Any:
+        return optax.contrib.MuonDimensionNumbers(2, 1) if leaf.ndim == 3 else None
+
+    direction = optax.contrib.muon(
+        -1.0,
+        muon_weight_dimension_numbers=lambda params: jax.tree_util.tree_map_with_path(
+            numbers, params
+        ),
+    )
+    decay = optax.add_decayed_weights(0.1, mask=decay_mask)
+    return optax.chain(direction, decay, optax.scale_by_learning_rate(rate))
+
+
 def old_adamw(rate: Any) -> Any:
     return optax.adamw(rate, mask=decay_mask)
+
+
+def old_lion(rate: Any) -> Any:
+    return optax.lion(rate, mask=decay_mask)
 
 
 @pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize(
     ("name", "rule", "same"),
-    [("sgd", old_sgd, False), ("adafactor", old_adafactor, False), ("adamw", old_adamw, True)],
+    [
+        ("sgd", old_sgd, False),
+        ("adafactor", old_adafactor, False),
+        ("muon", old_muon, False),
+        ("adamw", old_adamw, True),
+        ("lion", old_lion, True),
+    ],
 )
 def test_the_optimizer_state_of_another_version(
     name: Any, rule: Any, same: bool, tmp_path: Path

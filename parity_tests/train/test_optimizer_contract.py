@@ -5,6 +5,8 @@ Every test here takes whatever `Optimizer` names.
 
 from __future__ import annotations
 
+import shutil
+from pathlib import Path
 from typing import Any, get_args
 
 import jax
@@ -18,7 +20,10 @@ from jax.tree_util import keystr
 from parity_tests.measure import relative_error, worst
 from parity_tests.own_process import lines_of
 from parity_tests.train.optimizer_definitions import DEFINITIONS, trajectory
+from parity_tests.train.runs import Tiny, figures_of, run_flags, same_bits, state_of
 from parity_tests.train.test_optimizer import named
+from train.__main__ import main
+from train.checkpoints import FOLDER
 from train.optimizer import DIRECTIONS, Optimizer, decay_mask, global_norm, make_optimizer
 from train.per_layer import is_stacked
 
@@ -241,7 +246,7 @@ def test_the_state_is_that_of_each_layer_alone(name: Optimizer) -> None:
         (same,) = (each for each in ends if each.endswith(stacked + name_in_layer))
         assert shape == (3, *of_one[same]), path
         seen += 1
-    assert seen == sum(".model.layers." in path for path in of_one) > 0 or not of_one
+    assert seen == sum(".model.layers." in path for path in of_one) > 0
 
 
 def shapes_of(rule: Any, params: Any) -> dict[str, tuple[int, ...]]:
@@ -276,13 +281,37 @@ def test_what_is_stacked() -> None:
     assert sum(is_stacked(path) for path, _ in flat) == 5
 
 
-def test_the_layout_of_adamw_is_optaxs() -> None:
-    """So that checkpoints of it can be read by any version."""
-    params = tree(lambda *shape: jnp.ones(shape))
-    rule = make_optimizer("adamw", lambda step: 1e-3, **OPTIONS, weight_decay=0.1, clip_norm=1.0)
-    theirs = optax.adamw(lambda step: 1e-3, mask=decay_mask)
-    optax_rule = optax.chain(optax.clip_by_global_norm(1.0), theirs)
-    assert shapes_of(rule, params) == shapes_of(optax_rule, params)
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize("name", NAMES)
+def test_dtypes_stay(name: Optimizer, dtype: str) -> None:
+    params = tree(lambda *shape: jax.ShapeDtypeStruct(shape, jnp.dtype(dtype)))
+    rule = make_optimizer(
+        name, optax.constant_schedule(1e-3), **OPTIONS, weight_decay=0.1, clip_norm=1.0
+    )
+    before = jax.eval_shape(rule.init, params)
+    with jax.numpy_dtype_promotion("standard"):
+        updates, after = jax.eval_shape(rule.update, params, before, params)
+    kinds = [
+        jax.tree.map(lambda x: (x.shape, x.dtype), each)
+        for each in (before, after, params, updates)
+    ]
+    assert kinds[0] == kinds[1]
+    assert kinds[2] == kinds[3]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", NAMES)
+def test_a_resumed_run_has_the_same_bits(name: Optimizer, tiny: Tiny, tmp_path: Path) -> None:
+    unused = {"beta1", "beta2", "eps"} - {*DIRECTIONS[name].uses}
+    options = {f"optimizer__{each}": value for each, value in OPTIONS.items() if each not in unused}
+    whole = tmp_path / "whole"
+    flags = run_flags(tiny, whole, steps=6, optimizer__name=name, **options)
+    assert main(flags) == 0
+    copy = Path(shutil.copytree(whole, tmp_path / "copy"))
+    shutil.rmtree(copy / FOLDER / "6")
+    assert main(["resume", str(copy)]) == 0
+    assert same_bits(state_of(copy, 6), state_of(whole, 6))
+    assert figures_of(copy) == figures_of(whole)
 
 
 @pytest.mark.parametrize("meshes", [1, pytest.param(3, marks=pytest.mark.slow)])
