@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
+from jax.tree_util import keystr
 
 from llama_jax.arguments import first_line
 from llama_jax.fingerprint import fingerprint
@@ -106,7 +107,8 @@ def restore(
         model: the fact of that name, which checkpoints must have been saved with.
 
     Raises:
-        ValueError: no checkpoint of that step, none that is whole, or one of another model.
+        ValueError: no checkpoint of that step, none that is whole, or one of another model or with another
+            optimizer's state.
 
     Warns:
         UserWarning: a damaged checkpoint is passed over for the one before.
@@ -123,11 +125,12 @@ def restore(
         try:
             if model is not None:
                 _require_same_model(manager, candidate, model)
+            _require_same_state(manager, candidate, opt_state)
             restored, expected = _read_step(manager, candidate, params, opt_state)
             if fingerprints((restored.params, restored.opt_state)) == expected:
                 return restored
             fault = "its arrays are not what was saved"
-        except _AnotherModelError:
+        except _AnotherRunError:
             raise
         except Exception as error:  # Orbax and TensorStore raise whatever the damage leads them to
             fault = first_line(error)
@@ -158,7 +161,7 @@ def restore_params(manager: ocp.CheckpointManager, params: Any, step: int) -> An
     return restored["params"]
 
 
-class _AnotherModelError(ValueError):
+class _AnotherRunError(ValueError):
     """Not damage, which is passed over: nothing in this folder will fit."""
 
 
@@ -171,9 +174,25 @@ def _require_same_model(manager: ocp.CheckpointManager, step: int, model: dict[s
             for name in sorted(saved.keys() | given.keys())
             if saved.get(name) != given.get(name)
         ]
-        raise _AnotherModelError(
+        raise _AnotherRunError(
             f"{manager.directory}: the checkpoint of step {step} is of another model than config.json: "
             + "; ".join(faults)
+        )
+
+
+def _require_same_state(manager: ocp.CheckpointManager, step: int, opt_state: Any) -> None:
+    """That the optimizer's state has the arrays of `opt_state`: another version's may have others."""
+    path = Path(manager.directory) / str(step) / "opt_state"
+    with ocp.StandardCheckpointer() as reader:
+        tree = reader.metadata(path).item_metadata.tree
+    saved = {leaf.name: tuple(leaf.shape) for leaf in jax.tree.leaves(tree)}
+    flat, _ = jax.tree_util.tree_flatten_with_path(opt_state)
+    wanted = {keystr(at, simple=True, separator="."): tuple(leaf.shape) for at, leaf in flat}
+    if saved and saved != wanted:
+        raise _AnotherRunError(
+            f"{manager.directory}: the checkpoint of step {step} has the optimizer state of another "
+            "version of this program: `python -m train export` its weights and begin a new run from them "
+            "with --model.init-from"
         )
 
 

@@ -7,12 +7,14 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
+import jax.numpy as jnp
+import numpy as np
 import tomli_w
 
 from llama_jax.attention import Implementation
 from llama_jax.remat import Remat
-from train.optimizer import Optimizer
-from train.schedules import Schedule
+from train.optimizer import DIRECTIONS, Optimizer
+from train.schedules import USES, Schedule, require_fit
 
 FILE = "run.toml"
 
@@ -32,9 +34,9 @@ class ModelOptions:
     init_from: Path | None = None
     """a Hugging Face directory to start from: its configuration and its weights"""
     parameter_dtype: Dtype = "float32"
-    """of parameters, gradients' sums and optimizer state"""
+    """of parameters, gradients and optimizer state; not float16, whose range is too small to train"""
     compute_dtype: Dtype | None = None
-    """of the forward and backward pass; default: float32 on a CPU, bfloat16 elsewhere"""
+    """of the forward and backward pass; default: float32 on a CPU, bfloat16 elsewhere; not float16"""
     remat: Remat = "dots"
     """what the backward pass computes again instead of keeping it"""
     scan_unroll: int = 1
@@ -51,18 +53,22 @@ class OptimizerOptions:
     learning_rate: float = 3e-3
     """the peak"""
     schedule: Schedule = "cosine"
-    warmup_steps: int = 20
+    warmup_steps: int | None = None
+    """default: 20, or a tenth of a run of fewer than 200 steps"""
     final_fraction: float = 0.1
-    """of the peak, at the end"""
+    """final learning rate as a fraction of the peak (cosine, linear, wsd)"""
     decay_fraction: float = 0.2
     """of all steps, for the decay of wsd"""
     beta1: float = 0.9
+    """decay of the gradient's mean (adamw, lion), momentum (muon, sgd)"""
     beta2: float = 0.95
+    """decay of the mean of the gradient's square (adamw, muon's share of adamw), of the momentum (lion)"""
     eps: float = 1e-8
+    """added to what adamw and muon divide by"""
     weight_decay: float = 0.1
-    """of matrices; norms and biases have none"""
+    """times the learning rate at every step; applied to matrices only, not to norms and biases"""
     clip_norm: float | None = 1.0
-    """largest global norm of the gradient; none: no clip"""
+    """largest global norm of the gradient; None: no clip"""
     z_loss: float = 0.0
     """multiplier of logsumexp^2"""
 
@@ -177,8 +183,33 @@ FREE_ON_RESUME = (
 
 
 def validate(options: RunOptions) -> None:
-    """Raise ValueError for the first number out of its range."""
+    """Raise ValueError for the first option that is wrong in itself, or does not fit the others."""
+    for name in ("parameter_dtype", "compute_dtype"):
+        if getattr(options.model, name) == "float16":
+            raise ValueError(
+                f"model.{_flag(name)}: found float16, expected bfloat16, float32 or float64: small "
+                "gradients become 0 in float16; to go on with a float16 run, export it and begin another "
+                "with --model.init-from"
+            )
+    _require_counts(options)
+    _require_numbers(options)
+    _require_used(options.optimizer)
     optimizer = options.optimizer
+    require_fit(
+        optimizer.schedule,
+        steps=options.steps,
+        warmup_steps=warmup_steps(optimizer, options.steps),
+        decay_fraction=optimizer.decay_fraction,
+    )
+
+
+def warmup_steps(optimizer: OptimizerOptions, steps: int) -> int:
+    """The steps of the warmup, its default filled in."""
+    return min(20, steps // 10) if optimizer.warmup_steps is None else optimizer.warmup_steps
+
+
+def _require_counts(options: RunOptions) -> None:
+    distributed = options.distributed
     at_least = {
         "steps": (options.steps, 1),
         "batch-size": (options.batch_size, 1),
@@ -186,35 +217,77 @@ def validate(options: RunOptions) -> None:
         "micro-batches": (options.micro_batches, 1),
         "export-every": (options.export_every, 0),
         "model.scan-unroll": (options.model.scan_unroll, 1),
-        "optimizer.warmup-steps": (optimizer.warmup_steps, 0),
+        "optimizer.warmup-steps": (options.optimizer.warmup_steps, 0),
+        "distributed.processes": (distributed.processes, 1),
+        "distributed.process-id": (distributed.process_id, 0),
         "checkpoint.every": (options.checkpoint.every, 1),
         "checkpoint.keep-last": (options.checkpoint.keep_last, 1),
+        "checkpoint.keep-every": (options.checkpoint.keep_every, 1),
         "evaluation.every": (options.evaluation.every, 0),
         "evaluation.batches": (options.evaluation.batches, 0),
         "evaluation.sample-tokens": (options.evaluation.sample_tokens, 0),
     }
     for name, (value, low) in at_least.items():
-        if value < low:
+        if value is not None and value < low:
             raise ValueError(f"{name}: found {value}, expected at least {low}")
     if options.batch_size % options.micro_batches:
         raise ValueError(
             f"micro-batches: found {options.micro_batches}, expected to divide the batch size "
             f"{options.batch_size}"
         )
-    ranges = {
-        "learning-rate": (optimizer.learning_rate, 0, float("inf")),
-        "final-fraction": (optimizer.final_fraction, 0, 1),
-        "decay-fraction": (optimizer.decay_fraction, 0, 1),
-        "beta1": (optimizer.beta1, 0, 1),
-        "beta2": (optimizer.beta2, 0, 1),
-        "eps": (optimizer.eps, 0, float("inf")),
-        "weight-decay": (optimizer.weight_decay, 0, float("inf")),
-        "z-loss": (optimizer.z_loss, 0, float("inf")),
-        "clip-norm": (1.0 if optimizer.clip_norm is None else optimizer.clip_norm, 0, float("inf")),
+
+
+def _require_numbers(options: RunOptions) -> None:
+    optimizer = options.optimizer
+    # a smaller eps or clip is 0 to the parameters' dtype: 0 / 0 where there is no gradient, or no step
+    dtype = jnp.finfo(options.model.parameter_dtype)
+    least, finite = float(dtype.smallest_normal), float(dtype.max)
+    # the largest below 1, to powers of which Adam's means are divided
+    most = float(np.nextafter(np.float32(1), np.float32(0)))
+    beta = 0.0, most, "at least 0 and below 1"
+    amount = 0.0, finite, "a finite number of at least 0"
+    tiny = f"a finite number above 0 (at least {least:.2g})"
+    # name: its value, the least, the most, and both in words
+    numbers: dict[str, tuple[float | None, float, float, str]] = {
+        "optimizer.learning-rate": (optimizer.learning_rate, *amount),
+        "optimizer.final-fraction": (optimizer.final_fraction, 0, 1, "0 to 1"),
+        "optimizer.decay-fraction": (optimizer.decay_fraction, least, 1, "above 0 and at most 1"),
+        "optimizer.beta1": (optimizer.beta1, *beta),
+        "optimizer.beta2": (optimizer.beta2, *beta),
+        "optimizer.eps": (optimizer.eps, least, finite, tiny),
+        "optimizer.weight-decay": (optimizer.weight_decay, *amount),
+        "optimizer.clip-norm": (
+            optimizer.clip_norm,
+            least,
+            finite,
+            f"{tiny}, or None for no clip",
+        ),
+        "optimizer.z-loss": (optimizer.z_loss, *amount),
+        "log.peak-flops": (options.log.peak_flops, least, finite, "a finite number above 0"),
     }
-    for name, (number, smallest, largest) in ranges.items():
-        if not smallest <= number <= largest:
-            raise ValueError(f"optimizer.{name}: found {number}, expected {smallest} to {largest}")
+    for name, (value, smallest, largest, expected) in numbers.items():
+        if value is not None and not smallest <= value <= largest:
+            raise ValueError(f"{name}: found {value}, expected {expected}")
+
+
+def _require_used(optimizer: OptimizerOptions) -> None:
+    """An option that the optimizer or the schedule has not must be left as it is."""
+    unused = {
+        optimizer.name: {"beta1", "beta2", "eps"} - {*DIRECTIONS[optimizer.name].uses},
+        optimizer.schedule: {"final_fraction", "decay_fraction"} - {*USES[optimizer.schedule]},
+    }
+    for user, names in unused.items():
+        for name in sorted(names):
+            value, default = getattr(optimizer, name), getattr(OptimizerOptions, name)
+            if value != default:
+                raise ValueError(
+                    f"optimizer.{_flag(name)}: found {value}, but {user} does not use it: leave it out, or "
+                    f"at {default}"
+                )
+
+
+def _flag(name: str) -> str:
+    return name.replace("_", "-")
 
 
 def with_compute_dtype(options: RunOptions, platform: str) -> RunOptions:

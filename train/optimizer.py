@@ -1,13 +1,69 @@
-"""Optimizers by name, all of optax, with a decay mask and a clip by global norm."""
+"""Optimizers by name: a direction of optax's or our own, decoupled decay, and a clip by global norm."""
 
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import optax
 from jax.tree_util import keystr
+from jaxtyping import Array, Float
+
+from llama_jax.matmul import working_dtype
+from train.muon import scale_by_muon
+from train.per_layer import is_stacked, per_layer
 
 Optimizer = Literal["adamw", "muon", "lion", "adafactor", "sgd"]
+
+
+class Direction(NamedTuple):
+    """What is particular to an optimizer.
+
+    uses: which of `beta1`, `beta2` and `eps` it has.
+    make: a transformation, from these, of gradients to what the learning rate multiplies. It has neither
+        learning rate nor decay, and sees each layer's parameters by themselves.
+    """
+
+    uses: tuple[str, ...]
+    make: Callable[..., optax.GradientTransformation]
+
+
+def _adam(beta1: float, beta2: float, eps: float) -> optax.GradientTransformation:
+    return optax.scale_by_adam(beta1, beta2, eps)
+
+
+def _muon(beta1: float, beta2: float, eps: float) -> optax.GradientTransformation:
+    """Muon for the matrices of the layers, AdamW's direction for all else, as its authors have it."""
+
+    def share(path: tuple[Any, ...], leaf: Any) -> str:
+        return "muon" if is_stacked(path) and leaf.ndim == 2 else "adam"
+
+    return optax.partition(
+        {"muon": scale_by_muon(beta1, eps), "adam": _adam(beta1, beta2, eps)},
+        lambda params: jax.tree_util.tree_map_with_path(share, params),
+    )
+
+
+def _adafactor() -> optax.GradientTransformation:
+    """Of arXiv:1804.04235, algorithm 4, as T5 and optax have it: no momentum, eps of its own.
+
+    beta2 is 1 - step^-0.8; the update's root mean square is at most 1, and is multiplied by the
+    parameter's, which counts as 0.001 at least.
+    """
+    return optax.chain(
+        optax.scale_by_factored_rms(),
+        optax.clip_by_block_rms(1.0),
+        optax.scale_by_param_block_rms(),
+    )
+
+
+DIRECTIONS: dict[str, Direction] = {
+    "adamw": Direction(("beta1", "beta2", "eps"), _adam),
+    "muon": Direction(("beta1", "beta2", "eps"), _muon),
+    "lion": Direction(("beta1", "beta2"), lambda beta1, beta2: optax.scale_by_lion(beta1, beta2)),
+    "adafactor": Direction((), _adafactor),
+    "sgd": Direction(("beta1",), lambda beta1: optax.trace(beta1)),
+}
 
 
 def decay_mask(params: Any) -> Any:
@@ -30,50 +86,51 @@ def make_optimizer(
     weight_decay: float,
     clip_norm: float | None,
 ) -> optax.GradientTransformationExtraArgs:
-    """Clip by global norm, then the optimizer, decoupled decay on what `decay_mask` names.
+    """Clip by global norm, then p -= learning_rate * (direction + weight_decay * p).
 
-    muon (Keller Jordan et al., 2024) updates the matrices of the layers, AdamW everything else, both with
-    Nesterov's momentum, which is `beta1`. Its update has the scale 0.2 * sqrt(max(in, out)) of
-    arXiv:2502.16982, so that AdamW's learning rates suit it.
+    The decay is decoupled (arXiv:1711.05101) and of what `decay_mask` names. Stacked layers move as if
+    each were a parameter of its own; the clip is of the whole tree.
+
+    Args:
+        beta1, beta2, eps: those that `DIRECTIONS` says the optimizer uses; it ignores the others. beta1
+            is the momentum of sgd and muon.
+        clip_norm: the largest global norm of the gradient; None: no clip.
+
+    Raises:
+        ValueError: an unknown name.
     """
-    common = {"weight_decay": weight_decay, "mask": decay_mask}
-    if name == "adamw":
-        rule = optax.adamw(learning_rate, b1=beta1, b2=beta2, eps=eps, **common)
-    elif name == "muon":
-        # its own decay has no mask for AdamW's share: here decay, sign and rate come after
-        direction = optax.contrib.muon(
-            -1.0,
-            beta=beta1,
-            eps=eps,
-            adam_b1=beta1,
-            adam_b2=beta2,
-            muon_weight_dimension_numbers=_layer_matrices,
-            consistent_rms=0.2,
-        )
-        decay = optax.add_decayed_weights(weight_decay, mask=decay_mask)
-        rule = optax.chain(direction, decay, optax.scale_by_learning_rate(learning_rate))
-    elif name == "lion":
-        rule = optax.lion(learning_rate, b1=beta1, b2=beta2, **common)
-    elif name == "adafactor":
-        rule = optax.adafactor(
-            learning_rate, weight_decay_rate=weight_decay or None, weight_decay_mask=decay_mask
-        )
-    elif name == "sgd":
-        decay = optax.add_decayed_weights(weight_decay, mask=decay_mask)
-        rule = optax.chain(decay, optax.sgd(learning_rate, momentum=beta1))
-    else:
+    if name not in DIRECTIONS:
         raise ValueError(f"optimizer: found {name!r}, expected adamw, muon, lion, adafactor or sgd")
-    clip = optax.identity() if clip_norm is None else optax.clip_by_global_norm(clip_norm)
+    direction = DIRECTIONS[name]
+    values = {"beta1": beta1, "beta2": beta2, "eps": eps}
+    rule = optax.chain(
+        per_layer(direction.make(**{option: values[option] for option in direction.uses})),
+        optax.add_decayed_weights(weight_decay, mask=decay_mask),
+        optax.scale_by_learning_rate(learning_rate),
+    )
+    clip = optax.identity() if clip_norm is None else _clip(clip_norm)
     return optax.with_extra_args_support(optax.chain(clip, rule))
 
 
-def _layer_matrices(params: Any) -> Any:
-    """Muon's dimension numbers of the stacked matrices [layers, out, in]; None for AdamW's share."""
+def global_norm(tree: Any) -> Float[Array, ""]:
+    """The norm of all leaves as one vector, in float32 (float64 for float64)."""
 
-    def numbers(path: tuple[Any, ...], leaf: Any) -> Any:
-        name = keystr(path, simple=True, separator=".")
-        if ".layers." in name and leaf.ndim == 3:
-            return optax.contrib.MuonDimensionNumbers(reduction_axis=2, output_axis=1)
-        return None
+    def squares(leaf: Array) -> Array:
+        return jnp.sum(jnp.square(leaf.astype(working_dtype(leaf.dtype))))
 
-    return jax.tree_util.tree_map_with_path(numbers, params)
+    return jnp.sqrt(sum(map(squares, jax.tree.leaves(tree))))
+
+
+def _clip(largest: float) -> optax.GradientTransformation:
+    """Optax's clip adds up squares in the gradients' dtype, of which bfloat16 loses a percent."""
+
+    def clip(gradients: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+        norm = global_norm(gradients)
+
+        def shorten(leaf: Array) -> Array:
+            shorter = leaf.astype(norm.dtype) / norm * largest
+            return jnp.where(norm < largest, leaf, shorter.astype(leaf.dtype))
+
+        return jax.tree.map(shorten, gradients), state
+
+    return optax.GradientTransformation(optax.init_empty_state, clip)

@@ -17,9 +17,10 @@ from llama_jax.causal_lm import LlamaForCausalLM
 from llama_jax.compiler import step_compiler_options
 from llama_jax.config import LlamaConfig
 from llama_jax.sharding import BATCH_AXES, SEQUENCE_AXIS, parameter_shardings
-from train.config import ModelOptions, OptimizerOptions, RunOptions
+from train.config import ModelOptions, OptimizerOptions, RunOptions, warmup_steps
 from train.mesh import make_mesh
 from train.optimizer import make_optimizer
+from train.per_layer import Path, map_by_parameter
 from train.schedules import learning_rate_schedule
 from train.step import Batch, make_evaluation, make_step
 
@@ -77,7 +78,8 @@ def make_program(
     """The program of a run over `mesh`.
 
     Raises:
-        ValueError: a batch, sequence or model that the mesh does not divide.
+        ValueError: a batch, sequence or model that the mesh does not divide; a schedule that does not fit
+            the steps.
     """
     _require_divisible(config, mesh, batch_size // micro_batches, sequence_length)
     dtype = jnp.dtype(model.parameter_dtype)
@@ -91,7 +93,7 @@ def make_program(
         optimizer.schedule,
         peak=optimizer.learning_rate,
         steps=steps,
-        warmup_steps=optimizer.warmup_steps,
+        warmup_steps=warmup_steps(optimizer, steps),
         final_fraction=optimizer.final_fraction,
         decay_fraction=optimizer.decay_fraction,
     )
@@ -230,21 +232,23 @@ def _with_shardings(tree: Any, shardings: Any) -> Any:
 
 
 def _like_params(opt_state: Any, params: Any, mesh: Mesh) -> Any:
-    """Each leaf of the optimizer's state sharded as the parameter it belongs to, the rest replicated.
-
-    A leaf belongs to the parameter in whose path its own ends, if it has its shape.
-    """
+    """Each leaf of the optimizer's state sharded as the parameter it belongs to, the rest replicated."""
     flat, _ = jax.tree_util.tree_flatten_with_path(params)
     known: dict[Any, Any] = dict(flat)
-    depth = {len(path) for path in known}
 
-    def shard(path: tuple[Any, ...], leaf: Any) -> Any:
-        owners = (known.get(path[-length:]) for length in sorted(depth, reverse=True))
-        owner = next((owner for owner in owners if owner is not None), None)
-        if owner is not None and owner.shape == leaf.shape:
-            sharding = owner.sharding
-        else:
-            sharding = NamedSharding(mesh, PartitionSpec())
-        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+    def shard(leaf: Any, path: Path | None) -> Any:
+        spec = PartitionSpec() if path is None else _spec_like(leaf, known[path])
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=NamedSharding(mesh, spec))
 
-    return jax.tree_util.tree_map_with_path(shard, opt_state)
+    return map_by_parameter(shard, opt_state, params)
+
+
+def _spec_like(leaf: Any, parameter: Any) -> PartitionSpec:
+    """The parameter's spec for an array of its shape, or of its shape without one axis (a sum over it)."""
+    shape, spec = parameter.shape, parameter.sharding.spec
+    if leaf.shape == shape:
+        return spec
+    for axis in range(len(shape)):
+        if leaf.shape == shape[:axis] + shape[axis + 1 :]:
+            return PartitionSpec(*spec[:axis], *spec[axis + 1 :])
+    return PartitionSpec()

@@ -12,6 +12,14 @@ from jaxtyping import Array, Float
 
 Schedule = Literal["cosine", "linear", "wsd", "constant"]
 
+# which of the options `final_fraction` and `decay_fraction` a schedule uses
+USES: dict[str, tuple[str, ...]] = {
+    "cosine": ("final_fraction",),
+    "linear": ("final_fraction",),
+    "wsd": ("final_fraction", "decay_fraction"),
+    "constant": (),
+}
+
 
 def learning_rate_schedule(
     name: Schedule,
@@ -22,13 +30,18 @@ def learning_rate_schedule(
     final_fraction: float,
     decay_fraction: float,
 ) -> Callable[[Float[Array, ""] | int], Float[Array, ""]]:
-    """The learning rate of each step, counted from 0.
+    """The learning rate of each step, counted from 0, so that the last step is `steps` - 1.
 
     Step i of the warmup has peak * (i + 1) / warmup_steps, so no step is lost on a rate of 0. Then
     "cosine" and "linear" fall to peak * final_fraction at `steps`; "wsd" (warmup, stable, decay,
     arXiv:2404.06395) stays at the peak and falls linearly over the last `decay_fraction` of all steps;
-    "constant" stays.
+    "constant" stays. As in optax and transformers, the end of the fall comes after the last step, which
+    is one decrement above it.
+
+    Raises:
+        ValueError: an unknown name, or what `require_fit` refuses.
     """
+    require_fit(name, steps=steps, warmup_steps=warmup_steps, decay_fraction=decay_fraction)
     final = peak * final_fraction
     rest = max(steps - warmup_steps, 1)
     if name == "cosine":
@@ -36,14 +49,37 @@ def learning_rate_schedule(
     elif name == "linear":
         after = optax.linear_schedule(peak, final, rest)
     elif name == "wsd":
-        decay = max(round(steps * decay_fraction), 1)
-        after = optax.linear_schedule(peak, final, decay, transition_begin=max(rest - decay, 0))
-    elif name == "constant":
-        after = optax.constant_schedule(peak)
+        decay = _decay_steps(steps, decay_fraction)
+        after = optax.linear_schedule(peak, final, decay, transition_begin=rest - decay)
     else:
-        raise ValueError(f"schedule: found {name!r}, expected cosine, linear, wsd or constant")
+        after = optax.constant_schedule(peak)
     schedule = after
     if warmup_steps > 0:
         warmup = optax.linear_schedule(peak / warmup_steps, peak, max(warmup_steps - 1, 1))
         schedule = optax.join_schedules([warmup, after], [warmup_steps])
     return lambda step: jnp.asarray(schedule(jnp.asarray(step, float)), float)
+
+
+def require_fit(name: Schedule, *, steps: int, warmup_steps: int, decay_fraction: float) -> None:
+    """Raise ValueError where the warmup does not reach its end, or the fall would not, within `steps`."""
+    if name not in USES:
+        raise ValueError(f"schedule: found {name!r}, expected cosine, linear, wsd or constant")
+    decay = _decay_steps(steps, decay_fraction) if name == "wsd" else 0
+    # a constant schedule may end with its warmup, the others have to fall
+    most = steps if name == "constant" else steps - max(decay, 1)
+    if warmup_steps <= most:
+        return
+    if name == "wsd" and warmup_steps < steps:
+        raise ValueError(
+            f"optimizer.warmup-steps: found {warmup_steps}, and a decay of {decay} steps, expected at most "
+            f"{steps} steps together: lower --optimizer.warmup-steps to {most}, or "
+            f"--optimizer.decay-fraction to {(steps - warmup_steps) / steps:.3g}"
+        )
+    raise ValueError(
+        f"optimizer.warmup-steps: found {warmup_steps}, expected at most {most} of {steps} steps with the "
+        f"{name} schedule"
+    )
+
+
+def _decay_steps(steps: int, fraction: float) -> int:
+    return max(round(steps * fraction), 1)

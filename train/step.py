@@ -13,6 +13,8 @@ from flax import nnx
 from jaxtyping import Array, Float, Int, Key
 
 from llama_jax.loss import IGNORE_INDEX, fused_linear_cross_entropy
+from llama_jax.matmul import working_dtype
+from train.optimizer import global_norm
 
 Params = Any
 
@@ -48,11 +50,13 @@ def make_step(
 ) -> Callable[..., tuple[Params, optax.OptState, Metrics]]:
     """`step(params, opt_state, batch, dropout_key) -> (params, opt_state, metrics)`.
 
-    The forward and backward pass have the dtype `compute_dtype`; parameters, accumulated gradients and
-    the update keep the dtype of `params`. The loss is per token of the whole batch, however its
-    micro-batches share them. Jit it with `params` and `opt_state` donated.
+    The forward and backward pass have the dtype `compute_dtype`; parameters, gradients and the update
+    keep the dtype of `params`, but gradients of micro-batches are summed in float32 (float64 for float64).
+    The loss is per token of the whole batch, however its micro-batches share them. Jit it with `params`
+    and `opt_state` donated.
 
     Args:
+        compute_dtype: not float16 to train: without a scale of the loss, small gradients become 0 in it.
         forward: static choices of `LlamaModel.__call__`: remat, unrolling, attention.
     """
 
@@ -85,17 +89,17 @@ def make_step(
         else:
 
             def accumulate(sums: Any, index: Array) -> tuple[Any, None]:
-                return jax.tree.map(jnp.add, sums, run(index)), None
+                return jax.tree.map(lambda a, b: a + b.astype(a.dtype), sums, run(index)), None
 
             shapes = jax.eval_shape(run, 0)
-            zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
-            ((ce_loss, z), gradients), _ = jax.lax.scan(
-                accumulate, zeros, jnp.arange(micro_batches)
-            )
+            # a sum in bfloat16 takes up nothing that is less than 1/512 of it
+            zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, working_dtype(x.dtype)), shapes)
+            sums, _ = jax.lax.scan(accumulate, zeros, jnp.arange(micro_batches))
+            (ce_loss, z), gradients = jax.tree.map(lambda a, x: a.astype(x.dtype), sums, shapes)
         # optax mixes integers with floats
         with jax.numpy_dtype_promotion("standard"):
             updates, opt_state = optimizer.update(gradients, opt_state, params)
-        metrics = Metrics(ce_loss, z, optax.tree.norm(gradients), valid)
+        metrics = Metrics(ce_loss, z, global_norm(gradients), valid)
         return optax.apply_updates(params, updates), opt_state, metrics
 
     return step

@@ -27,7 +27,11 @@ def restore_run(folder: Path, options: RunOptions, step: int | None) -> tuple[in
         ValueError: no checkpoint, or none of that step.
     """
     config = LlamaConfig.from_pretrained(folder)
-    options = dataclasses.replace(options, mesh=MeshOptions())
+    # nothing is trained here: whatever the run's schedule was, its weights can be had
+    nothing = RunOptions()
+    options = dataclasses.replace(
+        options, mesh=MeshOptions(), optimizer=nothing.optimizer, steps=nothing.steps
+    )
     program = run_program(options, config, jax.devices()[:1])
     with closing(
         checkpoints.open_manager(folder, keep_last=1, keep_every=None, read_only=True)

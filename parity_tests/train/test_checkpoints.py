@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import orbax.checkpoint as ocp
 import pytest
 from hypothesis import given, settings
@@ -22,6 +23,7 @@ from train.checkpoints import (
     save,
     wait,
 )
+from train.optimizer import decay_mask, make_optimizer
 
 
 def prints(*arrays: Any) -> list[int]:
@@ -102,6 +104,79 @@ def test_what_is_kept(tmp_path: Path) -> None:
         restore(manager, *abstract, step=5)
     assert str(caught.value) == "step: found 5, expected one of 4, 8, 9, 10"
     manager.close()
+
+
+def old_sgd(rate: Any) -> Any:
+    """Decay before the momentum."""
+    decay = optax.add_decayed_weights(0.1, mask=decay_mask)
+    return optax.chain(decay, optax.sgd(rate, momentum=0.9))
+
+
+def old_adafactor(rate: Any) -> Any:
+    """All layers as one parameter."""
+    return optax.adafactor(rate, weight_decay_rate=0.1, weight_decay_mask=decay_mask)
+
+
+def old_muon(rate: Any) -> Any:
+    """With Nesterov's momentum for AdamW's share too."""
+
+    def numbers(path: Any, leaf: Any) -> Any:
+        return optax.contrib.MuonDimensionNumbers(2, 1) if leaf.ndim == 3 else None
+
+    direction = optax.contrib.muon(
+        -1.0,
+        muon_weight_dimension_numbers=lambda params: jax.tree_util.tree_map_with_path(
+            numbers, params
+        ),
+    )
+    decay = optax.add_decayed_weights(0.1, mask=decay_mask)
+    return optax.chain(direction, decay, optax.scale_by_learning_rate(rate))
+
+
+def old_adamw(rate: Any) -> Any:
+    return optax.adamw(rate, mask=decay_mask)
+
+
+def old_lion(rate: Any) -> Any:
+    return optax.lion(rate, mask=decay_mask)
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize(
+    ("name", "rule", "same"),
+    [
+        ("sgd", old_sgd, False),
+        ("adafactor", old_adafactor, False),
+        ("muon", old_muon, False),
+        ("adamw", old_adamw, True),
+        ("lion", old_lion, True),
+    ],
+)
+def test_the_optimizer_state_of_another_version(
+    name: Any, rule: Any, same: bool, tmp_path: Path
+) -> None:
+    """Is no damage, for which one would go back to an older checkpoint: one line says what to do."""
+    params = {"model": {"layers": {"w": jnp.ones((2, 3, 4))}, "norm": {"weight": jnp.ones(3)}}}
+    rate = optax.constant_schedule(1e-3)
+    old = optax.chain(optax.clip_by_global_norm(1.0), rule(rate)).init(params)
+    now = make_optimizer(
+        name, rate, beta1=0.9, beta2=0.95, eps=1e-8, weight_decay=0.1, clip_norm=1.0
+    )
+    with closing(open_manager(tmp_path, keep_last=2, keep_every=None)) as manager:
+        save(manager, 1, params, old, {})
+        wait(manager)
+        if same:
+            restored = restore(manager, params, now.init(params))
+            assert restored is not None
+            assert restored.step == 1
+            return
+        with pytest.raises(ValueError) as caught:
+            restore(manager, params, now.init(params))
+    assert str(caught.value) == (
+        f"{tmp_path}/checkpoints: the checkpoint of step 1 has the optimizer state of another version of "
+        "this program: `python -m train export` its weights and begin a new run from them with "
+        "--model.init-from"
+    )
 
 
 def test_nothing_saved(tmp_path: Path) -> None:

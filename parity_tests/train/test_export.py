@@ -107,6 +107,26 @@ def test_weights_to_start_from(finished, tmp_path, tiny, capsys):
     assert "model.norm.weight: missing" in capsys.readouterr().err
 
 
+def test_a_run_that_could_not_be_begun_any_more(finished, tmp_path, capsys):
+    """Computed in float16, by a schedule that did not fit: no training, but its weights can be had."""
+    run = shutil.copytree(finished, tmp_path / "run")
+    text = (run / "run.toml").read_text()
+    old = text.replace('compute_dtype = "float32"', 'compute_dtype = "float16"')
+    old = old.replace("warmup_steps = 2", "warmup_steps = 20")
+    assert old.count("20") > text.count("20")
+    assert "float16" in old
+    (run / "run.toml").write_text(old)
+    assert main(["resume", str(run)]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: model.compute-dtype: found float16, expected bfloat16")
+    assert main(["export", str(run), str(tmp_path / "hf")]) == 0
+    capsys.readouterr()
+    for dtype in ("float16", "float32"):
+        assert main(["eval", str(run), "--batches", "1", "--dtype", dtype]) == 0
+    half, single = (float(line.split()[1]) for line in capsys.readouterr().out.splitlines())
+    assert 0 < abs(half - single) < 1e-2
+
+
 @pytest.mark.parametrize("target", ["nothing", "file"])
 def test_export_into_what_cannot_be_written(finished, tmp_path, target, capsys):
     (tmp_path / "file").write_text("")

@@ -13,12 +13,15 @@ from hypothesis import strategies as st
 
 from train.config import (
     FREE_ON_RESUME,
+    OptimizerOptions,
     RunOptions,
     differences,
     flags_of,
     to_toml,
     validate,
 )
+from train.optimizer import Optimizer
+from train.planning import run_plan
 
 TEXT = st.text(st.characters(blacklist_categories=["Cs", "Cc"]), min_size=1, max_size=8).filter(
     lambda text: not text.startswith("-") and text != "None"
@@ -66,6 +69,11 @@ def test_no_clip_stays_no_clip(tmp_path: Path) -> None:
     optimizer = dataclasses.replace(RunOptions().optimizer, clip_norm=None)
     options = dataclasses.replace(RunOptions(), optimizer=optimizer)
     assert read(to_toml(options), tmp_path / "a.toml").optimizer.clip_norm is None
+
+
+def test_no_clip_on_the_command_line() -> None:
+    """As its error says it."""
+    assert tyro.cli(RunOptions, args=["--optimizer.clip-norm", "None"]).optimizer.clip_norm is None
 
 
 def test_defaults_and_other_spellings(tmp_path: Path) -> None:
@@ -122,3 +130,122 @@ def test_what_a_resumed_run_may_change(name: str) -> None:
 def test_nothing_changed() -> None:
     assert differences(RunOptions(), RunOptions()) == []
     validate(RunOptions())
+
+
+def options_with(name: str, value: Any) -> RunOptions:
+    """The defaults but for one option, and for what makes use of it."""
+    users: dict[str, dict[str, Any]] = {"decay_fraction": {"schedule": "wsd"}}
+    part, _, field = name.rpartition(".")
+    options = RunOptions()
+    if not part:
+        return dataclasses.replace(options, **{field: value})
+    changes = users.get(field, {}) | {field: value}
+    return dataclasses.replace(
+        options, **{part: dataclasses.replace(getattr(options, part), **changes)}
+    )
+
+
+NOT_NEGATIVE = ("optimizer.learning_rate", "optimizer.weight_decay", "optimizer.z_loss")
+POSITIVE = ("optimizer.eps", "optimizer.clip_norm", "log.peak_flops")
+BETAS = ("optimizer.beta1", "optimizer.beta2")
+FRACTIONS = ("optimizer.final_fraction", "optimizer.decay_fraction")
+
+
+def test_every_number_has_a_rule() -> None:
+    """But those that are checked where they are used: the mesh against devices, the seed by the data."""
+    hints = {"": RunOptions, **{f"{name}.": type(getattr(RunOptions(), name)) for name in (
+        "model", "optimizer", "mesh", "distributed", "checkpoint", "evaluation", "log")}}  # fmt: skip
+    floats = {
+        prefix + name
+        for prefix, kind in hints.items()
+        for name, hint in get_type_hints(kind).items()
+        if hint is float or float in get_args(hint)
+    }
+    assert floats == {*NOT_NEGATIVE, *POSITIVE, *BETAS, *FRACTIONS}
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf"), -1.0, -1e-9])
+@pytest.mark.parametrize("name", [*NOT_NEGATIVE, *POSITIVE, *BETAS, *FRACTIONS])
+def test_numbers_that_are_none(name: str, value: float) -> None:
+    with pytest.raises(ValueError) as caught:
+        validate(options_with(name, value))
+    assert str(caught.value).startswith(f"{name.replace('_', '-')}: found {value}, expected ")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "wrong", "right"),
+    [
+        # 1e-46 is 0 in float32, and 1 - 1e-9 is 1
+        *((name, (0.0, 1e-46), (1e-30, 1.0)) for name in POSITIVE),
+        *((name, (1.0, 1 - 1e-9), (0.0, 0.999999)) for name in BETAS),
+        *((name, (1e39,), (0.0, 1e3)) for name in NOT_NEGATIVE),
+        ("optimizer.final_fraction", (1.1,), (0.0, 1.0)),
+        ("optimizer.decay_fraction", (0.0, 1.1), (0.01, 0.9)),
+        ("optimizer.warmup_steps", (-1, 300), (0, 299)),
+        *((name, (0, -1), (1,)) for name in (
+            "steps", "batch_size", "sequence_length", "micro_batches", "model.scan_unroll",
+            "checkpoint.every", "checkpoint.keep_last", "checkpoint.keep_every", "distributed.processes",
+        )),
+        *((name, (-1,), (0, 1)) for name in (
+            "export_every", "evaluation.every", "evaluation.batches", "evaluation.sample_tokens",
+            "distributed.process_id",
+        )),
+    ],
+)  # fmt: skip
+def test_ends_of_ranges(name: str, wrong: tuple[Any, ...], right: tuple[Any, ...]) -> None:
+    for value in wrong:
+        with pytest.raises(ValueError) as caught:
+            validate(options_with(name, value))
+        assert str(caught.value).startswith(f"{name.replace('_', '-')}: found {value}, "), value
+    for value in right:
+        validate(options_with(name, value))
+
+
+def test_an_eps_for_float64() -> None:
+    """Its range is that of the parameters' dtype."""
+    options = options_with("optimizer.eps", 1e-100)
+    with pytest.raises(
+        ValueError, match=r"optimizer\.eps: found 1e-100, expected a finite number above 0"
+    ):
+        validate(options)
+    model = dataclasses.replace(options.model, parameter_dtype="float64")
+    validate(dataclasses.replace(options, model=model))
+
+
+@pytest.mark.parametrize(
+    ("user", "name", "value"),
+    [
+        *(("lion", each, 0.5) for each in ("eps",)),
+        *(("sgd", each, 0.5) for each in ("beta2", "eps")),
+        *(("adafactor", each, 0.5) for each in ("beta1", "beta2", "eps")),
+        *((schedule, "decay_fraction", 0.5) for schedule in ("cosine", "linear", "constant")),
+        ("constant", "final_fraction", 0.5),
+    ],
+)
+def test_an_option_that_nothing_uses(user: str, name: str, value: float) -> None:
+    kind = "name" if user in get_args(Optimizer) else "schedule"
+    default = getattr(OptimizerOptions(), name)
+    options = OptimizerOptions(**{kind: user, name: value})
+    with pytest.raises(ValueError) as caught:
+        validate(RunOptions(optimizer=options))
+    flag = f"optimizer.{name.replace('_', '-')}"
+    assert str(caught.value) == (
+        f"{flag}: found 0.5, but {user} does not use it: leave it out, or at {default}"
+    )
+    validate(RunOptions(optimizer=dataclasses.replace(options, **{name: default})))
+
+
+@pytest.mark.parametrize("name", ["parameter_dtype", "compute_dtype"])
+def test_float16_is_not_for_training(name: str, tmp_path: Path) -> None:
+    """By flag, from TOML and in a plan; the others are."""
+    flag = name.replace("_", "-")
+    found = f"^model.{flag}: found float16, expected bfloat16, float32 or float64: "
+    options = options_with(f"model.{name}", "float16")
+    for each in (options, read(to_toml(options), tmp_path / "a.toml")):
+        with pytest.raises(ValueError, match=found):
+            validate(each)
+    with pytest.raises(ValueError, match=found):
+        run_plan(options, topology=None, host_devices=1, limit=None, json_file=None)
+    for dtype in ("float32", "bfloat16", "float64"):
+        validate(options_with(f"model.{name}", dtype))

@@ -5,11 +5,12 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from parity_tests.measure import relative_error
 from parity_tests.programs import FAST_COMPILE
-from parity_tests.train.test_optimizer import OPTIONS, batch, params_of
+from parity_tests.train.test_optimizer import OPTIONS, batch, named, params_of
 from train.optimizer import make_optimizer
 from train.step import Batch, make_evaluation, make_step
 
@@ -99,3 +100,26 @@ def test_tokens_are_counted_exactly_with_bfloat16_parameters() -> None:
     loss, tokens = evaluate(params, given)
     assert int(tokens) == int(metrics.num_tokens) == 297
     assert abs(float(metrics.loss) - float(loss) / 297) < 1e-5
+
+
+def test_micro_batches_are_summed_in_float32() -> None:
+    """The same micro-batch 64 times is one of it; a sum in bfloat16 would stop to grow."""
+    graphdef, params = params_of(jnp.bfloat16)
+    # its state is the gradient
+    rule = optax.GradientTransformationExtraArgs(
+        lambda params: params, lambda gradients, state, params: (gradients, gradients)
+    )
+    step = jax.jit(
+        make_step(graphdef, rule, compute_dtype=jnp.bfloat16, z_loss=None),
+        compiler_options=FAST_COMPILE,
+    )
+    one = batch(rows=1)
+    many = Batch(*(np.repeat(each, 64, axis=0) for each in one))
+    (_, want, _), (_, got, metrics) = (step(params, params, each, None) for each in (one, many))
+    assert int(metrics.num_tokens) == 64 * 11
+    for path, gradient in named(got).items():
+        assert gradient.dtype == jnp.bfloat16
+        assert relative_error(gradient, named(want)[path]) <= 2**-8, path
+    # and the norm is that of the float64 sum
+    norm = np.sqrt(sum(np.square(g.astype(np.float64)).sum() for g in named(got).values()))
+    np.testing.assert_allclose(float(metrics.grad_norm), norm, rtol=1e-6)
