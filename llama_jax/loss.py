@@ -556,8 +556,9 @@ def _reference(options: _Options, hidden, kernel, bias, scale, weights, labels, 
     working, product = _working_dtype(hidden, kernel), _product_dtype(hidden, kernel)
     valid = labels != options.ignore_index
     x = jnp.where(valid[..., None], hidden, 0).astype(product)
-    spec = "...h,vh->...v" if options.vocab_axis == 0 else "...h,hv->...v"
-    raw = jnp.einsum(spec, x, kernel.astype(product), preferred_element_type=working)
+    spec = "th,vh->tv" if options.vocab_axis == 0 else "th,hv->tv"
+    rows = wide_einsum(spec, x.reshape(-1, x.shape[-1]), kernel.astype(product), working)
+    raw = rows.reshape(*x.shape[:-1], options.vocab)
     logits, _ = _shape_logits(options, raw, bias, scale)
     lse = jax.nn.logsumexp(logits, axis=-1)
     inside = (labels >= 0) & (labels < options.vocab)
