@@ -26,6 +26,7 @@ from convert.casting import Changes
 from convert.estimate import available_memory
 from convert.formats import FORMATS
 from llama_jax.arguments import OneLineParser, size_argument
+from llama_jax.failures import FAILURES, failure_line
 
 _EPILOG = """\
 python -m convert info SRC [--json]   says what is in a checkpoint and writes nothing
@@ -51,6 +52,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         message = " ".join(str(error).split())
         console.print(f"[bold red]error:[/] {escape(message)}")
+        return 2
+    except FAILURES as error:
+        console.print(f"[bold red]error:[/] {escape(failure_line(error))}")
         return 2
     except KeyboardInterrupt:
         console.print("interrupted: nothing was written")

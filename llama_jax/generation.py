@@ -338,7 +338,7 @@ def _append(
     if kept is not None:
         kept = jax.lax.dynamic_update_slice(kept, scores[:, None], (zero, count, zero))
     if seen is not None:
-        seen = seen | (jnp.arange(seen.shape[1], dtype=jnp.int32) == newest[:, None])
+        seen = seen | (jnp.arange(seen.shape[1], dtype=jnp.int32)[None] == newest[:, None])
     return replace(
         state,
         tokens=jax.lax.dynamic_update_slice(state.tokens, newest[:, None], (zero, state.length)),

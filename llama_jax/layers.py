@@ -80,7 +80,7 @@ def linear(
     else:
         working = working_dtype(x.dtype)
         out = einsum(spec, tokens, weight, out_dtype=working, blocked=blocked)
-        out = out + bias.astype(working)
+        out = out + jnp.broadcast_to(bias.astype(working), out.shape)
     out = out.astype(x.dtype).reshape(*x.shape[:-1], weight.shape[0])
     return checkpoint_name(out, "projection")  # for `remat`
 

@@ -488,7 +488,7 @@ def _run_chunk(
         added = by_column if scale.ndim else jnp.sum(by_column)
         sums = sums._replace(scale=sums.scale + added)
     if scale is not None:
-        gradient = gradient * scale
+        gradient = gradient * jnp.broadcast_to(scale, raw.shape)
     gradient = gradient.astype(product)
     if wanted.kernel:
         if vocab_first:
@@ -531,9 +531,9 @@ def _chunk_losses(options: _Options, logits, real, own, labels, valid) -> _Losse
 
 def _shape_logits(options: _Options, raw, bias, scale):
     """Logits of the raw products and, with a softcap, its slope."""
-    logits = raw if scale is None else raw * scale
+    logits = raw if scale is None else raw * jnp.broadcast_to(scale, raw.shape)
     if bias is not None:
-        logits = logits + bias.astype(logits.dtype)
+        logits = logits + jnp.broadcast_to(bias.astype(logits.dtype), raw.shape)
     if options.softcap is None:
         return logits, None
     bent = jnp.tanh(logits / options.softcap)
@@ -556,9 +556,10 @@ def _reference(options: _Options, hidden, kernel, bias, scale, weights, labels, 
     working, product = _working_dtype(hidden, kernel), _product_dtype(hidden, kernel)
     valid = labels != options.ignore_index
     x = jnp.where(valid[..., None], hidden, 0).astype(product)
-    spec = "th,vh->tv" if options.vocab_axis == 0 else "th,hv->tv"
-    rows = wide_einsum(spec, x.reshape(-1, x.shape[-1]), kernel.astype(product), working)
-    raw = rows.reshape(*x.shape[:-1], options.vocab)
+    tokens = "abcdefg"[: x.ndim - 1]
+    table = "vh" if options.vocab_axis == 0 else "hv"
+    spec = f"{tokens}h,{table}->{tokens}v"
+    raw = wide_einsum(spec, x, kernel.astype(product), working)
     logits, _ = _shape_logits(options, raw, bias, scale)
     lse = jax.nn.logsumexp(logits, axis=-1)
     inside = (labels >= 0) & (labels < options.vocab)

@@ -47,7 +47,7 @@ def min_p_filter(
     """`MinPLogitsWarper`: -inf below `min_p` times the largest probability (arXiv:2407.01082)."""
     probabilities = jax.nn.softmax(logits, axis=-1)
     largest = jnp.max(probabilities, axis=-1, keepdims=True)
-    is_first = jnp.arange(logits.shape[-1]) == jnp.argmax(probabilities, axis=-1)[:, None]
+    is_first = jnp.arange(logits.shape[-1])[None] == jnp.argmax(probabilities, axis=-1)[:, None]
     return jnp.where((probabilities < min_p * largest) & ~is_first, -jnp.inf, logits)
 
 
