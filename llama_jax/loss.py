@@ -23,6 +23,7 @@ from jaxtyping import Array, Float, Int
 
 from llama_jax.matmul import wide_einsum
 from llama_jax.platform import target_platform
+from llama_jax.scalars import is_integer, is_number, plain_number
 from llama_jax.sharding import BATCH_AXES, SEQUENCE_AXIS, TENSOR_AXIS, mesh_axes
 
 IGNORE_INDEX = -100
@@ -101,6 +102,8 @@ def fused_linear_cross_entropy(
         ValueError: naming the argument, what was found and what was expected, when traced.
     """
     hidden, kernel = jnp.asarray(hidden), jnp.asarray(kernel)
+    z_loss, label_smoothing, softcap = map(plain_number, (z_loss, label_smoothing, softcap))
+    chunk, ignore_index, vocab_axis = map(plain_number, (chunk, ignore_index, vocab_axis))
     token_shape = hidden.shape[:-1]
     axis = _vocab_axis(hidden, kernel, vocab_axis)
     vocab = kernel.shape[axis]
@@ -657,7 +660,7 @@ def _validate(
         raise wrong("scale", f"shape {list(jnp.shape(scale))}", f"a scalar or [{vocab}]")
     if reduction not in ("mean", "sum", "none"):
         raise wrong("reduction", repr(reduction), "'mean', 'sum' or 'none'")
-    if chunk is not None and (isinstance(chunk, bool) or not isinstance(chunk, int) or chunk < 1):
+    if chunk is not None and (not is_integer(chunk) or chunk < 1):
         raise wrong("chunk", repr(chunk), "a positive integer")
     if not isinstance(labels, jax.core.Tracer):
         known = np.asarray(labels)
@@ -671,9 +674,9 @@ def _validate_numbers(z_loss, label_smoothing, softcap, mode) -> None:
         ("z_loss", z_loss or 0.0, 0.0, math.inf),
         ("label_smoothing", label_smoothing, 0.0, 1.0),
     ):
-        if not isinstance(value, int | float) or not low <= value <= high:
+        if not is_number(value) or not low <= value <= high:
             raise ValueError(f"{name}: found {value!r}, expected a number from {low} to {high}")
-    if softcap is not None and not (isinstance(softcap, int | float) and softcap > 0):
+    if softcap is not None and not (is_number(softcap) and softcap > 0):
         raise ValueError(f"softcap: found {softcap!r}, expected a positive number or None")
     if mode not in ("auto", "recompute", "reference"):
         raise ValueError(f"mode: found {mode!r}, expected 'auto', 'recompute' or 'reference'")

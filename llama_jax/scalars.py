@@ -41,4 +41,6 @@ def is_number(value: Any) -> bool:
 def integers(values: Any) -> tuple[Any, ...]:
     """One number or several as a tuple of plain numbers."""
     values = plain_numbers(values)
-    return tuple(values) if isinstance(values, Iterable) and not isinstance(values, str) else (values,)
+    return (
+        tuple(values) if isinstance(values, Iterable) and not isinstance(values, str) else (values,)
+    )
