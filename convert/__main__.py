@@ -27,6 +27,7 @@ from convert.checkpoint import dtype_name
 from convert.estimate import available_memory
 from convert.formats import FORMATS
 from llama_jax.arguments import OneLineParser, size_argument
+from llama_jax.failures import FAILURES, failure_line
 
 _EPILOG = """\
 python -m convert info SRC [--json]   says what is in a checkpoint and writes nothing; exit code 1 if it
@@ -54,6 +55,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         message = " ".join(str(error).split())
         console.print(f"[bold red]error:[/] {escape(message)}")
+        return 2
+    except FAILURES as error:
+        console.print(f"[bold red]error:[/] {escape(failure_line(error))}")
         return 2
     except KeyboardInterrupt:
         console.print("interrupted: nothing was written")

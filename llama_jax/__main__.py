@@ -7,9 +7,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import jax
-
 from llama_jax.arguments import OneLineParser, positive
+from llama_jax.failures import FAILURES, failure_line
 from llama_jax.mask_command import add_mask
 from llama_jax.quantize_command import add_quantize
 from llama_jax.score_command import add_score
@@ -27,8 +26,8 @@ def main(arguments: list[str] | None = None) -> int:
             command(options)
     except (ValueError, OSError) as error:
         message = " ".join(str(error).split())
-    except (MemoryError, OverflowError, jax.errors.JaxRuntimeError) as error:
-        message = f"not enough memory, or a size out of range: {str(error).splitlines()[0]}"
+    except FAILURES as error:
+        message = failure_line(error)
     else:
         return 0
     print(f"error: {message}", file=sys.stderr)

@@ -28,6 +28,7 @@ from llama_jax.positions import as_array, keep_positions
 from llama_jax.pretrained import PretrainedModel
 from llama_jax.remat import Remat
 from llama_jax.sampling import LogitsProcessor, Sampling
+from llama_jax.scalars import integers, plain_number
 
 GENERATION_FILE = "generation_config.json"
 
@@ -157,7 +158,7 @@ class LlamaForCausalLM(PretrainedModel):
 
         Further arguments, left out, come from generation_config.json, then from transformers' defaults:
         do_sample, temperature, top_k, top_p, min_p, repetition_penalty, logits_processors, eos_token_id
-        (one or several), pad_token_id.
+        (one or several), pad_token_id. A processor is what `sampling.LogitsProcessor` says.
         """
         return generation.generate(
             self,
@@ -209,7 +210,7 @@ class LlamaForCausalLM(PretrainedModel):
         if config.unheeded:
             warnings.warn(f"{GENERATION_FILE}: {config.unheeded} is not implemented", stacklevel=3)
 
-        draws = config.do_sample if do_sample is None else do_sample
+        draws = config.do_sample if do_sample is None else _flag("do_sample", do_sample)
 
         def either(given: Any, name: str, otherwise: Any) -> Any:
             return config.default(name, otherwise) if given is None else given
@@ -229,7 +230,7 @@ class LlamaForCausalLM(PretrainedModel):
         )
         ends = config.eos_token_ids
         if eos_token_id is not None:
-            ends = tuple(np.atleast_1d(eos_token_id).tolist())
+            ends = integers(eos_token_id)
         pad = config.pad_token_id if pad_token_id is None else pad_token_id
         return {"sampling": sampling, "eos_token_ids": ends, "pad_token_id": pad}
 
@@ -239,11 +240,14 @@ class LlamaForCausalLM(PretrainedModel):
         directory: str | Path,
         dtype: Any = None,
         *,
+        torch_dtype: Any = None,
         rngs: nnx.Rngs | None = None,
         **config_changes: Any,
     ) -> Self:
         """As `PretrainedModel.from_pretrained`, with the directory's generation_config.json."""
-        model = super().from_pretrained(directory, dtype, rngs=rngs, **config_changes)
+        model = super().from_pretrained(
+            directory, dtype, torch_dtype=torch_dtype, rngs=rngs, **config_changes
+        )
         model.generation_config = read_generation_config(Path(directory), model.config)
         return model
 
@@ -265,6 +269,13 @@ def read_generation_config(directory: Path, config: LlamaConfig) -> GenerationCo
             stacklevel=2,
         )
     return found
+
+
+def _flag(name: str, value: Any) -> bool:
+    value = plain_number(value)
+    if not isinstance(value, bool):
+        raise ValueError(f"{name}: found {value!r}, expected True or False")
+    return value
 
 
 def _as_arrays(ids: Any, mask: Any) -> tuple[Array, Array | None]:

@@ -16,6 +16,7 @@ from typing import Any
 from llama_jax.activations import ACTIVATIONS
 from llama_jax.foreign_weights import describe, quantization_refusal
 from llama_jax.rope import longrope_attention_factor, validate_rope_parameters
+from llama_jax.scalars import is_integer, is_number, plain_numbers
 
 _ARCHITECTURES = ["LlamaForCausalLM"]
 _TRAINED_CONTEXT_TYPES = ("llama3", "yarn", "longrope")  # of original_max_position_embeddings
@@ -125,6 +126,8 @@ class LlamaConfig:
         def fill(name: str, value: Any) -> None:
             object.__setattr__(self, name, value)  # the dataclass is frozen from here on
 
+        for each in dataclasses.fields(self):
+            fill(each.name, plain_numbers(getattr(self, each.name)))
         for name in ("vocab_size", "hidden_size", "intermediate_size", "num_attention_heads"):
             _require_positive_int(name, getattr(self, name))
         _require_positive_int("max_position_embeddings", self.max_position_embeddings)
@@ -178,7 +181,7 @@ class LlamaConfig:
             raise ValueError(
                 "problem_type: found 'single_label_classification' of 1 label, expected 2"
             )
-        rope = dict(self.rope_parameters or {})
+        rope = {n: plain_numbers(value) for n, value in (self.rope_parameters or {}).items()}
         rope.setdefault("rope_type", "default")
         rope.setdefault("rope_theta", DEFAULT_ROPE_THETA)
         if rope["rope_type"] in _TRAINED_CONTEXT_TYPES:
@@ -291,8 +294,14 @@ class LlamaConfig:
             changes: fields as the file has them; a new `num_labels` drops the names of the old ones.
 
         Raises:
+            TypeError: a change of what is no field.
             ValueError: no such directory or file, broken JSON, or whatever `from_dict` refuses.
         """
+        unknown = changes.keys() - _CHANGEABLE
+        if unknown:
+            raise TypeError(
+                f"{', '.join(sorted(unknown))}: unknown keyword; expected fields of LlamaConfig"
+            )
         path = Path(directory) / "config.json"
         if not path.parent.is_dir():
             raise ValueError(f"{path.parent}: {describe(path.parent)}")
@@ -308,6 +317,12 @@ class LlamaConfig:
             if len(message) > _LONGEST_MESSAGE:  # a value that it shows may be of any size
                 message = f"{message[:_LONGEST_MESSAGE]}..."
             raise ValueError(f"{path}: {message}") from None
+
+
+_CHANGEABLE = {each.name for each in dataclasses.fields(LlamaConfig)} - {"extra_fields"} | {
+    "rope_theta",
+    "rope_scaling",
+}
 
 
 def read_json_object(path: Path) -> dict[str, Any]:
@@ -326,12 +341,12 @@ def read_json_object(path: Path) -> dict[str, Any]:
 
 
 def _require_positive_int(name: str, value: Any, most: int = 2**31 - 1) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= most:
+    if not is_integer(value) or not 1 <= value <= most:
         raise ValueError(f"{name}: found {value!r}, expected a positive integer up to {most}")
 
 
 def _require_number(name: str, value: Any, low: float, high: float) -> None:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
+    if not is_number(value) or not low <= value <= high:
         raise ValueError(f"{name}: found {value!r}, expected a number from {low} to {high}")
 
 

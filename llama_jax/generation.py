@@ -14,9 +14,11 @@ from jaxtyping import Array, Bool, Float, Int, Key
 
 from llama_jax.cache import KVCache, init_cache, unstack_cache
 from llama_jax.config import LlamaConfig
+from llama_jax.keys import as_key
 from llama_jax.matmul import working_dtype
 from llama_jax.model import require_ids
 from llama_jax.sampling import Sampling, checked, choose, filtered
+from llama_jax.scalars import is_integer, plain_number
 from llama_jax.unstacked import unstack_layers, wants_unstacked
 
 
@@ -54,7 +56,8 @@ class _State:
     """Between two steps.
 
     tokens: `length` columns of which are written. newest: the last of them, not yet in the cache, at
-    `position`. seen: for the repetition penalty. scores: of the new tokens so far, where asked for.
+    `position`. seen: for the repetition penalty. row_tokens: those of each row without padding, position
+    for position, for logits processors. scores: of the new tokens so far, where asked for.
     """
 
     tokens: Int[Array, "batch slots"]
@@ -64,6 +67,7 @@ class _State:
     ended: Bool[Array, " batch"]
     cache: KVCache
     seen: Bool[Array, "batch vocab"] | None
+    row_tokens: Int[Array, "batch slots"] | None
     scores: Float[Array, "batch new vocab"] | None
 
 
@@ -91,7 +95,7 @@ def generate(
 
     Args:
         attention_mask: [batch, prompt], 0 for padding; positions count tokens only.
-        key: what `sampling.do_sample` draws with; the same key gives the same tokens.
+        key: what `sampling.do_sample` draws with, typed or raw; the same key gives the same tokens.
         cache_capacity: slots of the key/value cache; default: as many as are needed.
         cache_dtype: of keys and values; default: the model's. int8 keeps a scale per token and head.
         output_scores: return `GenerateOutput`.
@@ -118,7 +122,7 @@ def generate(
         cache_dtype=cache_dtype,
         output_scores=output_scores,
     )
-    state = begun.more(begun.state, max_new_tokens)
+    state = begun.more(begun.state, int(max_new_tokens))
     length = int(state.length)
     sequences = state.tokens[:, begun.padding : length]
     if state.scores is None:
@@ -137,7 +141,7 @@ def stream(
     begun = _begin(model, input_ids, attention_mask, output_scores=False, **more)
     state, prompt = begun.state, begun.padding + input_ids.shape[1]
     yield np.asarray(state.newest)
-    for count in range(2, more["max_new_tokens"] + 1):
+    for count in range(2, int(more["max_new_tokens"]) + 1):
         state = begun.more(state, count)
         if int(state.length) < prompt + count:
             return
@@ -173,16 +177,22 @@ def _begin(
     output_scores: bool,
 ) -> _Begun:
     is_token = _require_prompt(model.config, input_ids, attention_mask)
-    if not isinstance(max_new_tokens, int):
+    max_new_tokens = plain_number(max_new_tokens)
+    if not is_integer(max_new_tokens):
         raise ValueError(f"max_new_tokens: found {max_new_tokens!r}, expected an integer")
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens: found {max_new_tokens}, expected at least 1")
-    sampling = checked(sampling)
+    cache_capacity, pad_token_id = plain_number(cache_capacity), plain_number(pad_token_id)
+    if cache_capacity is not None and not is_integer(cache_capacity):
+        raise ValueError(f"cache_capacity: found {cache_capacity!r}, expected an integer")
+    if pad_token_id is not None and not is_integer(pad_token_id):
+        raise ValueError(f"pad_token_id: found {pad_token_id!r}, expected an integer")
+    sampling, key = checked(sampling), as_key("key", key)
     if sampling.do_sample and key is None:
         raise ValueError("key: found None, expected a jax.random.key to draw tokens with")
     prompt, vocab = input_ids.shape[1], model.config.vocab_size
     for end in eos_token_ids:
-        if not isinstance(end, int) or not 0 <= end < vocab:
+        if not is_integer(end) or not 0 <= end < vocab:
             raise ValueError(
                 f"eos_token_id: found {end!r}, expected an integer from 0 to {vocab - 1}"
             )
@@ -280,6 +290,12 @@ def _prefill(
         given = jnp.where(is_token, input_ids, vocab)
         rows = jnp.arange(batch)[:, None]
         seen = jnp.zeros((batch, vocab), bool).at[rows, given].set(True, mode="drop")
+    row_tokens = None
+    if sampling.processors:
+        # tokens before padding, each in its place
+        order = jnp.argsort(~is_token, axis=-1, stable=True)
+        rows_only = jnp.take_along_axis(input_ids, order, axis=-1)
+        row_tokens = jnp.pad(rows_only, ((0, 0), (0, slots - width)))
     if output_scores:
         scores = jnp.zeros((batch, slots - width, vocab), working_dtype(model.dtype))
     tokens = jnp.broadcast_to(ending.pad_token_id, (batch, slots)).at[:, :width].set(input_ids)
@@ -291,6 +307,7 @@ def _prefill(
         ended=jnp.zeros(batch, bool),
         cache=unstack_cache(out.cache) if unstacked else out.cache,
         seen=seen,
+        row_tokens=row_tokens,
         scores=scores,
     )
     return _append(state, out.logits[:, -1], width, sampling, ending, key)
@@ -329,16 +346,19 @@ def _append(
 ) -> _State:
     """The state with the token that `logits` give."""
     wide = logits.astype(working_dtype(logits.dtype))
-    scores = filtered(sampling, wide, state.tokens, state.length, state.seen)
+    lengths = state.position + 1
+    scores = filtered(sampling, wide, state.row_tokens, lengths, state.seen)
     count = state.length - width
     drawn_with = jax.random.fold_in(key, count) if sampling.do_sample and key is not None else None
     newest = jnp.where(state.ended, ending.pad_token_id, choose(sampling, scores, drawn_with))
     zero = jnp.zeros((), jnp.int32)
-    kept, seen = state.scores, state.seen
+    kept, seen, row_tokens = state.scores, state.seen, state.row_tokens
     if kept is not None:
         kept = jax.lax.dynamic_update_slice(kept, scores[:, None], (zero, count, zero))
     if seen is not None:
-        seen = seen | (jnp.arange(seen.shape[1], dtype=jnp.int32) == newest[:, None])
+        seen = seen | (jnp.arange(seen.shape[1], dtype=jnp.int32)[None] == newest[:, None])
+    if row_tokens is not None:
+        row_tokens = row_tokens.at[jnp.arange(len(newest)), lengths].set(newest)
     return replace(
         state,
         tokens=jax.lax.dynamic_update_slice(state.tokens, newest[:, None], (zero, state.length)),
@@ -347,5 +367,6 @@ def _append(
         position=state.position + 1,
         ended=state.ended | jnp.isin(newest, ending.eos_token_ids),
         seen=seen,
+        row_tokens=row_tokens,
         scores=kept,
     )

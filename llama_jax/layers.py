@@ -18,6 +18,7 @@ from llama_jax.activations import ACTIVATIONS
 from llama_jax.attention import attention
 from llama_jax.cache import Store, write_layer
 from llama_jax.config import LlamaConfig
+from llama_jax.keys import require_rngs
 from llama_jax.masks import AttentionMask
 from llama_jax.matmul import einsum, working_dtype
 from llama_jax.rope import rotate
@@ -37,6 +38,7 @@ def parameter(
 
     Leading dimensions of stacked layers need no names of their own: they are all 'layers'.
     """
+    require_rngs(rngs)
     stacked = ("layers",) * (len(shape) - len(axes))
     return nnx.Param(init(rngs.params(), shape, dtype), axes=stacked + axes)
 
@@ -80,7 +82,7 @@ def linear(
     else:
         working = working_dtype(x.dtype)
         out = einsum(spec, tokens, weight, out_dtype=working, blocked=blocked)
-        out = out + bias.astype(working)
+        out = out + jnp.broadcast_to(bias.astype(working), out.shape)
     out = out.astype(x.dtype).reshape(*x.shape[:-1], weight.shape[0])
     return checkpoint_name(out, "projection")  # for `remat`
 

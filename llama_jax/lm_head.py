@@ -234,6 +234,8 @@ def normalize_rows(weight: Float[Array, "rows size"]) -> Float[Array, "rows size
 def _logits(hidden: Array, weight: Array, bias: Array | None, scale: Array | None) -> Array:
     working = working_dtype(hidden.dtype)
     logits = einsum("bsh,vh->bsv", hidden, weight, out_dtype=working)
-    logits = logits if scale is None else logits * scale
-    logits = logits if bias is None else logits + bias.astype(working)
+    if scale is not None:
+        logits = logits * jnp.broadcast_to(scale, logits.shape)
+    if bias is not None:
+        logits = logits + jnp.broadcast_to(bias.astype(working), logits.shape)
     return logits.astype(hidden.dtype)

@@ -23,6 +23,7 @@ from jaxtyping import Array, Float, Int
 
 from llama_jax.matmul import wide_einsum
 from llama_jax.platform import target_platform
+from llama_jax.scalars import is_integer, is_number, plain_number
 from llama_jax.sharding import BATCH_AXES, SEQUENCE_AXIS, TENSOR_AXIS, mesh_axes
 
 IGNORE_INDEX = -100
@@ -101,6 +102,8 @@ def fused_linear_cross_entropy(
         ValueError: naming the argument, what was found and what was expected, when traced.
     """
     hidden, kernel = jnp.asarray(hidden), jnp.asarray(kernel)
+    z_loss, label_smoothing, softcap = map(plain_number, (z_loss, label_smoothing, softcap))
+    chunk, ignore_index, vocab_axis = map(plain_number, (chunk, ignore_index, vocab_axis))
     token_shape = hidden.shape[:-1]
     axis = _vocab_axis(hidden, kernel, vocab_axis)
     vocab = kernel.shape[axis]
@@ -488,7 +491,7 @@ def _run_chunk(
         added = by_column if scale.ndim else jnp.sum(by_column)
         sums = sums._replace(scale=sums.scale + added)
     if scale is not None:
-        gradient = gradient * scale
+        gradient = gradient * jnp.broadcast_to(scale, raw.shape)
     gradient = gradient.astype(product)
     if wanted.kernel:
         if vocab_first:
@@ -531,9 +534,9 @@ def _chunk_losses(options: _Options, logits, real, own, labels, valid) -> _Losse
 
 def _shape_logits(options: _Options, raw, bias, scale):
     """Logits of the raw products and, with a softcap, its slope."""
-    logits = raw if scale is None else raw * scale
+    logits = raw if scale is None else raw * jnp.broadcast_to(scale, raw.shape)
     if bias is not None:
-        logits = logits + bias.astype(logits.dtype)
+        logits = logits + jnp.broadcast_to(bias.astype(logits.dtype), raw.shape)
     if options.softcap is None:
         return logits, None
     bent = jnp.tanh(logits / options.softcap)
@@ -556,8 +559,10 @@ def _reference(options: _Options, hidden, kernel, bias, scale, weights, labels, 
     working, product = _working_dtype(hidden, kernel), _product_dtype(hidden, kernel)
     valid = labels != options.ignore_index
     x = jnp.where(valid[..., None], hidden, 0).astype(product)
-    spec = "...h,vh->...v" if options.vocab_axis == 0 else "...h,hv->...v"
-    raw = jnp.einsum(spec, x, kernel.astype(product), preferred_element_type=working)
+    tokens = "abcdefg"[: x.ndim - 1]
+    table = "vh" if options.vocab_axis == 0 else "hv"
+    spec = f"{tokens}h,{table}->{tokens}v"
+    raw = wide_einsum(spec, x, kernel.astype(product), working)
     logits, _ = _shape_logits(options, raw, bias, scale)
     lse = jax.nn.logsumexp(logits, axis=-1)
     inside = (labels >= 0) & (labels < options.vocab)
@@ -655,7 +660,7 @@ def _validate(
         raise wrong("scale", f"shape {list(jnp.shape(scale))}", f"a scalar or [{vocab}]")
     if reduction not in ("mean", "sum", "none"):
         raise wrong("reduction", repr(reduction), "'mean', 'sum' or 'none'")
-    if chunk is not None and (isinstance(chunk, bool) or not isinstance(chunk, int) or chunk < 1):
+    if chunk is not None and (not is_integer(chunk) or chunk < 1):
         raise wrong("chunk", repr(chunk), "a positive integer")
     if not isinstance(labels, jax.core.Tracer):
         known = np.asarray(labels)
@@ -669,9 +674,9 @@ def _validate_numbers(z_loss, label_smoothing, softcap, mode) -> None:
         ("z_loss", z_loss or 0.0, 0.0, math.inf),
         ("label_smoothing", label_smoothing, 0.0, 1.0),
     ):
-        if not isinstance(value, int | float) or not low <= value <= high:
+        if not is_number(value) or not low <= value <= high:
             raise ValueError(f"{name}: found {value!r}, expected a number from {low} to {high}")
-    if softcap is not None and not (isinstance(softcap, int | float) and softcap > 0):
+    if softcap is not None and not (is_number(softcap) and softcap > 0):
         raise ValueError(f"softcap: found {softcap!r}, expected a positive number or None")
     if mode not in ("auto", "recompute", "reference"):
         raise ValueError(f"mode: found {mode!r}, expected 'auto', 'recompute' or 'reference'")

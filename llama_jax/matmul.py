@@ -90,29 +90,61 @@ def _plain_einsum(spec: str, a: Array, b: Array) -> Array:
 
 
 def wide_einsum(spec: str, a: Array, b: Array, dtype: DTypeLike) -> Array:
-    """`jnp.einsum(spec, a, b)`, accumulated and returned in `dtype`; JAX's own derivative.
+    """`jnp.einsum(spec, a, b)`, accumulated and returned in `dtype`; JAX's own derivative."""
+    narrow = a.dtype in (jnp.bfloat16, jnp.float16)
+    if narrow and target_platform() == "cpu":
+        return _cpu_einsum(spec, a, b, dtype)
+    return jnp.einsum(spec, a, b, preferred_element_type=dtype)
 
-    XLA's bfloat16 product on the CPU wants the contracted index last in its first operand, and makes a
-    float32 product, half as fast, of any other: so it is moved there first. XLA would fold a plain
-    transpose into the product again; it does not where the index is cut in two on the way.
-    """
+
+# XLA's CPU backend decides early which narrow products its library multiplies, widening the operands of the
+# others, and folds transposes into products later. A product that it has kept narrow can then have a layout
+# that the library does not know, and ends as "UNIMPLEMENTED: Unsupported element type for DotThunk". Hence
+# the barriers: no transpose reaches the product through them.
+def _cpu_einsum(spec: str, a: Array, b: Array, dtype: DTypeLike) -> Array:
     inputs, out = spec.split("->")
     of_a, of_b = inputs.split(",")
+    batch = [letter for letter in of_a if letter in of_b and letter in out]
     depths = [letter for letter in of_a if letter in of_b and letter not in out]
-    axis = of_a.index(depths[0])
-    size = a.shape[axis]
-    if (
-        a.dtype == jnp.bfloat16
-        and target_platform() == "cpu"
-        and len(depths) == 1
-        and axis < a.ndim - 1
-        and size % 2 == 0
-    ):
-        halves = a.reshape(*a.shape[:axis], 2, size // 2, *a.shape[axis + 1 :])
-        last = jnp.moveaxis(halves, (axis, axis + 1), (-2, -1))
-        a = last.reshape(*last.shape[:-2], size)
-        of_a = of_a.replace(depths[0], "") + depths[0]
-    return jnp.einsum(f"{of_a},{of_b}->{out}", a, b, preferred_element_type=dtype)
+    if not batch:
+        if len(depths) == 1:
+            a, of_a = _depth_last(a, of_a, depths[0])
+        # not `b`: a step of decoding would write the weights out before it multiplies with them
+        a = jax.lax.optimization_barrier(a)
+        return jnp.einsum(f"{of_a},{of_b}->{out}", a, b, preferred_element_type=dtype)
+
+    of_rows = [letter for letter in of_a if letter not in of_b]
+    of_columns = [letter for letter in of_b if letter not in of_a]
+    to_a = "".join(batch + of_rows + depths)
+    # both layouts of the second operand are fast: the one that is there
+    rest = (of_columns, depths) if of_b[-1] in depths else (depths, of_columns)
+    to_b = "".join([*batch, *rest[0], *rest[1]])
+    first = jnp.transpose(a, [of_a.index(letter) for letter in to_a])
+    second = jnp.transpose(b, [of_b.index(letter) for letter in to_b])
+    first, second = jax.lax.optimization_barrier((first, second))
+    contracted = [[of.index(letter) for letter in depths] for of in (to_a, to_b)]
+    leading = list(range(len(batch)))
+    product = jax.lax.dot_general(
+        first, second, (contracted, (leading, leading)), preferred_element_type=dtype
+    )
+    product = jax.lax.optimization_barrier(product)
+    to_out = "".join(batch + of_rows + of_columns)
+    return jnp.transpose(product, [to_out.index(letter) for letter in out])
+
+
+def _depth_last(a: Array, of_a: str, depth: str) -> tuple[Array, str]:
+    """`a` with the contracted index last, and its letters.
+
+    XLA's bfloat16 product on the CPU wants it there, and makes a float32 product, half as fast, of any
+    other. XLA would fold a plain transpose into the product again; it does not where the index is cut in
+    two on the way.
+    """
+    axis, size = of_a.index(depth), a.shape[of_a.index(depth)]
+    if a.dtype != jnp.bfloat16 or axis == a.ndim - 1 or size % 2:
+        return a, of_a
+    halves = a.reshape(*a.shape[:axis], 2, size // 2, *a.shape[axis + 1 :])
+    last = jnp.moveaxis(halves, (axis, axis + 1), (-2, -1))
+    return last.reshape(*last.shape[:-2], size), of_a.replace(depth, "") + depth
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))

@@ -13,12 +13,14 @@ from jaxtyping import Array, Bool, Float, Int, Key
 from llama_jax.attention import Implementation
 from llama_jax.cache import KVCache, extend_cache, last_segment
 from llama_jax.config import LlamaConfig
+from llama_jax.keys import as_key
 from llama_jax.layers import DecoderLayer, RMSNorm, parameter
 from llama_jax.masks import AttentionMask
 from llama_jax.positions import as_array, known_value
 from llama_jax.pretrained import PretrainedModel
 from llama_jax.remat import Remat, rematerialised
 from llama_jax.rope import rope_cos_sin
+from llama_jax.scalars import is_integer, plain_number
 from llama_jax.sharding import RESIDUAL_AXES, constrain
 
 # what a caller may pass: JAX or numpy arrays
@@ -149,7 +151,8 @@ class LlamaModel(PretrainedModel):
             raise ValueError(
                 f"position_ids: found shape {position_ids.shape}, expected {(batch, seq)}"
             )
-        if not isinstance(scan_unroll, int) or scan_unroll < 1:
+        scan_unroll = plain_number(scan_unroll)
+        if not is_integer(scan_unroll) or scan_unroll < 1:
             raise ValueError(f"scan_unroll: found {scan_unroll!r}, expected a positive integer")
         if cache is not None:
             _require_room(cache, self.config, batch, seq)
@@ -160,9 +163,9 @@ class LlamaModel(PretrainedModel):
             None if position_ids is None else jnp.asarray(position_ids),
             None if segment_ids is None else jnp.asarray(segment_ids, jnp.int32),
             cache,
-            dropout_key,
-            output_hidden_states=output_hidden_states,
-            output_attentions=output_attentions,
+            as_key("dropout_key", dropout_key),
+            output_hidden_states=bool(output_hidden_states),
+            output_attentions=bool(output_attentions),
             attention_implementation=attention_implementation,
             remat=remat,
             scan_unroll=scan_unroll,

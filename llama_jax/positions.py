@@ -8,6 +8,7 @@ import numpy as np
 from jaxtyping import Array
 
 from llama_jax.loss import IGNORE_INDEX
+from llama_jax.scalars import is_integer, plain_number
 
 
 def as_array(value: Any) -> Any:
@@ -22,8 +23,8 @@ def known_value(value: Any) -> np.ndarray | None:
 
 def keep_positions(values: Array, logits_to_keep: int | Array | np.ndarray) -> Array:
     """Rows of [batch, seq, ...]: all for 0, the last N for an int, those of an index array."""
-    logits_to_keep = as_array(logits_to_keep)
-    if isinstance(logits_to_keep, int | np.integer):
+    logits_to_keep = plain_number(as_array(logits_to_keep))
+    if is_integer(logits_to_keep):
         if logits_to_keep < 0:
             raise ValueError(f"logits_to_keep: found {logits_to_keep}, expected 0 or more")
         return values[:, -int(logits_to_keep) :]

@@ -3,10 +3,33 @@
 from pathlib import Path
 from typing import Any, Self
 
+import jax.numpy as jnp
 from flax import nnx
 
 from llama_jax import hf
 from llama_jax.config import LlamaConfig
+from llama_jax.keys import require_rngs
+
+
+def _one_dtype(dtype: Any, torch_dtype: Any) -> Any:
+    """What both say; None where neither asks for one."""
+    first, second = map(_dtype_of, (dtype, torch_dtype))
+    if None not in (first, second) and str(first) != str(second):
+        raise ValueError(f"dtype: found {first} beside torch_dtype {second}, expected one of them")
+    return second if first is None else first
+
+
+def _dtype_of(asked: Any) -> Any:
+    """Without "auto" and the prefix of torch's names; torch's dtypes by name."""
+    if asked is None or (isinstance(asked, str) and asked == "auto"):
+        return None
+    name = str(asked)
+    if name.startswith("torch."):
+        return name.removeprefix("torch.")
+    try:
+        return jnp.dtype(asked)
+    except TypeError:
+        return asked  # the loader names those that there are
 
 
 class PretrainedModel(nnx.Module):
@@ -20,16 +43,25 @@ class PretrainedModel(nnx.Module):
         directory: str | Path,
         dtype: Any = None,
         *,
+        torch_dtype: Any = None,
         rngs: nnx.Rngs | None = None,
         **config_changes: Any,
     ) -> Self:
         """Load a Hugging Face directory. See `hf.load`.
 
         Args:
-            dtype: of the weights; None keeps the stored one.
+            dtype: of the weights: JAX's, its name, or torch's; None and "auto" keep the stored one.
+            torch_dtype: the same under transformers' old name.
             rngs: of the weights of a task's head that the directory has not; None is `nnx.Rngs(0)`.
             config_changes: fields of config.json to change, such as `num_labels`.
+
+        Raises:
+            ValueError: two dtypes that differ, or as `hf.load`.
+            TypeError: a keyword that is no field of `LlamaConfig`.
         """
+        dtype = _one_dtype(dtype, torch_dtype)
+        if rngs is not None:
+            require_rngs(rngs)
         config = LlamaConfig.from_pretrained(directory, **config_changes)
         return hf.load(cls, config, directory, dtype, rngs)
 

@@ -9,6 +9,7 @@ from flax import nnx
 
 from llama_jax.config import QUANTIZED_BY, our_quantization
 from llama_jax.quantized_weight import QuantizedWeight
+from llama_jax.scalars import is_integer, plain_number
 
 Model = TypeVar("Model", bound=nnx.Module)
 
@@ -107,11 +108,12 @@ def weight_bytes(model: nnx.Module) -> int:
 
 
 def _checked(bits: Any, group_size: Any) -> Quantization:
-    if bits not in (4, 8) or isinstance(bits, bool):
+    bits, group_size = plain_number(bits), plain_number(group_size)
+    if not is_integer(bits) or bits not in (4, 8):
         raise ValueError(f"bits: found {bits!r}, expected 8 or 4")
     if group_size is None:
         return Quantization(bits, INT4_GROUP_SIZE if bits == 4 else None)
-    if not isinstance(group_size, int) or group_size < 2 or group_size % 2:
+    if not is_integer(group_size) or group_size < 2 or group_size % 2:
         raise ValueError(f"group_size: found {group_size!r}, expected a positive even number")
     return Quantization(bits, group_size)
 

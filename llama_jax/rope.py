@@ -158,7 +158,7 @@ def rope_cos_sin(
     working = working_dtype(dtype)
     length = jnp.max(position_ids) + 1
     frequencies, factor = inverse_frequencies(rope, head_dim, max_position_embeddings, length)
-    angles = position_ids[..., None].astype(working) * jnp.asarray(frequencies, working)
+    angles = position_ids[..., None].astype(working) * jnp.asarray(frequencies, working)[None, None]
     return (jnp.cos(angles) * factor).astype(dtype), (jnp.sin(angles) * factor).astype(dtype)
 
 

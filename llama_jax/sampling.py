@@ -11,8 +11,12 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key
 
-# (input_ids [batch, slots], logits [batch, vocab], length) -> logits. The slots beyond `length`, a traced
-# scalar, are not written yet.
+from llama_jax.scalars import is_integer, is_number, plain_number
+
+# (input_ids [batch, slots], logits [batch, vocab], lengths [batch]) -> logits [batch, vocab]. The tokens
+# of row r so far, prompt first, are input_ids[r, : lengths[r]]: no padding of the prompt is among them, and
+# what lies beyond means nothing. Shapes are static and may be larger than asked for; lengths are traced. A row
+# that has ended goes on with padding tokens, as in transformers.
 LogitsProcessor = Callable[[Array, Array, Array], Array]
 
 
@@ -47,7 +51,7 @@ def min_p_filter(
     """`MinPLogitsWarper`: -inf below `min_p` times the largest probability (arXiv:2407.01082)."""
     probabilities = jax.nn.softmax(logits, axis=-1)
     largest = jnp.max(probabilities, axis=-1, keepdims=True)
-    is_first = jnp.arange(logits.shape[-1]) == jnp.argmax(probabilities, axis=-1)[:, None]
+    is_first = jnp.arange(logits.shape[-1])[None] == jnp.argmax(probabilities, axis=-1)[:, None]
     return jnp.where((probabilities < min_p * largest) & ~is_first, -jnp.inf, logits)
 
 
@@ -56,7 +60,8 @@ def repetition_filter(
 ) -> Float[Array, "batch vocab"]:
     """`RepetitionPenaltyLogitsProcessor`: tokens seen divided by `penalty`, or times it below zero.
 
-    arXiv:1909.05858. `seen` holds the tokens of the prompt, without padding, and all since.
+    arXiv:1909.05858. `seen` holds the tokens of the prompt and all since, but not its padding, which
+    transformers counts: a row is continued as it would be alone.
     """
     penalized = jnp.where(logits < 0, logits * penalty, logits / penalty)
     return jnp.where(seen, penalized, logits)
@@ -92,8 +97,8 @@ def checked(sampling: Sampling) -> Sampling:
         ValueError: temperature that is not positive, top_k below 0, top_p outside (0, 1], min_p outside
             [0, 1], a repetition penalty that is not positive, or one of them not a number.
     """
-    top_k = sampling.top_k
-    if top_k is not None and (not isinstance(top_k, int) or isinstance(top_k, bool) or top_k < 0):
+    top_k = plain_number(sampling.top_k)
+    if top_k is not None and (not is_integer(top_k) or top_k < 0):
         raise ValueError(f"top_k: found {top_k!r}, expected an integer of at least 0")
     numbers = {
         "temperature": ("a positive number", lambda x: 0 < x < float("inf"), 1.0),
@@ -103,10 +108,10 @@ def checked(sampling: Sampling) -> Sampling:
     }
     arrays: dict[str, Any] = {}
     for name, (expected, fits, neutral) in numbers.items():
-        value = getattr(sampling, name)
+        value = plain_number(getattr(sampling, name))
         if value is None:
             continue
-        if not isinstance(value, int | float) or isinstance(value, bool) or not fits(value):
+        if not is_number(value) or not fits(value):
             raise ValueError(f"{name}: found {value!r}, expected {expected}")
         drawn_only = name != "repetition_penalty"
         used = value != neutral and (sampling.do_sample or not drawn_only)
@@ -117,11 +122,16 @@ def checked(sampling: Sampling) -> Sampling:
 def filtered(
     sampling: Sampling,
     logits: Float[Array, "batch vocab"],
-    input_ids: Int[Array, "batch slots"],
-    length: Int[Array, ""],
+    input_ids: Int[Array, "batch slots"] | None,
+    lengths: Int[Array, " batch"],
     seen: Bool[Array, "batch vocab"] | None,
 ) -> Float[Array, "batch vocab"]:
-    """`logits` after every filter of `sampling`, in transformers' order."""
+    """`logits` after every filter of `sampling`, in transformers' order.
+
+    Args:
+        input_ids, lengths: what `LogitsProcessor` takes; ids are None where there is no processor.
+        seen: which tokens the repetition penalty is for; None without one.
+    """
 
     def number(value: Array) -> Array:
         return value.astype(logits.dtype)
@@ -130,7 +140,7 @@ def filtered(
         assert seen is not None
         logits = repetition_filter(logits, seen, number(sampling.repetition_penalty))
     for process in sampling.processors:
-        logits = process(input_ids, logits, length)
+        logits = process(input_ids, logits, lengths)
     if sampling.temperature is not None:
         logits = temperature_filter(logits, number(sampling.temperature))
     if sampling.top_k is not None:

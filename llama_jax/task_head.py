@@ -36,7 +36,9 @@ def wide_logits(
     working = working_dtype(hidden.dtype)
     batch = "abcdefgh"[: hidden.ndim - 1]
     out = einsum(f"{batch}i,oi->{batch}o", hidden, head.weight[...], out_dtype=working)
-    return out + head.bias[...].astype(working) if hasattr(head, "bias") else out
+    if not hasattr(head, "bias"):
+        return out
+    return out + jnp.broadcast_to(head.bias[...].astype(working), out.shape)
 
 
 def classification_loss(

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from llama_jax.arguments import OneLineParser
+from llama_jax.failures import FAILURES, failure_line
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -20,8 +21,8 @@ def main(arguments: list[str] | None = None) -> int:
         )
     except (ValueError, OSError) as error:
         message = " ".join(str(error).split())
-    except MemoryError as error:
-        message = f"not enough memory: {error}"
+    except FAILURES as error:
+        message = failure_line(error)
     print(f"error: {message}", file=sys.stderr)
     return 2
 

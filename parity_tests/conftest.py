@@ -1,4 +1,4 @@
-"""Settings of the whole suite: strict promotion, checked shapes, one thread of torch, JAX on the CPU.
+"""Settings of the whole suite: strict promotion of dtypes and ranks, checked shapes, one thread of torch, JAX on the CPU.
 
 `--mutation NAME` breaks the library in one of the ways of `mutations.py` for the whole session. The
 suite must then go red; `test_mutations.py` proves it for each of them.
@@ -11,6 +11,8 @@ from jaxtyping import install_import_hook
 
 # An accidental float64 or a silent upcast is an error, not a slower and rounder answer.
 jax.config.update("jax_numpy_dtype_promotion", "strict")
+# A row that meets a matrix by accident is one too.
+jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_platforms", "cpu")
 torch.set_num_threads(1)
 

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+from transformers import LogitsProcessorList
 
 from llama_jax import LlamaForCausalLM, generation, init_cache
 from parity_tests.cases import BY_NAME, Config, hf_model, weights_of
@@ -211,12 +212,65 @@ def test_a_cache_of_8_bits_is_close() -> None:
 def test_a_processor_of_the_users() -> None:
     model, ids = tiny_model(), jnp.asarray(prompts(BY_NAME["gqa_2_to_1"].config, 2, 5), jnp.int32)
 
-    def newest_again(input_ids: jax.Array, logits: jax.Array, length: jax.Array) -> jax.Array:
-        newest = jax.lax.dynamic_index_in_dim(input_ids, length - 1, axis=1)
-        return jnp.where(jnp.arange(logits.shape[1]) == newest, logits, -jnp.inf)
+    def newest_again(input_ids: jax.Array, logits: jax.Array, lengths: jax.Array) -> jax.Array:
+        newest = jnp.take_along_axis(input_ids, lengths[:, None] - 1, axis=1)
+        return jnp.where(jnp.arange(logits.shape[1])[None] == newest, logits, -jnp.inf)
 
     out = model.generate(ids, max_new_tokens=3, logits_processors=[newest_again])
     np.testing.assert_array_equal(out[:, 5:], np.repeat(ids[:, -1:], 3, axis=1))
+
+
+@pytest.mark.parametrize(
+    ("length", "padded"),
+    [(5, False), (5, True), pytest.param(16, True, marks=pytest.mark.slow), (17, False)],
+)
+def test_a_processor_sees_the_tokens_that_one_of_transformers_sees(length, padded) -> None:
+    """Of prompts that fill their bucket and that do not; left padding alone is not shown."""
+    config = BY_NAME["gqa_2_to_1"].config | ENDLESS
+    ids = prompts(config, 3, length)
+    mask = left_padding(3, length) if padded else np.ones_like(ids)
+    theirs: list[list[list[int]]] = []
+    ours: list[list[list[int]]] = []
+
+    def record_theirs(input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        skipped = (mask == 0).sum(1)
+        theirs.append([row[skip:].tolist() for row, skip in zip(input_ids, skipped, strict=True)])
+        return scores
+
+    def record_ours(input_ids: jax.Array, logits: jax.Array, lengths: jax.Array) -> jax.Array:
+        def record(ids: np.ndarray, counts: np.ndarray) -> None:
+            rows = zip(np.asarray(ids), np.asarray(counts), strict=True)
+            ours.append([row[:count].tolist() for row, count in rows])
+
+        jax.debug.callback(record, input_ids, lengths, ordered=True)
+        return logits
+
+    with torch.no_grad():
+        hf_model(config, weights_of(config)).generate(
+            torch.from_numpy(ids),
+            attention_mask=torch.from_numpy(mask),
+            max_new_tokens=4,
+            do_sample=False,
+            logits_processor=LogitsProcessorList([record_theirs]),
+        )
+    tiny_model().generate(ids, mask, max_new_tokens=4, logits_processors=[record_ours])
+    jax.effects_barrier()
+    assert len(theirs) == 4
+    assert ours == theirs
+
+
+def test_the_repetition_penalty_continues_a_padded_row_as_when_alone() -> None:
+    """Whatever the padding token is; transformers penalises that token too."""
+    model, ids = tiny_model(), prompts(BY_NAME["gqa_2_to_1"].config, 2, 7)
+    alone = model.generate(
+        ids[1:, 3:], max_new_tokens=4, repetition_penalty=1.7, output_scores=True
+    )
+    ids[1, :3] = int(alone.sequences[0, -1])
+    mask = np.ones_like(ids)
+    mask[1, :3] = 0
+    beside = model.generate(ids, mask, max_new_tokens=4, repetition_penalty=1.7, output_scores=True)
+    np.testing.assert_array_equal(beside.sequences[1, 7:], alone.sequences[0, 4:])
+    np.testing.assert_allclose(beside.scores[1], alone.scores[0], rtol=1e-4, atol=1e-5)
 
 
 def test_sharded_over_a_mesh_the_tokens_are_the_same() -> None:

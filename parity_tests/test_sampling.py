@@ -98,10 +98,14 @@ def test_filters_in_the_order_of_transformers():
         top_p=0.9,
         min_p=0.02,
         repetition_penalty=1.5,
-        processors=(lambda ids, logits, length: logits.at[:, 0].set(-jnp.inf),),
+        processors=(lambda ids, logits, lengths: logits.at[:, 0].set(-jnp.inf),),
     )
     ours = filtered(
-        checked(chosen), jnp.asarray(logits), jnp.asarray(ids), jnp.int32(2), jnp.asarray(seen)
+        checked(chosen),
+        jnp.asarray(logits),
+        jnp.asarray(ids),
+        jnp.full(BATCH, 2),
+        jnp.asarray(seen),
     )
     want = theirs(hf.RepetitionPenaltyLogitsProcessor(1.5), logits, ids)
     want[:, 0] = -np.inf

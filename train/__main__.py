@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
+from llama_jax.failures import FAILURES, failure_line
 from train.config import FILE, PLANNED, Dtype, RunOptions, flags_of
 from train.documents import source_files
 from train.tokenize import tokenize as run_tokenize
@@ -33,6 +34,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         message = " ".join(str(error).split())
         _CONSOLE.print(f"[bold red]error:[/] {escape(message)}")
+        return 2
+    except FAILURES as error:
+        _CONSOLE.print(f"[bold red]error:[/] {escape(failure_line(error))}")
         return 2
     except KeyboardInterrupt:
         # a run begun is gone on with by another command, which it says when it stops
