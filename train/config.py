@@ -10,6 +10,7 @@ from typing import Any, Literal
 import tomli_w
 
 from llama_jax.attention import Implementation
+from llama_jax.lines import read_text
 from llama_jax.remat import Remat
 from train.optimizer import Optimizer
 from train.schedules import Schedule
@@ -267,10 +268,10 @@ def flags_of(path: Path) -> list[str]:
         ValueError: no such file, not TOML, or a key that is none of `RunOptions`.
     """
     try:
-        values = tomllib.loads(path.read_text("utf-8"))
+        values = tomllib.loads(read_text(path))
     except OSError as error:
         raise ValueError(f"{path}: cannot be read ({error.strerror})") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except tomllib.TOMLDecodeError as error:
         raise ValueError(f"{path}: is not TOML ({error})") from None
     flags: list[str] = []
 
