@@ -1,6 +1,7 @@
 """What a run is: dataclasses that tyro turns into flags, and TOML that turns into the same flags."""
 
 import dataclasses
+import math
 import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -171,6 +172,7 @@ FREE_ON_RESUME = (
     "evaluation",
     "log",
     "export_every",
+    "steps",  # as far as `train.extension` allows
     "model.remat",
     "model.scan_unroll",
     "model.attention",
@@ -238,10 +240,33 @@ def with_absolute_paths(options: RunOptions) -> RunOptions:
         init_from=absolute(options.model.init_from),
     )
     data = tuple(
-        text if text.partition("=")[0] == STDLIB else str(Path(text).absolute())
+        text if split_weight(text)[0] == STDLIB else str(Path(text).absolute())
         for text in options.data
     )
     return dataclasses.replace(options, data=data, model=model)
+
+
+def split_weight(text: str) -> tuple[str, float]:
+    """The directory and the weight of one `--data`.
+
+    What exists is a directory, whatever its name; else a number after the last `=` is a weight.
+
+    Raises:
+        ValueError: a weight that is not a positive number.
+    """
+    path, sign, number = text.rpartition("=")
+    if not sign or Path(text).exists():
+        return text, 1.0
+    try:
+        weight = float(number)
+    except ValueError:
+        raise ValueError(
+            f"data: {text} does not exist, and {number!r} after the = is not a weight: expected PATH or "
+            "PATH=WEIGHT"
+        ) from None
+    if not (math.isfinite(weight) and weight > 0):
+        raise ValueError(f"data: found weight {number!r}, expected a positive number")
+    return path, weight
 
 
 def to_toml(options: Any) -> str:

@@ -4,18 +4,18 @@ from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
-from tokenizers import Tokenizer
 
 from llama_jax.causal_lm import LlamaForCausalLM
+from llama_jax.tokenizer import load_tokenizer
 
 
 def sample_text(model: LlamaForCausalLM, tokenizer: Path, prompt: str, max_new_tokens: int) -> str:
     """The prompt and its greedy continuation.
 
     Args:
-        tokenizer: a directory with tokenizer.json.
+        tokenizer: the directory of the tokenizer.
     """
-    encoder = Tokenizer.from_file(str(tokenizer / "tokenizer.json"))
+    encoder = load_tokenizer(tokenizer)
     ids = encoder.encode(prompt, add_special_tokens=False).ids or [0]
     room = model.config.max_position_embeddings - len(ids)
     if room < 1:

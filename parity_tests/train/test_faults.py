@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from parity_tests.train.corpus import token_directory
+from parity_tests.train.corpus import as_version_1, token_directory
 from parity_tests.train.runs import (
     CONFIG,
     Tiny,
@@ -206,6 +206,11 @@ def test_damaged_data(tiny: Tiny, tmp_path: Path, capfd: pytest.CaptureFixture[s
     assert not (tmp_path / "run").exists()
 
     shard.write_bytes(b"\xff\xff" * (len(content) // 2))
+    message = error_of(flags, capfd)
+    assert message.startswith(f"{shard}: found contents with digest ")
+    assert not (tmp_path / "run").exists()
+    # an index of version 1 knows no digests: what is read tells
+    as_version_1(data)
     message = error_of(flags, capfd)
     assert message.startswith(f"{shard}, token ")
     assert message.endswith("found id 65535, expected less than the model's vocab_size 64")

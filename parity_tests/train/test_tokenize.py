@@ -347,7 +347,7 @@ def test_mistakes(tmp_path: Path) -> None:
         )
     assert error_of(shard_tokens=0) == "shard_tokens: found 0, expected at least 1"
     assert error_of(tokenizer=tmp_path) == (
-        f"{tmp_path}/tokenizer.json: found no such file, expected a tokenizer"
+        f"{tmp_path}/tokenizer.json: not found, expected the checkpoint's tokenizer"
     )
     assert error_of(tokenizer=source).startswith(f"{source}: not a tokenizer (")
     assert error_of(eos="<end>") == "--eos: found '<end>', expected a token of the tokenizer"
@@ -357,7 +357,7 @@ def test_mistakes(tmp_path: Path) -> None:
     )
     (tokenizer / "config.json").write_text("[]")
     message = error_of()
-    assert message.startswith(f"{tokenizer}/config.json: found no JSON (")
+    assert message.startswith(f"{tokenizer}/config.json: found a JSON list, expected an object")
     (tokenizer / "config.json").unlink()
     foreign = tmp_path / "foreign"
     foreign.mkdir()
