@@ -8,6 +8,7 @@ loss.png.
 import json
 import math
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import replace
@@ -18,10 +19,11 @@ import jax
 import jax.numpy as jnp
 
 from llama_jax.arguments import first_line
-from llama_jax.causal_lm import LlamaForCausalLM
+from llama_jax.causal_lm import LlamaForCausalLM, read_generation_config
 from llama_jax.companions import RUN_TOKENIZER, copy_companions
 from llama_jax.config import LlamaConfig
-from llama_jax.hf import load_params
+from llama_jax.hf import fit, load_params, open_weights
+from llama_jax.hf import report as faults_report
 from llama_jax.info import forward_flops_per_token, parameter_count
 from llama_jax.staging import write_text
 from train import checkpoints, data_identity, extension, metrics_log
@@ -94,6 +96,8 @@ def run(options: RunOptions) -> None:
     config = model_config(options.model, index, options.sequence_length)
     dataset = _training_windows(options, config, sources)
     program = run_program(options, config)
+    if options.model.init_from is not None:
+        _require_start(options, config, index)
     with ExitStack() as stack:
         if jax.process_index() == 0:
             # whatever can fail has been tried before there is a folder; run.toml last, it makes a run of it
@@ -147,6 +151,28 @@ def resume(folder: Path, saved: RunOptions, options: RunOptions) -> None:
             write_text(staged, to_toml(replace(saved, steps=options.steps)))
             staged.replace(folder / FILE)
         _train(program, options, folder, sources, dataset)
+
+
+def _require_start(options: RunOptions, config: LlamaConfig, index: Index) -> None:
+    """Raise ValueError for weights to start from that do not fit; only their headers are read.
+
+    Warns:
+        UserWarning: the data ends its documents with a token at which generation would not end.
+    """
+    directory = options.model.init_from
+    assert directory is not None
+    dtype = options.model.parameter_dtype
+    found = fit(LlamaForCausalLM, config, open_weights(directory), directory, dtype)
+    if faults := [*found.faults, *(f"{name}: missing" for name in found.new)]:
+        raise ValueError(faults_report(f"{directory}: {len(faults)} faults", faults))
+    ends = read_generation_config(directory, config).eos_token_ids
+    if ends and index.eos_id is not None and index.eos_id not in ends:
+        warnings.warn(
+            f"the data ends its documents with token {index.eos_id}, generation from {directory} ends "
+            f"with {', '.join(map(str, ends))}: name the token with `tokenize --eos`, or change the run's "
+            "generation_config.json",
+            stacklevel=2,
+        )
 
 
 def steps_done(folder: Path) -> int:

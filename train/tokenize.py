@@ -300,6 +300,7 @@ def _digest_of_tokenizer(tokenizer: Path, tokenizer_only: bool) -> str:
     """Of what decides which ids a text has; of tokenizer.json alone in an index of version 1."""
     home = tokenizer.parent if tokenizer.is_file() else tokenizer
     main = ("tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt")
+    main = main[:1] if tokenizer_only else main
     files = [tokenizer] if tokenizer.is_file() else [home / name for name in main]
     digest = hashlib.sha256()
     for path in files:

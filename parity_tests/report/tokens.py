@@ -35,7 +35,7 @@ def read_tokens(path: Path, checkpoint: Checkpoint) -> np.ndarray:
         ValueError: no such file, no ids in it, or ids outside the vocabulary.
     """
     try:
-        if path.suffix == ".npy":
+        if path.suffix.lower() == ".npy":
             ids = np.load(path, allow_pickle=False)
         else:
             words = read_text(path).replace(",", " ").split()
