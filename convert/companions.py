@@ -3,43 +3,25 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-NAMES = (
-    "tokenizer.json",
-    "tokenizer.model",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "chat_template.jinja",
-    "chat_template.json",
-    "vocab.json",
-    "merges.txt",
-)
-TEMPLATES = "additional_chat_templates"  # a directory of *.jinja
-GENERATION_CONFIG = "generation_config.json"
+from llama_jax.companions import TEMPLATES, companion_files, tokenizer_home
+
 _MAX_BYTES = 256 * 2**20  # the largest tokenizers have 20 MB
 
 
 def read_companions(directory: Path, *, tokenizer: bool) -> dict[str, bytes]:
-    """The files of a Hugging Face directory that travel along, by name.
+    """The files of a model's directory (of a run, too) that travel along, by name.
 
     Raises ValueError for one that is damaged, too large, or a link out of the directory.
     """
-    names = [GENERATION_CONFIG]
     if tokenizer:
-        require_inside(directory, TEMPLATES)
-        templates = sorted((directory / TEMPLATES).glob("*.jinja"))
-        names += [*NAMES, *(f"{TEMPLATES}/{path.name}" for path in templates)]
+        require_inside(tokenizer_home(directory), TEMPLATES)
     files: dict[str, bytes] = {}
-    for name in names:
-        path = directory / name
-        if not os.path.lexists(path):
-            continue
-        require_inside(directory, name)
+    for name, path in companion_files(directory, tokenizer=tokenizer).items():
+        require_inside(path.parent if path.name == name else path.parents[1], name)
         if not path.is_file():
             raise ValueError(f"{path}: not a file, expected one")
         if path.stat().st_size > _MAX_BYTES:

@@ -147,14 +147,13 @@ def read(path: Path, *, tokenizer: bool = True) -> Checkpoint:
         notes.append(ignored_note(config))
     if found.tied is not None:
         notes.append("lm_head.weight, a copy of the embedding, is left out: the head is tied")
-    companions = home / "tokenizer" if (home / "tokenizer").is_dir() else home
     return Checkpoint(
         format=f"{TITLE}, {params.relative_to(home)}",
         config=config.to_dict() | {"architectures": ["LlamaForCausalLM"]},
         tensors=specs,
         load=load,
         dtype=common_dtype(specs),
-        files=read_companions(companions, tokenizer=tokenizer),
+        files=read_companions(home, tokenizer=tokenizer),
         facts=stored_facts(list(stored.values()))
         | {"file_bytes": sum(f.stat().st_size for f in params.rglob("*") if f.is_file())}
         | facts,

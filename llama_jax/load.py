@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from llama_jax.causal_lm import LlamaForCausalLM
+from llama_jax.companions import tokenizer_home
 from llama_jax.config import LlamaConfig
 from llama_jax.foreign_weights import describe
 from llama_jax.orbax_directory import is_orbax, load_orbax, locate
@@ -28,8 +29,12 @@ def load_config(directory: str | Path) -> LlamaConfig:
 
 def tokenizer_directory(directory: str | Path) -> Path:
     """Where a directory has its tokenizer and templates: a run of `python -m train` in one of its own."""
-    home = _home(_readable(directory))
-    return home / "tokenizer" if (home / "tokenizer").is_dir() else home
+    return tokenizer_home(_home(_readable(directory)))
+
+
+def companions_directory(directory: str | Path) -> Path:
+    """The directory whose companions, see `llama_jax.companions`, are those of what `load_model` loads."""
+    return _home(_readable(directory))
 
 
 def _home(directory: Path) -> Path:

@@ -1,20 +1,10 @@
 """`python -m llama_jax quantize`: a directory whose weights take 8 or 4 bits."""
 
 import argparse
-import shutil
 from pathlib import Path
 from typing import Any
 
 from llama_jax.arguments import positive
-
-# what else a text needs
-_COMPANIONS = (
-    "tokenizer.json",
-    "tokenizer.model",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "chat_template.jinja",
-)
 
 
 def add_quantize(commands: Any, dtypes: tuple[str, ...]) -> None:
@@ -41,8 +31,10 @@ def add_quantize(commands: Any, dtypes: tuple[str, ...]) -> None:
 def quantize(options: argparse.Namespace) -> None:
     """Quantise, write and say what it saved and what it cost. Raises ValueError."""
     from llama_jax import quantization
+    from llama_jax.companions import copy_companions
     from llama_jax.divergence import divergence
-    from llama_jax.load import load_model, tokenizer_directory
+    from llama_jax.lines import read_text
+    from llama_jax.load import companions_directory, load_model, tokenizer_directory
     from llama_jax.staging import staged_directory
     from llama_jax.tokenizer import load_tokenizer
 
@@ -50,14 +42,12 @@ def quantize(options: argparse.Namespace) -> None:
         raise ValueError(f"--out: {options.out} exists, expected it to be absent")
     ids = []
     if options.text is not None:
-        ids = load_tokenizer(tokenizer_directory(options.model)).encode(_read(options.text)).ids
+        ids = load_tokenizer(tokenizer_directory(options.model)).encode(read_text(options.text)).ids
     model = load_model(options.model, options.dtype)
     quantized = quantization.quantize(model, options.bits, options.group_size)
     with staged_directory(options.out, into_existing=False) as staging:
         quantized.save_pretrained(staging)
-        for name in _COMPANIONS:
-            if (source := tokenizer_directory(options.model) / name).is_file():
-                shutil.copyfile(source, staging / name)
+        copy_companions(companions_directory(options.model), staging)
     before, after = map(quantization.weight_bytes, (model, quantized))
     print(f"{options.out}: {before} bytes of weights before, {after} after, {after / before:.1%}")
     for bits, count in sorted(quantization.matrices_by_bits(quantized).items()):
@@ -69,10 +59,3 @@ def quantize(options: argparse.Namespace) -> None:
             f"over {found.tokens} tokens: mean KL {found.kl:.3g}, perplexity "
             f"{found.reference_perplexity:.5g} before, {found.perplexity:.5g} after, {change:+.2%}"
         )
-
-
-def _read(path: Path) -> str:
-    try:
-        return path.read_text("utf-8")
-    except UnicodeDecodeError:
-        raise ValueError(f"{path}: found bytes that are not UTF-8, expected text") from None

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from llama_jax.arguments import positive, some_text
+from llama_jax.lines import read_lines
 
 
 def add_score(commands: Any, dtypes: tuple[str, ...]) -> None:
@@ -114,10 +115,7 @@ def _require_tokens(
 
 
 def _lines(path: Path) -> list[str]:
-    try:
-        lines = path.read_text("utf-8").splitlines()
-    except UnicodeDecodeError:
-        raise ValueError(f"{path}: found bytes that are not UTF-8, expected text") from None
+    lines = read_lines(path)
     if not lines:
         raise ValueError(f"{path}: found an empty file, expected a text a line")
     if "" in lines:

@@ -15,6 +15,7 @@ from llama_jax.arguments import positive, some_text
 from llama_jax.causal_lm import LlamaForCausalLM
 from llama_jax.chat_template import find_chat_template, render_chat
 from llama_jax.detokenize import TextStream
+from llama_jax.lines import MARK
 from llama_jax.load import load_config, load_model, tokenizer_directory
 from llama_jax.tokenizer import load_tokenizer
 
@@ -155,13 +156,15 @@ def _chat(options: argparse.Namespace) -> None:
 
 def _lines() -> Iterator[str]:
     """What the user says, until the input ends."""
-    asks = sys.stdin.isatty()
+    asks, first = sys.stdin.isatty(), True
     while True:
         if asks:
             _print("> ")
         line = sys.stdin.readline()
         if not line:
             return
+        line = line.removeprefix(MARK) if first else line
+        first = False
         if line.strip():
             yield line.rstrip("\n")
 

@@ -56,8 +56,7 @@ def _with_saved_flags(arguments: list[str]) -> list[str]:
         return [arguments[0], *flags_of(file), *arguments[1:place], *arguments[place + 2 :]]
     if arguments[:1] == ["resume"] and len(arguments) > 1 and not arguments[1].startswith("-"):
         folder = Path(arguments[1])
-        if not (folder / FILE).is_file():
-            raise ValueError(f"{folder}: found no {FILE}, expected the folder of a run")
+        _require_run(folder)
         return ["resume", str(folder), *flags_of(folder / FILE), *arguments[2:]]
     return arguments
 
@@ -74,7 +73,7 @@ def resume(
     /,
     options: Annotated[RunOptions, tyro.conf.arg(name="")],
 ) -> None:
-    """Go on with the run in a folder; flags change where and how it computes, not what.
+    """Resume a run. Of its options only those that do not change the result may be overridden, and steps.
 
     Args:
         folder: of the run
@@ -153,7 +152,13 @@ def evaluate(
 
 def _saved_options(folder: Path) -> RunOptions:
     """What the run.toml of a run says. Raises ValueError where there is none."""
+    _require_run(folder)
     return tyro.cli(RunOptions, args=flags_of(folder / FILE))
+
+
+def _require_run(folder: Path) -> None:
+    if not (folder / FILE).is_file():
+        raise ValueError(f"{folder}: found no {FILE}, expected the folder of a run")
 
 
 def plan(
@@ -198,7 +203,7 @@ def tokenize(
 
     Args:
         sources: files, directories or globs of text, .jsonl or .parquet, compressed (.gz, .zst) or not
-        tokenizer: a tokenizer.json, or the directory that has one
+        tokenizer: a tokenizer.json or tokenizer.model, or the directory that has one
         out: the directory to write
         text_field: the field of JSON lines, the column of Parquet
         validation_fraction: how much of the documents is kept from training
@@ -209,12 +214,14 @@ def tokenize(
     speed = TextColumn("{task.fields[tokens]:,} tokens, {task.fields[rate]:,.0f}/s")
     columns = (BarColumn(), DownloadColumn(), speed, TimeRemainingColumn())
     begun = time.monotonic()
+    notes: list[str] = []
     with Progress(*columns, console=_CONSOLE) as progress:
-        bar = progress.add_task("tokenizing", total=total, tokens=0, rate=0)
+        # once to know the files by their contents, then to tokenize them
+        bar = progress.add_task("tokenizing", total=2 * total, tokens=0, rate=0)
 
         def report(read: int, tokens: int) -> None:
             rate = tokens / (time.monotonic() - begun)
-            progress.update(bar, completed=read, tokens=tokens, rate=rate)
+            progress.update(bar, completed=total + read, tokens=tokens, rate=rate)
 
         index = run_tokenize(
             sources,
@@ -225,10 +232,14 @@ def tokenize(
             shard_tokens=shard_tokens,
             eos=eos,
             report=report,
+            identified=lambda count: progress.advance(bar, count),
+            note=notes.append,
         )
     for split, shards in index.splits.items():
         documents, tokens = sum(s.documents for s in shards), sum(s.tokens for s in shards)
         _CONSOLE.print(f"{split}: {tokens:,} tokens of {documents:,} documents")
+    for line in notes:
+        _CONSOLE.print(f"note: {line}", markup=False)
     _CONSOLE.print(f"written: {escape(str(out))}")
 
 

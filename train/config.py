@@ -1,6 +1,7 @@
 """What a run is: dataclasses that tyro turns into flags, and TOML that turns into the same flags."""
 
 import dataclasses
+import math
 import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -12,6 +13,7 @@ import numpy as np
 import tomli_w
 
 from llama_jax.attention import Implementation
+from llama_jax.lines import read_text
 from llama_jax.remat import Remat
 from train.optimizer import DIRECTIONS, Optimizer
 from train.schedules import USES, Schedule, require_fit
@@ -176,6 +178,7 @@ FREE_ON_RESUME = (
     "evaluation",
     "log",
     "export_every",
+    "steps",  # as far as `train.extension` allows
     "model.remat",
     "model.scan_unroll",
     "model.attention",
@@ -310,10 +313,33 @@ def with_absolute_paths(options: RunOptions) -> RunOptions:
         init_from=absolute(options.model.init_from),
     )
     data = tuple(
-        text if text.partition("=")[0] == STDLIB else str(Path(text).absolute())
+        text if split_weight(text)[0] == STDLIB else str(Path(text).absolute())
         for text in options.data
     )
     return dataclasses.replace(options, data=data, model=model)
+
+
+def split_weight(text: str) -> tuple[str, float]:
+    """The directory and the weight of one `--data`.
+
+    What exists is a directory, whatever its name; else a number after the last `=` is a weight.
+
+    Raises:
+        ValueError: a weight that is not a positive number.
+    """
+    path, sign, number = text.rpartition("=")
+    if not sign or Path(text).exists():
+        return text, 1.0
+    try:
+        weight = float(number)
+    except ValueError:
+        raise ValueError(
+            f"data: {text} does not exist, and {number!r} after the = is not a weight: expected PATH or "
+            "PATH=WEIGHT"
+        ) from None
+    if not (math.isfinite(weight) and weight > 0):
+        raise ValueError(f"data: found weight {number!r}, expected a positive number")
+    return path, weight
 
 
 def to_toml(options: Any) -> str:
@@ -340,10 +366,10 @@ def flags_of(path: Path) -> list[str]:
         ValueError: no such file, not TOML, or a key that is none of `RunOptions`.
     """
     try:
-        values = tomllib.loads(path.read_text("utf-8"))
+        values = tomllib.loads(read_text(path))
     except OSError as error:
         raise ValueError(f"{path}: cannot be read ({error.strerror})") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except tomllib.TOMLDecodeError as error:
         raise ValueError(f"{path}: is not TOML ({error})") from None
     flags: list[str] = []
 

@@ -1,7 +1,8 @@
 """Documents out of plain text, JSON Lines and Parquet files, one at a time.
 
-The format is told by the name: `.parquet`; `.jsonl` or `.json`, a JSON object a line; anything else is
-plain text. All but Parquet may be compressed: `.gz`, `.zst`.
+The format is told by the name, in capitals or not: `.parquet`; `.jsonl` or `.json`, a JSON object a line;
+anything else is plain text. All but Parquet may be compressed: `.gz`, `.zst`. What a line is,
+`llama_jax.lines` says.
 """
 
 import glob
@@ -15,20 +16,22 @@ from typing import IO
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from llama_jax.lines import byte_lines, not_utf8
+
 # A text file longer than this many characters becomes several documents, cut at ends of lines: longer than
 # almost any book, short enough to hold and to tokenize whole.
 LONGEST_TEXT = 1 << 23
 
 _COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
 # A directory may hold anything; these are taken for data.
-_IN_DIRECTORIES = re.compile(r"(\.(txt|jsonl)(\.gz|\.zst)?|\.parquet)$")
+_IN_DIRECTORIES = re.compile(r"(\.(txt|jsonl)(\.gz|\.zst)?|\.parquet)$", re.IGNORECASE)
 
 
 def source_files(source: str | Path) -> list[Path]:
     """The files of a source, sorted: a file, a directory (searched below, too) or a glob (`**` as well).
 
     Of a directory the .txt, .jsonl and .parquet files are taken, compressed or not, and none that is
-    hidden; a file named by itself or by a glob is taken whatever its name.
+    hidden or in a hidden folder of it; a file named by itself or by a glob is taken whatever its name.
 
     Raises:
         ValueError: no file.
@@ -36,7 +39,7 @@ def source_files(source: str | Path) -> list[Path]:
     path = Path(source)
     if path.is_dir():
         names = path.rglob("*")
-        files = [p for p in names if _IN_DIRECTORIES.search(p.name) and p.name[0] != "."]
+        files = [p for p in names if _IN_DIRECTORIES.search(p.name) and not _hidden(p, path)]
     elif path.exists():
         files = [path]
     else:
@@ -88,9 +91,13 @@ def read_documents(
             raise ValueError(f"{source}: found no text, expected at least one document")
 
 
+def _hidden(path: Path, directory: Path) -> bool:
+    return any(part.startswith(".") for part in path.relative_to(directory).parts)
+
+
 def _read(path: Path, file: IO[bytes], field: str) -> Iterator[str]:
-    compression = _COMPRESSIONS.get(path.suffix)
-    suffix = Path(path.stem).suffix if compression else path.suffix
+    compression = _COMPRESSIONS.get(path.suffix.lower())
+    suffix = (Path(path.stem).suffix if compression else path.suffix).lower()
     if suffix == ".parquet":
         yield from _read_parquet(path, field)
         return
@@ -113,18 +120,18 @@ def _read_text(path: Path, stream: IO[bytes]) -> Iterator[str]:
             while piece := text.read(LONGEST_TEXT):
                 yield piece + text.readline(LONGEST_TEXT)
     except UnicodeDecodeError as error:
-        raise ValueError(_not_utf8(str(path), error)) from None
+        raise ValueError(not_utf8(str(path), error)) from None
 
 
 def _read_lines(path: Path, stream: IO[bytes], field: str) -> Iterator[str]:
-    for number, line in enumerate(stream, start=1):
+    for number, line in enumerate(byte_lines(stream), start=1):
         where = f"{path}, line {number}"
         if not line.strip():
             continue
         try:
             record = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
         except UnicodeDecodeError as error:
-            raise ValueError(_not_utf8(where, error)) from None
+            raise ValueError(not_utf8(where, error)) from None
         except (json.JSONDecodeError, RecursionError) as error:
             raise ValueError(f"{where}: found no JSON ({error}), expected an object") from None
         if not isinstance(record, dict):
@@ -165,11 +172,7 @@ def _read_parquet(path: Path, field: str) -> Iterator[str]:
                         )
                     yield text
     except UnicodeDecodeError as error:
-        raise ValueError(_not_utf8(str(path), error)) from None
+        raise ValueError(not_utf8(str(path), error)) from None
     except (pa.ArrowException, OSError) as error:
         reason = " ".join(str(error).split())  # Arrow's may have several lines
         raise ValueError(f"{path}: found damaged data ({reason}), expected Parquet") from None
-
-
-def _not_utf8(where: str, error: UnicodeDecodeError) -> str:
-    return f"{where}: found the byte 0x{error.object[error.start]:02x}, expected UTF-8"

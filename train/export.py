@@ -1,7 +1,6 @@
 """A trained model as a Hugging Face directory, tokenizer included, and PyTorch's word on it."""
 
 import itertools
-import shutil
 from contextlib import closing
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -11,11 +10,13 @@ import jax.numpy as jnp
 from jax.experimental import multihost_utils
 
 from llama_jax.causal_lm import LlamaForCausalLM
-from train.config import RunOptions
+from llama_jax.companions import copy_companions
+from train.config import FILE, RunOptions
+from train.data_identity import require_identity
 from train.evaluate import evaluate, validation_windows
 from train.metrics_log import read_metrics
 from train.program import model_of
-from train.sources import TOKENIZER, find_sources
+from train.sources import find_sources
 from train.trained import load_directory, restore_run
 from train.verify import relative_difference, tolerance, torch_loss
 from train.windows import batches
@@ -30,8 +31,8 @@ class Verification(NamedTuple):
     num_tokens: int
 
 
-def export_model(model: LlamaForCausalLM, directory: Path, tokenizer: Path) -> None:
-    """Write the model and the files of the directory `tokenizer`; every process must call it.
+def export_model(model: LlamaForCausalLM, directory: Path, run: Path) -> None:
+    """Write the model and what goes with it in the folder of the run; every process must call it.
 
     Weights that lie on several processes' devices are gathered on each host.
     """
@@ -41,8 +42,7 @@ def export_model(model: LlamaForCausalLM, directory: Path, tokenizer: Path) -> N
         )
     if jax.process_index() == 0:
         model.save_pretrained(directory)
-        for file in sorted(tokenizer.iterdir()):
-            shutil.copyfile(file, directory / file.name)
+        copy_companions(run, directory)
 
 
 def export_run(
@@ -54,12 +54,16 @@ def export_run(
         dtype: of the weights that are written; None keeps the parameters'.
 
     Raises:
-        ValueError: as `restore_run`; a directory that is there as a file.
+        ValueError: as `restore_run`; a directory that is there as a file, or that is a run.
     """
+    if directory.exists() and not directory.is_dir():
+        raise ValueError(f"{directory}: found a file, expected a directory or a free name")
+    if (directory / FILE).exists():
+        raise ValueError(f"{directory}: found a run, expected another directory to export to")
     chosen, program, params = restore_run(folder, options, step)
     if dtype is not None:
         params = jax.tree.map(lambda leaf: leaf.astype(jnp.dtype(dtype)), params)
-    export_model(model_of(program, params), directory, folder / TOKENIZER)
+    export_model(model_of(program, params), directory, folder)
     return chosen
 
 
@@ -76,6 +80,7 @@ def verify_export(
             reported at that step.
     """
     sources = find_sources(options.data)
+    require_identity(folder, sources, "restore it, or export without --verify")
     rows, limit, length = options.batch_size, options.evaluation.batches, options.sequence_length
     program, params = load_directory(directory, "float32", batch_size=rows, sequence_length=length)
     ours = evaluate(program, params, sources, limit=limit)

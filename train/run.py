@@ -1,14 +1,17 @@
 """A pretraining run: begun, gone on with after any end, and what it leaves in its folder.
 
-run.toml (the resolved options), config.json (the model), tokenizer/, checkpoints/, metrics.jsonl, loss.png.
+run.toml (the resolved options), config.json (the model), data.json (what it is trained on), tokenizer/,
+generation_config.json (of the weights it started from, if they had one), checkpoints/, metrics.jsonl,
+loss.png.
 """
 
 import json
 import math
-import shutil
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, closing
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +19,14 @@ import jax
 import jax.numpy as jnp
 
 from llama_jax.arguments import first_line
-from llama_jax.causal_lm import LlamaForCausalLM
+from llama_jax.causal_lm import LlamaForCausalLM, read_generation_config
+from llama_jax.companions import RUN_TOKENIZER, copy_companions
 from llama_jax.config import LlamaConfig
-from llama_jax.hf import load_params
+from llama_jax.hf import fit, load_params, open_weights
+from llama_jax.hf import report as faults_report
 from llama_jax.info import forward_flops_per_token, parameter_count
 from llama_jax.staging import write_text
-from train import checkpoints, metrics_log
+from train import checkpoints, data_identity, extension, metrics_log
 from train.chips import peak_flops
 from train.config import (
     FILE,
@@ -35,6 +40,7 @@ from train.config import (
 from train.display import Display, display
 from train.evaluate import Evaluation, evaluate, placed_batches
 from train.export import export_model
+from train.lock import locked
 from train.loggers import open_loggers, require_loggers
 from train.mesh import in_words
 from train.program import (
@@ -46,7 +52,6 @@ from train.program import (
 )
 from train.sample import sample_text
 from train.sources import (
-    TOKENIZER,
     common_index,
     find_sources,
     model_config,
@@ -54,7 +59,7 @@ from train.sources import (
 )
 from train.step import Metrics
 from train.stop import agreement, stop_signals
-from train.token_shards import open_tokens
+from train.token_shards import Index, Split, read_index
 from train.windows import windows
 
 CONFIG = "config.json"
@@ -83,55 +88,112 @@ def run(options: RunOptions) -> None:
     options = with_compute_dtype(with_absolute_paths(options), jax.default_backend())
     sources = find_sources(options.data)
     index = common_index(sources)
+    tokenizer = options.model.init_from or sources[0][0]
     if options.model.init_from is not None:
-        require_same_tokenizer(options.model.init_from, sources[0][0])
+        require_same_tokenizer(tokenizer, sources[0][0])
+    elif missing := [name for name in index.tokenizer if not (tokenizer / name).is_file()]:
+        raise ValueError(f"{tokenizer / missing[0]}: not found, expected the tokenizer of the data")
     config = model_config(options.model, index, options.sequence_length)
     dataset = _training_windows(options, config, sources)
     program = run_program(options, config)
-    if jax.process_index() == 0:
-        # whatever can fail has been tried before there is a folder; run.toml last, it makes a run of it
-        folder.mkdir(parents=True, exist_ok=True)
-        for name in index.tokenizer:
-            (folder / TOKENIZER).mkdir(exist_ok=True)
-            shutil.copyfile(sources[0][0] / name, folder / TOKENIZER / name)
-        write_text(folder / CONFIG, json.dumps(config.to_dict(), indent=2) + "\n")
-        write_text(folder / FILE, to_toml(options))
-    _train(program, options, folder, sources, dataset)
+    if options.model.init_from is not None:
+        _require_start(options, config, index)
+    with ExitStack() as stack:
+        if jax.process_index() == 0:
+            # whatever can fail has been tried before there is a folder; run.toml last, it makes a run of it
+            folder.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(locked(folder))
+            copy_companions(tokenizer, folder / RUN_TOKENIZER, generation=False)
+            if options.model.init_from is not None:
+                copy_companions(options.model.init_from, folder, tokenizer=False)
+            write_text(folder / CONFIG, json.dumps(config.to_dict(), indent=2) + "\n")
+            data_identity.write_identity(folder, sources)
+            write_text(folder / FILE, to_toml(options))
+        _train(program, options, folder, sources, dataset)
 
 
 def resume(folder: Path, saved: RunOptions, options: RunOptions) -> None:
     """Go on with the run in `folder` from its newest whole checkpoint, or from the start without one.
 
+    `steps` may be another number as long as the learning rates of the steps already done stay what they
+    were: always with a constant schedule, with wsd until its decay begins.
+
     Args:
         saved: what its run.toml says.
-        options: the same, with what may change changed: mesh, logging, where it computes.
+        options: the same, with what may change changed: steps, mesh, logging, where it computes.
 
     Raises:
-        ValueError: as `run`; a folder without a run; options that would make it another run.
+        ValueError: as `run`; a folder without a run, or one that another process runs; options that would
+            make it another run; data that is not what it began with.
     """
     validate(options)
     changed = differences(saved, options)
+    changed += extension.faults(saved, options, steps_done(folder))
     if changed:
         raise ValueError(f"{folder}: is another run: {'; '.join(changed)}")
     _join_processes(options)
-    sources = find_sources(options.data)
-    index = common_index(sources)
-    if index.vocab_size > (config := LlamaConfig.from_pretrained(folder)).vocab_size:
-        raise ValueError(
-            f"{folder}: found a model of {config.vocab_size} tokens, expected at least "
-            f"{index.vocab_size}, the data's"
+    with ExitStack() as stack:
+        if jax.process_index() == 0:
+            stack.enter_context(locked(folder))
+        sources = find_sources(options.data)
+        index = common_index(sources)
+        remedy = "restore it, or begin a new run with `python -m train run`"
+        data_identity.require_identity(folder, sources, remedy)
+        if index.vocab_size > (config := LlamaConfig.from_pretrained(folder)).vocab_size:
+            raise ValueError(
+                f"{folder}: found a model of {config.vocab_size} tokens, expected at least "
+                f"{index.vocab_size}, the data's"
+            )
+        dataset = _training_windows(options, config, sources)
+        program = run_program(options, config)
+        if options.steps != saved.steps and jax.process_index() == 0:
+            staged = folder / f".{FILE}.tmp"
+            write_text(staged, to_toml(replace(saved, steps=options.steps)))
+            staged.replace(folder / FILE)
+        _train(program, options, folder, sources, dataset)
+
+
+def _require_start(options: RunOptions, config: LlamaConfig, index: Index) -> None:
+    """Raise ValueError for weights to start from that do not fit; only their headers are read.
+
+    Warns:
+        UserWarning: the data ends its documents with a token at which generation would not end.
+    """
+    directory = options.model.init_from
+    assert directory is not None
+    dtype = options.model.parameter_dtype
+    found = fit(LlamaForCausalLM, config, open_weights(directory), directory, dtype)
+    if faults := [*found.faults, *(f"{name}: missing" for name in found.new)]:
+        raise ValueError(faults_report(f"{directory}: {len(faults)} faults", faults))
+    ends = read_generation_config(directory, config).eos_token_ids
+    if ends and index.eos_id is not None and index.eos_id not in ends:
+        warnings.warn(
+            f"the data ends its documents with token {index.eos_id}, generation from {directory} ends "
+            f"with {', '.join(map(str, ends))}: name the token with `tokenize --eos`, or change the run's "
+            "generation_config.json",
+            stacklevel=2,
         )
-    dataset = _training_windows(options, config, sources)
-    _train(run_program(options, config), options, folder, sources, dataset)
+
+
+def steps_done(folder: Path) -> int:
+    """The steps of the newest checkpoint, damaged or not; 0 without one."""
+    saved = (folder / checkpoints.FOLDER).glob("*")
+    return max((int(each.name) for each in saved if each.name.isdigit()), default=0)
 
 
 def _training_windows(
     options: RunOptions, config: LlamaConfig, sources: Sequence[tuple[Path, float]]
 ) -> Any:
-    """The windows of every step; that there is a validation split, where one is asked for, is tried too."""
+    """The windows of every step, of data that is as its index says.
+
+    That there is a validation split, where one is asked for, is tried too.
+    """
+    splits: list[Split] = ["train"]
     if options.evaluation.every:
+        splits.append("validation")
         for directory, _ in sources:
-            open_tokens(directory, "validation")
+            _require_validation(directory, read_index(directory))
+    data_identity.require_intact(sources, splits)
     return windows(
         sources,
         split="train",
@@ -139,6 +201,15 @@ def _training_windows(
         vocab_size=config.vocab_size,
         seed=options.seed,
     )
+
+
+def _require_validation(directory: Path, index: Index) -> None:
+    if index.complete and not index.splits["validation"]:
+        raise ValueError(
+            f"{directory}: found no document in the validation split, expected at least one: give "
+            "--evaluation.every 0 to run without evaluations, or tokenize with a larger "
+            "--validation-fraction or more documents"
+        )
 
 
 def _train(
@@ -160,6 +231,7 @@ def _train(
         start, params, opt_state = _initial_state(program, options, manager)
         show = stack.enter_context(display(options.steps, start, silent=not first))
         _introduce(show, program, options, start)
+        _say_amount(show, options, sources)
         log = stack.enter_context(metrics_log.open_metrics(folder, start)) if first else None
         loggers = stack.enter_context(open_loggers(options.log, folder)) if first else ()
 
@@ -202,9 +274,7 @@ def _train(
             if evaluating:
                 _evaluate(program, params, options, sources, folder, done, show, record)
             if exporting:
-                export_model(
-                    model_of(program, params), folder / "exports" / f"{done}", folder / TOKENIZER
-                )
+                export_model(model_of(program, params), folder / "exports" / f"{done}", folder)
             if saving or stopping:
                 facts = {
                     "seed": options.seed,
@@ -317,7 +387,7 @@ def _evaluate(
     # the sample is generated on this process's devices alone, which must hold the whole model
     if wanted and jax.process_count() == 1:
         prompt = options.evaluation.sample_prompt
-        text = sample_text(model_of(program, params), folder / TOKENIZER, prompt, wanted)
+        text = sample_text(model_of(program, params), folder / RUN_TOKENIZER, prompt, wanted)
         figures["sample"] = text
         show.say(repr(text))
     record(figures)
@@ -336,8 +406,21 @@ def _introduce(show: Display, program: Program, options: RunOptions, start: int)
     show.say(
         f"model FLOPs per token = 3 x (2 x matrix weights + 2 x layers x width x (seq + 1)) = {flops:.3g}"
     )
-    if start:
+    if start >= options.steps:
+        show.say(f"all {start} steps are done already; more of them: resume with --steps")
+    elif start:
         show.say(f"resumed after step {start}")
+
+
+def _say_amount(show: Display, options: RunOptions, sources: Sequence[tuple[Path, float]]) -> None:
+    """How often the run will have read its data, which is then known before it begins."""
+    indexes = [read_index(directory) for directory, _ in sources]
+    held = sum(shard.tokens for index in indexes for shard in index.splits["train"])
+    step = options.batch_size * options.sequence_length
+    times = options.steps * step / held
+    show.say(f"{held:,} training tokens; {options.steps} steps read {times:.3g} times as many")
+    if step > held:
+        show.say(f"note: a step alone reads {step:,} tokens, more than there are: it repeats them")
 
 
 def _dropout_key(config: LlamaConfig, seed: int, step: int) -> Any:

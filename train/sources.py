@@ -1,40 +1,34 @@
 """Where a run's tokens come from: `--data` as the user gives it, and the model's vocabulary with it."""
 
-import math
+import hashlib
+import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from llama_jax.config import LlamaConfig, read_json_object
 from llama_jax.presets import PRESETS, SMALL
 from llama_jax.tokenizer import load_tokenizer
-from train.config import STDLIB, ModelOptions
+from train.config import STDLIB, ModelOptions, split_weight
+from train.special_ids import SpecialIds, model_ids, special_ids
 from train.stdlib_data import stdlib_tokens
 from train.token_shards import Index, read_index
 
-# the folder of a run that has its tokenizer's files
-TOKENIZER = "tokenizer"
+_SHOWN = 12  # characters of a digest in a message
 
 
 def find_sources(data: Sequence[str]) -> list[tuple[Path, float]]:
     """Token directories and their weights, from PATH or PATH=WEIGHT; `stdlib` is made where it is not.
 
     Raises:
-        ValueError: no data, or a weight that is no positive number.
+        ValueError: no data, or a weight that is not a positive number.
     """
     if not data:
         raise ValueError("data: found none, expected at least one")
     sources = []
     for text in data:
-        path, sign, weight_text = text.rpartition("=")
-        if not sign:
-            path, weight_text = text, "1"
-        try:
-            weight = float(weight_text)
-        except ValueError:
-            weight = math.nan
-        if not (math.isfinite(weight) and weight > 0):
-            raise ValueError(f"data: found weight {weight_text!r}, expected a positive number")
+        path, weight = split_weight(text)
         sources.append((stdlib_tokens() if path == STDLIB else Path(path), weight))
     return sources
 
@@ -50,22 +44,45 @@ def common_index(sources: Sequence[tuple[Path, float]]) -> Index:
     for directory, _ in others:
         read_index(directory)
         require_same_tokenizer(first, directory)
+    if index.version == 1 and index.bos_id is None:
+        # which version 1 does not say
+        found = special_ids(load_tokenizer(first), first)
+        index = replace(index, bos_id=found.bos_id)
     return index
 
 
 def require_same_tokenizer(model: Path, tokens: Path) -> None:
-    """Raise ValueError unless the model's tokenizer.json and that of the tokens have one vocabulary."""
-    if load_tokenizer(model).get_vocab() != load_tokenizer(tokens).get_vocab():
+    """Raise ValueError unless the tokenizers of the model and of the tokens are the same.
+
+    Not their files are compared but what they do: vocabulary, merges, normalizer, pre-tokenizer, added
+    tokens and what goes around a text.
+    """
+    expected, found = tokenizer_digest(model), tokenizer_digest(tokens)
+    if found != expected:
         raise ValueError(
-            f"{tokens}: found another tokenizer, expected that of {model}: tokenize text with it, "
+            f"{tokens}: found a tokenizer with digest {found[:_SHOWN]}, expected "
+            f"{expected[:_SHOWN]}, that of {model}: tokenize the text with it, "
             f"`python -m train tokenize TEXT --tokenizer {model} --out TOKENS`"
         )
+
+
+def tokenizer_digest(directory: Path) -> str:
+    """SHA-256 of what a directory's tokenizer makes of a text.
+
+    Its JSON is that of the installed `tokenizers`, so it is only compared with one made by the same.
+    """
+    fields = json.loads(load_tokenizer(directory).to_str())
+    # how text is cut, filled up and put together again says nothing about which ids it has
+    for name in ("version", "truncation", "padding", "decoder"):
+        fields.pop(name, None)
+    return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
 
 
 def model_config(options: ModelOptions, index: Index | None, sequence_length: int) -> LlamaConfig:
     """The model's configuration: of the weights to start from, a file, or a preset.
 
-    A small preset takes the vocabulary and the end-of-text token of the data, where there are any.
+    Weights to start from keep their special tokens; any other model begins and ends its texts as the data
+    does. A small preset also takes the vocabulary of the data.
 
     Raises:
         ValueError: an unknown preset; a vocabulary smaller than the data's; sequences longer than the
@@ -85,7 +102,6 @@ def model_config(options: ModelOptions, index: Index | None, sequence_length: in
         own: dict[str, Any] = {"max_position_embeddings": longest}
         if index is not None:
             own["vocab_size"] = index.vocab_size
-            own |= {"bos_token_id": index.bos_id, "eos_token_id": index.eos_id}
         config = LlamaConfig.from_dict(small | own)
     elif options.preset in PRESETS:
         name, config = options.preset, PRESETS[options.preset]
@@ -98,9 +114,19 @@ def model_config(options: ModelOptions, index: Index | None, sequence_length: in
             f"{name}: found vocab_size {config.vocab_size}, expected at least {index.vocab_size}, "
             "the data's"
         )
+    if index is not None and options.init_from is None:
+        config = _with_ids_of(config, index)
     if sequence_length > config.max_position_embeddings:
         raise ValueError(
             f"sequence-length: found {sequence_length}, expected at most "
             f"max_position_embeddings={config.max_position_embeddings} of {name}"
         )
     return config
+
+
+def _with_ids_of(config: LlamaConfig, index: Index) -> LlamaConfig:
+    """The config with the special tokens of the data; of several that end a text none is lost."""
+    ids: dict[str, Any] = model_ids(SpecialIds(index.bos_id, index.eos_id))
+    if ids["eos_token_id"] in config.eos_token_ids:
+        del ids["eos_token_id"]
+    return LlamaConfig.from_dict(config.to_dict() | ids)

@@ -17,7 +17,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from llama_jax.staging import staged_directory, write_text
 from train.documents import read_documents
-from train.token_shards import INDEX_FILE
+from train.token_shards import INDEX_FILE, VERSION
 from train.tokenize import tokenize
 
 EOS = "<|endoftext|>"
@@ -46,10 +46,12 @@ def stdlib_tokens() -> Path:
     # a variable that is empty or not a whole path counts as unset
     cache = Path(os.environ.get("XDG_CACHE_HOME", ""))
     cache = (cache if cache.is_absolute() else Path.home() / ".cache") / "llama_jax"
-    names = "".join(f"{path.relative_to(root)}\0{path.stat().st_size}\0" for path in files)
-    recipe = f"{VOCAB_SIZE}\0{_VALIDATION_FRACTION}\0"  # other numbers, other tokens
-    key = hashlib.sha256((recipe + names).encode()).hexdigest()[:12]
-    directory = cache / f"stdlib-{platform.python_version()}-{key}"
+    recipe = f"{VOCAB_SIZE}\0{_VALIDATION_FRACTION}\0{EOS}\0{VERSION}\0"  # others, other tokens
+    digest = hashlib.sha256(recipe.encode())
+    for path in files:
+        digest.update(f"{path.relative_to(root)}\0".encode(errors="surrogateescape"))
+        digest.update(hashlib.sha256(path.read_bytes()).digest())
+    directory = cache / f"stdlib-{platform.python_version()}-{digest.hexdigest()[:12]}"
     if (directory / INDEX_FILE).exists():
         return directory
     cache.mkdir(parents=True, exist_ok=True)
@@ -74,6 +76,7 @@ def _make(files: Iterable[Path], directory: Path) -> None:
         _train_bpe(read_documents([documents])).save(f"{scratch}/tokenizer.json")
         config = {
             "tokenizer_class": "PreTrainedTokenizerFast",
+            "bos_token": EOS,  # as GPT-2 has it; other programs need one
             "eos_token": EOS,
             "clean_up_tokenization_spaces": False,
         }

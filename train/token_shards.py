@@ -6,10 +6,13 @@
     train-00000.ends       little-endian int64: for each document, its end as a count of the shard's tokens
     validation-00000.tokens, ...
 
-A shard holds whole documents and at least one; every document has at least one token.
+A shard holds whole documents and at least one; every document has at least one token. The index knows the
+SHA-256 of each shard, and so tells the data apart from any other of the same names and sizes; version 1 of
+it, which is still read, did not.
 """
 
 import dataclasses
+import hashlib
 import json
 import os
 from collections.abc import Sequence
@@ -22,7 +25,7 @@ import numpy as np
 from llama_jax.staging import write_text
 
 INDEX_FILE = "index.json"
-VERSION = 1
+VERSION = 2
 
 Split = Literal["train", "validation"]
 SPLITS: tuple[Split, ...] = ("train", "validation")
@@ -32,11 +35,15 @@ _ENDS_DTYPE = np.dtype("<i8")
 
 @dataclass(frozen=True)
 class Shard:
-    """One shard: the name of its file of tokens (`.ends` lies beside it), and how much it holds."""
+    """One shard: the name of its file of tokens (`.ends` lies beside it), and how much it holds.
+
+    sha256: of the file of tokens and then its ends; None in an index of version 1.
+    """
 
     file: str
     tokens: int
     documents: int
+    sha256: str | None = None
 
 
 @dataclass(frozen=True)
@@ -46,8 +53,10 @@ class Index:
     complete: False while shards are still to come.
     dtype: of the token files, "uint16" or "uint32", little-endian.
     vocab_size: the tokenizer's, its largest id and one.
-    eos_id: the id that each document ends with; None where the tokenizer has none, and then
-    bos_id: the id that each document begins with.
+    eos_id: the id that each document ends with; None where the tokenizer has none, and then each document
+        begins with `bos_id`.
+    bos_id: the tokenizer's beginning-of-text token, None where it has none. (Version 1 has it only where
+        there is no `eos_id`.)
     tokenizer: names of the tokenizer's files in the directory, tokenizer.json first.
     made_from: what a run that continues must have been given, too.
     splits: the shards of "train" and of "validation", in order.
@@ -61,6 +70,7 @@ class Index:
     tokenizer: list[str]
     made_from: dict[str, Any]
     splits: dict[Split, list[Shard]]
+    version: int = VERSION
 
 
 @dataclass(frozen=True)
@@ -92,14 +102,15 @@ def write_shard(
     """Write the documents, each [tokens] of the index's dtype, as one shard; complete or not at all."""
     file = f"{split}-{number:05d}.tokens"
     ends = np.cumsum([len(document) for document in documents], dtype=np.int64)
-    _write(directory / file, np.concatenate(documents))
-    _write(_ends_path(directory / file), ends)
-    return Shard(file=file, tokens=int(ends[-1]), documents=len(documents))
+    digest = hashlib.sha256()
+    _write(directory / file, np.concatenate(documents), digest)
+    _write(ends_path(directory / file), ends, digest)
+    return Shard(file, int(ends[-1]), len(documents), digest.hexdigest())
 
 
 def write_index(directory: Path, index: Index) -> None:
     """Write index.json, or replace it in one step."""
-    text = json.dumps({"version": VERSION, **dataclasses.asdict(index)}, indent=2)
+    text = json.dumps(dataclasses.asdict(index), indent=2)
     write_text(directory / f"{INDEX_FILE}.partial", text + "\n")
     os.replace(directory / f"{INDEX_FILE}.partial", directory / INDEX_FILE)
 
@@ -118,8 +129,8 @@ def read_index(directory: Path) -> Index:
         raise ValueError(f"{path}: found no such file, expected {expected}") from None
     except ValueError as error:
         raise ValueError(f"{path}: found no JSON ({error}), expected an index") from None
-    version = fields.pop("version", None) if isinstance(fields, dict) else None
-    if version != VERSION:
+    version = fields.get("version") if isinstance(fields, dict) else None
+    if version not in range(1, VERSION + 1):
         raise ValueError(f"{path}: found version {version!r}, expected {VERSION}")
     try:
         splits = {split: [Shard(**shard) for shard in fields["splits"][split]] for split in SPLITS}
@@ -150,19 +161,20 @@ def open_tokens(directory: Path, split: Split) -> Tokens:
         )
     shards = index.splits[split]
     if not shards:
+        larger = "larger" if split == "validation" else "smaller"
         raise ValueError(
-            f"{directory}: found no document in the {split} split, expected at least one "
-            "(--validation-fraction of `python -m train tokenize`)"
+            f"{directory}: found no document in the {split} split, expected at least one: tokenize with a "
+            f"{larger} --validation-fraction or more documents"
         )
     dtype = np.dtype(index.dtype).newbyteorder("<")
     files = tuple(directory / shard.file for shard in shards)
     tokens, ends = [], []
     for path, shard in zip(files, shards, strict=True):
         tokens.append(_map(path, dtype, shard.tokens))
-        ends.append(_map(_ends_path(path), _ENDS_DTYPE, shard.documents))
+        ends.append(_map(ends_path(path), _ENDS_DTYPE, shard.documents))
         if ends[-1][-1] != shard.tokens:
             raise ValueError(
-                f"{_ends_path(path)}: found {ends[-1][-1]} as the last end, expected {shard.tokens}"
+                f"{ends_path(path)}: found {ends[-1][-1]} as the last end, expected {shard.tokens}"
             )
     starts = np.cumsum([0, *(shard.tokens for shard in shards)], dtype=np.int64)
     return Tokens(files=files, shards=tuple(tokens), ends=tuple(ends), starts=starts)
@@ -221,14 +233,17 @@ def _map(path: Path, dtype: np.dtype, count: int) -> np.ndarray:
     return np.asarray(np.memmap(path, dtype, mode="r", shape=(count,)))
 
 
-def _write(path: Path, values: np.ndarray) -> None:
+def _write(path: Path, values: np.ndarray, digest: Any) -> None:
     partial = path.with_name(f"{path.name}.partial")
+    little = values.astype(values.dtype.newbyteorder("<"), copy=False)
+    digest.update(little)
     with partial.open("wb") as file:
-        values.astype(values.dtype.newbyteorder("<"), copy=False).tofile(file)
+        little.tofile(file)
         file.flush()
         os.fsync(file.fileno())
     os.replace(partial, path)
 
 
-def _ends_path(path: Path) -> Path:
+def ends_path(path: Path) -> Path:
+    """The file of a shard's ends, beside that of its tokens."""
     return path.with_suffix(".ends")

@@ -9,13 +9,15 @@ from typing import Any
 import jax
 
 from llama_jax.causal_lm import LlamaForCausalLM
+from llama_jax.companions import tokenizer_home
 from llama_jax.config import LlamaConfig
 from llama_jax.hf import load_params
 from train import checkpoints
 from train.config import FILE, Dtype, MeshOptions, ModelOptions, RunOptions
+from train.data_identity import require_identity
 from train.evaluate import Evaluation, evaluate
 from train.program import Program, run_program
-from train.sources import TOKENIZER, common_index, find_sources, require_same_tokenizer
+from train.sources import common_index, find_sources, require_same_tokenizer
 
 LONGEST = 2048
 
@@ -81,9 +83,9 @@ def evaluate_target(
         ValueError: no data for a directory that is no run; data of another tokenizer; and what
             `restore_run`, `load_params` and `evaluate` refuse.
     """
-    tokenizer = target
+    own = options is not None and not data
     if options is not None:
-        tokenizer, data = target / TOKENIZER, data or options.data
+        data = data or options.data
         options = dataclasses.replace(
             options,
             batch_size=batch_size,
@@ -100,6 +102,8 @@ def evaluate_target(
             target, dtype, batch_size=batch_size, sequence_length=sequence_length or longest
         )
     sources = find_sources(data)
+    if own:
+        require_identity(target, sources, "restore it, or name other data with --data")
     common_index(sources)
-    require_same_tokenizer(tokenizer, sources[0][0])
+    require_same_tokenizer(tokenizer_home(target), sources[0][0])
     return evaluate(program, params, sources, limit=limit)

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import numpy as np
 
+from llama_jax.lines import read_text
 from llama_jax.tokenizer import load_tokenizer
 from parity_tests.report.streamed import Checkpoint
 
@@ -21,7 +22,7 @@ def bundled_tokens(checkpoint: Checkpoint) -> np.ndarray:
         tokenizer = load_tokenizer(checkpoint.directory)
     except ValueError as error:
         raise ValueError(f"{error}; give token ids with --tokens FILE") from None
-    ids = tokenizer.encode(_TEXT.read_text()).ids[:LENGTH]
+    ids = tokenizer.encode(read_text(_TEXT)).ids[:LENGTH]
     return _checked(np.asarray(ids), checkpoint, str(_TEXT))
 
 
@@ -34,10 +35,10 @@ def read_tokens(path: Path, checkpoint: Checkpoint) -> np.ndarray:
         ValueError: no such file, no ids in it, or ids outside the vocabulary.
     """
     try:
-        if path.suffix == ".npy":
+        if path.suffix.lower() == ".npy":
             ids = np.load(path, allow_pickle=False)
         else:
-            words = path.read_text().replace(",", " ").split()
+            words = read_text(path).replace(",", " ").split()
             ids = np.asarray([int(word) for word in words], np.int64)
     except OSError as error:
         raise ValueError(f"{path}: cannot be read ({error.strerror})") from None

@@ -67,3 +67,16 @@ def token_directory(
     )
     write_index(directory, index)
     return directory
+
+
+def as_version_1(directory: Path) -> Path:
+    """Give a directory of tokens the index that the first version wrote."""
+    path = directory / "index.json"
+    fields = json.loads(path.read_text()) | {"version": 1}
+    if fields["eos_id"] is not None:
+        fields["bos_id"] = None
+    for shards in fields["splits"].values():
+        for shard in shards:
+            del shard["sha256"]
+    path.write_text(json.dumps(fields))
+    return directory

@@ -86,6 +86,27 @@ def test_files_of_directories_and_globs_are_sorted(tmp_path: Path) -> None:
     assert source_files(tmp_path / "[x].txt") == [tmp_path / "[x].txt"]
 
 
+def test_formats_are_told_by_names_in_capitals_too(tmp_path: Path) -> None:
+    write(tmp_path / "A.TXT", "plain")
+    write(tmp_path / "B.Jsonl", '{"text": "json"}')
+    for name, data in (("c.txt.gz", "archive"), ("d.jsonl.zst", '{"text": "lines"}')):
+        write(tmp_path / name, data).rename(tmp_path / name.upper())
+    pq.write_table(pa.table({"text": ["table"]}), tmp_path / "E.Parquet")
+    expected = ["plain", "json", "archive", "lines", "table"]
+    assert list(read_documents([tmp_path])) == expected
+    assert list(read_documents(sorted(tmp_path.iterdir()))) == expected
+
+
+def test_hidden_folders_are_not_searched(tmp_path: Path) -> None:
+    source = tmp_path / ".cache" / "corpus"  # named by the user, hidden or not
+    for name in ("a.txt", ".git/b.txt", "x/.svn/y/c.txt", "x/d.txt", ".e.txt"):
+        write(source / name, name)
+    assert list(read_documents([source])) == ["a.txt", "x/d.txt"]
+    assert list(read_documents([source / ".git"])) == [".git/b.txt"]
+    with pytest.raises(ValueError, match="found nothing"):
+        source_files(write(tmp_path / "only" / ".git" / "x.txt", "x").parents[1])
+
+
 @given(
     lines=st.lists(st.text(string.ascii_letters + "\r\nü𐍈", max_size=30)),
     longest=st.integers(1, 20),

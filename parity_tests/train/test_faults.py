@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import gc
+import hashlib
 import json
 import math
+import re
 import resource
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -14,7 +18,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from parity_tests.train.corpus import token_directory
+from parity_tests.own_process import ROOT
+from parity_tests.train.corpus import as_version_1, token_directory
 from parity_tests.train.runs import (
     CONFIG,
     Tiny,
@@ -27,6 +32,7 @@ from parity_tests.train.runs import (
 from train.__main__ import main
 from train.checkpoints import FOLDER
 from train.metrics_log import read_metrics
+from train.sources import find_sources
 
 pytestmark = [
     pytest.mark.usefixtures("compile_once"),
@@ -207,6 +213,11 @@ def test_damaged_data(tiny: Tiny, tmp_path: Path, capfd: pytest.CaptureFixture[s
 
     shard.write_bytes(b"\xff\xff" * (len(content) // 2))
     message = error_of(flags, capfd)
+    assert message.startswith(f"{shard}: found contents with digest ")
+    assert not (tmp_path / "run").exists()
+    # an index of version 1 knows no digests: what is read tells
+    as_version_1(data)
+    message = error_of(flags, capfd)
     assert message.startswith(f"{shard}, token ")
     assert message.endswith("found id 65535, expected less than the model's vocab_size 64")
 
@@ -216,6 +227,10 @@ def test_no_validation_data(tiny: Tiny, tmp_path: Path, capfd: pytest.CaptureFix
     shutil.copyfile(tiny.data / "tokenizer.json", data / "tokenizer.json")
     message = error_of(run_flags(tiny, tmp_path / "run", data=data), capfd)
     assert message.startswith(f"{data}: found no document in the validation split")
+    assert (
+        "give --evaluation.every 0 to run without evaluations, or tokenize with a larger" in message
+    )
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_folder_that_holds_a_run(run: Path, tiny: Tiny, capfd: Any) -> None:
@@ -288,3 +303,158 @@ def test_a_vocabulary_too_small(tiny: Tiny, tmp_path: Path, capfd: Any) -> None:
     config.write_text(json.dumps(CONFIG | {"vocab_size": 63}))
     message = error_of(run_flags(tiny, tmp_path / "run", model__config=config), capfd)
     assert message == f"{config}: found vocab_size 63, expected at least 64, the data's"
+
+
+# data by its digest ---------------------------------------------------------------------------------
+
+
+def other_data(tiny: Tiny, directory: Path) -> Path:
+    """Of the same names, sizes, documents and vocabulary: two ids in it have changed places."""
+    data = Path(shutil.copytree(tiny.data, directory))
+    shard = data / "train-00000.tokens"
+    ids = np.fromfile(shard, "<u2")
+    ids[[0, 1]] = ids[[1, 0]]
+    ids.tofile(shard)
+    return data
+
+
+def with_true_digest(data: Path) -> None:
+    """The index of a directory, as whoever had tokenized it so would have written it."""
+    path = data / "index.json"
+    index = json.loads(path.read_text())
+    contents = [(data / f"train-00000.{end}").read_bytes() for end in ("tokens", "ends")]
+    index["splits"]["train"][0]["sha256"] = hashlib.sha256(b"".join(contents)).hexdigest()
+    path.write_text(json.dumps(index))
+
+
+def test_data_replaced_before_resume(
+    tiny: Tiny, run: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Another directory in the place of the run's: whatever its name and size, it is not that data."""
+    data = other_data(tiny, tmp_path / "data")
+    options = (run / "run.toml").read_text()
+    (run / "run.toml").write_text(options.replace(str(tiny.data), str(data)))
+    shard = data / "train-00000.tokens"
+    for arguments in (["resume", str(run)], run_flags(tiny, tmp_path / "new", data=data)):
+        message = error_of(arguments, capfd)
+        assert message.startswith(f"{shard}: found contents with digest ")
+        assert message.endswith("by the index: restore the file, or tokenize again")
+    with_true_digest(data)
+    digest = r"found data with digest [0-9a-f]{12}, expected [0-9a-f]{12}, that of "
+    for arguments, remedy in (
+        (["resume", str(run)], "restore it, or begin a new run"),
+        (["eval", str(run), "--batches", "1"], "restore it, or name other data with --data"),
+        (
+            ["export", str(run), str(tmp_path / "hf"), "--verify"],
+            "restore it, or export without --verify",
+        ),
+    ):
+        message = error_of(arguments, capfd)
+        assert re.match(re.escape(f"{data}: ") + digest + re.escape(f"{run}: {remedy}"), message)
+    assert main(["eval", str(run), "--batches=1", "--data", str(data)]) == 0
+
+
+def test_a_run_that_knows_no_digest_goes_on(
+    tiny: Tiny, run: Path, finished: Path, tmp_path: Path
+) -> None:
+    """As runs and directories of tokens were before there were any."""
+    (run / "data.json").unlink()
+    shutil.rmtree(run / FOLDER / "12")
+    data = as_version_1(Path(shutil.copytree(tiny.data, tmp_path / "data")))
+    options = (run / "run.toml").read_text()
+    (run / "run.toml").write_text(options.replace(str(tiny.data), str(data)))
+    assert main(["resume", str(run)]) == 0
+    assert same_bits(state_of(run, 12), state_of(finished, 12))
+
+
+def test_directories_with_an_equals_sign(tiny: Tiny, tmp_path: Path, capfd: Any) -> None:
+    data = Path(shutil.copytree(tiny.data, tmp_path / "lang=en" / "tokens"))
+    two = Path(shutil.copytree(tiny.data, tmp_path / "lang=2"))
+    assert find_sources([str(data)]) == [(data, 1.0)]
+    assert find_sources([f"{data}=3"]) == [(data, 3.0)]
+    assert find_sources([str(two), f"{two}=0.5"]) == [(two, 1.0), (two, 0.5)]
+    assert find_sources([f"{tiny.data}=1e1"]) == [(tiny.data, 10.0)]
+    for weight, told in (
+        ("x", "and 'x' after the = is not a weight: expected PATH or PATH=WEIGHT"),
+        ("", "and '' after the = is not a weight: expected PATH or PATH=WEIGHT"),
+        ("-1", "data: found weight '-1', expected a positive number"),
+        ("nan", "data: found weight 'nan', expected a positive number"),
+    ):
+        message = error_of(run_flags(tiny, tmp_path / "run", data=f"{tiny.data}={weight}"), capfd)
+        assert message.endswith(told)
+    assert not (tmp_path / "run").exists()
+
+
+# one process, more steps ----------------------------------------------------------------------------
+
+
+def test_a_run_that_is_running_is_not_resumed(run: Path, tmp_path: Path, capfd: Any) -> None:
+    """The lock ends with its process, however that ends; reading needs none."""
+    code = (
+        "import sys; from pathlib import Path; from train.lock import locked\n"
+        "with locked(Path(sys.argv[1])):\n    print('held', flush=True); sys.stdin.read()"
+    )
+    command = [sys.executable, "-c", code, str(run)]
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, cwd=ROOT, stdin=pipe, stdout=pipe, text=True) as holder:
+        assert holder.stdout is not None
+        assert holder.stdout.readline() == "held\n"
+        assert error_of(["resume", str(run)], capfd) == (
+            f"{run}: process {holder.pid} is running it: wait until it ends, or stop it first"
+        )
+        assert main(["export", str(run), str(tmp_path / "hf")]) == 0
+        holder.kill()
+    assert main(["resume", str(run)]) == 0
+    assert "all 12 steps are done already" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("schedule", ["constant", "wsd"])
+def test_more_steps_are_as_if_asked_for_at_first(
+    schedule: str, tiny: Tiny, tmp_path: Path, capfd: Any
+) -> None:
+    """Before the decay of wsd begins; then it has done what cannot be undone."""
+    changes: dict[str, Any] = {"optimizer__schedule": schedule, "evaluation__every": 0}
+    changes |= {"checkpoint__every": 2, "checkpoint__keep_last": 9}
+    if schedule == "wsd":
+        changes["optimizer__decay_fraction"] = 0.34
+    for name, steps in (("run", 6), ("whole", 9)):
+        assert main(run_flags(tiny, tmp_path / name, steps=steps, **changes)) == 0
+    run, whole = tmp_path / "run", tmp_path / "whole"
+    if schedule == "wsd":
+        message = error_of(["resume", str(run), "--steps=9"], capfd)
+        assert (
+            "steps: found 9, expected 6: its wsd schedule has lowered the learning rate" in message
+        )
+        shutil.rmtree(run / FOLDER / "6")  # two steps of decay ago
+    assert main(["resume", str(run), "--steps=9"]) == 0
+    assert "steps = 9" in (run / "run.toml").read_text()
+    assert same_bits(state_of(run, 9), state_of(whole, 9))
+    assert figures_of(run) == figures_of(whole)
+    message = error_of(["resume", str(run), "--steps=5"], capfd)
+    assert (
+        "steps: found 5, expected 9, or another number from 9, the steps that are done" in message
+    )
+
+
+def test_export_into_a_run_or_from_none(
+    run: Path, finished: Path, tmp_path: Path, capfd: Any
+) -> None:
+    assert error_of(["export", str(run), str(run)], capfd) == (
+        f"{run}: found a run, expected another directory to export to"
+    )
+    for command in (["export", str(tmp_path), str(tmp_path / "hf")], ["resume", str(tmp_path)]):
+        expected = f"{tmp_path}: found no run.toml, expected the folder of a run"
+        assert error_of(command, capfd) == expected
+    (tmp_path / "file").write_text("")
+    assert error_of(["export", str(run), str(tmp_path / "file")], capfd) == (
+        f"{tmp_path}/file: found a file, expected a directory or a free name"
+    )
+
+
+def test_data_without_its_tokenizer(tiny: Tiny, tmp_path: Path, capfd: Any) -> None:
+    data = Path(shutil.copytree(tiny.data, tmp_path / "data"))
+    (data / "tokenizer.json").unlink()
+    assert error_of(run_flags(tiny, tmp_path / "run", data=data), capfd) == (
+        f"{data}/tokenizer.json: not found, expected the tokenizer of the data"
+    )
+    assert not (tmp_path / "run").exists()

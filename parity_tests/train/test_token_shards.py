@@ -100,9 +100,9 @@ def test_indexes_that_are_none(tmp_path: Path) -> None:
     good = json.loads(path.read_text())
     path.write_text("{")
     assert error_of(tmp_path).startswith(f"{path}: found no JSON (")
-    for bad, found in (([1], None), ({}, None), ({**good, "version": 2}, 2)):
+    for bad, found in (([1], None), ({}, None), ({**good, "version": 3}, 3)):
         path.write_text(json.dumps(bad))
-        assert error_of(tmp_path) == f"{path}: found version {found}, expected 1"
+        assert error_of(tmp_path) == f"{path}: found version {found}, expected 2"
     for bad in ({"extra": 1}, {"splits": {}}, {"splits": {"train": [{}]}}, {"vocab_size": "x"}):
         path.write_text(json.dumps({**good, **bad}))
         assert error_of(tmp_path).startswith(f"{path}: found other fields (")
@@ -120,8 +120,8 @@ def test_unfinished_directories_and_empty_splits(tmp_path: Path) -> None:
     )
     directory = token_directory(tmp_path / "b", [[[1]]])
     assert error_of(directory, "validation") == (
-        f"{directory}: found no document in the validation split, expected at least one "
-        "(--validation-fraction of `python -m train tokenize`)"
+        f"{directory}: found no document in the validation split, expected at least one: "
+        "tokenize with a larger --validation-fraction or more documents"
     )
 
 

@@ -2,19 +2,28 @@
 
 from __future__ import annotations
 
+import gzip
+import hashlib
 import json
+import re
 import subprocess
 import sys
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
-from tokenizers import Tokenizer
+import sentencepiece
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
+from transformers import AutoTokenizer
 
-from parity_tests.train.corpus import EOS, WORDS, word_tokenizer
+from parity_tests.tiny_tokenizers import sentencepiece_model
+from parity_tests.train.corpus import EOS, WORDS, as_version_1, word_tokenizer
+from train.sources import common_index, require_same_tokenizer
+from train.special_ids import SpecialIds, model_ids
 from train.token_shards import (
     Tokens,
     document_ends,
@@ -347,7 +356,7 @@ def test_mistakes(tmp_path: Path) -> None:
         )
     assert error_of(shard_tokens=0) == "shard_tokens: found 0, expected at least 1"
     assert error_of(tokenizer=tmp_path) == (
-        f"{tmp_path}/tokenizer.json: found no such file, expected a tokenizer"
+        f"{tmp_path}/tokenizer.json: not found, expected the checkpoint's tokenizer"
     )
     assert error_of(tokenizer=source).startswith(f"{source}: not a tokenizer (")
     assert error_of(eos="<end>") == "--eos: found '<end>', expected a token of the tokenizer"
@@ -357,7 +366,7 @@ def test_mistakes(tmp_path: Path) -> None:
     )
     (tokenizer / "config.json").write_text("[]")
     message = error_of()
-    assert message.startswith(f"{tokenizer}/config.json: found no JSON (")
+    assert message.startswith(f"{tokenizer}/config.json: found a JSON list, expected an object")
     (tokenizer / "config.json").unlink()
     foreign = tmp_path / "foreign"
     foreign.mkdir()
@@ -378,3 +387,233 @@ def test_a_fault_in_the_middle_keeps_what_is_done(tmp_path: Path) -> None:
         tokenize([source], tokenizer, out, shard_tokens=200)
     with pytest.raises(ValueError, match="found an unfinished directory"):
         open_tokens(out, "train")
+
+
+def bpe_tokenizer(directory: Path, merges: Sequence[tuple[str, str]], **more: object) -> Path:
+    """One vocabulary, whatever the merges; `more`: parts of a `tokenizers.Tokenizer`."""
+    words = ["<unk>", EOS, "a", "b", "c", "ab", "bc", "abc"]
+    model = models.BPE({word: i for i, word in enumerate(words)}, list(merges), unk_token="<unk>")
+    tokenizer = Tokenizer(model)
+    tokenizer.add_special_tokens([EOS])
+    for name, value in more.items():
+        setattr(tokenizer, name, value)
+    directory.mkdir(parents=True)
+    tokenizer.save(str(directory / "tokenizer.json"))
+    return directory
+
+
+AB_BC = [("a", "b"), ("b", "c"), ("ab", "c")]
+OTHER_TOKENIZERS: dict[str, dict[str, Any]] = {
+    "merges": {"merges": [("b", "c"), ("a", "b"), ("a", "bc")]},
+    "normalizer": {"merges": AB_BC, "normalizer": normalizers.Lowercase()},
+    "pre-tokenizer": {"merges": AB_BC, "pre_tokenizer": pre_tokenizers.Split("b", "isolated")},
+    "post-processor": {
+        "merges": AB_BC,
+        "post_processor": processors.TemplateProcessing("a $A", special_tokens=[("a", 2)]),
+    },
+}
+
+
+@pytest.mark.parametrize("kind", OTHER_TOKENIZERS)
+def test_tokenizers_of_one_vocabulary_are_told_apart(kind: str, tmp_path: Path) -> None:
+    tokenizer = bpe_tokenizer(tmp_path / "tok", AB_BC)
+    other = bpe_tokenizer(tmp_path / "other", **OTHER_TOKENIZERS[kind])
+    vocabularies = [
+        Tokenizer.from_file(f"{each}/tokenizer.json").get_vocab() for each in (tokenizer, other)
+    ]
+    assert vocabularies[0] == vocabularies[1]
+    source = write_lines(tmp_path / "a.jsonl", ["abcab", "ABC"])
+    out = tmp_path / "out"
+    tokenize([source], tokenizer, out, validation_fraction=0)
+    require_same_tokenizer(tokenizer, out)
+    with pytest.raises(ValueError) as caught:
+        require_same_tokenizer(other, out)
+    told = r"found a tokenizer with digest [0-9a-f]{12}, expected [0-9a-f]{12}, that of .*/other: "
+    assert re.search(told + "tokenize the text with it", str(caught.value))
+    tokenize([source], other, tmp_path / "out2", validation_fraction=0)
+    sources = [(out, 1.0), (tmp_path / "out2", 1.0)]
+    with pytest.raises(ValueError, match=told.replace("/other", "/out")):
+        common_index(sources)
+    with pytest.raises(ValueError, match=r"made with tokenizer '[0-9a-f]{16}', expected "):
+        tokenize([source], other, out, validation_fraction=0)
+
+
+def test_the_same_tokenizer_in_another_file(tmp_path: Path) -> None:
+    """Spaces, truncation and padding do not make another tokenizer."""
+    tokenizer = bpe_tokenizer(tmp_path / "tok", AB_BC)
+    other = bpe_tokenizer(tmp_path / "other", AB_BC)
+    cut = Tokenizer.from_file(f"{other}/tokenizer.json")
+    cut.enable_truncation(8)
+    cut.enable_padding(length=20)
+    (other / "tokenizer.json").write_text(json.dumps(json.loads(cut.to_str()), indent=1))
+    require_same_tokenizer(tokenizer, other)
+
+
+@pytest.mark.parametrize("complete", [True, False])
+@pytest.mark.parametrize("ending", ["", ".gz"])
+def test_a_source_edited_to_the_same_size_is_refused(
+    complete: bool, ending: str, tmp_path: Path
+) -> None:
+    source = tmp_path / f"a.jsonl{ending}"
+    pack = (lambda data: gzip.compress(data, 0, mtime=0)) if ending else bytes
+    texts = random_texts(40)
+    source.write_bytes(pack(write_lines(tmp_path / "b", texts).read_bytes()))
+    tokenizer, out = word_tokenizer(tmp_path / "tok"), tmp_path / "out"
+    index = tokenize([source], tokenizer, out, validation_fraction=0, shard_tokens=100)
+    if not complete:
+        write_index(out, replace(index, complete=False))
+    before, size = files_of(out), source.stat().st_size
+    swapped = [texts[1], texts[0], *texts[2:]]
+    source.write_bytes(pack(write_lines(tmp_path / "b", swapped).read_bytes()))
+    assert source.stat().st_size == size
+    with pytest.raises(
+        ValueError, match=r"made with sources '[0-9a-f]{16}', expected '[0-9a-f]{16}': "
+    ):
+        tokenize([source], tokenizer, out, validation_fraction=0, shard_tokens=100)
+    assert files_of(out) == before
+
+
+def test_an_index_of_version_1(tmp_path: Path) -> None:
+    """It is read, and an unfinished directory goes on by the rules it was begun with."""
+    source = write_lines(tmp_path / "a.jsonl", random_texts(60))
+    tokenizer, out = word_tokenizer(tmp_path / "tok", bos=True, eos_token=EOS), tmp_path / "out"
+    index = tokenize([source], tokenizer, out, validation_fraction=0, shard_tokens=200)
+    names = f"a.jsonl\0{source.stat().st_size}\0".encode()
+    digests = {
+        "sources": hashlib.sha256(names).hexdigest()[:16],
+        "tokenizer": hashlib.sha256((tokenizer / "tokenizer.json").read_bytes()).hexdigest()[:16],
+    }
+    shards = index.splits["train"]
+    old = replace(index, complete=False, made_from=index.made_from | digests)
+    write_index(out, replace(old, splits={"train": shards[:2], "validation": []}))
+    as_version_1(out)
+    assert read_index(out).bos_id is None
+    again = tokenize([source], tokenizer, out, validation_fraction=0, shard_tokens=200)
+    assert again.complete
+    assert again.splits["train"][2:] == shards[2:]
+    assert [s.sha256 for s in read_index(out).splits["train"][:2]] == [None, None]
+    # the beginning token, which version 1 did not say, is found again
+    assert common_index([(out, 1.0)]).bos_id == WORDS.index("<s>")
+
+
+@pytest.mark.parametrize(
+    ("bos", "config", "expected"),
+    [
+        (False, {}, (None, EOS)),
+        (True, {}, ("<s>", EOS)),
+        (False, {"bos_token": "b"}, ("b", EOS)),
+        (
+            True,
+            {"bos_token": {"__type": "AddedToken", "content": "b"}, "eos_token": "c"},
+            ("b", "c"),
+        ),
+        (False, {"bos_token": None, "eos_token": "c"}, (None, "c")),
+    ],
+)
+def test_the_index_has_both_ends_and_other_programs_too(
+    bos: bool, config: dict[str, object], expected: tuple[str | None, str], tmp_path: Path
+) -> None:
+    """Without a beginning token it is the end's, as in GPT-2, for the model and in what is written."""
+    source = write_lines(tmp_path / "a.jsonl", ["a"])
+    tokenizer = word_tokenizer(tmp_path / "tok", bos=bos, **config)
+    index = tokenize([source], tokenizer, tmp_path / "out")
+    begin, end = expected
+    assert index.bos_id == (None if begin is None else WORDS.index(begin))
+    assert index.eos_id == WORDS.index(end)
+    ids = model_ids(SpecialIds(index.bos_id, index.eos_id))
+    assert ids == {
+        "bos_token_id": WORDS.index(begin or end),
+        "eos_token_id": WORDS.index(end),
+    }
+    theirs = AutoTokenizer.from_pretrained(tmp_path / "out")
+    assert theirs.eos_token_id == (None if config and "eos_token" not in config else index.eos_id)
+    if not config:
+        assert theirs.bos_token_id == ids["bos_token_id"]
+        assert theirs("a b")["input_ids"] == ids_of_text(bos)
+
+
+def ids_of_text(bos: bool) -> list[int]:
+    return ids("<s> a b" if bos else "a b")
+
+
+def test_a_named_end_is_in_the_tokenizers_files(tmp_path: Path) -> None:
+    source = write_lines(tmp_path / "a.jsonl", ["a"])
+    tokenizer = word_tokenizer(tmp_path / "tok", eos_token=EOS, pad_token="d")
+    (tokenizer / "special_tokens_map.json").write_text(json.dumps({"eos_token": EOS}))
+    index = tokenize([source], tokenizer, tmp_path / "out", eos="c")
+    assert index.eos_id == WORDS.index("c")
+    assert AutoTokenizer.from_pretrained(tmp_path / "out").eos_token == "c"
+    named = json.loads((tmp_path / "out" / "special_tokens_map.json").read_text())
+    assert named == {"eos_token": "c"}
+
+
+def test_every_companion_is_kept(tmp_path: Path) -> None:
+    source = write_lines(tmp_path / "a.jsonl", ["a"])
+    tokenizer = word_tokenizer(tmp_path / "tok", eos_token=EOS)
+    contents = {
+        "special_tokens_map.json": '{"eos_token": "<|endoftext|>"}',
+        "chat_template.jinja": "{{ messages }}",
+        "chat_template.json": '{"chat_template": ""}',
+        "additional_chat_templates/tool_use.jinja": "{{ tools }}",
+        "tokenizer.model": "as it is",
+    }
+    for name, content in contents.items():
+        (tokenizer / name).parent.mkdir(exist_ok=True)
+        (tokenizer / name).write_text(content)
+    index = tokenize([source], tokenizer, tmp_path / "out")
+    assert set(index.tokenizer) == {*contents, "tokenizer.json", "tokenizer_config.json"}
+    for name, content in contents.items():
+        assert (tmp_path / "out" / name).read_text() == content
+
+
+@pytest.mark.parametrize("named", ["directory", "file"])
+def test_a_tokenizer_model_alone(named: str, tmp_path: Path) -> None:
+    """The ids are SentencePiece's, and the directory has what other programs need."""
+    texts = ["The quick brown fox", "Größe 12"]
+    source = write_lines(tmp_path / "a.jsonl", texts)
+    model = tmp_path / "tok" / "tokenizer.model"
+    model.parent.mkdir()
+    model.write_bytes(sentencepiece_model())
+    given = model if named == "file" else model.parent
+    out = tmp_path / "out"
+    index = tokenize([source], given, out, validation_fraction=0)
+    theirs = sentencepiece.SentencePieceProcessor(model_proto=sentencepiece_model())
+    assert (index.bos_id, index.eos_id) == (theirs.bos_id(), theirs.eos_id())
+    assert documents_of(open_tokens(out, "train")) == [
+        [theirs.bos_id(), *theirs.encode(text), theirs.eos_id()] for text in texts
+    ]
+    assert {"tokenizer.json", "tokenizer.model", "tokenizer_config.json"} <= {*index.tokenizer}
+    assert (out / "tokenizer.model").read_bytes() == sentencepiece_model()
+    require_same_tokenizer(model.parent, out)
+    loaded = AutoTokenizer.from_pretrained(out)
+    assert loaded(texts[0])["input_ids"] == [theirs.bos_id(), *theirs.encode(texts[0])]
+    assert (loaded.bos_token_id, loaded.eos_token_id) == (index.bos_id, index.eos_id)
+
+
+@pytest.mark.parametrize(
+    ("texts", "fraction", "split"),
+    [
+        (["a"], 0.5, None),
+        (["a", "b"], 1e-9, "validation"),
+        (["a", "b", "c", "d"], 1 - 1e-12, "train"),
+    ],
+)
+def test_an_empty_split_is_told_with_the_fraction_that_fills_it(
+    texts: list[str], fraction: float, split: str | None, tmp_path: Path
+) -> None:
+    source = write_lines(tmp_path / "a.jsonl", texts)
+    tokenizer, lines = word_tokenizer(tmp_path / "tok"), []
+    tokenize([source], tokenizer, tmp_path / "out", validation_fraction=fraction, note=lines.append)
+    (line,) = lines
+    if split is None:
+        assert line.endswith("; one document cannot be divided: tokenize more of them")
+        return
+    assert line.startswith(f"{split}: found no document, expected at least one")
+    assert ("--evaluation.every 0" in line) == (split == "validation")
+    suggested = float(line.split("--validation-fraction ")[1].split()[0])
+    tokenize(
+        [source], tokenizer, tmp_path / "again", validation_fraction=suggested, note=lines.append
+    )
+    assert lines == [line]
+    tokenize([source], tokenizer, tmp_path / "none", validation_fraction=0, note=lines.append)
+    assert lines == [line]  # none was wanted
