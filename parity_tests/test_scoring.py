@@ -191,7 +191,7 @@ def harness_pair(encode: Any, context: str, continuation: str) -> tuple[list[int
 def harness_windows(
     tokens: list[int], prefix: int, length: int
 ) -> list[tuple[list[int], list[int]]]:
-    """get_rolling_token_windows with a context of one, then make_disjoint_window, from their definitions."""
+    """get_rolling_token_windows (context_len 1), then make_disjoint_window, from their definitions."""
     size = min(length, len(tokens))
     windows = [([prefix, *tokens[: size - 1]], tokens[:size])]
     done = size
@@ -301,8 +301,8 @@ def test_truncation_and_padding_are_not_heeded() -> None:
 
 def test_the_prefix_token_is_bos_or_else_eos() -> None:
     for ids, expected in (
-        (dict(bos_token_id=4, eos_token_id=5), 4),
-        (dict(eos_token_id=[6, 5]), 6),
+        ({"bos_token_id": 4, "eos_token_id": 5}, 4),
+        ({"eos_token_id": [6, 5]}, 6),
     ):
         assert prefix_token(LlamaConfig(**{"bos_token_id": None, **ids})) == expected
     assert prefix_token(LlamaConfig(bos_token_id=None, eos_token_id=None)) is None
