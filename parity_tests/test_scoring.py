@@ -1,6 +1,7 @@
 """Log-probabilities of given tokens: exact, as good as PyTorch's, and the same in any company."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -442,3 +443,18 @@ def test_a_file_of_nonsense(
 def test_score_with_no_directory(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert score(tmp_path / "absent", "--text", "a b") == 2
     assert "no such directory, expected a Hugging Face checkpoint" in capsys.readouterr().err
+
+
+def test_an_appended_end_of_text_is_not_scored(
+    directory: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(directory, copy)
+    tokenizer = Tokenizer.from_file(str(copy / "tokenizer.json"))
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A <unk>", special_tokens=[("<s>", 1), ("<unk>", 0)]
+    )
+    tokenizer.save(str(copy / "tokenizer.json"))
+    for flags in ([], ["--rolling"], ["--context", "the capital"]):
+        assert score(copy, "--text", " of France", "--json", *flags) == 0
+        assert json.loads(capsys.readouterr().out)["tokens"] == ["of", "France"]
