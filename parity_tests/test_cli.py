@@ -94,6 +94,35 @@ def test_a_stop_string_ends_and_is_left_out(directory, capsys):
     assert row["finish_reason"] == "stop"
 
 
+def test_json_has_the_tokens(directory, capsys):
+    assert generate(directory, "--max-new-tokens", "4", "--json") == 0
+    row = json.loads(capsys.readouterr().out)
+    assert row["prompt_ids"] == [1, 2, 3, 4, 5]
+    assert row["new_tokens"] == len(row["ids"]) == 4
+    assert row["text"].split() == [["<unk>", *WORDS][token] for token in row["ids"]]
+    # the token that ends the text is one of them
+    arguments = ("--max-new-tokens", "4", "--json", "--stop-id", str(row["ids"][0]))
+    assert generate(directory, *arguments) == 0
+    ended = json.loads(capsys.readouterr().out)
+    assert (ended["ids"], ended["text"], ended["finish_reason"]) == (row["ids"][:1], "", "stop")
+
+
+def test_a_stop_string_may_be_a_special_token(directory, tmp_path, capsys):
+    assert generate(directory, "--max-new-tokens", "6", "--json") == 0
+    ids = json.loads(capsys.readouterr().out)["ids"]
+    copy = copy_of(directory, tmp_path)
+    tokenizer = Tokenizer.from_file(str(copy / "tokenizer.json"))
+    word = tokenizer.id_to_token(ids[2])
+    tokenizer.add_special_tokens([word])
+    tokenizer.save(str(copy / "tokenizer.json"))
+    assert generate(copy, "--max-new-tokens", "6", "--json", "--stop", word) == 0
+    row = json.loads(capsys.readouterr().out)
+    assert (row["ids"], row["finish_reason"]) == (ids[: ids.index(ids[2]) + 1], "stop")
+    assert word not in row["text"]
+    assert generate(copy, "--stop", "") == 2
+    assert "--stop: found an empty text" in error_line(capsys)
+
+
 def test_a_seed_draws_the_same_again(directory, capsys):
     def draw(seed: str) -> str:
         assert generate(directory, "--temperature", "2", "--seed", seed) == 0

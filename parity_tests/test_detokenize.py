@@ -65,8 +65,8 @@ def with_special(request, tokenizer) -> Tokenizer:
     if request.param == "bytes":
         made = Tokenizer.from_str(tokenizer.to_str())
     else:
-        pieces = ["<0x0A>", "<0xE0>", "<0xB9>", "<0x84>", "▁", *"abcdone.", "▁the"]
-        made = Tokenizer(models.Unigram([(p, -1.0) for p in dict.fromkeys(pieces)], None, True))
+        pieces = ["<unk>", *(f"<0x{byte:02X}>" for byte in range(256)), "▁", *"abcdone.", "▁the"]
+        made = Tokenizer(models.Unigram([(p, -1.0) for p in dict.fromkeys(pieces)], 0, True))
         made.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="never")
         made.decoder = decoders.Sequence(
             [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]

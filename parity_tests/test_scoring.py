@@ -1,6 +1,7 @@
 """Log-probabilities of given tokens: exact, as good as PyTorch's, and the same in any company."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -191,7 +192,7 @@ def harness_pair(encode: Any, context: str, continuation: str) -> tuple[list[int
 def harness_windows(
     tokens: list[int], prefix: int, length: int
 ) -> list[tuple[list[int], list[int]]]:
-    """get_rolling_token_windows with a context of one, then make_disjoint_window, from their definitions."""
+    """get_rolling_token_windows (context_len 1), then make_disjoint_window, from their definitions."""
     size = min(length, len(tokens))
     windows = [([prefix, *tokens[: size - 1]], tokens[:size])]
     done = size
@@ -301,8 +302,8 @@ def test_truncation_and_padding_are_not_heeded() -> None:
 
 def test_the_prefix_token_is_bos_or_else_eos() -> None:
     for ids, expected in (
-        (dict(bos_token_id=4, eos_token_id=5), 4),
-        (dict(eos_token_id=[6, 5]), 6),
+        ({"bos_token_id": 4, "eos_token_id": 5}, 4),
+        ({"eos_token_id": [6, 5]}, 6),
     ):
         assert prefix_token(LlamaConfig(**{"bos_token_id": None, **ids})) == expected
     assert prefix_token(LlamaConfig(bos_token_id=None, eos_token_id=None)) is None
@@ -442,3 +443,18 @@ def test_a_file_of_nonsense(
 def test_score_with_no_directory(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert score(tmp_path / "absent", "--text", "a b") == 2
     assert "no such directory, expected a Hugging Face checkpoint" in capsys.readouterr().err
+
+
+def test_an_appended_end_of_text_is_not_scored(
+    directory: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(directory, copy)
+    tokenizer = Tokenizer.from_file(str(copy / "tokenizer.json"))
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A <unk>", special_tokens=[("<s>", 1), ("<unk>", 0)]
+    )
+    tokenizer.save(str(copy / "tokenizer.json"))
+    for flags in ([], ["--rolling"], ["--context", "the capital"]):
+        assert score(copy, "--text", " of France", "--json", *flags) == 0
+        assert json.loads(capsys.readouterr().out)["tokens"] == ["of", "France"]
