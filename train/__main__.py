@@ -235,6 +235,7 @@ def tokenize(
             identified=lambda count: progress.advance(bar, count),
             note=notes.append,
         )
+        progress.update(bar, completed=2 * total)
     for split, shards in index.splits.items():
         documents, tokens = sum(s.documents for s in shards), sum(s.tokens for s in shards)
         _CONSOLE.print(f"{split}: {tokens:,} tokens of {documents:,} documents")

@@ -1,5 +1,6 @@
 """Whether a run may have another number of steps than it was begun with."""
 
+import jax.numpy as jnp
 import numpy as np
 
 from train.config import RunOptions
@@ -45,4 +46,4 @@ def _rates(options: RunOptions, done: int) -> np.ndarray:
         final_fraction=optimizer.final_fraction,
         decay_fraction=optimizer.decay_fraction,
     )
-    return np.asarray(schedule(np.arange(done)))
+    return np.asarray(schedule(jnp.arange(done)))

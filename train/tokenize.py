@@ -37,9 +37,9 @@ from train.token_shards import (
 
 T = TypeVar("T")
 
-_CONFIG = "tokenizer_config.json"
+_CONFIG, _MAP = "tokenizer_config.json", "special_tokens_map.json"
 # what besides tokenizer.json or tokenizer.model changes which ids a text has
-_ALSO_TOKENIZER = ("added_tokens.json", "special_tokens_map.json", "tokenizer_config.json")
+_ALSO_TOKENIZER = ("added_tokens.json", _MAP, _CONFIG)
 
 _DIGITS = 16  # of a SHA-256 in the index
 
@@ -272,16 +272,15 @@ def _keep_tokenizer(
             "clean_up_tokenization_spaces": False,
         }
         _write_json(out / _CONFIG, config | _named_tokens(out, plain, special))
-    elif eos is not None:
-        for name in (_CONFIG, "special_tokens_map.json"):
-            if (out / name).exists():
-                _write_json(out / name, read_json_object(out / name) | {"eos_token": eos})
+    for name in (_CONFIG, _MAP) if eos is not None else ():
+        if (out / name).exists():
+            _write_json(out / name, read_json_object(out / name) | {"eos_token": eos})
     return list(companion_files(out, generation=False))
 
 
 def _named_tokens(out: Path, plain: str, special: SpecialIds) -> dict[str, Any]:
     """The special tokens of a tokenizer_config.json that nobody has written."""
-    path = out / "special_tokens_map.json"
+    path = out / _MAP
     named = read_json_object(path) if path.exists() else {}
     encoder = Tokenizer.from_str(plain)
     for name, token in model_ids(special).items():
@@ -299,8 +298,8 @@ def _write_json(path: Path, fields: dict[str, Any]) -> None:
 def _digest_of_tokenizer(tokenizer: Path, tokenizer_only: bool) -> str:
     """Of what decides which ids a text has; of tokenizer.json alone in an index of version 1."""
     home = tokenizer.parent if tokenizer.is_file() else tokenizer
-    main = ("tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt")
-    main = main[:1] if tokenizer_only else main
+    others = () if tokenizer_only else ("tokenizer.model", "vocab.json", "merges.txt")
+    main = ("tokenizer.json", *others)
     files = [tokenizer] if tokenizer.is_file() else [home / name for name in main]
     digest = hashlib.sha256()
     for path in files:

@@ -408,7 +408,7 @@ def test_a_run_that_is_running_is_not_resumed(run: Path, tmp_path: Path, capfd: 
     assert "all 12 steps are done already" in capfd.readouterr().err
 
 
-@pytest.mark.parametrize("schedule", ["constant", "wsd"])
+@pytest.mark.parametrize("schedule", ["constant", pytest.param("wsd", marks=pytest.mark.slow)])
 def test_more_steps_are_as_if_asked_for_at_first(
     schedule: str, tiny: Tiny, tmp_path: Path, capfd: Any
 ) -> None:

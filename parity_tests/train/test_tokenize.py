@@ -536,9 +536,10 @@ def ids_of_text(bos: bool) -> list[int]:
     return ids("<s> a b" if bos else "a b")
 
 
-def test_a_named_end_is_in_the_tokenizers_files(tmp_path: Path) -> None:
+@pytest.mark.parametrize("config", [{}, {"eos_token": EOS, "pad_token": "d"}], ids=["map", "both"])
+def test_a_named_end_is_in_the_tokenizers_files(config: dict[str, str], tmp_path: Path) -> None:
     source = write_lines(tmp_path / "a.jsonl", ["a"])
-    tokenizer = word_tokenizer(tmp_path / "tok", eos_token=EOS, pad_token="d")
+    tokenizer = word_tokenizer(tmp_path / "tok", **config)
     (tokenizer / "special_tokens_map.json").write_text(json.dumps({"eos_token": EOS}))
     index = tokenize([source], tokenizer, tmp_path / "out", eos="c")
     assert index.eos_id == WORDS.index("c")
