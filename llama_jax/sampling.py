@@ -140,6 +140,7 @@ def filtered(
         assert seen is not None
         logits = repetition_filter(logits, seen, number(sampling.repetition_penalty))
     for process in sampling.processors:
+        assert input_ids is not None
         logits = process(input_ids, logits, lengths)
     if sampling.temperature is not None:
         logits = temperature_filter(logits, number(sampling.temperature))

@@ -8,6 +8,9 @@ from flax import nnx
 
 from llama_jax import LlamaConfig, LlamaForCausalLM, LlamaForTokenClassification
 
+# of the heads that the directory has not
+pytestmark = pytest.mark.filterwarnings("ignore:.*newly initialised")
+
 TINY = LlamaConfig(
     vocab_size=11,
     hidden_size=8,
