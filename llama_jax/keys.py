@@ -8,6 +8,8 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Key
 
+from llama_jax.scalars import is_integer, plain_number
+
 
 def as_key(name: str, key: Any) -> Key[Array, ""] | None:
     """One typed key, or None.
@@ -29,7 +31,8 @@ def as_key(name: str, key: Any) -> Key[Array, ""] | None:
     if isinstance(key, np.ndarray | jax.Array) and (key.dtype, key.shape) == (raw.dtype, raw.shape):
         return jax.random.wrap_key_data(jnp.asarray(key))
     shown = f"{key.dtype}{list(key.shape)}" if hasattr(key, "dtype") and key.shape else repr(key)
-    seed = int(key) if isinstance(key, int | np.integer) and not isinstance(key, bool) else 0
+    number = plain_number(key)
+    seed = number if is_integer(number) else 0
     raise ValueError(f"{name}: found {shown}, expected a PRNG key such as jax.random.key({seed})")
 
 

@@ -7,6 +7,7 @@ a transpose. `stack` is the leading shape of stacked layers, () for a single one
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -28,7 +29,7 @@ Initializer = Callable[[jax.Array, tuple[int, ...], jnp.dtype], jax.Array]
 
 
 def parameter(
-    rngs: nnx.Rngs,
+    rngs: Any,  # checked here, with an error of its own
     shape: tuple[int, ...],
     axes: tuple[str, ...],
     init: Initializer,

@@ -122,10 +122,10 @@ def _cpu_einsum(spec: str, a: Array, b: Array, dtype: DTypeLike) -> Array:
     first = jnp.transpose(a, [of_a.index(letter) for letter in to_a])
     second = jnp.transpose(b, [of_b.index(letter) for letter in to_b])
     first, second = jax.lax.optimization_barrier((first, second))
-    contracted = [[of.index(letter) for letter in depths] for of in (to_a, to_b)]
+    in_a, in_b = ([of.index(letter) for letter in depths] for of in (to_a, to_b))
     leading = list(range(len(batch)))
     product = jax.lax.dot_general(
-        first, second, (contracted, (leading, leading)), preferred_element_type=dtype
+        first, second, ((in_a, in_b), (leading, leading)), preferred_element_type=dtype
     )
     product = jax.lax.optimization_barrier(product)
     to_out = "".join(batch + of_rows + of_columns)

@@ -15,8 +15,8 @@ from llama_jax.scalars import is_integer, is_number, plain_number
 
 # (input_ids [batch, slots], logits [batch, vocab], lengths [batch]) -> logits [batch, vocab]. The tokens
 # of row r so far, prompt first, are input_ids[r, : lengths[r]]: no padding of the prompt is among them, and
-# what lies beyond means nothing. Shapes are static and may be larger than asked for; lengths are traced. A row
-# that has ended goes on with padding tokens, as in transformers.
+# what lies beyond means nothing. Shapes are static and may be larger than asked for; lengths are traced. A
+# row that has ended goes on with padding tokens, as in transformers.
 LogitsProcessor = Callable[[Array, Array, Array], Array]
 
 
@@ -140,6 +140,7 @@ def filtered(
         assert seen is not None
         logits = repetition_filter(logits, seen, number(sampling.repetition_penalty))
     for process in sampling.processors:
+        assert input_ids is not None
         logits = process(input_ids, logits, lengths)
     if sampling.temperature is not None:
         logits = temperature_filter(logits, number(sampling.temperature))

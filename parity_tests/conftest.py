@@ -1,4 +1,4 @@
-"""Settings of the whole suite: strict promotion of dtypes and ranks, checked shapes, one thread of torch, JAX on the CPU.
+"""Settings of the whole suite: strict promotion, checked shapes, one thread of torch, JAX on the CPU.
 
 `--mutation NAME` breaks the library in one of the ways of `mutations.py` for the whole session. The
 suite must then go red; `test_mutations.py` proves it for each of them.

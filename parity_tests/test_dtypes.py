@@ -1,8 +1,9 @@
-"""Every path in every dtype, grouping of heads and batch size, against the float32 model of the same weights.
+"""Every path in every dtype, grouping of heads and batch size, against float32 on the same weights.
 
 The default tests hold one of each kind; `make test-all` runs the whole product.
 """
 
+import dataclasses
 import itertools
 from functools import cache
 
@@ -107,8 +108,6 @@ def generates(dtype, heads, batch, stacked, cache_dtype, monkeypatch, head_dim=8
         ("bfloat16", "gqa", 3, False, "bfloat16"),
         ("bfloat16", "gqa", 3, True, "int8"),
         ("float16", "gqa", 3, False, "float16"),
-        ("bfloat16", "mqa", 3, False, "float32"),
-        ("float32", "mha", 1, False, "bfloat16"),
     ],
 )
 def test_generation(dtype, heads, batch, stacked, cache_dtype, monkeypatch):
@@ -146,43 +145,35 @@ def test_generation_of_odd_heads(dtype, head_dim, monkeypatch):
 
 
 EVERY = [
-    pytest.param(
-        dtype,
-        heads,
-        marks=() if (dtype, heads) == ("bfloat16", "gqa") else pytest.mark.slow,
-    )
-    for dtype in DTYPES
-    for heads in KV_HEADS
+    pytest.param(*kind, marks=() if kind == ("bfloat16", "gqa", 3, "plain") else pytest.mark.slow)
+    for kind in itertools.product(DTYPES, KV_HEADS, (1, 3), ("plain", "blocked"))
 ]
 
 
-@pytest.mark.parametrize(("dtype", "heads"), EVERY)
-def test_logits_score_and_training(dtype, heads):
+@pytest.mark.parametrize(("dtype", "heads", "batch", "implementation"), EVERY)
+def test_logits_score_and_training(dtype, heads, batch, implementation):
     model, reference = models(dtype, heads)
     bar = BARS[dtype]
-    for batch in (1, 3):
-        ids, mask = prompt_of(batch, 11)
-        kept = mask[..., None] > 0
-        ours, expected = (np.asarray(forward(m, ids, mask), np.float32) for m in (model, reference))
-        assert np.abs((ours - expected) * kept).max() <= bar * np.abs(expected).max()
-    for ours, expected in zip(
-        *(token_scores(m, ids.tolist()) for m in (model, reference)), strict=True
-    ):
+    ids, mask = prompt_of(batch, 11)
+    kept = mask[..., None] > 0
+    ours, expected = (np.asarray(forward(m, ids, mask), np.float32) for m in (model, reference))
+    assert np.abs((ours - expected) * kept).max() <= bar * np.abs(expected).max()
+    scores = (token_scores(m, ids.tolist()) for m in (model, reference))
+    for ours, expected in zip(*scores, strict=True):
         np.testing.assert_allclose(ours.log_probs, expected.log_probs, rtol=bar, atol=bar * 3)
 
-    for implementation in ("plain", "blocked"):
-        step = jax.jit(
-            jax.value_and_grad(
-                lambda m, i=implementation: m(ids, labels=ids, attention_implementation=i).loss
-            )
-        )
-        (loss, gradient), (expected_loss, expected_gradient) = step(model), step(reference)
-        assert loss.dtype == jnp.float32
-        assert abs(loss - expected_loss) <= bar * expected_loss
-        for part, want in zip(*map(jax.tree.leaves, (gradient, expected_gradient)), strict=True):
-            assert part.dtype == jnp.dtype(dtype)
-            scale = float(jnp.max(jnp.abs(want)))
-            assert float(jnp.max(jnp.abs(part.astype(jnp.float32) - want))) <= 2 * bar * scale
+    @jax.jit
+    @jax.value_and_grad
+    def step(model):
+        return model(ids, labels=ids, attention_implementation=implementation).loss
+
+    (loss, gradient), (expected_loss, expected_gradient) = step(model), step(reference)
+    assert loss.dtype == jnp.float32
+    assert abs(loss - expected_loss) <= bar * expected_loss
+    for part, want in zip(*map(jax.tree.leaves, (gradient, expected_gradient)), strict=True):
+        assert part.dtype == jnp.dtype(dtype)
+        scale = float(jnp.max(jnp.abs(want)))
+        assert float(jnp.max(jnp.abs(part.astype(jnp.float32) - want))) <= 2 * bar * scale
 
 
 TASKS = {
@@ -199,9 +190,18 @@ TASKS = {
     "dtype",
     ["bfloat16", *(pytest.param(d, marks=pytest.mark.slow) for d in ("float32", "float16"))],
 )
-@pytest.mark.parametrize("task", TASKS, ids=lambda task: task.__name__)
+@pytest.mark.parametrize(
+    "task",
+    [
+        LlamaForSequenceClassification,
+        pytest.param(LlamaForTokenClassification, marks=pytest.mark.slow),
+        pytest.param(LlamaForQuestionAnswering, marks=pytest.mark.slow),
+    ],
+    ids=lambda task: task.__name__,
+)
 def test_task_heads(dtype, task):
-    model = task(config_of("gqa"), rngs=nnx.Rngs(0), dtype=jnp.dtype(dtype))
+    config = dataclasses.replace(config_of("gqa"), num_hidden_layers=1)
+    model = task(config, rngs=nnx.Rngs(0), dtype=jnp.dtype(dtype))
     ids, _ = prompt_of(3)
     step = jax.jit(jax.value_and_grad(lambda m: m(ids, **TASKS[task](ids)).loss))
     (loss, gradient), (want, want_gradient) = step(model), step(widened(model))
@@ -209,12 +209,19 @@ def test_task_heads(dtype, task):
     for part, expected in zip(*map(jax.tree.leaves, (gradient, want_gradient)), strict=True):
         scale = float(jnp.max(jnp.abs(expected)))
         difference = jnp.max(jnp.abs(part.astype(jnp.float32) - expected))
-        assert float(difference) <= 2 * BARS[dtype] * scale
+        # the bias of question answering has no gradient but rounding
+        assert float(difference) <= 2 * BARS[dtype] * scale + 1e-6
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("name", ["default", "normalized"])
-@pytest.mark.parametrize("implementation", ["default", "fused_linear"])
+@pytest.mark.parametrize(
+    ("dtype", "name", "implementation"),
+    [
+        pytest.param(*kind, marks=() if number == 4 else pytest.mark.slow)
+        for number, kind in enumerate(
+            itertools.product(DTYPES, ("default", "normalized"), ("default", "fused_linear"))
+        )
+    ],
+)
 def test_language_model_heads(dtype, name, implementation):
     config = LMHeadConfig(name=name, dtype=dtype, loss_implementation=implementation)
     head = config.build(d_model=24, vocab_size=VOCAB, rngs=nnx.Rngs(0), stddev=0.2)
