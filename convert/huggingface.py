@@ -32,7 +32,6 @@ from llama_jax.hf import (
     read_index,
     read_rows,
     report,
-    tied_faults,
 )
 from llama_jax.safetensors_read import FLOAT_DTYPES, StoredTensor, read_tensor
 from llama_jax.safetensors_write import INDEX_FILE, SINGLE_FILE, TensorSpec, write_safetensors
@@ -65,9 +64,9 @@ def read(path: Path, *, tokenizer: bool = True) -> Checkpoint:
     require_inside(path, "config.json")
     config = LlamaConfig.from_pretrained(path)
     weights, load, rows, notes = _open(path)
-    found = fit(LlamaForCausalLM, config, weights, path, "float32")
-    if faults := found.faults or tied_faults(found, rows):
-        raise ValueError(report(str(path), faults))
+    found = fit(LlamaForCausalLM, config, weights, path, "float32", rows)
+    if found.faults:
+        raise ValueError(report(str(path), found.faults))
     stored = {name: found.stored[name] for name in found.table}
     specs = tuple(
         TensorSpec(name, FLOAT_DTYPES[tensor.dtype], tensor.shape)

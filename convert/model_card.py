@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,9 @@ def card_facts(directory: Path) -> tuple[dict[str, Any], list[str]]:
     if not path.is_file():
         return {}, []
     require_inside(directory, FILE)
+    logging.getLogger("metadata").setLevel(
+        logging.CRITICAL
+    )  # the library's: the note below says it
     try:
         if path.stat().st_size > _MAX_BYTES:
             raise ValueError(f"larger than {_MAX_BYTES} bytes")

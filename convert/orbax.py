@@ -37,7 +37,7 @@ from llama_jax.arguments import first_line
 from llama_jax.causal_lm import LlamaForCausalLM
 from llama_jax.config import LlamaConfig, read_json_object
 from llama_jax.fingerprint import fingerprint
-from llama_jax.hf import Weights, fit, ignored_note, report, tied_faults, widest
+from llama_jax.hf import Weights, fit, ignored_note, report, widest
 from llama_jax.orbax_directory import PARAMS, is_orbax, locate, quiet_orbax
 from llama_jax.safetensors_read import FLOAT_DTYPES, StoredTensor, read_tensor
 from llama_jax.safetensors_write import DTYPE_NAMES as STORED_NAMES
@@ -93,9 +93,6 @@ def read(path: Path, *, tokenizer: bool = True) -> Checkpoint:
             file = params / leaf / _chunk_name(layer, store.ndim) if plain else params
             stored[name] = StoredTensor(file, name, dtype, shape, 0, nbytes)
             places[name] = leaf, layer if after else None
-    found = fit(LlamaForCausalLM, config, Weights(stored, faults, excused), path, "float32")
-    if found.faults:
-        raise ValueError(report(str(path), found.faults))
 
     held: dict[str, np.ndarray] = {}  # the one stack whose chunks span several layers
     expected = _fingerprints(params, list(stores))
@@ -128,10 +125,6 @@ def read(path: Path, *, tokenizer: bool = True) -> Checkpoint:
                 )
         return values
 
-    specs = tuple(
-        TensorSpec(name, FLOAT_DTYPES[stored[name].dtype], stored[name].shape)
-        for name in found.table
-    )
     whole: dict[str, np.ndarray] = {}
 
     def rows(tensor: StoredTensor, start: int, stop: int) -> np.ndarray:
@@ -139,9 +132,15 @@ def read(path: Path, *, tokenizer: bool = True) -> Checkpoint:
             whole[tensor.name] = load(tensor.name)
         return whole[tensor.name][start:stop]
 
-    if faults := tied_faults(found, rows):
-        raise ValueError(report(str(path), faults))
+    weights = Weights(stored, faults, excused)
+    found = fit(LlamaForCausalLM, config, weights, path, "float32", rows)
     whole.clear()
+    if found.faults:
+        raise ValueError(report(str(path), found.faults))
+    specs = tuple(
+        TensorSpec(name, FLOAT_DTYPES[tensor.dtype], tensor.shape)
+        for name, tensor in ((name, found.stored[name]) for name in found.table)
+    )
     facts, notes = card_facts(home)
     if config.ignored:
         notes.append(ignored_note(config))
@@ -151,7 +150,7 @@ def read(path: Path, *, tokenizer: bool = True) -> Checkpoint:
         format=f"{TITLE}, {params.relative_to(home)}",
         config=config.to_dict() | {"architectures": ["LlamaForCausalLM"]},
         tensors=specs,
-        load=load,
+        load=lambda name: load(found.stored[name].name),
         dtype=common_dtype(specs),
         files=read_companions(home, tokenizer=tokenizer),
         facts=stored_facts(list(stored.values()))

@@ -170,8 +170,6 @@ def load(
     workers = min(8, os.cpu_count() or 1)
     with ThreadPoolExecutor(workers) as pool:
         faults += filter(None, pool.map(read, [name for name in stored if name in table]))
-    if not faults:
-        faults += tied_faults(match)
     if faults:
         raise ValueError(report(f"{directory}: {len(faults)} faults", faults))
     warn_ignored(config, directory)
@@ -204,7 +202,6 @@ def load_params(
     config = LlamaConfig.from_pretrained(directory)
     match = fit(model_class, config, open_weights(directory), directory, dtype)
     faults = [*match.faults, *(f"{name}: missing" for name in match.new)]
-    faults = faults or tied_faults(match)
     if faults:
         raise ValueError(report(f"{directory}: {len(faults)} faults", faults))
     warn_ignored(config, directory)
@@ -304,6 +301,10 @@ class Fit:
     wrappers: str = ""
 
 
+# reads part of a tensor as it is stored: rows(tensor, start, stop)
+Rows = Callable[[StoredTensor, int, int], np.ndarray]
+
+
 class Weights(NamedTuple):
     """The tensors of a directory's weight files by name, what is wrong with the files, and the names
     that the faulty files would have held (not to be called missing a second time)."""
@@ -319,11 +320,15 @@ def fit(
     weights: Weights,
     directory: Path,
     dtype: Any = None,
+    rows: Rows | None = None,
 ) -> Fit:
-    """Lay a directory's tensors beside the model of `config`; no values are read.
+    """Lay a directory's tensors beside the model of `config`: the check that every reader shares.
+
+    No values are read, but of a tied head that is stored as well.
 
     Args:
         dtype: of the model; None keeps the stored one (the widest, where several are mixed).
+        rows: what reads part of a tensor; None is for safetensors.
 
     Raises:
         ValueError: an unknown dtype, or more layers than there are tensors. All other faults are returned.
@@ -384,39 +389,29 @@ def fit(
             faults.append(f"{name}: found dtype {found}, expected {expected}")
     if len(faults) > 1 and (prefix := _prefix_of_some(stored, table)):
         faults.insert(0, f"some names begin with {prefix!r} and others do not")
+    if tied is not None and not faults:
+        faults += _compare_tied(tied, stored[embedding], rows or read_rows)
     return Fit(dtype, abstract, table, stored, embedding, tied, new, faults, wrappers)
-
-
-Rows = Callable[[StoredTensor, int, int], np.ndarray]
 
 
 def read_rows(tensor: StoredTensor, start: int, stop: int) -> np.ndarray:
     """Rows of a tensor in a safetensors file, in the dtype in which they are stored."""
+    stop = min(stop, tensor.shape[0])
     values = np.empty((stop - start, *tensor.shape[1:]), FLOAT_DTYPES[tensor.dtype])
     read_slice(tensor, (slice(start, stop), *(slice(n) for n in tensor.shape[1:])), values)
     return values
 
 
-def tied_faults(match: Fit, rows: Rows = read_rows) -> list[str]:
-    """What is wrong with the copy of a tied head, if there is one: it must be the embedding.
+def _compare_tied(head: StoredTensor, embedding: StoredTensor, rows: Rows) -> list[str]:
+    """Some exporters write the tied head as well: welcome if it is the embedding, a fault if not.
 
-    Some exporters write it as well. Values are compared as they are stored, so every reader that calls
-    this decides alike.
-
-    Args:
-        rows: what reads part of a tensor, `rows(tensor, start, stop)`.
+    Values are compared as they are stored, so that every reader decides alike.
     """
-    if match.tied is None:
-        return []
-    head, embedding = match.tied, match.stored[match.embedding]
-    same = head.shape == embedding.shape and len(head.shape) == 2
+    same = head.shape == embedding.shape
     if same:
-        row = head.shape[1] * 8
-        step = max(1, _COMPARED_BYTES // max(row, 1))
+        step = max(1, _COMPARED_BYTES // max(head.shape[-1] * 8, 1))
         same = all(
-            equal(
-                *(rows(each, start, min(start + step, head.shape[0])) for each in (head, embedding))
-            )
+            equal(rows(head, start, start + step), rows(embedding, start, start + step))
             for start in range(0, head.shape[0], step)
         )
     return [] if same else [OTHER_HEAD]

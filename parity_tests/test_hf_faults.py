@@ -168,7 +168,18 @@ def test_a_tensor_in_two_shards(sharded):
 
 
 @pytest.mark.parametrize(
-    "place", ["../outside.safetensors", "/etc/passwd", "a/b.safetensors", ".."]
+    "place",
+    [
+        "../outside.safetensors",
+        "/etc/passwd",
+        "a/b.safetensors",
+        "..",
+        "a\0b",
+        "\ud800",
+        None,
+        [],
+        {},
+    ],
 )
 def test_an_index_that_leaves_the_directory(sharded, place):
     index = json.loads((sharded / INDEX).read_text())
