@@ -12,6 +12,7 @@ from convert.gguf_tokenizer import tokenizer_files
 from convert.gguf_write_sentencepiece import open_sentencepiece
 from convert.gguf_write_special import refusal
 from llama_jax.config import LlamaConfig
+from llama_jax.tokenizer import read_tokenizer
 
 _TRIALS = [
     *("", "a", " ", "  ", " a", "   a", "a   ", "Hello, world!", "\n", "\n\n a\t\tb\r\n \r\n"),
@@ -53,9 +54,7 @@ def require_same_ids(
     if pieces is not None:
         expected = {text: pieces.encode(text) for text in _TRIALS}
     else:
-        original = Tokenizer.from_str(files["tokenizer.json"].decode())
-        original.no_truncation()
-        original.no_padding()
+        original = read_tokenizer(files, as_written=True)
         trials = _TRIALS + [f"a {token} b{token}{token}  c\n{token}" for token in added]
         expected = {text: original.encode(text).ids for text in trials}
     for text, ids in expected.items():

@@ -10,16 +10,16 @@ import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from convert.gguf_write_special import json_file, refusal
+from convert.gguf_write_special import refusal
+from llama_jax.tokenizer import read_tokenizer
 from llama_jax.tokenizer_sentencepiece import (
-    BYTE,
     CONTROL,
     NORMAL,
     SPACE,
-    UNKNOWN,
     UNUSED,
     USER_DEFINED,
     merges_from_scores,
+    read_model,
 )
 
 _ADDED_SCORE = -1000.0  # llama.cpp's converter gives it to tokens that SentencePiece does not know
@@ -78,33 +78,24 @@ def sentencepiece_metadata(pieces: Any, files: Mapping[str, bytes], rows: int) -
     Args:
         rows: of the embedding; ids without a token are padding.
     """
-    size = pieces.vocab_size()
-
-    def type_(i: int) -> int:
-        kinds = {
-            UNKNOWN: pieces.is_unknown,
-            CONTROL: pieces.is_control,
-            UNUSED: pieces.is_unused,
-            BYTE: pieces.is_byte,
-        }
-        return next((kind for kind, holds in kinds.items() if holds(i)), NORMAL)
-
-    vocabulary = {i: (pieces.id_to_piece(i), type_(i)) for i in range(size)}
-    added = json_file(files, "added_tokens.json")
-    vocabulary |= {i: (token, USER_DEFINED) for token, i in added.items()}
-    options = json_file(files, "tokenizer_config.json")
-    for i, token in options.get("added_tokens_decoder", {}).items():
-        vocabulary[int(i)] = token["content"], CONTROL if token["special"] else USER_DEFINED
+    model = read_model(files["tokenizer.model"])
+    vocabulary = dict(enumerate(zip(model.tokens, model.types, strict=True)))
+    tokenizer = read_tokenizer(files)
+    for i, token in tokenizer.get_added_tokens_decoder().items():
+        kind = CONTROL if token.special else USER_DEFINED
+        if vocabulary.get(i, ("", NORMAL))[1] in (NORMAL, USER_DEFINED):
+            vocabulary[i] = token.content, kind
     if max(vocabulary) >= rows:
         raise refusal(f"it has ids up to {max(vocabulary)}, expected less than vocab_size {rows}")
     entries = [vocabulary.get(i, (f"[PAD{i}]", UNUSED)) for i in range(rows)]
     tokens = [token for token, _ in entries]
+    around = tokenizer.encode("a").special_tokens_mask
     return {
         "tokenizer.ggml.tokens": tokens,
         "tokenizer.ggml.scores": scores_of_pieces(tokens, pieces),
         "tokenizer.ggml.token_type": [kind for _, kind in entries],
         "tokenizer.ggml.unknown_token_id": pieces.unk_id(),
         "tokenizer.ggml.add_space_prefix": pieces.encode("a", out_type=str)[0].startswith(SPACE),
-        "tokenizer.ggml.add_bos_token": options.get("add_bos_token", True),
-        "tokenizer.ggml.add_eos_token": options.get("add_eos_token", False),
+        "tokenizer.ggml.add_bos_token": around[0] == 1,
+        "tokenizer.ggml.add_eos_token": around[-1] == 1,
     }

@@ -2,23 +2,19 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
 from convert.gguf_ends import ends_by_text
+from llama_jax.chat_template import chat_templates
 from llama_jax.config import LlamaConfig
 from llama_jax.generation_config import GenerationConfig, token_ids
+from llama_jax.tokenizer import special_tokens
+from llama_jax.tokenizer_files import json_file
 
 Json = dict[str, Any]
-_TEMPLATES = "additional_chat_templates/"
-
-
-def json_file(files: Mapping[str, bytes], name: str) -> Json:
-    """The object in a file; {} where there is none."""
-    return json.loads(files[name]) if name in files else {}
 
 
 def refusal(message: str) -> ValueError:
@@ -40,15 +36,13 @@ def special_ids(
     Args:
         ids: of the tokens; empty without a vocabulary.
     """
-    named = json_file(files, "special_tokens_map.json") | json_file(files, "tokenizer_config.json")
+    named = special_tokens(files)
 
     def known(value: Any) -> bool:
         return type(value) is int and 0 <= value < config.vocab_size
 
     def token_id(name: str, otherwise: Any) -> Any:
-        token = named.get(f"{name}_token")
-        content = token.get("content") if isinstance(token, dict) else token
-        return ids.get(content, otherwise) if isinstance(content, str) else otherwise
+        return ids.get(named.get(f"{name}_token", ""), otherwise)
 
     eos = token_id("eos", next(iter(config.eos_token_ids), None))
     others = [i for i in ends_of(files, config) if known(i) and i != eos]
@@ -68,20 +62,9 @@ def special_ids(
     return {f"tokenizer.ggml.{name}_token_id": i for name, i in found.items() if known(i)}
 
 
-def chat_templates(files: Mapping[str, bytes]) -> dict[str, Any]:
-    """The default template, and others by name. A file of its own goes before tokenizer_config.json."""
-    field = json_file(files, "tokenizer_config.json").get("chat_template")
-    field = json_file(files, "chat_template.json").get("chat_template", field)
-    templates: dict[str, str] = {}
-    if isinstance(field, str):
-        templates["default"] = field
-    elif isinstance(field, list):
-        templates |= {str(each["name"]): str(each["template"]) for each in field}
-    if "chat_template.jinja" in files:
-        templates["default"] = files["chat_template.jinja"].decode()
-    for name, content in files.items():
-        if name.startswith(_TEMPLATES):
-            templates[name.removeprefix(_TEMPLATES).removesuffix(".jinja")] = content.decode()
+def template_metadata(files: Mapping[str, bytes]) -> dict[str, Any]:
+    """The chat templates: the default one, and others by name."""
+    templates = chat_templates(files)
     metadata: dict[str, Any] = {
         "tokenizer.chat_template" + ("" if name == "default" else f".{name}"): template
         for name, template in templates.items()

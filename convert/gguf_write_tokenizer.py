@@ -20,13 +20,14 @@ from convert.gguf_write_sentencepiece import (
 )
 from convert.gguf_write_special import (
     Json,
-    chat_templates,
-    json_file,
     refusal,
     sampling,
     special_ids,
+    template_metadata,
 )
 from llama_jax.config import LlamaConfig
+from llama_jax.tokenizer import read_tokenizer
+from llama_jax.tokenizer_files import json_file
 from llama_jax.tokenizer_sentencepiece import (
     BYTE,
     CONTROL,
@@ -48,7 +49,7 @@ def tokenizer_metadata(files: Mapping[str, bytes], config: LlamaConfig) -> dict[
     return {
         **vocabulary,
         **special_ids(files, config, ids),
-        **(chat_templates(files) if ids else {}),
+        **(template_metadata(files) if ids else {}),
         **sampling(files),
     }
 
@@ -65,9 +66,7 @@ def _vocabulary(files: Mapping[str, bytes], rows: int) -> dict[str, Any]:
     model = content["model"]
     if model["type"] != "BPE":
         raise refusal(f"its model is {model['type']}, expected BPE")
-    tokenizer = Tokenizer.from_str(files["tokenizer.json"].decode())
-    tokenizer.no_truncation()
-    tokenizer.no_padding()
+    tokenizer = read_tokenizer(files, as_written=True)
     tokens, types = _tokens(tokenizer, rows)
     merges = [
         (left, right)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from llama_jax.config import LlamaConfig
-from llama_jax.tokenizer import model_json
+from llama_jax.tokenizer import model_json, read_tokenizer
 from llama_jax.tokenizer_json import Json
 from llama_jax.tokenizer_sentencepiece import read_pieces
 from llama_jax.tokenizer_tiktoken import STOPS, is_tiktoken, tiktoken_model
@@ -28,7 +28,8 @@ def hugging_face_files(
         return {}, {}
     content = files[MODEL]
     try:
-        tokenizer = model_json(content)
+        release_3_0 = config.rope["rope_type"] == "default"
+        tokenizer = model_json(content, release_3_0=release_3_0)
         if (count := _count(tokenizer)) > config.vocab_size:
             raise ValueError(f"{count} tokens, expected at most vocab_size {config.vocab_size}")
     except ValueError as error:
@@ -36,7 +37,7 @@ def hugging_face_files(
     added = {token["content"]: token["id"] for token in tokenizer["added_tokens"]}
     if is_tiktoken(content):
         ids = dict(zip(("bos_token", "eos_token"), added.items(), strict=False))
-        stops = [added[token] for token in STOPS]
+        stops = [added[token] for token in STOPS if token in added]
     else:
         pieces = read_pieces(content)
         places = {"bos_token": pieces.bos, "eos_token": pieces.eos}
@@ -70,7 +71,7 @@ def metas_file(files: Mapping[str, bytes]) -> bytes | None:
     """
     if MODEL in files or "tokenizer.json" not in files:
         return files.get(MODEL)
-    return tiktoken_model(json.loads(files["tokenizer.json"]))
+    return tiktoken_model(json.loads(read_tokenizer(files).to_str()))
 
 
 def _count(tokenizer: Json) -> int:

@@ -18,35 +18,80 @@ _REFUSED = 3  # exit code of the child where the template is at fault
 def find_chat_template(directory: str | Path) -> tuple[str, dict[str, str]]:
     """The template of a Hugging Face directory, and the special tokens that it may name.
 
-    `chat_template.jinja` goes before tokenizer_config.json, as in transformers; of several, "default".
+    Of several templates the one called "default", see `chat_templates`.
+
+    Returns:
+        The template, and text by name (bos_token, ...): all the special tokens that transformers has.
 
     Raises:
-        ValueError: there is none.
+        ValueError: there is none, or none is the default; files that are damaged.
     """
-    directory = Path(directory)
-    config: dict[str, Any] = {}
-    if (path := directory / "tokenizer_config.json").is_file():
-        try:
-            config = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise ValueError(f"{path}: not valid JSON ({error})") from None
-    tokens = {}
-    for name in ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token"):
-        token = config.get(name)
-        token = token.get("content") if isinstance(token, dict) else token
-        if isinstance(token, str):
-            tokens[name] = token
-    if (path := directory / "chat_template.jinja").is_file():
-        return path.read_text(encoding="utf-8"), tokens
-    template = config.get("chat_template")
-    if isinstance(template, list):
-        template = {entry["name"]: entry["template"] for entry in template}.get("default")
-    if not isinstance(template, str):
+    from llama_jax.tokenizer import special_tokens
+    from llama_jax.tokenizer_files import read_files
+
+    files = read_files(directory)
+    try:
+        templates = chat_templates(files)
+        tokens = special_tokens(files)
+    except ValueError as error:
+        raise ValueError(f"{directory}: {error}") from None
+    if not templates:
         raise ValueError(
             f"{directory}: found no chat template, expected chat_template.jinja or one in "
             "tokenizer_config.json"
         )
-    return template, tokens
+    if "default" not in templates:
+        names = ", ".join(map(repr, sorted(templates)))
+        raise ValueError(
+            f"{directory}: found chat templates {names}, expected one called 'default'"
+        )
+    return templates["default"], tokens
+
+
+def chat_templates(files: Mapping[str, bytes]) -> dict[str, str]:
+    """The chat templates among the files of a directory, by name; a single one is called "default".
+
+    As in transformers, `chat_template.jinja` and `additional_chat_templates/NAME.jinja` go before
+    tokenizer_config.json; that goes before `chat_template.json`, which transformers has for processors.
+
+    Args:
+        files: content by relative path.
+
+    Raises:
+        ValueError: templates that are no text, or JSON that is damaged.
+    """
+    from llama_jax.tokenizer_files import CONFIG, TEMPLATE, TEMPLATES, json_file
+
+    found = {}
+    for name, content in files.items():
+        if name == TEMPLATE:
+            found["default"] = _lines(name, content)
+        elif name.startswith(f"{TEMPLATES}/") and name.endswith(".jinja"):
+            short = name.removeprefix(f"{TEMPLATES}/").removesuffix(".jinja")
+            found[short] = _lines(name, content)
+    for name in (CONFIG, "chat_template.json"):
+        field = None if found else json_file(files, name).get("chat_template")
+        if isinstance(field, str):
+            found = {"default": field}
+        elif isinstance(field, list) and all(isinstance(entry, dict) for entry in field):
+            field = {entry.get("name"): entry.get("template") for entry in field}
+        if field is not None and not found:
+            pairs = field.items() if isinstance(field, dict) else [(None, None)]
+            if not all(isinstance(text, str) for pair in pairs for text in pair):
+                raise ValueError(
+                    f"{name}: chat_template: found a {type(field).__name__}, expected text, or a "
+                    "list of templates with their names"
+                )
+            found = dict(field)
+    return found
+
+
+def _lines(name: str, content: bytes) -> str:
+    try:
+        text = content.decode()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{name}: not UTF-8 ({error})") from None
+    return text.replace("\r\n", "\n").replace("\r", "\n")  # as Python reads text files
 
 
 def render_chat(
@@ -60,7 +105,7 @@ def render_chat(
     """The text of a conversation, special tokens included: encode it without adding any.
 
     Args:
-        messages: of "role" and "content", and whatever else the template looks at.
+        messages: of "role" and "content", and whatever else the template looks at; None counts as absent.
         special_tokens: text by name (bos_token, ...), see `find_chat_template`.
         variables: tools, documents and others, as JSON has them.
 
@@ -69,7 +114,10 @@ def render_chat(
             jinja2 is not installed.
     """
     values = {"tools": None, "documents": None} | dict(special_tokens or {}) | variables
-    values |= {"messages": list(messages), "add_generation_prompt": add_generation_prompt}
+    values |= {
+        "messages": [_message(message) for message in messages],
+        "add_generation_prompt": add_generation_prompt,
+    }
     try:
         child = subprocess.run(
             (sys.executable, "-P", __file__),
@@ -90,6 +138,16 @@ def render_chat(
             f"{BYTES >> 20} MiB"
         )
     return json.loads(child.stdout)
+
+
+def _message(message: Mapping[str, Any]) -> dict[str, Any]:
+    """A message as transformers hands it over: without nulls, and its reasoning under each usual name."""
+    given = {key: value for key, value in message.items() if value is not None}
+    names = ("reasoning_content", "thinking", "reasoning")
+    reasoning = next((given[name] for name in names if name in given), None)
+    if reasoning is None:
+        return given
+    return {"thinking": reasoning, **given, "reasoning_content": reasoning}
 
 
 def render_here(template: str, values: Mapping[str, Any]) -> str:
