@@ -10,14 +10,13 @@ import sys
 import time
 from pathlib import Path
 
-from rich.console import Console
-
+from llama_jax import cli
 from train.metrics_log import PICTURE, read_metrics
 
 RUN, EXPORTED = Path("runs/demo"), Path("runs/demo-hf")
 STEPS, EVERY, KILLED_AFTER = 240, 60, 90
 
-console = Console(highlight=False)
+console = cli.console()
 
 
 def main() -> int:
@@ -25,7 +24,7 @@ def main() -> int:
     for directory in (RUN, EXPORTED):
         shutil.rmtree(directory, ignore_errors=True)
     console.print(
-        "\n[bold]5. pretraining from nothing on the source of Python's standard library[/bold]"
+        "\n5. pretraining from nothing on the source of Python's standard library", style="bold"
     )
     begin = train(
         "run",
@@ -38,14 +37,14 @@ def main() -> int:
         return begin.returncode or 1  # it should not have ended yet
     begin.send_signal(signal.SIGKILL)
     begin.wait()
-    console.print(f"\n[bold]6. killed after step {reached()}; resumed from its checkpoint[/bold]")
+    console.print(f"\n6. killed after step {reached()}; resumed from its checkpoint", style="bold")
     if train("resume", str(RUN)).wait():
         return 1
     losses = [line["loss"] for line in read_metrics(RUN) if "loss" in line]
     console.print(
         f"loss {losses[0]:.3f} -> {losses[-1]:.3f} in {len(losses)} steps, picture: {RUN / PICTURE}"
     )
-    console.print("\n[bold]7. exported, and its loss in PyTorch[/bold]")
+    console.print("\n7. exported, and its loss in PyTorch", style="bold")
     return train("export", str(RUN), str(EXPORTED), "--verify").wait()
 
 
@@ -61,4 +60,4 @@ def reached() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(cli.run_program(main))
