@@ -10,6 +10,12 @@ precision  what lower precisions of float32 products do to the real checkpoint
 step       a training step beside torch's: time, memory, tokens a second
 """
 
+import signal
+
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    # the program begins when all this is imported: until then Ctrl-C ends it without a traceback
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 import argparse
 import importlib
 import sys

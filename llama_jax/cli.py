@@ -229,11 +229,24 @@ def _signals() -> Iterator[None]:
     handlers = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: interrupt}
     before = {number: signal.getsignal(number) for number in handlers}
     changed = {number for number, handler in before.items() if handler is signal.SIG_DFL}
+    hook = sys.unraisablehook
+
+    def unraisable(args: Any) -> None:
+        if not isinstance(args.exc_value, KeyboardInterrupt):
+            hook(args)
+            return
+        # raised where it cannot spread, in a destructor or JAX's callback of the collector: once more
+        again = threading.Timer(0.02, os.kill, (os.getpid(), signal.SIGINT))
+        again.daemon = True
+        again.start()
+
+    sys.unraisablehook = unraisable
     try:
         for number in changed:
             signal.signal(number, handlers[number])
         yield
     finally:
+        sys.unraisablehook = hook
         for number in changed:
             signal.signal(number, before[number])
 

@@ -1,5 +1,6 @@
 """Files and directories written beside what they replace and moved into place when complete."""
 
+import errno
 import fcntl
 import glob
 import os
@@ -10,6 +11,19 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from llama_jax.safetensors_write import remove_stale
+
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Within, the error of a full disk names `path`: that of a `write` does not say of which file."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in _NO_ROOM and error.filename is None:
+            raise OSError(error.errno, error.strerror, str(path)) from None
+        raise
 
 
 @contextmanager
@@ -26,7 +40,8 @@ def staging_in(parent: Path, name: str) -> Iterator[Path]:
     staging = Path(tempfile.mkdtemp(prefix=f".{name}.", suffix=".partial", dir=parent))
     lock = _lock(staging)
     try:
-        yield staging
+        with writing(parent / name):
+            yield staging
     finally:
         shutil.rmtree(staging, ignore_errors=True)
         if lock is not None:
@@ -92,10 +107,22 @@ def to_disk(path: Path) -> None:
 def write_text(path: Path, text: str) -> None:
     """Write UTF-8 as it is, and see it to the disk."""
     path.parent.mkdir(exist_ok=True)
-    with path.open("w", encoding="utf-8", newline="") as file:
+    with writing(path), path.open("w", encoding="utf-8", newline="") as file:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A name beside `path` for what becomes `path` when the block ends, and goes where it fails."""
+    staged = path.with_name(f".{path.name}.partial")
+    try:
+        with writing(path):
+            yield staged
+        staged.replace(path)
+    finally:
+        staged.unlink(missing_ok=True)
 
 
 def _lock(directory: Path) -> int | None:

@@ -1,5 +1,11 @@
 """`python -m parity_tests report|mutate`: the proof as a tool for any Llama checkpoint."""
 
+import signal
+
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    # the program begins when all this is imported: until then Ctrl-C ends it without a traceback
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 import argparse
 import sys
 from pathlib import Path

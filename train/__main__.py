@@ -1,5 +1,11 @@
 """The command line: `python -m train COMMAND`. A command is a function here; tyro reads its signature."""
 
+import signal
+
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    # the program begins when all this is imported: until then Ctrl-C ends it without a traceback
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 import logging
 import sys
 import time
@@ -30,10 +36,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     # Orbax explains its defaults through it
     logging.getLogger("absl").setLevel(logging.ERROR)
-    # a run begun is gone on with by another command, which it says when it stops
-    again = "" if arguments[:1] == ["run"] else ": the same command goes on from here"
+    # a run begun is gone on with by `resume`, as it says when it stops
+    goes_on = arguments[:1] in (["tokenize"], ["resume"])
     return run_program(
-        lambda: _parsed(_with_saved_flags(arguments))(), interrupted=f"interrupted{again}"
+        lambda: _parsed(_with_saved_flags(arguments))(),
+        interrupted="interrupted" + ": the same command goes on from here" * goes_on,
     )
 
 

@@ -10,7 +10,7 @@ from rich.console import Console
 
 from llama_jax import cli
 from llama_jax.info import parameter_count
-from llama_jax.staging import write_text
+from llama_jax.staging import replacing, write_text
 from train.config import RunOptions, validate, with_compute_dtype
 from train.mesh import in_words
 from train.plan import Plan, make_plan
@@ -58,7 +58,8 @@ def run_plan(
     show_plan(console, best, advice(best, tried, config))
     if json_file is not None:
         figures: Any = [as_json(plan) for plan in plans] if limit else as_json(best)
-        write_text(json_file, json.dumps(figures, indent=2) + "\n")
+        with replacing(json_file) as staged:
+            write_text(staged, json.dumps(figures, indent=2) + "\n")
 
 
 def _devices(topology: str | None, host_devices: int | None) -> Sequence[Any]:

@@ -45,7 +45,7 @@ def stdlib_tokens() -> Path:
         )
     # a variable that is empty or not a whole path counts as unset
     cache = Path(os.environ.get("XDG_CACHE_HOME", ""))
-    cache = (cache if cache.is_absolute() else Path.home() / ".cache") / "llama_jax"
+    cache = (cache if cache.is_absolute() else _home() / ".cache") / "llama_jax"
     names = "".join(f"{path.relative_to(root)}\0{path.stat().st_size}\0" for path in files)
     recipe = f"{VOCAB_SIZE}\0{_VALIDATION_FRACTION}\0"  # other numbers, other tokens
     key = hashlib.sha256((recipe + names).encode()).hexdigest()[:12]
@@ -61,6 +61,16 @@ def stdlib_tokens() -> Path:
         if not (directory / INDEX_FILE).exists():
             raise
     return directory
+
+
+def _home() -> Path:
+    try:
+        return Path.home()
+    except RuntimeError:
+        raise ValueError(
+            "stdlib: this user has no home directory to keep its tokens in; set XDG_CACHE_HOME or "
+            "pass --data"
+        ) from None
 
 
 def _make(files: Iterable[Path], directory: Path) -> None:

@@ -19,7 +19,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from llama_jax.staging import write_text
+from llama_jax.staging import replacing, write_text
 
 INDEX_FILE = "index.json"
 VERSION = 1
@@ -100,8 +100,8 @@ def write_shard(
 def write_index(directory: Path, index: Index) -> None:
     """Write index.json, or replace it in one step."""
     text = json.dumps({"version": VERSION, **dataclasses.asdict(index)}, indent=2)
-    write_text(directory / f"{INDEX_FILE}.partial", text + "\n")
-    os.replace(directory / f"{INDEX_FILE}.partial", directory / INDEX_FILE)
+    with replacing(directory / INDEX_FILE) as staged:
+        write_text(staged, text + "\n")
 
 
 def read_index(directory: Path) -> Index:
@@ -222,12 +222,11 @@ def _map(path: Path, dtype: np.dtype, count: int) -> np.ndarray:
 
 
 def _write(path: Path, values: np.ndarray) -> None:
-    partial = path.with_name(f"{path.name}.partial")
-    with partial.open("wb") as file:
-        values.astype(values.dtype.newbyteorder("<"), copy=False).tofile(file)
+    with replacing(path) as staged, staged.open("wb") as file:
+        # not `tofile`, which does not say why it failed
+        file.write(np.ascontiguousarray(values, values.dtype.newbyteorder("<")).data)
         file.flush()
         os.fsync(file.fileno())
-    os.replace(partial, path)
 
 
 def _ends_path(path: Path) -> Path:
