@@ -5,6 +5,7 @@ has tables, progress or colours: rich would take `[b]` and `:smile:` in a path f
 """
 
 import json
+import logging
 import os
 import signal
 import sys
@@ -55,6 +56,8 @@ def run_program(
         SystemExit: `command` did, as argparse does after --help.
     """
     _mend_standard_streams()
+    # matplotlib works where it cannot keep its fonts, but says so at length
+    logging.getLogger("matplotlib").setLevel(logging.ERROR)
     ended: SystemExit | None = None
     code = MISTAKE
     with _signals(), _short_warnings():

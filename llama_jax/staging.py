@@ -17,11 +17,14 @@ _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 @contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """Within, the error of a full disk names `path`: that of a `write` does not say of which file."""
+    """Within, the error of a full disk names `path`: a `write` does not say of which file it is.
+
+    What is written beside its place is called by the name that it would have had.
+    """
     try:
         yield
     except OSError as error:
-        if error.errno in _NO_ROOM and error.filename is None:
+        if error.errno in _NO_ROOM:
             raise OSError(error.errno, error.strerror, str(path)) from None
         raise
 

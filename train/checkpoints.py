@@ -1,7 +1,9 @@
 """Checkpoints of a run, by Orbax: asynchronous, atomic, for any mesh, and checked when they are read."""
 
 import json
+import os
 import warnings
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -36,6 +38,19 @@ def open_manager(
         enable_async_checkpointing=not read_only,
     )
     return ocp.CheckpointManager((run / FOLDER).absolute(), options=options)
+
+
+def require_place(run: Path) -> None:
+    """Raise ValueError for a folder in which Orbax would save what it could not read again.
+
+    It looks for its files by a glob of their whole path, in which `[x]` does not match itself, and
+    TensorStore takes a backslash for a slash.
+    """
+    path = os.path.abspath(run)
+    if "\\" in path or not fnmatchcase(path, path):
+        raise ValueError(
+            f"{run}: Orbax cannot save under a path with brackets or a backslash, choose another --out"
+        )
 
 
 def save(

@@ -78,6 +78,7 @@ def run(options: RunOptions) -> None:
         raise ValueError(f"{folder}: found checkpoints, expected a new folder: give --out")
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"{folder}: found a file, expected a new folder")
+    checkpoints.require_place(folder)
     require_loggers(options.log)
     _join_processes(options)
     options = with_compute_dtype(with_absolute_paths(options), jax.default_backend())
@@ -110,6 +111,7 @@ def resume(folder: Path, saved: RunOptions, options: RunOptions) -> None:
         ValueError: as `run`; a folder without a run; options that would make it another run.
     """
     validate(options)
+    checkpoints.require_place(folder)
     changed = differences(saved, options)
     if changed:
         raise ValueError(f"{folder}: is another run: {'; '.join(changed)}")

@@ -60,6 +60,15 @@ def error_of(arguments: list[str], capfd: pytest.CaptureFixture[str]) -> str:
     return lines[-1].removeprefix("error: ")
 
 
+@pytest.mark.parametrize("name", ["run[final]", "a[!b]/run", "a\\b"])
+def test_a_place_that_orbax_cannot_read_again(
+    tiny: Tiny, tmp_path: Path, capfd: pytest.CaptureFixture[str], name: str
+) -> None:
+    error = error_of(run_flags(tiny, tmp_path / name), capfd)
+    assert error.startswith(f"{tmp_path / name}: Orbax cannot save under a path with brackets")
+    assert list(tmp_path.iterdir()) == []
+
+
 # checkpoints ----------------------------------------------------------------------------------------
 
 
