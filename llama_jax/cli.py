@@ -26,6 +26,7 @@ MISTAKE = 2
 INTERRUPTED = 128 + signal.SIGINT
 BROKEN_PIPE = 128 + signal.SIGPIPE  # what a shell reports of a program that the signal ends
 
+_LONGEST = 2000  # characters of an error
 _OUT_OF_MEMORY = ("RESOURCE_EXHAUSTED", "OUT_OF_MEMORY", "ut of memory")
 _CONTROL = {
     "Cc",
@@ -88,9 +89,13 @@ def run_program(
             Warning,
             jax.errors.JaxRuntimeError,
         ) as error:
-            ended = None
+            code, ended = MISTAKE, None
             broken = _broken_output(error)
             _say_error(one_line(error if broken is None else broken))
+        except BaseException as error:
+            if not _is_of_tokenizers(error):
+                raise
+            _say_error(one_line(error))
     for stream in (sys.stdout, sys.stderr):
         _settle(stream)
     if ended is not None:
@@ -119,6 +124,8 @@ def one_line(error: BaseException) -> str:
         names = [name for name in (error.filename, error.filename2) if name is not None]
         text = ": ".join([*(os.fsdecode(n) if isinstance(n, bytes) else str(n) for n in names),
                           error.strerror])  # fmt: skip
+    if len(text) > _LONGEST:  # as where a value that fills the file is shown
+        text = f"{text[: _LONGEST - 200]} ... {text[-200:]}"
     return printable(text or type(error).__name__)
 
 
@@ -164,6 +171,11 @@ def console(*, stderr: bool = False, **options: Any) -> "Console":
 
     plain: dict[str, Any] = {"markup": False, "emoji": False, "highlight": False}
     return Plain(stderr=stderr, **(plain | options))
+
+
+def _is_of_tokenizers(error: BaseException) -> bool:
+    """Whether huggingface/tokenizers raised it: a bare Exception, or a panic, of what its file asks for."""
+    return type(error) is Exception or type(error).__module__ == "pyo3_runtime"
 
 
 def _first(text: str) -> str:

@@ -106,7 +106,9 @@ def show(name: str, config: LlamaConfig, *, batch: int, seq: int) -> None:
     out = console()
 
     def table(title: str, *columns: str) -> Table:
-        made = Table(title=title, title_justify="left")
+        # not the table's own title, which would break a path to the table's width
+        out.print(title, style="table.title", soft_wrap=True)
+        made = Table()
         for index, column in enumerate(columns):
             made.add_column(column, justify="left" if index == 0 else "right", overflow="fold")
         return made

@@ -111,9 +111,13 @@ def write_text(path: Path, text: str) -> None:
     """Write UTF-8 as it is, and see it to the disk."""
     path.parent.mkdir(exist_ok=True)
     with writing(path), path.open("w", encoding="utf-8", newline="") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
+        try:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        except OSError:
+            path.unlink(missing_ok=True)  # half a file is worse than none
+            raise
 
 
 @contextmanager

@@ -18,7 +18,7 @@ import tyro
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
 from llama_jax.cli import console, run_program
-from train.config import FILE, PLANNED, Dtype, RunOptions, flags_of
+from train.config import FILE, PLANNED, Dtype, RunOptions, flags_of, validate
 from train.documents import source_files
 from train.flags import parse_flags
 from train.tokenize import tokenize as run_tokenize
@@ -165,7 +165,9 @@ def evaluate(
 
 def _saved_options(folder: Path) -> RunOptions:
     """What the run.toml of a run says. Raises ValueError where there is none."""
-    return parse_flags(lambda: tyro.cli(RunOptions, args=flags_of(folder / FILE)))
+    options = parse_flags(lambda: tyro.cli(RunOptions, args=flags_of(folder / FILE)))
+    validate(options)
+    return options
 
 
 def plan(

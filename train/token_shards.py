@@ -100,8 +100,8 @@ def write_shard(
 def write_index(directory: Path, index: Index) -> None:
     """Write index.json, or replace it in one step."""
     text = json.dumps({"version": VERSION, **dataclasses.asdict(index)}, indent=2)
-    with replacing(directory / INDEX_FILE) as staged:
-        write_text(staged, text + "\n")
+    write_text(directory / f"{INDEX_FILE}.partial", text + "\n")
+    os.replace(directory / f"{INDEX_FILE}.partial", directory / INDEX_FILE)
 
 
 def read_index(directory: Path) -> Index:
@@ -132,7 +132,36 @@ def read_index(directory: Path) -> Index:
             f"{path}: found dtype {index.dtype!r}, expected {token_dtype(index.vocab_size)!r} for a "
             f"vocabulary of {index.vocab_size}"
         )
+    _require_types(path, index)
     return index
+
+
+def _require_types(path: Path, index: Index) -> None:
+    """Raise ValueError for a value of another type, or a file outside the directory."""
+
+    def is_name(value: Any) -> bool:
+        return isinstance(value, str) and value == os.path.basename(value) != ""
+
+    def is_count(value: Any) -> bool:
+        return type(value) is int and 0 < value < 2**63
+
+    shards = [shard for split in SPLITS for shard in index.splits[split]]
+    right = {
+        "complete": isinstance(index.complete, bool),
+        "vocab_size": is_count(index.vocab_size),
+        "eos_id": index.eos_id is None or type(index.eos_id) is int,
+        "bos_id": index.bos_id is None or type(index.bos_id) is int,
+        "tokenizer": isinstance(index.tokenizer, list) and all(map(is_name, index.tokenizer)),
+        "made_from": isinstance(index.made_from, dict),
+        "splits": all(
+            is_name(each.file) and is_count(each.tokens) and is_count(each.documents)
+            for each in shards
+        ),
+    }
+    for name, holds in right.items():
+        if not holds:
+            shown = repr(getattr(index, name))[:80]
+            raise ValueError(f"{path}: {name}: found {shown}, expected what `tokenize` writes")
 
 
 def open_tokens(directory: Path, split: Split) -> Tokens:

@@ -153,7 +153,7 @@ def tokenize(
 
 def _begin(out: Path, index: Index) -> Index:
     """The index that is there already, if it is of the same arguments, else `index`, written."""
-    first = f".{INDEX_FILE}.partial"
+    first = f"{INDEX_FILE}.partial"
     if (out / INDEX_FILE).exists():
         known = read_index(out)
         for key, expected in index.made_from.items():
