@@ -125,6 +125,8 @@ def _info(arguments: Sequence[str], say: Console) -> None:
         print(json.dumps(facts, indent=2))
         return
     table = Table(show_header=False, box=None)
+    for _ in range(2):
+        table.add_column(overflow="fold")
     for key, value in facts.items():
         if key == "config" or (key == "faults" and not value):
             continue

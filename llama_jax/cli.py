@@ -26,6 +26,7 @@ MISTAKE = 2
 INTERRUPTED = 128 + signal.SIGINT
 BROKEN_PIPE = 128 + signal.SIGPIPE  # what a shell reports of a program that the signal ends
 
+_NARROWEST = 20  # columns of a terminal
 _LONGEST = 2000  # characters of an error
 _OUT_OF_MEMORY = ("RESOURCE_EXHAUSTED", "OUT_OF_MEMORY", "ut of memory")
 _CONTROL = {
@@ -170,7 +171,12 @@ def console(*, stderr: bool = False, **options: Any) -> "Console":
             self.quiet = True  # a thread that redraws has nobody to raise to
 
     plain: dict[str, Any] = {"markup": False, "emoji": False, "highlight": False}
-    return Plain(stderr=stderr, **(plain | options))
+    made = Plain(stderr=stderr, **(plain | options))
+    if (
+        made.width < _NARROWEST
+    ):  # a terminal that does not know, where whole columns would be left out
+        made.width = 80
+    return made
 
 
 def _is_of_tokenizers(error: BaseException) -> bool:

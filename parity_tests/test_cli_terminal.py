@@ -7,10 +7,13 @@ from __future__ import annotations
 
 import json
 import os
+import pty
+import select
 import shutil
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -170,8 +173,13 @@ def clean(code: int, out: bytes, err: bytes) -> Ended:
     text = err.decode()
     for wrong in ("Traceback", "Exception ignored", "UnicodeEncodeError", "\x1b[31m"):
         assert wrong not in text, text
-    assert code in (0, 2, -signal.SIGINT, 128 + signal.SIGINT, 128 + signal.SIGPIPE), text
+    assert code in (0, 1, 2, -signal.SIGINT, 128 + signal.SIGINT, 128 + signal.SIGPIPE), text
     return Ended(code, out.decode(), text)
+
+
+def went_well(end: Ended, name: str) -> None:
+    # 1: the report's answer, that the tolerance does not hold for weights as few as these
+    assert end.code in ((0, 1) if name == "report" else (0,)), end
 
 
 def error_of(end: Ended) -> str:
@@ -214,7 +222,7 @@ def test_a_stream_closed_from_the_start(
     files: Files, tmp_path: Path, name: str, descriptor: int
 ) -> None:
     end = ended(COMMANDS[name](files, tmp_path / "out"), shell=f'exec "$@" {descriptor}>&-')
-    assert end.code == 0, end
+    went_well(end, name)
 
 
 @commands(["generate"])
@@ -249,7 +257,7 @@ def test_a_full_disk_names_the_file_and_leaves_nothing(
 @commands([])
 def test_without_a_home(files: Files, tmp_path: Path, name: str) -> None:
     end = ended(COMMANDS[name](files, tmp_path / "out"), env={"HOME": "/dev/null/nobody"})
-    assert end.code == 0, end
+    went_well(end, name)
     assert "atplotlib" not in end.err
     assert "cache" not in end.err
 
@@ -270,10 +278,11 @@ def test_the_default_data_without_a_home(tmp_path: Path) -> None:
 @pytest.mark.parametrize("columns", ["40", "1", "0"])
 def test_narrow_terminals(files: Files, tmp_path: Path, name: str, columns: str) -> None:
     end = ended(COMMANDS[name](files, tmp_path / "out"), env={"COLUMNS": columns})
-    assert end.code == 0, end
-    if columns == "40" and name in ("info", "convert-info", "score", "mask", "plan", "report"):
-        longest = max(map(len, end.out.splitlines()))
-        assert longest <= 40 or name in ("plan", "report"), end.out
+    went_well(end, name)
+    rows = [line for line in end.out.splitlines() if line[:1] in tuple("┏┡└├┃│")]
+    assert bool(rows) == (name in ("info", "score", "plan"))
+    assert max(map(len, rows), default=0) <= (40 if columns == "40" else 80)
+    assert "…" not in end.out or name == "mask"
 
 
 @commands([])
@@ -291,7 +300,12 @@ def test_narrow_terminals(files: Files, tmp_path: Path, name: str, columns: str)
 )
 def test_environments(files: Files, tmp_path: Path, name: str, env: dict[str, str]) -> None:
     end = ended(COMMANDS[name](files, tmp_path / "out"), env=env)
-    assert end.code == 0, end
+    if (
+        env.get("PYTHONUTF8") == "0" and end.code
+    ):  # the path is bytes then, which not all libraries take
+        assert "not UTF-8" in error_of(end) or "surrogates not allowed" in error_of(end)
+    else:
+        went_well(end, name)
 
 
 def test_json_that_ascii_can_hold(files: Files, tmp_path: Path) -> None:
@@ -299,3 +313,88 @@ def test_json_that_ascii_can_hold(files: Files, tmp_path: Path) -> None:
     end = ended([*arguments, "--prompt", "wé w1"], env={"PYTHONIOENCODING": "ascii"})
     rows = [json.loads(line) for line in end.out.splitlines()]
     assert [row["prompt"] for row in rows] == [words(4), "wé w1"]
+
+
+# interrupts -----------------------------------------------------------------------------------------
+
+
+def on_terminal(arguments: list[str]) -> tuple[subprocess.Popen[bytes], int]:
+    """A command whose stdin and stdout are a terminal, and the terminal's other end."""
+    ours, theirs = pty.openpty()
+    # a suite run in the background hands down an ignored SIGINT, which programs then leave ignored
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    process = subprocess.Popen(
+        [sys.executable, "-m", *arguments],
+        cwd=ROOT,
+        env=environment(TERM="dumb"),
+        stdin=theirs,
+        stdout=theirs,
+        stderr=subprocess.PIPE,
+        start_new_session=True,
+    )
+    signal.signal(signal.SIGINT, before)
+    os.close(theirs)
+    return process, ours
+
+
+def read_until(descriptor: int, wanted: str, seconds: float = 60) -> str:
+    """What a terminal shows, up to `wanted`."""
+    shown, end = "", time.monotonic() + seconds
+    while wanted not in shown:
+        assert time.monotonic() < end, shown
+        if select.select([descriptor], [], [], 0.1)[0]:
+            shown += os.read(descriptor, 1000).decode(errors="replace")
+    return shown
+
+
+@pytest.mark.slow
+def test_ctrl_c_stops_an_answer_and_then_the_chat(files: Files) -> None:
+    arguments = ["llama_jax", "chat", "--model", str(files.model), "--max-new-tokens", "100000"]
+    process, terminal = on_terminal(arguments)
+    with process:
+        read_until(terminal, "> ")
+        for _ in range(2):
+            os.write(terminal, b"w1 w2\n")
+            read_until(terminal, "w1 w2\r\n")
+            read_until(terminal, "w")  # it answers
+            process.send_signal(signal.SIGINT)
+            read_until(terminal, "\n> ")
+        process.send_signal(signal.SIGINT)
+        assert process.wait(60) == 130
+        assert process.stderr is not None
+        err = process.stderr.read().decode()
+    os.close(terminal)
+    assert err.splitlines()[-1] == "interrupted"
+    assert "Traceback" not in err
+
+
+@commands([])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["INT", "TERM"])
+@pytest.mark.parametrize("after", [0.3, 1.0, 1.6, 2.2, 3.0, 4.5])
+def test_an_interrupted_command_is_one_line_and_leaves_nothing(
+    files: Files, tmp_path: Path, name: str, number: signal.Signals, after: float
+) -> None:
+    arguments = COMMANDS[name](files, tmp_path / "out")
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    process = subprocess.Popen(
+        [sys.executable, "-m", *arguments],
+        cwd=ROOT,
+        env=environment(),
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+    signal.signal(signal.SIGINT, before)
+    time.sleep(after)
+    process.send_signal(number)
+    out, err = process.communicate(timeout=120)
+    # before it begins a signal ends it as any program; one that was done has its own code
+    if process.returncode in (-number, 0):
+        assert b"Traceback" not in err
+    else:
+        end = clean(process.returncode, out, err)
+        assert end.err.count("interrupted") == (end.code == 130), end
+    left = [path for path in tmp_path.rglob("*") if "partial" in path.name or "tmp" in path.name]
+    assert left == [] or name in ("run", "tokenize"), left
+    if process.returncode != 0 and name not in ("run", "tokenize"):
+        assert [path for path in tmp_path.iterdir() if path.is_dir()] == []

@@ -13,6 +13,7 @@ import orbax.checkpoint as ocp
 
 from llama_jax.arguments import first_line
 from llama_jax.fingerprint import fingerprint
+from llama_jax.orbax_directory import require_utf8
 
 FOLDER = "checkpoints"
 CHUNK_BYTES = 2**26
@@ -29,7 +30,8 @@ class Restored(NamedTuple):
 def open_manager(
     run: Path, *, keep_last: int, keep_every: int | None, read_only: bool = False
 ) -> ocp.CheckpointManager:
-    """Orbax's manager of the run's checkpoints."""
+    """Orbax's manager of the run's checkpoints. Raises ValueError for a path that is not UTF-8."""
+    require_utf8(run)
     options = ocp.CheckpointManagerOptions(
         max_to_keep=None if read_only else keep_last,
         keep_period=keep_every,
@@ -46,6 +48,7 @@ def require_place(run: Path) -> None:
     It looks for its files by a glob of their whole path, in which `[x]` does not match itself, and
     TensorStore takes a backslash for a slash.
     """
+    require_utf8(run)
     path = os.path.abspath(run)
     if "\\" in path or not fnmatchcase(path, path):
         raise ValueError(
