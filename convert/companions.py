@@ -8,6 +8,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from llama_jax.tokenizers_errors import tokenizers_errors
+
 NAMES = (
     "tokenizer.json",
     "tokenizer.model",
@@ -112,6 +114,7 @@ def _require_tokenizer(path: Path, content: bytes) -> None:
     from tokenizers import Tokenizer
 
     try:
-        Tokenizer.from_buffer(content)
-    except Exception as error:  # the library raises bare Exception for every fault of the file
+        with tokenizers_errors():
+            Tokenizer.from_buffer(content)
+    except ValueError as error:
         raise ValueError(f"{path}: not a tokenizer ({error}); --no-tokenizer leaves it") from None

@@ -19,6 +19,8 @@ from typing import TYPE_CHECKING, Any, NoReturn, TextIO
 
 import jax
 
+from llama_jax.tokenizers_errors import is_of_tokenizers
+
 if TYPE_CHECKING:
     from rich.console import Console
 
@@ -94,7 +96,7 @@ def run_program(
             broken = _broken_output(error)
             _say_error(one_line(error if broken is None else broken))
         except BaseException as error:
-            if not _is_of_tokenizers(error):
+            if not is_of_tokenizers(error):
                 raise
             _say_error(one_line(error))
     for stream in (sys.stdout, sys.stderr):
@@ -177,11 +179,6 @@ def console(*, stderr: bool = False, **options: Any) -> "Console":
     ):  # a terminal that does not know, where whole columns would be left out
         made.width = 80
     return made
-
-
-def _is_of_tokenizers(error: BaseException) -> bool:
-    """Whether huggingface/tokenizers raised it: a bare Exception, or a panic, of what its file asks for."""
-    return type(error) is Exception or type(error).__module__ == "pyo3_runtime"
 
 
 def _first(text: str) -> str:

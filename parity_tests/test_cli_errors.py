@@ -12,6 +12,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -23,6 +24,7 @@ from tokenizers import Tokenizer, models
 from llama_jax import cli
 from llama_jax.__main__ import main
 from llama_jax.cli import one_line, run_program
+from llama_jax.tokenizers_errors import tokenizers_errors
 
 
 def raising(error: BaseException) -> Callable[[], None]:
@@ -163,6 +165,17 @@ def test_help_ends_with_0(capfd: pytest.CaptureFixture[str]) -> None:
         main(["--help"])
     assert not end.value.code
     assert "usage" in capfd.readouterr().out
+
+
+def test_a_panic_of_rust_is_a_line(capfd: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    model = {"type": "BPE", "vocab": {"a": 0, "b": 1}, "merges": [["a", "b"]]}
+    content = {"version": "1.0", "added_tokens": []}
+    content |= {"model": model | {"continuing_subword_prefix": "longer"}}
+    with pytest.raises(ValueError, match="out of range"), tokenizers_errors():
+        Tokenizer.from_str(json.dumps(content))
+    assert capfd.readouterr().err == ""
+    assert run_program(lambda: Tokenizer.from_str(json.dumps(content)) and None) == 2
+    assert "out of range" in capfd.readouterr().err.splitlines()[-1]
 
 
 # what is shown --------------------------------------------------------------------------------------
