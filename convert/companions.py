@@ -76,7 +76,7 @@ def tokenizer_facts(files: Mapping[str, bytes]) -> dict[str, Any]:
             "model": type(tokenizer.model).__name__,
             "tokens": tokenizer.get_vocab_size(),
             **{
-                key: token["content"] if isinstance(token, dict) else token
+                key: token.get("content") if isinstance(token, dict) else token
                 for key, token in named.items()
                 if token is not None
             },

@@ -28,8 +28,10 @@ def find_chat_template(directory: str | Path) -> tuple[str, dict[str, str]]:
     if (path := directory / "tokenizer_config.json").is_file():
         try:
             config = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"{path}: not valid JSON ({error})") from None
+        if not isinstance(config, dict):
+            raise ValueError(f"{path}: found a JSON {type(config).__name__}, expected an object")
     tokens = {}
     for name in ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token"):
         token = config.get(name)
@@ -40,7 +42,8 @@ def find_chat_template(directory: str | Path) -> tuple[str, dict[str, str]]:
         return path.read_text(encoding="utf-8"), tokens
     template = config.get("chat_template")
     if isinstance(template, list):
-        template = {entry["name"]: entry["template"] for entry in template}.get("default")
+        named = [entry for entry in template if isinstance(entry, dict)]
+        template = next((e.get("template") for e in named if e.get("name") == "default"), None)
     if not isinstance(template, str):
         raise ValueError(
             f"{directory}: found no chat template, expected chat_template.jinja or one in "

@@ -205,7 +205,7 @@ def commands(default: list[str], every: list[str] | None = None) -> pytest.MarkD
 
 
 @commands(["info"])
-@pytest.mark.parametrize("stream", ["stdout", "stderr"])
+@pytest.mark.parametrize("stream", ["stdout", pytest.param("stderr", marks=pytest.mark.slow)])
 def test_a_closed_pipe_is_no_error(files: Files, tmp_path: Path, name: str, stream: str) -> None:
     reader, writer = os.pipe()
     os.close(reader)
@@ -225,7 +225,7 @@ def test_a_stream_closed_from_the_start(
     went_well(end, name)
 
 
-@commands(["generate"])
+@commands(["info"])
 def test_a_full_disk_under_stdout(files: Files, tmp_path: Path, name: str) -> None:
     with open("/dev/full", "wb") as full:
         end = ended(COMMANDS[name](files, tmp_path / "out"), stdout=full)
@@ -240,7 +240,7 @@ def test_a_full_disk_under_stdout(files: Files, tmp_path: Path, name: str) -> No
 # files that cannot be written -----------------------------------------------------------------------
 
 
-@commands(["quantize"], WRITES)
+@commands(["convert-gguf"], WRITES)
 def test_a_full_disk_names_the_file_and_leaves_nothing(
     files: Files, tmp_path: Path, name: str
 ) -> None:
@@ -308,6 +308,7 @@ def test_environments(files: Files, tmp_path: Path, name: str, env: dict[str, st
         went_well(end, name)
 
 
+@pytest.mark.slow
 def test_json_that_ascii_can_hold(files: Files, tmp_path: Path) -> None:
     arguments = COMMANDS["generate-json"](files, tmp_path)
     end = ended([*arguments, "--prompt", "wé w1"], env={"PYTHONIOENCODING": "ascii"})
