@@ -4,6 +4,7 @@ A program is `run_program(command)`. What it prints goes through `print`, or thr
 has tables, progress or colours: rich would take `[b]` and `:smile:` in a path for markup of ours.
 """
 
+import errno
 import json
 import logging
 import os
@@ -206,6 +207,9 @@ def _broken_output(error: Exception) -> OSError | None:
         sys.stdout.flush()  # what could not be written is still in its buffer
     except OSError as again:
         return OSError(again.errno, again.strerror, "standard output")
+    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        # a print that flushes keeps nothing; of a file, `staging.writing` would have said the name
+        return OSError(error.errno, error.strerror, "standard output")
     return None
 
 
