@@ -10,9 +10,18 @@ precision  what lower precisions of float32 products do to the real checkpoint
 step       a training step beside torch's: time, memory, tokens a second
 """
 
+import signal
+
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    # the program begins when all this is imported: until then Ctrl-C ends it without a traceback
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 import argparse
 import importlib
 import sys
+
+from llama_jax.arguments import OneLineParser
+from llama_jax.cli import run_program
 
 MODULES = {
     "compile": "compile_time",
@@ -27,21 +36,24 @@ MODULES = {
 WITH_OPTIONS = ["convert"], ["parity"]
 
 
-def main() -> int:
-    """Run the named benchmarks in turn."""
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("names", nargs="+", choices=MODULES, metavar="NAME")
-    options, rest = parser.parse_known_args()
-    if rest and options.names not in WITH_OPTIONS:
-        parser.error(f"unrecognized arguments: {' '.join(rest)}")
-    for name in options.names:
-        module = importlib.import_module(f"benchmarks.{MODULES[name]}")
-        module.main(rest) if rest else module.main()
-    return 0
+def main(arguments: list[str] | None = None) -> int:
+    """Run the named benchmarks in turn. A user's mistake is one line on stderr and exit code 2."""
+
+    def command() -> None:
+        parser = OneLineParser(
+            prog="python -m benchmarks",
+            description=__doc__,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        parser.add_argument("names", nargs="+", choices=MODULES, metavar="NAME")
+        options, rest = parser.parse_known_args(arguments)
+        if rest and options.names not in WITH_OPTIONS:
+            parser.error(f"unrecognized arguments: {' '.join(rest)}")
+        for name in options.names:
+            module = importlib.import_module(f"benchmarks.{MODULES[name]}")
+            module.main(rest) if rest else module.main()
+
+    return run_program(command, extra="dev")
 
 
 if __name__ == "__main__":

@@ -6,7 +6,6 @@ a process of its own and includes its proof. All pairs of an 8B model would take
 python -m benchmarks convert --preset llama-3.1-8b --pairs hf-orbax orbax-hf hf-gguf
 """
 
-import argparse
 import shutil
 import subprocess
 import sys
@@ -15,10 +14,11 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from rich.console import Console
 from rich.table import Table
 
 from benchmarks.random_checkpoint import write_random
+from llama_jax import cli
+from llama_jax.arguments import OneLineParser
 from llama_jax.presets import PRESETS
 
 ROOT = Path(__file__).parents[1]
@@ -31,11 +31,11 @@ PAIRS = [
 
 
 def main(arguments: Sequence[str] = ()) -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks convert")
+    parser = OneLineParser(prog="python -m benchmarks convert")
     parser.add_argument("--preset", choices=PRESETS, default="llama-3.2-1b")
     parser.add_argument("--pairs", nargs="+", default=PAIRS, metavar="FROM-TO")
     options = parser.parse_args(arguments)
-    console = Console(width=100)
+    console = cli.console(width=100)
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
         made = {"hf": root / "hf"}

@@ -15,11 +15,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from rich.console import Console
 from rich.table import Table
 
 from benchmarks.real_checkpoint import real_checkpoint
-from llama_jax import PRESETS, LlamaForCausalLM
+from llama_jax import PRESETS, LlamaForCausalLM, cli
 
 PROMPT, NEW, ROUNDS = 16, 128, 3
 BATCHES = (1, 8)
@@ -79,7 +78,7 @@ def main() -> None:
                 f"{prefill:.2f} s" if prefill else "",
             )
         table.add_section()
-    console = Console(width=110)
+    console = cli.console(width=110)
     console.print(table)
     console.print(f"read bandwidth {size / read / 1e9:.1f} GB/s, weights {size / 1e6:.0f} MB")
 

@@ -7,7 +7,6 @@ above this machine's memory is left out and named.
 python -m benchmarks parity --presets llama-3.2-1b tinyllama-1.1b
 """
 
-import argparse
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
@@ -18,12 +17,12 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 import transformers
-from rich.console import Console
 from rich.table import Table
 
 from benchmarks.random_checkpoint import write_random
 from benchmarks.real_checkpoint import real_checkpoint
-from llama_jax import PRESETS, LlamaConfig
+from llama_jax import PRESETS, LlamaConfig, cli
+from llama_jax.arguments import OneLineParser
 from parity_tests.report import jax_layers, oracle_layers, torch_layers
 from parity_tests.report.estimate import available_memory, estimate
 from parity_tests.report.forward import forward
@@ -37,11 +36,11 @@ LAYERS, TOKENS = 2, 64  # of a preset
 
 def main(arguments: Sequence[str] = ()) -> None:
     """Print a line as it is found, and all of them as a table."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks parity")
+    parser = OneLineParser(prog="python -m benchmarks parity")
     parser.add_argument("--presets", nargs="*", choices=PRESETS, default=PRESETS, metavar="NAME")
     options = parser.parse_args(arguments)
     transformers.logging.set_verbosity_error()
-    console, left_out = Console(width=110), []
+    console, left_out = cli.console(width=110), []
     table = Table(
         title="rms logit error against the float64 oracle; "
         f"presets: {LAYERS} layers of random weights, {TOKENS} tokens",
@@ -56,7 +55,7 @@ def main(arguments: Sequence[str] = ()) -> None:
         begin = time.perf_counter()
         cells = [cell for dtype in DTYPES for cell in _cells(errors(checkpoint, ids, dtype))]
         table.add_row(name, *cells)
-        console.print(name, *cells, f"{time.perf_counter() - begin:.0f} s", highlight=False)
+        console.print(name, *cells, f"{time.perf_counter() - begin:.0f} s")
 
     with real_checkpoint() as directory:
         checkpoint = open_checkpoint(directory)

@@ -18,11 +18,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import torch
-from rich.console import Console
 from rich.table import Table
 
 from benchmarks.real_checkpoint import real_checkpoint
-from llama_jax import LlamaForCausalLM, matmul
+from llama_jax import LlamaForCausalLM, cli, matmul
 from parity_tests.report import oracle_layers
 from parity_tests.report.metrics import errors
 from parity_tests.report.streamed import Checkpoint, open_checkpoint
@@ -89,7 +88,7 @@ def main() -> None:
     for names, found in rows:
         numbers = f"{found.rms:.1e}", f"{found.kl:.1e}", f"{found.top1:.2%}", f"{found.loss:+.1e}"
         table.add_row(*names, *numbers)
-    Console(width=110).print(table)
+    cli.console(width=110).print(table)
 
 
 def oracle_logits(checkpoint: Checkpoint, ids: np.ndarray) -> torch.Tensor:

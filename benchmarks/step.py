@@ -14,10 +14,9 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from rich.console import Console
 from rich.table import Table
 
-from llama_jax import PRESETS
+from llama_jax import PRESETS, cli
 from llama_jax.info import forward_flops_per_token
 from train.chips import CHIPS
 from train.config import Dtype, ModelOptions, RunOptions
@@ -184,7 +183,7 @@ def main() -> None:
             f"{row.memory / base[1]:.2f}" if base else "",
             f"{flops / median / chip.flops:.1%}" if chip else "",
         )
-    console = Console(width=110)
+    console = cli.console(width=110)
     console.print(table)
     console.print(
         "MFU: 3 x tokens x (2 x weights in products + 2 x layers x heads x dim x (seq + 1)), causal"

@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import argparse
 import json
-import signal
 import sys
 from collections.abc import Sequence
-from types import FrameType
-from typing import Any, NoReturn
+from typing import Any
 
 from rich.console import Console
-from rich.markup import escape
 from rich.progress import (
     BarColumn,
     DownloadColumn,
@@ -20,6 +17,7 @@ from rich.progress import (
     TransferSpeedColumn,
 )
 from rich.table import Table
+from rich.text import Text
 
 from convert import Plan, Report, info, plan, run
 from convert.casting import Changes
@@ -27,7 +25,7 @@ from convert.checkpoint import dtype_name
 from convert.estimate import available_memory
 from convert.formats import FORMATS
 from llama_jax.arguments import OneLineParser, size_argument
-from llama_jax.failures import FAILURES, failure_line
+from llama_jax.cli import console, printable, run_program
 
 _EPILOG = """\
 python -m convert info SRC [--json]   says what is in a checkpoint and writes nothing; exit code 1 if it
@@ -49,22 +47,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     interrupted."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     command = _info if arguments[:1] == ["info"] else _convert
-    console = Console(stderr=True, soft_wrap=True, highlight=False)
-    try:
-        return command(arguments, console)
-    except (ValueError, OSError) as error:
-        message = " ".join(str(error).split())
-        console.print(f"[bold red]error:[/] {escape(message)}")
-        return 2
-    except FAILURES as error:
-        console.print(f"[bold red]error:[/] {escape(failure_line(error))}")
-        return 2
-    except KeyboardInterrupt:
-        console.print("interrupted: nothing was written")
-        return 130
+    say = console(stderr=True, soft_wrap=True)
+    return run_program(
+        lambda: command(arguments, say), interrupted="interrupted: nothing was written"
+    )
 
 
-def _convert(arguments: Sequence[str], console: Console) -> int:
+def _convert(arguments: Sequence[str], say: Console) -> int:
     parser = OneLineParser(
         prog="python -m convert",
         description="Convert a checkpoint, one tensor in memory at a time.",
@@ -105,7 +94,6 @@ def _convert(arguments: Sequence[str], console: Console) -> int:
         "with PyTorch's on real tokens; --no-verify compares nothing",
     )
     options = parser.parse_args(arguments)
-    signal.signal(signal.SIGTERM, _terminate)
 
     todo = plan(
         options.source,
@@ -117,20 +105,20 @@ def _convert(arguments: Sequence[str], console: Console) -> int:
         verify=options.verify is not False,
         logits=bool(options.verify),
     )
-    _print_plan(todo, console)
+    _print_plan(todo, say)
     if options.dry_run:
         return 0
     columns = (BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
-    with Progress("{task.description}", *columns, console=console) as progress:
+    with Progress("{task.description}", *columns, console=say) as progress:
         compared = sum(spec.nbytes for spec in todo.specs) if todo.verify else 0
         total = todo.bytes_to_write + compared
         task = progress.add_task("writing, then comparing", total=total)
         report = run(todo, lambda count: progress.advance(task, count))
-    _print_report(report, console)
+    _print_report(report, say)
     return 0
 
 
-def _info(arguments: Sequence[str], console: Console) -> int:
+def _info(arguments: Sequence[str], say: Console) -> int:
     parser = OneLineParser(
         prog="python -m convert info",
         description="Say what is in a checkpoint. Exit code: 0 sound, 1 with faults, which are listed, "
@@ -145,25 +133,27 @@ def _info(arguments: Sequence[str], console: Console) -> int:
         print(json.dumps(facts, indent=2))
         return 1 if facts["faults"] else 0
     table = Table(show_header=False, box=None)
+    for _ in range(2):
+        table.add_column(overflow="fold")
     for key, value in facts.items():
         if key == "config" or (key == "faults" and not value):
             continue
-        table.add_row(f"[bold]{key}[/]", escape(_readable(value)))
+        table.add_row(Text(key, style="bold"), _readable(value))
     for key, value in facts["config"].items():
-        table.add_row(f"config.{key}", escape(_readable(value)))
-    Console().print(table)
+        table.add_row(f"config.{key}", _readable(value))
+    console().print(table)
     return 1 if facts["faults"] else 0
 
 
-def _print_plan(todo: Plan, console: Console) -> None:
+def _print_plan(todo: Plan, say: Console) -> None:
     checkpoint = todo.checkpoint
     stored = ", ".join(checkpoint.facts.get("stored", {}))
-    console.print(
+    say.print(
         f"{checkpoint.format} ({stored}), {checkpoint.parameters:,} parameters "
         f"in {len(checkpoint.tensors)} tensors"
     )
     memory, available = todo.peak_memory, available_memory()
-    console.print(
+    say.print(
         f"to {FORMATS[todo.to].TITLE}, {todo.dtype or 'dtypes as they are'}: "
         f"{_bytes(todo.bytes_to_write)} of disk, at most {_bytes(memory)} of memory, "
         f"about {max(1, round(todo.seconds))} s"
@@ -172,25 +162,25 @@ def _print_plan(todo: Plan, console: Console) -> None:
     if available is not None and available < memory:
         notes.append(f"{_bytes(available)} of memory are free: it may not be enough")
     for note in notes:
-        console.print(f"[yellow]note:[/] {escape(note)}")
+        say.print(Text.assemble(("note:", "yellow"), f" {printable(note)}"))
 
 
-def _print_report(report: Report, console: Console) -> None:
+def _print_report(report: Report, say: Console) -> None:
     if report.changed:
         total = Changes(*map(sum, zip(*report.changed.values(), strict=True)))
-        console.print(
+        say.print(
             f"{total.rounded:,} values in {len(report.changed)} of {report.tensors} tensors were rounded: "
             f"{total.to_zero:,} became zero, {total.subnormal:,} subnormal"
         )
     if report.verified:
-        console.print(f"read back and compared: {report.tensors} tensors, bit for bit")
+        say.print(f"read back and compared: {report.tensors} tensors, bit for bit")
     if report.logits:
         tokens, ours, torch = report.logits
-        console.print(
+        say.print(
             f"logits of {tokens} tokens against float64: error {ours:.2e}, PyTorch's {torch:.2e}, "
             f"a ratio of {ours / torch:.2f}"
         )
-    console.print(f"written: {escape(str(report.destination))}")
+    say.print(f"written: {report.destination}")
 
 
 def _readable(value: Any) -> str:
@@ -208,11 +198,6 @@ def _bytes(count: int) -> str:
             return f"{count} bytes" if unit == "bytes" else f"{size:.1f} {unit}"
         size /= 1000
     return f"{size:.1f} TB"
-
-
-def _terminate(signum: int, frame: FrameType | None) -> NoReturn:
-    """Turn SIGTERM into the interrupt that cleans up."""
-    raise KeyboardInterrupt
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from llama_jax.companions import TEMPLATES, companion_files, tokenizer_home
+from llama_jax.tokenizers_errors import tokenizers_errors
 
 _MAX_BYTES = 256 * 2**20  # the largest tokenizers have 20 MB
 
@@ -56,7 +57,7 @@ def tokenizer_facts(files: Mapping[str, bytes]) -> dict[str, Any]:
             "model": type(tokenizer.model).__name__,
             "tokens": tokenizer.get_vocab_size(),
             **{
-                key: token["content"] if isinstance(token, dict) else token
+                key: token.get("content") if isinstance(token, dict) else token
                 for key, token in named.items()
                 if token is not None
             },
@@ -94,6 +95,7 @@ def _require_tokenizer(path: Path, content: bytes) -> None:
     from tokenizers import Tokenizer
 
     try:
-        Tokenizer.from_buffer(content)
-    except Exception as error:  # the library raises bare Exception for every fault of the file
+        with tokenizers_errors():
+            Tokenizer.from_buffer(content)
+    except ValueError as error:
         raise ValueError(f"{path}: not a tokenizer ({error}); --no-tokenizer leaves it") from None

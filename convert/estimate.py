@@ -8,6 +8,8 @@ import tempfile
 import time
 from pathlib import Path
 
+from llama_jax.staging import writing
+
 _PROBE = 2**25  # bytes: enough to see a rate, a fraction of a second
 
 
@@ -18,7 +20,7 @@ def seconds(parent: Path, *, read: int, written: int, verify: bool) -> float:
     """
     block = os.urandom(_PROBE)
     start = time.perf_counter()
-    with tempfile.TemporaryFile(dir=parent) as file:
+    with writing(parent), tempfile.TemporaryFile(dir=parent) as file:
         file.write(block)
         file.flush()
         os.fsync(file.fileno())

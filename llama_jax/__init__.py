@@ -1,5 +1,16 @@
 """The Llama family in JAX/Flax NNX, proved equal to PyTorch."""
 
+import signal
+import sys
+
+# `python -m llama_jax` begins when all this is imported: until then Ctrl-C ends it without a traceback
+if (
+    sys.argv[:1] == ["-m"]
+    and ["-m", "llama_jax"] in [sys.orig_argv[place : place + 2] for place in range(1, 9)]
+    and signal.getsignal(signal.SIGINT) is signal.default_int_handler
+):
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 from llama_jax.cache import KVCache, init_cache
 from llama_jax.causal_lm import CausalLMOutput, LlamaForCausalLM
 from llama_jax.config import LlamaConfig

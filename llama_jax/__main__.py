@@ -2,13 +2,10 @@
 
 import argparse
 import sys
-import warnings
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 from llama_jax.arguments import OneLineParser, positive
-from llama_jax.failures import FAILURES, failure_line
+from llama_jax.cli import run_program
 from llama_jax.mask_command import add_mask
 from llama_jax.quantize_command import add_quantize
 from llama_jax.score_command import add_score
@@ -17,21 +14,12 @@ from llama_jax.text_commands import DTYPES, add_commands
 
 def main(arguments: list[str] | None = None) -> int:
     """Run one command. A user's mistake is one line on stderr and exit code 2."""
-    try:
+
+    def command() -> None:
         options = _parser().parse_args(arguments)
-        command: Callable[[argparse.Namespace], None] = options.command
-        with warnings.catch_warnings():
-            warnings.simplefilter("always", UserWarning)
-            warnings.showwarning = _show_warning
-            command(options)
-    except (ValueError, OSError) as error:
-        message = " ".join(str(error).split())
-    except FAILURES as error:
-        message = failure_line(error)
-    else:
-        return 0
-    print(f"error: {message}", file=sys.stderr)
-    return 2
+        options.command(options)
+
+    return run_program(command)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -67,10 +55,6 @@ def _info(options: argparse.Namespace) -> None:
         )
     seq = options.seq or min(config.max_position_embeddings, 8192)
     show(options.model, config, batch=options.batch, seq=seq)
-
-
-def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
-    print(f"warning: {message}", file=sys.stderr)
 
 
 if __name__ == "__main__":

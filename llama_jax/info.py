@@ -99,22 +99,25 @@ def data_flow(config: LlamaConfig, batch: int, seq: int) -> list[tuple[str, tupl
 
 def show(name: str, config: LlamaConfig, *, batch: int, seq: int) -> None:
     """Print the architecture as tables."""
-    from rich.console import Console
     from rich.table import Table
 
-    console = Console()
+    from llama_jax.cli import console, printable
+
+    out = console()
 
     def table(title: str, *columns: str) -> Table:
-        made = Table(title=title, title_justify="left")
+        # not the table's own title, which would break a path to the table's width
+        out.print(title, style="table.title", soft_wrap=True)
+        made = Table()
         for index, column in enumerate(columns):
             made.add_column(column, justify="left" if index == 0 else "right", overflow="fold")
         return made
 
-    fields = table(f"{name}: configuration", "field", "value")
+    fields = table(f"{printable(name)}: configuration", "field", "value")
     for field, value in config.to_dict().items():
         if field not in config.extra_fields and field not in ("rope_theta", "rope_scaling"):
             fields.add_row(field, str(value))
-    console.print(fields)
+    out.print(fields)
 
     everything = tensors(config)
     total = sum(tensor.parameters for tensor in everything)
@@ -125,13 +128,13 @@ def show(name: str, config: LlamaConfig, *, batch: int, seq: int) -> None:
             shown = tensor.name.replace(".layers.0.", f".layers.[0-{layers - 1}].")
             times = "" if tensor.layer is None else f"{layers} x "
             shape = " x ".join(map(str, tensor.shape))
-            listing.add_row(shown.replace("[", r"\["), shape, f"{times}{tensor.parameters:,}")
+            listing.add_row(shown, shape, f"{times}{tensor.parameters:,}")
     listing.add_section()
     for part, count in _blocks(everything).items():
         listing.add_row(part, "", f"{count:,}")
     listing.add_section()
     listing.add_row("total", "", f"{total:,}")
-    console.print(listing)
+    out.print(listing)
 
     flops = forward_flops_per_token(config, seq)
     costs = table("cost", "quantity", "value")
@@ -144,12 +147,12 @@ def show(name: str, config: LlamaConfig, *, batch: int, seq: int) -> None:
         costs.add_row(
             f"KV cache in {dtype}, {batch} x {seq} tokens", _size(per_token * batch * seq)
         )
-    console.print(costs)
+    out.print(costs)
 
     flow = table(f"forward pass, batch {batch}, sequence {seq}", "step", "shape")
     for step, dims in data_flow(config, batch, seq):
         flow.add_row(step, " x ".join(map(str, dims)))
-    console.print(flow)
+    out.print(flow)
 
 
 def _blocks(everything: list[Tensor]) -> dict[str, int]:

@@ -1,7 +1,6 @@
 """`python -m llama_jax mask`: which token sees which."""
 
 import argparse
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -40,8 +39,7 @@ def add_mask(commands: Any) -> None:
 
 def mask(options: argparse.Namespace) -> None:
     """Print the pictures and, where asked for, write them as PNG. Raises ValueError."""
-    from rich.console import Console
-
+    from llama_jax.cli import console
     from llama_jax.load import load_config, tokenizer_directory
     from llama_jax.mask_picture import draw_png, draw_text, mask_pictures
     from llama_jax.tokenizer import load_tokenizer
@@ -67,6 +65,6 @@ def mask(options: argparse.Namespace) -> None:
     )
     if options.png is not None:
         draw_png(pictures, options.png)
-    console = Console(file=sys.stdout, highlight=False)
+    out = console()
     for picture in pictures:
-        console.print(draw_text(picture, console.width), no_wrap=True)
+        out.print(draw_text(picture, out.width), no_wrap=True)

@@ -12,6 +12,7 @@ from jaxtyping import Bool, Int
 from llama_jax.cache import KVCache
 from llama_jax.masks import dense_mask
 from llama_jax.model import mask_of_call
+from llama_jax.staging import replacing
 
 if TYPE_CHECKING:
     from rich.text import Text
@@ -177,14 +178,9 @@ def draw_png(pictures: Sequence[MaskPicture], path: Path) -> None:
             axes.set_yticks(np.arange(len(rows)) - 0.5, minor=True)
             axes.grid(which="minor", color="0.8", linewidth=0.5)
             axes.tick_params(which="minor", length=0)
-    staged = path.with_name(f".{path.name}.partial")
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "Glyph .* missing from font")
-            FigureCanvasAgg(figure).print_png(staged)
-        staged.replace(path)
-    finally:
-        staged.unlink(missing_ok=True)
+    with replacing(path) as staged, warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing from font")
+        FigureCanvasAgg(figure).print_png(staged)
 
 
 def _shown(text: str, limit: int | None = None) -> str:

@@ -1,6 +1,7 @@
 """Causal models out of Orbax directories: runs of `python -m train`, or `python -m convert --to orbax`."""
 
 import logging
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -26,12 +27,23 @@ def is_orbax(path: Path) -> bool:
     return (path / PARAMS).is_dir() or (path / CHECKPOINTS).is_dir()
 
 
+def require_utf8(path: Path) -> None:
+    """Raise ValueError for a path that Orbax cannot be told, for it is not UTF-8."""
+    try:
+        os.path.abspath(path).encode()
+    except UnicodeEncodeError:
+        raise ValueError(
+            f"{path}: the path is not UTF-8, or the locale is not; rename it"
+        ) from None
+
+
 def locate(path: Path) -> tuple[Path, Path]:
     """The directory of config.json, and the parameters' checkpoint; of a run, the newest step's.
 
     Raises:
-        ValueError: a run without a checkpoint.
+        ValueError: a run without a checkpoint; a path that is not UTF-8.
     """
+    require_utf8(path)
     if path.parent.name == CHECKPOINTS and path.name.isdigit():
         return path.parent.parent, path / PARAMS
     if (path / CHECKPOINTS).is_dir():

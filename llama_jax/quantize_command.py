@@ -6,6 +6,8 @@ from typing import Any
 
 from llama_jax.arguments import positive
 
+_WINDOW = 512  # tokens of the text that are compared at a time
+
 
 def add_quantize(commands: Any, dtypes: tuple[str, ...]) -> None:
     """Add the command to argparse's subparsers."""
@@ -45,6 +47,9 @@ def quantize(options: argparse.Namespace) -> None:
         ids = load_tokenizer(tokenizer_directory(options.model)).encode(read_text(options.text)).ids
     model = load_model(options.model, options.dtype)
     quantized = quantization.quantize(model, options.bits, options.group_size)
+    if ids:  # before anything is written: a text may be too short
+        window = min(_WINDOW, model.config.max_position_embeddings)
+        found = divergence(model, quantized, ids, window=window)
     with staged_directory(options.out, into_existing=False) as staging:
         quantized.save_pretrained(staging)
         copy_companions(companions_directory(options.model), staging)
@@ -53,7 +58,6 @@ def quantize(options: argparse.Namespace) -> None:
     for bits, count in sorted(quantization.matrices_by_bits(quantized).items()):
         print(f"{count} matrices in {bits} bits")
     if ids:
-        found = divergence(model, quantized, ids)
         change = found.perplexity / found.reference_perplexity - 1
         print(
             f"over {found.tokens} tokens: mean KL {found.kl:.3g}, perplexity "

@@ -1,13 +1,12 @@
 """`python -m llama_jax score`: log-probabilities of given texts, a token at a time."""
 
 import argparse
-import json
 import math
-import sys
 from pathlib import Path
 from typing import Any
 
 from llama_jax.arguments import positive, some_text
+from llama_jax.cli import json_line
 from llama_jax.lines import read_lines
 
 
@@ -85,7 +84,7 @@ def score(options: argparse.Namespace) -> None:
                 "log_prob": scored.total,
                 "is_greedy": scored.is_greedy,
             }
-            print(json.dumps(row, ensure_ascii=False))
+            print(json_line(row))
         else:
             _show(tokens, scored)
 
@@ -125,23 +124,22 @@ def _lines(path: Path) -> list[str]:
 
 def _show(tokens: list[str], scored: Any) -> None:
     """A table of one text: its tokens, their log-probabilities, and the text's own."""
-    from rich.console import Console
     from rich.table import Table
+
+    from llama_jax.cli import console
 
     table = Table()
     table.add_column("token", no_wrap=True, max_width=40)
     table.add_column("log-prob", justify="right")
     table.add_column("likeliest")
     for token, log_prob, greedy in zip(tokens, scored.log_probs, scored.greedy, strict=True):
-        # repr, for spaces and line ends; a token may look like rich's markup
-        shown = repr(token)[1:-1].replace("[", r"\[")
+        shown = repr(token)[1:-1]  # for spaces and line ends
         table.add_row(shown, f"{log_prob:.4f}", "yes" if greedy else "")
-    console = Console(file=sys.stdout)
-    console.print(table)
+    out = console()
+    out.print(table)
     count = len(tokens)
     perplexity = math.exp(min(-scored.total / count, 700.0))
-    console.print(
+    out.print(
         f"log-prob {scored.total:.4f} over {count} tokens, perplexity {perplexity:.4g}, "
         f"greedy: {'yes' if scored.is_greedy else 'no'}",
-        highlight=False,
     )

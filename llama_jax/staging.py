@@ -1,5 +1,6 @@
 """Files and directories written beside what they replace and moved into place when complete."""
 
+import errno
 import fcntl
 import glob
 import os
@@ -10,6 +11,22 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from llama_jax.safetensors_write import remove_stale
+
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Within, the error of a full disk names `path`: a `write` does not say of which file it is.
+
+    What is written beside its place is called by the name that it would have had.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno in _NO_ROOM:
+            raise OSError(error.errno, error.strerror, str(path)) from None
+        raise
 
 
 @contextmanager
@@ -26,7 +43,8 @@ def staging_in(parent: Path, name: str) -> Iterator[Path]:
     staging = Path(tempfile.mkdtemp(prefix=f".{name}.", suffix=".partial", dir=parent))
     lock = _lock(staging)
     try:
-        yield staging
+        with writing(parent / name):
+            yield staging
     finally:
         shutil.rmtree(staging, ignore_errors=True)
         if lock is not None:
@@ -97,10 +115,26 @@ def to_disk(path: Path) -> None:
 def write_text(path: Path, text: str) -> None:
     """Write UTF-8 as it is, and see it to the disk."""
     path.parent.mkdir(exist_ok=True)
-    with path.open("w", encoding="utf-8", newline="") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
+    with writing(path), path.open("w", encoding="utf-8", newline="") as file:
+        try:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        except OSError:
+            path.unlink(missing_ok=True)  # half a file is worse than none
+            raise
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A name beside `path` for what becomes `path` when the block ends, and goes where it fails."""
+    staged = path.with_name(f".{path.name}.partial")
+    try:
+        with writing(path):
+            yield staged
+        staged.replace(path)
+    finally:
+        staged.unlink(missing_ok=True)
 
 
 def _lock(directory: Path) -> int | None:

@@ -1,7 +1,6 @@
 """`generate` and `chat` of the command line: text in, text out as it is formed."""
 
 import argparse
-import json
 import math
 import sys
 import time
@@ -14,6 +13,7 @@ import numpy as np
 from llama_jax.arguments import positive, some_text
 from llama_jax.causal_lm import LlamaForCausalLM
 from llama_jax.chat_template import find_chat_template, render_chat
+from llama_jax.cli import json_line
 from llama_jax.detokenize import TextStream
 from llama_jax.lines import MARK
 from llama_jax.load import load_config, load_model, tokenizer_directory
@@ -111,7 +111,7 @@ def _generate(options: argparse.Namespace) -> None:
     for row, (prompt, text) in enumerate(zip(options.prompt, texts, strict=True)):
         if options.json:
             print(
-                json.dumps(
+                json_line(
                     {
                         "prompt": prompt,
                         "text": text,
@@ -119,8 +119,7 @@ def _generate(options: argparse.Namespace) -> None:
                         "ids": new[row],
                         "new_tokens": len(new[row]),
                         "finish_reason": ends[row],
-                    },
-                    ensure_ascii=False,
+                    }
                 )
             )
         elif not live:
@@ -139,16 +138,22 @@ def _chat(options: argparse.Namespace) -> None:
         text = render_chat(template, messages, special_tokens=special_tokens)
         prompt = _encode(tokenizer, text, "conversation", add_special_tokens=False)
         stream, answer, end = TextStream(tokenizer, prompt, options.stop), "", None
-        for tokens in _tokens(model, [prompt], options, choices):
-            token = int(tokens[0])
-            if token in _ends(model, options):
-                end = token
-                break
-            part = stream.push(token)
-            answer += part
-            _print(part)
-            if stream.stopped:
-                break
+        try:
+            for tokens in _tokens(model, [prompt], options, choices):
+                token = int(tokens[0])
+                if token in _ends(model, options):
+                    end = token
+                    break
+                part = stream.push(token)
+                answer += part
+                _print(part)
+                if stream.stopped:
+                    break
+        except KeyboardInterrupt:
+            if not sys.stdin.isatty():  # nobody is there to say something else
+                _print("\n")
+                raise
+            # what was said stays said; the next Ctrl-C, at the prompt, ends the program
         rest = stream.finish(end)
         _print(rest + "\n")
         messages.append({"role": "assistant", "content": answer + rest})
@@ -160,7 +165,13 @@ def _lines() -> Iterator[str]:
     while True:
         if asks:
             _print("> ")
-        line = sys.stdin.readline()
+        try:
+            line = sys.stdin.readline()
+        except KeyboardInterrupt:
+            _print("\n" if asks else "")
+            raise
+        except UnicodeDecodeError:
+            raise ValueError("input: found bytes that are not UTF-8, expected text") from None
         if not line:
             return
         line = line.removeprefix(MARK) if first else line

@@ -1,30 +1,27 @@
 """`python -m parity_tests report|mutate`: the proof as a tool for any Llama checkpoint."""
 
+import signal
+
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    # the program begins when all this is imported: until then Ctrl-C ends it without a traceback
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 import argparse
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 from llama_jax.arguments import OneLineParser
-from llama_jax.failures import FAILURES, failure_line
+from llama_jax.cli import console, run_program
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run one command: 0 the tolerance holds, 1 it does not, 2 the user's mistake, in one line."""
-    try:
+
+    def command() -> int:
         options = _parser().parse_args(arguments)
-        command: Callable[[argparse.Namespace], int] = options.command
-        return command(options)
-    except ImportError as error:
-        message = (
-            f"{error.name} is not installed, expected the extra: pip install 'llama-jax[parity]'"
-        )
-    except (ValueError, OSError) as error:
-        message = " ".join(str(error).split())
-    except FAILURES as error:
-        message = failure_line(error)
-    print(f"error: {message}", file=sys.stderr)
-    return 2
+        return options.command(options)
+
+    return run_program(command, extra="parity")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -65,35 +62,31 @@ def _report(options: argparse.Namespace) -> int:
         if path is not None and not path.absolute().parent.is_dir():
             raise ValueError(f"{path}: its directory is not there, expected one that is")
 
-    from rich.console import Console
-
     from parity_tests.report.files import write_html, write_json
     from parity_tests.report.run import report
     from parity_tests.report.tables import show
 
-    console = Console(highlight=False)
+    out = console()
     made = report(
         options.directory,
         against=options.against,
         tokens=options.tokens,
         dtype=options.dtype,
         with_backward=options.backward,
-        console=Console(stderr=True, highlight=False),
+        console=console(stderr=True),
     )
-    show(made, console)
+    show(made, out)
     for path, write in ((options.json, write_json), (options.html, write_html)):
         if path is not None:
             write(made, path)
-            console.print(f"wrote {path}", soft_wrap=True)
+            out.print(f"wrote {path}", soft_wrap=True)
     return 0 if made.holds else 1
 
 
 def _mutate(options: argparse.Namespace) -> int:
-    from rich.console import Console
-
     from parity_tests.report.mutate import mutate_all
 
-    return 0 if mutate_all(Console(highlight=False)) else 1
+    return 0 if mutate_all(console()) else 1
 
 
 if __name__ == "__main__":

@@ -4,6 +4,12 @@ Exit code 0 when the two are the same function by the derived tolerance and writ
 when they are not, 2 when the checkpoint cannot be had.
 """
 
+import signal
+
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    # the program begins when all this is imported: until then Ctrl-C ends it without a traceback
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 import shutil
 import sys
 import time
@@ -16,12 +22,11 @@ import jax.numpy as jnp
 import numpy as np
 import torch
 import transformers
-from rich.console import Console
 from rich.table import Table
 
 import convert
 from convert import demo_checkpoint
-from llama_jax import LlamaForCausalLM
+from llama_jax import LlamaForCausalLM, cli
 from llama_jax.config import read_json_object
 from llama_jax.tokenizer import load_tokenizer
 from parity_tests.__main__ import main as command
@@ -36,7 +41,7 @@ PROMPTS = (
 )
 TOLERANCE = 1.25  # rule P2: our error against the float64 oracle is at most this times PyTorch's
 
-console = Console(highlight=False)
+console = cli.console()
 
 
 def main() -> int:
@@ -128,7 +133,7 @@ def continue_both(ours: LlamaForCausalLM, theirs: Any, tokenizer: Any, prompt: s
         results.append(run())
         speeds.append((results[-1].shape[1] - ids.shape[1]) / (time.perf_counter() - begin))
     same = results[0].shape == results[1].shape and bool((results[0] == results[1]).all())
-    console.print(tokenizer.decode(results[0][0].tolist()).strip(), style="italic", markup=False)
+    console.print(tokenizer.decode(results[0][0].tolist()).strip(), style="italic")
     console.print(
         f"  tokens {'identical' if same else 'DIFFER'}; "
         f"llama_jax {speeds[0]:.1f} tokens/s, PyTorch {speeds[1]:.1f} tokens/s"
@@ -151,7 +156,7 @@ def rms(values: np.ndarray) -> float:
 
 def step(title: str) -> None:
     """A heading."""
-    console.print(f"\n[bold]{title}[/bold]")
+    console.print(f"\n{title}", style="bold")
 
 
 def timed(what: str, run: Callable[[], Any]) -> Any:
@@ -163,8 +168,4 @@ def timed(what: str, run: Callable[[], Any]) -> Any:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    sys.exit(cli.run_program(main))

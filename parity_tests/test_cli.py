@@ -162,6 +162,50 @@ def test_chat_keeps_the_conversation(directory, tmp_path, capsys, monkeypatch):
     assert "chat template: no such turn" in error_line(capsys)
 
 
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+    def readline(self, *_: object) -> str:
+        line = super().readline()
+        if line == "^C\n":
+            raise KeyboardInterrupt
+        return line
+
+
+@pytest.mark.filterwarnings("ignore:.*max_position_embeddings")
+@pytest.mark.parametrize("terminal", [True, False])
+def test_ctrl_c_stops_the_answer_on_a_terminal(directory, tmp_path, capsys, monkeypatch, terminal):
+    copy = copy_of(directory, tmp_path)
+    (copy / "chat_template.jinja").write_text(TEMPLATE)
+    seen = []
+    encode, tokens = text_commands._encode, text_commands._tokens
+    monkeypatch.setattr(
+        text_commands,
+        "_encode",
+        lambda t, text, *a, **k: seen.append(text) or encode(t, text, *a, **k),
+    )
+
+    def interrupted(*arguments):
+        for count, token in enumerate(tokens(*arguments)):
+            if len(seen) == 1 and count == 2:
+                raise KeyboardInterrupt
+            yield token
+
+    monkeypatch.setattr(text_commands, "_tokens", interrupted)
+    lines = "the capital\nand a\n^C\nb\n"
+    monkeypatch.setattr("sys.stdin", Terminal(lines) if terminal else io.StringIO(lines))
+    assert main(["chat", "--model", str(copy), "--max-new-tokens", "4"]) == 130
+    out, err = capsys.readouterr()
+    assert err.splitlines()[-1] == "interrupted"
+    first, *more = out.replace("> ", "").splitlines()
+    assert len(first.split()) == 2
+    if terminal:  # what was said is part of the conversation, which goes on
+        assert seen[1] == f"user the capital assistant {first} user and a "
+        assert more[0].strip()
+    assert len(seen) == (2 if terminal else 1)
+
+
 def test_chat_without_a_template(directory, capsys, monkeypatch):
     assert chat(directory, monkeypatch, "hi\n") == 2
     assert "found no chat template" in error_line(capsys)

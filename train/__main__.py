@@ -1,23 +1,31 @@
 """The command line: `python -m train COMMAND`. A command is a function here; tyro reads its signature."""
 
+import signal
+
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    # the program begins when all this is imported: until then Ctrl-C ends it without a traceback
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 import logging
 import sys
 import time
 from collections.abc import Callable, Sequence
+from functools import partial, wraps
 from pathlib import Path
 from typing import Annotated, Any
 
 import tyro
-from rich.console import Console
-from rich.markup import escape
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
-from llama_jax.failures import FAILURES, failure_line
-from train.config import FILE, PLANNED, Dtype, RunOptions, flags_of
+from llama_jax.cli import console, run_program
+from train.config import FILE, PLANNED, Dtype, RunOptions, flags_of, validate
 from train.documents import source_files
+from train.flags import parse_flags
 from train.tokenize import tokenize as run_tokenize
 
-_CONSOLE = Console(stderr=True, soft_wrap=True, highlight=False)
+_CONSOLE = console(stderr=True, soft_wrap=True)
+
+Command = Callable[[], None]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -28,22 +36,26 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     # Orbax explains its defaults through it
     logging.getLogger("absl").setLevel(logging.ERROR)
-    try:
-        arguments = _with_saved_flags(arguments)
-        tyro.extras.subcommand_cli_from_dict(COMMANDS, prog="python -m train", args=arguments)
-    except (ValueError, OSError) as error:
-        message = " ".join(str(error).split())
-        _CONSOLE.print(f"[bold red]error:[/] {escape(message)}")
-        return 2
-    except FAILURES as error:
-        _CONSOLE.print(f"[bold red]error:[/] {escape(failure_line(error))}")
-        return 2
-    except KeyboardInterrupt:
-        # a run begun is gone on with by another command, which it says when it stops
-        again = "" if arguments[:1] == ["run"] else ": the same command goes on from here"
-        _CONSOLE.print(f"interrupted{again}")
-        return 130
-    return 0
+    # a run begun is gone on with by `resume`, as it says when it stops
+    goes_on = arguments[:1] in (["tokenize"], ["resume"])
+    return run_program(
+        lambda: _parsed(_with_saved_flags(arguments))(),
+        interrupted="interrupted" + ": the same command goes on from here" * goes_on,
+    )
+
+
+def _parsed(arguments: list[str]) -> Command:
+    """The command that the arguments ask for, with its options. Raises ValueError."""
+
+    def later(function: Callable[..., None]) -> Callable[..., Command]:
+        return wraps(function)(lambda *args, **options: partial(function, *args, **options))
+
+    commands = {name: later(function) for name, function in COMMANDS.items()}
+    return parse_flags(
+        lambda: tyro.extras.subcommand_cli_from_dict(
+            commands, prog="python -m train", args=arguments
+        )
+    )
 
 
 def _with_saved_flags(arguments: list[str]) -> list[str]:
@@ -104,7 +116,7 @@ def export(
 
     options = _saved_options(folder)
     exported = export_run(folder, options, directory, step=step, dtype=dtype)
-    _CONSOLE.print(f"written: {escape(str(directory))}, step {exported}")
+    _CONSOLE.print(f"written: {directory}, step {exported}")
     if verify:
         found = verify_export(folder, options, directory, step=exported, dtype=dtype)
         reported = "none at that step" if found.reported is None else f"{found.reported:.6f}"
@@ -153,7 +165,9 @@ def evaluate(
 def _saved_options(folder: Path) -> RunOptions:
     """What the run.toml of a run says. Raises ValueError where there is none."""
     _require_run(folder)
-    return tyro.cli(RunOptions, args=flags_of(folder / FILE))
+    options = parse_flags(lambda: tyro.cli(RunOptions, args=flags_of(folder / FILE)))
+    validate(options)
+    return options
 
 
 def _require_run(folder: Path) -> None:
@@ -240,8 +254,8 @@ def tokenize(
         documents, tokens = sum(s.documents for s in shards), sum(s.tokens for s in shards)
         _CONSOLE.print(f"{split}: {tokens:,} tokens of {documents:,} documents")
     for line in notes:
-        _CONSOLE.print(f"note: {line}", markup=False)
-    _CONSOLE.print(f"written: {escape(str(out))}")
+        _CONSOLE.print(f"note: {line}")
+    _CONSOLE.print(f"written: {out}")
 
 
 # name on the command line: the function

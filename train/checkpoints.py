@@ -1,7 +1,9 @@
 """Checkpoints of a run, by Orbax: asynchronous, atomic, for any mesh, and checked when they are read."""
 
 import json
+import os
 import warnings
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,6 +14,7 @@ from jax.tree_util import keystr
 
 from llama_jax.arguments import first_line
 from llama_jax.fingerprint import fingerprint
+from llama_jax.orbax_directory import require_utf8
 
 FOLDER = "checkpoints"
 CHUNK_BYTES = 2**26
@@ -28,7 +31,8 @@ class Restored(NamedTuple):
 def open_manager(
     run: Path, *, keep_last: int, keep_every: int | None, read_only: bool = False
 ) -> ocp.CheckpointManager:
-    """Orbax's manager of the run's checkpoints."""
+    """Orbax's manager of the run's checkpoints. Raises ValueError for a path that is not UTF-8."""
+    require_utf8(run)
     options = ocp.CheckpointManagerOptions(
         max_to_keep=None if read_only else keep_last,
         keep_period=keep_every,
@@ -37,6 +41,20 @@ def open_manager(
         enable_async_checkpointing=not read_only,
     )
     return ocp.CheckpointManager((run / FOLDER).absolute(), options=options)
+
+
+def require_place(run: Path) -> None:
+    """Raise ValueError for a folder in which Orbax would save what it could not read again.
+
+    It looks for its files by a glob of their whole path, in which `[x]` does not match itself, and
+    TensorStore takes a backslash for a slash.
+    """
+    require_utf8(run)
+    path = os.path.abspath(run)
+    if "\\" in path or not fnmatchcase(path, path):
+        raise ValueError(
+            f"{run}: Orbax cannot save under a path with brackets or a backslash, choose another --out"
+        )
 
 
 def save(

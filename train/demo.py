@@ -3,21 +3,25 @@
 Everything is done by the commands a user has. Exit code 0 when PyTorch computes the loss the run reported.
 """
 
-import shutil
 import signal
+
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    # the program begins when all this is imported: until then Ctrl-C ends it without a traceback
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+import shutil
 import subprocess
 import sys
 import time
 from pathlib import Path
 
-from rich.console import Console
-
+from llama_jax import cli
 from train.metrics_log import PICTURE, read_metrics
 
 RUN, EXPORTED = Path("runs/demo"), Path("runs/demo-hf")
 STEPS, EVERY, KILLED_AFTER = 240, 60, 90
 
-console = Console(highlight=False)
+console = cli.console()
 
 
 def main() -> int:
@@ -25,7 +29,7 @@ def main() -> int:
     for directory in (RUN, EXPORTED):
         shutil.rmtree(directory, ignore_errors=True)
     console.print(
-        "\n[bold]5. pretraining from nothing on the source of Python's standard library[/bold]"
+        "\n5. pretraining from nothing on the source of Python's standard library", style="bold"
     )
     begin = train(
         "run",
@@ -38,14 +42,14 @@ def main() -> int:
         return begin.returncode or 1  # it should not have ended yet
     begin.send_signal(signal.SIGKILL)
     begin.wait()
-    console.print(f"\n[bold]6. killed after step {reached()}; resumed from its checkpoint[/bold]")
+    console.print(f"\n6. killed after step {reached()}; resumed from its checkpoint", style="bold")
     if train("resume", str(RUN)).wait():
         return 1
     losses = [line["loss"] for line in read_metrics(RUN) if "loss" in line]
     console.print(
         f"loss {losses[0]:.3f} -> {losses[-1]:.3f} in {len(losses)} steps, picture: {RUN / PICTURE}"
     )
-    console.print("\n[bold]7. exported, and its loss in PyTorch[/bold]")
+    console.print("\n7. exported, and its loss in PyTorch", style="bold")
     return train("export", str(RUN), str(EXPORTED), "--verify").wait()
 
 
@@ -61,4 +65,4 @@ def reached() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(cli.run_program(main))

@@ -6,8 +6,9 @@ from contextlib import contextmanager
 from typing import Any
 
 from rich.console import Console
-from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from llama_jax import cli
 
 _SECONDS_BETWEEN_LINES = 10.0
 
@@ -38,13 +39,13 @@ class Display:
     def say(self, text: str) -> None:
         """A line that stays."""
         if not self._silent:
-            self.console.print(escape(text))
+            self.console.print(text)
 
 
 @contextmanager
 def display(steps: int, done: int, *, silent: bool) -> Iterator[Display]:
     """A `Display` of a run of `steps`, `done` of them done."""
-    console = Console(stderr=True, soft_wrap=True, highlight=False)
+    console = cli.console(stderr=True, soft_wrap=True)
     if silent or not console.is_terminal:
         yield Display(console, None, None, silent)
         return

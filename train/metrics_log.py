@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import Any, TextIO
 
-from llama_jax.staging import write_text
+from llama_jax.staging import replacing, write_text, writing
 
 FILE = "metrics.jsonl"
 PICTURE = "loss.png"
@@ -26,16 +26,16 @@ def read_metrics(run: Path) -> list[dict[str, Any]]:
 def open_metrics(run: Path, step: int) -> TextIO:
     """The file, open at its end, without the lines of steps after `step`: they will be run again."""
     kept = [json.dumps(line) + "\n" for line in read_metrics(run) if line["step"] <= step]
-    staged = run / f".{FILE}.tmp"
-    write_text(staged, "".join(kept))
-    staged.replace(run / FILE)
+    with replacing(run / FILE) as staged:
+        write_text(staged, "".join(kept))
     return (run / FILE).open("a", encoding="utf-8")
 
 
 def write_line(file: TextIO, figures: dict[str, Any]) -> None:
     """Append a line; it is with the operating system when this returns."""
-    file.write(json.dumps(figures) + "\n")
-    file.flush()
+    with writing(Path(file.name)):
+        file.write(json.dumps(figures) + "\n")
+        file.flush()
 
 
 def draw_loss(run: Path) -> None:
@@ -57,6 +57,5 @@ def draw_loss(run: Path) -> None:
     axes.grid(alpha=0.3)
     if train or validation:
         axes.legend()
-    staged = run / f".{PICTURE}.tmp"
-    FigureCanvasAgg(figure).print_png(staged)
-    staged.replace(run / PICTURE)
+    with replacing(run / PICTURE) as staged:
+        FigureCanvasAgg(figure).print_png(staged)

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 from train.mesh import in_words
 from train.plan import Plan
@@ -51,13 +51,14 @@ def show_plan(console: Console, plan: Plan, advice: Sequence[str]) -> None:
     console.print(costs)
 
     if plan.refused is not None:
-        console.print(f"[bold red]does not fit:[/] {escape(plan.refused)}")
+        console.print(Text.assemble(("does not fit:", "bold red"), f" {plan.refused}"))
     elif plan.fits is None:
-        console.print(f"no data sheet of {escape(plan.device_kind)} to measure this against")
+        console.print(f"no data sheet of {plan.device_kind} to measure this against")
     else:
-        console.print("[bold green]fits[/]" if plan.fits else "[bold red]does not fit[/]")
+        color = "green" if plan.fits else "red"
+        console.print("fits" if plan.fits else "does not fit", style=f"bold {color}")
     for sentence in advice:
-        console.print(f"advice: {escape(sentence)}")
+        console.print(f"advice: {sentence}")
 
 
 def show_ranking(console: Console, plans: Sequence[Plan]) -> None:

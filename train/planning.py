@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.markup import escape
 
+from llama_jax import cli
 from llama_jax.info import parameter_count
-from llama_jax.staging import write_text
+from llama_jax.staging import replacing, write_text
 from train.config import RunOptions, validate, with_compute_dtype
 from train.mesh import in_words
 from train.plan import Plan, make_plan
@@ -40,12 +40,12 @@ def run_plan(
     config = model_config(options.model, None, options.sequence_length)
     devices = _devices(topology, host_devices)
     options = with_compute_dtype(options, devices[0].platform)
-    console = Console(soft_wrap=True, highlight=False)
+    console = cli.console(soft_wrap=True)
     model, parts = options.model, options.micro_batches
     console.print(
         f"{parameter_count(config):,} parameters, {model.compute_dtype} over {model.parameter_dtype}; "
         f"{options.batch_size} x {options.sequence_length} tokens a step"
-        f"{f' in {parts} parts' if parts > 1 else ''}; {len(devices)} x {escape(devices[0].device_kind)}"
+        f"{f' in {parts} parts' if parts > 1 else ''}; {len(devices)} x {devices[0].device_kind}"
     )
     if limit is None:
         plans = [make_plan(options, config, devices)]
@@ -58,7 +58,8 @@ def run_plan(
     show_plan(console, best, advice(best, tried, config))
     if json_file is not None:
         figures: Any = [as_json(plan) for plan in plans] if limit else as_json(best)
-        write_text(json_file, json.dumps(figures, indent=2) + "\n")
+        with replacing(json_file) as staged:
+            write_text(staged, json.dumps(figures, indent=2) + "\n")
 
 
 def _devices(topology: str | None, host_devices: int | None) -> Sequence[Any]:

@@ -83,6 +83,7 @@ def run(options: RunOptions) -> None:
         raise ValueError(f"{folder}: found checkpoints, expected a new folder: give --out")
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"{folder}: found a file, expected a new folder")
+    checkpoints.require_place(folder)
     require_loggers(options.log)
     _join_processes(options)
     options = with_compute_dtype(with_absolute_paths(options), jax.default_backend())
@@ -127,6 +128,7 @@ def resume(folder: Path, saved: RunOptions, options: RunOptions) -> None:
             make it another run; data that is not what it began with.
     """
     validate(options)
+    checkpoints.require_place(folder)
     changed = differences(saved, options)
     changed += extension.faults(saved, options, steps_done(folder))
     if changed:

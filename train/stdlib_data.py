@@ -45,7 +45,7 @@ def stdlib_tokens() -> Path:
         )
     # a variable that is empty or not a whole path counts as unset
     cache = Path(os.environ.get("XDG_CACHE_HOME", ""))
-    cache = (cache if cache.is_absolute() else Path.home() / ".cache") / "llama_jax"
+    cache = (cache if cache.is_absolute() else _home() / ".cache") / "llama_jax"
     recipe = f"{VOCAB_SIZE}\0{_VALIDATION_FRACTION}\0{EOS}\0{VERSION}\0"  # others, other tokens
     digest = hashlib.sha256(recipe.encode())
     for path in files:
@@ -63,6 +63,16 @@ def stdlib_tokens() -> Path:
         if not (directory / INDEX_FILE).exists():
             raise
     return directory
+
+
+def _home() -> Path:
+    try:
+        return Path.home()
+    except RuntimeError:
+        raise ValueError(
+            "stdlib: this user has no home directory to keep its tokens in; set XDG_CACHE_HOME or "
+            "pass --data"
+        ) from None
 
 
 def _make(files: Iterable[Path], directory: Path) -> None:

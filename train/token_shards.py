@@ -22,7 +22,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from llama_jax.staging import write_text
+from llama_jax.staging import replacing, write_text
 
 INDEX_FILE = "index.json"
 VERSION = 2
@@ -143,7 +143,36 @@ def read_index(directory: Path) -> Index:
             f"{path}: found dtype {index.dtype!r}, expected {token_dtype(index.vocab_size)!r} for a "
             f"vocabulary of {index.vocab_size}"
         )
+    _require_types(path, index)
     return index
+
+
+def _require_types(path: Path, index: Index) -> None:
+    """Raise ValueError for a value of another type, or a file outside the directory."""
+
+    def is_name(value: Any) -> bool:
+        return isinstance(value, str) and value == os.path.basename(value) != ""
+
+    def is_count(value: Any) -> bool:
+        return type(value) is int and 0 < value < 2**63
+
+    shards = [shard for split in SPLITS for shard in index.splits[split]]
+    right = {
+        "complete": isinstance(index.complete, bool),
+        "vocab_size": is_count(index.vocab_size),
+        "eos_id": index.eos_id is None or type(index.eos_id) is int,
+        "bos_id": index.bos_id is None or type(index.bos_id) is int,
+        "tokenizer": isinstance(index.tokenizer, list) and all(map(is_name, index.tokenizer)),
+        "made_from": isinstance(index.made_from, dict),
+        "splits": all(
+            is_name(each.file) and is_count(each.tokens) and is_count(each.documents)
+            for each in shards
+        ),
+    }
+    for name, holds in right.items():
+        if not holds:
+            shown = repr(getattr(index, name))[:80]
+            raise ValueError(f"{path}: {name}: found {shown}, expected what `tokenize` writes")
 
 
 def open_tokens(directory: Path, split: Split) -> Tokens:
@@ -234,14 +263,13 @@ def _map(path: Path, dtype: np.dtype, count: int) -> np.ndarray:
 
 
 def _write(path: Path, values: np.ndarray, digest: Any) -> None:
-    partial = path.with_name(f"{path.name}.partial")
-    little = values.astype(values.dtype.newbyteorder("<"), copy=False)
+    little = np.ascontiguousarray(values, values.dtype.newbyteorder("<"))
     digest.update(little)
-    with partial.open("wb") as file:
-        little.tofile(file)
+    with replacing(path) as staged, staged.open("wb") as file:
+        # not `tofile`, which does not say why it failed
+        file.write(little.data)
         file.flush()
         os.fsync(file.fileno())
-    os.replace(partial, path)
 
 
 def ends_path(path: Path) -> Path:

@@ -5,7 +5,7 @@ import math
 from pathlib import Path
 from typing import Any
 
-from llama_jax.staging import write_text
+from llama_jax.staging import replacing, write_text
 from parity_tests.report.page import page
 from parity_tests.report.run import Report
 from parity_tests.report.tables import to_json
@@ -21,9 +21,8 @@ def write_html(report: Report, path: Path) -> None:
 
 
 def _write(path: Path, text: str) -> None:
-    staged = path.with_name(f".{path.name}.tmp")
-    write_text(staged, text)
-    staged.replace(path)
+    with replacing(path) as staged:
+        write_text(staged, text)
 
 
 def _finite(value: Any) -> Any:

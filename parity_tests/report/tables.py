@@ -115,8 +115,10 @@ def heading(report: Report) -> str:
 
 
 def show(report: Report, console: Console) -> None:
-    """Print it."""
-    console.print(_table(heading(report), ("", report.ours, report.theirs), summary(report)))
+    """Print it, in 80 columns at least: in fewer its numbers would be broken up, figure by figure."""
+    console.width = max(console.width, 80)
+    console.print(heading(report), style="table.title", soft_wrap=True)
+    console.print(_table(None, ("", report.ours, report.theirs), summary(report)))
     for title, compared in (("module by module", report.modules), ("gradients", report.parameters)):
         if compared:
             rows = [row[:-1] for row in kind_rows(compared)]  # 80 columns of text are enough
@@ -174,7 +176,7 @@ def _short(value: float, digits: int) -> str:
     return f"{value:.{digits}e}".replace("e-0", "e-").replace("e+0", "e+") if value else "0"
 
 
-def _table(title: str, columns: Iterable[str], rows: Rows) -> Table:
+def _table(title: str | None, columns: Iterable[str], rows: Rows) -> Table:
     table = Table(
         title=title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False
     )

@@ -55,12 +55,35 @@ def test_a_mistake_is_one_line(
     )
 
 
-def test_unknown_arguments_exit_with_2(capsys: pytest.CaptureFixture[str]) -> None:
-    for wrong in (["tokenize"], ["tokenise"], [], ["tokenize", "a", "--out"]):
-        with pytest.raises(SystemExit) as caught:
-            main(wrong)
-        assert caught.value.code == 2
-        assert "Traceback" not in capsys.readouterr().err
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        (["tokenize"], "Missing from python -m train tokenize: --tokenizer PATH --out PATH"),
+        (["tokenise"], "Unrecognized options: tokenise"),
+        ([], "Expected one of {run, resume, export, eval, plan, tokenize}"),
+        (["tokenize", "a", "--out"], "Missing value for argument '--out'. Expected 1 values"),
+        (
+            ["run", "--steps", "x"],
+            "Error parsing --steps: invalid literal for int() with base 10: 'x'",
+        ),
+        (["run", "--stepps", "3"], "Unrecognized options: --stepps, 3"),
+        (
+            ["run", "--model.remat", "[/b]"],
+            "invalid choice '[/b]' for argument '--model.remat'. "
+            "Expected one of ('none', 'dots', 'full')",
+        ),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_unknown_arguments_are_one_line(
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    wrong: list[str],
+    message: str,
+) -> None:
+    monkeypatch.setenv("COLUMNS", "40")
+    assert main(wrong) == 2
+    assert capsys.readouterr() == ("", f"error: {message}; see --help\n")
 
 
 def test_an_interrupt_says_how_to_go_on(
