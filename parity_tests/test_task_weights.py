@@ -186,6 +186,7 @@ def test_as_many_labels_as_asked_for(tmp_path: Path) -> None:
         {"num_labels": 5},
         {"id2label": NAMES},
         {"id2label": NAMES, "label2id": {"odd": 9}},
+        {"label2id": {"a": 0}},
         {"problem_type": "regression", "num_labels": 1},
         {"problem_type": "multi_label_classification"},
     ],

@@ -110,7 +110,7 @@ def test_users_mistakes(
     assert "nowhere.gguf: not found" in error_of([tmp_path / "nowhere.gguf", out], capsys)
     empty = tmp_path / "empty"
     empty.mkdir()
-    assert "a directory without any, expected the weights" in error_of([empty, out], capsys)
+    assert "an empty directory; expected the weights" in error_of([empty, out], capsys)
     assert "expected a place outside the source" in error_of([empty, empty / "a"], capsys)
     assert "exists, expected a name that is free" in error_of([source, tmp_path], capsys)
     assert "expected it to hold c" in error_of([source, tmp_path / "a/b/c"], capsys)

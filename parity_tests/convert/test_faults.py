@@ -145,7 +145,7 @@ def test_values_changed_under_a_record(source: Path, tmp_path: Path) -> None:
 
 
 def test_a_record_of_other_tensors(source: Path, tmp_path: Path) -> None:
-    (source / record.FILE).write_text(json.dumps({"tensors": {"x": {"sha256": "0"}}}))
+    (source / record.FILE).write_text(json.dumps({"tensors": {"x": {"sha256": "0" * 64}}}))
     assert "is of other tensors than the weights beside it" in fault_of(source)
     (source / record.FILE).write_text("[]")
     assert "found a JSON list, expected an object" in fault_of(source)

@@ -78,7 +78,7 @@ def test_a_tied_head_that_shares_the_embeddings_storage(tmp_path: Path) -> None:
     assert "a copy of the embedding, is left out" in info(source)["notes"][0]
     other = tensors | {"lm_head.weight": tensors["lm_head.weight"] + 1}
     torch.save(other, source / "pytorch_model.bin")
-    assert "lm_head.weight differs from the embedding" in fault(source)
+    assert "lm_head.weight: differs from the embedding" in fault(source)
 
 
 def test_a_file_of_the_old_form(tmp_path: Path) -> None:
