@@ -293,12 +293,18 @@ def _flag(name: str) -> str:
     return name.replace("_", "-")
 
 
-def with_compute_dtype(options: RunOptions, platform: str) -> RunOptions:
-    """The options with the default of `compute_dtype` on `platform` filled in."""
-    if options.model.compute_dtype is not None:
-        return options
+def with_defaults(options: RunOptions, platform: str) -> RunOptions:
+    """The options with what depends on the platform or on other options filled in, for run.toml.
+
+    A run that is extended keeps the warmup that it was begun with.
+    """
     kind: Dtype = "float32" if platform == "cpu" else "bfloat16"
-    return replace(options, model=replace(options.model, compute_dtype=kind))
+    model, optimizer = options.model, options.optimizer
+    return replace(
+        options,
+        model=replace(model, compute_dtype=model.compute_dtype or kind),
+        optimizer=replace(optimizer, warmup_steps=warmup_steps(optimizer, options.steps)),
+    )
 
 
 def with_absolute_paths(options: RunOptions) -> RunOptions:

@@ -3,7 +3,7 @@
 import jax.numpy as jnp
 import numpy as np
 
-from train.config import RunOptions
+from train.config import RunOptions, warmup_steps
 from train.schedules import learning_rate_schedule
 
 
@@ -42,7 +42,7 @@ def _rates(options: RunOptions, done: int) -> np.ndarray:
         optimizer.schedule,
         peak=optimizer.learning_rate,
         steps=options.steps,
-        warmup_steps=optimizer.warmup_steps,
+        warmup_steps=warmup_steps(optimizer, options.steps),
         final_fraction=optimizer.final_fraction,
         decay_fraction=optimizer.decay_fraction,
     )

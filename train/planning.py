@@ -11,7 +11,7 @@ from rich.console import Console
 from llama_jax import cli
 from llama_jax.info import parameter_count
 from llama_jax.staging import replacing, write_text
-from train.config import RunOptions, validate, with_compute_dtype
+from train.config import RunOptions, validate, with_defaults
 from train.mesh import in_words
 from train.plan import Plan, make_plan
 from train.plan_advice import advice
@@ -39,7 +39,7 @@ def run_plan(
     validate(options)
     config = model_config(options.model, None, options.sequence_length)
     devices = _devices(topology, host_devices)
-    options = with_compute_dtype(options, devices[0].platform)
+    options = with_defaults(options, devices[0].platform)
     console = cli.console(soft_wrap=True)
     model, parts = options.model, options.micro_batches
     console.print(

@@ -35,7 +35,7 @@ from train.config import (
     to_toml,
     validate,
     with_absolute_paths,
-    with_compute_dtype,
+    with_defaults,
 )
 from train.display import Display, display
 from train.evaluate import Evaluation, evaluate, placed_batches
@@ -86,7 +86,7 @@ def run(options: RunOptions) -> None:
     checkpoints.require_place(folder)
     require_loggers(options.log)
     _join_processes(options)
-    options = with_compute_dtype(with_absolute_paths(options), jax.default_backend())
+    options = with_defaults(with_absolute_paths(options), jax.default_backend())
     sources = find_sources(options.data)
     index = common_index(sources)
     tokenizer = options.model.init_from or sources[0][0]
