@@ -42,12 +42,23 @@ def main(out: Path, sources: list[str], *extra: str) -> int:
     commands = (
         (
             train,
-            ["tokenize", *sources, "--tokenizer", str(tokenizer), "--out", str(tokens)]
-            + ["--validation-fraction", "0.1"],
+            [
+                "tokenize",
+                *sources,
+                "--tokenizer",
+                str(tokenizer),
+                "--out",
+                str(tokens),
+                "--validation-fraction",
+                "0.1",
+            ],
         ),
         (train, ["run", "--out", str(run), "--data", str(tokens), "--steps", "200", *extra]),
         (train, ["export", str(run), str(model)]),
-        (llama_jax, ["generate", "--model", str(model), "--prompt", "The ", "--temperature", "0.8"]),
+        (
+            llama_jax,
+            ["generate", "--model", str(model), "--prompt", "The ", "--temperature", "0.8"],
+        ),
     )
     for program, arguments in commands:
         if code := program(arguments):

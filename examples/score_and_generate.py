@@ -1,6 +1,6 @@
 """Score candidate answers and continue several prompts, each in one batch.
 
-    python examples/score_and_generate.py HF_DIR
+python examples/score_and_generate.py HF_DIR
 """
 
 import sys
@@ -31,7 +31,9 @@ def main(directory: str, new_tokens: int = 16) -> tuple[list[float], list[str]]:
     ids = np.asarray([[0] * (width - len(prompt)) + prompt for prompt in prompts])
     mask = np.asarray([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts])
     tokens = model.generate(jnp.asarray(ids), jnp.asarray(mask), max_new_tokens=new_tokens)
-    texts = [tokenizer.decode(row[width - len(p) :]) for row, p in zip(tokens, prompts, strict=True)]
+    texts = [
+        tokenizer.decode(row[width - len(p) :]) for row, p in zip(tokens, prompts, strict=True)
+    ]
     for text in texts:
         print(repr(text))
     return scores, texts
