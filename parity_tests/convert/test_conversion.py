@@ -269,12 +269,13 @@ def test_a_killed_conversion_leaves_no_destination_and_the_next_one_cleans_up(
     whole = time.monotonic() - begin
     expected = sizes(tmp_path / "whole")
     generator = random.Random(0)
-    for moment in (0.5, 0.6, 0.7, 0.8, 0.9, 2.0):
+    # the last one is given all the time it needs: other work may slow it down
+    for moment in (0.5, 0.6, 0.7, 0.8, 0.9, 20.0):
         code = killed_at(whole * moment * generator.uniform(0.9, 1.0), source, tmp_path / "out")
         assert code in (0, -signal.SIGKILL)
         if (tmp_path / "out").exists():
             assert sizes(tmp_path / "out") == expected
-            if moment < 2:
+            if moment < 1:
                 shutil.rmtree(tmp_path / "out")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "out", "whole"]
 

@@ -1,0 +1,83 @@
+"""The examples run as they are, on something small."""
+
+import importlib.util
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+
+import jax
+import pytest
+from flax import nnx
+from jax.experimental.compilation_cache import compilation_cache
+
+from llama_jax import PRESETS, LlamaForCausalLM
+from parity_tests.own_process import ROOT
+
+FOLDER = ROOT / "examples"
+TEXT = "the quick brown fox jumps over the lazy dog and runs away from the old bear\n"
+
+
+@pytest.fixture(autouse=True)
+def as_in_the_readers_own_program():
+    """The suite's strictness is not asked of programs around the library."""
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        yield
+
+
+def load(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(name, FOLDER / f"{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_each_is_short():
+    for file in FOLDER.glob("*.py"):
+        assert len(file.read_text().splitlines()) < 100, file.name
+
+
+def test_quickstart(tmp_path):
+    LlamaForCausalLM(PRESETS["tiny-4m"], rngs=nnx.Rngs(0)).save_pretrained(tmp_path)
+    assert load("quickstart").main(str(tmp_path)) < 1e-5
+
+
+def test_fused_loss_in_your_jax_program():
+    first, last = load("fused_loss_in_your_jax_program").main()
+    assert first > 5
+    assert last < 3
+
+
+def test_your_own_training_loop():
+    first, last = load("your_own_training_loop").main()
+    assert last < first - 1
+
+
+@pytest.fixture
+def compile_once(tmp_path: Path) -> Iterator[None]:
+    """A program that two examples have in common is compiled once."""
+    before = jax.config.jax_persistent_cache_min_compile_time_secs
+    jax.config.update("jax_compilation_cache_dir", str(tmp_path / "compiled"))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    compilation_cache.reset_cache()
+    yield
+    jax.config.update("jax_compilation_cache_dir", None)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", before)
+    compilation_cache.reset_cache()
+
+
+def test_pretrain_then_continue_then_score(tmp_path, compile_once):
+    """One after the other: each takes what the one before has made."""
+    texts = tmp_path / "texts"
+    texts.mkdir()
+    for number in range(20):
+        (texts / f"{number}.txt").write_text(f"{number} " + TEXT * 30)
+    small = ["--steps=2", "--batch-size=2", "--sequence-length=32", "--evaluation.every=0"]
+    sources = [str(texts / "*.txt")]
+    assert load("pretrain_on_your_text").main(tmp_path / "a", sources, *small) == 0
+    model = tmp_path / "a" / "model"
+    assert load("continue_from_checkpoint").main(model, tmp_path / "b", sources, *small) == 0
+    scores, texts = load("score_and_generate").main(str(tmp_path / "b" / "model"), 4)
+    assert len(scores) == len(texts) == 3
+    assert all(score < 0 for score in scores)
