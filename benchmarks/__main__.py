@@ -18,10 +18,9 @@ if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_
 
 import argparse
 import importlib
-import sys
 
 from llama_jax.arguments import OneLineParser
-from llama_jax.cli import run_program
+from llama_jax.cli import leave, run_program
 
 MODULES = {
     "compile": "compile_time",
@@ -57,4 +56,4 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

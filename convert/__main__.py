@@ -25,7 +25,7 @@ from convert.checkpoint import dtype_name
 from convert.estimate import available_memory
 from convert.formats import FORMATS
 from llama_jax.arguments import OneLineParser, size_argument
-from llama_jax.cli import console, printable, run_program
+from llama_jax.cli import console, leave, printable, run_program
 
 _EPILOG = """\
 python -m convert info SRC [--json]   says what is in a checkpoint and writes nothing; exit code 1 if it
@@ -201,4 +201,4 @@ def _bytes(count: int) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

@@ -1,11 +1,10 @@
 """`python -m llama_jax generate|chat|score|mask|info|quantize`: the library from a shell."""
 
 import argparse
-import sys
 from pathlib import Path
 
 from llama_jax.arguments import OneLineParser, positive
-from llama_jax.cli import run_program
+from llama_jax.cli import leave, run_program
 from llama_jax.mask_command import add_mask
 from llama_jax.quantize_command import add_quantize
 from llama_jax.score_command import add_score
@@ -58,4 +57,4 @@ def _info(options: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

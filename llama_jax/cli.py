@@ -107,6 +107,17 @@ def run_program(
     return code
 
 
+def leave(code: int) -> NoReturn:
+    """End the process with what `run_program` returned.
+
+    After an interruption without Python's own shutdown: it takes XLA's threads apart while they still
+    compute, and ends in a crash now and then.
+    """
+    if code == INTERRUPTED:
+        os._exit(code)  # the streams are flushed
+    sys.exit(code)
+
+
 def one_line(error: BaseException) -> str:
     """What an error says, on one line; control characters of paths and texts in it are escaped.
 

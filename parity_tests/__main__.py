@@ -7,11 +7,10 @@ if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import argparse
-import sys
 from pathlib import Path
 
 from llama_jax.arguments import OneLineParser
-from llama_jax.cli import console, run_program
+from llama_jax.cli import console, leave, run_program
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -90,4 +89,4 @@ def _mutate(options: argparse.Namespace) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

@@ -11,7 +11,6 @@ if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import shutil
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -168,4 +167,4 @@ def timed(what: str, run: Callable[[], Any]) -> Any:
 
 
 if __name__ == "__main__":
-    sys.exit(cli.run_program(main))
+    cli.leave(cli.run_program(main))

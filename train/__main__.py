@@ -17,7 +17,7 @@ from typing import Annotated, Any
 import tyro
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
-from llama_jax.cli import console, run_program
+from llama_jax.cli import console, leave, run_program
 from train.config import FILE, PLANNED, Dtype, RunOptions, flags_of, validate
 from train.documents import source_files
 from train.flags import parse_flags
@@ -270,4 +270,4 @@ COMMANDS: dict[str, Callable[..., Any]] = {
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

@@ -65,4 +65,4 @@ def reached() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(cli.run_program(main))
+    cli.leave(cli.run_program(main))
