@@ -584,7 +584,7 @@ def read_index(path: Path) -> dict[str, str]:
     for name, file in weight_map.items():
         if not _is_file_name(file):
             raise ValueError(
-                f"{path}: tensor {name[:200]} is said to be in {str(file)[:200]!r}, expected a file of "
+                f"{path}: tensor {name[:200]} is said to be in {repr(file)[:200]}, expected a file of "
                 "the directory"
             )
     return weight_map
