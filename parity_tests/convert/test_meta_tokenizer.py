@@ -61,7 +61,8 @@ def test_hugging_face_reads_the_ids_of_metas_library(tmp_path: Path, form: str, 
     assert config.bos_token_id == bos
     for text in HARD:
         if form == "tiktoken":
-            expected = tiktoken_encoding().encode(text, allowed_special="all")
+            encoding = tiktoken_encoding(release_3_0=True)
+            expected = encoding.encode(text, allowed_special="all")
         elif "<s>" in text:
             continue  # matched by Hugging Face, text to SentencePiece
         else:
