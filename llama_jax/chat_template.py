@@ -70,19 +70,19 @@ def chat_templates(files: Mapping[str, bytes]) -> dict[str, str]:
             short = name.removeprefix(f"{TEMPLATES}/").removesuffix(".jinja")
             found[short] = _lines(name, content)
     for name in (CONFIG, "chat_template.json"):
-        field = None if found else json_file(files, name).get("chat_template")
+        field: Any = None if found else json_file(files, name).get("chat_template")
         if isinstance(field, str):
             found = {"default": field}
         elif isinstance(field, list) and all(isinstance(entry, dict) for entry in field):
             field = {entry.get("name"): entry.get("template") for entry in field}
         if field is not None and not found:
-            pairs = field.items() if isinstance(field, dict) else [(None, None)]
+            pairs: Any = field.items() if isinstance(field, dict) else [(None, None)]
             if not all(isinstance(text, str) for pair in pairs for text in pair):
                 raise ValueError(
                     f"{name}: chat_template: found a {type(field).__name__}, expected text, or a "
                     "list of templates with their names"
                 )
-            found = dict(field)
+            found = dict(pairs)
     return found
 
 

@@ -296,9 +296,9 @@ def _complete(tokenizer: Tokenizer, settings: Settings) -> None:
         [str_of(settings.named[name])] if add and name in settings.named else []
         for add, name in ((settings.add_bos, "bos_token"), (settings.add_eos, "eos_token"))
     )
-    ids = {token: tokenizer.token_to_id(token) for token in [*before, *after]}
+    ids = {token: tokenizer.token_to_id(token) or 0 for token in [*before, *after]}
     around = template(before, after, ids)
-    tokenizer.post_processor = around and _post_processor(around)
+    tokenizer.post_processor = None if around is None else _post_processor(around)
 
 
 def _post_processor(content: Json) -> Any:

@@ -198,7 +198,12 @@ def str_of(token: str | Token) -> str:
 
 
 def _kind(files: Mapping[str, bytes], options: Json) -> str:
-    name = options.get("tokenizer_class") or json_file(files, "config.json").get("tokenizer_class")
+    name = options.get("tokenizer_class")
+    if name is None:
+        try:
+            name = json_file(files, "config.json").get("tokenizer_class")
+        except ValueError:  # the model's, whose reader says it
+            return ""
     if name is None:
         return ""
     if not isinstance(name, str):

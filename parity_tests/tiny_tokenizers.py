@@ -86,12 +86,13 @@ def tiktoken_model(count: int = 480) -> bytes:
 
 
 @cache
-def tiktoken_encoding(count: int = 480) -> tiktoken.Encoding:
+def tiktoken_encoding(count: int = 480, *, release_3_0: bool = False) -> tiktoken.Encoding:
     """The same as tiktoken runs it, with Meta's expression and special tokens."""
     ranks = tiktoken_ranks(count)
+    specials = special_tokens(release_3_0=release_3_0)
     return tiktoken.Encoding(
         name="tiny",
         pat_str=SPLIT,
         mergeable_ranks=ranks,
-        special_tokens={token: len(ranks) + i for i, token in enumerate(special_tokens())},
+        special_tokens={token: len(ranks) + i for i, token in enumerate(specials)},
     )

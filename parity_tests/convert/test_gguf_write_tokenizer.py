@@ -257,9 +257,13 @@ def test_metaspace_without_a_prefix_is_the_same(tmp_path: Path) -> None:
 def test_a_tokenizer_model_alone(tmp_path: Path) -> None:
     files = {
         "tokenizer.model": trained_sentencepiece(),
-        "added_tokens.json": {"<|extra|>": ROWS},
         "tokenizer_config.json": {
-            "added_tokens_decoder": {str(ROWS + 1): {"content": "<|end|>", "special": True}}
+            "tokenizer_class": "LlamaTokenizer",
+            "add_bos_token": True,
+            "added_tokens_decoder": {
+                str(ROWS): {"content": "<|extra|>", "special": False},
+                str(ROWS + 1): {"content": "<|end|>", "special": True},
+            },
         },
     }
     home = directory(tmp_path / "in", files, ROWS + 8)
@@ -412,3 +416,19 @@ def test_the_real_checkpoint(tmp_path: Path) -> None:
     source = metadata(cache_directory() / "SmolLM2-135M-Instruct.Q4_1.gguf")
     for key in ("pre", "tokens", "token_type", "merges", "bos_token_id", "eos_token_id"):
         assert found[f"tokenizer.ggml.{key}"] == source[f"tokenizer.ggml.{key}"], key
+
+
+def test_tokens_that_only_the_files_beside_have(tmp_path: Path) -> None:
+    rows = byte_level()[1]
+    files = {
+        "tokenizer.json": json.loads(byte_level()[0]),
+        "tokenizer_config.json": {"tokenizer_class": "PreTrainedTokenizerFast"},
+        "special_tokens_map.json": {"pad_token": "<|late|>"},
+        "added_tokens.json": {"early one": rows, "<|late|>": rows + 1},
+    }
+    home = directory(tmp_path / "in", files, rows + 3)
+    convert(home, tmp_path / "m.gguf")
+    found = metadata(tmp_path / "m.gguf")
+    assert found["tokenizer.ggml.tokens"][rows:] == ["early one", "<|late|>", f"[PAD{rows + 2}]"]
+    assert found["tokenizer.ggml.token_type"][rows:] == [USER_DEFINED, CONTROL, UNUSED]
+    assert found["tokenizer.ggml.padding_token_id"] == rows + 1
