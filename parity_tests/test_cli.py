@@ -10,6 +10,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 
 from llama_jax import LlamaConfig, LlamaForCausalLM, text_commands
 from llama_jax.__main__ import main
+from llama_jax.arguments import OneLineParser, some_text
 
 WORDS = ["the", "capital", "of", "France", "is", "Paris", "and", "a", "b", "c", "d", "e"]
 
@@ -313,6 +314,16 @@ def test_a_count_that_is_none(directory, capsys, value):
 def test_arguments_that_make_no_command(capsys, arguments):
     assert main(arguments) == 2
     assert "see --help" in error_line(capsys)
+
+
+def test_a_value_of_two_dashes():
+    parser = OneLineParser()
+    parser.add_argument("--stop", action="append")
+    parser.add_argument("--text", type=some_text, nargs="+", action="extend")
+    found = parser.parse_args(["--stop=--", "--stop", "x", "--text=--", "--text", "a", "b"])
+    assert (found.stop, found.text) == (["--", "x"], ["--", "a", "b"])
+    with pytest.raises(ValueError, match="--stop: expected one argument"):
+        parser.parse_args(["--stop", "--"])
 
 
 @pytest.mark.parametrize("count", ["1000000000000", "99999999999999999999"])
