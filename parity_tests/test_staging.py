@@ -32,9 +32,9 @@ def test_a_pipe_that_nobody_reads_to_its_end_stays(tmp_path: Path) -> None:
     path = tmp_path / "pipe"
     os.mkfifo(path)
     reader = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
-    closes = threading.Timer(0.1, os.close, [reader])
+    closes = threading.Timer(0.5, os.close, [reader])
+    closes.start()
     with pytest.raises(BrokenPipeError), replacing(path) as staged:
-        closes.start()
         write_text(staged, "x" * 10**6)  # more than a pipe holds
     assert stat.S_ISFIFO(path.lstat().st_mode)
 
