@@ -316,6 +316,15 @@ def test_arguments_that_make_no_command(capsys, arguments):
     assert "see --help" in error_line(capsys)
 
 
+def test_a_name_is_shown_on_one_line(directory, tmp_path, capsys):
+    out = tmp_path / "a\nb\x1b[31m"
+    assert main(["quantize", "--model", str(directory), "--out", str(out)]) == 0
+    shown = capsys.readouterr().out
+    assert shown.startswith(f"{tmp_path}/a\\nb\\x1b[31m: ")
+    assert shown.count("\n") == 3  # and how many matrices have 4 bits, and 8
+    assert out.is_dir()
+
+
 def test_a_value_of_two_dashes():
     parser = OneLineParser()
     parser.add_argument("--stop", action="append")
