@@ -180,7 +180,7 @@ def _print_report(report: Report, say: Console) -> None:
             f"logits of {tokens} tokens against float64: error {ours:.2e}, PyTorch's {torch:.2e}, "
             f"a ratio of {ours / torch:.2f}"
         )
-    say.print(f"written: {report.destination}")
+    say.print(f"written: {printable(str(report.destination))}")
 
 
 def _readable(value: Any) -> str:

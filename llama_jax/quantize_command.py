@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from llama_jax.arguments import positive
+from llama_jax.cli import printable
 
 _WINDOW = 512  # tokens of the text that are compared at a time
 
@@ -54,7 +55,8 @@ def quantize(options: argparse.Namespace) -> None:
         quantized.save_pretrained(staging)
         copy_companions(companions_directory(options.model), staging)
     before, after = map(quantization.weight_bytes, (model, quantized))
-    print(f"{options.out}: {before} bytes of weights before, {after} after, {after / before:.1%}")
+    out = printable(str(options.out))
+    print(f"{out}: {before} bytes of weights before, {after} after, {after / before:.1%}")
     for bits, count in sorted(quantization.matrices_by_bits(quantized).items()):
         print(f"{count} matrices in {bits} bits")
     if ids:

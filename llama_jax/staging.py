@@ -7,7 +7,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from llama_jax.safetensors_write import remove_stale
@@ -119,22 +119,40 @@ def write_text(path: Path, text: str) -> None:
         try:
             file.write(text)
             file.flush()
-            os.fsync(file.fileno())
+            if path.is_file():  # no device and no pipe, which have nothing to wait for
+                os.fsync(file.fileno())
         except OSError:
-            path.unlink(missing_ok=True)  # half a file is worse than none
+            if path.is_file():
+                path.unlink()  # half a file is worse than none
             raise
 
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A name beside `path` for what becomes `path` when the block ends, and goes where it fails."""
-    staged = path.with_name(f".{path.name}.partial")
+    """A name beside `path` for what becomes `path` when the block ends, and goes where it fails.
+
+    Where `path` is a link, the file it names is replaced. A device or a pipe is written as it is:
+    putting a file in its place would take it from everybody else.
+    """
+    if path.is_dir():
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+    if path.exists() and not path.is_file():
+        with writing(path):
+            yield path
+        return
+    final = Path(os.path.realpath(path)) if path.is_symlink() else path
+    staged = final.with_name(f".{final.name}.partial")
     try:
         with writing(path):
             yield staged
-        staged.replace(path)
+        staged.replace(final)
+    except OSError as error:
+        if error.filename in (staged, str(staged)):  # a name that the user did not choose
+            raise OSError(error.errno, error.strerror, str(path)) from None
+        raise
     finally:
-        staged.unlink(missing_ok=True)
+        with suppress(OSError):
+            staged.unlink()
 
 
 def _lock(directory: Path) -> int | None:

@@ -10,7 +10,7 @@ import argparse
 from pathlib import Path
 
 from llama_jax.arguments import OneLineParser
-from llama_jax.cli import console, leave, run_program
+from llama_jax.cli import console, leave, printable, run_program
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -78,7 +78,7 @@ def _report(options: argparse.Namespace) -> int:
     for path, write in ((options.json, write_json), (options.html, write_html)):
         if path is not None:
             write(made, path)
-            out.print(f"wrote {path}", soft_wrap=True)
+            out.print(f"wrote {printable(str(path))}", soft_wrap=True)
     return 0 if made.holds else 1
 
 

@@ -10,6 +10,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 
 from llama_jax import LlamaConfig, LlamaForCausalLM, text_commands
 from llama_jax.__main__ import main
+from llama_jax.arguments import OneLineParser, some_text
 
 WORDS = ["the", "capital", "of", "France", "is", "Paris", "and", "a", "b", "c", "d", "e"]
 
@@ -313,6 +314,25 @@ def test_a_count_that_is_none(directory, capsys, value):
 def test_arguments_that_make_no_command(capsys, arguments):
     assert main(arguments) == 2
     assert "see --help" in error_line(capsys)
+
+
+def test_a_name_is_shown_on_one_line(directory, tmp_path, capsys):
+    out = tmp_path / "a\nb\x1b[31m"
+    assert main(["quantize", "--model", str(directory), "--out", str(out)]) == 0
+    shown = capsys.readouterr().out
+    assert shown.startswith(f"{tmp_path}/a\\nb\\x1b[31m: ")
+    assert shown.count("\n") == 3  # and how many matrices have 4 bits, and 8
+    assert out.is_dir()
+
+
+def test_a_value_of_two_dashes():
+    parser = OneLineParser()
+    parser.add_argument("--stop", action="append")
+    parser.add_argument("--text", type=some_text, nargs="+", action="extend")
+    found = parser.parse_args(["--stop=--", "--stop", "x", "--text=--", "--text", "a", "b"])
+    assert (found.stop, found.text) == (["--", "x"], ["--", "a", "b"])
+    with pytest.raises(ValueError, match="--stop: expected one argument"):
+        parser.parse_args(["--stop", "--"])
 
 
 @pytest.mark.parametrize("count", ["1000000000000", "99999999999999999999"])

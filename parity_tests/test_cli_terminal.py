@@ -61,7 +61,7 @@ class Files:
 
     @cached_property
     def run(self) -> Path:
-        flags = {"steps": 2, "checkpoint__every": 2, "evaluation__every": 0}
+        flags = {"steps": 3, "checkpoint__every": 3, "evaluation__every": 0}
         assert train(run_flags(self.tiny, self.runs / "a run", **flags)) == 0
         return self.runs / "a run"
 

@@ -106,8 +106,8 @@ def generates(dtype, heads, batch, stacked, cache_dtype, monkeypatch, head_dim=8
     ("dtype", "heads", "batch", "stacked", "cache_dtype"),
     [
         ("bfloat16", "gqa", 3, False, "bfloat16"),
-        ("bfloat16", "gqa", 3, True, "int8"),
-        ("float16", "gqa", 3, False, "float16"),
+        pytest.param("bfloat16", "gqa", 3, True, "int8", marks=pytest.mark.slow),
+        pytest.param("float16", "gqa", 3, False, "float16", marks=pytest.mark.slow),
     ],
 )
 def test_generation(dtype, heads, batch, stacked, cache_dtype, monkeypatch):
@@ -123,15 +123,10 @@ def test_generation_of_every_kind(dtype, heads, batch, stacked, cache_dtype, mon
     generates(dtype, heads, batch, stacked, cache_dtype, monkeypatch)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("dtype", "bits"),
-    [
-        ("bfloat16", 8),
-        *(
-            pytest.param(*pair, marks=pytest.mark.slow)
-            for pair in (("bfloat16", 4), ("float16", 8), ("float16", 4), ("float32", 4))
-        ),
-    ],
+    [("bfloat16", 8), ("bfloat16", 4), ("float16", 8), ("float16", 4), ("float32", 4)],
 )
 def test_generation_of_a_quantized_model(dtype, bits, monkeypatch):
     generates(dtype, "gqa", 3, False, dtype, monkeypatch, bits=bits)
@@ -186,19 +181,9 @@ TASKS = {
 }
 
 
-@pytest.mark.parametrize(
-    "dtype",
-    ["bfloat16", *(pytest.param(d, marks=pytest.mark.slow) for d in ("float32", "float16"))],
-)
-@pytest.mark.parametrize(
-    "task",
-    [
-        LlamaForSequenceClassification,
-        pytest.param(LlamaForTokenClassification, marks=pytest.mark.slow),
-        pytest.param(LlamaForQuestionAnswering, marks=pytest.mark.slow),
-    ],
-    ids=lambda task: task.__name__,
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("task", TASKS, ids=lambda task: task.__name__)
 def test_task_heads(dtype, task):
     config = dataclasses.replace(config_of("gqa"), num_hidden_layers=1)
     model = task(config, rngs=nnx.Rngs(0), dtype=jnp.dtype(dtype))

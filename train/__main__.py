@@ -17,7 +17,7 @@ from typing import Annotated, Any
 import tyro
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
-from llama_jax.cli import console, leave, run_program
+from llama_jax.cli import console, leave, printable, run_program
 from train.config import FILE, PLANNED, Dtype, RunOptions, flags_of, validate
 from train.documents import source_files
 from train.flags import parse_flags
@@ -116,7 +116,7 @@ def export(
 
     options = _saved_options(folder)
     exported = export_run(folder, options, directory, step=step, dtype=dtype)
-    _CONSOLE.print(f"written: {directory}, step {exported}")
+    _CONSOLE.print(f"written: {printable(str(directory))}, step {exported}")
     if verify:
         found = verify_export(folder, options, directory, step=exported, dtype=dtype)
         reported = "none at that step" if found.reported is None else f"{found.reported:.6f}"
@@ -255,7 +255,7 @@ def tokenize(
         _CONSOLE.print(f"{split}: {tokens:,} tokens of {documents:,} documents")
     for line in notes:
         _CONSOLE.print(f"note: {line}")
-    _CONSOLE.print(f"written: {out}")
+    _CONSOLE.print(f"written: {printable(str(out))}")
 
 
 # name on the command line: the function

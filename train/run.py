@@ -20,6 +20,7 @@ import jax.numpy as jnp
 
 from llama_jax.arguments import first_line
 from llama_jax.causal_lm import LlamaForCausalLM, read_generation_config
+from llama_jax.cli import printable
 from llama_jax.companions import RUN_TOKENIZER, copy_companions
 from llama_jax.config import LlamaConfig
 from llama_jax.hf import fit, load_params, open_weights
@@ -295,7 +296,7 @@ def _train(
         checkpoints.wait(manager)
         if first:
             metrics_log.draw_loss(folder)
-        show.say(f"done: {folder} ({metrics_log.FILE}, {metrics_log.PICTURE})")
+        show.say(f"done: {printable(str(folder))} ({metrics_log.FILE}, {metrics_log.PICTURE})")
 
 
 class Clock:
