@@ -15,7 +15,15 @@ from flax import nnx
 from llama_jax.arguments import first_line
 from llama_jax.causal_lm import LlamaForCausalLM, read_generation_config
 from llama_jax.config import LlamaConfig
-from llama_jax.hf import OTHER_HEAD, equal, report, warn_ignored
+from llama_jax.hf import (
+    OTHER_HEAD,
+    asked_dtype,
+    equal,
+    report,
+    require_float,
+    warn_ignored,
+    widest,
+)
 from llama_jax.safetensors_read import all_finite
 
 PARAMS = "params"
@@ -74,18 +82,23 @@ def load_orbax(path: Path, dtype: Any = None) -> LlamaForCausalLM:
     """The model, on one device.
 
     Args:
-        dtype: of the weights; None keeps the stored one.
+        dtype: of the weights: JAX's, its name, or torch's; None and "auto" keep the stored one (the widest,
+            where several are mixed).
 
     Raises:
-        ValueError: no checkpoint, one that is damaged, or of another model than config.json.
+        ValueError: another dtype, no checkpoint, one that is damaged, or of another model than config.json.
     """
     home, params = locate(path)
     config = LlamaConfig.from_pretrained(home)
+    dtype = asked_dtype(dtype)
+    if dtype is not None:
+        dtype = require_float(dtype)
     device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     try:
         with quiet_orbax(), ocp.StandardCheckpointer() as checkpointer:
             stored = checkpointer.metadata(params.absolute()).item_metadata.tree
-            dtype = dtype or jax.tree.leaves(stored)[0].dtype
+            if dtype is None:
+                dtype = require_float(widest({leaf.dtype for leaf in jax.tree.leaves(stored)}))
             abstract = nnx.eval_shape(
                 lambda: LlamaForCausalLM(config, rngs=nnx.Rngs(0), dtype=dtype)
             )
