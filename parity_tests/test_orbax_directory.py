@@ -64,6 +64,12 @@ def test_dtypes_are_those_of_a_hugging_face_directory(tmp_path: Path) -> None:
             load_model(tmp_path / "orbax", asked)
         assert str(ours.value) == str(theirs.value)
         assert str(ours.value).startswith("dtype: found ")
+    convert.convert(tmp_path / "hf", tmp_path / "wide", to="orbax", dtype="float64")
+    with pytest.raises(
+        ValueError, match=r"^dtype: found float64, expected jax_enable_x64 to be on"
+    ):
+        load_model(tmp_path / "wide")
+    assert load_model(tmp_path / "wide", "float32").dtype == jnp.float32
     with pytest.raises(ValueError, match=r"an Orbax directory; load it with .*load_model"):
         LlamaForCausalLM.from_pretrained(tmp_path / "orbax")
     with pytest.raises(ValueError, match="a file; give the directory that it is in"):
