@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from llama_jax.companions import TEMPLATES, companion_files, tokenizer_home
+from llama_jax.foreign_weights import POINTER, is_pointer
 from llama_jax.tokenizers_errors import tokenizers_errors
 
 _MAX_BYTES = 256 * 2**20  # the largest tokenizers have 20 MB
@@ -86,7 +87,8 @@ def _require_json_object(path: Path, content: bytes) -> None:
     try:
         value = json.loads(content)
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: not valid JSON ({error})") from None
+        fault = POINTER if is_pointer(content) else f"not valid JSON ({error})"
+        raise ValueError(f"{path}: {fault}") from None
     if not isinstance(value, dict):
         raise ValueError(f"{path}: found a {type(value).__name__}, expected a JSON object")
 

@@ -252,7 +252,7 @@ def _special_ids(header: GgufHeader, vocabulary: int, notes: list[str]) -> dict[
         value = header.metadata.get(
             f"tokenizer.ggml.{key}_token_id", default if sentencepiece else None
         )
-        if value is not None and not (isinstance(value, int) and 0 <= value < vocabulary):
+        if value is not None and not (type(value) is int and 0 <= value < vocabulary):
             notes.append(
                 f"tokenizer.ggml.{key}_token_id {value!r} is outside the vocabulary: ignored"
             )

@@ -20,6 +20,8 @@ from typing import Any
 import numpy as np
 from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 
+from llama_jax.foreign_weights import POINTER, is_pointer
+
 _SCALARS = {  # metadata value type -> struct format
     0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d",
 }  # fmt: skip
@@ -112,6 +114,8 @@ def _read_file(path: Path) -> GgufHeader:
 
 def _parse(path: Path, data: mmap.mmap) -> GgufHeader:
     magic, version, tensor_count, key_count = struct.unpack_from("<4sIQQ", data)
+    if is_pointer(bytes(data[:64])):
+        raise ValueError(f"{path}: {POINTER}")
     if magic != b"GGUF":
         raise ValueError(f"{path}: starts with {magic!r}, expected b'GGUF'")
     if version & 0xFFFF == 0:

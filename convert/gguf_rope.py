@@ -30,7 +30,9 @@ def metadata_scaling(keys: Any, context_length: int) -> dict[str, Any]:
     factor = keys.number("rope.scaling.factor", keys.number("rope.scale_linear", 0.0))
     if kind not in ("none", "linear", "yarn"):
         keys.faults.append(f"rope.scaling.type is {kind!r}, expected none, linear or yarn")
-    if kind == "yarn":
+    if factor < 0 and kind != "none":
+        keys.faults.append(f"rope.scaling.factor is {factor:g}, expected a positive number")
+    elif kind == "yarn":
         return _yarn(keys, factor or 1.0, context_length)
     if kind == "linear" and factor not in (0.0, 1.0):
         return {"rope_type": "linear", "factor": factor}

@@ -198,6 +198,8 @@ def _vocabulary(path: Path, metadata: Json) -> tuple[list[str], list[int]]:
     types = metadata.get("tokenizer.ggml.token_type", [NORMAL] * len(tokens))
     if not isinstance(types, list) or len(types) != len(tokens):
         raise _error(path, f"tokenizer.ggml.token_type does not have {len(tokens)} entries")
+    if not all(type(each) is int for each in types):
+        raise _error(path, "tokenizer.ggml.token_type is not an array of integers")
     return tokens, list(types)
 
 
@@ -208,7 +210,7 @@ def _pre_tokenizer(path: Path, metadata: Json, notes: list[str]) -> tuple[Pre, b
     name = metadata.get("tokenizer.ggml.pre", "default")
     if name == "default":
         notes.append("the file does not say how it splits text before BPE: taken to be GPT-2's way")
-    if name not in PRE_TOKENIZERS:
+    if not isinstance(name, str) or name not in PRE_TOKENIZERS:
         raise _error(
             path,
             f"tokenizer.ggml.pre is {name!r}, expected one of {', '.join(sorted(PRE_TOKENIZERS))}",

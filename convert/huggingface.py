@@ -27,7 +27,7 @@ from llama_jax.hf import (
     Rows,
     Weights,
     fit,
-    ignored_note,
+    ignored_notes,
     open_weights,
     read_index,
     read_rows,
@@ -72,8 +72,7 @@ def read(path: Path, *, tokenizer: bool = True) -> Checkpoint:
         TensorSpec(name, FLOAT_DTYPES[tensor.dtype], tensor.shape)
         for name, tensor in stored.items()
     )
-    if config.ignored:
-        notes.append(ignored_note(config))
+    notes += ignored_notes(config, path)
     if found.wrappers:
         notes.append(f"{found.wrappers} is taken out of the tensors' names")
     card, more = card_facts(path)

@@ -24,7 +24,7 @@ from convert.model_card import card_facts
 from convert.proof import other_function
 from convert.torch_files import WHOLE_NOTE, TorchFile, open_torch_file, require_torch
 from llama_jax.config import LlamaConfig, read_json_object
-from llama_jax.hf import ignored_note, report
+from llama_jax.hf import ignored_notes, report
 from llama_jax.safetensors_write import TensorSpec
 
 __all__ = [
@@ -100,8 +100,7 @@ def read(path: Path, *, tokenizer: bool = True) -> Checkpoint:
     ]
     facts, more = card_facts(path)
     notes += more
-    if config.ignored:
-        notes.append(ignored_note(config))
+    notes += ignored_notes(config, path)
     specs = tuple(source.spec for source in sources.values())
     count = len(pieces)
     return Checkpoint(

@@ -37,7 +37,7 @@ from llama_jax.arguments import first_line
 from llama_jax.causal_lm import LlamaForCausalLM
 from llama_jax.config import LlamaConfig, read_json_object
 from llama_jax.fingerprint import fingerprint
-from llama_jax.hf import Weights, fit, ignored_note, report, widest
+from llama_jax.hf import Weights, fit, ignored_notes, report, widest
 from llama_jax.orbax_directory import PARAMS, is_orbax, locate, quiet_orbax
 from llama_jax.safetensors_read import FLOAT_DTYPES, StoredTensor, read_tensor
 from llama_jax.safetensors_write import DTYPE_NAMES as STORED_NAMES
@@ -142,8 +142,7 @@ def read(path: Path, *, tokenizer: bool = True) -> Checkpoint:
         for name, tensor in ((name, found.stored[name]) for name in found.table)
     )
     facts, notes = card_facts(home)
-    if config.ignored:
-        notes.append(ignored_note(config))
+    notes += ignored_notes(config, home)
     if found.tied is not None:
         notes.append("lm_head.weight, a copy of the embedding, is left out: the head is tied")
     return Checkpoint(

@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 
 from llama_jax.arguments import first_line
+from llama_jax.foreign_weights import POINTER, is_pointer
 from llama_jax.safetensors_read import FLOAT_DTYPES, StoredTensor, all_finite
 
 WHOLE_NOTE = "is of the form before torch 1.6 and is held in memory as a whole"
@@ -69,6 +70,9 @@ def open_torch_file(path: Path) -> TorchFile:
         with _Bounded(path) as file:
             if zipfile.is_zipfile(file):
                 return _open_zip(path, file)
+            file.seek(0)
+            if is_pointer(file.read(64)):
+                raise ValueError(f"{path.name}: {POINTER}")
             return _open_whole(path, file)
     except OSError as error:
         raise ValueError(f"{path.name}: cannot be read ({error.strerror or error})") from None

@@ -14,13 +14,16 @@ from pathlib import Path
 from typing import Any
 
 from llama_jax.activations import ACTIVATIONS
-from llama_jax.foreign_weights import describe, quantization_refusal
-from llama_jax.rope import longrope_attention_factor, validate_rope_parameters
+from llama_jax.foreign_weights import POINTER, describe, is_pointer, quantization_refusal
+from llama_jax.rope import (
+    longrope_attention_factor,
+    unknown_constants,
+    validate_rope_parameters,
+)
 from llama_jax.scalars import is_integer, is_number, plain_numbers
 
 _ARCHITECTURES = ["LlamaForCausalLM"]
 _TRAINED_CONTEXT_TYPES = ("llama3", "yarn", "longrope")  # of original_max_position_embeddings
-_PROBLEM_TYPES = ("regression", "single_label_classification", "multi_label_classification")
 _DEFAULT_LABELS = 2  # transformers writes no label names where there are as many
 # Marks a `quantization_config` of ours: how weights are stored, not what they are. It takes the place of
 # `quant_method`, without which transformers refuses the directory; a name there that it does not know
@@ -172,11 +175,9 @@ class LlamaConfig:
             fill("eos_token_id", tuple(self.eos_token_id))
         for name, value in _merge_labels(self.num_labels, self.id2label, self.label2id).items():
             fill(name, value)
-        if self.problem_type not in (None, *_PROBLEM_TYPES):
-            raise ValueError(
-                f"problem_type: found {self.problem_type!r}, expected null or one of "
-                f"{', '.join(_PROBLEM_TYPES)}"
-            )
+        # which ones there are is for the loss to say, which alone looks at it
+        if not isinstance(self.problem_type, str | None):
+            raise ValueError(f"problem_type: found {self.problem_type!r}, expected a name or null")
         if self.problem_type == "single_label_classification" and self.num_labels == 1:
             raise ValueError(
                 "problem_type: found 'single_label_classification' of 1 label, expected 2"
@@ -204,11 +205,13 @@ class LlamaConfig:
         fields = self.extra_fields
         if not fields.get("use_sliding_window", True):
             fields = {name: value for name, value in fields.items() if name != "sliding_window"}
-        return {
+        found = {
             name: fields[name]
             for name, neutral in _IGNORED.items()
             if name in fields and fields[name] not in neutral
         }
+        constants = unknown_constants(self.rope).items()
+        return found | {f"rope_parameters.{name}": value for name, value in constants}
 
     @property
     def head_size(self) -> int:
@@ -291,7 +294,8 @@ class LlamaConfig:
         """Read `directory/config.json`, with `changes` to its fields.
 
         Args:
-            changes: fields as the file has them; a new `num_labels` drops the names of the old ones.
+            changes: fields as the file has them; a new `num_labels` drops the names of the old ones, and
+                one of rope replaces what the file says of it in either layout.
 
         Raises:
             TypeError: a change of what is no field.
@@ -311,6 +315,8 @@ class LlamaConfig:
         if "num_labels" in changes:
             fields = {n: v for n, v in fields.items() if n not in ("id2label", "label2id")}
         try:
+            if _ROPE & changes.keys():
+                fields = _with_rope(fields, changes)
             return cls.from_dict(fields | changes)
         except ValueError as error:
             message = str(error)
@@ -319,22 +325,36 @@ class LlamaConfig:
             raise ValueError(f"{path}: {message}") from None
 
 
-_CHANGEABLE = {each.name for each in dataclasses.fields(LlamaConfig)} - {"extra_fields"} | {
-    "rope_theta",
-    "rope_scaling",
-}
+_ROPE = {"rope_theta", "rope_scaling", "rope_parameters"}
+_CHANGEABLE = {each.name for each in dataclasses.fields(LlamaConfig)} - {"extra_fields"} | _ROPE
+
+
+def _with_rope(fields: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """`fields` without what `changes` replace: all constants by new ones, or the theta alone."""
+    fields = dict(fields)
+    rope = _merge_rope_layouts(fields)
+    theta = rope.pop("rope_theta", None)
+    if not {"rope_scaling", "rope_parameters"} & changes.keys():
+        return fields | {"rope_scaling": rope}
+    named = [changes.get(layout) for layout in ("rope_scaling", "rope_parameters")]
+    if theta is None or any(isinstance(each, Mapping) and "rope_theta" in each for each in named):
+        return fields
+    return fields | {"rope_theta": theta}
 
 
 def read_json_object(path: Path) -> dict[str, Any]:
     """Parse a file that must hold one JSON object. Raises ValueError naming the file and the fault."""
+    content = b""
     try:
-        value = json.loads(path.read_bytes())
+        content = path.read_bytes()
+        value = json.loads(content)
     except FileNotFoundError:
         raise ValueError(f"{path}: not found, expected a JSON file") from None
     except OSError as error:
         raise ValueError(f"{path}: cannot be read ({error.strerror})") from None
     except (ValueError, RecursionError) as error:  # UnicodeDecodeError is a ValueError too
-        raise ValueError(f"{path}: not valid JSON ({error})") from None
+        fault = POINTER if is_pointer(content) else f"not valid JSON ({error})"
+        raise ValueError(f"{path}: {fault}") from None
     if not isinstance(value, dict):
         raise ValueError(f"{path}: found a JSON {type(value).__name__}, expected an object")
     return value
@@ -365,11 +385,11 @@ def _label_names(count: int) -> dict[int, str]:
 
 def _merge_labels(num_labels: Any, id2label: Any, label2id: Any) -> dict[str, Any]:
     """The number of labels and their names both ways, from what is given of them."""
-    if id2label is None or id2label == {}:
+    if num_labels is not None and (not is_integer(num_labels) or not 0 <= num_labels <= 2**20):
+        raise ValueError(f"num_labels: found {num_labels!r}, expected a number up to {2**20}")
+    if id2label is None:
         label2id = None  # as in transformers: the names follow from the numbers
-        num_labels = _DEFAULT_LABELS if num_labels is None else num_labels
-        _require_positive_int("num_labels", num_labels, 2**20)
-        id2label = _label_names(num_labels)
+        id2label = _label_names(_DEFAULT_LABELS if num_labels is None else num_labels)
     try:
         id2label = {int(label): name for label, name in id2label.items()}
     except (AttributeError, TypeError, ValueError):
@@ -379,9 +399,8 @@ def _merge_labels(num_labels: Any, id2label: Any, label2id: Any) -> dict[str, An
             raise ValueError(f"id2label: found {name!r}, expected a name")
     if not isinstance(label2id, Mapping | None):
         raise ValueError(f"label2id: found {label2id!r}, expected numbers by name")
-    if num_labels not in (None, len(id2label)):
-        expected = "at least one" if num_labels is None else f"num_labels={num_labels} of them"
-        raise ValueError(f"id2label: found {len(id2label)} labels, expected {expected}")
+    if num_labels not in (None, len(id2label)):  # as in transformers: the number is what counts
+        id2label, label2id = _label_names(num_labels), None
     if label2id is None:
         label2id = {name: label for label, name in id2label.items()}
     return {"num_labels": len(id2label), "id2label": id2label, "label2id": dict(label2id)}

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+ADAPTER_CONFIG = "adapter_config.json"
 _CONVERT = "from a checkout of the repository: python -m convert"
 # (a pattern of file names, what a directory with one is). The first that matches is told.
 _KINDS: tuple[tuple[str, str], ...] = (
@@ -34,7 +35,24 @@ _KINDS: tuple[tuple[str, str], ...] = (
     ),
     ("*.distcp", "a distributed PyTorch checkpoint; merge it with `accelerate merge-weights`"),
     ("*.ckpt", "a Lightning checkpoint ({file}); save its model with save_pretrained first"),
+    ("lit_model.pth", "a LitGPT checkpoint; run `litgpt convert_from_litgpt` first"),
+    *(
+        (
+            pattern,
+            "a file of another program ({file}); if it has a Llama's tensors under transformers' names, "
+            "rename it pytorch_model.bin, beside their config.json",
+        )
+        for pattern in ("*model*.pt*", "ckpt*.pt")
+    ),
 )
+
+
+def is_pointer(start: bytes) -> bool:
+    """Whether a file that begins so is Git LFS's note of a file, which a clone without LFS leaves."""
+    return start.startswith(b"version https://git-lfs.github.com/")
+
+
+POINTER = "Git LFS's pointer, not the file itself; run `git lfs pull` there, or download it again"
 
 
 def describe(path: Path) -> str:
@@ -56,8 +74,10 @@ def _describe(path: Path) -> str:
             )
         return "no such directory"
     if not path.is_dir():
+        if path.suffix == ".safetensors":
+            return "a file; give the directory that it is in"
         return f"a file; for a GGUF file, {_CONVERT} {path} DIR"
-    if (path / "adapter_config.json").exists() or any(path.glob("adapter_model.*")):
+    if (path / ADAPTER_CONFIG).exists() or any(path.glob("adapter_model.*")):
         return _adapter(path)
     if (path / "snapshots").is_dir():
         found = sorted(each for each in (path / "snapshots").iterdir() if each.is_dir())
@@ -71,6 +91,11 @@ def _describe(path: Path) -> str:
     names = sorted(each.name for each in path.iterdir())
     if {"model.safetensors", "model.safetensors.index.json"} & set(names):
         return "weights without the config.json that goes with them"
+    if (path / "config.json").is_file() and (path / "params").is_dir():
+        return (
+            "an Orbax directory; load it with llama_jax.load.load_model, or convert it, "
+            f"{_CONVERT} {path} DIR"
+        )
     for pattern, kind in _KINDS:
         if found := sorted(each for each in path.glob(pattern)):
             return kind.format(file=found[0].name, path=path)
@@ -88,15 +113,13 @@ def _describe(path: Path) -> str:
 
 
 def _looks_like_one(path: Path) -> bool:
-    return path.is_dir() and (
-        (path / "config.json").is_file() or (path / "adapter_config.json").is_file()
-    )
+    return path.is_dir() and ((path / "config.json").is_file() or (path / ADAPTER_CONFIG).is_file())
 
 
 def _adapter(path: Path) -> str:
     base = None
     try:
-        fields = json.loads((path / "adapter_config.json").read_bytes())
+        fields = json.loads((path / ADAPTER_CONFIG).read_bytes())
         base = fields.get("base_model_name_or_path") if isinstance(fields, dict) else None
     except (OSError, ValueError, RecursionError):
         pass

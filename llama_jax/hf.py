@@ -23,7 +23,7 @@ from jaxtyping import Array, Key
 
 from llama_jax.arguments import size
 from llama_jax.config import LlamaConfig, read_json_object
-from llama_jax.foreign_weights import describe
+from llama_jax.foreign_weights import ADAPTER_CONFIG, describe
 from llama_jax.quantization import quantization_of, quantize, read_quantization
 from llama_jax.safetensors_read import (
     CODE_DTYPES,
@@ -57,12 +57,19 @@ _WRAPPERS = re.compile(
 # what others, and classes around the model, put before every name: DDP's `module.`, Lightning's `model.`,
 # PEFT's `base_model.model.`
 _OUTER = re.compile(rf"(?P<outer>(?:[A-Za-z_]\w*\.)*?){_DECODER.pattern}")
-_LOW_RANK = re.compile(r"\.lora_[A-Z]|\.lora_embedding_[A-Z]|\.lora_magnitude_vector")
+_LOW_RANK = re.compile(
+    r"\.lora_([A-Z]|embedding_[A-Z]|magnitude_vector)|\.(base_layer|modules_to_save|original_module)\."
+)
+# what GPTQ, AWQ, bitsandbytes, compressed-tensors, fp8 and MLX store in place of, or beside, a weight
+_QUANTIZED_PARTS = re.compile(
+    r"\.(qweight|qzeros|g_idx|scales|SCB|weight_format|weight\.(absmax|quant_(map|state)\b.*)"
+    r"|weight_(scale|scale_inv|scale_2|packed|shape|zero_point))$"
+)
 # what describes the model that an earlier save has left in a directory, and would describe the new one
 _OF_EARLIER_SAVES = (
     "generation_config.json",
     "conversion.json",
-    "adapter_config.json",
+    ADAPTER_CONFIG,
     "adapter_model.safetensors",
     "adapter_model.bin",
 )
@@ -350,7 +357,7 @@ def fit(
     if dtype is None:
         floats = {tensor.dtype for tensor in stored.values()} - CODE_DTYPES.keys()
         dtype = widest({FLOAT_DTYPES[name] for name in floats})
-    dtype = _require_float(dtype)
+    dtype = require_float(dtype)
     if config.num_hidden_layers > max(len(stored) + len(excused), 1):
         # an absurd count, before anything is laid out for it
         raise ValueError(
@@ -424,15 +431,23 @@ def equal(one: np.ndarray, other: np.ndarray) -> bool:
 
 
 def warn_ignored(config: LlamaConfig, directory: Path) -> None:
-    """Warn of fields of config.json that another program may obey."""
+    """Warn of what another program may obey."""
+    for note in ignored_notes(config, directory):
+        warnings.warn(f"{directory}: {note}", stacklevel=4)
+
+
+def ignored_notes(config: LlamaConfig, directory: Path) -> list[str]:
+    """`config.ignored` in words, and an adapter beside the weights, which transformers would apply."""
+    notes = []
     if config.ignored:
-        warnings.warn(f"{directory}: {ignored_note(config)}", stacklevel=4)
-
-
-def ignored_note(config: LlamaConfig) -> str:
-    """`config.ignored` in words."""
-    shown = ", ".join(f"{name} {str(value)[:40]}" for name, value in config.ignored.items())
-    return f"config.json: {shown} ignored, as transformers' Llama does"
+        shown = ", ".join(f"{name} {str(value)[:40]}" for name, value in config.ignored.items())
+        notes.append(f"config.json: {shown} ignored, as transformers' Llama does")
+    if (directory / ADAPTER_CONFIG).exists():
+        notes.append(
+            f"{ADAPTER_CONFIG}: the PEFT adapter beside the weights is not applied; to apply it, load both "
+            "with peft, then merge_and_unload() and save_pretrained(NEW_DIR)"
+        )
+    return notes
 
 
 def _quantized(model_class: Callable[..., Model], directory: Path) -> Callable[..., Model]:
@@ -453,7 +468,21 @@ def is_code(name: str) -> bool:
     return name.endswith(".weight.codes")
 
 
-def _require_float(dtype: Any) -> np.dtype:
+def asked_dtype(asked: Any) -> Any:
+    """Without "auto" and the prefix of torch's names; torch's dtypes by name."""
+    if asked is None or (isinstance(asked, str) and asked == "auto"):
+        return None
+    name = str(asked)
+    if name.startswith("torch."):
+        return name.removeprefix("torch.")
+    try:
+        return jnp.dtype(asked)
+    except TypeError:
+        return asked  # `require_float` names those that there are
+
+
+def require_float(dtype: Any) -> np.dtype:
+    """The dtype of a model's weights. Raises ValueError for one that they cannot have."""
     wanted = {str(known): known for known in FLOAT_DTYPES.values()}
     try:
         found = wanted[str(jnp.dtype(dtype))]
@@ -558,6 +587,11 @@ def open_weights(
         for tensor in tensors:
             if is_buffer(tensor.name):
                 continue
+            if _QUANTIZED_PARTS.search(tensor.name):
+                raise ValueError(
+                    f"{directory}: the weights are quantised by another program ({tensor.name}), which is "
+                    "not supported; use the original checkpoint that is not quantised"
+                )
             if tensor.name in stored:
                 faults.append(f"{tensor.name}: in {stored[tensor.name].path.name} and in {file}")
             elif tensor.dtype not in (allowed := _stored_dtypes(tensor.name)):

@@ -11,7 +11,7 @@ from llama_jax.orbax_directory import is_orbax, load_orbax, locate
 
 
 def load_model(directory: str | Path, dtype: Any = None) -> LlamaForCausalLM:
-    """The model of a Hugging Face or an Orbax directory, in `dtype` or as stored.
+    """The model of a Hugging Face or an Orbax directory, in `dtype` or (None, "auto") as stored.
 
     Raises:
         ValueError: something else, saying what it is and what to do with it.

@@ -15,7 +15,15 @@ from flax import nnx
 from llama_jax.arguments import first_line
 from llama_jax.causal_lm import LlamaForCausalLM, read_generation_config
 from llama_jax.config import LlamaConfig
-from llama_jax.hf import OTHER_HEAD, equal, report, warn_ignored
+from llama_jax.hf import (
+    OTHER_HEAD,
+    asked_dtype,
+    equal,
+    report,
+    require_float,
+    warn_ignored,
+    widest,
+)
 from llama_jax.safetensors_read import all_finite
 
 PARAMS = "params"
@@ -74,38 +82,36 @@ def load_orbax(path: Path, dtype: Any = None) -> LlamaForCausalLM:
     """The model, on one device.
 
     Args:
-        dtype: of the weights; None keeps the stored one.
+        dtype: of the weights: JAX's, its name, or torch's; None and "auto" keep the stored one (the widest,
+            where several are mixed).
 
     Raises:
-        ValueError: no checkpoint, one that is damaged, or of another model than config.json.
+        ValueError: another dtype, no checkpoint, one that is damaged, or of another model than config.json.
     """
     home, params = locate(path)
     config = LlamaConfig.from_pretrained(home)
+    dtype = asked_dtype(dtype)
+    if dtype is not None:
+        dtype = require_float(dtype)
+    stored = _stored(params)
+    if dtype is None:
+        dtype = require_float(widest({np.dtype(leaf.dtype) for leaf in jax.tree.leaves(stored)}))
     device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    try:
-        with quiet_orbax(), ocp.StandardCheckpointer() as checkpointer:
-            stored = checkpointer.metadata(params.absolute()).item_metadata.tree
-            dtype = dtype or jax.tree.leaves(stored)[0].dtype
-            abstract = nnx.eval_shape(
-                lambda: LlamaForCausalLM(config, rngs=nnx.Rngs(0), dtype=dtype)
-            )
-            graphdef, state = nnx.split(abstract)
-            wanted = nnx.to_pure_dict(state)
-            if config.tie_word_embeddings and "lm_head" in stored:
-                # the copy of a tied head that some exporters write as well
-                wanted["lm_head"] = {"weight": wanted["model"]["embed_tokens"]["weight"]}
-            if faults := _misfits(stored, wanted):
-                raise ValueError(report(f"{len(faults)} faults", faults))
-            wanted = jax.tree.map(
-                lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device), wanted
-            )
-            restored = checkpointer.restore(params.absolute(), wanted)
-            if faults := _bad_values(restored, config):
-                raise ValueError(report(f"{len(faults)} faults", faults))
-    except Exception as error:  # Orbax and TensorStore raise whatever is wrong
-        raise ValueError(
-            f"{params}: not a checkpoint of this model ({first_line(error, limit=1000)})"
-        ) from None
+    with _faults_as_ours(params), quiet_orbax(), ocp.StandardCheckpointer() as checkpointer:
+        abstract = nnx.eval_shape(lambda: LlamaForCausalLM(config, rngs=nnx.Rngs(0), dtype=dtype))
+        graphdef, state = nnx.split(abstract)
+        wanted = nnx.to_pure_dict(state)
+        if config.tie_word_embeddings and "lm_head" in stored:
+            # the copy of a tied head that some exporters write as well
+            wanted["lm_head"] = {"weight": wanted["model"]["embed_tokens"]["weight"]}
+        if faults := _misfits(stored, wanted):
+            raise ValueError(report(f"{len(faults)} faults", faults))
+        wanted = jax.tree.map(
+            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device), wanted
+        )
+        restored = checkpointer.restore(params.absolute(), wanted)
+        if faults := _bad_values(restored, config):
+            raise ValueError(report(f"{len(faults)} faults", faults))
     if config.tie_word_embeddings:
         restored.pop("lm_head", None)
     warn_ignored(config, home)
@@ -113,6 +119,23 @@ def load_orbax(path: Path, dtype: Any = None) -> LlamaForCausalLM:
     model = nnx.merge(graphdef, state)
     model.generation_config = read_generation_config(home, config)
     return model
+
+
+@contextmanager
+def _faults_as_ours(params: Path) -> Iterator[None]:
+    """One line about the checkpoint for whatever Orbax and TensorStore raise."""
+    try:
+        yield
+    except Exception as error:
+        raise ValueError(
+            f"{params}: not a checkpoint of this model ({first_line(error, limit=1000)})"
+        ) from None
+
+
+def _stored(params: Path) -> Any:
+    """The tree of the arrays that are stored, without their values."""
+    with _faults_as_ours(params), quiet_orbax(), ocp.StandardCheckpointer() as checkpointer:
+        return checkpointer.metadata(params.absolute()).item_metadata.tree
 
 
 def _flat(tree: Any) -> dict[str, Any]:

@@ -3,7 +3,6 @@
 from pathlib import Path
 from typing import Any, Self
 
-import jax.numpy as jnp
 from flax import nnx
 
 from llama_jax import hf
@@ -13,23 +12,10 @@ from llama_jax.keys import require_rngs
 
 def _one_dtype(dtype: Any, torch_dtype: Any) -> Any:
     """What both say; None where neither asks for one."""
-    first, second = map(_dtype_of, (dtype, torch_dtype))
+    first, second = map(hf.asked_dtype, (dtype, torch_dtype))
     if None not in (first, second) and str(first) != str(second):
         raise ValueError(f"dtype: found {first} beside torch_dtype {second}, expected one of them")
     return second if first is None else first
-
-
-def _dtype_of(asked: Any) -> Any:
-    """Without "auto" and the prefix of torch's names; torch's dtypes by name."""
-    if asked is None or (isinstance(asked, str) and asked == "auto"):
-        return None
-    name = str(asked)
-    if name.startswith("torch."):
-        return name.removeprefix("torch.")
-    try:
-        return jnp.dtype(asked)
-    except TypeError:
-        return asked  # the loader names those that there are
 
 
 class PretrainedModel(nnx.Module):

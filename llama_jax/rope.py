@@ -47,9 +47,10 @@ _OPTIONAL: dict[str, tuple[str, ...]] = {
     "longrope": ("factor", "attention_factor"),
     "proportional": ("factor",),
 }
+_ALWAYS = ("rope_theta", "partial_rotary_factor")
 _KNOWN = {
     *(name for names in (*_REQUIRED.values(), *_OPTIONAL.values()) for name in names),
-    *("rope_type", "rope_theta", "partial_rotary_factor"),
+    *("rope_type", *_ALWAYS),
     "finetuned",  # written by some exporters, read by nobody
 }
 _MAY_BE_ZERO = {"partial_rotary_factor", "mscale", "mscale_all_dim", "attention_factor"}
@@ -64,18 +65,16 @@ def validate_rope_parameters(
         raise ValueError(
             f"rope_type: found {rope_type!r}, expected one of {', '.join(map(repr, _REQUIRED))}"
         )
-    # a constant that belongs to another rope_type is ignored, as transformers does (with a warning)
-    for name in rope.keys() - _KNOWN:
-        raise ValueError(f"rope_parameters[{name!r}]: unknown, expected {sorted(_KNOWN)}")
     for name in _REQUIRED[rope_type]:
         if rope.get(name) is None:
             raise ValueError(f"rope_parameters[{name!r}]: missing for rope_type {rope_type!r}")
-    for name, value in rope.items():
-        if name in ("rope_type", "truncate", "finetuned"):
+    # what belongs to another rope_type, or to none, is ignored, as transformers does (with a warning)
+    used = (*_ALWAYS, *_REQUIRED[rope_type], *_OPTIONAL.get(rope_type, ()))
+    for name, value in ((name, rope[name]) for name in used if name in rope):
+        if name == "truncate":
             continue
         if name in ("short_factor", "long_factor"):
-            if rope_type == "longrope":
-                _require_factors(name, value, head_dim // 2)
+            _require_factors(name, value, head_dim // 2)
         elif not _is_positive(value) and not (value == 0 and name in _MAY_BE_ZERO):
             raise ValueError(f"rope_parameters[{name!r}]: found {value!r}, expected a number > 0")
     fraction = rope.get("partial_rotary_factor", 1.0)
@@ -99,6 +98,11 @@ def validate_rope_parameters(
         sane = False
     if not sane:
         raise ValueError(f"rope_parameters: found {dict(rope)}, which has no finite frequencies")
+
+
+def unknown_constants(rope: Mapping[str, Any]) -> dict[str, Any]:
+    """The entries of `rope` that no `rope_type` looks at, by name."""
+    return {name: rope[name] for name in sorted(rope.keys() - _KNOWN)}
 
 
 def inverse_frequencies(

@@ -15,6 +15,8 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
+from llama_jax.foreign_weights import POINTER, is_pointer
+
 FLOAT_DTYPES: dict[str, np.dtype] = {
     "F64": np.dtype(np.float64),
     "F32": np.dtype(np.float32),
@@ -57,6 +59,9 @@ def read_header(path: Path) -> list[StoredTensor]:
                 raise ValueError(f"{path.name}: found {size} bytes, expected a safetensors file")
             length = int.from_bytes(prefix, "little")
             if length > min(size - 8, _MAX_HEADER_BYTES):
+                file.seek(0)
+                if is_pointer(file.read(64)):
+                    raise ValueError(f"{path.name}: {POINTER}")
                 raise ValueError(
                     f"{path.name}: the header should take {length} bytes, found {size - 8}: "
                     "truncated, or not a safetensors file"

@@ -18,6 +18,8 @@ from llama_jax.positions import as_array
 from llama_jax.pretrained import PretrainedModel
 from llama_jax.task_head import classification_loss, task_head, wide_logits
 
+_PROBLEM_TYPES = ("regression", "single_label_classification", "multi_label_classification")
+
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
@@ -116,10 +118,14 @@ def sequence_classification_loss(
             0 to 1; binary cross-entropy of each.
 
     Raises:
-        ValueError: another shape or dtype, or a class that is not there.
+        ValueError: another shape or dtype, a class that is not there, or another `problem_type`.
     """
     batch, count = len(pooled), len(head.weight[...])
     integers = jnp.issubdtype(labels.dtype, jnp.integer)
+    if problem_type not in (None, *_PROBLEM_TYPES):
+        raise ValueError(
+            f"problem_type: found {problem_type!r}, expected null or one of {', '.join(_PROBLEM_TYPES)}"
+        )
     if problem_type is None:
         several = "single_label_classification" if integers else "multi_label_classification"
         problem_type = "regression" if count == 1 else several

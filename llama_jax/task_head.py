@@ -15,7 +15,12 @@ from llama_jax.matmul import einsum, working_dtype
 def task_head(
     config: LlamaConfig, classes: int, *, use_bias: bool, dtype: Any, rngs: nnx.Rngs
 ) -> Linear:
-    """The projection [hidden] -> [classes] with transformers' initial values."""
+    """The projection [hidden] -> [classes] with transformers' initial values.
+
+    Raises ValueError for no classes.
+    """
+    if not classes:
+        raise ValueError("num_labels: found 0, expected at least one label for this model")
     return Linear(
         config.hidden_size,
         classes,

@@ -3,11 +3,13 @@
 import json
 from typing import Any
 
+import numpy as np
 import pytest
 import transformers
 
 from llama_jax import PRESETS, LlamaConfig
 from llama_jax.info import parameter_count
+from llama_jax.rope import inverse_frequencies
 
 BASE: dict[str, Any] = {
     "model_type": "llama",
@@ -127,6 +129,59 @@ def test_a_null_theta_beside_a_complete_dictionary_is_no_contradiction():
     assert LlamaConfig.from_dict(fields).rope == {"rope_type": "default", "rope_theta": 3e4}
 
 
+OTHERS = [
+    # of YaRN's and NTK's first code, and of Qwen2-VL
+    {"rope_type": "yarn", "factor": 4.0, "attn_factor": 1, "extrapolation_factor": 1},
+    {"rope_type": "linear", "factor": 2.0, "mrope_section": [2, 1, 1]},
+    {"rope_type": "dynamic", "factor": 2.0, "alpha": "1000"},
+    {"rope_type": "default", "note": {"a": None}, "name": "x"},
+]
+
+
+@pytest.mark.parametrize("scaling", OTHERS, ids=lambda scaling: scaling["rope_type"])
+def test_rope_constants_that_nobody_knows_are_ignored_aloud(scaling):
+    theirs = transformers.LlamaConfig.from_dict(BASE | {"rope_scaling": dict(scaling)})
+    config = LlamaConfig.from_dict(BASE | {"rope_scaling": scaling})
+    unknown = scaling.keys() - {"rope_type", "factor"}
+    assert config.ignored == {f"rope_parameters.{name}": scaling[name] for name in sorted(unknown)}
+    # kept for those who do know them
+    assert LlamaConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+    plain = LlamaConfig.from_dict(
+        BASE | {"rope_scaling": {n: scaling[n] for n in scaling.keys() - unknown}}
+    )
+    for length in (8, 200):
+        one, other = (
+            inverse_frequencies(each.rope, each.head_size, each.max_position_embeddings, length)
+            for each in (config, plain)
+        )
+        np.testing.assert_array_equal(one[0], other[0])
+        assert one[1] == other[1]
+    assert {n: theirs.rope_parameters[n] for n in scaling} == {n: config.rope[n] for n in scaling}
+
+
+@pytest.mark.parametrize("file", [v4("llama3", LLAMA3), v5("llama3", LLAMA3)], ids=["v4", "v5"])
+@pytest.mark.parametrize("both", [False, True])
+def test_changed_rope_constants_replace_those_of_the_file(tmp_path, file, both):
+    """`transformers.LlamaConfig.from_pretrained(d, rope_parameters=...)` replaces all of them."""
+    fields = LlamaConfig.from_dict(BASE | file).to_dict() if both else BASE | file
+    (tmp_path / "config.json").write_text(json.dumps(fields))
+    old = LlamaConfig.from_pretrained(tmp_path).rope
+    assert LlamaConfig.from_pretrained(tmp_path, rope_theta=7e5).rope == old | {"rope_theta": 7e5}
+    linear = {"rope_type": "linear", "factor": 2.0}
+    for name in ("rope_scaling", "rope_parameters"):
+        found = LlamaConfig.from_pretrained(tmp_path, **{name: linear}).rope
+        assert found == linear | {"rope_theta": old["rope_theta"]}
+        whole = linear | {"rope_theta": 3e4}
+        assert LlamaConfig.from_pretrained(tmp_path, **{name: whole}).rope == whole
+    theirs = transformers.LlamaConfig.from_pretrained(tmp_path, rope_parameters=whole)
+    assert theirs.rope_parameters == whole
+    assert LlamaConfig.from_pretrained(tmp_path, rope_scaling=linear, rope_theta=9.0).rope == (
+        linear | {"rope_theta": 9.0}
+    )
+    plain = LlamaConfig.from_pretrained(tmp_path, rope_scaling=None).rope
+    assert plain == {"rope_type": "default", "rope_theta": old["rope_theta"]}
+
+
 def test_a_window_that_is_not_used_is_metadata():
     fields = BASE | {"sliding_window": 4096, "use_sliding_window": False}
     assert LlamaConfig.from_dict(fields).to_dict()["sliding_window"] == 4096
@@ -195,7 +250,6 @@ BAD: list[tuple[dict[str, Any], str]] = [
         {"rope_scaling": {"rope_type": "longrope", **LONG, "long_factor": [1.0]}},
         "rope_parameters['long_factor']: found 1 factors, expected head_dim / 2 = 4",
     ),
-    ({"rope_scaling": {"rope_type": "linear", "factor": 2, "mrope_section": [2]}}, "unknown"),
     (
         {"rope_scaling": {"rope_type": "linear", "factor": 2, "partial_rotary_factor": 0.5}},
         "partial_rotary_factor: found 0.5, expected 1.0",
@@ -218,6 +272,7 @@ def test_a_bad_field_is_one_line_that_names_it(change, message):
         (b"{", "not valid JSON"),
         (b"\xff\xfe", "not valid JSON"),
         (b"[1]", "found a JSON list, expected an object"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "run `git lfs pull`"),
         (b"[" * 100_000, "not valid JSON"),
     ],
 )

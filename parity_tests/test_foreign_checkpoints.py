@@ -142,6 +142,53 @@ def test_a_prefix_that_some_names_have_is_said(saved, tmp_path):
         LlamaForCausalLM.from_pretrained(directory)
 
 
+@pytest.mark.parametrize("loader", LOADERS)
+def test_an_adapter_in_files_of_its_own_is_not_applied_in_silence(saved, tmp_path, loader):
+    """transformers applies it where peft is installed, and loads the model alone where it is not."""
+    directory = copied(saved[False], tmp_path / "a")
+    (directory / "adapter_config.json").write_text('{"peft_type": "LORA"}')
+    (directory / "adapter_model.safetensors").write_bytes(b"")
+    if loader == "convert":
+        assert any("adapter beside the weights is not" in n for n in info(directory)["notes"])
+        return
+    with pytest.warns(UserWarning, match="adapter beside the weights is not applied; to apply it"):
+        LOADERS[loader](directory)
+
+
+PARTS = [
+    # as GPTQ and AWQ, bitsandbytes, compressed-tensors, fp8, NVFP4 and MLX call them
+    *("qweight", "qzeros", "g_idx", "scales", "SCB", "weight.absmax", "weight.quant_map"),
+    *("weight.quant_state.bitsandbytes__nf4", "weight_packed", "weight_shape", "weight_scale"),
+    *("weight_scale_inv", "weight_scale_2"),
+]
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_quantised_weights_that_config_json_is_silent_of(saved, tmp_path, part):
+    name = f"model.layers.0.mlp.up_proj.{part}"
+    directory = copied(saved[False], tmp_path / "q", **{name: np.zeros(2, np.int32)})
+    for loader in ("from_pretrained", "convert"):
+        with pytest.raises(ValueError, match=r"quantised by another program \(.*original") as error:
+            LOADERS[loader](directory)
+        assert name in str(error.value)
+
+
+def test_git_lfs_pointers(saved, tmp_path):
+    pointer = b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 123\n"
+    for file in ("model.safetensors", "pytorch_model.bin", "m.gguf", "tokenizer.json"):
+        directory = tmp_path / file.replace(".", "-")
+        if file == "tokenizer.json":
+            copied(saved[False], directory)
+        else:
+            directory.mkdir()
+            (directory / "config.json").write_bytes((saved[False] / "config.json").read_bytes())
+        (directory / file).write_bytes(pointer)
+        source = directory / file if file == "m.gguf" else directory
+        with pytest.raises(ValueError, match="run `git lfs pull`") as error:
+            convert(source, tmp_path / "out")
+        assert "\n" not in str(error.value)
+
+
 def test_an_adapter_beside_the_weights(saved, tmp_path):
     name = "model.layers.0.self_attn.q_proj.lora_A.weight"
     directory = copied(saved[False], tmp_path / "a", **{name: np.zeros((2, 16), np.float32)})
@@ -183,6 +230,9 @@ DIRECTORIES = [
     ({"models--a--b/snapshots/x/config.json": ""}, "a cache of huggingface_hub"),
     ({"model.safetensors": ""}, "without the config.json"),
     ({"notes.txt": ""}, "a directory without weights"),
+    ({"lit_model.pth": "", "model_config.yaml": ""}, "litgpt convert_from_litgpt"),
+    ({"ckpt.pt": ""}, "a file of another program (ckpt.pt)"),
+    ({"hf_model_0001_0.pt": ""}, "rename it pytorch_model.bin"),
 ]
 
 

@@ -48,6 +48,34 @@ def test_converted_weights(tmp_path: Path, dtype: str | None) -> None:
     require_same(found, LlamaForCausalLM.from_pretrained(tmp_path / "hf", dtype=dtype))
 
 
+def test_dtypes_are_those_of_a_hugging_face_directory(tmp_path: Path) -> None:
+    tiny_model().save_pretrained(tmp_path / "hf")
+    convert.convert(tmp_path / "hf", tmp_path / "orbax", to="orbax", dtype="bfloat16")
+    for asked, expected in [
+        ("auto", "bfloat16"),
+        ("torch.float16", "float16"),
+        ("half", "float16"),
+    ]:
+        assert load_model(tmp_path / "orbax", asked).dtype == jnp.dtype(expected)
+    for asked in ("int8", "bf16", "bool", 5, "float64"):
+        with pytest.raises(ValueError) as theirs:
+            load_model(tmp_path / "hf", asked)
+        with pytest.raises(ValueError) as ours:
+            load_model(tmp_path / "orbax", asked)
+        assert str(ours.value) == str(theirs.value)
+        assert str(ours.value).startswith("dtype: found ")
+    convert.convert(tmp_path / "hf", tmp_path / "wide", to="orbax", dtype="float64")
+    with pytest.raises(
+        ValueError, match=r"^dtype: found float64, expected jax_enable_x64 to be on"
+    ):
+        load_model(tmp_path / "wide")
+    assert load_model(tmp_path / "wide", "float32").dtype == jnp.float32
+    with pytest.raises(ValueError, match=r"an Orbax directory; load it with .*load_model"):
+        LlamaForCausalLM.from_pretrained(tmp_path / "orbax")
+    with pytest.raises(ValueError, match="a file; give the directory that it is in"):
+        load_model(tmp_path / "hf" / "model.safetensors")
+
+
 def test_a_run_and_a_step_of_it(finished: Path, tmp_path: Path) -> None:  # noqa: F811
     convert.convert(finished, tmp_path / "hf")
     expected = LlamaForCausalLM.from_pretrained(tmp_path / "hf")

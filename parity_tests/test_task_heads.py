@@ -284,6 +284,12 @@ def tiny(model_class: Any, **changes: Any) -> Any:
             "labels: found float64[2], expected numbers [2, 3] for regression",
         ),
         (REGRESSION, np.zeros((2, 3), bool), "labels: found bool[2, 3], expected numbers [2, 3]"),
+        (
+            {"problem_type": "ranking"},
+            np.array([0, 1]),
+            "problem_type: found 'ranking', expected null or one of regression, single_label",
+        ),
+        ({"num_labels": 0}, None, "num_labels: found 0, expected at least one label"),
     ],
 )
 def test_sequence_labels_that_do_not_fit(changes: Any, labels: Any, message: str) -> None:

@@ -6,6 +6,7 @@ import json
 import math
 import tracemalloc
 from pathlib import Path
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -206,8 +207,9 @@ def test_biases_that_only_some_projections_have_become_zeros(tmp_path: Path) -> 
                        tensors={"blk.1.attn_output.bias": None}))  # fmt: skip
 
 
-def test_special_ids_outside_the_vocabulary_are_ignored_with_a_note(tmp_path: Path) -> None:
-    path = tiny_gguf(tmp_path / "m.gguf", fields={"tokenizer.ggml.padding_token_id": 2**32 - 1})
+@pytest.mark.parametrize("value", [2**32 - 1, True, "2", 2.0, [2, 3]], ids=str)
+def test_special_ids_that_are_no_tokens_are_ignored_with_a_note(tmp_path: Path, value: Any) -> None:
+    path = tiny_gguf(tmp_path / "m.gguf", fields={"tokenizer.ggml.padding_token_id": value})
     checkpoint = read(path)
     assert checkpoint.config["pad_token_id"] is None
     assert any("padding_token_id" in note for note in checkpoint.notes)

@@ -155,6 +155,15 @@ def test_a_type_of_none_ignores_the_factor_and_a_missing_type_is_linear(tmp_path
     assert linear["rope_parameters"] == linear["rope_scaling"] | {"rope_theta": 10000.0}
 
 
+@pytest.mark.parametrize("kind", ["linear", "yarn"])
+def test_a_negative_factor_is_named(tmp_path: Path, kind: str) -> None:
+    scaling = {"type": kind, "factor": -1.0, "attn_factor": 2.0}
+    fields = {f"llama.rope.scaling.{name}": value for name, value in scaling.items()}
+    path = tiny_gguf(tmp_path / "m.gguf", fields=fields)
+    with pytest.raises(ValueError, match=r"m\.gguf: .*rope\.scaling\.factor is -1, expected a pos"):
+        read(path)
+
+
 @pytest.mark.parametrize(
     ("tensor", "fields", "message"),
     [

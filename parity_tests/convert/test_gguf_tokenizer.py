@@ -339,12 +339,16 @@ def test_a_template_name_cannot_leave_the_directory(tmp_path: Path) -> None:
         ("ggml.merges", ["x y z"], "merge 0, 'x y z', has parts or a result that are not tokens"),
         ("ggml.merges", ["xy"], "merge 0, 'xy', has parts"),
         ("ggml.token_type", [1], "tokenizer.ggml.token_type does not have"),
+        ("ggml.token_type", "floats", "tokenizer.ggml.token_type is not an array of integers"),
+        ("ggml.pre", ["smollm"], r"tokenizer.ggml.pre is \['smollm'\], expected one of"),
     ],
 )
 def test_tokenizers_that_cannot_be_carried_over(
     tmp_path: Path, key: str, value: Any, message: str
 ) -> None:
-    fields = byte_level_fields("smollm", **{key: value})
+    fields = byte_level_fields("smollm")
+    value = [1.0] * len(fields["tokenizer.ggml.tokens"]) if value == "floats" else value
+    fields |= {f"tokenizer.{key}": value}
     with pytest.raises(ValueError, match=f"{message}.*--no-tokenizer converts the weights alone"):
         converted(tmp_path, fields)
     model = tiny_model(vocab_size=len(fields["tokenizer.ggml.tokens"]))
