@@ -200,9 +200,9 @@ def prefix_token(
         found = None if tokenizer is None or text is None else tokenizer.token_to_id(text)
         if found is not None and found < config.vocab_size:
             return found
-    if config.bos_token_id is not None:
-        return config.bos_token_id
-    return next(iter(config.eos_token_ids), None)
+    bos = config.bos_token_id
+    ids = [*(() if bos is None else (bos,)), *config.eos_token_ids]
+    return next((i for i in ids if 0 <= i < config.vocab_size), None)
 
 
 def token_log_probs(
