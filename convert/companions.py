@@ -45,24 +45,30 @@ def write_companions(directory: Path, files: Mapping[str, bytes]) -> None:
 
 
 def tokenizer_facts(files: Mapping[str, bytes]) -> dict[str, Any]:
-    """What `info` says of the tokenizer among files that were read; {} where there is none."""
-    from tokenizers import Tokenizer
+    """What `info` says of the tokenizer among files that were read; {} where there is none.
 
-    if "tokenizer.json" not in files:
+    Raises ValueError for files that no command could use.
+    """
+    from llama_jax.chat_template import chat_templates
+    from llama_jax.tokenizer import read_tokenizer, special_tokens
+
+    if not files.keys() & {"tokenizer.json", "tokenizer.model"}:
         return {}
-    tokenizer = Tokenizer.from_buffer(files["tokenizer.json"])
-    settings = json.loads(files.get("tokenizer_config.json", b"{}"))
-    named = {key: settings.get(key) for key in ("bos_token", "eos_token", "pad_token", "unk_token")}
+    try:
+        tokenizer, named = read_tokenizer(files), special_tokens(files)
+        templates = chat_templates(files)
+    except ValueError as error:
+        raise ValueError(f"tokenizer: cannot be read ({error})") from None
     return {
         "tokenizer": {
             "model": type(tokenizer.model).__name__,
             "tokens": tokenizer.get_vocab_size(),
             **{
-                key: token.get("content") if isinstance(token, dict) else token
-                for key, token in named.items()
-                if token is not None
+                key: named[key]
+                for key in ("bos_token", "eos_token", "pad_token", "unk_token")
+                if key in named
             },
-            "chat_template": "chat_template.jinja" in files or "chat_template" in settings,
+            "chat_template": bool(templates),
         }
     }
 

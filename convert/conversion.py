@@ -248,12 +248,17 @@ def info(source: str | os.PathLike[str]) -> dict[str, Any]:
                 "notes": [],
                 "faults": faults,
             }
+    try:
+        tokenizer = tokenizer_facts(checkpoint.files)
+    except ValueError as error:
+        tokenizer = {}
+        faults.append(str(error))
     return {
         "format": checkpoint.format,
         "parameters": checkpoint.parameters,
         "tensors": len(checkpoint.tensors),
         "default_dtype": checkpoint.dtype or "each tensor's own",
-        **tokenizer_facts(checkpoint.files),
+        **tokenizer,
         **checkpoint.facts,
         "config": checkpoint.config,
         "files": sorted(checkpoint.files),

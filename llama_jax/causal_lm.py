@@ -262,6 +262,12 @@ def read_generation_config(directory: Path, config: LlamaConfig) -> GenerationCo
     """What the directory's generation_config.json says, or the model's config where there is none."""
     path = directory / GENERATION_FILE
     found = GenerationConfig.from_dict(read_json_object(path) if path.exists() else {}, config)
+    if found.outside:
+        warnings.warn(
+            f"{directory}: eos_token_id: found {list(found.outside)} outside the vocabulary of "
+            f"{config.vocab_size}; no text ends there",
+            stacklevel=2,
+        )
     if found.idle:
         idle = ", ".join(found.idle)
         warnings.warn(

@@ -60,7 +60,8 @@ def chat_templates(files: Mapping[str, bytes]) -> dict[str, str]:
     Raises:
         ValueError: templates that are no text, or JSON that is damaged.
     """
-    from llama_jax.tokenizer_files import CONFIG, TEMPLATE, TEMPLATES, json_file
+    from llama_jax.companions import TEMPLATES
+    from llama_jax.tokenizer_files import CONFIG, TEMPLATE, json_file
 
     found = {}
     for name, content in files.items():

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 from llama_jax.incremental import IncrementalDecoder, common_length, special_pieces
+from llama_jax.tokenizer_tiktoken import bytes_shown
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -164,6 +165,22 @@ def continuation_text(tokenizer: "Tokenizer", prompt: Sequence[int], new: Sequen
     """What `new` adds to the text of `prompt`, both decoded at once; without special tokens."""
     before, whole = tokenizer.decode([*prompt]), tokenizer.decode([*prompt, *new])
     return whole[common_length(before, whole) :]
+
+
+def token_texts(tokenizer: "Tokenizer", ids: Sequence[int]) -> list[str]:
+    """The text of each token as it is within a text: with the space before a word, special tokens too.
+
+    A token of half a character is shown by its bytes: `<0xE2>`.
+    """
+    texts = []
+    for token in ids:
+        text = tokenizer.decode([token], skip_special_tokens=False)
+        if tokenizer.decoder is not None:
+            # decoders take a space away at the beginning of a text, which is not where this stands
+            text = tokenizer.decode([token, token], skip_special_tokens=False)[len(text) :]
+        piece = tokenizer.id_to_token(token) or ""
+        texts.append(bytes_shown(piece) if "\ufffd" in text and "\ufffd" not in piece else text)
+    return texts
 
 
 def _overlap(text: str, stop: str) -> int:

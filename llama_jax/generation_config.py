@@ -52,11 +52,15 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
 
 @dataclass(frozen=True)
 class GenerationConfig:
-    """A `generation_config.json`: what ends and pads a generation, and fields kept to be written back."""
+    """A `generation_config.json`: what ends and pads a generation, and fields kept to be written back.
+
+    outside: end tokens of the files that the vocabulary has not, such as -1; none can end a text.
+    """
 
     eos_token_ids: tuple[int, ...] = ()
     pad_token_id: int | None = None
     fields: Mapping[str, Any] = field(default_factory=dict, hash=False)
+    outside: tuple[int, ...] = ()
 
     @classmethod
     def from_dict(cls, fields: Mapping[str, Any], config: LlamaConfig) -> "GenerationConfig":
@@ -71,7 +75,12 @@ class GenerationConfig:
         pad = config.pad_token_id if pad is None else pad
         require_tokens("generation_config.json: eos_token_id", eos, several=True)
         require_tokens("generation_config.json: pad_token_id", pad, several=False)
-        return cls((eos,) if isinstance(eos, int) else tuple(eos), pad, dict(fields))
+        ends = (eos,) if isinstance(eos, int) else tuple(eos)
+        inside = tuple(end for end in ends if 0 <= end < config.vocab_size)
+        outside = tuple(end for end in ends if end not in inside)
+        if pad is not None and not 0 <= pad < config.vocab_size:
+            pad = None  # Llama 1's files have -1 where there is none
+        return cls(inside, pad, dict(fields), outside)
 
     @property
     def do_sample(self) -> bool:

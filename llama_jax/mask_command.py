@@ -40,6 +40,7 @@ def add_mask(commands: Any) -> None:
 def mask(options: argparse.Namespace) -> None:
     """Print the pictures and, where asked for, write them as PNG. Raises ValueError."""
     from llama_jax.cli import console
+    from llama_jax.detokenize import token_texts
     from llama_jax.load import load_config, tokenizer_directory
     from llama_jax.mask_picture import draw_png, draw_text, mask_pictures
     from llama_jax.tokenizer import load_tokenizer
@@ -51,7 +52,7 @@ def mask(options: argparse.Namespace) -> None:
         ids = tokenizer.encode(text).ids
         if not ids:
             raise ValueError(f"text {number}: found no tokens, expected at least one")
-        texts.append([tokenizer.decode([token], skip_special_tokens=False) for token in ids])
+        texts.append(token_texts(tokenizer, ids))
     length = sum(map(len, texts)) if options.packed else max(map(len, texts))
     if length > min(positions, MOST_TOKENS):
         raise ValueError(

@@ -35,6 +35,7 @@ def add_score(commands: Any, dtypes: tuple[str, ...]) -> None:
 
 def score(options: argparse.Namespace) -> None:
     """Score the texts and print them. Raises ValueError."""
+    from llama_jax.detokenize import token_texts
     from llama_jax.encode import encode_text
     from llama_jax.load import load_config, load_model, tokenizer_directory
     from llama_jax.scoring import (
@@ -43,14 +44,17 @@ def score(options: argparse.Namespace) -> None:
         loglikelihood_rolling,
         prefix_token,
     )
-    from llama_jax.tokenizer import load_tokenizer
+    from llama_jax.tokenizer import load_tokenizer, special_tokens
+    from llama_jax.tokenizer_files import read_files
 
     if options.rolling and options.context is not None:
         raise ValueError("--rolling: found --context beside it, expected one of them")
     texts = options.text or _lines(options.file)
     config = load_config(options.model)
+    home = tokenizer_directory(options.model)
     limit = None if options.rolling else config.max_position_embeddings
-    tokenizer = load_tokenizer(tokenizer_directory(options.model))
+    tokenizer = load_tokenizer(home)
+    prefix = prefix_token(config, tokenizer, special_tokens(read_files(home)))
     if options.context is not None and not encode_text(tokenizer, options.context).ids:
         raise ValueError("--context: found no tokens, expected at least one")
     pairs = []
@@ -61,19 +65,19 @@ def score(options: argparse.Namespace) -> None:
             # the rolling windows begin with a bos of their own
             pair = ([], ids) if options.rolling else (both[:1], both[1:])
         else:
-            pair = encode_pair(
-                tokenizer, options.context, text, prefix_token_id=prefix_token(config)
-            )
+            pair = encode_pair(tokenizer, options.context, text, prefix_token_id=prefix)
         _require_tokens(number, pair, limit, options.context)
         pairs.append(pair)
     model = load_model(options.model, options.dtype)
     if options.rolling:
         sequences = [ids for _, ids in pairs]
-        scores = loglikelihood_rolling(model, sequences, batch_size=options.batch_size)
+        scores = loglikelihood_rolling(
+            model, sequences, prefix_token_id=prefix, batch_size=options.batch_size
+        )
     else:
         scores = loglikelihood(model, pairs, batch_size=options.batch_size)
     for text, (_, ids), scored in zip(texts, pairs, scores, strict=True):
-        tokens = [tokenizer.decode([token], skip_special_tokens=False) for token in ids]
+        tokens = token_texts(tokenizer, ids)
         if options.json:
             row = {
                 "text": text,

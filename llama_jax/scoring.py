@@ -5,7 +5,7 @@ are formed a chunk of tokens at a time and never held for all of them.
 """
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import jax
@@ -183,11 +183,26 @@ def encode_pair(
     return [prefix_token_id], rest
 
 
-def prefix_token(config: LlamaConfig) -> int | None:
-    """The token before a text that has nothing before it: the config's bos, else its first eos, if any."""
-    if config.bos_token_id is not None:
-        return config.bos_token_id
-    return next(iter(config.eos_token_ids), None)
+def prefix_token(
+    config: LlamaConfig,
+    tokenizer: "Tokenizer | None" = None,
+    special_tokens: Mapping[str, str] | None = None,
+) -> int | None:
+    """The token before a text that has nothing before it: bos, else eos, if any.
+
+    The tokenizer's go before the config's, as in lm-evaluation-harness, which asks no config.
+
+    Args:
+        special_tokens: of the tokenizer, by name, see `llama_jax.tokenizer.special_tokens`.
+    """
+    for name in ("bos_token", "eos_token"):
+        text = (special_tokens or {}).get(name)
+        found = None if tokenizer is None or text is None else tokenizer.token_to_id(text)
+        if found is not None and found < config.vocab_size:
+            return found
+    bos = config.bos_token_id
+    ids = [*(() if bos is None else (bos,)), *config.eos_token_ids]
+    return next((i for i in ids if 0 <= i < config.vocab_size), None)
 
 
 def token_log_probs(

@@ -29,6 +29,7 @@ from llama_jax.tokenizer_sentencepiece import (
     sentencepiece_json,
 )
 from llama_jax.tokenizer_tiktoken import is_tiktoken, plain_tiktoken_json, tiktoken_json
+from llama_jax.tokenizers_errors import tokenizers_errors
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -184,7 +185,10 @@ def _is_llama_3_0(files: Mapping[str, bytes]) -> bool:
         return not json_file(files, "params.json").get("use_scaled_rope")
     if "config.json" in files:
         config = json_file(files, "config.json")
-        return not (config.get("rope_scaling") or config.get("rope_parameters"))
+        rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+        # transformers 5 writes the default out
+        plain = isinstance(rope, dict) and rope.get("rope_type", rope.get("type")) == "default"
+        return not rope or plain
     return False
 
 
@@ -198,8 +202,9 @@ def _parsed(content: bytes) -> Tokenizer:
     from tokenizers.models import BPE
 
     try:
-        tokenizer = Tokenizer.from_buffer(content)
-    except Exception as error:  # the library raises bare Exception for every fault of the file
+        with tokenizers_errors():
+            tokenizer = Tokenizer.from_buffer(content)
+    except ValueError as error:
         raise ValueError(" ".join(str(error).split())) from None
     tokenizer.no_truncation()
     tokenizer.no_padding()

@@ -12,15 +12,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from llama_jax.companions import TEMPLATES, TOKENIZER_FILES
 from llama_jax.tokenizer_json import Json
 
 VOCABULARY, MODEL, CONFIG = "tokenizer.json", "tokenizer.model", "tokenizer_config.json"
 SPECIAL_MAP, ADDED, TEMPLATE = "special_tokens_map.json", "added_tokens.json", "chat_template.jinja"
-TEMPLATES = "additional_chat_templates"
-_NAMES = (
-    *(VOCABULARY, MODEL, CONFIG, SPECIAL_MAP, ADDED, TEMPLATE, "chat_template.json"),
-    *("config.json", "params.json"),
-)
+_NAMES = (*TOKENIZER_FILES, "config.json", "params.json")
 STANDARD = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
 NAMED = tuple(f"{name}_token" for name in STANDARD)
 LLAMA, CODE_LLAMA = "LlamaTokenizer", "CodeLlamaTokenizer"

@@ -21,6 +21,7 @@ SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
+_BYTE_PIECE = re.compile(r"<0x[0-9A-F]{2}>")
 _LINE = re.compile(rb"([A-Za-z0-9+/]+={0,2}) (\d{1,9})")
 # by place; those between are reserved, counted from 0, as in Hugging Face's tokenizer.json
 _NAMED_3_0 = {
@@ -235,3 +236,12 @@ _BYTES = {character: i for i, character in enumerate(_CHARACTERS)}
 
 def _text(token: bytes) -> str:
     return "".join(map(_CHARACTERS.__getitem__, token))
+
+
+def bytes_shown(piece: str) -> str:
+    """A piece of GPT-2's stand-ins by its bytes, `<0xE2>` each; another as it is."""
+    if not all(character in _BYTES for character in piece):
+        return piece
+    if _BYTE_PIECE.fullmatch(piece):
+        return piece
+    return "".join(f"<0x{_BYTES[character]:02X}>" for character in piece)

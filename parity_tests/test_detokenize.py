@@ -1,11 +1,16 @@
 """Text as it comes: whole characters, and nothing of a stop string."""
 
+import re
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from sentencepiece import SentencePieceProcessor
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-from llama_jax.detokenize import TextStream
+from llama_jax.detokenize import TextStream, token_texts
+from llama_jax.tokenizer import load_tokenizer
+from parity_tests.tiny_tokenizers import sentencepiece_model, tiktoken_encoding, tiktoken_model
 
 
 @pytest.fixture(scope="module")
@@ -138,3 +143,25 @@ def test_the_token_that_ends_a_text_is_seen_by_stop_strings(with_special):
 def test_an_empty_stop_string(tokenizer):
     with pytest.raises(ValueError, match="stops: found an empty text"):
         TextStream(tokenizer, [], ["a", ""])
+
+
+def test_texts_of_single_tokens_make_up_the_text(tmp_path):
+    """As SentencePiece and tiktoken have them: with their spaces, bytes where there is no character."""
+    (tmp_path / "tokenizer.model").write_bytes(sentencepiece_model())
+    text = "the quick  brown ☃ fox"
+    found = load_tokenizer(tmp_path / "tokenizer.model")
+    pieces = SentencePieceProcessor(model_proto=sentencepiece_model()).encode(text, out_type=str)
+    expected = [piece.replace("▁", " ") for piece in pieces]
+    assert "<0xE2>" in expected
+    assert token_texts(found, found.encode(text, add_special_tokens=False).ids) == expected
+    assert token_texts(found, [1]) == ["<s>"]
+
+    (tmp_path / "tokenizer.model").write_bytes(tiktoken_model())
+    found = load_tokenizer(tmp_path / "tokenizer.model")
+    pieces = [
+        tiktoken_encoding().decode_single_token_bytes(i) for i in tiktoken_encoding().encode(text)
+    ]
+    shown = token_texts(found, found.encode(text, add_special_tokens=False).ids)
+    parts = [re.sub("<0x(..)>", lambda m: chr(int(m[1], 16)), each) for each in shown]
+    assert [part.encode("latin-1") for part in parts] == pieces
+    assert "<0xE2>" in "".join(shown)

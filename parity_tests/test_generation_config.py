@@ -62,6 +62,23 @@ def test_zero_temperature_without_drawing_is_greedy_with_a_warning(pair):
     assert np.asarray(tokens)[0].tolist() == expected
 
 
+@pytest.mark.parametrize("eos", [-1, 64, [64, -1]])
+def test_end_tokens_outside_the_vocabulary_end_nothing(pair, eos):
+    directory, theirs, _, expected = pair
+    path = directory / "generation_config.json"
+    path.write_text(json.dumps({"eos_token_id": eos, "pad_token_id": -1}))
+    try:
+        theirs = transformers.LlamaForCausalLM.from_pretrained(directory)
+        assert theirs.generate(torch.tensor(PROMPT), max_new_tokens=4).tolist()[0] == expected
+        with pytest.warns(UserWarning, match="outside the vocabulary of 64; no text ends there"):
+            ours = LlamaForCausalLM.from_pretrained(directory)
+    finally:
+        path.unlink()
+    assert ours.generate(jax.numpy.asarray(PROMPT), max_new_tokens=4).tolist()[0] == expected
+    choices = ours._choices()
+    assert (choices["eos_token_ids"], choices["pad_token_id"]) == ((), None)
+
+
 @pytest.mark.parametrize("do_sample", [False, None, 0, [], {}, ""], ids=str)
 def test_nothing_of_drawing_matters_where_nothing_is_drawn(pair, do_sample):
     _, _, model, _ = pair
@@ -110,7 +127,7 @@ def test_what_transformers_refuses_is_one_line(pair, name, value):
 
 @pytest.mark.parametrize(
     ("value", "expected"),
-    [(None, (2,)), (3, (3,)), (3.0, (3,)), (True, (1,)), ([], ()), ([3, 4], (3, 4)), (-1, (-1,))],
+    [(None, (2,)), (3, (3,)), (3.0, (3,)), (True, (1,)), ([], ()), ([3, 4], (3, 4)), (-1, ())],
 )
 def test_ends(value, expected):
     config = LlamaConfig(eos_token_id=2)

@@ -309,6 +309,22 @@ def test_the_prefix_token_is_bos_or_else_eos() -> None:
     assert prefix_token(LlamaConfig(bos_token_id=None, eos_token_id=None)) is None
 
 
+@pytest.mark.parametrize(
+    ("special_tokens", "expected"),
+    [
+        ({"bos_token": "<s>", "eos_token": "</s>"}, 1),
+        ({"eos_token": "</s>"}, 2),
+        ({"bos_token": "<absent>"}, 4),
+        ({}, 4),
+    ],
+)
+def test_the_prefix_token_is_the_tokenizers(special_tokens: dict[str, str], expected: int) -> None:
+    """As HFLM.prefix_token_id: the tokenizer's bos, else its eos; the config only has to help out."""
+    tokenizer = Tokenizer(models.WordLevel({"<unk>": 0, "<s>": 1, "</s>": 2}, unk_token="<unk>"))
+    config = LlamaConfig(bos_token_id=4, eos_token_id=5)
+    assert prefix_token(config, tokenizer, special_tokens) == expected
+
+
 # The command -------------------------------------------------------------------------------------
 
 WORDS = ["<unk>", "<s>", *["the", "capital", "of", "France", "is", "Paris", "and", "a", "b", "c"]]

@@ -8,10 +8,11 @@ from typing import Any
 
 import pytest
 import sentencepiece
+from tokenizers import Tokenizer
 from transformers import AutoTokenizer
 
 from llama_jax.chat_template import find_chat_template, render_chat
-from llama_jax.tokenizer import load_tokenizer, special_tokens
+from llama_jax.tokenizer import load_tokenizer, model_json, special_tokens
 from llama_jax.tokenizer_files import read_files
 from llama_jax.tokenizer_tiktoken import special_tokens as metas_tokens
 from parity_tests.tiny_tokenizers import sentencepiece_model, tiktoken_encoding, tiktoken_model
@@ -72,6 +73,24 @@ def test_truncation_padding_and_dropout_are_off(tmp_path: Path) -> None:
         assert tokenizer.encode(text, add_special_tokens=False).ids == expected
 
 
+def test_a_class_that_transformers_5_rebuilds_wrongly(tmp_path: Path) -> None:
+    """SmolLM's: as huggingface/tokenizers and transformers 4 read it, digits split from spaces.
+
+    transformers 5 puts GPT-2's splitting in the place of the file's.
+    """
+    content = model_json(tiktoken_model())
+    digits = {"type": "Digits", "individual_digits": True}
+    content["pre_tokenizer"]["pretokenizers"].insert(0, digits)
+    files = {
+        "tokenizer.json": content,
+        "tokenizer_config.json": {"tokenizer_class": "GPT2Tokenizer"},
+    }
+    ours = load_tokenizer(write_layout(tmp_path, files))
+    theirs = Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    for text in ["  7", "x = [1,    42]", "á ë 2024", *hard_strings(50)]:
+        assert ours.encode(text).ids == theirs.encode(text).ids
+
+
 # --- a tokenizer.model alone -------------------------------------------------------------------------
 
 
@@ -99,6 +118,10 @@ def test_sentencepieces_user_defined_pieces(tmp_path: Path) -> None:
         ({"params.json": {"rope_theta": 500000.0}}, "<|reserved_special_token_2|>"),
         ({"params.json": {"use_scaled_rope": True}}, "<|finetune_right_pad_id|>"),
         ({"config.json": {"rope_scaling": None}}, "<|reserved_special_token_2|>"),
+        (
+            {"config.json": {"rope_parameters": {"rope_theta": 5e5, "rope_type": "default"}}},
+            "<|reserved_special_token_2|>",
+        ),
         ({"config.json": {"rope_scaling": {"rope_type": "llama3"}}}, "<|finetune_right_pad_id|>"),
         ({}, "<|finetune_right_pad_id|>"),
     ],

@@ -6,6 +6,8 @@ from typing import Any, NamedTuple
 from tokenizers import Tokenizer
 
 from llama_jax.config import read_json_object
+from llama_jax.tokenizer import special_tokens
+from llama_jax.tokenizer_files import read_files
 
 _COMMON_EOS = ("<|endoftext|>", "</s>", "<|end_of_text|>", "<eos>")
 _COMMON_BOS = ("<s>", "<|begin_of_text|>", "<bos>")
@@ -34,8 +36,13 @@ def special_ids(encoder: Tokenizer, beside: Path, eos: str | None = None) -> Spe
     """
     if eos is not None and encoder.token_to_id(eos) is None:
         raise ValueError(f"--eos: found {eos!r}, expected a token of the tokenizer")
-    end = _id_of(encoder, [eos or _said(beside, "eos"), _said_id(beside, "eos"), *_COMMON_EOS])
-    begin = _id_of(encoder, [_said(beside, "bos"), _said_id(beside, "bos")])
+    try:
+        said = special_tokens(read_files(beside))
+    except ValueError as error:
+        raise ValueError(f"{beside}: {error}") from None
+    end_text = said.get("eos_token") if eos is None else eos
+    end = _id_of(encoder, [end_text, _said_id(beside, "eos"), *_COMMON_EOS])
+    begin = _id_of(encoder, [said.get("bos_token"), _said_id(beside, "bos")])
     if begin is None:
         begin = _added_before(encoder, end)
     if begin is None and end is None:
@@ -75,12 +82,6 @@ def _added_before(encoder: Tokenizer, end: int | None) -> int | None:
     encoding = encoder.encode("a")
     first = encoding.ids[0] if encoding.special_tokens_mask[:1] == [1] else None
     return None if first == end else first
-
-
-def _said(directory: Path, kind: str) -> Any:
-    """The token as text."""
-    names = ("tokenizer_config.json", "special_tokens_map.json")
-    return _first(directory, names, f"{kind}_token")
 
 
 def _said_id(directory: Path, kind: str) -> Any:

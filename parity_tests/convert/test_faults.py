@@ -258,6 +258,13 @@ def test_info_of_a_tokenizer(source: Path) -> None:
         "chat_template": False,
     }
     assert facts["faults"] == []
+    (source / "tokenizer_config.json").write_text("{}")
+    (source / "special_tokens_map.json").write_text('{"eos_token": "b"}')
+    (source / "chat_template.json").write_text('{"chat_template": "x"}')
+    facts = convert.info(source)["tokenizer"]
+    assert (facts["eos_token"], facts["chat_template"]) == ("b", True)
+    (source / "special_tokens_map.json").write_text('{"eos_token": 5}')
+    assert "special_tokens_map.json: eos_token: found 5" in convert.info(source)["faults"][0]
 
 
 def test_dtypes_and_formats_that_are_none(source: Path) -> None:
