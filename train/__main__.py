@@ -18,7 +18,7 @@ import tyro
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
 from llama_jax.cli import console, leave, printable, run_program
-from train.config import FILE, PLANNED, Dtype, RunOptions, flags_of, validate
+from train.config import FILE, PLANNED, Dtype, RunOptions, flags_of, require_counts
 from train.documents import source_files
 from train.flags import parse_flags
 from train.tokenize import tokenize as run_tokenize
@@ -163,10 +163,14 @@ def evaluate(
 
 
 def _saved_options(folder: Path) -> RunOptions:
-    """What the run.toml of a run says. Raises ValueError where there is none."""
+    """What the run.toml of a run says, which may be a run that cannot be begun any more.
+
+    Raises:
+        ValueError: there is none, or one with counts that no run has.
+    """
     _require_run(folder)
     options = parse_flags(lambda: tyro.cli(RunOptions, args=flags_of(folder / FILE)))
-    validate(options)
+    require_counts(options)
     return options
 
 

@@ -194,7 +194,7 @@ def validate(options: RunOptions) -> None:
                 "gradients become 0 in float16; to go on with a float16 run, export it and begin another "
                 "with --model.init-from"
             )
-    _require_counts(options)
+    require_counts(options)
     _require_numbers(options)
     _require_used(options.optimizer)
     optimizer = options.optimizer
@@ -211,7 +211,8 @@ def warmup_steps(optimizer: OptimizerOptions, steps: int) -> int:
     return min(20, steps // 10) if optimizer.warmup_steps is None else optimizer.warmup_steps
 
 
-def _require_counts(options: RunOptions) -> None:
+def require_counts(options: RunOptions) -> None:
+    """Raise ValueError for the first count that no run has."""
     distributed = options.distributed
     at_least = {
         "steps": (options.steps, 1),

@@ -37,12 +37,16 @@ def _same_rates(saved: RunOptions, options: RunOptions, done: int) -> bool:
 
 def _rates(options: RunOptions, done: int) -> np.ndarray:
     """The learning rate of each step that is done."""
-    optimizer = options.optimizer
+    optimizer, steps = options.optimizer, options.steps
+    warmup = warmup_steps(optimizer, steps)
+    if optimizer.schedule in ("cosine", "linear"):
+        # a run that an earlier version began may end within its warmup, which does not depend on its steps
+        steps = max(steps, warmup + 1)
     schedule = learning_rate_schedule(
         optimizer.schedule,
         peak=optimizer.learning_rate,
-        steps=options.steps,
-        warmup_steps=warmup_steps(optimizer, options.steps),
+        steps=steps,
+        warmup_steps=warmup,
         final_fraction=optimizer.final_fraction,
         decay_fraction=optimizer.decay_fraction,
     )

@@ -73,7 +73,7 @@ def require_fit(name: Schedule, *, steps: int, warmup_steps: int, decay_fraction
         raise ValueError(
             f"optimizer.warmup-steps: found {warmup_steps}, and a decay of {decay} steps, expected at most "
             f"{steps} steps together: lower --optimizer.warmup-steps to {most}, or "
-            f"--optimizer.decay-fraction to {(steps - warmup_steps) / steps:.3g}"
+            f"--optimizer.decay-fraction to {_fraction(steps, steps - warmup_steps)}"
         )
     raise ValueError(
         f"optimizer.warmup-steps: found {warmup_steps}, expected at most {most} of {steps} steps with the "
@@ -83,3 +83,9 @@ def require_fit(name: Schedule, *, steps: int, warmup_steps: int, decay_fraction
 
 def _decay_steps(steps: int, fraction: float) -> int:
     return max(round(steps * fraction), 1)
+
+
+def _fraction(steps: int, most: int) -> str:
+    """A short fraction of which the decay has at most so many steps."""
+    rounded = (f"{most / steps:.{digits}g}" for digits in range(3, 17))
+    return next(each for each in rounded if _decay_steps(steps, float(each)) <= most)

@@ -1,7 +1,7 @@
-"""Run by `test_optimizer_contract.py` in a process of eight host devices: every optimizer over a mesh.
+"""Run by `test_optimizer_contract.py` in a process of eight host devices: optimizers over a mesh.
 
-`... [MESHES]`: over how many of the meshes. Prints, for each, the largest relative error of two steps
-against one device, and the share of the state that a device holds.
+`... MESHES NAME...`: over how many of the meshes, and which. Prints, for each, the largest relative error
+of two steps against one device, and the share of the state that a device holds.
 """
 
 import os
@@ -12,7 +12,7 @@ os.environ["XLA_FLAGS"] = (
 )
 os.environ["JAX_PLATFORMS"] = "cpu"
 
-from typing import Any, get_args
+from typing import Any, cast
 
 import jax
 import numpy as np
@@ -66,10 +66,11 @@ def two_steps(program: Program) -> tuple[Any, Any]:
 
 
 def main() -> None:
-    for name in get_args(Optimizer):
+    meshes, *names = sys.argv[1:]
+    for name in cast("list[Optimizer]", names):
         one = program_of(name, {}, jax.devices()[:1])
         want = jax.tree.leaves(two_steps(one))
-        for mesh in MESHES[: int(sys.argv[1])]:
+        for mesh in MESHES[: int(meshes)]:
             program = program_of(name, mesh, None)
             got = jax.tree.leaves(two_steps(program))
             error = max(map(relative_error, got, want))

@@ -60,17 +60,14 @@ def bpe(directory: Path, *, bos: bool) -> Path:
 
 
 def flags(tiny: Tiny, out: Path, data: Path, **changes: Any) -> list[str]:
-    return run_flags(tiny, out, data=data, steps=1, evaluation__every=0, **changes)
+    few = {"steps": 1, "optimizer__warmup_steps": 0, "evaluation__every": 0}
+    return run_flags(tiny, out, data=data, **(few | changes))
 
 
-@pytest.fixture(scope="module", params=[True, False], ids=["bos", "no bos"])
-def trained(
-    request: pytest.FixtureRequest, tiny: Tiny, tmp_path_factory: pytest.TempPathFactory
-) -> Trained:
-    home = tmp_path_factory.mktemp("trained")
+def make_trained(home: Path, tiny: Tiny, *, bos: bool) -> Trained:
     source = home / "text.jsonl"
     source.write_text("".join(json.dumps({"text": text}) + "\n" for text in CORPUS))
-    tokenizer = bpe(home / "tokenizer", bos=request.param)
+    tokenizer = bpe(home / "tokenizer", bos=bos)
     data = home / "data"
     tokenize([source], tokenizer, data, validation_fraction=0)
     config = home / "config.json"
@@ -81,6 +78,21 @@ def trained(
     assert main(flags(tiny, home / "run", data, model__config=config)) == 0
     assert main(["export", str(home / "run"), str(home / "hf")]) == 0
     return Trained(tokenizer, data, home / "run", home / "hf")
+
+
+@pytest.fixture(scope="module")
+def with_bos(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Trained:
+    return make_trained(tmp_path_factory.mktemp("trained"), tiny, bos=True)
+
+
+@pytest.fixture(scope="module")
+def without_bos(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Trained:
+    return make_trained(tmp_path_factory.mktemp("trained"), tiny, bos=False)
+
+
+@pytest.fixture(params=["with_bos", "without_bos"])
+def trained(request: pytest.FixtureRequest) -> Trained:
+    return request.getfixturevalue(request.param)
 
 
 def test_special_tokens_are_one_from_text_to_export(trained: Trained) -> None:
@@ -138,14 +150,14 @@ FILES = {
 
 
 @pytest.fixture(scope="module")
-def begun(trained: Trained, tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def begun(with_bos: Trained, tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run from a checkpoint that has every companion, on data tokenized from a bare tokenizer.json."""
     home = tmp_path_factory.mktemp("begun")
-    start = Path(shutil.copytree(trained.export, home / "start"))
+    start = Path(shutil.copytree(with_bos.export, home / "start"))
     for name, content in FILES.items():
         (start / name).parent.mkdir(exist_ok=True)
         (start / name).write_text(content)
-    assert main(flags(tiny, home / "run", trained.data, model__init_from=start)) == 0
+    assert main(flags(tiny, home / "run", with_bos.data, model__init_from=start)) == 0
     return home / "run"
 
 
@@ -198,23 +210,23 @@ def test_companions_of_another_model_do_not_stay(tmp_path: Path) -> None:
 
 
 def test_weights_that_do_not_fit_are_told_before_there_is_a_run(
-    trained: Trained, tiny: Tiny, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    with_bos: Trained, tiny: Tiny, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    start = Path(shutil.copytree(trained.export, tmp_path / "start"))
+    start = Path(shutil.copytree(with_bos.export, tmp_path / "start"))
     config = json.loads((start / "config.json").read_text())
     (start / "config.json").write_text(json.dumps(config | {"intermediate_size": 40}))
     capfd.readouterr()
-    assert main(flags(tiny, tmp_path / "run", trained.data, model__init_from=start)) == 2
+    assert main(flags(tiny, tmp_path / "run", with_bos.data, model__init_from=start)) == 2
     assert "mlp.up_proj.weight: found shape [48, 32], expected [40, 32]" in capfd.readouterr().err
     assert not (tmp_path / "run").exists()
 
 
 def test_data_that_ends_otherwise_than_the_checkpoint_is_told(
-    trained: Trained, tiny: Tiny, tmp_path: Path
+    with_bos: Trained, tiny: Tiny, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    start = Path(shutil.copytree(trained.export, tmp_path / "start"))
+    start = Path(shutil.copytree(with_bos.export, tmp_path / "start"))
     (start / "generation_config.json").write_text('{"eos_token_id": 2}')
-    with pytest.warns(
-        UserWarning, match=r"ends its documents with token 0, generation .* with 2: "
-    ):
-        assert main(flags(tiny, tmp_path / "run", trained.data, model__init_from=start)) == 0
+    assert main(flags(tiny, tmp_path / "run", with_bos.data, model__init_from=start)) == 0
+    assert f"the data ends its documents with token 0, generation from {start} ends with 2: " in (
+        capfd.readouterr().err
+    )

@@ -45,3 +45,9 @@ def test_fewer_steps(tmp_path: Any) -> None:
     saved = options("wsd", 100)
     assert faults(saved, replace(saved, steps=50), 40) == []
     assert len(faults(saved, replace(saved, steps=50), 45)) == 1
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "linear"])
+def test_a_run_that_would_have_ended_within_its_warmup(schedule: str) -> None:
+    """Such a run cannot be begun any more, but its steps so far are those of a longer one."""
+    assert faults(options(schedule, 6), options(schedule, 100), 6) == []

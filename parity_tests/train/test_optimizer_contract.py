@@ -28,6 +28,8 @@ from train.optimizer import DIRECTIONS, Optimizer, decay_mask, global_norm, make
 from train.per_layer import is_stacked
 
 NAMES = get_args(Optimizer)
+# those that look at a whole parameter
+WHOLE = ("adafactor", "muon")
 # an eps that shows
 OPTIONS: dict[str, Any] = {"beta1": 0.8, "beta2": 0.9, "eps": 0.01}
 RATES = (0.02, 0.05, 0.03, 0.01)
@@ -198,8 +200,12 @@ def layer_of(params: Any, layer: int) -> Any:
     return {"model": {"layers": jax.tree.map(lambda x: x[layer], params["model"]["layers"])}}
 
 
-@pytest.mark.parametrize("layers", [2, 129])
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(
+    ("name", "layers"),
+    [(name, 2) for name in NAMES]
+    # of the others each number is by itself
+    + [pytest.param(name, 129, marks=() if name in WHOLE else pytest.mark.slow) for name in NAMES],
+)
 def test_a_stack_moves_as_its_layers_alone(name: Optimizer, layers: int) -> None:
     """In float32; more layers than rows too, where the two longest axes are not the matrix's."""
     rng = np.random.default_rng(0)
@@ -314,12 +320,14 @@ def test_a_resumed_run_has_the_same_bits(name: Optimizer, tiny: Tiny, tmp_path: 
     assert figures_of(copy) == figures_of(whole)
 
 
-@pytest.mark.parametrize("meshes", [1, pytest.param(3, marks=pytest.mark.slow)])
-def test_over_a_mesh(meshes: int) -> None:
+@pytest.mark.parametrize(
+    ("meshes", "names"), [(1, WHOLE), pytest.param(3, NAMES, marks=pytest.mark.slow)]
+)
+def test_over_a_mesh(meshes: int, names: tuple[str, ...]) -> None:
     """Two steps over eight devices are those on one, and each device holds about an eighth of the state."""
-    lines = lines_of("train.sharded_optimizer", str(meshes))
+    lines = lines_of("train.sharded_optimizer", str(meshes), *names)
     print("\n".join(lines))
-    assert [line.split()[0] for line in lines] == [name for name in NAMES for _ in range(meshes)]
+    assert [line.split()[0] for line in lines] == [name for name in names for _ in range(meshes)]
     for line in lines:
         _, error, share = line.split()
         assert float(error) <= 2e-6, line

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from typing import get_args
 
 import jax
@@ -199,3 +200,16 @@ def test_an_unknown_name() -> None:
     assert str(caught.value) == (
         "schedule: found 'square', expected cosine, linear, wsd or constant"
     )
+
+
+@pytest.mark.parametrize(
+    ("steps", "warmup", "decay"),
+    [(100, 90, 0.2), (12345, 1, 1.0), (12345, 4115, 1.0), (99999, 33333, 0.9), (3, 2, 1.0)],
+)
+def test_both_remedies_fit(steps: int, warmup: int, decay: float) -> None:
+    options = {"steps": steps, "warmup_steps": warmup, "decay_fraction": decay}
+    with pytest.raises(ValueError, match="steps together: lower") as refused:
+        require_fit("wsd", **options)
+    most, fraction = re.findall(r" to ([0-9.]*[0-9])", str(refused.value))
+    require_fit("wsd", **(options | {"warmup_steps": int(most)}))
+    require_fit("wsd", **(options | {"decay_fraction": float(fraction)}))
