@@ -9,7 +9,8 @@ from typing import Any
 
 from llama_jax.config import LlamaConfig, read_json_object
 from llama_jax.presets import PRESETS, SMALL
-from llama_jax.tokenizer import load_tokenizer
+from llama_jax.tokenizer import load_tokenizer, special_tokens
+from llama_jax.tokenizer_files import read_files
 from train.config import STDLIB, ModelOptions, split_weight
 from train.special_ids import SpecialIds, model_ids, special_ids
 from train.stdlib_data import stdlib_tokens
@@ -75,6 +76,9 @@ def tokenizer_digest(directory: Path) -> str:
     # how text is cut, filled up and put together again says nothing about which ids it has
     for name in ("version", "truncation", "padding", "decoder"):
         fields.pop(name, None)
+    # nor does the token that fills up, which a file may name in its padding alone
+    pad = special_tokens(read_files(directory)).get("pad_token")
+    fields["added_tokens"] = [t for t in fields["added_tokens"] if t["content"] != pad]
     return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
 
 

@@ -168,7 +168,9 @@ def test_pickles_that_are_not_tensors_by_name(tmp_path: Path) -> None:
     path = tmp_path / "m.bin"
     assert "holds a list" in fault(saved(path, [torch.zeros(2)]))
     assert "holds a int under 'step'" in fault(saved(path, {"step": 3}))
-    assert "holds a dict under 'model'" in fault(saved(path, {"model": {"a": torch.zeros(2)}}))
+    assert "holds a dict under 'optimizer'" in fault(
+        saved(path, {"optimizer": {"a": torch.zeros(2)}})
+    )
     assert "holds a Tensor under a int" in fault(saved(path, {3: torch.zeros(2)}))
     sparse = {"a": torch.eye(2).to_sparse()}
     assert "sparse" in fault(saved(path, sparse))
