@@ -191,8 +191,7 @@ def validate(options: RunOptions) -> None:
         if getattr(options.model, name) == "float16":
             raise ValueError(
                 f"model.{_flag(name)}: found float16, expected bfloat16, float32 or float64: small "
-                "gradients become 0 in float16; to go on with a float16 run, export it and begin another "
-                "with --model.init-from"
+                "gradients become 0 in float16"
             )
     require_counts(options)
     _require_numbers(options)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from llama_jax.config import read_json_object
 from llama_jax.staging import write_text
+from train.config import split_weight
 from train.token_shards import Index, Shard, Split, ends_path, open_tokens, read_index
 
 # the file of a run that says what data it is of
@@ -43,6 +44,22 @@ def write_identity(run: Path, sources: Sequence[Source]) -> None:
         for directory, _ in sources
     ]
     write_text(run / FILE, json.dumps({"sources": listed}, indent=2) + "\n")
+
+
+def may_be_moved(run: Path, before: Sequence[str], now: Sequence[str]) -> bool:
+    """Whether `now` can be the data of the run in another place, which `require_identity` then finds out.
+
+    Args:
+        before, now: PATH or PATH=WEIGHT each.
+    """
+
+    def weight(text: str) -> float:
+        try:
+            return split_weight(text)[1]
+        except ValueError:  # it is there no more: an = in a path without weight
+            return 1.0
+
+    return (run / FILE).exists() and list(map(weight, before)) == list(map(weight, now))
 
 
 def require_identity(run: Path, sources: Sequence[Source], remedy: str) -> None:

@@ -122,15 +122,18 @@ def resume(folder: Path, saved: RunOptions, options: RunOptions) -> None:
 
     Args:
         saved: what its run.toml says.
-        options: the same, with what may change changed: steps, mesh, logging, where it computes.
+        options: the same, with what may change changed: steps, mesh, logging, where it computes, and
+            where the same data lies.
 
     Raises:
         ValueError: as `run`; a folder without a run, or one that another process runs; options that would
             make it another run; data that is not what it began with.
     """
-    validate(options)
+    options = with_absolute_paths(options)
+    _require_valid(saved, options)
     checkpoints.require_place(folder)
-    changed = differences(saved, options)
+    moved = data_identity.may_be_moved(folder, saved.data, options.data)
+    changed = differences(replace(saved, data=options.data) if moved else saved, options)
     changed += extension.faults(saved, options, steps_done(folder))
     if changed:
         raise ValueError(f"{folder}: is another run: {'; '.join(changed)}")
@@ -139,6 +142,12 @@ def resume(folder: Path, saved: RunOptions, options: RunOptions) -> None:
         if jax.process_index() == 0:
             stack.enter_context(locked(folder))
         sources = find_sources(options.data)
+        for directory, _ in sources:
+            if not directory.exists():
+                raise ValueError(
+                    f"{directory}: not found, expected the data of {folder}: restore it, or name the place "
+                    "it was moved to with --data"
+                )
         index = common_index(sources)
         remedy = "restore it, or begin a new run with `python -m train run`"
         data_identity.require_identity(folder, sources, remedy)
@@ -149,11 +158,25 @@ def resume(folder: Path, saved: RunOptions, options: RunOptions) -> None:
             )
         dataset = _training_windows(options, config, sources)
         program = run_program(options, config)
-        if options.steps != saved.steps and jax.process_index() == 0:
+        kept = replace(saved, steps=options.steps, data=options.data)
+        if kept != saved and jax.process_index() == 0:
             staged = folder / f".{FILE}.tmp"
-            write_text(staged, to_toml(replace(saved, steps=options.steps)))
+            write_text(staged, to_toml(kept))
             staged.replace(folder / FILE)
         _train(program, options, folder, sources, dataset)
+
+
+def _require_valid(saved: RunOptions, options: RunOptions) -> None:
+    try:
+        validate(options)
+    except ValueError as error:
+        if options != saved:
+            raise
+        # as an earlier version let it begin
+        raise ValueError(
+            f"{error}; such a run cannot be resumed: `python -m train export` its weights and begin a new "
+            "run from them with --model.init-from"
+        ) from None
 
 
 def _require_start(options: RunOptions, config: LlamaConfig, index: Index) -> None:

@@ -366,6 +366,29 @@ def test_data_replaced_before_resume(
     assert main(["eval", str(run), "--batches=1", "--data", str(data)]) == 0
 
 
+def test_data_moved_before_resume(
+    tiny: Tiny, run: Path, finished: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Its digest says that it is the same; other data, or another weight, makes another run."""
+    shutil.rmtree(run / FOLDER / "12")
+    options = (run / "run.toml").read_text()
+    (run / "run.toml").write_text(options.replace(str(tiny.data), str(tmp_path / "gone")))
+    assert error_of(["resume", str(run)], capfd) == (
+        f"{tmp_path / 'gone'}: not found, expected the data of {run}: restore it, or name the place it was "
+        "moved to with --data"
+    )
+    place = str(shutil.copytree(tiny.data, tmp_path / "lang=en"))
+    assert f"{run}: is another run: data: found " in error_of(
+        ["resume", str(run), "--data", f"{place}=2", place], capfd
+    )
+    other = other_data(tiny, tmp_path / "other")
+    with_true_digest(other)
+    assert "found data with digest" in error_of(["resume", str(run), "--data", str(other)], capfd)
+    assert main(["resume", str(run), "--data", place]) == 0
+    assert same_bits(state_of(run, 12), state_of(finished, 12))
+    assert main(["resume", str(run)]) == 0
+
+
 def test_a_run_that_knows_no_digest_goes_on(
     tiny: Tiny, run: Path, finished: Path, tmp_path: Path
 ) -> None:
