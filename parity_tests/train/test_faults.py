@@ -270,7 +270,7 @@ def test_a_folder_that_holds_none(tmp_path: Path, capfd: Any) -> None:
     [
         ("--seed=1", "seed: found 1, expected 0"),
         ("--model.preset=tiny-1m", "model.preset: found tiny-1m, expected tiny-4m"),
-        ("--data=elsewhere", "data: found ('elsewhere',), expected"),
+        ("--data=elsewhere=2", "elsewhere=2',), expected"),  # another weight; a path may change
         ("--steps=13", "steps: found 13, expected 12"),
         ("--batch-size=4", "batch-size: found 4, expected 8"),
         ("--optimizer.beta1=0.8", "optimizer.beta1: found 0.8, expected 0.9"),
