@@ -19,8 +19,8 @@ if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_
 import argparse
 import importlib
 
-from llama_jax.arguments import OneLineParser
-from llama_jax.cli import leave, run_program
+from llama_jax.cli.arguments import OneLineParser
+from llama_jax.cli.program import leave, run_program
 
 MODULES = {
     "compile": "compile_time",

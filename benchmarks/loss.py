@@ -17,9 +17,9 @@ import jax.numpy as jnp
 import numpy as np
 from rich.table import Table
 
-from llama_jax import cli
+from llama_jax.cli import program
 from llama_jax.loss import default_chunk, fused_linear_cross_entropy
-from train.flops import product_flops
+from train.hardware.flops import product_flops
 
 ROUNDS = 7
 
@@ -111,7 +111,7 @@ def main() -> None:
         errors = [f"{error:.1e}" for error in relative_errors(results[name], truth)]
         ratio = f"{statistics.median(times[name]) / base:.2f}"
         table.add_row(name, row.units, row.memory(), ratio, *errors)
-    console = cli.console(width=110)
+    console = program.console(width=110)
     console.print(table)
     for name, reason in missing.items():
         console.print(f"left out: {name} ({reason})")

@@ -21,14 +21,15 @@ from rich.table import Table
 
 from benchmarks.random_checkpoint import write_random
 from benchmarks.real_checkpoint import real_checkpoint
-from llama_jax import PRESETS, LlamaConfig, cli
-from llama_jax.arguments import OneLineParser
-from parity_tests.report import jax_layers, oracle_layers, torch_layers
+from llama_jax import PRESETS, LlamaConfig
+from llama_jax.cli import program as cli
+from llama_jax.cli.arguments import OneLineParser
 from parity_tests.report.estimate import available_memory, estimate
 from parity_tests.report.forward import forward
 from parity_tests.report.metrics import Compared, compare
+from parity_tests.report.programs import jax_layers, oracle_layers, torch_layers
+from parity_tests.report.programs.checkpoint import Checkpoint, open_checkpoint
 from parity_tests.report.run import DTYPES
-from parity_tests.report.streamed import Checkpoint, open_checkpoint
 from parity_tests.report.tokens import bundled_tokens
 
 LAYERS, TOKENS = 2, 64  # of a preset

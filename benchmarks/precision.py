@@ -21,10 +21,12 @@ import torch
 from rich.table import Table
 
 from benchmarks.real_checkpoint import real_checkpoint
-from llama_jax import LlamaForCausalLM, cli, matmul
-from parity_tests.report import oracle_layers
+from llama_jax import LlamaForCausalLM
+from llama_jax.cli import program as cli
+from llama_jax.numerics import matmul
 from parity_tests.report.metrics import errors
-from parity_tests.report.streamed import Checkpoint, open_checkpoint
+from parity_tests.report.programs import oracle_layers
+from parity_tests.report.programs.checkpoint import Checkpoint, open_checkpoint
 from parity_tests.report.tokens import bundled_tokens
 
 _ROWS = 64  # positions whose float64 logits are compared at once

@@ -6,9 +6,9 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 
+from llama_jax.checkpoints.safetensors_write import TensorSpec, write_safetensors
 from llama_jax.config import LlamaConfig
-from llama_jax.info import tensors
-from llama_jax.safetensors_write import TensorSpec, write_safetensors
+from llama_jax.inspection.architecture import tensors
 
 _BLOCK = 1 << 22  # numbers that are float32 at a time
 _NORM_NOISE = 0.1  # norms that are all one would hide their order

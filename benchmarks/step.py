@@ -16,11 +16,12 @@ import jax
 import numpy as np
 from rich.table import Table
 
-from llama_jax import PRESETS, cli
-from llama_jax.info import forward_flops_per_token
-from train.chips import CHIPS
-from train.config import Dtype, ModelOptions, RunOptions
-from train.program import initial_opt_state, initial_params, place_batch, run_program
+from llama_jax import PRESETS
+from llama_jax.cli import program as cli
+from llama_jax.inspection.architecture import forward_flops_per_token
+from train.hardware.chips import CHIPS
+from train.options import Dtype, ModelOptions, RunOptions
+from train.program.build import initial_opt_state, initial_params, place_batch, run_program
 
 ROUNDS = 5
 

@@ -23,9 +23,10 @@ from convert import Plan, Report, info, plan, run
 from convert.casting import Changes
 from convert.checkpoint import dtype_name
 from convert.estimate import available_memory
-from convert.formats import FORMATS
-from llama_jax.arguments import OneLineParser, size_argument
-from llama_jax.cli import console, leave, printable, run_program
+from convert.formats.registry import FORMATS
+from llama_jax.cli.arguments import OneLineParser, size_argument
+from llama_jax.cli.program import leave, run_program
+from llama_jax.formatting import console, printable
 
 _EPILOG = """\
 python -m convert info SRC [--json]   says what is in a checkpoint and writes nothing; exit code 1 if it

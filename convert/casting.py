@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import ml_dtypes
 import numpy as np
 
-from llama_jax.safetensors_read import all_finite
+from llama_jax.checkpoints.safetensors_read import all_finite
 
 
 class Changes(NamedTuple):

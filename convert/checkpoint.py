@@ -13,7 +13,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from llama_jax.safetensors_write import TensorSpec
+from llama_jax.checkpoints.safetensors_write import TensorSpec
 
 DTYPES: dict[str, np.dtype[Any]] = {
     "float32": np.dtype(np.float32),

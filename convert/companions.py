@@ -7,9 +7,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from llama_jax.companions import TEMPLATES, companion_files, tokenizer_home
-from llama_jax.foreign_weights import POINTER, is_pointer
-from llama_jax.tokenizers_errors import tokenizers_errors
+from llama_jax.files.foreign_weights import POINTER, is_pointer
+from llama_jax.text.companions import TEMPLATES, companion_files, tokenizer_home
+from llama_jax.text.tokenizers_errors import tokenizers_errors
 
 _MAX_BYTES = 256 * 2**20  # the largest tokenizers have 20 MB
 
@@ -49,8 +49,8 @@ def tokenizer_facts(files: Mapping[str, bytes]) -> dict[str, Any]:
 
     Raises ValueError for files that no command could use.
     """
-    from llama_jax.chat_template import chat_templates
-    from llama_jax.tokenizer import read_tokenizer, special_tokens
+    from llama_jax.text.chat_template import chat_templates
+    from llama_jax.text.tokenizer import read_tokenizer, special_tokens
 
     if not files.keys() & {"tokenizer.json", "tokenizer.model"}:
         return {}

@@ -9,16 +9,17 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from convert import formats, huggingface, record
+from convert import record
 from convert.casting import Changes
 from convert.checkpoint import Checkpoint, dtype_name
 from convert.companions import tokenizer_facts
 from convert.estimate import seconds
-from convert.formats import FORMATS
+from convert.formats import huggingface, registry
+from convert.formats.registry import FORMATS
 from convert.proof import read_back
 from convert.verify_logits import Comparison, compare_logits, require_means
-from llama_jax.safetensors_write import TensorSpec
-from llama_jax.staging import move, staging_in, to_disk
+from llama_jax.checkpoints.safetensors_write import TensorSpec
+from llama_jax.files.staging import move, staging_in, to_disk
 
 DEFAULT_SHARD = huggingface.DEFAULT_SHARD
 _SPARE = 1_000_000  # bytes of disk beyond the tensors and the files beside: headers, the index
@@ -124,7 +125,7 @@ def plan(
         raise ValueError(f"{target.parent}: not a directory, expected it to hold {target.name}")
     if not os.access(target.parent, os.W_OK | os.X_OK):
         raise ValueError(f"{target.parent}: no permission to write there")
-    checkpoint = formats.read(path, tokenizer=tokenizer)
+    checkpoint = registry.read(path, tokenizer=tokenizer)
     if logits:
         require_means(checkpoint)
     chosen = dtype or checkpoint.dtype
@@ -233,17 +234,17 @@ def info(source: str | os.PathLike[str]) -> dict[str, Any]:
     path = Path(source)
     faults: list[str] = []
     try:
-        checkpoint = formats.read(path)
+        checkpoint = registry.read(path)
     except ValueError as error:
         faults.append(str(error))
         try:
-            checkpoint = formats.read(path, tokenizer=False)
+            checkpoint = registry.read(path, tokenizer=False)
         except ValueError as second:
             if str(second) != faults[0]:
                 faults.append(str(second))
-            config = formats.config_of(path)
+            config = registry.config_of(path)
             return {
-                "format": formats.recognise(path).TITLE,
+                "format": registry.recognise(path).TITLE,
                 "config": config,
                 "notes": [],
                 "faults": faults,

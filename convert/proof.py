@@ -12,7 +12,7 @@ import numpy as np
 from convert.checkpoint import Checkpoint
 from convert.record import Record, digest
 from llama_jax.config import LlamaConfig
-from llama_jax.rope import inverse_frequencies
+from llama_jax.numerics.rope import inverse_frequencies
 
 _SAME = (  # with rope, what decides which function the weights compute
     "vocab_size",

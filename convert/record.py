@@ -21,8 +21,8 @@ import numpy as np
 
 from convert.casting import Changes, Rule, changes
 from convert.checkpoint import Checkpoint
-from llama_jax.config import read_json_object
-from llama_jax.safetensors_write import TensorSpec
+from llama_jax.checkpoints.safetensors_write import TensorSpec
+from llama_jax.files.json_object import read_json_object
 
 FILE = "conversion.json"
 _SHA256 = re.compile("[0-9a-f]{64}")

@@ -19,7 +19,8 @@ import numpy as np
 from convert.casting import Rule
 from convert.checkpoint import Checkpoint
 from convert.estimate import available_memory
-from llama_jax import LlamaConfig, LlamaForCausalLM, hf
+from llama_jax import LlamaConfig, LlamaForCausalLM
+from llama_jax.checkpoints import huggingface
 
 TOLERANCE = 1.25
 _TOKENS = 512
@@ -65,8 +66,8 @@ def compare_logits(
     """
     import torch
 
-    from parity_tests.measure import rms_error
-    from parity_tests.oracle import oracle
+    from parity_tests.reference.errors import rms_error
+    from parity_tests.reference.oracle import oracle
 
     dtypes = {spec.name: spec.dtype for spec in written.tensors}
     theirs = _torch_model(source, checkpoint)
@@ -82,7 +83,7 @@ def compare_logits(
         weights = {name: value.double() for name, value in theirs.named_parameters()}
         exact = oracle(checkpoint.config, weights, input_ids=tokens).logits
     del theirs, weights
-    ours = hf.from_hf_tensors(LlamaForCausalLM, config, _Tensors(written), jnp.float32)
+    ours = huggingface.from_hf_tensors(LlamaForCausalLM, config, _Tensors(written), jnp.float32)
     logits = jax.jit(lambda model, ids: model(ids).logits)(ours, jnp.asarray(ids))
     found = Comparison(ids.size, rms_error([logits], [exact]), rms_error([reference], [exact]))
     if not found.ours <= TOLERANCE * found.torch:

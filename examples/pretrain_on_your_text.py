@@ -13,7 +13,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from llama_jax.__main__ import main as llama_jax
 from train.__main__ import main as train
-from train.documents import read_documents
+from train.data.documents import read_documents
 
 END = "<|endoftext|>"
 

@@ -11,28 +11,31 @@ if (
 ):
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
-from llama_jax.cache import KVCache, init_cache
-from llama_jax.causal_lm import CausalLMOutput, LlamaForCausalLM
+from llama_jax.attention.cache import KVCache, init_cache
 from llama_jax.config import LlamaConfig
-from llama_jax.generation import GenerateOutput
-from llama_jax.generation_config import GenerationConfig
-from llama_jax.lm_head import (
+from llama_jax.generation.config import GenerationConfig
+from llama_jax.generation.loop import GenerateOutput
+from llama_jax.loss import LossOutput, fused_linear_cross_entropy
+from llama_jax.models.causal_lm import CausalLMOutput, LlamaForCausalLM
+from llama_jax.models.decoder import LlamaModel, ModelOutput
+from llama_jax.models.lm_head import (
     LMHead,
     LMHeadConfig,
     LMOutputWithLoss,
     NormalizedLMHead,
     normalize_rows,
 )
-from llama_jax.loss import LossOutput, fused_linear_cross_entropy
-from llama_jax.model import LlamaModel, ModelOutput
-from llama_jax.presets import PRESETS
-from llama_jax.quantization import Quantization, dequantize, quantize
-from llama_jax.question_answering import LlamaForQuestionAnswering, QuestionAnsweringModelOutput
-from llama_jax.sequence_classification import (
+from llama_jax.models.question_answering import (
+    LlamaForQuestionAnswering,
+    QuestionAnsweringModelOutput,
+)
+from llama_jax.models.sequence_classification import (
     LlamaForSequenceClassification,
     SequenceClassifierOutput,
 )
-from llama_jax.token_classification import LlamaForTokenClassification, TokenClassifierOutput
+from llama_jax.models.token_classification import LlamaForTokenClassification, TokenClassifierOutput
+from llama_jax.presets import PRESETS
+from llama_jax.quantization.model import Quantization, dequantize, quantize
 
 __all__ = [
     "PRESETS",

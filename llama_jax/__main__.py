@@ -3,12 +3,12 @@
 import argparse
 from pathlib import Path
 
-from llama_jax.arguments import OneLineParser, positive
-from llama_jax.cli import leave, run_program
-from llama_jax.mask_command import add_mask
-from llama_jax.quantize_command import add_quantize
-from llama_jax.score_command import add_score
-from llama_jax.text_commands import DTYPES, add_commands
+from llama_jax.cli.arguments import OneLineParser, positive
+from llama_jax.cli.mask import add_mask
+from llama_jax.cli.program import leave, run_program
+from llama_jax.cli.quantize import add_quantize
+from llama_jax.cli.score import add_score
+from llama_jax.cli.text import DTYPES, add_commands
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -41,7 +41,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _info(options: argparse.Namespace) -> None:
     from llama_jax import PRESETS, LlamaConfig
-    from llama_jax.info import show
+    from llama_jax.inspection.architecture import show
 
     if options.model in PRESETS:
         config = PRESETS[options.model]

@@ -7,20 +7,20 @@ transformers would then run two different models.
 """
 
 import dataclasses
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from llama_jax.activations import ACTIVATIONS
-from llama_jax.foreign_weights import POINTER, describe, is_pointer, quantization_refusal
-from llama_jax.rope import (
+from llama_jax.files.foreign_weights import describe, quantization_refusal
+from llama_jax.files.json_object import read_json_object
+from llama_jax.numerics.activations import ACTIVATIONS
+from llama_jax.numerics.rope import (
     longrope_attention_factor,
     unknown_constants,
     validate_rope_parameters,
 )
-from llama_jax.scalars import is_integer, is_number, plain_numbers
+from llama_jax.numerics.scalars import is_integer, is_number, plain_numbers
 
 _ARCHITECTURES = ["LlamaForCausalLM"]
 _TRAINED_CONTEXT_TYPES = ("llama3", "yarn", "longrope")  # of original_max_position_embeddings
@@ -340,24 +340,6 @@ def _with_rope(fields: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[st
     if theta is None or any(isinstance(each, Mapping) and "rope_theta" in each for each in named):
         return fields
     return fields | {"rope_theta": theta}
-
-
-def read_json_object(path: Path) -> dict[str, Any]:
-    """Parse a file that must hold one JSON object. Raises ValueError naming the file and the fault."""
-    content = b""
-    try:
-        content = path.read_bytes()
-        value = json.loads(content)
-    except FileNotFoundError:
-        raise ValueError(f"{path}: not found, expected a JSON file") from None
-    except OSError as error:
-        raise ValueError(f"{path}: cannot be read ({error.strerror})") from None
-    except (ValueError, RecursionError) as error:  # UnicodeDecodeError is a ValueError too
-        fault = POINTER if is_pointer(content) else f"not valid JSON ({error})"
-        raise ValueError(f"{path}: {fault}") from None
-    if not isinstance(value, dict):
-        raise ValueError(f"{path}: found a JSON {type(value).__name__}, expected an object")
-    return value
 
 
 def _require_positive_int(name: str, value: Any, most: int = 2**31 - 1) -> None:

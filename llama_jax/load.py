@@ -3,11 +3,12 @@
 from pathlib import Path
 from typing import Any
 
-from llama_jax.causal_lm import LlamaForCausalLM
-from llama_jax.companions import tokenizer_home
+from llama_jax.checkpoints.orbax import is_orbax, load_orbax, locate
 from llama_jax.config import LlamaConfig
-from llama_jax.foreign_weights import describe
-from llama_jax.orbax_directory import is_orbax, load_orbax, locate
+from llama_jax.files.foreign_weights import describe
+from llama_jax.generation.config import read_generation_config
+from llama_jax.models.causal_lm import LlamaForCausalLM
+from llama_jax.text.companions import tokenizer_home
 
 
 def load_model(directory: str | Path, dtype: Any = None) -> LlamaForCausalLM:
@@ -18,7 +19,9 @@ def load_model(directory: str | Path, dtype: Any = None) -> LlamaForCausalLM:
     """
     directory = _readable(directory)
     if is_orbax(directory):
-        return load_orbax(directory, dtype)
+        model = load_orbax(LlamaForCausalLM, directory, dtype)
+        model.generation_config = read_generation_config(_home(directory), model.config)
+        return model
     return LlamaForCausalLM.from_pretrained(directory, dtype=dtype)
 
 
@@ -33,7 +36,7 @@ def tokenizer_directory(directory: str | Path) -> Path:
 
 
 def companions_directory(directory: str | Path) -> Path:
-    """The directory whose companions, see `llama_jax.companions`, are those of what `load_model` loads."""
+    """The directory with the companions (`llama_jax.text.companions`) of what `load_model` loads."""
     return _home(_readable(directory))
 
 

@@ -9,8 +9,9 @@ if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_
 import argparse
 from pathlib import Path
 
-from llama_jax.arguments import OneLineParser
-from llama_jax.cli import console, leave, printable, run_program
+from llama_jax.cli.arguments import OneLineParser
+from llama_jax.cli.program import leave, run_program
+from llama_jax.formatting import console, printable
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -61,9 +62,9 @@ def _report(options: argparse.Namespace) -> int:
         if path is not None and not path.absolute().parent.is_dir():
             raise ValueError(f"{path}: its directory is not there, expected one that is")
 
-    from parity_tests.report.files import write_html, write_json
+    from parity_tests.report.output.files import write_html, write_json
+    from parity_tests.report.output.tables import show
     from parity_tests.report.run import report
-    from parity_tests.report.tables import show
 
     out = console()
     made = report(

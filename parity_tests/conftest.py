@@ -19,8 +19,15 @@ torch.set_num_threads(1)
 # The shapes and dtypes in the annotations of the numerics are checked as the suite runs. Not those of
 # the public surface, which answers a wrong argument with an error of its own.
 CHECKED = (
-    *("attention", "attention_blocked", "attention_cudnn", "attention_plain", "attention_splash"),
-    *("cache", "layers", "masks", "matmul", "rope", "scoring", "task_head"),
+    *(f"attention.{name}" for name in ("dispatch", "blocked", "cudnn", "plain", "splash")),
+    *(
+        "attention.cache",
+        "attention.masks",
+        "evaluation.scoring",
+        "models.layers",
+        "models.task_head",
+    ),
+    *("numerics.matmul", "numerics.rope"),
 )
 install_import_hook([f"llama_jax.{module}" for module in CHECKED], "beartype.beartype")
 
@@ -34,7 +41,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     name = config.getoption("--mutation")
     if name is not None:
-        from parity_tests.mutations import MUTATIONS
+        from parity_tests.harness.mutations import MUTATIONS
 
         if name not in MUTATIONS:
             raise pytest.UsageError(f"--mutation: found {name!r}, expected {', '.join(MUTATIONS)}")
@@ -46,7 +53,7 @@ def mutation(request: pytest.FixtureRequest):
     if name is None:
         yield
         return
-    from parity_tests.mutations import mutate
+    from parity_tests.harness.mutations import mutate
 
     with mutate(name):
         yield

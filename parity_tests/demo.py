@@ -25,11 +25,12 @@ from rich.table import Table
 
 import convert
 from convert import demo_checkpoint
-from llama_jax import LlamaForCausalLM, cli
-from llama_jax.config import read_json_object
-from llama_jax.tokenizer import load_tokenizer
+from llama_jax import LlamaForCausalLM
+from llama_jax.cli import program
+from llama_jax.files.json_object import read_json_object
+from llama_jax.text.tokenizer import load_tokenizer
 from parity_tests.__main__ import main as command
-from parity_tests.oracle import oracle
+from parity_tests.reference.oracle import oracle
 
 CONTEXT = 512  # tokens of real text on which logits are compared
 NEW_TOKENS = 32
@@ -40,7 +41,7 @@ PROMPTS = (
 )
 TOLERANCE = 1.25  # rule P2: our error against the float64 oracle is at most this times PyTorch's
 
-console = cli.console()
+console = program.console()
 
 
 def main() -> int:
@@ -167,4 +168,4 @@ def timed(what: str, run: Callable[[], Any]) -> Any:
 
 
 if __name__ == "__main__":
-    cli.leave(cli.run_program(main))
+    program.leave(program.run_program(main))

@@ -17,11 +17,12 @@ from typing import Annotated, Any
 import tyro
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
-from llama_jax.cli import console, leave, printable, run_program
-from train.config import FILE, PLANNED, Dtype, RunOptions, flags_of, require_counts
-from train.documents import source_files
+from llama_jax.cli.program import leave, run_program
+from llama_jax.formatting import console, printable
+from train.data.documents import source_files
+from train.data.tokenize import tokenize as run_tokenize
 from train.flags import parse_flags
-from train.tokenize import tokenize as run_tokenize
+from train.options import FILE, PLANNED, Dtype, RunOptions, flags_of, require_counts
 
 _CONSOLE = console(stderr=True, soft_wrap=True)
 
@@ -75,7 +76,7 @@ def _with_saved_flags(arguments: list[str]) -> list[str]:
 
 def run(options: Annotated[RunOptions, tyro.conf.arg(name="")]) -> None:
     """Pretrain. Flags can also come from a file, `--toml FILE`; a run's folder has one, run.toml."""
-    from train import run as train_run
+    from train.run import loop as train_run
 
     train_run.run(options)
 
@@ -90,7 +91,7 @@ def resume(
     Args:
         folder: of the run
     """
-    from train import run as train_run
+    from train.run import loop as train_run
 
     train_run.resume(folder, _saved_options(folder), options)
 
@@ -196,9 +197,9 @@ def plan(
         limit: configurations that the search compiles
         json: a file for the figures; of the search, all plans, the best first
     """
-    from train import planning
+    from train.plan import command
 
-    planning.run_plan(
+    command.run_plan(
         options,
         topology=topology,
         host_devices=host_devices,

@@ -15,13 +15,13 @@ import sys
 import time
 from pathlib import Path
 
-from llama_jax import cli
-from train.metrics_log import PICTURE, read_metrics
+from llama_jax.cli import program
+from train.monitoring.metrics_log import PICTURE, read_metrics
 
 RUN, EXPORTED = Path("runs/demo"), Path("runs/demo-hf")
 STEPS, EVERY, KILLED_AFTER = 240, 60, 90
 
-console = cli.console()
+console = program.console()
 
 
 def main() -> int:
@@ -65,4 +65,4 @@ def reached() -> int:
 
 
 if __name__ == "__main__":
-    cli.leave(cli.run_program(main))
+    program.leave(program.run_program(main))

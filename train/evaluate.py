@@ -9,9 +9,9 @@ from typing import Any, NamedTuple
 
 import jax
 
-from train.program import Program, place_batch, rows_of_process
-from train.step import Batch
-from train.windows import batches, windows
+from train.data.windows import batches, windows
+from train.program.build import Program, place_batch, rows_of_process
+from train.program.step import Batch
 
 Source = tuple[Path, float]
 

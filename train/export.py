@@ -9,17 +9,17 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import multihost_utils
 
-from llama_jax.causal_lm import LlamaForCausalLM
-from llama_jax.companions import copy_companions
-from train.config import FILE, RunOptions
-from train.data_identity import require_identity
+from llama_jax.models.causal_lm import LlamaForCausalLM
+from llama_jax.text.companions import copy_companions
+from train.data.identity import require_identity
+from train.data.sources import find_sources
+from train.data.windows import batches
 from train.evaluate import evaluate, validation_windows
-from train.metrics_log import read_metrics
-from train.program import model_of
-from train.sources import find_sources
+from train.monitoring.metrics_log import read_metrics
+from train.options import FILE, RunOptions
+from train.program.build import model_of
 from train.trained import load_directory, restore_run
 from train.verify import relative_difference, tolerance, torch_loss
-from train.windows import batches
 
 
 class Verification(NamedTuple):

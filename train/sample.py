@@ -5,9 +5,9 @@ from pathlib import Path
 import jax.numpy as jnp
 import numpy as np
 
-from llama_jax.causal_lm import LlamaForCausalLM
-from llama_jax.detokenize import continuation_text
-from llama_jax.tokenizer import load_tokenizer
+from llama_jax.models.causal_lm import LlamaForCausalLM
+from llama_jax.text.detokenize import continuation_text
+from llama_jax.text.tokenizer import load_tokenizer
 
 
 def sample_text(model: LlamaForCausalLM, tokenizer: Path, prompt: str, max_new_tokens: int) -> str:

@@ -8,16 +8,16 @@ from typing import Any
 
 import jax
 
-from llama_jax.causal_lm import LlamaForCausalLM
-from llama_jax.companions import tokenizer_home
+from llama_jax.checkpoints.huggingface import load_params
 from llama_jax.config import LlamaConfig
-from llama_jax.hf import load_params
-from train import checkpoints
-from train.config import FILE, Dtype, MeshOptions, ModelOptions, RunOptions
-from train.data_identity import require_identity
+from llama_jax.models.causal_lm import LlamaForCausalLM
+from llama_jax.text.companions import tokenizer_home
+from train.data.identity import require_identity
+from train.data.sources import common_index, find_sources, require_same_tokenizer
 from train.evaluate import Evaluation, evaluate
-from train.program import Program, run_program
-from train.sources import common_index, find_sources, require_same_tokenizer
+from train.options import FILE, Dtype, MeshOptions, ModelOptions, RunOptions
+from train.program.build import Program, run_program
+from train.run import checkpoints
 
 LONGEST = 2048
 

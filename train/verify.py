@@ -11,8 +11,8 @@ def torch_loss(directory: Path, batches: Iterable[dict[str, np.ndarray]]) -> tup
     """Cross-entropy per token of transformers' model in float32, and the number of tokens.
 
     Args:
-        batches: windows as `train.windows.window` has them, arrays [rows, seq]. Documents packed into a row
-            are kept apart by a mask and by positions that begin anew.
+        batches: windows as `train.data.windows.window` has them, arrays [rows, seq]. Documents packed into
+            a row are kept apart by a mask and by positions that begin anew.
 
     Raises:
         ValueError: torch or transformers are not installed, or transformers finds a tensor missing, left

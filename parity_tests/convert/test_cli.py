@@ -21,11 +21,10 @@ from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 import convert
 from convert.__main__ import main
 from convert.demo_checkpoint import FILE, cache_directory
-from llama_jax.arguments import size_argument
-from parity_tests.convert.test_gguf_tokenizer import byte_level_fields
-from parity_tests.convert.tiny_gguf import same, tiny_gguf, tiny_model
-
-ROOT = Path(__file__).parents[2]
+from llama_jax.cli.arguments import size_argument
+from parity_tests.convert.formats.gguf.test_gguf_tokenizer import byte_level_fields
+from parity_tests.convert.formats.gguf.tiny_gguf import same, tiny_gguf, tiny_model
+from parity_tests.harness.own_process import ROOT
 
 
 @pytest.fixture
@@ -165,7 +164,7 @@ def test_an_interrupted_conversion_leaves_nothing(
     source: Path, tmp_path: Path, signum: signal.Signals
 ) -> None:
     slow = (
-        "import signal, sys, time, convert.gguf_tensors as t; f = t.read_values\n"
+        "import signal, sys, time, convert.formats.gguf.tensors as t; f = t.read_values\n"
         # a suite run in the background hands down an ignored SIGINT
         "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         "def g(x): print('reading', flush=True); time.sleep(60); return f(x)\n"

@@ -13,9 +13,9 @@ import pytest
 from safetensors.numpy import load_file
 
 import convert
-from convert.formats import FORMATS
+from convert.formats.registry import FORMATS
 from convert.record import FILE
-from parity_tests.convert.tiny_gguf import tiny_model
+from parity_tests.convert.formats.gguf.tiny_gguf import tiny_model
 
 CASES = 100
 SOURCES = [*FORMATS, "hf sharded"]

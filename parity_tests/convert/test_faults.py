@@ -16,8 +16,9 @@ from safetensors.torch import load_file, save_file
 
 import convert
 from convert import record
-from convert.formats import FORMATS
-from parity_tests.convert.tiny_gguf import tiny_model
+from convert.formats.registry import FORMATS
+from parity_tests.convert.formats.gguf.tiny_gguf import tiny_model
+from parity_tests.harness.own_process import ROOT
 
 EMBEDDING = "model.embed_tokens.weight"
 
@@ -155,7 +156,7 @@ def test_values_that_do_not_arrive_are_seen(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The proof can fail: a writer that swaps the two norms of a layer, whose shapes are the same."""
-    from convert import huggingface
+    from convert.formats import huggingface
 
     names = {
         f"model.layers.0.{one}_layernorm.weight": f"model.layers.0.{other}_layernorm.weight"
@@ -172,7 +173,7 @@ def test_values_that_do_not_arrive_are_seen(
 
 
 def test_another_function_is_seen(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from convert import huggingface
+    from convert.formats import huggingface
 
     def forgetful(checkpoint: Any, directory: Path) -> None:
         config = {**checkpoint.config, "rope_parameters": None, "rope_theta": 500000.0}
@@ -219,7 +220,7 @@ def test_a_disk_that_fills_half_way(source: Path, tmp_path: Path, to: str) -> No
     out = tmp_path / ("out.gguf" if to == "gguf" else "out")
     done = subprocess.run(
         [sys.executable, "-c", program, str(source), str(out), "--to", to],
-        cwd=Path(__file__).parents[2],
+        cwd=ROOT,
         capture_output=True,
         text=True,
     )

@@ -8,7 +8,7 @@ import pytest
 
 from convert import convert, info
 from convert.record import FILE
-from parity_tests.convert.tiny_gguf import tiny_gguf
+from parity_tests.convert.formats.gguf.tiny_gguf import tiny_gguf
 
 
 @pytest.fixture(scope="module")

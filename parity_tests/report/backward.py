@@ -6,8 +6,8 @@ import numpy as np
 import torch
 
 from parity_tests.report.metrics import Compared, compare
-from parity_tests.report.program import Program
-from parity_tests.report.streamed import EMBEDDING
+from parity_tests.report.programs.checkpoint import EMBEDDING
+from parity_tests.report.programs.program import Program
 
 
 def backward(

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from parity_tests.report.metrics import Compared, compare
-from parity_tests.report.program import Program
+from parity_tests.report.programs.program import Program
 
 
 class Forward(NamedTuple):

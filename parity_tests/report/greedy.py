@@ -9,7 +9,7 @@ import torch
 from transformers import LlamaForCausalLM as HFLlama
 
 from llama_jax import LlamaForCausalLM
-from parity_tests.report.streamed import Checkpoint
+from parity_tests.report.programs.checkpoint import Checkpoint
 
 PROMPT, NEW = 32, 64  # tokens
 

@@ -11,8 +11,8 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from parity_tests.cases import BY_NAME, weights_of, write_hf_directory
-from parity_tests.mutations import MUTATIONS, mutate
+from parity_tests.harness.cases import BY_NAME, weights_of, write_hf_directory
+from parity_tests.harness.mutations import MUTATIONS, mutate
 from parity_tests.report.metrics import first_to_drift
 from parity_tests.report.run import Report, report
 

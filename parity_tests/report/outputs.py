@@ -7,7 +7,7 @@ import numpy as np
 import torch
 
 from parity_tests.report.metrics import Compared, Errors, errors
-from parity_tests.report.program import Program
+from parity_tests.report.programs.program import Program
 
 _ROWS = 64  # positions whose logits are in memory at once
 _SAMPLED = 4096  # tokens of the vocabulary, for the histograms

@@ -13,15 +13,15 @@ import transformers
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from parity_tests.report import jax_layers, oracle_layers, torch_layers
 from parity_tests.report.backward import backward
 from parity_tests.report.estimate import Estimate, available_memory, estimate, model_bytes
 from parity_tests.report.forward import forward
 from parity_tests.report.greedy import Greedy, greedy, our_continuation, torch_continuation
 from parity_tests.report.metrics import Compared, compare, pooled
 from parity_tests.report.outputs import Outputs, outputs
-from parity_tests.report.program import torch_dtype
-from parity_tests.report.streamed import Checkpoint, open_checkpoint, require_same_shapes
+from parity_tests.report.programs import jax_layers, oracle_layers, torch_layers
+from parity_tests.report.programs.checkpoint import Checkpoint, open_checkpoint, require_same_shapes
+from parity_tests.report.programs.program import torch_dtype
 from parity_tests.report.tokens import bundled_tokens, read_tokens
 from parity_tests.report.verdict import Check, checks
 

@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 import torch
 
-from parity_tests.cases import BY_NAME, hf_model, weights_of, write_hf_directory
-from parity_tests.measure import rms_error, worst
-from parity_tests.programs import hf_numbers, oracle_numbers, our_model, our_numbers
-from parity_tests.report import jax_layers, oracle_layers, torch_layers
-from parity_tests.report.program import LAYER_STEPS, Program
-from parity_tests.report.streamed import EMBEDDING, open_checkpoint
+from parity_tests.harness.cases import BY_NAME, hf_model, weights_of, write_hf_directory
+from parity_tests.harness.programs import hf_numbers, oracle_numbers, our_model, our_numbers
+from parity_tests.reference.errors import rms_error, worst
+from parity_tests.report.programs import jax_layers, oracle_layers, torch_layers
+from parity_tests.report.programs.checkpoint import EMBEDDING, open_checkpoint
+from parity_tests.report.programs.program import LAYER_STEPS, Program
 
 LENGTH = 40
 SLOW = ["rope_llama31", "mlp_bias", "attention_bias", "padding_token_negative_tied"]
@@ -19,7 +19,7 @@ CASES = ["everything", *(pytest.param(name, marks=pytest.mark.slow) for name in 
 
 
 def streamed_numbers(program: Program, ids: np.ndarray, layers: int) -> dict[str, torch.Tensor]:
-    """Logits, loss and every gradient, as `parity_tests.programs` has them."""
+    """Logits, loss and every gradient, as `parity_tests.harness.programs` has them."""
     inputs = [program.embed(ids)]
     for layer in range(layers):
         inputs.append(program.layer(layer, inputs[-1])[1])

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from convert import convert, demo_checkpoint
 from parity_tests.__main__ import main
-from parity_tests.mutations import MUTATIONS, mutate
+from parity_tests.harness.mutations import MUTATIONS, mutate
 from parity_tests.report.mutate import caught_by, quiet_report, write_case
 
 Files = tuple[Path, Path]
@@ -177,7 +177,9 @@ def test_a_file_that_cannot_be_written_is_known_before_the_work(
 def test_torch_is_not_installed(files: Files, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
     monkeypatch.setitem(__import__("sys").modules, "parity_tests.report.run", None)
     monkeypatch.setitem(__import__("sys").modules, "torch", None)
-    monkeypatch.delitem(__import__("sys").modules, "parity_tests.report.files", raising=False)
+    monkeypatch.delitem(
+        __import__("sys").modules, "parity_tests.report.output.files", raising=False
+    )
     monkeypatch.delitem(__import__("sys").modules, "parity_tests.report.run", raising=False)
     assert run(files) == 2
     assert (

@@ -4,9 +4,9 @@ from pathlib import Path
 
 import numpy as np
 
-from llama_jax.lines import read_text
-from llama_jax.tokenizer import load_tokenizer
-from parity_tests.report.streamed import Checkpoint
+from llama_jax.text.lines import read_text
+from llama_jax.text.tokenizer import load_tokenizer
+from parity_tests.report.programs.checkpoint import Checkpoint
 
 LENGTH = 2000  # tokens of the bundled text
 _TEXT = Path(__file__).resolve().parents[2] / "LICENSE"

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
-from train.token_shards import Index, Shard, Split, token_dtype, write_index, write_shard
+from train.data.token_shards import Index, Shard, Split, token_dtype, write_index, write_shard
 
 EOS = "<|endoftext|>"
 WORDS = ["<s>", EOS, "<unk>", *"abcdefgh"]

@@ -9,12 +9,11 @@ from pathlib import Path
 
 import pytest
 
+from parity_tests.harness.own_process import ROOT
 from parity_tests.train.corpus import word_tokenizer
 from train import __main__ as program
 from train.__main__ import main
-from train.token_shards import open_tokens, read_index
-
-ROOT = Path(__file__).parents[2]
+from train.data.token_shards import open_tokens, read_index
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ from safetensors.numpy import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from train.__main__ import main
-from train.metrics_log import read_metrics
+from train.monitoring.metrics_log import read_metrics
 from train.trained import evaluate_target
 
 

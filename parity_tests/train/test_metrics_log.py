@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from train.metrics_log import FILE, draw_loss, open_metrics, read_metrics, write_line
+from train.monitoring.metrics_log import FILE, draw_loss, open_metrics, read_metrics, write_line
 
 
 def test_a_line_cut_off_is_left_out_and_later_steps_are_cut(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ import tyro
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
-from train.config import (
+from train.options import (
     FREE_ON_RESUME,
     OptimizerOptions,
     RunOptions,
@@ -20,8 +20,8 @@ from train.config import (
     to_toml,
     validate,
 )
-from train.optimizer import Optimizer
-from train.planning import run_plan
+from train.plan.command import run_plan
+from train.program.optimizer import Optimizer
 
 TEXT = st.text(st.characters(blacklist_categories=["Cs", "Cc"]), min_size=1, max_size=8).filter(
     lambda text: not text.startswith("-") and text != "None"

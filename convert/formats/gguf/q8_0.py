@@ -1,0 +1,47 @@
+"""Q8_0: blocks of 32 values, each an int8 times the block's float16 scale."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
+from gguf.quants import dequantize, quantize
+
+from convert.casting import cast
+from llama_jax.checkpoints.safetensors_read import all_finite
+
+_TYPE = GGMLQuantizationType.Q8_0
+_BLOCK = GGML_QUANT_SIZES[_TYPE][0]
+_CHUNK = 2**22  # values at a time: bounds the library's temporaries
+
+
+def divides(shape: tuple[int, ...]) -> bool:
+    """Whether rows of such a matrix are whole blocks."""
+    return shape[-1] % _BLOCK == 0
+
+
+def quantised(values: np.ndarray) -> np.ndarray:
+    """[rows, columns] as blocks, uint8 [rows, columns / 32 * 34]."""
+    with np.errstate(all="ignore"):  # below float32's normal numbers the scale's reciprocal is inf
+        return quantize(values.astype(np.float32, copy=False), _TYPE)
+
+
+def dequantised(name: str, values: np.ndarray) -> np.ndarray:
+    """What the blocks of a matrix stand for, float32 [rows, columns].
+
+    Quantising that again gives the same values: the largest of a block is 127 times its scale. Raises
+    ValueError for values that are not finite, or overflow the scale (float16, so from 8.3e6 on).
+    """
+    result = np.empty(values.shape, np.float32)
+    step = max(1, _CHUNK // math.prod(values.shape[1:]))
+    for start in range(0, len(values), step):
+        rows = cast(name, values[start : start + step], result.dtype)
+        with np.errstate(invalid="ignore"):  # an infinite scale is told below
+            result[start : start + step] = dequantize(quantised(rows), _TYPE)
+    if not all_finite(result):
+        raise ValueError(
+            f"tensor {name}: values overflow the float16 scale of Q8_0, "
+            f"largest magnitude {float(np.abs(values).max()):g}; choose bfloat16 or float32"
+        )
+    return result

@@ -1,0 +1,1 @@
+"""Meta's params.json and consolidated.*.pth, read and written."""

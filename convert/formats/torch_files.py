@@ -1,0 +1,309 @@
+"""PyTorch's own files (`.bin`, `.pth`), a tensor at a time.
+
+Since torch 1.6 such a file is a zip: `data.pkl`, which says what tensors there are, and one entry
+`data/KEY` of plain numbers for each storage. The pickle is read by `torch.load(weights_only=True)`, from
+a zip of its own in memory whose storages are empty, onto the meta device: no number is touched, no byte
+of the file is trusted by more than Python's `zipfile`. The numbers are then read where they lie, and
+their CRC-32 is checked. Files older than that are loaded whole.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import struct
+import warnings
+import zipfile
+import zlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from llama_jax.checkpoints.safetensors_read import FLOAT_DTYPES, StoredTensor, all_finite
+from llama_jax.files.foreign_weights import POINTER, is_pointer
+from llama_jax.formatting import first_line
+
+WHOLE_NOTE = "is of the form before torch 1.6 and is held in memory as a whole"
+_CHUNK = 2**22  # bytes read at a time
+_MAX_STRUCTURE = 2**28  # bytes of pickle or directory: a model of 100,000 tensors has 20 MB
+_WITHIN = ("state_dict", "model_state_dict", "model", "module")
+_DTYPES = {
+    "float64": "F64",
+    "float32": "F32",
+    "float16": "F16",
+    "bfloat16": "BF16",
+}
+
+
+@dataclass(frozen=True)
+class TorchFile:
+    """The tensors of one file: what they are, and what reads one."""
+
+    tensors: Mapping[str, StoredTensor]
+    """By name, in the file's order."""
+    load: Callable[..., np.ndarray]
+    """`load(name, rows=None)`: the values, or those of the first `rows` rows; raises ValueError."""
+    whole: bool = False
+    """Whether the file is held in memory, being of the form before torch 1.6."""
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where a tensor's numbers are: strides and offset in items, as torch has them."""
+
+    entry: zipfile.ZipInfo
+    offset: int
+    strides: tuple[int, ...]
+
+
+def open_torch_file(path: Path) -> TorchFile:
+    """The tensors in a file that `torch.save` wrote: a dictionary of them by name.
+
+    Raises ValueError for a file that is damaged or cut short, a pickle that asks for anything but
+    tensors, and torch not installed.
+    """
+    require_torch()
+    try:
+        with _Bounded(path) as file:
+            if zipfile.is_zipfile(file):
+                return _open_zip(path, file)
+            file.seek(0)
+            if is_pointer(file.read(64)):
+                raise ValueError(f"{path.name}: {POINTER}")
+            return _open_whole(path, file)
+    except OSError as error:
+        raise ValueError(f"{path.name}: cannot be read ({error.strerror or error})") from None
+
+
+def require_torch() -> None:
+    """Raise ValueError where torch is not installed."""
+    try:
+        import torch  # noqa: F401
+    except ImportError:
+        raise ValueError(
+            "torch is not installed, expected for PyTorch's files: pip install 'llama-jax[parity]'"
+        ) from None
+
+
+class _Bounded(io.FileIO):
+    """A file that allocates no more for one reading than it holds, or a structure of tensors can take."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path)
+        self.size = os.fstat(self.fileno()).st_size
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        if size is None or size < 0:
+            size = self.size - self.tell()
+        if size > _MAX_STRUCTURE:
+            raise ValueError(f"a part of {size} bytes, expected at most {_MAX_STRUCTURE}")
+        return super().read(min(size, self.size)) or b""
+
+
+def _open_zip(path: Path, file: _Bounded) -> TorchFile:
+    try:
+        archive = zipfile.ZipFile(file)
+        entries = {info.filename: info for info in archive.infolist()}
+        pickles = [name for name in entries if name.count("/") == 1 and name.endswith("/data.pkl")]
+        if len(entries) != len(archive.infolist()) or len(pickles) != 1:
+            raise ValueError(f"{len(pickles)} entries NAME/data.pkl, expected one")
+        top = pickles[0].removesuffix("data.pkl")
+        if any(e.compress_type != zipfile.ZIP_STORED or e.flag_bits & 1 for e in entries.values()):
+            raise ValueError("its entries are compressed or encrypted, torch.save does neither")
+        order = entries.get(f"{top}byteorder")
+        if order is not None and (found := _content(file, order)) != b"little":
+            raise ValueError(f"byte order {found[:10]!r}, expected b'little'")
+        skeleton = io.BytesIO()
+        by_offset: dict[int, zipfile.ZipInfo] = {}
+        with zipfile.ZipFile(skeleton, "w") as copy:
+            copy.writestr(f"{top}data.pkl", _content(file, entries[pickles[0]]))
+            copy.writestr(f"{top}version", "3\n")
+            for name, info in entries.items():
+                if name.startswith(f"{top}data/"):
+                    copy.writestr(name, b"")
+                    by_offset[skeleton.tell()] = info
+    except Exception as error:  # zipfile raises whatever the damage leads it to
+        raise ValueError(f"{path.name}: damaged or cut short ({first_line(error)})") from None
+    size = path.stat().st_size
+    tensors: dict[str, StoredTensor] = {}
+    places: dict[str, _Place] = {}
+    for name, tensor in _state_dict(path, skeleton, "meta").items():
+        entry = by_offset.get(getattr(tensor.untyped_storage(), "_checkpoint_offset", -1))
+        if entry is None:
+            raise ValueError(f"{path.name}: tensor {name}: its numbers are not in the file")
+        place = _Place(entry, tensor.storage_offset(), tuple(tensor.stride()))
+        tensors[name] = stored = _described(path, name, tensor, entry.header_offset)
+        if fault := _fault(stored, place, tensor.element_size(), size):
+            raise ValueError(f"{path.name}: tensor {name}: {fault}")
+        places[name] = place
+    return TorchFile(tensors, _Reader(tensors, places).load)
+
+
+def _open_whole(path: Path, file: _Bounded) -> TorchFile:
+    values = _state_dict(path, file, "cpu")
+    tensors = {name: _described(path, name, tensor, 0) for name, tensor in values.items()}
+
+    def load(name: str, rows: int | None = None) -> np.ndarray:
+        import torch
+
+        tensor = values[name].detach()
+        tensor = tensor if rows is None else tensor[:rows]
+        copy = tensor.clone(memory_format=torch.contiguous_format).reshape(-1)
+        raw = copy.view(torch.uint8).numpy().view(FLOAT_DTYPES[tensors[name].dtype])
+        return _finite(tensors[name], raw.reshape(tuple(tensor.shape)))
+
+    return TorchFile(tensors, load, whole=True)
+
+
+def _content(file: _Bounded, entry: zipfile.ZipInfo) -> bytes:
+    """The bytes of an entry that is no tensor."""
+    file.seek(_data_offset(file, entry))
+    content = file.read(entry.file_size)
+    if len(content) != entry.file_size or entry.CRC not in (0, zlib.crc32(content)):
+        raise ValueError(f"the CRC-32 of {entry.filename} is another")
+    return content
+
+
+def _state_dict(path: Path, source: io.BytesIO | _Bounded, device: str) -> dict[str, Any]:
+    """What torch finds in a file, if it is tensors by name and nothing else."""
+    import torch
+
+    source.seek(0)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            found = torch.load(source, map_location=device, weights_only=True)
+    except Exception as error:  # torch raises whatever the damage leads it to
+        raise ValueError(f"{path.name}: {_reason(error)}") from None
+    if isinstance(found, dict):
+        # what trainers save has the tensors in a dictionary within, beside their own state
+        inner = [found[key] for key in _WITHIN if isinstance(found.get(key), dict)]
+        found = inner[0] if inner else found
+    if not isinstance(found, dict):
+        raise ValueError(f"{path.name}: holds a {type(found).__name__}, expected tensors by name")
+    for name, tensor in found.items():
+        if type(name) is not str or not isinstance(tensor, torch.Tensor):
+            what = f"a {type(tensor).__name__}"
+            key = repr(name) if type(name) is str else f"a {type(name).__name__}"
+            raise ValueError(f"{path.name}: holds {what} under {key}, expected tensors by name")
+        if tensor.layout != torch.strided or any(
+            (tensor.is_quantized, tensor.is_nested, tensor.is_conj(), tensor.is_neg())
+        ):
+            raise ValueError(f"{path.name}: tensor {name} is sparse or quantised, expected plain")
+    return found
+
+
+def _reason(error: Exception) -> str:
+    """torch's many lines of advice as one of fact."""
+    text = str(error)
+    if (start := text.find("GLOBAL ")) >= 0:
+        wanted = text[start:].split()[1]
+        return f"the pickle asks for {wanted}, which is no tensor: refused, it could run any code"
+    # after its advice on weights_only comes what was wrong
+    lines = text.split("WeightsUnpickler error: ")[-1].strip().splitlines()
+    return (
+        f"damaged, cut short or not PyTorch's ({lines[0][:200] if lines else type(error).__name__})"
+    )
+
+
+def _described(path: Path, name: str, tensor: Any, offset: int) -> StoredTensor:
+    dtype = str(tensor.dtype).removeprefix("torch.")
+    nbytes = tensor.numel() * tensor.element_size()
+    return StoredTensor(path, name, _DTYPES.get(dtype, dtype), tuple(tensor.shape), offset, nbytes)
+
+
+def _fault(tensor: StoredTensor, place: _Place, itemsize: int, file_size: int) -> str | None:
+    """What is wrong with a tensor's place in its storage."""
+    entry = place.entry
+    if not 0 <= entry.header_offset <= file_size - entry.file_size:
+        return f"{entry.file_size} bytes at {entry.header_offset} of a file of {file_size}"
+    if min((place.offset, *place.strides)) < 0 or tensor.nbytes > file_size:
+        return f"shape {list(tensor.shape)}, more than the file holds"
+    end = _span(tensor.shape, place) * itemsize
+    if end > entry.file_size:
+        return f"found {entry.file_size} bytes of numbers, expected {end}: damaged or cut short"
+    return None
+
+
+def _span(shape: tuple[int, ...], place: _Place) -> int:
+    """One past the last item of a storage that a tensor uses."""
+    if 0 in shape:
+        return 0
+    last = sum((n - 1) * stride for n, stride in zip(shape, place.strides, strict=True))
+    return place.offset + last + 1
+
+
+@dataclass(frozen=True)
+class _Reader:
+    """Reads tensors of a zip. A storage is read to its end, and its CRC checked, at its first tensor."""
+
+    tensors: Mapping[str, StoredTensor]
+    places: Mapping[str, _Place]
+    checked: set[str] = field(default_factory=set)
+
+    def load(self, name: str, rows: int | None = None) -> np.ndarray:
+        """The values of a tensor, C-contiguous; or of its first `rows` rows, unchecked."""
+        tensor, place = self.tensors[name], self.places[name]
+        dtype = FLOAT_DTYPES[tensor.dtype]
+        shape = tensor.shape if rows is None else (min(rows, tensor.shape[0]), *tensor.shape[1:])
+        if 0 in shape:
+            return np.empty(shape, dtype)
+        flat = np.empty(_span(shape, place) - place.offset, dtype)
+        check = rows is None and place.entry.filename not in self.checked
+        try:
+            _read(tensor.path, place, flat, check=check)
+        except (OSError, ValueError) as error:
+            raise ValueError(f"{tensor.path}: tensor {name}: {first_line(error)}") from None
+        if check:
+            self.checked.add(place.entry.filename)
+        strides = tuple(stride * dtype.itemsize for stride in place.strides)
+        values = np.asarray(np.lib.stride_tricks.as_strided(flat, shape, strides), order="C")
+        return _finite(tensor, values)
+
+
+def _read(path: Path, place: _Place, flat: np.ndarray, *, check: bool) -> None:
+    """Fill `flat` with a stretch of a storage; with `check`, read all of it and compare its CRC-32.
+
+    A CRC of 0 is what writers leave that compute none (torch.serialization.set_crc32_options).
+    """
+    entry, out = place.entry, flat.view(np.uint8)
+    begin = place.offset * flat.itemsize
+    check = check and entry.CRC != 0
+    position, end = (0, entry.file_size) if check else (begin, begin + out.size)
+    crc, buffer = 0, np.empty(min(_CHUNK, end - position), np.uint8)
+    with path.open("rb", buffering=0) as file:
+        file.seek(_data_offset(file, entry) + position)
+        while position < end:
+            count = file.readinto(buffer[: end - position].data) or 0
+            if not count:
+                raise ValueError("the file ends inside it: cut short")
+            chunk = buffer[:count]
+            crc = zlib.crc32(chunk.data, crc) if check else 0
+            low, high = max(position, begin), min(position + count, begin + out.size)
+            if low < high:
+                out[low - begin : high - begin] = chunk[low - position : high - position]
+            position += count
+    if check and crc != entry.CRC:
+        raise ValueError(f"its bytes have CRC-32 {crc:08x}, expected {entry.CRC:08x}: damaged")
+
+
+def _data_offset(file: io.FileIO, entry: zipfile.ZipInfo) -> int:
+    """Where an entry's bytes begin: after its local header, whose padding only that header tells."""
+    file.seek(entry.header_offset)
+    header = file.read(30) or b""
+    if len(header) < 30 or header[:4] != b"PK\x03\x04":
+        raise ValueError(f"no zip entry {entry.filename} where one should be")
+    name, extra = struct.unpack("<HH", header[26:])
+    return entry.header_offset + 30 + name + extra
+
+
+def _finite(tensor: StoredTensor, values: np.ndarray) -> np.ndarray:
+    if not all_finite(values):
+        count = int(values.size - np.isfinite(values).sum())
+        raise ValueError(
+            f"{tensor.path}: tensor {tensor.name}: {count} values are NaN or infinite, expected none"
+        )
+    return values

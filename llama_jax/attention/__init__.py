@@ -1,0 +1,1 @@
+"""Grouped-query attention: implementations, masks and the key/value cache."""

@@ -1,0 +1,172 @@
+"""Grouped-query attention: which implementation, and on which shard."""
+
+import math
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple, get_args
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Float, Key
+
+from llama_jax.attention.blocked import blocked_attention
+from llama_jax.attention.cudnn import cudnn_attention, cudnn_misfit
+from llama_jax.attention.masks import AttentionMask, dense_mask, slots_of
+from llama_jax.attention.plain import dot_product_attention
+from llama_jax.attention.splash import splash_attention, splash_kernel, splash_misfit
+from llama_jax.numerics.backend import target_platform
+from llama_jax.sharding import BATCH_AXES, SEQUENCE_AXIS, TENSOR_AXIS, MeshAxes, mesh_axes
+
+Implementation = Literal["plain", "blocked", "cudnn", "splash"]
+
+# Up to so many tokens the scores are small, and holding them is the faster way.
+PLAIN_LENGTH = 128
+
+_Misfit = Callable[[Array, AttentionMask, int], str | None]
+_MISFITS: dict[str, _Misfit] = {"cudnn": cudnn_misfit, "splash": splash_misfit}
+_PREFERRED = {"gpu": "cudnn", "tpu": "splash"}
+
+
+def attention(
+    query: Float[Array, "batch q heads dim"],
+    key: Float[Array, "batch k kv_heads dim"],
+    value: Float[Array, "batch k kv_heads dim"],
+    mask: AttentionMask,
+    *,
+    implementation: str | None = None,
+    dropout_rate: float = 0.0,
+    dropout_key: Key[Array, ""] | None = None,
+    output_weights: bool = False,
+) -> tuple[Float[Array, "batch q heads dim"], Float[Array, "batch heads q k"] | None]:
+    """softmax(query key^T / sqrt(dim)) value, head h attending to kv head h // (heads / kv_heads).
+
+    A query that sees nothing yields zeros. Under an ambient mesh the batch is split over data and fsdp,
+    the heads over tensor and the queries over sequence, where they divide; every shard holds all keys.
+
+    Args:
+        implementation: "plain" holds the scores, and alone does weights and dropout; "blocked" never holds
+            those of the whole sequence; "cudnn" and "splash" are kernels for GPU and TPU, without caches.
+            None takes what is fastest on the target platform and fits. All but "plain" are differentiable
+            once, in reverse.
+        dropout_rate: of the attention weights, applied only where a `dropout_key` is given.
+
+    Returns:
+        The output and, where asked for, the attention weights (after dropout).
+
+    Raises:
+        ValueError: an implementation that is not there, or does not do what is asked.
+    """
+    axes = mesh_axes()
+    dropout = dropout_key is not None and dropout_rate > 0
+    chosen = choose_implementation(implementation, query, mask, dropout or output_weights)
+    if chosen == "plain":
+        dense = dense_mask(mask, query.shape[1], key.shape[1])
+        out, weights = dot_product_attention(query, key, value, dense, dropout_rate, dropout_key)
+        return out, weights if output_weights else None
+    shards = _find_shards(axes, query, key)
+    run: Callable[..., Array] = blocked_attention if chosen == "blocked" else cudnn_attention
+    operands: tuple[Any, ...] = (query, key, value, mask)
+    if chosen == "splash":
+        split = axes.size(*shards.heads), axes.size(*shards.sequence)
+        kernel = splash_kernel(query.shape[1], key.shape[1], query.shape[2], *split)
+        run, operands = splash_attention, (kernel, *operands)
+    return _over_shards(run, shards, *operands), None
+
+
+def choose_implementation(
+    implementation: str | None, query: Any, mask: AttentionMask, needs_weights: bool
+) -> str:
+    """The implementation asked for, if it fits; else the best that does.
+
+    Args:
+        query: [batch, q, heads, dim], real or abstract, as the arrays of `mask`.
+        needs_weights: attention weights, or dropout of them, are asked for.
+
+    Raises:
+        ValueError: as `attention`.
+    """
+    sequence_shards = mesh_axes().size(SEQUENCE_AXIS)
+
+    def misfit(name: str) -> str | None:
+        if name == "plain":
+            return None
+        if needs_weights:
+            return "attention weights or their dropout, expected neither"
+        return _MISFITS[name](query, mask, sequence_shards) if name in _MISFITS else None
+
+    if implementation is not None:
+        if implementation not in get_args(Implementation):
+            raise ValueError(
+                f"attention_implementation: found {implementation!r}, expected None or one of "
+                f"{', '.join(map(repr, get_args(Implementation)))}"
+            )
+        reason = misfit(implementation)
+        if reason is not None:
+            raise ValueError(f"attention_implementation={implementation!r}: found {reason}")
+        return implementation
+    if query.shape[1] <= PLAIN_LENGTH:
+        return "plain"
+    candidates: tuple[str, ...] = ("blocked", "plain")
+    preferred = _PREFERRED.get(target_platform())
+    candidates = (preferred, *candidates) if preferred else candidates
+    return next(name for name in candidates if misfit(name) is None)
+
+
+class _Shards(NamedTuple):
+    """The mesh axes over which batch, queries and heads are split; () for none."""
+
+    axes: MeshAxes
+    batch: tuple[str, ...]
+    sequence: tuple[str, ...]
+    heads: tuple[str, ...]
+
+
+def _find_shards(axes: MeshAxes, query: Array, key: Array) -> _Shards:
+    """Axes that do not divide what they would split are left out: every shard does all of it."""
+    batch, q, heads, _ = query.shape
+    split = {}
+    for dimension, size in (("batch", batch), ("sequence", q), ("heads", heads)):
+        names = {"batch": BATCH_AXES, "sequence": (SEQUENCE_AXIS,), "heads": (TENSOR_AXIS,)}
+        present = axes.present(*names[dimension])
+        split[dimension] = () if size % axes.size(*present) else present
+    # query heads of one shard must share its kv heads evenly
+    if heads % math.lcm(key.shape[2], axes.size(*split["heads"])):
+        split["heads"] = ()
+    return _Shards(axes, **split)
+
+
+def _over_shards(run: Callable[..., Array], shards: _Shards, *operands: Any) -> Array:
+    """`run(*operands)`, which end in query, key, value and mask, on every shard.
+
+    Kernels and loops over blocks are opaque to the compiler's partitioner, which would gather their
+    operands whole or refuse them.
+    """
+    axes = shards.axes
+    batch, sequence, heads = (names or None for names in shards[1:])
+    if not axes.free:
+        return run(*operands)
+    *kernel, query, key, value, mask = operands
+    # where there are fewer kv heads than shards, neighbours hold the same one
+    parts = math.lcm(key.shape[2], axes.size(*shards.heads)) // key.shape[2]
+    if parts > 1:
+        key, value = jnp.repeat(key, parts, axis=2), jnp.repeat(value, parts, axis=2)
+    if sequence:
+        query_slots, key_slots = slots_of(mask, query.shape[1], key.shape[1])
+        mask = mask._replace(query_slots=query_slots, key_slots=key_slots)
+    of_fields = (P(sequence), P(), P(batch), P(batch, sequence), P(batch))
+    of_mask: Any = type(mask)(
+        *(None if field is None else spec for field, spec in zip(mask, of_fields, strict=True))
+    )
+    of_query, of_key = P(batch, sequence, heads), P(batch, None, heads)
+    of_kernel = [
+        k.manual_sharding_spec(NamedSharding(axes.mesh, P(heads, sequence))) for k in kernel
+    ]
+    return jax.shard_map(
+        run,
+        mesh=axes.mesh,
+        in_specs=(*of_kernel, of_query, of_key, of_key, of_mask),
+        out_specs=of_query,
+        axis_names=set(axes.free),  # a kernel refuses any that is left, even of size 1
+        check_vma=False,
+    )(*kernel, query, key, value, mask)

@@ -1,0 +1,194 @@
+"""Reading safetensors files in place: headers checked in full, data read straight into a given array.
+
+The `safetensors` library maps files into memory, where their pages count twice against RAM once the
+values are copied out. Here bytes go from the file into their final place, a few MB at a time, and are
+checked for non-finite values while they are still in the processor's cache.
+"""
+
+import json
+import math
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from llama_jax.files.foreign_weights import POINTER, is_pointer
+
+FLOAT_DTYPES: dict[str, np.dtype] = {
+    "F64": np.dtype(np.float64),
+    "F32": np.dtype(np.float32),
+    "F16": np.dtype(np.float16),
+    "BF16": np.dtype(ml_dtypes.bfloat16),
+}
+# of quantised weights
+CODE_DTYPES: dict[str, np.dtype] = {"I8": np.dtype(np.int8), "U8": np.dtype(np.uint8)}
+_ITEM_SIZES = {"BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "I16": 2, "U16": 2}
+_ITEM_SIZES |= {"F8_E8M0": 1, "F8_E4M3FNUZ": 1, "F8_E5M2FNUZ": 1, "C64": 8}
+_ITEM_SIZES |= {"F16": 2, "BF16": 2, "I32": 4, "U32": 4, "F32": 4, "I64": 8, "U64": 8, "F64": 8}
+
+_MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library
+_CHUNK_BYTES = 1 << 22  # small enough to be checked while still in the processor's cache
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """Where a tensor lies: `nbytes` at `offset` of `path`, row-major, little-endian."""
+
+    path: Path
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    offset: int
+    nbytes: int
+
+
+def read_header(path: Path) -> list[StoredTensor]:
+    """Every tensor of one file, in the order of the header.
+
+    Raises:
+        ValueError: not a safetensors file, or one cut short, or a header that contradicts itself.
+    """
+    try:
+        with path.open("rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            prefix = file.read(8)
+            if len(prefix) < 8:
+                raise ValueError(f"{path.name}: found {size} bytes, expected a safetensors file")
+            length = int.from_bytes(prefix, "little")
+            if length > min(size - 8, _MAX_HEADER_BYTES):
+                file.seek(0)
+                if is_pointer(file.read(64)):
+                    raise ValueError(f"{path.name}: {POINTER}")
+                raise ValueError(
+                    f"{path.name}: the header should take {length} bytes, found {size - 8}: "
+                    "truncated, or not a safetensors file"
+                )
+            text = file.read(length)
+    except OSError as error:
+        raise ValueError(f"{path.name}: cannot be read ({error.strerror})") from None
+    try:
+        header = json.loads(text, object_pairs_hook=_unique_keys)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path.name}: the header is not valid JSON ({error})") from None
+    if not isinstance(header, dict):
+        raise ValueError(f"{path.name}: the header is not a JSON object")
+    header.pop("__metadata__", None)
+    start = 8 + length
+    tensors = [_parse_entry(path, name, entry, start) for name, entry in header.items()]
+    end = start
+    for tensor in sorted(tensors, key=lambda tensor: (tensor.offset, tensor.nbytes)):
+        if tensor.offset != end:
+            raise ValueError(f"{path.name}: tensor {tensor.name} overlaps another or leaves a hole")
+        end += tensor.nbytes
+    if end != size:
+        cut = [tensor.name for tensor in tensors if tensor.offset + tensor.nbytes > size]
+        fault = f"truncated, {len(cut)} tensors from {cut[0]} on" if cut else "trailing bytes"
+        raise ValueError(f"{path.name}: found {size} bytes, expected {end}: {fault}")
+    return tensors
+
+
+def read_tensor(tensor: StoredTensor, out: np.ndarray) -> bool:
+    """Read a tensor of floats or codes into `out`, C-contiguous, casting floats to its dtype.
+
+    Returns whether every value is finite, after the cast: an overflow counts.
+
+    Raises:
+        ValueError: the file ends early (it changed since its header was read), or cannot be read.
+    """
+    source = (FLOAT_DTYPES | CODE_DTYPES)[tensor.dtype]
+    assert tensor.dtype in FLOAT_DTYPES or source == out.dtype, "codes are never cast"
+    target = out.reshape(-1)
+    assert np.shares_memory(target, out), "a reshape that copies would lose what is read"
+    step = _CHUNK_BYTES // max(source.itemsize, target.itemsize)
+    scratch = None if source == target.dtype else np.empty(min(step, target.size), source)
+    finite = True
+    with open(tensor.path, "rb", buffering=0) as file:
+        for begin in range(0, target.size, step):
+            part = target[begin : begin + step]
+            place = part if scratch is None else scratch[: part.size]
+            _read_exactly(file.fileno(), place, tensor, begin * source.itemsize)
+            if scratch is not None:
+                with np.errstate(over="ignore", invalid="ignore"):
+                    part[...] = place.astype(target.dtype)
+            finite = (tensor.dtype in CODE_DTYPES or all_finite(part)) and finite
+    return finite
+
+
+def read_slice(tensor: StoredTensor, index: tuple[slice, ...], out: np.ndarray) -> bool:
+    """Read `tensor[index]` into `out`, casting to its dtype: a part of what `read_tensor` reads.
+
+    Only the rows (of the first axis) that are asked for are read, a few MB at a time.
+
+    Args:
+        index: one slice for each axis, of step 1.
+
+    Returns whether every value is finite, after the cast.
+
+    Raises:
+        ValueError: as `read_tensor`.
+    """
+    source = FLOAT_DTYPES[tensor.dtype]
+    rows, rest = range(*index[0].indices(tensor.shape[0])), index[1:]
+    row_bytes = math.prod(tensor.shape[1:]) * source.itemsize
+    step = max(1, _CHUNK_BYTES // max(row_bytes, 1))
+    finite = True
+    with open(tensor.path, "rb", buffering=0) as file:
+        for begin in range(0, len(rows), step):
+            count = min(step, len(rows) - begin)
+            scratch = np.empty((count, *tensor.shape[1:]), source)
+            skip = (rows.start + begin) * row_bytes
+            _read_exactly(file.fileno(), scratch.reshape(-1), tensor, skip)
+            part = out[begin : begin + count]
+            with np.errstate(over="ignore", invalid="ignore"):
+                part[...] = scratch[(slice(None), *rest)].astype(out.dtype)
+            finite = all_finite(np.ascontiguousarray(part)) and finite
+    return finite
+
+
+def _read_exactly(descriptor: int, out: np.ndarray, tensor: StoredTensor, skip: int) -> None:
+    view = out.view(np.uint8).data
+    while view:
+        count = os.preadv(descriptor, [view], tensor.offset + skip)
+        if count == 0:
+            raise ValueError(f"{tensor.path.name}: ends inside tensor {tensor.name}: truncated")
+        view = view[count:]
+        skip += count
+
+
+def all_finite(values: np.ndarray) -> bool:
+    """Whether a floating-point array of any dtype has no NaN and no infinity."""
+    # As an integer, a positive float grows with its value and inf, then nan, come after all finite
+    # ones; a negative float is the same with the sign bit on, where unsigned integers go on growing.
+    # Two maxima read each value twice and write nothing: several times faster than np.isfinite.
+    if not values.size:
+        return True
+    size = values.dtype.itemsize
+    infinity = int(np.array(np.inf, values.dtype).view(f"i{size}"))
+    minus_infinity = int(np.array(-np.inf, values.dtype).view(f"u{size}"))
+    highest, lowest = values.view(f"i{size}").max(), values.view(f"u{size}").max()
+    return int(highest) < infinity and int(lowest) < minus_infinity
+
+
+def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    keys = dict(pairs)
+    if len(keys) != len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"{twice!r} is there twice")
+    return keys
+
+
+def _parse_entry(path: Path, name: str, entry: Any, start: int) -> StoredTensor:
+    try:
+        dtype, shape, (begin, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
+        numbers = (*shape, begin, end)
+        sane = all(type(number) is int and 0 <= number < 1 << 62 for number in numbers)
+        nbytes = math.prod(shape) * _ITEM_SIZES[dtype] if sane else -1
+    except (KeyError, TypeError, ValueError):
+        sane = False
+    if not sane or end - begin != nbytes:
+        raise ValueError(f"{path.name}: the header's entry of tensor {name!r} is damaged")
+    return StoredTensor(path, name, dtype, shape, start + begin, nbytes)

@@ -1,0 +1,1 @@
+"""`python -m llama_jax`, and what every command line here shares."""

@@ -1,0 +1,1 @@
+"""Scores of given tokens, and how far one model is from another."""

@@ -1,0 +1,1 @@
+"""Files and directories: written whole or not at all, JSON, what a directory holds."""

@@ -1,0 +1,1 @@
+"""Generation: prefill and decoding, sampling, generation_config.json."""

@@ -1,0 +1,163 @@
+"""Choosing the next token: filters of logits, as free functions, and their composition.
+
+Each filter gives what transformers' processor of that name gives on the same logits.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int, Key
+
+from llama_jax.numerics.scalars import is_integer, is_number, plain_number
+
+# (input_ids [batch, slots], logits [batch, vocab], lengths [batch]) -> logits [batch, vocab]. The tokens
+# of row r so far, prompt first, are input_ids[r, : lengths[r]]: no padding of the prompt is among them, and
+# what lies beyond means nothing. Shapes are static and may be larger than asked for; lengths are traced. A
+# row that has ended goes on with padding tokens, as in transformers.
+LogitsProcessor = Callable[[Array, Array, Array], Array]
+
+
+def temperature_filter(
+    logits: Float[Array, "batch vocab"], temperature: Float[Array, ""]
+) -> Float[Array, "batch vocab"]:
+    """`TemperatureLogitsWarper`: logits / temperature."""
+    return logits / temperature
+
+
+def top_k_filter(logits: Float[Array, "batch vocab"], top_k: int) -> Float[Array, "batch vocab"]:
+    """`TopKLogitsWarper`: -inf below the `top_k`th largest (arXiv:1805.04833)."""
+    smallest = jax.lax.top_k(logits, min(top_k, logits.shape[-1]))[0][:, -1:]
+    return jnp.where(logits < smallest, -jnp.inf, logits)
+
+
+def top_p_filter(
+    logits: Float[Array, "batch vocab"], top_p: Float[Array, ""]
+) -> Float[Array, "batch vocab"]:
+    """`TopPLogitsWarper`: -inf but for the fewest tokens that hold `top_p` together (arXiv:1904.09751)."""
+    order = jnp.argsort(logits, axis=-1, stable=True)  # the least probable first
+    probabilities = jax.nn.softmax(jnp.take_along_axis(logits, order, axis=-1), axis=-1)
+    removed = jnp.cumsum(probabilities, axis=-1) <= 1 - top_p
+    removed = removed.at[:, -1].set(False)
+    removed = jnp.put_along_axis(removed, order, removed, axis=-1, inplace=False)
+    return jnp.where(removed, -jnp.inf, logits)
+
+
+def min_p_filter(
+    logits: Float[Array, "batch vocab"], min_p: Float[Array, ""]
+) -> Float[Array, "batch vocab"]:
+    """`MinPLogitsWarper`: -inf below `min_p` times the largest probability (arXiv:2407.01082)."""
+    probabilities = jax.nn.softmax(logits, axis=-1)
+    largest = jnp.max(probabilities, axis=-1, keepdims=True)
+    is_first = jnp.arange(logits.shape[-1])[None] == jnp.argmax(probabilities, axis=-1)[:, None]
+    return jnp.where((probabilities < min_p * largest) & ~is_first, -jnp.inf, logits)
+
+
+def repetition_filter(
+    logits: Float[Array, "batch vocab"], seen: Bool[Array, "batch vocab"], penalty: Float[Array, ""]
+) -> Float[Array, "batch vocab"]:
+    """`RepetitionPenaltyLogitsProcessor`: tokens seen divided by `penalty`, or times it below zero.
+
+    arXiv:1909.05858. `seen` holds the tokens of the prompt and all since, but not its padding, which
+    transformers counts: a row is continued as it would be alone.
+    """
+    penalized = jnp.where(logits < 0, logits * penalty, logits / penalty)
+    return jnp.where(seen, penalized, logits)
+
+
+def _static() -> Any:
+    return field(default=None, metadata={"static": True})
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Sampling:
+    """How tokens are chosen; None leaves a filter out. Numbers are traced: another costs no compilation.
+
+    do_sample: draw from the distribution, else take the likeliest; then temperature, top_k, top_p and min_p
+    do nothing. processors: applied after the repetition penalty and before the temperature, which is
+    transformers' order.
+    """
+
+    do_sample: bool = field(default=False, metadata={"static": True})
+    temperature: Any = None
+    top_k: int | None = _static()
+    top_p: Any = None
+    min_p: Any = None
+    repetition_penalty: Any = None
+    processors: tuple[LogitsProcessor, ...] = field(default=(), metadata={"static": True})
+
+
+def checked(sampling: Sampling) -> Sampling:
+    """The same without filters that do nothing, its numbers as arrays.
+
+    Raises:
+        ValueError: temperature that is not positive, top_k below 0, top_p outside (0, 1], min_p outside
+            [0, 1], a repetition penalty that is not positive, or one of them not a number.
+    """
+    top_k = plain_number(sampling.top_k)
+    if top_k is not None and (not is_integer(top_k) or top_k < 0):
+        raise ValueError(f"top_k: found {top_k!r}, expected an integer of at least 0")
+    numbers = {
+        "temperature": ("a positive number", lambda x: 0 < x < float("inf"), 1.0),
+        "top_p": ("a number in (0, 1]", lambda x: 0 < x <= 1, 1.0),
+        "min_p": ("a number in [0, 1]", lambda x: 0 <= x <= 1, 0.0),
+        "repetition_penalty": ("a positive number", lambda x: 0 < x < float("inf"), 1.0),
+    }
+    arrays: dict[str, Any] = {}
+    for name, (expected, fits, neutral) in numbers.items():
+        value = plain_number(getattr(sampling, name))
+        if value is None:
+            continue
+        if not is_number(value) or not fits(value):
+            raise ValueError(f"{name}: found {value!r}, expected {expected}")
+        drawn_only = name != "repetition_penalty"
+        used = value != neutral and (sampling.do_sample or not drawn_only)
+        arrays[name] = jnp.asarray(value, jnp.float32) if used else None
+    return replace(sampling, top_k=top_k if top_k and sampling.do_sample else None, **arrays)
+
+
+def filtered(
+    sampling: Sampling,
+    logits: Float[Array, "batch vocab"],
+    input_ids: Int[Array, "batch slots"] | None,
+    lengths: Int[Array, " batch"],
+    seen: Bool[Array, "batch vocab"] | None,
+) -> Float[Array, "batch vocab"]:
+    """`logits` after every filter of `sampling`, in transformers' order.
+
+    Args:
+        input_ids, lengths: what `LogitsProcessor` takes; ids are None where there is no processor.
+        seen: which tokens the repetition penalty is for; None without one.
+    """
+
+    def number(value: Array) -> Array:
+        return value.astype(logits.dtype)
+
+    if sampling.repetition_penalty is not None:
+        assert seen is not None
+        logits = repetition_filter(logits, seen, number(sampling.repetition_penalty))
+    for process in sampling.processors:
+        assert input_ids is not None
+        logits = process(input_ids, logits, lengths)
+    if sampling.temperature is not None:
+        logits = temperature_filter(logits, number(sampling.temperature))
+    if sampling.top_k is not None:
+        logits = top_k_filter(logits, sampling.top_k)
+    if sampling.top_p is not None:
+        logits = top_p_filter(logits, number(sampling.top_p))
+    if sampling.min_p is not None:
+        logits = min_p_filter(logits, number(sampling.min_p))
+    return logits
+
+
+def choose(
+    sampling: Sampling, scores: Float[Array, "batch vocab"], key: Key[Array, ""] | None
+) -> Int[Array, " batch"]:
+    """A token of each row: drawn, or the likeliest."""
+    if sampling.do_sample:
+        assert key is not None
+        return jax.random.categorical(key, scores, axis=-1).astype(jnp.int32)
+    return jnp.argmax(scores, axis=-1).astype(jnp.int32)

@@ -1,0 +1,1 @@
+"""Validation of what users pass to a model."""

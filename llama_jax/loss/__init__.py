@@ -1,0 +1,19 @@
+"""The fused loss-in-head: projection onto the vocabulary and cross-entropy without the logits."""
+
+from llama_jax.loss.fused import (
+    LossOutput,
+    default_chunk,
+    fused_linear_cross_entropy,
+    shift_labels,
+)
+from llama_jax.loss.options import IGNORE_INDEX, Mode, Reduction
+
+__all__ = [
+    "IGNORE_INDEX",
+    "LossOutput",
+    "Mode",
+    "Reduction",
+    "default_chunk",
+    "fused_linear_cross_entropy",
+    "shift_labels",
+]

@@ -1,0 +1,51 @@
+"""How the fused loss is split over a mesh."""
+
+from typing import Any
+
+import jax
+
+from llama_jax.loss.options import Gradients, Shards
+from llama_jax.sharding import BATCH_AXES, SEQUENCE_AXIS, TENSOR_AXIS, mesh_axes
+
+
+def sum_over_shards(shards: Shards | None, gradients: Gradients) -> Gradients:
+    """Tokens see every column, columns see every token: one collective for each gradient."""
+    if shards is None:
+        return gradients
+    rows, kernel, bias, scale = gradients
+    if rows is not None and shards.vocab:
+        rows = jax.lax.psum(rows, shards.vocab)
+    if shards.tokens:
+        kernel, bias, scale = jax.lax.psum((kernel, bias, scale), shards.tokens)
+    if scale is not None and scale.ndim == 0 and shards.vocab:
+        scale = jax.lax.psum(scale, shards.vocab)
+    return Gradients(rows, kernel, bias, scale)
+
+
+def find_shards(mesh: Any, token_shape: tuple[int, ...]) -> Shards | None:
+    """The shards of `mesh` or of the ambient mesh; None where no axis of ours splits anything."""
+    axes = mesh_axes(mesh)
+    batch, sequence = axes.present(*BATCH_AXES), axes.present(SEQUENCE_AXIS)
+    (vocab,) = axes.present(TENSOR_AXIS) or (None,)
+    if not (batch or sequence or vocab):
+        return None
+    if len(token_shape) == 1:
+        split: tuple[tuple[str, ...], ...] = (batch + sequence,)
+    else:
+        split = (batch, sequence, *((),) * (len(token_shape) - 2))
+    for dimension, names in zip(token_shape, split, strict=True):
+        parts = axes.size(*names)
+        if dimension % parts:
+            raise ValueError(
+                f"labels: found shape {list(token_shape)}, expected {dimension} to be divisible by "
+                f"the mesh axes {', '.join(names)} = {parts}"
+            )
+    tokens = batch + sequence
+    return Shards(
+        mesh=axes.mesh,
+        tokens=tokens,
+        token_spec=tuple(names or None for names in split),
+        vocab=vocab,
+        token_size=axes.size(*tokens),
+        vocab_size=axes.size(TENSOR_AXIS),
+    )

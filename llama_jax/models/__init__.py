@@ -1,0 +1,1 @@
+"""The modules: layers, decoder, language-model head, task heads."""

@@ -1,0 +1,288 @@
+"""LlamaForCausalLM: the decoder with a language-model head."""
+
+import warnings
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Int, Key
+
+from llama_jax.attention.cache import KVCache
+from llama_jax.attention.dispatch import Implementation
+from llama_jax.checkpoints import huggingface
+from llama_jax.config import LlamaConfig
+from llama_jax.generation import loop
+from llama_jax.generation.config import GENERATION_FILE, GenerationConfig, read_generation_config
+from llama_jax.generation.loop import GenerateOutput
+from llama_jax.generation.sampling import LogitsProcessor, Sampling
+from llama_jax.inputs.labels import require_labels
+from llama_jax.inputs.positions import as_array, keep_positions
+from llama_jax.loss import fused_linear_cross_entropy, shift_labels
+from llama_jax.models.decoder import Embeddings, LlamaModel, Positions, Tokens
+from llama_jax.models.layers import Linear
+from llama_jax.models.pretrained import PretrainedModel
+from llama_jax.numerics.matmul import einsum, working_dtype
+from llama_jax.numerics.remat import Remat
+from llama_jax.numerics.scalars import integers, plain_number
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class CausalLMOutput:
+    """What `LlamaForCausalLM` returns; fields not asked for are None."""
+
+    logits: Float[Array, "batch kept vocab"]
+    loss: Float[Array, ""] | None = None
+    cache: KVCache | None = None
+    hidden_states: tuple[Float[Array, "batch seq hidden"], ...] | None = None
+    attentions: tuple[Float[Array, "batch heads seq k"], ...] | None = None
+
+
+class LlamaForCausalLM(PretrainedModel):
+    """Llama with its language-model head, tied to the embedding where the config says so.
+
+    A pytree: `jax.jit(lambda model, ids: model(ids).logits)` and `jax.grad` work on it directly. The
+    dtype of the weights is the dtype of the computation.
+    """
+
+    def __init__(self, config: LlamaConfig, *, rngs: nnx.Rngs, dtype: Any = jnp.float32):
+        self.config = config
+        self.generation_config = GenerationConfig.from_dict({}, config)
+        self.model = LlamaModel(config, rngs=rngs, dtype=dtype)
+        if not config.tie_word_embeddings:
+            self.lm_head = Linear(
+                config.hidden_size,
+                config.vocab_size,
+                ("vocab", "embed"),
+                use_bias=False,
+                slices=1,
+                stddev=config.initializer_range,
+                stack=(),
+                dtype=jnp.dtype(dtype),
+                rngs=rngs,
+            )
+
+    @property
+    def dtype(self) -> jnp.dtype:
+        """dtype of the weights and of the computation."""
+        return self.model.dtype
+
+    @property
+    def head_weight(self) -> Float[Array, "vocab hidden"]:
+        """The projection onto the vocabulary: `lm_head`'s weight, or the embedding where tied."""
+        tied = self.config.tie_word_embeddings
+        return (self.model.embed_tokens if tied else self.lm_head).weight[...]
+
+    def __call__(
+        self,
+        input_ids: Tokens | None = None,
+        attention_mask: Array | np.ndarray | None = None,
+        position_ids: Positions | None = None,
+        inputs_embeds: Embeddings | None = None,
+        segment_ids: Tokens | None = None,
+        labels: Array | np.ndarray | None = None,
+        num_items_in_batch: Any = None,
+        cache: KVCache | None = None,
+        logits_to_keep: int | Array | np.ndarray = 0,
+        output_hidden_states: bool = False,
+        output_attentions: bool = False,
+        dropout_key: Key[Array, ""] | None = None,
+        *,
+        attention_implementation: Implementation | None = None,
+        remat: Remat = "dots",
+        scan_unroll: int = 1,
+    ) -> CausalLMOutput:
+        """Logits and, with `labels`, the loss. See `LlamaModel.__call__` for the other arguments.
+
+        Args:
+            labels: [batch, seq], not shifted: position t is scored against labels[t + 1]; -100 is
+                ignored. The loss is taken from float32 logits.
+            num_items_in_batch: divides the summed loss; None divides by the valid labels.
+            logits_to_keep: 0 keeps every position, N the last N, an integer array [kept] or
+                [batch, kept] those positions; the loss is of the kept positions too.
+        """
+        decoded = self.model(
+            input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            inputs_embeds=inputs_embeds,
+            segment_ids=segment_ids,
+            cache=cache,
+            output_hidden_states=output_hidden_states,
+            output_attentions=output_attentions,
+            dropout_key=dropout_key,
+            attention_implementation=attention_implementation,
+            remat=remat,
+            scan_unroll=scan_unroll,
+        )
+        hidden = keep_positions(decoded.last_hidden_state, logits_to_keep)
+        head = self.head_weight
+        working = working_dtype(hidden.dtype)
+        blocked = hidden.shape[1] > 1  # not a step of decoding
+        logits = einsum("bsh,vh->bsv", hidden, head, out_dtype=working, blocked=blocked)
+        loss = None
+        if labels is not None:
+            labels = as_array(labels)
+            expected = decoded.last_hidden_state.shape[:2]
+            require_labels(labels, expected, self.config.vocab_size)
+            kept = keep_positions(shift_labels(jnp.asarray(labels)), logits_to_keep)
+            loss = causal_lm_loss(hidden, head, kept, num_items_in_batch)
+        return CausalLMOutput(
+            logits=logits.astype(hidden.dtype),
+            loss=loss,
+            cache=decoded.cache,
+            hidden_states=decoded.hidden_states,
+            attentions=decoded.attentions,
+        )
+
+    def generate(
+        self,
+        input_ids: Tokens,
+        attention_mask: Array | np.ndarray | None = None,
+        *,
+        max_new_tokens: int,
+        key: Key[Array, ""] | None = None,
+        cache_capacity: int | None = None,
+        cache_dtype: DTypeLike | None = None,
+        output_scores: bool = False,
+        **choices: Any,
+    ) -> Int[Array, "batch total"] | GenerateOutput:
+        """The prompt and its continuation. See `generation.generate`, and `choices` for the others.
+
+        Further arguments, left out, come from generation_config.json, then from transformers' defaults:
+        do_sample, temperature, top_k, top_p, min_p, repetition_penalty, logits_processors, eos_token_id
+        (one or several), pad_token_id. A processor is what `sampling.LogitsProcessor` says.
+        """
+        return loop.generate(
+            self,
+            *_as_arrays(input_ids, attention_mask),
+            max_new_tokens=max_new_tokens,
+            key=key,
+            cache_capacity=cache_capacity,
+            cache_dtype=cache_dtype,
+            output_scores=output_scores,
+            **self._choices(**choices),
+        )
+
+    def stream(
+        self,
+        input_ids: Tokens,
+        attention_mask: Array | np.ndarray | None = None,
+        *,
+        max_new_tokens: int,
+        key: Key[Array, ""] | None = None,
+        cache_capacity: int | None = None,
+        cache_dtype: DTypeLike | None = None,
+        **choices: Any,
+    ) -> Iterator[np.ndarray]:
+        """The new tokens of `generate`, [batch] at a time, as they come."""
+        return loop.stream(
+            self,
+            *_as_arrays(input_ids, attention_mask),
+            max_new_tokens=max_new_tokens,
+            key=key,
+            cache_capacity=cache_capacity,
+            cache_dtype=cache_dtype,
+            **self._choices(**choices),
+        )
+
+    def _choices(
+        self,
+        do_sample: bool | None = None,
+        temperature: float | None = None,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        min_p: float | None = None,
+        repetition_penalty: float | None = None,
+        logits_processors: Sequence[LogitsProcessor] = (),
+        eos_token_id: int | Sequence[int] | None = None,
+        pad_token_id: int | None = None,
+    ) -> dict[str, Any]:
+        """What chooses and ends, with the checkpoint's defaults, then transformers' own."""
+        config = self.generation_config
+        if config.unheeded:
+            warnings.warn(f"{GENERATION_FILE}: {config.unheeded} is not implemented", stacklevel=3)
+
+        draws = config.do_sample if do_sample is None else _flag("do_sample", do_sample)
+
+        def either(given: Any, name: str, otherwise: Any) -> Any:
+            return config.default(name, otherwise) if given is None else given
+
+        def drawn(given: Any, name: str, otherwise: Any) -> Any:
+            # the file's value may be anything where nothing is drawn
+            return either(given, name, otherwise) if draws else given
+
+        sampling = Sampling(
+            do_sample=draws,
+            temperature=drawn(temperature, "temperature", None),
+            top_k=drawn(top_k, "top_k", 50),
+            top_p=drawn(top_p, "top_p", None),
+            min_p=drawn(min_p, "min_p", None),
+            repetition_penalty=either(repetition_penalty, "repetition_penalty", None),
+            processors=tuple(logits_processors),
+        )
+        ends = config.eos_token_ids
+        if eos_token_id is not None:
+            ends = integers(eos_token_id)
+        pad = config.pad_token_id if pad_token_id is None else pad_token_id
+        return {"sampling": sampling, "eos_token_ids": ends, "pad_token_id": pad}
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        directory: str | Path,
+        dtype: Any = None,
+        *,
+        torch_dtype: Any = None,
+        rngs: nnx.Rngs | None = None,
+        **config_changes: Any,
+    ) -> Self:
+        """As `PretrainedModel.from_pretrained`, with the directory's generation_config.json."""
+        model = super().from_pretrained(
+            directory, dtype, torch_dtype=torch_dtype, rngs=rngs, **config_changes
+        )
+        model.generation_config = read_generation_config(Path(directory), model.config)
+        return model
+
+    def save_pretrained(self, directory: str | Path, *, max_shard_size: int | str = "5GB") -> None:
+        """Write a Hugging Face directory that both majors of transformers load. See `huggingface.save`."""
+        fields = self.generation_config.fields
+        files = {GENERATION_FILE: fields} if fields else {}
+        huggingface.save(
+            self, self.config, directory, max_shard_size=max_shard_size, json_files=files
+        )
+
+
+def _flag(name: str, value: Any) -> bool:
+    value = plain_number(value)
+    if not isinstance(value, bool):
+        raise ValueError(f"{name}: found {value!r}, expected True or False")
+    return value
+
+
+def _as_arrays(ids: Any, mask: Any) -> tuple[Array, Array | None]:
+    return jnp.asarray(ids), None if mask is None else jnp.asarray(mask)
+
+
+def causal_lm_loss(
+    hidden: Float[Array, "batch kept hidden"],
+    head: Float[Array, "vocab hidden"],
+    labels: Int[Array, "batch kept"],
+    num_items_in_batch: Any,
+) -> Float[Array, ""]:
+    """The loss of shifted labels, never holding the logits: per valid label, or per given item."""
+    if num_items_in_batch is None:
+        return fused_linear_cross_entropy(hidden, head, labels, vocab_axis=0).loss
+    items = jnp.asarray(num_items_in_batch)
+    if items.size != 1:
+        raise ValueError(f"num_items_in_batch: found shape {items.shape}, expected one number")
+    divisor = items.reshape(())
+    return fused_linear_cross_entropy(
+        hidden, head, labels, vocab_axis=0, reduction="sum", loss_div_factor=divisor
+    ).loss

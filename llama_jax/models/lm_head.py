@@ -1,0 +1,241 @@
+"""Language-model heads that return logits or a loss, after OLMo-core's `LMHead`, with its faults mended.
+
+The names, defaults and semantics are those of `olmo_core.nn.lm_head`, but: a z-loss multiplier of 0.0 is
+off; with reduction "none" the z-loss of ignored labels is zero; the normalized head is fused too.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from llama_jax.inputs.positions import keep_positions
+from llama_jax.loss import IGNORE_INDEX, Reduction, fused_linear_cross_entropy
+from llama_jax.models.layers import RMSNorm, parameter
+from llama_jax.numerics.matmul import einsum, working_dtype
+
+LossImplementation = Literal["default", "fused_linear"]
+
+
+class LMOutputWithLoss(NamedTuple):
+    """Logits where asked for; `loss` = `ce_loss` + `z_loss`, the latter two for looking at only."""
+
+    logits: Float[Array, "batch kept vocab"] | None
+    loss: Float[Array, "..."]
+    ce_loss: Float[Array, "..."]
+    z_loss: Float[Array, "..."] | None
+
+
+@dataclass(frozen=True)
+class RMSNormConfig:
+    """The optional norm in front of the projection."""
+
+    eps: float = 1e-5
+
+    def num_params(self, d_model: int) -> int:
+        """One weight a feature."""
+        return d_model
+
+
+@dataclass(frozen=True)
+class LMHeadConfig:
+    """What head to build.
+
+    name: "default" or "normalized" (nGPT, arXiv:2410.01131). layer_norm: applied to every position before
+    the projection; "default" only. bias: None means True for "default" and False for "normalized",
+    where True is an error. loss_implementation: "fused_linear" never holds the logits of a loss.
+    """
+
+    name: Literal["default", "normalized"] = "default"
+    layer_norm: RMSNormConfig | None = None
+    bias: bool | None = None
+    dtype: str = "float32"
+    loss_implementation: LossImplementation = "default"
+
+    def __post_init__(self) -> None:
+        if self.name not in ("default", "normalized"):
+            raise ValueError(f"name: found {self.name!r}, expected 'default' or 'normalized'")
+        if self.loss_implementation not in ("default", "fused_linear"):
+            raise ValueError(
+                f"loss_implementation: found {self.loss_implementation!r}, expected 'default' or "
+                "'fused_linear'"
+            )
+        if self.name == "normalized":
+            if self.bias:
+                raise ValueError("bias: found True, expected None or False for the normalized head")
+            if self.layer_norm is not None:
+                raise ValueError(
+                    f"layer_norm: found {self.layer_norm}, expected None for the normalized head"
+                )
+
+    @property
+    def has_bias(self) -> bool:
+        """Whether the built head has a bias."""
+        return self.name != "normalized" if self.bias is None else self.bias
+
+    def num_params(self, d_model: int, vocab_size: int) -> int:
+        """Parameters of the built head."""
+        norm = 0 if self.layer_norm is None else self.layer_norm.num_params(d_model)
+        columns = self.has_bias + (self.name == "normalized")
+        return norm + d_model * vocab_size + vocab_size * columns
+
+    def build(
+        self, *, d_model: int, vocab_size: int, rngs: nnx.Rngs, stddev: float = 0.02
+    ) -> "LMHead":
+        """The head, its projection drawn with `stddev` (and normalised, for "normalized")."""
+        dtype = jnp.dtype(self.dtype)
+        if self.name == "normalized":
+            return NormalizedLMHead(
+                d_model=d_model,
+                vocab_size=vocab_size,
+                loss_implementation=self.loss_implementation,
+                stddev=stddev,
+                dtype=dtype,
+                rngs=rngs,
+            )
+        return LMHead(
+            d_model=d_model,
+            vocab_size=vocab_size,
+            layer_norm=self.layer_norm,
+            bias=self.has_bias,
+            loss_implementation=self.loss_implementation,
+            stddev=stddev,
+            dtype=dtype,
+            rngs=rngs,
+        )
+
+
+class LMHead(nnx.Module):
+    """norm(x) weight^T + bias; weight [vocab, d_model]."""
+
+    def __init__(
+        self,
+        *,
+        d_model: int,
+        vocab_size: int,
+        layer_norm: RMSNormConfig | None = None,
+        bias: bool = True,
+        loss_implementation: LossImplementation = "default",
+        stddev: float = 0.02,
+        dtype: Any = jnp.float32,
+        rngs: nnx.Rngs,
+    ):
+        dtype = jnp.dtype(dtype)
+        self.loss_implementation = loss_implementation
+        if layer_norm is not None:
+            self.norm = RMSNorm(d_model, layer_norm.eps, stack=(), dtype=dtype, rngs=rngs)
+        normal, zeros = nnx.initializers.normal(stddev), nnx.initializers.zeros
+        self.weight = parameter(rngs, (vocab_size, d_model), ("vocab", "embed"), normal, dtype)
+        if bias:
+            self.bias = parameter(rngs, (vocab_size,), ("vocab",), zeros, dtype)
+
+    def __call__(
+        self,
+        x: Float[Array, "batch seq d_model"],
+        *,
+        labels: Int[Array, "batch seq"] | None = None,
+        ignore_index: int = IGNORE_INDEX,
+        loss_reduction: Reduction = "mean",
+        z_loss_multiplier: float | None = None,
+        loss_div_factor: Any = None,
+        return_logits: bool | None = None,
+        logits_to_keep: int | Array = 0,
+    ) -> Array | LMOutputWithLoss:
+        """Logits [batch, kept, vocab] without labels, else `LMOutputWithLoss`. Labels are not shifted.
+
+        Args:
+            return_logits: None returns them beside a loss for "default" and not for "fused_linear"; True
+                always does, materialising [batch, kept, vocab]; False needs labels.
+            logits_to_keep: 0 for all positions, N for the last N of x and labels, or positions [kept] or
+                [batch, kept] of both. The norm is applied before.
+
+        Raises:
+            ValueError: `return_logits=False` without labels, or what the loss refuses.
+        """
+        hidden = keep_positions(self.norm(x) if hasattr(self, "norm") else x, logits_to_keep)
+        bias = self.bias[...] if hasattr(self, "bias") else None
+        weight, scale = self.weight[...], self.scale()
+        if labels is None:
+            if return_logits is False:
+                raise ValueError("return_logits: found False, expected labels to be given with it")
+            return _logits(hidden, weight, bias, scale)
+        fused = self.loss_implementation == "fused_linear"
+        out = fused_linear_cross_entropy(
+            hidden,
+            weight,
+            keep_positions(labels, logits_to_keep),
+            bias=bias,
+            scale=scale,
+            ignore_index=ignore_index,
+            reduction=loss_reduction,
+            z_loss=z_loss_multiplier,
+            loss_div_factor=loss_div_factor,
+            mode="auto" if fused else "reference",
+            vocab_axis=0,
+        )
+        wanted = not fused if return_logits is None else return_logits
+        return LMOutputWithLoss(
+            logits=_logits(hidden, weight, bias, scale) if wanted else None,
+            loss=out.loss,
+            ce_loss=out.ce_loss,
+            z_loss=out.z_loss if z_loss_multiplier else None,
+        )
+
+    def scale(self) -> Array | None:
+        """What multiplies the projection, a scalar a column; None for nothing."""
+        return None
+
+
+class NormalizedLMHead(LMHead):
+    """nGPT's head: logits = (sz * sqrt(d_model)) * (x weight^T), no norm, no bias.
+
+    `sz` [vocab] starts at 1 / sqrt(d_model), so that the effective scale starts at 1. Rows of the weight
+    have length 1: at the start, and again after each optimizer step when the caller puts
+    `normalize_rows(head.weight)` back.
+    """
+
+    def __init__(
+        self,
+        *,
+        d_model: int,
+        vocab_size: int,
+        loss_implementation: LossImplementation = "default",
+        stddev: float = 0.02,
+        dtype: Any = jnp.float32,
+        rngs: nnx.Rngs,
+    ):
+        dtype = jnp.dtype(dtype)
+        self.loss_implementation = loss_implementation
+        normal = nnx.initializers.normal(stddev)
+
+        def rows(key: jax.Array, shape: tuple[int, ...], dtype: jnp.dtype) -> jax.Array:
+            return normalize_rows(normal(key, shape, dtype))
+
+        start = nnx.initializers.constant(1 / math.sqrt(d_model))
+        self.weight = parameter(rngs, (vocab_size, d_model), ("vocab", "embed"), rows, dtype)
+        self.sz = parameter(rngs, (vocab_size,), ("vocab",), start, dtype)
+
+    def scale(self) -> Array:
+        """sz * sqrt(d_model), one a column."""
+        sz = self.sz[...]
+        return sz.astype(working_dtype(sz.dtype)) * math.sqrt(self.weight.shape[-1])
+
+
+def normalize_rows(weight: Float[Array, "rows size"]) -> Float[Array, "rows size"]:
+    """Each row divided by its length, computed in float32 (float64 for float64)."""
+    wide = weight.astype(working_dtype(weight.dtype))
+    return (wide / jnp.linalg.norm(wide, axis=-1, keepdims=True)).astype(weight.dtype)
+
+
+def _logits(hidden: Array, weight: Array, bias: Array | None, scale: Array | None) -> Array:
+    working = working_dtype(hidden.dtype)
+    logits = einsum("bsh,vh->bsv", hidden, weight, out_dtype=working)
+    if scale is not None:
+        logits = logits * jnp.broadcast_to(scale, logits.shape)
+    if bias is not None:
+        logits = logits + jnp.broadcast_to(bias.astype(working), logits.shape)
+    return logits.astype(hidden.dtype)

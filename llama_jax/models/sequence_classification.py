@@ -1,0 +1,149 @@
+"""LlamaForSequenceClassification: one prediction a sequence, read off its last token."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from llama_jax.attention.cache import KVCache
+from llama_jax.config import LlamaConfig
+from llama_jax.inputs.labels import require_labels
+from llama_jax.inputs.positions import as_array
+from llama_jax.models.decoder import Embeddings, LlamaModel, Positions, Tokens
+from llama_jax.models.layers import Linear
+from llama_jax.models.pretrained import PretrainedModel
+from llama_jax.models.task_head import classification_loss, task_head, wide_logits
+
+_PROBLEM_TYPES = ("regression", "single_label_classification", "multi_label_classification")
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class SequenceClassifierOutput:
+    """What `LlamaForSequenceClassification` returns; fields not asked for are None."""
+
+    logits: Float[Array, "batch labels"]
+    loss: Float[Array, ""] | None = None
+    cache: KVCache | None = None
+    hidden_states: tuple[Float[Array, "batch seq hidden"], ...] | None = None
+    attentions: tuple[Float[Array, "batch heads seq k"], ...] | None = None
+
+
+class LlamaForSequenceClassification(PretrainedModel):
+    """Llama with a linear head on the last token of each sequence: classes, several, or numbers."""
+
+    def __init__(self, config: LlamaConfig, *, rngs: nnx.Rngs, dtype: Any = jnp.float32):
+        self.config = config
+        self.model = LlamaModel(config, rngs=rngs, dtype=dtype)
+        self.score = task_head(config, config.label_count, use_bias=False, dtype=dtype, rngs=rngs)
+
+    @property
+    def dtype(self) -> jnp.dtype:
+        """dtype of the weights and of the computation."""
+        return self.model.dtype
+
+    def __call__(
+        self,
+        input_ids: Tokens | None = None,
+        attention_mask: Array | np.ndarray | None = None,
+        position_ids: Positions | None = None,
+        inputs_embeds: Embeddings | None = None,
+        segment_ids: Tokens | None = None,
+        labels: Array | np.ndarray | None = None,
+        **options: Any,
+    ) -> SequenceClassifierOutput:
+        """Logits of each sequence's last token and, with `labels`, the loss.
+
+        As in transformers, the last token is the rightmost that is not `config.pad_token_id`, whatever the
+        attention mask says; with `inputs_embeds`, or without a padding token, it is the last position.
+
+        Args:
+            labels: see `sequence_classification_loss`.
+            options: the further arguments of `LlamaModel.__call__`.
+
+        Raises:
+            ValueError: more than one sequence and no padding token; labels that do not fit; or as
+                `LlamaModel.__call__`.
+        """
+        decoded = self.model(
+            input_ids, attention_mask, position_ids, inputs_embeds, segment_ids, **options
+        )
+        hidden = decoded.last_hidden_state
+        batch, pad = hidden.shape[0], self.config.pad_token_id
+        if pad is None and batch > 1:
+            raise ValueError(
+                f"pad_token_id: found null in the config, expected one for a batch of {batch}"
+            )
+        if pad is None or input_ids is None:
+            pooled = hidden[:, -1]
+        else:
+            last = last_token(jnp.asarray(input_ids), pad)
+            pooled = jnp.take_along_axis(hidden, last[:, None, None], axis=1)[:, 0]
+        logits = wide_logits(pooled, self.score)
+        loss = None
+        if labels is not None:
+            problem = self.config.problem_type
+            loss = sequence_classification_loss(pooled, self.score, as_array(labels), problem)
+        return SequenceClassifierOutput(
+            logits=logits.astype(hidden.dtype),
+            loss=loss,
+            cache=decoded.cache,
+            hidden_states=decoded.hidden_states,
+            attentions=decoded.attentions,
+        )
+
+
+def last_token(input_ids: Int[Array, "batch seq"], pad_token_id: int) -> Int[Array, " batch"]:
+    """The place of each row's rightmost token that is not padding, 0 in a row of nothing else."""
+    places = jnp.arange(input_ids.shape[1], dtype=jnp.int32)
+    return jnp.max(jnp.where(input_ids != pad_token_id, places, 0), axis=-1)
+
+
+def sequence_classification_loss(
+    pooled: Float[Array, "batch hidden"],
+    head: Linear,
+    labels: Array | np.ndarray,
+    problem_type: str | None = None,
+) -> Float[Array, ""]:
+    """The loss by `problem_type`, or by what the labels are where it is None, as transformers decides.
+
+    Args:
+        labels: "regression" (the choice for one label): numbers [batch, labels], or [batch] for one;
+            the mean squared error. "single_label_classification" (for integers): [batch] or [batch, 1],
+            -100 ignored; cross-entropy. "multi_label_classification" (for floats): [batch, labels], from
+            0 to 1; binary cross-entropy of each.
+
+    Raises:
+        ValueError: another shape or dtype, a class that is not there, or another `problem_type`.
+    """
+    batch, count = len(pooled), len(head.weight[...])
+    integers = jnp.issubdtype(labels.dtype, jnp.integer)
+    if problem_type not in (None, *_PROBLEM_TYPES):
+        raise ValueError(
+            f"problem_type: found {problem_type!r}, expected null or one of {', '.join(_PROBLEM_TYPES)}"
+        )
+    if problem_type is None:
+        several = "single_label_classification" if integers else "multi_label_classification"
+        problem_type = "regression" if count == 1 else several
+    if problem_type == "single_label_classification":
+        labels = labels[:, 0] if labels.shape == (batch, 1) else labels
+        require_labels(labels, (batch,), count)
+        return classification_loss(pooled, head, jnp.asarray(labels))
+    if problem_type == "regression" and count == 1 and labels.shape == (batch,):
+        labels = labels[:, None]
+    kind = "floats" if problem_type == "multi_label_classification" else "numbers"
+    fits = jnp.issubdtype(labels.dtype, jnp.floating) or (kind == "numbers" and integers)
+    if labels.shape != (batch, count) or not fits:
+        raise ValueError(
+            f"labels: found {labels.dtype}{list(labels.shape)}, expected {kind} {[batch, count]} "
+            f"for {problem_type}"
+        )
+    logits = wide_logits(pooled, head)
+    targets = jnp.asarray(labels).astype(logits.dtype)
+    if problem_type == "regression":
+        return jnp.mean(jnp.square(logits - targets))
+    return jnp.mean((1 - targets) * logits + jax.nn.softplus(-logits))

@@ -1,0 +1,56 @@
+"""What the task models share: a projection of hidden states onto few classes, and its cross-entropy."""
+
+from typing import Any
+
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from llama_jax.config import LlamaConfig
+from llama_jax.loss import fused_linear_cross_entropy
+from llama_jax.models.layers import Linear
+from llama_jax.numerics.matmul import einsum, working_dtype
+
+
+def task_head(
+    config: LlamaConfig, classes: int, *, use_bias: bool, dtype: Any, rngs: nnx.Rngs
+) -> Linear:
+    """The projection [hidden] -> [classes] with transformers' initial values.
+
+    Raises ValueError for no classes.
+    """
+    if not classes:
+        raise ValueError("num_labels: found 0, expected at least one label for this model")
+    return Linear(
+        config.hidden_size,
+        classes,
+        ("labels", "embed"),
+        use_bias=use_bias,
+        slices=1,
+        stddev=config.initializer_range,
+        stack=(),
+        dtype=jnp.dtype(dtype),
+        rngs=rngs,
+    )
+
+
+def wide_logits(
+    hidden: Float[Array, "*batch hidden"], head: Linear
+) -> Float[Array, "*batch classes"]:
+    """`head(hidden)`, left in float32 (float64 for float64) for the loss."""
+    working = working_dtype(hidden.dtype)
+    batch = "abcdefgh"[: hidden.ndim - 1]
+    out = einsum(f"{batch}i,oi->{batch}o", hidden, head.weight[...], out_dtype=working)
+    if not hasattr(head, "bias"):
+        return out
+    return out + jnp.broadcast_to(head.bias[...].astype(working), out.shape)
+
+
+def classification_loss(
+    hidden: Float[Array, "*batch hidden"], head: Linear, labels: Int[Array, "*batch"]
+) -> Float[Array, ""]:
+    """Mean cross-entropy of `head(hidden)` over labels that are not -100; 0 where there is none."""
+    bias = head.bias[...] if hasattr(head, "bias") else None
+    return fused_linear_cross_entropy(
+        hidden, head.weight[...], labels, bias=bias, vocab_axis=0
+    ).loss

@@ -1,0 +1,1 @@
+"""Arithmetic that knows no model: matmuls, activations, rotary embeddings, remat, the backend."""

@@ -1,0 +1,178 @@
+"""Twelve ways to be wrong: each breaks the library the way a port of Llama has been broken somewhere.
+
+    with mutate("loss_without_shift"):
+        ...
+
+A suite which stays green under one of these proves nothing. Where a mutation rewrites weights, it
+does so as they are loaded, so that the whole suite, conversion included, sees it.
+"""
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+from unittest import mock
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from llama_jax.attention import masks
+from llama_jax.checkpoints import huggingface
+from llama_jax.models import causal_lm, decoder, layers
+
+Buffers = dict[tuple[str, ...], np.ndarray]
+
+
+class Mutation(NamedTuple):
+    """Where to patch, what to put there given what was there, and which module is then at fault."""
+
+    target: Any
+    attribute: str
+    replacement: Callable[[Any], Any]
+    begins_at: str
+
+
+@contextlib.contextmanager
+def mutate(name: str) -> Iterator[None]:
+    """The library with one fault. What was compiled before, or under it, is forgotten."""
+    mutation = MUTATIONS[name]
+    wrong = mutation.replacement(getattr(mutation.target, mutation.attribute))
+    with mock.patch.object(mutation.target, mutation.attribute, wrong):
+        jax.clear_caches()
+        try:
+            yield
+        finally:
+            jax.clear_caches()
+
+
+# Faults in how weights are laid out: they are applied to what has been read, before it is a model.
+
+
+def while_loading(change: Callable[[Buffers, Any], None]) -> Callable[[Any], Any]:
+    def replacement(merge: Any) -> Any:
+        def wrong(abstract: Any, buffers: Buffers) -> Any:
+            change(buffers, abstract.config)
+            return merge(abstract, buffers)
+
+        return wrong
+
+    return replacement
+
+
+def _ending(buffers: Buffers, *names: str) -> Iterator[np.ndarray]:
+    """The arrays of parameters called, say, ("q_proj", "weight"), in place."""
+    for path, array in buffers.items():
+        if path[-2] in names:
+            yield array
+
+
+def no_permutation(buffers: Buffers, config: Any) -> None:
+    """The rows of q and k as the original Llama stores them: pairs next to each other."""
+    for array in _ending(buffers, "q_proj", "k_proj"):
+        layer_count, rows = array.shape[:2]
+        dim, rest = config.head_size, array.shape[2:]
+        halves = array.reshape(layer_count, rows // dim, 2, dim // 2, *rest)
+        array[...] = halves.swapaxes(2, 3).reshape(array.shape)
+
+
+def norms_swapped(buffers: Buffers, config: Any) -> None:
+    first, second = _ending(buffers, "input_layernorm", "post_attention_layernorm")
+    first[...], second[...] = second.copy(), first.copy()
+
+
+def o_proj_transposed(buffers: Buffers, config: Any) -> None:
+    """[in, out] read as [out, in]: without an error for a square matrix, and reshaped for others."""
+    for path, array in buffers.items():
+        if path[-2:] == ("o_proj", "weight"):
+            array[...] = array.swapaxes(1, 2).reshape(array.shape)
+
+
+# Faults in the computation.
+
+
+def theta_10000(cos_sin: Any) -> Any:
+    def wrong(positions: Any, rope: Any, *rest: Any) -> Any:
+        return cos_sin(positions, dict(rope) | {"rope_theta": 10000.0}, *rest)
+
+    return wrong
+
+
+def scaling_dropped(cos_sin: Any) -> Any:
+    def wrong(positions: Any, rope: Any, *rest: Any) -> Any:
+        plain = {"rope_type": "default", "rope_theta": rope["rope_theta"]}
+        return cos_sin(positions, plain, *rest)
+
+    return wrong
+
+
+def position_off_by_one(cos_sin: Any) -> Any:
+    """Every token but the first is one place too far. (If the first were too, nothing would change:
+    attention sees differences of positions.)"""
+
+    def wrong(positions: Any, *rest: Any) -> Any:
+        return cos_sin(positions + (positions > 0).astype(positions.dtype), *rest)
+
+    return wrong
+
+
+def eps_1e_6(rms_norm: Any) -> Any:
+    return lambda x, weight, eps: rms_norm(x, weight, 1e-6)
+
+
+def tiled_kv_heads(attention: Any) -> Any:
+    """Query head h reads kv head h % K, not h // (N / K): `tile` where `repeat` was meant."""
+
+    def wrong(query: Any, key: Any, value: Any, mask: Any, **rest: Any) -> Any:
+        heads, kv_heads = query.shape[2], key.shape[2]
+        order = np.arange(heads).reshape(heads // kv_heads, kv_heads).T.reshape(-1)
+        out, weights = attention(query[:, :, order], key, value, mask, **rest)
+        back = np.argsort(order)
+        return out[:, :, back], None if weights is None else weights[:, back]
+
+    return wrong
+
+
+def mask_off_by_one(mask: Any) -> Any:
+    """Every query sees one key of the future."""
+    return lambda query_slots, *rest: mask(query_slots + 1, *rest)
+
+
+def bfloat16_cast(attention: Any) -> Any:
+    def wrong(*args: Any, **rest: Any) -> Any:
+        out, weights = attention(*args, **rest)
+        return out.astype(jnp.bfloat16).astype(out.dtype), weights
+
+    return wrong
+
+
+def no_shift(shift: Any) -> Any:
+    return lambda labels: labels
+
+
+def mean_over_all(loss: Any) -> Any:
+    def wrong(hidden: Any, head: Any, labels: Any, num_items: Any) -> Any:
+        return loss(hidden, head, labels, labels.size if num_items is None else num_items)
+
+    return wrong
+
+
+MUTATIONS: dict[str, Mutation] = {
+    "no_qk_permutation": Mutation(
+        huggingface, "_merge", while_loading(no_permutation), "layers.0.self_attn.q_proj"
+    ),
+    "rope_theta_10000": Mutation(decoder, "rope_cos_sin", theta_10000, "rotary.cos"),
+    "rope_scaling_dropped": Mutation(decoder, "rope_cos_sin", scaling_dropped, "rotary.cos"),
+    "norms_swapped": Mutation(
+        huggingface, "_merge", while_loading(norms_swapped), "layers.0.input_layernorm"
+    ),
+    "eps_1e-6": Mutation(layers, "rms_norm", eps_1e_6, "layers.0.input_layernorm"),
+    "o_proj_transposed": Mutation(
+        huggingface, "_merge", while_loading(o_proj_transposed), "layers.0.self_attn.o_proj"
+    ),
+    "kv_heads_tiled": Mutation(layers, "attention", tiled_kv_heads, "layers.0.self_attn.attention"),
+    "position_off_by_one": Mutation(decoder, "rope_cos_sin", position_off_by_one, "rotary.cos"),
+    "mask_off_by_one": Mutation(masks, "attention_mask", mask_off_by_one, "mask"),
+    "loss_without_shift": Mutation(causal_lm, "shift_labels", no_shift, "loss"),
+    "mean_over_all_tokens": Mutation(causal_lm, "causal_lm_loss", mean_over_all, "loss"),
+    "bfloat16_cast": Mutation(layers, "attention", bfloat16_cast, "layers.0.self_attn.attention"),
+}

@@ -1,0 +1,23 @@
+"""Attention over meshes of eight host devices equals attention on one."""
+
+import json
+
+import pytest
+
+from parity_tests.harness.own_process import lines_of
+
+MESHES = [
+    *("data8", "tensor4", "tensor4-kv2", "tensor4-heads6", "sequence4", "fsdp2-sequence2-tensor2"),
+]
+
+
+@pytest.fixture(scope="module")
+def results():
+    rows = list(map(json.loads, lines_of("workers.sharded_attention")))
+    return {row["case"]: row["errors"] for row in rows}
+
+
+@pytest.mark.parametrize("mask", ["causal", "packed"])
+@pytest.mark.parametrize("mesh", MESHES)
+def test_every_mesh_gives_the_same_output_and_gradients(results, mesh, mask):
+    assert max(results[f"{mesh}-{mask}"]) <= 1e-12

@@ -1,0 +1,285 @@
+"""P6: greedy tokens equal Hugging Face's `generate`; cached logits equal uncached ones."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from transformers import LogitsProcessorList
+
+from llama_jax import LlamaForCausalLM, init_cache
+from llama_jax.generation import loop
+from parity_tests.harness.cases import BY_NAME, Config, hf_model, weights_of
+from parity_tests.harness.own_process import lines_of
+from parity_tests.harness.programs import FAST_COMPILE, our_model
+from parity_tests.library.models.test_model import P1
+from parity_tests.reference.errors import relative_error
+
+NEW = 12
+
+
+def prompts(config: Config, batch: int, length: int) -> np.ndarray:
+    return np.random.default_rng(7).integers(3, config["vocab_size"], (batch, length))
+
+
+def left_padding(batch: int, length: int) -> np.ndarray:
+    """A mask whose rows are padded by 0, 2, 4, .. tokens."""
+    return (np.arange(length) >= 2 * np.arange(batch)[:, None]).astype(np.int64)
+
+
+def both_generate(
+    config: Config, ids: np.ndarray, mask: np.ndarray | None, new: int = NEW
+) -> tuple[np.ndarray, np.ndarray]:
+    weights = weights_of(config)
+    given = None if mask is None else torch.from_numpy(mask)
+    with torch.no_grad():
+        theirs = hf_model(config, weights).generate(
+            torch.from_numpy(ids),
+            # Hugging Face guesses a mask from padding tokens unless it is told.
+            attention_mask=torch.ones_like(torch.from_numpy(ids)) if given is None else given,
+            max_new_tokens=new,
+            do_sample=False,
+        )
+    ours = our_model(config, weights, jnp.float32).generate(
+        jnp.asarray(ids, jnp.int32),
+        attention_mask=None if mask is None else jnp.asarray(mask, jnp.int32),
+        max_new_tokens=new,
+    )
+    return np.asarray(ours), theirs.numpy()
+
+
+ENDLESS = {"eos_token_id": None, "pad_token_id": 0}
+
+
+@pytest.mark.parametrize(
+    ("name", "padded"),
+    [
+        ("gqa_2_to_1", False),
+        ("rope_dynamic_past", False),
+        ("mqa", True),
+        ("tied", True),
+        ("rope_dynamic_past", True),
+        ("rope_yarn", True),
+        ("rope_longrope_long", True),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:.*max_position_embeddings")
+def test_greedy_tokens_equal_hugging_face(name: str, padded: bool) -> None:
+    """Contexts of 16 are crossed on the way from 9 to 21 tokens."""
+    config = BY_NAME[name].config | ENDLESS
+    ids = prompts(config, batch=3, length=9)
+    ours, theirs = both_generate(config, ids, left_padding(3, 9) if padded else None)
+    assert theirs.shape == (3, 9 + NEW)
+    np.testing.assert_array_equal(ours, theirs)
+
+
+def test_a_row_ends_at_any_of_its_end_tokens_and_is_padded() -> None:
+    config = BY_NAME["gqa_2_to_1"].config | ENDLESS
+    ids, mask = prompts(config, batch=3, length=6), left_padding(3, 6)
+    _, endless = both_generate(config, ids, mask)
+    # End tokens are chosen so that the rows end at different times, for different reasons.
+    ends = [int(endless[0, 6 + 2]), int(endless[1, 6 + 5])]
+    ours, theirs = both_generate(config | {"eos_token_id": ends}, ids, mask)
+    lengths = (theirs != 0).sum(1)
+    assert len(set(lengths)) > 1, "rows which end together show nothing"
+    np.testing.assert_array_equal(ours, theirs)
+
+
+def test_generation_stops_when_every_row_has_ended() -> None:
+    config = BY_NAME["gqa_2_to_1"].config | ENDLESS
+    ids = prompts(config, batch=1, length=6)
+    _, endless = both_generate(config, ids, None)
+    ours, theirs = both_generate(config | {"eos_token_id": int(endless[0, 6 + 3])}, ids, None)
+    assert theirs.shape[1] < 6 + NEW
+    np.testing.assert_array_equal(ours, theirs)
+
+
+def test_one_new_token() -> None:
+    config = BY_NAME["gqa_2_to_1"].config | ENDLESS
+    ours, theirs = both_generate(config, prompts(config, 2, 5), None, new=1)
+    np.testing.assert_array_equal(ours, theirs)
+
+
+CHUNKS = [[10], [1] * 10, [4, 3, 3], [7, 1, 1, 1]]
+
+
+@pytest.mark.parametrize("name", ["gqa_2_to_1", "rope_llama31", "everything"])
+def test_cached_logits_equal_uncached_ones(name: str) -> None:
+    """All at once, token by token, in chunks: with padding, and room to spare in the cache."""
+    config = BY_NAME[name].config
+    run = jax.jit(
+        lambda model, ids, mask, cache=None: model(ids, attention_mask=mask, cache=cache),
+        compiler_options=FAST_COMPILE,
+    )
+    with jax.enable_x64(True):
+        model = our_model(config, weights_of(config), jnp.float64)
+        ids = jnp.asarray(prompts(config, batch=2, length=10), jnp.int32)
+        mask = jnp.asarray(left_padding(2, 10), jnp.int32)
+        whole = run(model, ids, mask).logits
+        for sizes in CHUNKS:
+            cache, parts = init_cache(model.config, 2, 13, jnp.float64), []
+            for stop, size in zip(np.cumsum(sizes), sizes, strict=True):
+                piece = slice(int(stop) - size, int(stop))
+                out = run(model, ids[:, piece], mask[:, piece], cache)
+                parts.append(out.logits)
+                cache = out.cache
+            assert int(cache.length) == 10
+            assert relative_error(jnp.concatenate(parts, axis=1), whole) <= P1, sizes
+
+
+def test_generation_is_the_argmax_of_uncached_logits() -> None:
+    """The compiled loop against the plain forward pass, without Hugging Face."""
+    config = BY_NAME["rope_yarn"].config | ENDLESS
+    model = our_model(config, weights_of(config), jnp.float32)
+    ids = jnp.asarray(prompts(config, 2, 5), jnp.int32)
+    generated = model.generate(ids, max_new_tokens=6)
+    logits = model(generated[:, :-1]).logits
+    np.testing.assert_array_equal(generated[:, 5:], jnp.argmax(logits[:, 4:], axis=-1))
+
+
+def tiny_model(name: str = "gqa_2_to_1") -> LlamaForCausalLM:
+    config = BY_NAME[name].config | ENDLESS
+    return our_model(config, weights_of(config), jnp.float32)
+
+
+def test_the_same_key_draws_the_same_tokens() -> None:
+    model, ids = tiny_model(), jnp.asarray(prompts(BY_NAME["gqa_2_to_1"].config, 2, 5), jnp.int32)
+
+    def draw(seed: int) -> list[list[int]]:
+        key = jax.random.key(seed)
+        return model.generate(ids, max_new_tokens=10, do_sample=True, top_k=0, key=key).tolist()
+
+    assert draw(0) == draw(0)
+    assert draw(0) != draw(1)
+    only = model.generate(ids, max_new_tokens=10, do_sample=True, top_k=1, key=jax.random.key(0))
+    np.testing.assert_array_equal(only, model.generate(ids, max_new_tokens=10))
+    with pytest.raises(ValueError, match=r"key: found None"):
+        model.generate(ids, max_new_tokens=2, do_sample=True)
+
+
+def test_repetition_penalty_and_scores_equal_hugging_face() -> None:
+    config = BY_NAME["gqa_2_to_1"].config | ENDLESS
+    ids, mask = prompts(config, 2, 7), left_padding(2, 7)
+    with torch.no_grad():
+        theirs = hf_model(config, weights_of(config)).generate(
+            torch.from_numpy(ids),
+            attention_mask=torch.from_numpy(mask),
+            max_new_tokens=NEW,
+            do_sample=False,
+            repetition_penalty=1.7,
+            return_dict_in_generate=True,
+            output_scores=True,
+        )
+    ours = tiny_model().generate(
+        ids, mask, max_new_tokens=NEW, repetition_penalty=1.7, output_scores=True
+    )
+    np.testing.assert_array_equal(ours.sequences, theirs.sequences.numpy())
+    want = torch.stack(theirs.scores, dim=1).numpy()
+    np.testing.assert_allclose(ours.scores, want, rtol=1e-4, atol=1e-5)
+
+
+def test_a_stream_is_the_generation_and_compiles_once() -> None:
+    model, ids = tiny_model(), jnp.asarray(prompts(BY_NAME["gqa_2_to_1"].config, 2, 5), jnp.int32)
+    whole = model.generate(ids, max_new_tokens=9)
+    with _no_compilation():
+        streamed = np.stack(list(model.stream(ids, max_new_tokens=9)), axis=1)
+        np.testing.assert_array_equal(whole[:, 5:], streamed)
+        # of the same buckets: other lengths of prompt and continuation
+        model.generate(jnp.asarray(np.asarray(ids)[:, :4]), max_new_tokens=7).block_until_ready()
+
+
+@contextmanager
+def _no_compilation() -> Iterator[None]:
+    """The programs of `generation` are compiled no further."""
+    programs = (loop._prefill, loop._decode)
+    before = [program._cache_size() for program in programs]
+    yield
+    assert [program._cache_size() for program in programs] == before
+
+
+def test_a_cache_of_8_bits_is_close() -> None:
+    config = BY_NAME["gqa_2_to_1"].config | ENDLESS
+    model, ids = tiny_model(), jnp.asarray(prompts(config, 2, 10), jnp.int32)
+    whole = model(ids).logits
+    out = model(ids, cache=init_cache(model.config, 2, 12, jnp.int8))
+    assert out.cache.keys.values.dtype == jnp.int8
+    assert 0 < relative_error(out.logits, whole) < 0.02
+    assert model.generate(ids, max_new_tokens=4, cache_dtype="int8").shape == (2, 14)
+
+
+def test_a_processor_of_the_users() -> None:
+    model, ids = tiny_model(), jnp.asarray(prompts(BY_NAME["gqa_2_to_1"].config, 2, 5), jnp.int32)
+
+    def newest_again(input_ids: jax.Array, logits: jax.Array, lengths: jax.Array) -> jax.Array:
+        newest = jnp.take_along_axis(input_ids, lengths[:, None] - 1, axis=1)
+        return jnp.where(jnp.arange(logits.shape[1])[None] == newest, logits, -jnp.inf)
+
+    out = model.generate(ids, max_new_tokens=3, logits_processors=[newest_again])
+    np.testing.assert_array_equal(out[:, 5:], np.repeat(ids[:, -1:], 3, axis=1))
+
+
+@pytest.mark.parametrize(
+    ("length", "padded"),
+    [(5, False), (5, True), pytest.param(16, True, marks=pytest.mark.slow), (17, False)],
+)
+def test_a_processor_sees_the_tokens_that_one_of_transformers_sees(length, padded) -> None:
+    """Of prompts that fill their bucket and that do not; left padding alone is not shown."""
+    config = BY_NAME["gqa_2_to_1"].config | ENDLESS
+    ids = prompts(config, 3, length)
+    mask = left_padding(3, length) if padded else np.ones_like(ids)
+    theirs: list[list[list[int]]] = []
+    ours: list[list[list[int]]] = []
+
+    def record_theirs(input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        skipped = (mask == 0).sum(1)
+        theirs.append([row[skip:].tolist() for row, skip in zip(input_ids, skipped, strict=True)])
+        return scores
+
+    def record_ours(input_ids: jax.Array, logits: jax.Array, lengths: jax.Array) -> jax.Array:
+        def record(ids: np.ndarray, counts: np.ndarray) -> None:
+            rows = zip(np.asarray(ids), np.asarray(counts), strict=True)
+            ours.append([row[:count].tolist() for row, count in rows])
+
+        jax.debug.callback(record, input_ids, lengths, ordered=True)
+        return logits
+
+    with torch.no_grad():
+        hf_model(config, weights_of(config)).generate(
+            torch.from_numpy(ids),
+            attention_mask=torch.from_numpy(mask),
+            max_new_tokens=4,
+            do_sample=False,
+            logits_processor=LogitsProcessorList([record_theirs]),
+        )
+    tiny_model().generate(ids, mask, max_new_tokens=4, logits_processors=[record_ours])
+    jax.effects_barrier()
+    assert len(theirs) == 4
+    assert ours == theirs
+
+
+def test_the_repetition_penalty_continues_a_padded_row_as_when_alone() -> None:
+    """Whatever the padding token is; transformers penalises that token too."""
+    model, ids = tiny_model(), prompts(BY_NAME["gqa_2_to_1"].config, 2, 7)
+    alone = model.generate(
+        ids[1:, 3:], max_new_tokens=4, repetition_penalty=1.7, output_scores=True
+    )
+    ids[1, :3] = int(alone.sequences[0, -1])
+    mask = np.ones_like(ids)
+    mask[1, :3] = 0
+    beside = model.generate(ids, mask, max_new_tokens=4, repetition_penalty=1.7, output_scores=True)
+    np.testing.assert_array_equal(beside.sequences[1, 7:], alone.sequences[0, 4:])
+    np.testing.assert_allclose(beside.scores[1], alone.scores[0], rtol=1e-4, atol=1e-5)
+
+
+def test_sharded_over_a_mesh_the_tokens_are_the_same() -> None:
+    assert lines_of("workers.sharded_generation") == ["same"]
+
+
+@pytest.mark.parametrize("size", range(1, 3000, 37))
+def test_a_bucket_wastes_an_eighth_at_most(size: int) -> None:
+    found = loop.bucket(size)
+    assert size <= found <= max(16, 1.13 * size + 16 * (size < 128))
+    assert loop.bucket(found) == found

@@ -1,0 +1,87 @@
+"""What a layer computes again changes the memory of a step, and no number."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from llama_jax import LlamaConfig, LlamaForCausalLM
+from llama_jax.numerics.compiler import step_compiler_options
+
+CONFIG = LlamaConfig(
+    vocab_size=64,
+    hidden_size=64,
+    intermediate_size=192,
+    num_hidden_layers=6,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+)
+IDS = jnp.asarray(np.random.default_rng(0).integers(0, 64, (2, 160)))
+
+
+@pytest.fixture(scope="module")
+def model():
+    return LlamaForCausalLM(CONFIG, rngs=nnx.Rngs(0))
+
+
+def run(model, **options):
+    """Loss, gradients, and the temporary memory of computing them."""
+    step = jax.value_and_grad(lambda model: model(IDS, labels=IDS, **options).loss)
+    program = jax.jit(step).lower(model).compile()
+    loss, gradient = program(model)
+    return loss, jax.tree.leaves(gradient), program.memory_analysis().temp_size_in_bytes
+
+
+@pytest.fixture(scope="module")
+def whole(model):
+    return run(model, remat="none")
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"remat": "dots"},
+        {"remat": "full"},
+        {"remat": "dots", "scan_unroll": 2},
+        {"remat": "full", "scan_unroll": 6},
+        {"remat": "none", "scan_unroll": 4},
+    ],
+    ids=str,
+)
+def test_no_number_changes(model, whole, options):
+    loss, gradients, _ = run(model, **options)
+    np.testing.assert_allclose(loss, whole[0], rtol=1e-6)
+    for ours, theirs in zip(gradients, whole[1], strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-6 * float(abs(theirs).max()))
+
+
+def test_memory_falls(model, whole):
+    dots, full = (run(model, remat=remat)[2] for remat in ("dots", "full"))
+    assert full < 0.7 * dots
+    assert dots < 0.7 * whole[2]
+
+
+def test_bfloat16_residuals_stay_bfloat16(model):
+    narrow = jax.tree.map(lambda weight: weight.astype(jnp.bfloat16), model)
+    step = jax.grad(lambda model: model(IDS, labels=IDS).loss)
+    lowered = jax.jit(step).lower(narrow)
+    plain, ours = (
+        lowered.compile(options).memory_analysis().temp_size_in_bytes
+        for options in ({}, step_compiler_options())
+    )
+    assert ours < 0.8 * plain
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"remat": "everything"}, "remat: found 'everything', expected one of none, dots, full"),
+        ({"scan_unroll": 0}, "scan_unroll: found 0, expected a positive integer"),
+        ({"attention_implementation": "flash"}, "attention_implementation: found 'flash'"),
+    ],
+)
+def test_a_wrong_choice_is_an_error(model, options, message):
+    with pytest.raises(ValueError) as caught:
+        model(IDS, **options)
+    assert message in str(caught.value)

@@ -1,0 +1,33 @@
+"""A report into files, each written beside its name and moved when complete."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+from llama_jax.files.staging import replacing, write_text
+from parity_tests.report.output.page import page
+from parity_tests.report.output.tables import to_json
+from parity_tests.report.run import Report
+
+
+def write_json(report: Report, path: Path) -> None:
+    """Numbers that are not finite are null: JSON has no other word for them."""
+    _write(path, json.dumps(_finite(to_json(report)), indent=1, allow_nan=False) + "\n")
+
+
+def write_html(report: Report, path: Path) -> None:
+    _write(path, page(report))
+
+
+def _write(path: Path, text: str) -> None:
+    with replacing(path) as staged:
+        write_text(staged, text)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _finite(each) for name, each in value.items()}
+    if isinstance(value, list):
+        return [_finite(each) for each in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,0 +1,83 @@
+"""A checkpoint read a part at a time, so that no more of it than a layer need be in memory."""
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from llama_jax import LlamaConfig, LlamaForCausalLM
+from llama_jax.checkpoints import huggingface
+from llama_jax.checkpoints.safetensors_read import StoredTensor, read_tensor
+from llama_jax.files.json_object import read_json_object
+
+Tensors = dict[str, np.ndarray]
+
+EMBEDDING, NORM, HEAD = "model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"
+
+
+class Checkpoint(NamedTuple):
+    """A Hugging Face directory whose tensors fit its config; no values are read yet.
+
+    fields: config.json, with defaults where it is silent. stored: where each tensor lies, by name.
+    """
+
+    directory: Path
+    fields: Mapping[str, Any]
+    config: LlamaConfig
+    stored: Mapping[str, StoredTensor]
+
+    @property
+    def head(self) -> str:
+        """The name of the projection onto the vocabulary."""
+        return HEAD if HEAD in self.stored else EMBEDDING
+
+
+def open_checkpoint(directory: Path) -> Checkpoint:
+    """Raises ValueError: not a Llama, or tensors missing, left over or of other shapes; one line."""
+    config = LlamaConfig.from_pretrained(directory)
+    weights = huggingface.open_weights(directory)
+    fit = huggingface.fit(LlamaForCausalLM, config, weights, directory)
+    if fit.faults:
+        raise ValueError(huggingface.report(f"{directory}: {len(fit.faults)} faults", fit.faults))
+    # what the file leaves out has transformers' defaults; rotary fields are for each to read by itself
+    defaults = {
+        field.name: getattr(config, field.name)
+        for field in dataclasses.fields(config)
+        if field.name not in ("rope_parameters", "extra_fields")
+    }
+    fields = defaults | read_json_object(directory / "config.json")
+    return Checkpoint(directory, fields, config, fit.stored)
+
+
+def read(checkpoint: Checkpoint, name: str, dtype: Any) -> np.ndarray:
+    """One tensor, cast to `dtype`. Raises ValueError for values that are not finite."""
+    stored = checkpoint.stored[name]
+    out = np.empty(stored.shape, dtype)
+    if not read_tensor(stored, out):
+        raise ValueError(f"{checkpoint.directory}: {name} holds non-finite values as {out.dtype}")
+    return out
+
+
+def read_layer(checkpoint: Checkpoint, layer: int, dtype: Any) -> Tensors:
+    """The tensors of one decoder layer, under their names within it."""
+    prefix = f"model.layers.{layer}."
+    return {
+        name.removeprefix(prefix): read(checkpoint, name, dtype)
+        for name in checkpoint.stored
+        if name.startswith(prefix)
+    }
+
+
+def require_same_shapes(one: Checkpoint, other: Checkpoint) -> None:
+    """Raises ValueError naming every tensor whose shape differs, or that only one of them has."""
+    shapes = [{name: list(t.shape) for name, t in c.stored.items()} for c in (one, other)]
+    faults = [
+        f"{name}: {shapes[0].get(name, 'absent')} and {shapes[1].get(name, 'absent')}"
+        for name in sorted(shapes[0].keys() | shapes[1].keys())
+        if shapes[0].get(name) != shapes[1].get(name)
+    ]
+    if faults:
+        title = f"{one.directory} and {other.directory}: {len(faults)} tensors differ in shape"
+        raise ValueError(huggingface.report(title, faults, limit=3))

@@ -1,0 +1,279 @@
+"""`python -m train plan`: its figures are the compiler's, its ranking what it says, its errors one line."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import math
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from llama_jax.presets import PRESETS
+from parity_tests.harness.own_process import ROOT, lines_of
+from train.hardware.chips import CHIPS, GIB, Chip
+from train.hardware.collectives import collectives
+from train.hardware.roofline import Roofline, roofline
+from train.options import PLANNED, RunOptions
+from train.plan.advice import advice
+from train.plan.compiled import Plan
+
+LINE_OF_128 = 128 * 4  # bytes
+
+
+@pytest.fixture(scope="module")
+def planned():
+    return json.loads(lines_of("train.plan.planned")[-1])
+
+
+def test_collectives_of_small_programs(planned):
+    """Count, bytes of the whole arrays, bytes sent: psums, a permute, gathers in a loop."""
+    assert planned["psum"] == {"all-reduce": [1, LINE_OF_128, 2 * 7 / 8 * LINE_OF_128]}
+    assert planned["pairs"] == {"all-reduce": [1, LINE_OF_128, LINE_OF_128]}
+    assert planned["ring"] == {"collective-permute": [1, LINE_OF_128, LINE_OF_128]}
+    assert planned["loop"] == {"all-gather": [5, 5 * 64 * 4, 7 / 8 * 5 * 64 * 4]}
+
+
+HLO = """\
+HloModule step, is_scheduled=true, num_partitions=8
+
+%condition (arg: (s32[], bf16[4,64])) -> pred[] {
+  %arg = (s32[], bf16[4,64]{1,0:T(8,128)(2,1)}) parameter(0)
+  %bound = s32[]{:T(128)} constant(3)
+  %counter = s32[]{:T(128)} get-tuple-element(%arg), index=0
+  ROOT %less = pred[]{:T(512)} compare(%counter, %bound), direction=LT
+}
+
+%asynchronous (given: bf16[4,64]) -> bf16[4,64] {
+  %given = bf16[4,64]{1,0:T(8,128)(2,1)} parameter(0)
+  ROOT %exchanged = bf16[4,64]{1,0:T(8,128)(2,1)} all-to-all(%given), replica_groups=[4,2]<=[8]
+}
+
+%body (arg: (s32[], bf16[4,64])) -> (s32[], bf16[4,64]) {
+  %arg = (s32[], bf16[4,64]{1,0:T(8,128)(2,1)}) parameter(0)
+  %x = bf16[4,64]{1,0:T(8,128)(2,1)} get-tuple-element(%arg), index=1
+  %start = (bf16[4,64]{1,0}, bf16[32,64]{1,0}) all-gather-start(%x), replica_groups={}, dimensions={0}
+  %done = bf16[32,64]{1,0} all-gather-done(%start)
+  %begun = ((bf16[4,64]{1,0}), bf16[4,64]{1,0}, u32[]{:S(2)}) async-start(%x), calls=%asynchronous
+  %ended = bf16[4,64]{1,0} async-done(%begun), calls=%asynchronous
+  ROOT %tuple = (s32[], bf16[4,64]{1,0}) tuple(%x, /*index=1*/%ended)
+}
+
+ENTRY %main (x: bf16[4,64]) -> f32[8] {
+  %x = bf16[4,64]{1,0} parameter(0)
+  %tuple = (s32[], bf16[4,64]{1,0}) tuple(%x, %x)
+  %loop = (s32[], bf16[4,64]{1,0}) while(%tuple), condition=%condition, body=%body
+  %y = f32[64]{0:T(256)} constant(0)
+  %s = f32[8]{0} reduce-scatter(%y), replica_groups=mesh['a'=4,'b'=2] {'a','b'}, to_apply=%add
+  %t = f32[8]{0} reduce-scatter(%y), replica_groups=mesh['a'=4,'b'=2] {'a':(1)2}, to_apply=%add
+  ROOT %r = f32[8]{0} reduce-scatter(%y), replica_groups={{0,1,2,3},{4,5,6,7}}, to_apply=%add
+}
+"""
+
+
+def test_the_ways_that_programs_are_written_in():
+    """A TPU's: loops without a trip count, asynchronous pairs; groups by list, by shape and by name."""
+    found = collectives(HLO)
+    assert list(found) == ["all-gather", "reduce-scatter", "all-to-all"]
+    gather, scatter, exchange = found.values()
+    assert (gather.count, gather.bytes, gather.sent) == (3, 3 * 4096, 3 * 4096 * 7 / 8)
+    assert (exchange.count, exchange.bytes, exchange.sent) == (3, 3 * 512, 3 * 512 / 2)
+    assert (scatter.count, scatter.bytes) == (3, 3 * 256)
+    assert scatter.sent == 256 * (7 / 8 + 1 / 2 + 3 / 4)
+
+
+@pytest.mark.parametrize("way", ["none", "full", "micro"])
+def test_memory_is_what_the_compiler_says(planned, way):
+    plan = planned["plans"][way]
+    memory, stats = plan["memory"], plan["stats"]
+    assert memory["arguments"] == stats["argument"]
+    assert memory["outputs"] == stats["output"]
+    assert memory["aliased"] == stats["alias"]
+    assert memory["temporaries"] == stats["temp"]
+    assert plan["held"] == [memory["parameters"], memory["optimizer_state"]]
+    assert sum(plan["held"]) + plan["batch"] <= memory["arguments"]
+    assert plan["fits"] is None  # nobody knows a CPU's memory
+    assert "all-gather" in plan["collectives"]
+
+
+def test_memory_falls_with_recomputation_and_with_micro_batches(planned):
+    peaks = {way: plan["peak"] for way, plan in planned["plans"].items()}
+    assert peaks["full"] < peaks["none"]
+    assert peaks["micro"] < peaks["none"]
+
+
+def test_flops(planned):
+    """Counted over shards they are the formula's, plus what plain attention does above the diagonal."""
+    plans = planned["plans"]
+    plan = plans["none"]
+    assert plan["flops"] == 3 * plan["forward"]
+    layers, width, seq = 4, 4 * 64, 32
+    above = 3 * 4 * layers * width * (seq - (seq + 1) / 2)
+    assert plan["attention"] == "plain"
+    assert plan["counted"] == pytest.approx(plan["flops"] + above, rel=1e-9)
+    assert plans["micro"]["counted"] == pytest.approx(plan["counted"])
+    assert 1.2 < plans["full"]["counted"] / plan["counted"] < 4 / 3
+
+
+def test_search(planned):
+    search = planned["search"]
+    meshes = [mesh for mesh, _ in search["candidates"]]
+    assert all(math.prod(mesh.values()) == 8 for mesh in meshes)
+    assert all(4 % mesh["tensor"] == 0 for mesh in meshes)  # heads
+    assert all(16 % (mesh["data"] * mesh["fsdp"]) == 0 for mesh in meshes)  # rows
+    assert all(mesh["sequence"] == 1 for mesh in meshes)  # 32 tokens are no two lanes
+    assert len({(*mesh.values(), remat) for mesh, remat in search["candidates"]}) == len(meshes)
+    assert sorted(search["reported"]) == search["found"]
+    assert len(search["found"]) == 2
+
+
+def a_plan(peak: float, links: float = 1.0, **changes: Any) -> tuple[Plan, RunOptions]:
+    """Of llama-3.1-8b over 64 chips of 95 GiB, 512 x 8192 tokens, as if it had been compiled."""
+    chip = CHIPS["TPU v5"]
+    model = replace(PLANNED.model, compute_dtype="bfloat16", remat=changes.pop("remat", "full"))
+    mesh = {"data": 1, "fsdp": 64, "sequence": 1, "tensor": 1} | changes
+    plan = Plan(
+        mesh=mesh,
+        remat=model.remat,
+        batch_size=512,
+        sequence_length=8192,
+        micro_batches=1,
+        compute_dtype="bfloat16",
+        device_kind="TPU v5",
+        devices=64,
+        attention="splash",
+        flops_per_token=3.0,
+        counted_flops_per_token=4.0,
+        compile_seconds=1.0,
+        peak=peak,
+        fits=peak <= chip.memory,
+        refused=None,
+        memory=None,
+        collectives=(),
+        chip=chip,
+        roofline=Roofline(compute=8.0, memory=0.1, links=links, mfu=0.75, mfu_in_turn=0.5),
+    )
+    return plan, replace(PLANNED, model=model)
+
+
+def test_advice() -> None:
+    """Layers' inputs are 16 GiB a device, "dots" keeps 200: numbers that anyone can check."""
+    config = PRESETS["llama-3.1-8b"]
+
+    def said(*given: Any, **changes: Any) -> list[str]:
+        return advice(*a_plan(*given, **changes), config)
+
+    # in 4 parts of 2 rows a device "dots" keeps a quarter of 200 GiB, where 16 were
+    assert said(50 * GIB) == [
+        "--model.remat dots --micro-batches 4 would keep about 34.0 GiB more and save up to 25% of the "
+        "FLOPs"
+    ]
+    # each part gathers the weights again, which twice over is all that the links can do
+    assert said(50 * GIB, 4.0) == []
+    assert said(50 * GIB, 16.0) == [
+        "the links take 2.0 x the time of the products; what is sent hardly depends on the rows: 1024 of "
+        "them in a micro-batch level the two"
+    ]
+    assert said(math.nan) == []
+    too_much = said(105 * GIB, data=8, fsdp=8)
+    assert too_much[0].startswith("--mesh.data 1 --mesh.fsdp 64 would save about 14.7 GiB")
+    assert too_much[0].endswith("which is enough")
+    assert too_much[1] == "--micro-batches 4 would save about 12.0 GiB, which is enough"
+    assert said(300 * GIB, remat="dots")[0] == (
+        "--model.remat full would save about 184.0 GiB, of 205.0 GiB missing"
+    )
+
+
+def test_roofline() -> None:
+    chip = Chip(flops=100.0, memory=1.0, memory_bandwidth=10.0, link_bandwidth=5.0)
+    line = roofline(chip, model_flops=300.0, flops=400.0, moved=10.0, sent=15.0)
+    assert line == (4.0, 1.0, 3.0, 3 / 4, 3 / 8)
+
+
+def test_command(planned):
+    """The flags of `run`, no data, the preset's own vocabulary; the figures as JSON."""
+    assert planned["printed"]["code"] == 0
+    figures = planned["printed"]["figures"]
+    assert figures["mesh"] == {"data": 1, "fsdp": 8, "sequence": 1, "tensor": 1}
+    assert figures["memory"]["parameters"] == 4_000_000 * 4 // 8
+    assert figures["roofline"] is None
+    assert figures["collectives"][0]["kind"] == "all-gather"
+
+
+def plan_process(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    command = (sys.executable, "-m", "train", "plan", *arguments)
+    where = os.environ | environment
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=where)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("", "topology, host-devices: found neither, expected one of them"),
+        ("--topology v5p:4x4x4 --host-devices 8", "found both, expected one of them"),
+        ("--host-devices 0", "host-devices: found 0, expected at least 1"),
+        ("--host-devices 8 --model.preset llama-9", "model.preset: found 'llama-9'"),
+        ("--host-devices 8 --batch-size 12", "batch-size: found 12 rows in a micro-batch"),
+        ("--host-devices 8 --mesh.fsdp 3", "mesh: found data 1 x fsdp 3"),
+        ("--host-devices 8 --search --limit 0", "limit: found 0, expected at least 1"),
+        ("--host-devices 7 --search", "batch-size: found 512 rows in 1 micro-batches"),
+    ],
+)
+def test_a_mistake_is_one_line(arguments: str, message: str) -> None:
+    done = plan_process(*arguments.split())
+    assert done.returncode == 2, done.stderr
+    assert "Traceback" not in done.stderr
+    assert message in done.stderr.splitlines()[-1]
+    assert len(done.stderr.splitlines()) == 1
+
+
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is not None, reason="libtpu is installed")
+def test_without_libtpu_it_says_what_to_install() -> None:
+    done = plan_process("--topology", "v5p:4x4x4")
+    assert done.returncode == 2
+    assert done.stderr.endswith("compiles for TPUs: pip install 'llama-jax[plan]'\n")
+
+
+needs_libtpu = pytest.mark.skipif(
+    importlib.util.find_spec("libtpu") is None,
+    reason="compiles for TPUs, which needs libtpu: pip install 'llama-jax[plan]'",
+)
+
+
+@pytest.mark.slow
+@needs_libtpu
+def test_unknown_topology() -> None:
+    done = plan_process("--topology", "v9:4x4")
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1].startswith("error: topology: found 'v9:4x4', expected one")
+
+
+@pytest.mark.slow
+@needs_libtpu
+def test_a_topology(tmp_path: Path) -> None:
+    """Splash attention over a mesh, bfloat16, against the data sheet; a batch too large is a result."""
+    file = tmp_path / "plan.json"
+    common = ("--topology", "v5e:2x2", "--model.preset", "tiny-4m", "--sequence-length", "512")
+    mesh = ("--mesh.fsdp", "2", "--mesh.sequence", "2", "--json", str(file))
+    done = plan_process(*common, *mesh, "--batch-size", "8")
+    assert done.returncode == 0, done.stderr
+    figures = json.loads(file.read_text())
+    assert figures["attention"] == "splash"
+    assert figures["compute_dtype"] == "bfloat16"
+    assert figures["device_kind"] == "TPU v5 lite"
+    assert figures["fits"] is True
+    assert figures["peak"] < figures["chip"]["memory"]
+    assert 0 < figures["roofline"]["mfu_in_turn"] <= figures["roofline"]["mfu"] <= 1
+    assert figures["counted_flops_per_token"] / figures["flops_per_token"] < 1.5
+
+    done = plan_process(*common, *mesh, "--batch-size", "65536", "--model.remat", "none")
+    assert done.returncode == 0, done.stderr
+    figures = json.loads(file.read_text())
+    assert figures["fits"] is False
+    assert "does not fit" in done.stdout
+    assert "--model.remat full would save" in done.stdout

@@ -1,0 +1,261 @@
+"""One run over meshes and processes: the same data, the same losses; gone on with on any of them.
+
+In float64, where all that a mesh changes, the order of sums, is far below what a mistake would be.
+"""
+
+from __future__ import annotations
+
+import functools
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
+
+from parity_tests.reference.errors import relative_error
+from parity_tests.train.runs import (
+    ROOT,
+    Tiny,
+    environment,
+    figures_of,
+    run_flags,
+    same_bits,
+    saved_steps,
+    start,
+    state_of,
+)
+from train.run.checkpoints import FOLDER
+
+# Two orders of a sum of n numbers differ by n * 1e-16 of it at most; 50 steps amplify that.
+REDUCTION_ORDER = {"float64": 1e-12, "float32": 1e-5}
+
+
+class Layout(NamedTuple):
+    processes: int
+    devices: int
+    """of each process"""
+    mesh: dict[str, int]
+
+
+LAYOUTS = {
+    "single": Layout(1, 1, {}),
+    "data8": Layout(1, 8, {"data": 8}),
+    "two-processes-data8": Layout(2, 4, {"data": 8}),
+    "fsdp4-tensor2": Layout(1, 8, {"fsdp": 4, "tensor": 2}),
+    "two-processes-fsdp4-tensor2": Layout(2, 4, {"fsdp": 4, "tensor": 2}),
+    "sequence2-fsdp2-tensor2": Layout(1, 8, {"fsdp": 2, "sequence": 2, "tensor": 2}),
+    "two-processes-sequence4-data2": Layout(2, 4, {"data": 2, "sequence": 4}),
+}
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        return int(probe.getsockname()[1])
+
+
+def begin(
+    tiny: Tiny, layout: Layout, arguments: list[str], record: Path
+) -> list[subprocess.Popen[str]]:
+    """The command on every process of the layout, each writing down its tokens."""
+    flags = [f"--mesh.{axis}={size}" for axis, size in layout.mesh.items()]
+    port = free_port()
+    processes = []
+    for number in range(layout.processes):
+        joined = [
+            f"--distributed.coordinator=localhost:{port}",
+            f"--distributed.processes={layout.processes}",
+            f"--distributed.process-id={number}",
+        ]
+        command = [
+            *(sys.executable, "-m", "parity_tests.train.run.recorded_run"),
+            *(f"{record}-{number}.npz", *arguments, *flags),
+            *(joined if layout.processes > 1 else ()),
+        ]
+        processes.append(
+            subprocess.Popen(
+                command,
+                cwd=ROOT,
+                env=environment(tiny.cache, layout.devices),
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+        )
+    return processes
+
+
+def end(processes: list[subprocess.Popen[str]]) -> None:
+    errors = [process.communicate(timeout=300)[1] for process in processes]
+    assert [process.returncode for process in processes] == [0] * len(processes), errors
+
+
+def tokens(record: Path, processes: int) -> dict[int, np.ndarray]:
+    """The whole batch of every step, put together from all processes; -1 where nobody has it."""
+    parts = [np.load(f"{record}-{number}.npz") for number in range(processes)]
+    assert all(set(part) == set(parts[0]) for part in parts)
+    return {int(step): np.max([part[step] for part in parts], axis=0) for step in parts[0]}
+
+
+def same_tokens(one: dict[int, np.ndarray], whole: dict[int, np.ndarray]) -> None:
+    """`one` may begin later."""
+    assert one
+    assert all(np.array_equal(ids, whole[step]) for step, ids in one.items())
+    assert max(one) >= max(whole) - 4  # batches are made ahead, but not all are given out
+
+
+def losses(run: Path) -> list[float]:
+    return [line["loss"] for line in figures_of(run) if "loss" in line]
+
+
+def apart(one: Path, other: Path) -> float:
+    """The largest relative difference of any figure of any step or evaluation."""
+    rows = zip(figures_of(one), figures_of(other), strict=True)
+    pairs = [(a, b) for a, b in rows if a.keys() == b.keys()]
+    assert len(pairs) == len(figures_of(one))
+    return max(
+        abs(a[name] - b[name]) / max(abs(b[name]), 1e-300)
+        for a, b in pairs
+        for name in a
+        if a[name] != b[name]
+    ) if any(a != b for a, b in pairs) else 0.0  # fmt: skip
+
+
+Runner = Callable[..., Path]
+
+
+def options(dtype: str, **changes: Any) -> dict[str, Any]:
+    return {
+        "model__parameter_dtype": dtype,
+        "model__compute_dtype": dtype,
+        "batch_size": 16,
+        "micro_batches": 2,
+        "checkpoint__every": 4,
+        "checkpoint__keep_last": 9,
+    } | changes
+
+
+@pytest.fixture(scope="module")
+def whole(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Runner:
+    """`whole(name, dtype, steps)`: the folder of the undisturbed run on that layout."""
+
+    @functools.cache
+    def run(name: str, dtype: str, steps: int) -> Path:
+        out = tmp_path_factory.mktemp(name) / "run"
+        flags = run_flags(tiny, out, **options(dtype, steps=steps))
+        end(begin(tiny, LAYOUTS[name], flags, out.with_name("ids")))
+        return out
+
+    return run
+
+
+def gone_on(tiny: Tiny, run: Path, layout: Layout, tmp_path: Path, steps_done: int) -> Path:
+    """A copy of the run that ended after so many steps, resumed on the layout."""
+    copy = Path(shutil.copytree(run, tmp_path / "run"))
+    for step in saved_steps(copy):
+        if step > steps_done:
+            shutil.rmtree(copy / FOLDER / str(step))
+    axes = {"data": 1, "fsdp": 1, "sequence": 1, "tensor": 1} | layout.mesh
+    joined = [
+        "--distributed.coordinator=None",
+        "--distributed.processes=None",
+        "--distributed.process-id=None",
+    ]
+    arguments = ["resume", str(copy), *(joined if layout.processes == 1 else ())]
+    end(begin(tiny, layout._replace(mesh=axes), arguments, tmp_path / "ids"))
+    return copy
+
+
+def test_two_processes_and_going_on_with_one(tiny: Tiny, whole: Runner, tmp_path: Path) -> None:
+    """Two processes, fsdp 4 x tensor 2; then one, sequence 2 x fsdp 2 x tensor 2; as on one device."""
+    single = whole("single", "float64", 12)
+    two = whole("two-processes-fsdp4-tensor2", "float64", 12)
+    assert losses(single)[-1] < losses(single)[0] - 0.05
+    found = apart(two, single)
+    print(f"two processes: {found:.1e}")
+    assert 0 < found <= REDUCTION_ORDER["float64"]
+    ids = tokens(single.with_name("ids"), 1)
+    same_tokens(tokens(two.with_name("ids"), 2), ids)
+
+    other = gone_on(tiny, two, LAYOUTS["sequence2-fsdp2-tensor2"], tmp_path, steps_done=8)
+    found = apart(other, single)
+    print(f"gone on with one: {found:.1e}")
+    assert 0 < found <= REDUCTION_ORDER["float64"]
+    resumed = tokens(tmp_path / "ids", 1)
+    assert min(resumed) == 8
+    same_tokens(resumed, ids)
+    for a, b in zip(state_of_float64(other, 12), state_of_float64(single, 12), strict=True):
+        assert relative_error(a, b) <= REDUCTION_ORDER["float64"]
+
+
+def state_of_float64(run: Path, step: int) -> list[np.ndarray]:
+    import jax
+
+    with jax.enable_x64(True):
+        return state_of(run, step)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["float64", "float32"])
+@pytest.mark.parametrize("name", [name for name in LAYOUTS if name != "single"])
+def test_fifty_steps(whole: Runner, name: str, dtype: str) -> None:
+    single, run = whole("single", dtype, 50), whole(name, dtype, 50)
+    found = apart(run, single)
+    print(f"{name} {dtype}: {found:.1e}")
+    assert 0 < found <= REDUCTION_ORDER[dtype]
+    ids = tokens(single.with_name("ids"), 1)
+    assert set(ids) >= set(range(50))
+    same_tokens(tokens(run.with_name("ids"), LAYOUTS[name].processes), ids)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "name", ["single", "sequence2-fsdp2-tensor2", "two-processes-fsdp4-tensor2"]
+)
+def test_gone_on_with_alike_bit_for_bit(
+    tiny: Tiny, whole: Runner, tmp_path: Path, name: str
+) -> None:
+    run = whole(name, "float32", 50)
+    copy = gone_on(tiny, run, LAYOUTS[name], tmp_path, steps_done=24)
+    assert figures_of(copy) == figures_of(run)
+    assert same_bits(state_of(copy, 50), state_of(run, 50))
+
+
+@pytest.mark.slow
+def test_a_signal_to_one_of_two_processes_ends_both(
+    tiny: Tiny, whole: Runner, tmp_path: Path
+) -> None:
+    layout = LAYOUTS["two-processes-fsdp4-tensor2"]
+    run = tmp_path / "run"
+    flags = run_flags(tiny, run, **options("float32", steps=50))
+    processes = begin(tiny, layout, flags, tmp_path / "ids")
+    metrics = run / "metrics.jsonl"
+    while not metrics.exists() or metrics.read_bytes().count(b"\n") < 9:
+        assert all(process.poll() is None for process in processes)
+        time.sleep(0.01)
+    processes[1].send_signal(signal.SIGTERM)
+    end(processes)
+    last = saved_steps(run)[-1]
+    assert 9 <= last < 50
+    same = whole("two-processes-fsdp4-tensor2", "float32", 50)
+    copy = gone_on(tiny, run, layout, tmp_path / "copy", steps_done=last)
+    assert figures_of(copy) == figures_of(same)
+    assert same_bits(state_of(copy, 50), state_of(same, 50))
+
+
+def test_a_batch_that_the_mesh_does_not_divide(tiny: Tiny, tmp_path: Path) -> None:
+    flags = run_flags(tiny, tmp_path / "run", batch_size=12)
+    process = start(flags, environment(tiny.cache, 8))
+    _, err = process.communicate(timeout=300)
+    assert process.returncode == 2
+    assert err == (
+        "error: batch-size: found 12 rows in a micro-batch, expected a multiple of data x fsdp = 8\n"
+    )
+    assert not (tmp_path / "run").exists()

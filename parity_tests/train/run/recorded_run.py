@@ -1,0 +1,33 @@
+"""`python -m train` that also writes down which tokens each step was given: RECORD.npz ARGUMENT..."""
+
+import sys
+from pathlib import Path
+
+import numpy as np
+
+import train.run.loop
+from train.__main__ import main
+from train.evaluate import placed_batches
+
+
+def record_to(file: Path) -> None:
+    """Each step's ids [micro, rows, seq], -1 where another process has them."""
+    steps: dict[str, np.ndarray] = {}
+
+    def recorded(program, dataset, *, start_step=0):
+        for step, batch in enumerate(
+            placed_batches(program, dataset, start_step=start_step), start_step
+        ):
+            ids = np.full(batch.input_ids.shape, -1, np.int32)
+            for shard in batch.input_ids.addressable_shards:
+                ids[shard.index] = np.asarray(shard.data)
+            steps[f"{step}"] = ids
+            np.savez(file, **steps)
+            yield batch
+
+    train.run.loop.placed_batches = recorded
+
+
+if __name__ == "__main__":
+    record_to(Path(sys.argv[1]))
+    sys.exit(main(sys.argv[2:]))

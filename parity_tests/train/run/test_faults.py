@@ -1,0 +1,495 @@
+"""What goes wrong around a run: one line, exit code 2, and nothing lost."""
+
+from __future__ import annotations
+
+import gc
+import hashlib
+import json
+import math
+import re
+import resource
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from parity_tests.harness.own_process import ROOT
+from parity_tests.train.corpus import as_version_1, token_directory
+from parity_tests.train.runs import (
+    CONFIG,
+    Tiny,
+    figures_of,
+    run_flags,
+    same_bits,
+    saved_steps,
+    state_of,
+)
+from train.__main__ import main
+from train.data.sources import find_sources
+from train.monitoring.metrics_log import read_metrics
+from train.run.checkpoints import FOLDER
+
+pytestmark = [
+    pytest.mark.usefixtures("compile_once"),
+    # Orbax leaves the other arrays' reads unfinished where one fails
+    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
+]
+
+
+@pytest.fixture(autouse=True)
+def _nothing_left_for_other_tests() -> Iterator[None]:
+    yield
+    gc.collect()
+
+
+@pytest.fixture
+def run(finished: Path, tmp_path: Path) -> Path:
+    """A finished run of 12 steps of one's own, checkpoints of steps 9 and 12."""
+    return Path(shutil.copytree(finished, tmp_path / "run"))
+
+
+def error_of(arguments: list[str], capfd: pytest.CaptureFixture[str]) -> str:
+    """The line of a command that fails; what a run says of itself before it is no error."""
+    capfd.readouterr()
+    assert main(arguments) == 2
+    out, err = capfd.readouterr()
+    assert out == ""
+    lines = [line for line in err.splitlines() if not line.startswith("warning: ")]
+    assert [line for line in lines if "error" in line.lower() or "Traceback" in line] == lines[-1:]
+    assert lines[-1].startswith("error: ")
+    return lines[-1].removeprefix("error: ")
+
+
+@pytest.mark.parametrize("name", ["run[final]", "a[!b]/run", "a\\b"])
+def test_a_place_that_orbax_cannot_read_again(
+    tiny: Tiny, tmp_path: Path, capfd: pytest.CaptureFixture[str], name: str
+) -> None:
+    error = error_of(run_flags(tiny, tmp_path / name), capfd)
+    assert error.startswith(f"{tmp_path / name}: Orbax cannot save under a path with brackets")
+    assert list(tmp_path.iterdir()) == []
+
+
+# checkpoints ----------------------------------------------------------------------------------------
+
+
+def largest(folder: Path) -> Path:
+    """The file that holds the numbers."""
+    return max(
+        (each for each in folder.rglob("*") if each.is_file()), key=lambda f: f.stat().st_size
+    )
+
+
+def truncate(checkpoint: Path) -> None:
+    file = largest(checkpoint)
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+
+
+def delete(checkpoint: Path) -> None:
+    largest(checkpoint / "params").unlink()
+
+
+def flip(checkpoint: Path) -> None:
+    file = largest(checkpoint / "params")
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 0x10
+    file.write_bytes(content)
+
+
+def without_facts(checkpoint: Path) -> None:
+    shutil.rmtree(checkpoint / "facts")
+
+
+def empty(checkpoint: Path) -> None:
+    for file in checkpoint.rglob("*"):
+        if file.is_file() and file.name != "commit_success.txt":
+            file.write_bytes(b"")
+
+
+DAMAGES: list[Callable[[Path], None]] = [truncate, delete, flip, without_facts, empty]
+
+
+@pytest.mark.parametrize("damage", DAMAGES, ids=lambda damage: damage.__name__)
+def test_a_damaged_checkpoint_is_passed_over_and_saved_again(
+    damage: Callable[[Path], None],
+    run: Path,
+    finished: Path,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    damage(run / FOLDER / "12")
+    assert main(["resume", str(run)]) == 0
+    warning = r"warning: .*the checkpoint of step 12 is damaged \(.*passed over"
+    assert re.search(warning, capfd.readouterr().err)
+    assert saved_steps(run) == [9, 12]
+    assert same_bits(state_of(run, 12), state_of(finished, 12))
+    assert figures_of(run) == figures_of(finished)
+
+
+def test_newer_damaged_checkpoints_do_not_push_out_the_whole_ones(
+    run: Path, finished: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Steps that come before the damaged one are saved, and kept, as any others."""
+    delete(run / FOLDER / "12")
+    assert main(["resume", str(run), "--checkpoint.every=1"]) == 0
+    assert "step 12 is damaged" in capfd.readouterr().err
+    assert saved_steps(run) == [11, 12]
+    assert same_bits(state_of(run, 12), state_of(finished, 12))
+
+
+def test_all_checkpoints_damaged(run: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    for step in (9, 12):
+        truncate(run / FOLDER / str(step))
+    before = figures_of(run)
+    assert error_of(["resume", str(run)], capfd) == (
+        f"{run / FOLDER}: found no checkpoint that is whole, expected one"
+    )
+    assert figures_of(run) == before
+    assert saved_steps(run) == [9, 12]
+
+
+def test_a_full_disk(run: Path, finished: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """No file may grow beyond what the small ones need: writing arrays fails as on a full disk."""
+    shutil.rmtree(run / FOLDER / "12")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (40_000, limits[1]))
+    try:
+        message = error_of(["resume", str(run)], capfd)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert message.startswith("a checkpoint could not be saved (")
+    assert message.endswith("); earlier ones are kept")
+    assert saved_steps(run) == [9]
+    assert main(["resume", str(run)]) == 0
+    assert same_bits(state_of(run, 12), state_of(finished, 12))
+    assert figures_of(run) == figures_of(finished)
+
+
+def test_another_model(
+    run: Path, tiny: Tiny, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    config = json.loads((run / "config.json").read_text())
+    (run / "config.json").write_text(json.dumps(config | {"intermediate_size": 40}))
+    assert error_of(["resume", str(run)], capfd) == (
+        f"{run / FOLDER}: the checkpoint of step 12 is of another model than config.json: "
+        "intermediate_size: found 40, expected 48"
+    )
+    # of the same shapes, and yet another
+    (run / "config.json").write_text(json.dumps(config | {"rms_norm_eps": 1e-6}))
+    assert "rms_norm_eps: found 1e-06, expected 1e-05" in error_of(["resume", str(run)], capfd)
+    # no config at all
+    (run / "config.json").unlink()
+    assert "config.json" in error_of(["resume", str(run)], capfd)
+
+
+# numbers --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("rate", [1e20, 1e38])
+def test_a_loss_that_is_not_finite(
+    rate: float, tiny: Tiny, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Warmup from a rate that is none: the first steps are sound, and their checkpoints."""
+    out = tmp_path / "run"
+    flags = run_flags(
+        tiny, out, optimizer__learning_rate=rate, checkpoint__every=1, evaluation__every=0
+    )
+    message = error_of(flags, capfd)
+    step = int(message.split(":")[0].removeprefix("step "))
+    assert "expected finite numbers: try a lower --optimizer.learning-rate" in message
+    assert all(math.isfinite(line["loss"]) for line in read_metrics(out))
+    assert all(saved < step for saved in saved_steps(out))
+    for saved in saved_steps(out):
+        assert all(np.isfinite(leaf).all() for leaf in state_of(out, saved))
+
+
+# data and options -----------------------------------------------------------------------------------
+
+
+def test_damaged_data(tiny: Tiny, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    data = Path(shutil.copytree(tiny.data, tmp_path / "data"))
+    shard = data / "train-00001.tokens"
+    content = shard.read_bytes()
+    flags = run_flags(tiny, tmp_path / "run", data=data)
+
+    shard.write_bytes(content[:-2])
+    message = error_of(flags, capfd)
+    assert message.startswith(f"{shard}: found {len(content) - 2} bytes, expected {len(content)}")
+
+    shard.unlink()
+    assert error_of(flags, capfd).startswith(f"{shard}: found no such file")
+    assert not (tmp_path / "run").exists()
+
+    shard.write_bytes(b"\xff\xff" * (len(content) // 2))
+    message = error_of(flags, capfd)
+    assert message.startswith(f"{shard}: found contents with digest ")
+    assert not (tmp_path / "run").exists()
+    # an index of version 1 knows no digests: what is read tells
+    as_version_1(data)
+    message = error_of(flags, capfd)
+    assert message.startswith(f"{shard}, token ")
+    assert message.endswith("found id 65535, expected less than the model's vocab_size 64")
+
+
+def test_no_validation_data(tiny: Tiny, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    data = token_directory(tmp_path / "data", [[[5] * 400]], vocab_size=64)
+    shutil.copyfile(tiny.data / "tokenizer.json", data / "tokenizer.json")
+    message = error_of(run_flags(tiny, tmp_path / "run", data=data), capfd)
+    assert message.startswith(f"{data}: found no document in the validation split")
+    assert (
+        "give --evaluation.every 0 to run without evaluations, or tokenize with a larger" in message
+    )
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_folder_that_holds_a_run(run: Path, tiny: Tiny, capfd: Any) -> None:
+    before = (run / "run.toml").read_bytes()
+    assert error_of(run_flags(tiny, run), capfd) == (
+        f"{run}: found a run, expected a new folder: give --out, or go on with "
+        f"`python -m train resume {run}`"
+    )
+    assert (run / "run.toml").read_bytes() == before
+    # its options lost, its checkpoints are not a new run's to start from, or to overwrite
+    (run / "run.toml").unlink()
+    assert error_of(run_flags(tiny, run), capfd) == (
+        f"{run}: found checkpoints, expected a new folder: give --out"
+    )
+    assert saved_steps(run) == [9, 12]
+
+
+def test_a_folder_that_holds_none(tmp_path: Path, capfd: Any) -> None:
+    expected = f"{tmp_path}: found no run.toml, expected the folder of a run"
+    assert error_of(["resume", str(tmp_path)], capfd) == expected
+
+
+@pytest.mark.parametrize(
+    ("flag", "found"),
+    [
+        ("--seed=1", "seed: found 1, expected 0"),
+        ("--model.preset=tiny-1m", "model.preset: found tiny-1m, expected tiny-4m"),
+        ("--data=elsewhere=2", "elsewhere=2',), expected"),  # another weight; a path may change
+        ("--steps=13", "steps: found 13, expected 12"),
+        ("--batch-size=4", "batch-size: found 4, expected 8"),
+        ("--optimizer.beta1=0.8", "optimizer.beta1: found 0.8, expected 0.9"),
+        ("--model.parameter-dtype=bfloat16", "found bfloat16, expected float32"),
+    ],
+)
+def test_another_run(flag: str, found: str, finished: Path, capfd: Any) -> None:
+    message = error_of(["resume", str(finished), flag], capfd)
+    assert message.startswith(f"{finished}: is another run: ")
+    assert found in message
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"mesh__data": 3}, "mesh: found data 3 x fsdp 1 x sequence 1 x tensor 1 = 3, expected 1 devices"),
+        ({"mesh__tensor": 0}, "mesh.tensor: found 0, expected at least 1, or -1 for the rest"),
+        ({"mesh__tensor": -1}, "mesh: found -1 for data and tensor, expected it once"),
+        ({"steps": 0}, "steps: found 0, expected at least 1"),
+        ({"micro_batches": 3}, "micro-batches: found 3, expected to divide the batch size 8"),
+        ({"sequence_length": 65}, "sequence-length: found 65, expected at most max_position_embeddings=64"),
+        ({"optimizer__beta2": 1.5}, "optimizer.beta2: found 1.5, expected at least 0 and below 1"),
+        ({"optimizer__learning_rate": "nan"}, "optimizer.learning-rate: found nan, expected a finite"),
+        ({"optimizer__clip_norm": 0}, "optimizer.clip-norm: found 0.0, expected a finite number above 0 "),
+        ({"optimizer__warmup_steps": 12}, "optimizer.warmup-steps: found 12, expected at most 11"),
+        ({"model__compute_dtype": "float16"}, "model.compute-dtype: found float16, expected bfloat16, "),
+        ({"data": "nowhere"}, "nowhere/index.json: found no such file"),
+        ({"model__config": "nowhere"}, "nowhere"),
+        ({"seed": -1}, "seed: found -1, expected 0 to"),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_options(
+    changes: dict[str, Any], message: str, tiny: Tiny, tmp_path: Path, capfd: Any
+) -> None:
+    assert message in error_of(run_flags(tiny, tmp_path / "run", **changes), capfd)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_vocabulary_too_small(tiny: Tiny, tmp_path: Path, capfd: Any) -> None:
+    config = tmp_path / "config.json"
+    config.write_text(json.dumps(CONFIG | {"vocab_size": 63}))
+    message = error_of(run_flags(tiny, tmp_path / "run", model__config=config), capfd)
+    assert message == f"{config}: found vocab_size 63, expected at least 64, the data's"
+
+
+# data by its digest ---------------------------------------------------------------------------------
+
+
+def other_data(tiny: Tiny, directory: Path) -> Path:
+    """Of the same names, sizes, documents and vocabulary: two ids in it have changed places."""
+    data = Path(shutil.copytree(tiny.data, directory))
+    shard = data / "train-00000.tokens"
+    ids = np.fromfile(shard, "<u2")
+    ids[[0, 1]] = ids[[1, 0]]
+    ids.tofile(shard)
+    return data
+
+
+def with_true_digest(data: Path) -> None:
+    """The index of a directory, as whoever had tokenized it so would have written it."""
+    path = data / "index.json"
+    index = json.loads(path.read_text())
+    contents = [(data / f"train-00000.{end}").read_bytes() for end in ("tokens", "ends")]
+    index["splits"]["train"][0]["sha256"] = hashlib.sha256(b"".join(contents)).hexdigest()
+    path.write_text(json.dumps(index))
+
+
+def test_data_replaced_before_resume(
+    tiny: Tiny, run: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Another directory in the place of the run's: whatever its name and size, it is not that data."""
+    data = other_data(tiny, tmp_path / "data")
+    options = (run / "run.toml").read_text()
+    (run / "run.toml").write_text(options.replace(str(tiny.data), str(data)))
+    shard = data / "train-00000.tokens"
+    for arguments in (["resume", str(run)], run_flags(tiny, tmp_path / "new", data=data)):
+        message = error_of(arguments, capfd)
+        assert message.startswith(f"{shard}: found contents with digest ")
+        assert message.endswith("by the index: restore the file, or tokenize again")
+    with_true_digest(data)
+    digest = r"found data with digest [0-9a-f]{12}, expected [0-9a-f]{12}, that of "
+    for arguments, remedy in (
+        (["resume", str(run)], "restore it, or begin a new run"),
+        (["eval", str(run), "--batches", "1"], "restore it, or name other data with --data"),
+        (
+            ["export", str(run), str(tmp_path / "hf"), "--verify"],
+            "restore it, or export without --verify",
+        ),
+    ):
+        message = error_of(arguments, capfd)
+        assert re.match(re.escape(f"{data}: ") + digest + re.escape(f"{run}: {remedy}"), message)
+    assert main(["eval", str(run), "--batches=1", "--data", str(data)]) == 0
+
+
+def test_data_moved_before_resume(
+    tiny: Tiny, run: Path, finished: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Its digest says that it is the same; other data, or another weight, makes another run."""
+    shutil.rmtree(run / FOLDER / "12")
+    options = (run / "run.toml").read_text()
+    (run / "run.toml").write_text(options.replace(str(tiny.data), str(tmp_path / "gone")))
+    assert error_of(["resume", str(run)], capfd) == (
+        f"{tmp_path / 'gone'}: not found, expected the data of {run}: restore it, or name the place it was "
+        "moved to with --data"
+    )
+    place = str(shutil.copytree(tiny.data, tmp_path / "lang=en"))
+    assert f"{run}: is another run: data: found " in error_of(
+        ["resume", str(run), "--data", f"{place}=2", place], capfd
+    )
+    other = other_data(tiny, tmp_path / "other")
+    with_true_digest(other)
+    assert "found data with digest" in error_of(["resume", str(run), "--data", str(other)], capfd)
+    assert main(["resume", str(run), "--data", place]) == 0
+    assert same_bits(state_of(run, 12), state_of(finished, 12))
+    assert main(["resume", str(run)]) == 0
+
+
+def test_a_run_that_knows_no_digest_goes_on(
+    tiny: Tiny, run: Path, finished: Path, tmp_path: Path
+) -> None:
+    """As runs and directories of tokens were before there were any."""
+    (run / "data.json").unlink()
+    shutil.rmtree(run / FOLDER / "12")
+    data = as_version_1(Path(shutil.copytree(tiny.data, tmp_path / "data")))
+    options = (run / "run.toml").read_text()
+    (run / "run.toml").write_text(options.replace(str(tiny.data), str(data)))
+    assert main(["resume", str(run)]) == 0
+    assert same_bits(state_of(run, 12), state_of(finished, 12))
+
+
+def test_directories_with_an_equals_sign(tiny: Tiny, tmp_path: Path, capfd: Any) -> None:
+    data = Path(shutil.copytree(tiny.data, tmp_path / "lang=en" / "tokens"))
+    two = Path(shutil.copytree(tiny.data, tmp_path / "lang=2"))
+    assert find_sources([str(data)]) == [(data, 1.0)]
+    assert find_sources([f"{data}=3"]) == [(data, 3.0)]
+    assert find_sources([str(two), f"{two}=0.5"]) == [(two, 1.0), (two, 0.5)]
+    assert find_sources([f"{tiny.data}=1e1"]) == [(tiny.data, 10.0)]
+    for weight, told in (
+        ("x", "and 'x' after the = is not a weight: expected PATH or PATH=WEIGHT"),
+        ("", "and '' after the = is not a weight: expected PATH or PATH=WEIGHT"),
+        ("-1", "data: found weight '-1', expected a positive number"),
+        ("nan", "data: found weight 'nan', expected a positive number"),
+    ):
+        message = error_of(run_flags(tiny, tmp_path / "run", data=f"{tiny.data}={weight}"), capfd)
+        assert message.endswith(told)
+    assert not (tmp_path / "run").exists()
+
+
+# one process, more steps ----------------------------------------------------------------------------
+
+
+def test_a_run_that_is_running_is_not_resumed(run: Path, tmp_path: Path, capfd: Any) -> None:
+    """The lock ends with its process, however that ends; reading needs none."""
+    code = (
+        "import sys; from pathlib import Path; from train.run.lock import locked\n"
+        "with locked(Path(sys.argv[1])):\n    print('held', flush=True); sys.stdin.read()"
+    )
+    command = [sys.executable, "-c", code, str(run)]
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, cwd=ROOT, stdin=pipe, stdout=pipe, text=True) as holder:
+        assert holder.stdout is not None
+        assert holder.stdout.readline() == "held\n"
+        assert error_of(["resume", str(run)], capfd) == (
+            f"{run}: process {holder.pid} is running it: wait until it ends, or stop it first"
+        )
+        assert main(["export", str(run), str(tmp_path / "hf")]) == 0
+        holder.kill()
+    assert main(["resume", str(run)]) == 0
+    assert "all 12 steps are done already" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("schedule", ["constant", pytest.param("wsd", marks=pytest.mark.slow)])
+def test_more_steps_are_as_if_asked_for_at_first(
+    schedule: str, tiny: Tiny, tmp_path: Path, capfd: Any
+) -> None:
+    """Before the decay of wsd begins; then it has done what cannot be undone."""
+    changes: dict[str, Any] = {"optimizer__schedule": schedule, "evaluation__every": 0}
+    changes |= {"checkpoint__every": 2, "checkpoint__keep_last": 9}
+    if schedule == "wsd":
+        changes["optimizer__decay_fraction"] = 0.34
+    for name, steps in (("run", 6), ("whole", 9)):
+        assert main(run_flags(tiny, tmp_path / name, steps=steps, **changes)) == 0
+    run, whole = tmp_path / "run", tmp_path / "whole"
+    if schedule == "wsd":
+        message = error_of(["resume", str(run), "--steps=9"], capfd)
+        assert (
+            "steps: found 9, expected 6: its wsd schedule has lowered the learning rate" in message
+        )
+        shutil.rmtree(run / FOLDER / "6")  # two steps of decay ago
+    assert main(["resume", str(run), "--steps=9"]) == 0
+    assert "steps = 9" in (run / "run.toml").read_text()
+    assert same_bits(state_of(run, 9), state_of(whole, 9))
+    assert figures_of(run) == figures_of(whole)
+    message = error_of(["resume", str(run), "--steps=5"], capfd)
+    assert (
+        "steps: found 5, expected 9, or another number from 9, the steps that are done" in message
+    )
+
+
+def test_export_into_a_run_or_from_none(
+    run: Path, finished: Path, tmp_path: Path, capfd: Any
+) -> None:
+    assert error_of(["export", str(run), str(run)], capfd) == (
+        f"{run}: found a run, expected another directory to export to"
+    )
+    for command in (["export", str(tmp_path), str(tmp_path / "hf")], ["resume", str(tmp_path)]):
+        expected = f"{tmp_path}: found no run.toml, expected the folder of a run"
+        assert error_of(command, capfd) == expected
+    (tmp_path / "file").write_text("")
+    assert error_of(["export", str(run), str(tmp_path / "file")], capfd) == (
+        f"{tmp_path}/file: found a file, expected a directory or a free name"
+    )
+
+
+def test_data_without_its_tokenizer(tiny: Tiny, tmp_path: Path, capfd: Any) -> None:
+    data = Path(shutil.copytree(tiny.data, tmp_path / "data"))
+    (data / "tokenizer.json").unlink()
+    assert error_of(run_flags(tiny, tmp_path / "run", data=data), capfd) == (
+        f"{data}/tokenizer.json: not found, expected the tokenizer of the data"
+    )
+    assert not (tmp_path / "run").exists()

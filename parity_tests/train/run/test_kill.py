@@ -1,0 +1,149 @@
+"""Runs that are killed or asked to stop, at any moment, end as the run that was not."""
+
+from __future__ import annotations
+
+import itertools
+import random
+import shutil
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from parity_tests.train.runs import (
+    Tiny,
+    environment,
+    figures_of,
+    finish,
+    run_flags,
+    same_bits,
+    saved_steps,
+    start,
+    state_of,
+)
+from train.monitoring.metrics_log import FILE as METRICS
+from train.options import FILE
+from train.run.checkpoints import FOLDER
+
+STEPS = 60
+# saves and evaluations take longer than steps, so most moments lie in them
+OPTIONS = {"steps": STEPS, "checkpoint__every": 4, "evaluation__every": 6}
+
+
+@pytest.fixture(scope="module")
+def whole(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run never killed."""
+    out = tmp_path_factory.mktemp("whole") / "run"
+    finish(start(run_flags(tiny, out, **OPTIONS), environment(tiny.cache)))
+    return out
+
+
+def arguments(tiny: Tiny, run: Path) -> list[str]:
+    """Begin the run, or go on where there is one."""
+    return ["resume", str(run)] if (run / FILE).exists() else run_flags(tiny, run, **OPTIONS)
+
+
+def lines(run: Path) -> int:
+    file = run / METRICS
+    return file.read_bytes().count(b"\n") if file.exists() else 0
+
+
+def saves(run: Path) -> set[str]:
+    folder = run / FOLDER
+    return {each.name for each in folder.iterdir()} if folder.exists() else set()
+
+
+def when_compiling(run: Path, chance: random.Random) -> Callable[[], bool]:
+    """Some time after the folder is there; before that nothing is lost."""
+    begun = time.monotonic()
+    delay = chance.uniform(0.2, 2.0)
+    return lambda: (run / FILE).exists() and time.monotonic() - begun > delay
+
+
+def when_stepping(run: Path, chance: random.Random) -> Callable[[], bool]:
+    """Some lines further: in a step, or in an evaluation."""
+    before, more = lines(run), chance.randint(5, 25)
+    return lambda: lines(run) < before or lines(run) >= before + more
+
+
+def when_saving(run: Path, chance: random.Random) -> Callable[[], bool]:
+    """A checkpoint has just begun to be written."""
+    before, begun = saves(run), lines(run)
+    return lambda: lines(run) != begun and bool(saves(run) - before)
+
+
+MOMENTS = {"compiling": when_compiling, "stepping": when_stepping, "saving": when_saving}
+
+
+def kill(tiny: Tiny, run: Path, kind: str, chance: random.Random) -> bool:
+    """Go on and kill it at such a moment; whether it was killed before it ended."""
+    process = start(arguments(tiny, run), environment(None if kind == "compiling" else tiny.cache))
+    moment = MOMENTS[kind](run, chance)
+    while process.poll() is None and not moment():
+        time.sleep(0.001)
+    time.sleep(chance.uniform(0, 0.03))
+    process.kill()
+    process.communicate()
+    assert process.returncode in (0, -signal.SIGKILL)
+    return process.returncode != 0
+
+
+def same_run(run: Path, whole: Path) -> None:
+    assert figures_of(run) == figures_of(whole)
+    assert saved_steps(run) == saved_steps(whole)
+    assert same_bits(state_of(run, STEPS), state_of(whole, STEPS))
+
+
+@pytest.mark.parametrize("kills", [3, pytest.param(20, marks=pytest.mark.slow)])
+def test_killed_at_random_moments(tiny: Tiny, whole: Path, tmp_path: Path, kills: int) -> None:
+    chance = random.Random(kills)
+    run, done, seen = tmp_path / "run", 0, []
+    for kind in itertools.islice(itertools.cycle(("stepping", "saving", "compiling")), kills):
+        if not kill(tiny, run, kind, chance):
+            shutil.rmtree(run)  # it came to its end: another one
+        else:
+            done += 1
+        seen.append((kind, saved_steps(run) if (run / FOLDER).exists() else []))
+    print(f"{done} kills: {seen}")
+    assert done >= kills * 0.6
+    finish(start(arguments(tiny, run), environment(tiny.cache)))
+    same_run(run, whole)
+
+
+@pytest.mark.parametrize(
+    "number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)]
+)
+def test_a_signal_saves_and_ends(
+    tiny: Tiny, whole: Path, tmp_path: Path, number: signal.Signals
+) -> None:
+    run = tmp_path / "run"
+    process = start(run_flags(tiny, run, **OPTIONS), environment(tiny.cache))
+    while lines(run) < 9 and process.poll() is None:
+        time.sleep(0.001)
+    process.send_signal(number)
+    err = finish(process)
+    last = saved_steps(run)[-1]
+    assert f"stopped after step {last}, saved; go on: python -m train resume {run}" in err
+    assert last < STEPS
+    finish(start(["resume", str(run)], environment(tiny.cache)))
+    same = figures_of(whole)
+    assert figures_of(run) == same
+    assert same_bits(state_of(run, STEPS), state_of(whole, STEPS))
+
+
+@pytest.mark.slow
+def test_ctrl_c_while_compiling(tiny: Tiny, whole: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    process = start(run_flags(tiny, run, **OPTIONS), environment(None))
+    while not (run / METRICS).exists() and process.poll() is None:
+        time.sleep(0.001)
+    time.sleep(0.3)
+    assert lines(run) == 0
+    process.send_signal(signal.SIGINT)
+    err = finish(process)
+    assert "Traceback" not in err
+    assert saved_steps(run)[0] <= 2  # the signal is seen a step later, which holds up nothing
+    finish(start(["resume", str(run)], environment(tiny.cache)))
+    same_run(run, whole)

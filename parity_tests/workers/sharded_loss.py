@@ -1,0 +1,101 @@
+"""Run by `test_loss_sharded.py` in a process of eight host devices; prints one JSON line per case."""
+
+import itertools
+import json
+import os
+import re
+
+os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
+os.environ["JAX_PLATFORMS"] = "cpu"
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import AxisType
+
+from llama_jax.loss import fused_linear_cross_entropy
+from parity_tests.reference.errors import relative_error
+
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+jax.config.update("jax_enable_x64", True)
+
+BATCH, SEQ, HIDDEN, CHUNK = 8, 6, 16, 4
+MESHES = {
+    "8x1": {"data": 8, "tensor": 1},
+    "1x8": {"data": 1, "tensor": 8},
+    "4x2": {"data": 4, "tensor": 2},
+    "fsdp2-sequence2-tensor2": {"data": 1, "fsdp": 2, "sequence": 2, "tensor": 2},
+}
+VOCABS = {"even": 32, "prime": 37}
+
+
+def step(given, options):
+    out = fused_linear_cross_entropy(**given, **options)
+    mix = jnp.linspace(-1.0, 2.0, out.loss.size).reshape(out.loss.shape)
+    return jnp.sum(mix * out.loss) if out.loss.ndim else 7.5 * out.loss
+
+
+def arrays(vocab, ignored):
+    rng = np.random.default_rng(0)
+    labels = rng.integers(0, vocab, (BATCH, SEQ))
+    labels[:ignored] = -100  # whole shards
+    return {
+        "hidden": rng.normal(size=(BATCH, SEQ, HIDDEN)),
+        "kernel": rng.normal(size=(vocab, HIDDEN)),
+        "bias": rng.normal(size=vocab),
+        "scale": rng.normal(size=vocab),
+        "weights": rng.random((BATCH, SEQ)),
+    }, labels
+
+
+def main() -> None:
+    for (mesh_name, sizes), (vocab_name, vocab), reduction in itertools.product(
+        MESHES.items(), VOCABS.items(), ("mean", "none")
+    ):
+        given, labels = arrays(vocab, ignored=2)
+        given = {name: jnp.asarray(value) for name, value in given.items()}
+        options = {
+            "labels": jnp.asarray(labels),
+            "reduction": reduction,
+            "z_loss": 0.01,
+            "label_smoothing": 0.1,
+            "chunk": CHUNK,
+        }
+        want = jax.value_and_grad(step)(given, options | {"mode": "reference"})
+        axes = tuple(sizes)
+        mesh = jax.make_mesh(tuple(sizes.values()), axes, (AxisType.Auto,) * len(axes))
+        with jax.set_mesh(mesh):
+            run = jax.jit(lambda given, options=options: jax.value_and_grad(step)(given, options))
+            got, text = run(given), run.lower(given).compile().as_text()
+        errors = {
+            name: relative_error(np.asarray(got[1][name]), np.asarray(want[1][name]))
+            for name in given
+        }
+        errors["loss"] = abs(float(got[0]) - float(want[0])) / abs(float(want[0]))
+        print(
+            json.dumps(
+                {
+                    "case": f"{mesh_name}-{vocab_name}-{reduction}",
+                    "error": max(errors.values()),
+                    "worst": max(errors, key=errors.get),
+                    "collectives": collectives_in_loops(text),
+                }
+            ),
+            flush=True,
+        )
+
+
+def collectives_in_loops(text: str) -> list[str]:
+    """Shapes of the collectives in the bodies of while loops of a compiled program."""
+    computations = re.split(r"\n(?=%|ENTRY)", text)
+    bodies = set(re.findall(r"body=%?([\w.\-]+)", text))
+    found = []
+    for computation in computations:
+        name = re.match(r"%?([\w.\-]+)", computation)
+        if name and name[1] in bodies:
+            found += re.findall(r"= (\S+) (?:all-reduce|all-gather|reduce-scatter)\(", computation)
+    return found
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,48 @@
+"""Run by `test_hf_params.py` in a process of eight host devices: a directory's weights over a mesh."""
+
+import os
+import sys
+
+os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
+os.environ["JAX_PLATFORMS"] = "cpu"
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from llama_jax import LlamaForCausalLM
+from llama_jax.checkpoints.huggingface import load_params
+from train.options import MeshOptions, RunOptions
+from train.program.build import batch_sharding, place_batch, rows_of_process, run_program
+
+
+def main() -> None:
+    directory = sys.argv[1]
+    axes = MeshOptions(data=1, fsdp=2, sequence=2, tensor=2)
+    options = RunOptions(batch_size=8, sequence_length=8, micro_batches=2, mesh=axes)
+    model = LlamaForCausalLM.from_pretrained(directory)
+    program = run_program(options, model.config)
+    params = load_params(LlamaForCausalLM, directory, program.params)
+    flat, _ = jax.tree_util.tree_flatten_with_path(params)
+    split = 0
+    for path, leaf in flat:
+        whole = model
+        for key in path:
+            whole = getattr(whole, key.key)
+        np.testing.assert_array_equal(np.asarray(leaf), np.asarray(whole[...]))
+        split += leaf.addressable_shards[0].data.size < leaf.size
+    assert split == len(flat), "every weight is split over this mesh"
+
+    # a batch placed by its rows is the batch
+    shape = program.batch.input_ids.shape
+    rows = rows_of_process(program.batch)
+    assert rows == list(range(8))
+    values = np.arange(8 * 8, dtype=np.int32).reshape(8, 8)
+    placed = place_batch(program.batch, rows, dict.fromkeys(program.batch._fields, values))
+    np.testing.assert_array_equal(np.asarray(placed.labels), values.reshape(shape))
+    assert placed.labels.sharding == batch_sharding(program.mesh)
+    assert jnp.asarray(placed.labels).addressable_shards[0].data.shape == (2, 2, 4)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,121 @@
+"""The data that every machine has: the source of Python's standard library, tokenized once and cached.
+
+About 14 MB of real text; a file is a document. Its tokenizer is a byte-level BPE trained on it.
+"""
+
+import hashlib
+import json
+import os
+import platform
+import sysconfig
+import tempfile
+from collections.abc import Iterable
+from contextlib import suppress
+from pathlib import Path
+
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+from llama_jax.files.staging import staged_directory, write_text
+from train.data.documents import read_documents
+from train.data.token_shards import INDEX_FILE, VERSION
+from train.data.tokenize import tokenize
+
+EOS = "<|endoftext|>"
+VOCAB_SIZE = 4096
+
+_VALIDATION_FRACTION = 0.02
+_LEFT_OUT = {"site-packages", "dist-packages", "test", "tests", "idle_test"}
+
+
+def stdlib_tokens() -> Path:
+    """The directory of `train.data.token_shards` with the standard library of the Python that runs.
+
+    It lies in $XDG_CACHE_HOME/llama_jax (~/.cache/llama_jax), appears there complete, and is made again for
+    another Python or other files. `transformers.AutoTokenizer` loads its tokenizer.
+
+    Raises:
+        ValueError: no source files, as in a Python that carries them compiled or zipped.
+        OSError: the cache cannot be written.
+    """
+    root = Path(sysconfig.get_path("stdlib"))
+    files = _source_files(root)
+    if not files:
+        raise ValueError(
+            f"{root}: found no source files of Python, expected them; choose other --data"
+        )
+    # a variable that is empty or not a whole path counts as unset
+    cache = Path(os.environ.get("XDG_CACHE_HOME", ""))
+    cache = (cache if cache.is_absolute() else _home() / ".cache") / "llama_jax"
+    recipe = f"{VOCAB_SIZE}\0{_VALIDATION_FRACTION}\0{EOS}\0{VERSION}\0"  # others, other tokens
+    digest = hashlib.sha256(recipe.encode())
+    for path in files:
+        digest.update(f"{path.relative_to(root)}\0".encode(errors="surrogateescape"))
+        digest.update(hashlib.sha256(path.read_bytes()).digest())
+    directory = cache / f"stdlib-{platform.python_version()}-{digest.hexdigest()[:12]}"
+    if (directory / INDEX_FILE).exists():
+        return directory
+    cache.mkdir(parents=True, exist_ok=True)
+    try:
+        with staged_directory(directory, into_existing=False) as staging:
+            _make(files, staging)
+    except OSError:
+        # made by another process meanwhile, of the same files
+        if not (directory / INDEX_FILE).exists():
+            raise
+    return directory
+
+
+def _home() -> Path:
+    try:
+        return Path.home()
+    except RuntimeError:
+        raise ValueError(
+            "stdlib: this user has no home directory to keep its tokens in; set XDG_CACHE_HOME or "
+            "pass --data"
+        ) from None
+
+
+def _make(files: Iterable[Path], directory: Path) -> None:
+    with tempfile.TemporaryDirectory() as scratch:
+        documents = Path(scratch, "documents.jsonl")
+        with documents.open("w", encoding="utf-8") as file:
+            for path in files:
+                # a source file may declare another encoding
+                with suppress(UnicodeDecodeError):
+                    file.write(json.dumps({"text": path.read_bytes().decode()}) + "\n")
+        _train_bpe(read_documents([documents])).save(f"{scratch}/tokenizer.json")
+        config = {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "bos_token": EOS,  # as GPT-2 has it; other programs need one
+            "eos_token": EOS,
+            "clean_up_tokenization_spaces": False,
+        }
+        write_text(Path(scratch, "tokenizer_config.json"), json.dumps(config, indent=2) + "\n")
+        tokenize([documents], scratch, directory, validation_fraction=_VALIDATION_FRACTION)
+
+
+def _train_bpe(texts: Iterable[str]) -> Tokenizer:
+    """A byte-level BPE of VOCAB_SIZE ids, EOS the first; it has every byte, so that any text has ids."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCAB_SIZE,
+        special_tokens=[EOS],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return tokenizer
+
+
+def _source_files(root: Path) -> list[Path]:
+    """Every .py file of the standard library, sorted.
+
+    What is installed into it is not of it, and its tests are as large as the rest and often left out.
+    """
+    found = []
+    for directory, names, files in os.walk(root):
+        names[:] = [name for name in names if name not in _LEFT_OUT]
+        found += [Path(directory, name) for name in files if name.endswith(".py")]
+    return sorted(found)

@@ -1,0 +1,277 @@
+"""Token files: a directory of shards that are memory-mapped, and the index that describes them.
+
+    index.json             Index: what the directory holds; written last, and again after each shard
+    tokenizer.json, ...    the tokenizer, and the files that lay beside it
+    train-00000.tokens     token ids, little-endian uint16 (vocabulary up to 65536) or uint32, nothing else
+    train-00000.ends       little-endian int64: for each document, its end as a count of the shard's tokens
+    validation-00000.tokens, ...
+
+A shard holds whole documents and at least one; every document has at least one token. The index knows the
+SHA-256 of each shard, and so tells the data apart from any other of the same names and sizes; version 1 of
+it, which is still read, did not.
+"""
+
+import dataclasses
+import hashlib
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from llama_jax.files.staging import replacing, write_text
+
+INDEX_FILE = "index.json"
+VERSION = 2
+
+Split = Literal["train", "validation"]
+SPLITS: tuple[Split, ...] = ("train", "validation")
+
+_ENDS_DTYPE = np.dtype("<i8")
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One shard: the name of its file of tokens (`.ends` lies beside it), and how much it holds.
+
+    sha256: of the file of tokens and then its ends; None in an index of version 1.
+    """
+
+    file: str
+    tokens: int
+    documents: int
+    sha256: str | None = None
+
+
+@dataclass(frozen=True)
+class Index:
+    """What index.json says.
+
+    complete: False while shards are still to come.
+    dtype: of the token files, "uint16" or "uint32", little-endian.
+    vocab_size: the tokenizer's, its largest id and one.
+    eos_id: the id that each document ends with; None where the tokenizer has none, and then each document
+        begins with `bos_id`.
+    bos_id: the tokenizer's beginning-of-text token, None where it has none. (Version 1 has it only where
+        there is no `eos_id`.)
+    tokenizer: names of the tokenizer's files in the directory, tokenizer.json first.
+    made_from: what a run that continues must have been given, too.
+    splits: the shards of "train" and of "validation", in order.
+    """
+
+    complete: bool
+    dtype: str
+    vocab_size: int
+    eos_id: int | None
+    bos_id: int | None
+    tokenizer: list[str]
+    made_from: dict[str, Any]
+    splits: dict[Split, list[Shard]]
+    version: int = VERSION
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """One split, memory-mapped, seen as one row of tokens.
+
+    shards: [tokens] of each file, as stored.
+    ends: [documents] int64 of each shard, ends of its documents within it.
+    starts: [shards + 1] int64, where each shard begins in the row, and the row's length.
+    """
+
+    files: tuple[Path, ...]
+    shards: tuple[np.ndarray, ...]
+    ends: tuple[np.ndarray, ...]
+    starts: np.ndarray
+
+    def __len__(self) -> int:
+        return int(self.starts[-1])
+
+
+def token_dtype(vocab_size: int) -> str:
+    """The name of the narrowest dtype that holds every id."""
+    return "uint16" if vocab_size <= 1 << 16 else "uint32"
+
+
+def write_shard(
+    directory: Path, split: Split, number: int, documents: Sequence[np.ndarray]
+) -> Shard:
+    """Write the documents, each [tokens] of the index's dtype, as one shard; complete or not at all."""
+    file = f"{split}-{number:05d}.tokens"
+    ends = np.cumsum([len(document) for document in documents], dtype=np.int64)
+    digest = hashlib.sha256()
+    _write(directory / file, np.concatenate(documents), digest)
+    _write(ends_path(directory / file), ends, digest)
+    return Shard(file, int(ends[-1]), len(documents), digest.hexdigest())
+
+
+def write_index(directory: Path, index: Index) -> None:
+    """Write index.json, or replace it in one step."""
+    text = json.dumps(dataclasses.asdict(index), indent=2)
+    write_text(directory / f"{INDEX_FILE}.partial", text + "\n")
+    os.replace(directory / f"{INDEX_FILE}.partial", directory / INDEX_FILE)
+
+
+def read_index(directory: Path) -> Index:
+    """The index, complete or not.
+
+    Raises:
+        ValueError: none there, not one, or of another version.
+    """
+    path = directory / INDEX_FILE
+    try:
+        fields = json.loads(path.read_bytes())
+    except (FileNotFoundError, NotADirectoryError):
+        expected = "a directory made by `python -m train tokenize`"
+        raise ValueError(f"{path}: found no such file, expected {expected}") from None
+    except ValueError as error:
+        raise ValueError(f"{path}: found no JSON ({error}), expected an index") from None
+    version = fields.get("version") if isinstance(fields, dict) else None
+    if version not in range(1, VERSION + 1):
+        raise ValueError(f"{path}: found version {version!r}, expected {VERSION}")
+    try:
+        splits = {split: [Shard(**shard) for shard in fields["splits"][split]] for split in SPLITS}
+        index = Index(**{**fields, "splits": splits})
+        known = index.dtype == token_dtype(index.vocab_size)
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"{path}: found other fields ({error}), expected an index") from None
+    if not known:
+        raise ValueError(
+            f"{path}: found dtype {index.dtype!r}, expected {token_dtype(index.vocab_size)!r} for a "
+            f"vocabulary of {index.vocab_size}"
+        )
+    _require_types(path, index)
+    return index
+
+
+def _require_types(path: Path, index: Index) -> None:
+    """Raise ValueError for a value of another type, or a file outside the directory."""
+
+    def is_name(value: Any) -> bool:
+        return isinstance(value, str) and value == os.path.basename(value) != ""
+
+    def is_count(value: Any) -> bool:
+        return type(value) is int and 0 < value < 2**63
+
+    shards = [shard for split in SPLITS for shard in index.splits[split]]
+    right = {
+        "complete": isinstance(index.complete, bool),
+        "vocab_size": is_count(index.vocab_size),
+        "eos_id": index.eos_id is None or type(index.eos_id) is int,
+        "bos_id": index.bos_id is None or type(index.bos_id) is int,
+        "tokenizer": isinstance(index.tokenizer, list) and all(map(is_name, index.tokenizer)),
+        "made_from": isinstance(index.made_from, dict),
+        "splits": all(
+            is_name(each.file) and is_count(each.tokens) and is_count(each.documents)
+            for each in shards
+        ),
+    }
+    for name, holds in right.items():
+        if not holds:
+            shown = repr(getattr(index, name))[:80]
+            raise ValueError(f"{path}: {name}: found {shown}, expected what `tokenize` writes")
+
+
+def open_tokens(directory: Path, split: Split) -> Tokens:
+    """Memory-map one split.
+
+    Raises:
+        ValueError: no index or an unfinished one, no document in the split, a file that is missing, cut
+            short or too long, or ends that do not fit.
+    """
+    index = read_index(directory)
+    if not index.complete:
+        raise ValueError(
+            f"{directory / INDEX_FILE}: found an unfinished directory, expected a complete one: run the "
+            "same `python -m train tokenize` again"
+        )
+    shards = index.splits[split]
+    if not shards:
+        larger = "larger" if split == "validation" else "smaller"
+        raise ValueError(
+            f"{directory}: found no document in the {split} split, expected at least one: tokenize with a "
+            f"{larger} --validation-fraction or more documents"
+        )
+    dtype = np.dtype(index.dtype).newbyteorder("<")
+    files = tuple(directory / shard.file for shard in shards)
+    tokens, ends = [], []
+    for path, shard in zip(files, shards, strict=True):
+        tokens.append(_map(path, dtype, shard.tokens))
+        ends.append(_map(ends_path(path), _ENDS_DTYPE, shard.documents))
+        if ends[-1][-1] != shard.tokens:
+            raise ValueError(
+                f"{ends_path(path)}: found {ends[-1][-1]} as the last end, expected {shard.tokens}"
+            )
+    starts = np.cumsum([0, *(shard.tokens for shard in shards)], dtype=np.int64)
+    return Tokens(files=files, shards=tuple(tokens), ends=tuple(ends), starts=starts)
+
+
+def read_tokens(tokens: Tokens, start: int, stop: int, vocab_size: int) -> np.ndarray:
+    """The ids from `start` up to `stop` of the whole row: [stop - start] int32, a copy.
+
+    Raises:
+        ValueError: an id that is not below `vocab_size`; names the shard and the place in it.
+    """
+    ids = np.empty(stop - start, np.int32)
+    for shard, low, high in _parts(tokens, start, stop):
+        part = tokens.shards[shard][low:high]
+        if part.max() >= vocab_size:
+            place = int(np.argmax(part >= vocab_size))
+            raise ValueError(
+                f"{tokens.files[shard]}, token {low + place}: found id {part[place]}, expected less than "
+                f"the model's vocab_size {vocab_size}"
+            )
+        begin = int(tokens.starts[shard]) + low - start
+        ids[begin : begin + len(part)] = part
+    return ids
+
+
+def document_ends(tokens: Tokens, start: int, stop: int) -> np.ndarray:
+    """Where documents end, as places in the whole row after `start` up to `stop`: [documents] int64."""
+    found = [np.empty(0, np.int64)]
+    for shard, low, high in _parts(tokens, start, stop):
+        ends = tokens.ends[shard]
+        first, last = np.searchsorted(ends, np.asarray([low, high]), side="right")
+        found.append(ends[first:last] + tokens.starts[shard])
+    return np.concatenate(found)
+
+
+def _parts(tokens: Tokens, start: int, stop: int) -> list[tuple[int, int, int]]:
+    """The shards that `start` to `stop` touches: number, and from where to where in it."""
+    first = int(np.searchsorted(tokens.starts, start, side="right")) - 1
+    parts = []
+    for shard in range(first, len(tokens.shards)):
+        begin, end = (int(place) for place in tokens.starts[shard : shard + 2])
+        if begin >= stop:
+            break
+        parts.append((shard, max(start - begin, 0), min(stop, end) - begin))
+    return parts
+
+
+def _map(path: Path, dtype: np.dtype, count: int) -> np.ndarray:
+    expected = count * dtype.itemsize
+    found = f"{path.stat().st_size} bytes" if path.is_file() else "no such file"
+    if found != f"{expected} bytes":
+        raise ValueError(
+            f"{path}: found {found}, expected {expected} bytes: {count} of {dtype.name} by the index"
+        )
+    # a plain view: slices of memmap objects are slow to make
+    return np.asarray(np.memmap(path, dtype, mode="r", shape=(count,)))
+
+
+def _write(path: Path, values: np.ndarray, digest: Any) -> None:
+    little = np.ascontiguousarray(values, values.dtype.newbyteorder("<"))
+    digest.update(little)
+    with replacing(path) as staged, staged.open("wb") as file:
+        # not `tofile`, which does not say why it failed
+        file.write(little.data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def ends_path(path: Path) -> Path:
+    """The file of a shard's ends, beside that of its tokens."""
+    return path.with_suffix(".ends")

@@ -1,0 +1,1 @@
+"""Data sheets, topologies, and what a compiled program asks of them."""

@@ -1,0 +1,1 @@
+"""`python -m train plan`: memory and time of a run before it is started."""

@@ -1,0 +1,199 @@
+"""What a step will cost on devices that nobody here need own: the run's own program, compiled for them.
+
+Nothing is run and no parameter exists, so a laptop can plan for a pod.
+"""
+
+import math
+import re
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from llama_jax.attention.dispatch import choose_implementation
+from llama_jax.attention.masks import AttentionMask
+from llama_jax.attention.splash import visited_share
+from llama_jax.config import LlamaConfig
+from llama_jax.inspection.architecture import forward_flops_per_token
+from llama_jax.numerics.remat import Remat
+from train.hardware.chips import CHIPS, Chip
+from train.hardware.collectives import Collective, collectives
+from train.hardware.flops import product_flops
+from train.hardware.roofline import Roofline, roofline
+from train.options import RunOptions
+from train.program.build import Program, run_program
+
+
+class Memory(NamedTuple):
+    """Bytes of one device.
+
+    parameters, optimizer_state: its parts of them, as they are stored.
+    arguments: what the step is given: both of these, padded as the device lays them out, and the batch.
+    outputs, aliased: what it returns, and how much of that overwrites arguments.
+    temporaries: everything else: activations, gradients, gathered weights. For a TPU it is the sum of
+        XLA's buffers, which is more than are in use at a time.
+    """
+
+    parameters: int
+    optimizer_state: int
+    arguments: int
+    outputs: int
+    aliased: int
+    temporaries: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One configuration, compiled. Bytes are of one device, FLOPs per token of all devices together.
+
+    peak: the most memory in use at a time: XLA's figure; for a CPU, whose figure leaves temporaries out,
+        arguments, new outputs and temporaries; where XLA refuses, what it says it would need.
+    refused: why XLA would not compile it, in its own words; then memory and collectives are unknown.
+    flops_per_token: of the model: 3 x `forward_flops_per_token`. counted_flops_per_token: of every
+        product of the step, with what is computed again.
+    chip, roofline: None for devices without a data sheet.
+    """
+
+    mesh: dict[str, int]
+    remat: Remat
+    batch_size: int
+    sequence_length: int
+    micro_batches: int
+    compute_dtype: str
+    device_kind: str
+    devices: int
+    attention: str
+    flops_per_token: float
+    counted_flops_per_token: float
+    compile_seconds: float
+    peak: float
+    fits: bool | None
+    refused: str | None
+    memory: Memory | None
+    collectives: tuple[Collective, ...]
+    chip: Chip | None
+    roofline: Roofline | None
+
+
+def make_plan(options: RunOptions, config: LlamaConfig, devices: Sequence[Any]) -> Plan:
+    """Compile the step of a run over `devices`.
+
+    Args:
+        options: with `model.compute_dtype` filled in.
+
+    Raises:
+        ValueError: as `run_program`.
+    """
+    program = run_program(options, config, devices)
+    with jax.set_mesh(program.mesh):
+        attention = _attention(options, program)
+        traced = program.step.trace(program.params, program.opt_state, program.batch, _key(config))
+        begin = time.perf_counter()
+        compiled, refused = None, None
+        try:
+            compiled = traced.lower().compile()
+        except jax.errors.JaxRuntimeError as error:
+            refused = _one_line(str(error))
+        seconds = time.perf_counter() - begin
+    tokens = options.batch_size * options.sequence_length
+    length, parts = options.sequence_length, program.mesh.shape["sequence"]
+    share = visited_share(length, parts) if attention == "splash" else 1.0
+    counted = product_flops(traced.jaxpr.jaxpr, share)
+    model_flops = 3 * forward_flops_per_token(config, options.sequence_length)
+    kind = devices[0].device_kind
+    chip = CHIPS.get(kind)
+    state = device_bytes(program.params), device_bytes(program.opt_state)
+    memory: Memory | None = None
+    found: tuple[Collective, ...] = ()
+    if compiled is None:
+        assert refused is not None
+        peak = _bytes_needed(refused, sum(state))
+    else:
+        stats = compiled.memory_analysis()
+        memory = Memory(
+            *state,
+            arguments=stats.argument_size_in_bytes,
+            outputs=stats.output_size_in_bytes,
+            aliased=stats.alias_size_in_bytes,
+            temporaries=stats.temp_size_in_bytes,
+        )
+        together = memory.arguments + memory.outputs - memory.aliased + memory.temporaries
+        known = devices[0].platform != "cpu" and stats.peak_memory_in_bytes
+        peak = known or together
+        found = tuple(collectives(compiled.as_text()).values())
+    line = None
+    if chip is not None and memory is not None:
+        line = roofline(
+            chip,
+            model_flops=model_flops * tokens / len(devices),
+            flops=counted / len(devices),
+            moved=2 * peak,
+            sent=sum(each.sent for each in found),
+        )
+    fits = None if chip is None else refused is None and peak <= chip.memory
+    return Plan(
+        mesh=dict(program.mesh.shape),
+        remat=options.model.remat,
+        batch_size=options.batch_size,
+        sequence_length=options.sequence_length,
+        micro_batches=options.micro_batches,
+        compute_dtype=str(options.model.compute_dtype),
+        device_kind=kind,
+        devices=len(devices),
+        attention=attention,
+        flops_per_token=model_flops,
+        counted_flops_per_token=counted / tokens,
+        compile_seconds=seconds,
+        peak=peak,
+        fits=fits,
+        refused=refused,
+        memory=memory,
+        collectives=found,
+        chip=chip,
+        roofline=line,
+    )
+
+
+def device_bytes(tree: Any) -> int:
+    """Bytes that one device holds of a tree of abstract arrays with shardings."""
+    return sum(
+        math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+        for leaf in jax.tree.leaves(tree)
+    )
+
+
+def _attention(options: RunOptions, program: Program) -> str:
+    """Which implementation the step's attention takes; to be asked under the program's mesh."""
+    config = program.config
+    _, rows, seq = program.batch.input_ids.shape
+    shape = rows, seq, config.num_attention_heads, config.head_size
+    query = jax.ShapeDtypeStruct(shape, jnp.dtype(options.model.compute_dtype))
+    segments: Any = jax.ShapeDtypeStruct((rows, seq), jnp.int32)
+    mask = AttentionMask(None, None, None, segments, segments)
+    dropout = bool(config.attention_dropout)
+    return choose_implementation(options.model.attention, query, mask, dropout)
+
+
+def _key(config: LlamaConfig) -> Any:
+    """The abstract dropout key of a step, where the model has dropout."""
+    return jax.eval_shape(lambda: jax.random.key(0)) if config.attention_dropout else None
+
+
+_UNITS = {"B": 1.0, "K": 2.0**10, "M": 2.0**20, "G": 2.0**30, "T": 2.0**40}
+
+
+def _bytes_needed(refused: str, state: int) -> float:
+    """The first amount that XLA's refusal names; where it is that of temporaries, with the state."""
+    amount = re.search(r"\b([\d.]+)([KMGTB])\b", refused)
+    if amount is None:
+        return math.nan
+    needed = float(amount[1]) * _UNITS[amount[2]]
+    return needed + state if "temporaries" in refused else needed
+
+
+def _one_line(message: str, limit: int = 240) -> str:
+    text = " ".join(message.split())
+    return text if len(text) <= limit else text[:limit].rsplit(" ", 1)[0] + " ..."

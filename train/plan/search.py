@@ -1,0 +1,93 @@
+"""Which mesh and which recomputation: candidates by estimate, the likeliest compiled, the best first."""
+
+import dataclasses
+import itertools
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from typing import Any, get_args
+
+from llama_jax.config import LlamaConfig
+from llama_jax.numerics.remat import Remat
+from train.hardware.chips import CHIPS
+from train.options import MeshOptions, RunOptions
+from train.plan.compiled import Plan, make_plan
+from train.plan.estimate import estimate, measure
+
+# Beyond so many parts heads become few and the sums over tensor dear; a sequence's parts become short.
+LARGEST_TENSOR, LARGEST_SEQUENCE = 16, 16
+# whole lanes of a TPU
+SEQUENCE_UNIT = 128
+
+
+def search(
+    options: RunOptions,
+    config: LlamaConfig,
+    devices: Sequence[Any],
+    *,
+    limit: int,
+    report: Callable[[Plan], None] = lambda plan: None,
+) -> list[Plan]:
+    """The first `limit` candidates compiled, the best plan first.
+
+    What fits comes before what does not, then the higher allowed MFU (the one in turn decides between
+    equals), on devices without a data sheet the lower peak.
+
+    Raises:
+        ValueError: a batch that no mesh of the devices divides; a limit below 1.
+    """
+    if limit < 1:
+        raise ValueError(f"limit: found {limit}, expected at least 1")
+    ordered = candidates(options, config, devices)
+    if not ordered:
+        raise ValueError(
+            f"batch-size: found {options.batch_size} rows in {options.micro_batches} micro-batches, "
+            f"expected a number that some mesh of {len(devices)} devices divides"
+        )
+    plans = []
+    for candidate in ordered[:limit]:
+        plan = make_plan(candidate, config, devices)
+        report(plan)
+        plans.append(plan)
+    return sorted(plans, key=_rank)
+
+
+def candidates(
+    options: RunOptions, config: LlamaConfig, devices: Sequence[Any]
+) -> list[RunOptions]:
+    """Every mesh with every recomputation, by the estimate: what should fit first, then by its time."""
+    chip = CHIPS.get(devices[0].device_kind)
+    room = math.inf if chip is None else chip.memory
+    measured = measure(config, options.sequence_length)
+    found = []
+    for sizes in meshes(options, config, len(devices)):
+        for remat in get_args(Remat):
+            model = replace(options.model, remat=remat)
+            candidate = replace(options, model=model, mesh=MeshOptions(**sizes))
+            cost = estimate(candidate, measured, sizes, chip)
+            times = max(cost.compute, cost.links), cost.compute + cost.links
+            found.append((max(cost.peak / room, 1.0), *times, candidate))
+    return [candidate for *_, candidate in sorted(found, key=lambda each: each[:3])]
+
+
+def meshes(options: RunOptions, config: LlamaConfig, count: int) -> Iterator[dict[str, int]]:
+    """Sizes of all axes that multiply to `count` and divide batch, sequence and heads."""
+    rows = options.batch_size // options.micro_batches
+    divisors = [n for n in range(1, count + 1) if count % n == 0]
+    tensors = [n for n in divisors if n <= LARGEST_TENSOR and config.num_attention_heads % n == 0]
+    sequences = [
+        n
+        for n in divisors
+        if n == 1 or (n <= LARGEST_SEQUENCE and options.sequence_length % (n * SEQUENCE_UNIT) == 0)
+    ]
+    for tensor, sequence, data in itertools.product(tensors, sequences, divisors):
+        if count % (tensor * sequence * data) == 0 and rows % (count // (tensor * sequence)) == 0:
+            fsdp = count // (tensor * sequence * data)
+            sizes = MeshOptions(data=data, fsdp=fsdp, sequence=sequence, tensor=tensor)
+            yield dataclasses.asdict(sizes)
+
+
+def _rank(plan: Plan) -> tuple[Any, ...]:
+    line = plan.roofline
+    allowed = (0.0, 0.0) if line is None else (-round(line.mfu, 3), -line.mfu_in_turn)
+    return plan.fits is False, *allowed, plan.peak

@@ -1,0 +1,112 @@
+"""Plans as tables for people, and as JSON."""
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from train.plan.compiled import Plan
+from train.program.mesh import in_words
+
+
+def show_plan(console: Console, plan: Plan, advice: Sequence[str]) -> None:
+    """One plan in full."""
+    table = _table("one device", "memory", "bytes")
+    memory = plan.memory
+    if memory is not None:
+        table.add_row("parameters", gib(memory.parameters))
+        table.add_row("optimizer state", gib(memory.optimizer_state))
+        table.add_row("arguments (the two, as laid out, and the batch)", gib(memory.arguments))
+        table.add_row("outputs", gib(memory.outputs))
+        table.add_row("of them in place of arguments", gib(memory.aliased))
+        table.add_row("temporaries (activations, gradients, ...)", gib(memory.temporaries))
+    table.add_row("peak", "unknown" if math.isnan(plan.peak) else gib(plan.peak))
+    if plan.chip is not None:
+        table.add_row(f"memory of {plan.device_kind}", gib(plan.chip.memory))
+    console.print(table)
+
+    if plan.collectives:
+        sends = _table("collectives of a step, one device", "kind", "count", "arrays", "sent")
+        for each in plan.collectives:
+            sends.add_row(each.kind, f"{each.count:,}", gib(each.bytes), gib(each.sent))
+        console.print(sends)
+
+    costs = _table("time", "quantity", "value")
+    costs.add_row("model FLOPs per token, 3 x forward", f"{plan.flops_per_token:.4g}")
+    costs.add_row("products of the step per token, counted", f"{plan.counted_flops_per_token:.4g}")
+    line = plan.roofline
+    if line is not None:
+        costs.add_row("products, at the chip's peak", f"{line.compute:.3f} s")
+        costs.add_row(
+            "memory, what is there at the peak read and written once", f"{line.memory:.3f} s"
+        )
+        costs.add_row("links, all of the chip's at once", f"{line.links:.3f} s")
+        costs.add_row("MFU allowed, the longest hides the others", f"{line.mfu:.1%}")
+        costs.add_row("MFU if none hides another", f"{line.mfu_in_turn:.1%}")
+    costs.add_row("compiled in", f"{plan.compile_seconds:.0f} s")
+    console.print(costs)
+
+    if plan.refused is not None:
+        console.print(Text.assemble(("does not fit:", "bold red"), f" {plan.refused}"))
+    elif plan.fits is None:
+        console.print(f"no data sheet of {plan.device_kind} to measure this against")
+    else:
+        color = "green" if plan.fits else "red"
+        console.print("fits" if plan.fits else "does not fit", style=f"bold {color}")
+    for sentence in advice:
+        console.print(f"advice: {sentence}")
+
+
+def show_ranking(console: Console, plans: Sequence[Plan]) -> None:
+    """Plans of a search, in their order."""
+    table = _table(
+        "search", "mesh", "remat", "peak", "fits", "MFU allowed", "in turn", "compiled in"
+    )
+    for plan in plans:
+        line = plan.roofline
+        table.add_row(
+            in_words(plan.mesh),
+            plan.remat,
+            "unknown" if math.isnan(plan.peak) else gib(plan.peak),
+            {True: "yes", False: "no", None: ""}[plan.fits],
+            "" if line is None else f"{line.mfu:.1%}",
+            "" if line is None else f"{line.mfu_in_turn:.1%}",
+            f"{plan.compile_seconds:.0f} s",
+        )
+    console.print(table)
+
+
+def as_json(plan: Plan) -> dict[str, Any]:
+    """All figures by name; None where unknown."""
+
+    def plain(value: Any) -> Any:
+        if dataclasses.is_dataclass(value):
+            fields = (item.name for item in dataclasses.fields(value))
+            return {name: plain(getattr(value, name)) for name in fields}
+        if hasattr(value, "_asdict"):
+            return {name: plain(inner) for name, inner in value._asdict().items()}
+        if isinstance(value, tuple):
+            return [plain(inner) for inner in value]
+        return None if isinstance(value, float) and math.isnan(value) else value
+
+    return plain(plan)
+
+
+def gib(count: float) -> str:
+    """Bytes in binary units, three digits."""
+    for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
+        if count < 1000 or unit == "TiB":
+            break
+        count /= 1024
+    return f"{count:.3g} {unit}"
+
+
+def _table(title: str, *columns: str) -> Table:
+    table = Table(title=title, title_justify="left")
+    for place, column in enumerate(columns):
+        table.add_column(column, justify="right" if place else "left", overflow="fold")
+    return table

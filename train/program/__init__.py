@@ -1,0 +1,1 @@
+"""Everything a run compiles: the step, the optimizer, the mesh."""

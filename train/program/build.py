@@ -1,0 +1,254 @@
+"""Everything a run compiles, before any of its data or memory exists: shapes, shardings, the step.
+
+`python -m train plan` compiles the same program for devices that nobody here owns.
+"""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from llama_jax.config import LlamaConfig
+from llama_jax.models.causal_lm import LlamaForCausalLM
+from llama_jax.numerics.compiler import step_compiler_options
+from llama_jax.sharding import BATCH_AXES, SEQUENCE_AXIS, parameter_shardings
+from train.options import ModelOptions, OptimizerOptions, RunOptions, warmup_steps
+from train.program.mesh import make_mesh
+from train.program.optimizer import make_optimizer
+from train.program.per_layer import Path, map_by_parameter
+from train.program.schedules import learning_rate_schedule
+from train.program.step import Batch, make_evaluation, make_step
+
+
+class Program(NamedTuple):
+    """A run's functions, and the abstract values (shape, dtype, sharding) of what they take.
+
+    step: jitted `(params, opt_state, batch, dropout_key)`, the first two donated.
+    evaluate: jitted `(params, batch)`: summed loss, number of tokens.
+    """
+
+    config: LlamaConfig
+    mesh: Mesh
+    graphdef: nnx.GraphDef
+    optimizer: optax.GradientTransformationExtraArgs
+    learning_rate: Callable[[Any], Any]
+    params: Any
+    opt_state: Any
+    batch: Any
+    step: jax.stages.Wrapped
+    evaluate: jax.stages.Wrapped
+
+
+def run_program(
+    options: RunOptions, config: LlamaConfig, devices: Sequence[Any] | None = None
+) -> Program:
+    """The program of a run of `config`, over `devices` (default: all of every process).
+
+    Raises:
+        ValueError: as `make_mesh` and `make_program`.
+    """
+    return make_program(
+        config,
+        make_mesh(dataclasses.asdict(options.mesh), devices),
+        options.model,
+        options.optimizer,
+        steps=options.steps,
+        batch_size=options.batch_size,
+        micro_batches=options.micro_batches,
+        sequence_length=options.sequence_length,
+    )
+
+
+def make_program(
+    config: LlamaConfig,
+    mesh: Mesh,
+    model: ModelOptions,
+    optimizer: OptimizerOptions,
+    *,
+    steps: int,
+    batch_size: int,
+    micro_batches: int,
+    sequence_length: int,
+) -> Program:
+    """The program of a run over `mesh`.
+
+    Raises:
+        ValueError: a batch, sequence or model that the mesh does not divide; a schedule that does not fit
+            the steps.
+    """
+    _require_divisible(config, mesh, batch_size // micro_batches, sequence_length)
+    dtype = jnp.dtype(model.parameter_dtype)
+    compute_dtype = jnp.dtype(model.compute_dtype or model.parameter_dtype)
+    if jnp.float64 in (dtype, compute_dtype):
+        jax.config.update("jax_enable_x64", True)  # without which JAX makes it float32
+    abstract = nnx.eval_shape(lambda: LlamaForCausalLM(config, rngs=nnx.Rngs(0), dtype=dtype))
+    graphdef, state = nnx.split(abstract)
+    params = _with_shardings(nnx.to_pure_dict(state), parameter_shardings(abstract, mesh))
+    schedule = learning_rate_schedule(
+        optimizer.schedule,
+        peak=optimizer.learning_rate,
+        steps=steps,
+        warmup_steps=warmup_steps(optimizer, steps),
+        final_fraction=optimizer.final_fraction,
+        decay_fraction=optimizer.decay_fraction,
+    )
+    rule = make_optimizer(
+        optimizer.name,
+        schedule,
+        beta1=optimizer.beta1,
+        beta2=optimizer.beta2,
+        eps=optimizer.eps,
+        weight_decay=optimizer.weight_decay,
+        clip_norm=optimizer.clip_norm,
+    )
+    opt_state = _like_params(jax.eval_shape(rule.init, params), params, mesh)
+    forward = {
+        "remat": model.remat,
+        "scan_unroll": min(model.scan_unroll, config.num_hidden_layers),
+        "attention_implementation": model.attention,
+    }
+    step = make_step(
+        graphdef, rule, compute_dtype=compute_dtype, z_loss=optimizer.z_loss, **forward
+    )
+    evaluate = make_evaluation(graphdef, compute_dtype=compute_dtype, **forward)
+    shape = micro_batches, batch_size // micro_batches, sequence_length
+    window = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=batch_sharding(mesh))
+    windows: list[Any] = [window] * len(Batch._fields)
+    replicated = NamedSharding(mesh, PartitionSpec())
+    return Program(
+        config=config,
+        mesh=mesh,
+        graphdef=graphdef,
+        optimizer=rule,
+        learning_rate=schedule,
+        params=params,
+        opt_state=opt_state,
+        batch=Batch(*windows),
+        step=jax.jit(
+            step,
+            donate_argnums=(0, 1),
+            compiler_options=step_compiler_options(mesh.devices.flat[0].platform),
+            out_shardings=(shardings_of(params), shardings_of(opt_state), replicated),
+        ),
+        evaluate=jax.jit(evaluate, out_shardings=replicated),
+    )
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """Of windows [micro, rows, seq]."""
+    return NamedSharding(mesh, PartitionSpec(None, BATCH_AXES, SEQUENCE_AXIS))
+
+
+def shardings_of(tree: Any) -> Any:
+    """The shardings of a tree of abstract or real arrays."""
+    return jax.tree.map(lambda leaf: leaf.sharding, tree)
+
+
+def initial_params(program: Program, seed: int) -> Any:
+    """Random parameters, each device making its own part; the same numbers on every mesh."""
+
+    def init(key: Any) -> Any:
+        dtype = jax.tree.leaves(program.params)[0].dtype
+        model = LlamaForCausalLM(program.config, rngs=nnx.Rngs(params=key), dtype=dtype)
+        return nnx.to_pure_dict(nnx.state(model, nnx.Param))
+
+    run = jax.jit(init, out_shardings=shardings_of(program.params))
+    return run(jax.random.key(seed))
+
+
+def initial_opt_state(program: Program, params: Any) -> Any:
+    """The optimizer's state of the first step."""
+    run = jax.jit(program.optimizer.init, out_shardings=shardings_of(program.opt_state))
+    return run(params)
+
+
+def model_of(program: Program, params: Any) -> LlamaForCausalLM:
+    """The model that holds `params`."""
+    return nnx.merge(program.graphdef, params)
+
+
+def rows_of_process(batch: Any) -> list[int]:
+    """Which rows of the whole batch, counted over all micro-batches, this process's devices hold."""
+    window = batch.input_ids
+    _, rows, _ = window.shape
+    held: set[int] = set()
+    for index in window.sharding.addressable_devices_indices_map(window.shape).values():
+        held |= set(range(rows)[index[1]])
+    micro_batches = window.shape[0]
+    return [micro * rows + row for micro in range(micro_batches) for row in sorted(held)]
+
+
+def place_batch(batch: Any, rows: Sequence[int], windows: dict[str, Any]) -> Batch:
+    """This process's windows {name: [rows here, seq]} as its part of the global arrays."""
+    place = {row: here for here, row in enumerate(rows)}
+
+    def put(abstract: Any, values: Any) -> Any:
+        _, per_micro, _ = abstract.shape
+
+        def part(index: Any) -> Any:
+            micro, row, column = (
+                range(*each.indices(size)) for each, size in zip(index, abstract.shape, strict=True)
+            )
+            wanted = [place[m * per_micro + r] for m in micro for r in row]
+            columns = slice(column.start, column.stop)
+            return values[wanted, columns].reshape(len(micro), len(row), len(column))
+
+        return jax.make_array_from_callback(abstract.shape, abstract.sharding, part)
+
+    return Batch(*(put(getattr(batch, name), windows[name]) for name in Batch._fields))
+
+
+def _require_divisible(config: LlamaConfig, mesh: Mesh, rows: int, sequence_length: int) -> None:
+    sizes = mesh.shape
+    parts = sizes["data"] * sizes["fsdp"]
+    if rows % parts:
+        raise ValueError(
+            f"batch-size: found {rows} rows in a micro-batch, expected a multiple of data x fsdp = "
+            f"{parts}"
+        )
+    if sequence_length % sizes["sequence"]:
+        raise ValueError(
+            f"sequence-length: found {sequence_length}, expected a multiple of the mesh's sequence axis "
+            f"{sizes['sequence']}"
+        )
+    if config.num_attention_heads % sizes["tensor"]:
+        raise ValueError(
+            f"mesh.tensor: found {sizes['tensor']}, expected to divide {config.num_attention_heads} "
+            "attention heads"
+        )
+
+
+def _with_shardings(tree: Any, shardings: Any) -> Any:
+    return jax.tree.map(
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+        tree,
+        shardings,
+    )
+
+
+def _like_params(opt_state: Any, params: Any, mesh: Mesh) -> Any:
+    """Each leaf of the optimizer's state sharded as the parameter it belongs to, the rest replicated."""
+    flat, _ = jax.tree_util.tree_flatten_with_path(params)
+    known: dict[Any, Any] = dict(flat)
+
+    def shard(leaf: Any, path: Path | None) -> Any:
+        spec = PartitionSpec() if path is None else _spec_like(leaf, known[path])
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=NamedSharding(mesh, spec))
+
+    return map_by_parameter(shard, opt_state, params)
+
+
+def _spec_like(leaf: Any, parameter: Any) -> PartitionSpec:
+    """The parameter's spec for an array of its shape, or of its shape without one axis (a sum over it)."""
+    shape, spec = parameter.shape, parameter.sharding.spec
+    if leaf.shape == shape:
+        return spec
+    for axis in range(len(shape)):
+        if leaf.shape == shape[:axis] + shape[axis + 1 :]:
+            return PartitionSpec(*spec[:axis], *spec[axis + 1 :])
+    return PartitionSpec()

@@ -1,0 +1,150 @@
+"""The training step: one pure function of (params, opt_state, batch), and its evaluation twin.
+
+`params` is the tree of plain dicts that `nnx.to_pure_dict` makes of a model's parameters.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+from jaxtyping import Array, Float, Int, Key
+
+from llama_jax.loss import IGNORE_INDEX, fused_linear_cross_entropy
+from llama_jax.numerics.matmul import working_dtype
+from train.program.optimizer import global_norm
+
+Params = Any
+
+
+class Batch(NamedTuple):
+    """Packed windows, split into micro-batches: all int32 [micro, rows, seq].
+
+    labels: the token that follows, already shifted; IGNORE_INDEX where there is none.
+    """
+
+    input_ids: Int[Array, "micro rows seq"]
+    labels: Int[Array, "micro rows seq"]
+    segment_ids: Int[Array, "micro rows seq"]
+    position_ids: Int[Array, "micro rows seq"]
+
+
+class Metrics(NamedTuple):
+    """Of one step: loss (cross-entropy) and z-loss per token, the gradient's norm before the clip."""
+
+    loss: Float[Array, ""]
+    z_loss: Float[Array, ""]
+    grad_norm: Float[Array, ""]
+    num_tokens: Int[Array, ""]
+
+
+def make_step(
+    graphdef: nnx.GraphDef,
+    optimizer: optax.GradientTransformationExtraArgs,
+    *,
+    compute_dtype: Any,
+    z_loss: float | None,
+    **forward: Any,
+) -> Callable[..., tuple[Params, optax.OptState, Metrics]]:
+    """`step(params, opt_state, batch, dropout_key) -> (params, opt_state, metrics)`.
+
+    The forward and backward pass have the dtype `compute_dtype`; parameters, gradients and the update
+    keep the dtype of `params`, but gradients of micro-batches are summed in float32 (float64 for float64).
+    The loss is per token of the whole batch, however its micro-batches share them. Jit it with `params`
+    and `opt_state` donated.
+
+    Args:
+        compute_dtype: not float16 to train: without a scale of the loss, small gradients become 0 in it.
+        forward: static choices of `LlamaModel.__call__`: remat, unrolling, attention.
+    """
+
+    def loss(params: Params, batch: Batch, num_tokens: Array, key: Key[Array, ""] | None):
+        out = batch_loss(graphdef, params, batch, compute_dtype, z_loss, key, **forward)
+        # in the loss's dtype: bfloat16 has no count above 256 exactly
+        count = num_tokens.astype(out.loss.dtype)
+        return out.loss / count, (out.ce_loss / count, out.z_loss / count)
+
+    gradient = jax.value_and_grad(loss, has_aux=True)
+
+    def step(
+        params: Params,
+        opt_state: optax.OptState,
+        batch: Batch,
+        dropout_key: Key[Array, ""] | None = None,
+    ) -> tuple[Params, optax.OptState, Metrics]:
+        valid = jnp.sum(batch.labels != IGNORE_INDEX, dtype=jnp.int32)
+        count = jnp.maximum(valid, 1)
+        micro_batches = batch.labels.shape[0]
+        keys = None if dropout_key is None else jax.random.split(dropout_key, micro_batches)
+
+        def run(index: Any) -> Any:
+            part, key = jax.tree.map(lambda x: x[index], (batch, keys))
+            (_, losses), gradients = gradient(params, part, count, key)
+            return losses, gradients
+
+        if micro_batches == 1:
+            (ce_loss, z), gradients = run(0)
+        else:
+
+            def accumulate(sums: Any, index: Array) -> tuple[Any, None]:
+                return jax.tree.map(lambda a, b: a + b.astype(a.dtype), sums, run(index)), None
+
+            shapes = jax.eval_shape(run, 0)
+            # a sum in bfloat16 takes up nothing that is less than 1/512 of it
+            zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, working_dtype(x.dtype)), shapes)
+            sums, _ = jax.lax.scan(accumulate, zeros, jnp.arange(micro_batches))
+            (ce_loss, z), gradients = jax.tree.map(lambda a, x: a.astype(x.dtype), sums, shapes)
+        # optax mixes integers with floats
+        with jax.numpy_dtype_promotion("standard"):
+            updates, opt_state = optimizer.update(gradients, opt_state, params)
+        metrics = Metrics(ce_loss, z, global_norm(gradients), valid)
+        return optax.apply_updates(params, updates), opt_state, metrics
+
+    return step
+
+
+def batch_loss(
+    graphdef: nnx.GraphDef,
+    params: Params,
+    batch: Batch,
+    compute_dtype: Any,
+    z_loss: float | None,
+    dropout_key: Key[Array, ""] | None,
+    **forward: Any,
+) -> Any:
+    """The summed losses (`LossOutput`) of one micro-batch, whose arrays are [rows, seq]."""
+    cast = jax.tree.map(lambda leaf: leaf.astype(compute_dtype), params)
+    model = nnx.merge(graphdef, cast)
+    decoded = model.model(
+        batch.input_ids,
+        position_ids=batch.position_ids,
+        segment_ids=batch.segment_ids,
+        dropout_key=dropout_key,
+        **forward,
+    )
+    return fused_linear_cross_entropy(
+        decoded.last_hidden_state,
+        model.head_weight,
+        batch.labels,
+        vocab_axis=0,
+        reduction="sum",
+        z_loss=z_loss,
+    )
+
+
+def make_evaluation(
+    graphdef: nnx.GraphDef, *, compute_dtype: Any, **forward: Any
+) -> Callable[[Params, Batch], tuple[Float[Array, ""], Int[Array, ""]]]:
+    """`evaluate(params, batch)`: the summed cross-entropy and the number of tokens, micro by micro."""
+
+    def evaluate(params: Params, batch: Batch) -> tuple[Array, Array]:
+        def one(part: Batch) -> tuple[Array, Array]:
+            out = batch_loss(graphdef, params, part, compute_dtype, None, None, **forward)
+            return out.ce_loss, out.num_tokens
+
+        losses, counts = jax.lax.map(one, batch)
+        return jnp.sum(losses), jnp.sum(counts)
+
+    return evaluate

@@ -1,0 +1,258 @@
+"""Checkpoints of a run, by Orbax: asynchronous, atomic, for any mesh, and checked when they are read."""
+
+import json
+import os
+import warnings
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import orbax.checkpoint as ocp
+from jax.tree_util import keystr
+
+from llama_jax.checkpoints.fingerprint import fingerprint
+from llama_jax.checkpoints.orbax import require_utf8
+from llama_jax.formatting import first_line
+
+FOLDER = "checkpoints"
+CHUNK_BYTES = 2**26
+
+
+class Restored(NamedTuple):
+    """What a checkpoint holds; `step` steps are done."""
+
+    step: int
+    params: Any
+    opt_state: Any
+
+
+def open_manager(
+    run: Path, *, keep_last: int, keep_every: int | None, read_only: bool = False
+) -> ocp.CheckpointManager:
+    """Orbax's manager of the run's checkpoints. Raises ValueError for a path that is not UTF-8."""
+    require_utf8(run)
+    options = ocp.CheckpointManagerOptions(
+        max_to_keep=None if read_only else keep_last,
+        keep_period=keep_every,
+        read_only=read_only,
+        create=not read_only,
+        enable_async_checkpointing=not read_only,
+    )
+    return ocp.CheckpointManager((run / FOLDER).absolute(), options=options)
+
+
+def require_place(run: Path) -> None:
+    """Raise ValueError for a folder in which Orbax would save what it could not read again.
+
+    It looks for its files by a glob of their whole path, in which `[x]` does not match itself, and
+    TensorStore takes a backslash for a slash.
+    """
+    require_utf8(run)
+    path = os.path.abspath(run)
+    if "\\" in path or not fnmatchcase(path, path):
+        raise ValueError(
+            f"{run}: Orbax cannot save under a path with brackets or a backslash, choose another --out"
+        )
+
+
+def save(
+    manager: ocp.CheckpointManager, step: int, params: Any, opt_state: Any, facts: dict[str, Any]
+) -> None:
+    """Begin to save; the arrays may be donated when this returns.
+
+    Args:
+        facts: JSON to keep beside: configuration, seed, position in the data.
+
+    Raises:
+        ValueError: numbers that are not finite; this save fails, or an earlier one did (the disk is full).
+    """
+    if not _all_finite(jax.tree.leaves((params, opt_state))):
+        raise ValueError(
+            f"step {step}: found parameters or optimizer state that are not finite, expected finite "
+            "numbers: try a lower --optimizer.learning-rate; earlier checkpoints are kept"
+        )
+    kept = facts | {"step": step, "fingerprints": fingerprints((params, opt_state))}
+    try:
+        # later ones were passed over as damaged when the run was resumed; Orbax would keep them as the
+        # newest, and save nothing before them
+        for later in manager.all_steps():
+            if later >= step:
+                manager.delete(later)
+        manager.save(
+            step,
+            args=ocp.args.Composite(
+                params=ocp.args.StandardSave(params, _in_chunks(params)),
+                opt_state=ocp.args.StandardSave(opt_state, _in_chunks(opt_state)),
+                facts=ocp.args.JsonSave(kept),
+            ),
+        )
+    except Exception as error:
+        raise _save_failed(error) from error
+
+
+def _in_chunks(tree: Any) -> Any:
+    """Stored layer by layer where a stack is large, so that whoever converts it need not hold all of it."""
+    return jax.tree.map(
+        lambda leaf: ocp.SaveArgs(
+            chunk_byte_size=CHUNK_BYTES, shard_axes=(0,) if leaf.ndim else ()
+        ),
+        tree,
+    )
+
+
+def wait(manager: ocp.CheckpointManager) -> None:
+    """Return when everything saved is on disk. Raises ValueError where that failed."""
+    try:
+        manager.wait_until_finished()
+    except Exception as error:
+        raise _save_failed(error) from error
+
+
+def restore(
+    manager: ocp.CheckpointManager,
+    params: Any,
+    opt_state: Any,
+    step: int | None = None,
+    *,
+    model: dict[str, Any] | None = None,
+) -> Restored | None:
+    """The newest checkpoint that is whole, or that of `step`; None where there is none.
+
+    Args:
+        params, opt_state: abstract arrays that say where everything goes, on whatever mesh.
+        model: the fact of that name, which checkpoints must have been saved with.
+
+    Raises:
+        ValueError: no checkpoint of that step, none that is whole, or one of another model or with another
+            optimizer's state.
+
+    Warns:
+        UserWarning: a damaged checkpoint is passed over for the one before.
+    """
+    steps = sorted(manager.all_steps(), reverse=True)
+    if not steps:
+        return None
+    if step is not None:
+        if step not in steps:
+            shown = ", ".join(map(str, sorted(steps)))
+            raise ValueError(f"step: found {step}, expected one of {shown}")
+        steps = [step]
+    for candidate in steps:
+        try:
+            if model is not None:
+                _require_same_model(manager, candidate, model)
+            _require_same_state(manager, candidate, opt_state)
+            restored, expected = _read_step(manager, candidate, params, opt_state)
+            if fingerprints((restored.params, restored.opt_state)) == expected:
+                return restored
+            fault = "its arrays are not what was saved"
+        except _AnotherRunError:
+            raise
+        except Exception as error:  # Orbax and TensorStore raise whatever the damage leads them to
+            fault = first_line(error)
+            if jax.process_count() > 1:
+                # the others may have read their parts, and wait for this one within Orbax
+                raise ValueError(
+                    f"{manager.directory}: the checkpoint of step {candidate} is damaged ({fault}): go on "
+                    "with one process, which passes it over, or remove it"
+                ) from None
+        warnings.warn(
+            f"{manager.directory}: the checkpoint of step {candidate} is damaged ({fault}); it is passed "
+            "over",
+            stacklevel=2,
+        )
+    raise ValueError(f"{manager.directory}: found no checkpoint that is whole, expected one")
+
+
+def restore_params(manager: ocp.CheckpointManager, params: Any, step: int) -> Any:
+    """The parameters alone of the checkpoint of `step`. `params` as in `restore`."""
+    items = ocp.args.Composite(
+        params=ocp.args.StandardRestore(params), facts=ocp.args.JsonRestore()
+    )
+    restored = manager.restore(step, args=items)
+    found = fingerprints(restored["params"])
+    # parameters come first, see `save`
+    if found != restored["facts"]["fingerprints"][: len(found)]:
+        raise ValueError(f"{manager.directory}: step {step}: parameters are not what was saved")
+    return restored["params"]
+
+
+class _AnotherRunError(ValueError):
+    """Not damage, which is passed over: nothing in this folder will fit."""
+
+
+def _require_same_model(manager: ocp.CheckpointManager, step: int, model: dict[str, Any]) -> None:
+    saved = facts_of(manager, step)["model"]
+    given = json.loads(json.dumps(model))  # as `saved` has been through JSON
+    if saved != given:
+        faults = [
+            f"{name}: found {given.get(name)}, expected {saved.get(name)}"
+            for name in sorted(saved.keys() | given.keys())
+            if saved.get(name) != given.get(name)
+        ]
+        raise _AnotherRunError(
+            f"{manager.directory}: the checkpoint of step {step} is of another model than config.json: "
+            + "; ".join(faults)
+        )
+
+
+def _require_same_state(manager: ocp.CheckpointManager, step: int, opt_state: Any) -> None:
+    """That the optimizer's state has the arrays of `opt_state`: another version's may have others."""
+    path = Path(manager.directory) / str(step) / "opt_state"
+    with ocp.StandardCheckpointer() as reader:
+        tree = reader.metadata(path).item_metadata.tree
+    saved = {leaf.name: tuple(leaf.shape) for leaf in jax.tree.leaves(tree)}
+    flat, _ = jax.tree_util.tree_flatten_with_path(opt_state)
+    wanted = {keystr(at, simple=True, separator="."): tuple(leaf.shape) for at, leaf in flat}
+    if saved and saved != wanted:
+        raise _AnotherRunError(
+            f"{manager.directory}: the checkpoint of step {step} has the optimizer state of another "
+            "version of this program: `python -m train export` its weights and begin a new run from them "
+            "with --model.init-from"
+        )
+
+
+@jax.jit
+def _all_finite(leaves: list[Any]) -> Any:
+    numbers = [leaf for leaf in leaves if jnp.issubdtype(leaf.dtype, jnp.inexact)]
+    return jnp.all(jnp.stack([jnp.all(jnp.isfinite(leaf)) for leaf in numbers]))
+
+
+def fingerprints(tree: Any) -> list[int]:
+    """One number a leaf, see `llama_jax.checkpoints.fingerprint`."""
+    return [int(each) for each in jax.device_get(_fingerprints(jax.tree.leaves(tree)))]
+
+
+@jax.jit
+def _fingerprints(leaves: list[Any]) -> list[Any]:
+    return [fingerprint(leaf) for leaf in leaves]
+
+
+def _read_step(
+    manager: ocp.CheckpointManager, step: int, params: Any, opt_state: Any
+) -> tuple[Restored, list[int]]:
+    """What is there, and the fingerprints it must have."""
+    restored = manager.restore(
+        step,
+        args=ocp.args.Composite(
+            params=ocp.args.StandardRestore(params),
+            opt_state=ocp.args.StandardRestore(opt_state),
+            facts=ocp.args.JsonRestore(),
+        ),
+    )
+    found = Restored(step, restored["params"], restored["opt_state"])
+    return found, restored["facts"]["fingerprints"]
+
+
+def facts_of(manager: ocp.CheckpointManager, step: int) -> dict[str, Any]:
+    """What `save` was given as facts."""
+    restored = manager.restore(step, args=ocp.args.Composite(facts=ocp.args.JsonRestore()))
+    return restored["facts"]
+
+
+def _save_failed(error: Exception) -> ValueError:
+    return ValueError(
+        f"a checkpoint could not be saved ({first_line(error)}); earlier ones are kept"
+    )
