@@ -15,6 +15,7 @@ from convert import convert, info
 from convert.__main__ import main as convert_main
 from llama_jax import LlamaConfig, LlamaForCausalLM, load
 from llama_jax.checkpoints import huggingface
+from llama_jax.checkpoints.safetensors_write import SINGLE_FILE
 from llama_jax.files.foreign_weights import describe, quantization_refusal
 from llama_jax.quantization.model import quantize
 
@@ -45,8 +46,8 @@ def copied(source: Path, target: Path, **tensors: Any) -> Path:
     """The directory with other tensors, all of them or (by name) some."""
     target.mkdir()
     (target / "config.json").write_bytes((source / "config.json").read_bytes())
-    every = safetensors.numpy.load_file(source / huggingface.SINGLE_FILE) | tensors
-    safetensors.numpy.save_file(every, target / huggingface.SINGLE_FILE)
+    every = safetensors.numpy.load_file(source / SINGLE_FILE) | tensors
+    safetensors.numpy.save_file(every, target / SINGLE_FILE)
     return target
 
 
@@ -74,9 +75,7 @@ LOADERS = {
 
 @pytest.mark.parametrize("loader", LOADERS)
 def test_every_loader_compares_a_tied_head_that_is_stored_as_well(saved, tmp_path, loader):
-    embedding = safetensors.numpy.load_file(saved[True] / huggingface.SINGLE_FILE)[
-        "model.embed_tokens.weight"
-    ]
+    embedding = safetensors.numpy.load_file(saved[True] / SINGLE_FILE)["model.embed_tokens.weight"]
     same = copied(saved[True], tmp_path / "same", **{"lm_head.weight": embedding.copy()})
     LOADERS[loader](same)
     other = embedding.copy()
@@ -107,15 +106,15 @@ WRAPPERS = ["_orig_mod.", "module.", "module._orig_mod.", "model.", "base_model.
 @pytest.mark.parametrize("loader", ["from_pretrained", "load_params", "convert"])
 @pytest.mark.parametrize("wrapper", WRAPPERS)
 def test_what_wraps_every_name_is_taken_off(saved, tmp_path, wrapper, loader):
-    before = safetensors.numpy.load_file(saved[False] / huggingface.SINGLE_FILE)
+    before = safetensors.numpy.load_file(saved[False] / SINGLE_FILE)
     (tmp_path / "w").mkdir()
     (tmp_path / "w/config.json").write_bytes((saved[False] / "config.json").read_bytes())
     named = {wrapper + name: values for name, values in before.items()}
-    safetensors.numpy.save_file(named, tmp_path / "w" / huggingface.SINGLE_FILE)
+    safetensors.numpy.save_file(named, tmp_path / "w" / SINGLE_FILE)
     found = LOADERS[loader](tmp_path / "w")
     if loader == "convert":
         assert any(wrapper.split(".")[0] in note for note in info(tmp_path / "w")["notes"])
-        after = safetensors.numpy.load_file(found / huggingface.SINGLE_FILE)
+        after = safetensors.numpy.load_file(found / SINGLE_FILE)
         assert after.keys() == before.keys()
     else:
         params = nnx.to_pure_dict(nnx.state(found)) if loader == "from_pretrained" else found
@@ -125,22 +124,20 @@ def test_what_wraps_every_name_is_taken_off(saved, tmp_path, wrapper, loader):
 
 def test_wrappers_within_names(saved, tmp_path):
     """FSDP and activation checkpointing name the layers that they wrap."""
-    before = safetensors.numpy.load_file(saved[True] / huggingface.SINGLE_FILE)
+    before = safetensors.numpy.load_file(saved[True] / SINGLE_FILE)
     wrapped = {
         name.replace("layers.0.", "layers.0._fsdp_wrapped_module._checkpoint_wrapped_module."): each
         for name, each in before.items()
     }
-    safetensors.numpy.save_file(
-        wrapped, copied(saved[True], tmp_path / "w") / huggingface.SINGLE_FILE
-    )
+    safetensors.numpy.save_file(wrapped, copied(saved[True], tmp_path / "w") / SINGLE_FILE)
     LlamaForCausalLM.from_pretrained(tmp_path / "w")
 
 
 def test_a_prefix_that_some_names_have_is_said(saved, tmp_path):
     directory = copied(saved[False], tmp_path / "w")
-    tensors = safetensors.numpy.load_file(directory / huggingface.SINGLE_FILE)
+    tensors = safetensors.numpy.load_file(directory / SINGLE_FILE)
     mixed = {("module." if "layers" in name else "") + name: each for name, each in tensors.items()}
-    safetensors.numpy.save_file(mixed, directory / huggingface.SINGLE_FILE)
+    safetensors.numpy.save_file(mixed, directory / SINGLE_FILE)
     with pytest.raises(ValueError, match=r"some names begin with 'module\.' and others do not"):
         LlamaForCausalLM.from_pretrained(directory)
 
@@ -201,13 +198,13 @@ def test_an_adapter_beside_the_weights(saved, tmp_path):
 
 def test_lightnings_state_dict(saved, tmp_path):
     torch = pytest.importorskip("torch")
-    tensors = safetensors.numpy.load_file(saved[False] / huggingface.SINGLE_FILE)
+    tensors = safetensors.numpy.load_file(saved[False] / SINGLE_FILE)
     state = {f"model.{name}": torch.from_numpy(values) for name, values in tensors.items()}
     (tmp_path / "b").mkdir()
     (tmp_path / "b/config.json").write_bytes((saved[False] / "config.json").read_bytes())
     torch.save({"epoch": 3, "state_dict": state}, tmp_path / "b" / "pytorch_model.bin")
     convert(tmp_path / "b", tmp_path / "c")
-    after = safetensors.numpy.load_file(tmp_path / "c" / huggingface.SINGLE_FILE)
+    after = safetensors.numpy.load_file(tmp_path / "c" / SINGLE_FILE)
     assert after.keys() == tensors.keys()
 
 

@@ -203,7 +203,7 @@ def test_order_is_that_of_the_sources_and_names(tmp_path: Path) -> None:
 # Forks before anything has started a thread; each child is killed at some moment, the last is not.
 KILLER = """
 import os, random, signal, sys, time
-from train import token_shards, tokenize
+from train.data import token_shards, tokenize
 source, tokenizer, out, plain = sys.argv[1:]
 
 def child(directory, prepare):
