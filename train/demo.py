@@ -29,7 +29,7 @@ def main() -> int:
     for directory in (RUN, EXPORTED):
         shutil.rmtree(directory, ignore_errors=True)
     console.print(
-        "\n5. pretraining from nothing on the source of Python's standard library", style="bold"
+        "\n6. pretraining from nothing on the source of Python's standard library", style="bold"
     )
     begin = train(
         "run",
@@ -42,14 +42,14 @@ def main() -> int:
         return begin.returncode or 1  # it should not have ended yet
     begin.send_signal(signal.SIGKILL)
     begin.wait()
-    console.print(f"\n6. killed after step {reached()}; resumed from its checkpoint", style="bold")
+    console.print(f"\n7. killed after step {reached()}; resumed from its checkpoint", style="bold")
     if train("resume", str(RUN)).wait():
         return 1
     losses = [line["loss"] for line in read_metrics(RUN) if "loss" in line]
     console.print(
         f"loss {losses[0]:.3f} -> {losses[-1]:.3f} in {len(losses)} steps, picture: {RUN / PICTURE}"
     )
-    console.print("\n7. exported, and its loss in PyTorch", style="bold")
+    console.print("\n8. exported, and its loss in PyTorch", style="bold")
     return train("export", str(RUN), str(EXPORTED), "--verify").wait()
 
 
