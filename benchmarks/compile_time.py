@@ -11,8 +11,7 @@ import jax.numpy as jnp
 from flax import nnx
 from rich.table import Table
 
-from llama_jax import LlamaConfig, LlamaForCausalLM
-from llama_jax.cli import program
+from llama_jax import LlamaConfig, LlamaForCausalLM, formatting
 
 WIDTHS = LlamaConfig(
     vocab_size=32000,
@@ -36,7 +35,7 @@ def main() -> None:
         rounds = [[_compile_seconds(function, depth) for depth in DEPTHS] for _ in range(ROUNDS)]
         shallow, deep = (statistics.median(column) for column in zip(*rounds, strict=True))
         table.add_row(name, f"{shallow:.2f} s", f"{deep:.2f} s", f"{deep / shallow:.2f}")
-    program.console().print(table)
+    formatting.console().print(table)
 
 
 def _forward(model: LlamaForCausalLM, ids: jax.Array) -> jax.Array:

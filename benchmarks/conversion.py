@@ -17,7 +17,7 @@ from pathlib import Path
 from rich.table import Table
 
 from benchmarks.random_checkpoint import write_random
-from llama_jax.cli import program
+from llama_jax import formatting
 from llama_jax.cli.arguments import OneLineParser
 from llama_jax.presets import PRESETS
 
@@ -35,7 +35,7 @@ def main(arguments: Sequence[str] = ()) -> None:
     parser.add_argument("--preset", choices=PRESETS, default="llama-3.2-1b")
     parser.add_argument("--pairs", nargs="+", default=PAIRS, metavar="FROM-TO")
     options = parser.parse_args(arguments)
-    console = program.console(width=100)
+    console = formatting.console(width=100)
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
         made = {"hf": root / "hf"}

@@ -18,8 +18,7 @@ import numpy as np
 from rich.table import Table
 
 from benchmarks.real_checkpoint import real_checkpoint
-from llama_jax import PRESETS, LlamaForCausalLM
-from llama_jax.cli import program
+from llama_jax import PRESETS, LlamaForCausalLM, formatting
 
 PROMPT, NEW, ROUNDS = 16, 128, 3
 BATCHES = (1, 8)
@@ -79,7 +78,7 @@ def main() -> None:
                 f"{prefill:.2f} s" if prefill else "",
             )
         table.add_section()
-    console = program.console(width=110)
+    console = formatting.console(width=110)
     console.print(table)
     console.print(f"read bandwidth {size / read / 1e9:.1f} GB/s, weights {size / 1e6:.0f} MB")
 

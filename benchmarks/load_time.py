@@ -12,7 +12,7 @@ from pathlib import Path
 from rich.table import Table
 
 from benchmarks.random_checkpoint import write_random
-from llama_jax.cli import program
+from llama_jax import formatting
 from llama_jax.presets import PRESETS
 
 CONFIG = replace(PRESETS["llama-3.2-1b"], tie_word_embeddings=False)
@@ -60,7 +60,7 @@ def main() -> None:
         f"{peak / 1e9:.2f} GB",
         f"{allowed / 1e9:.2f} GB",
     )
-    program.console().print(table)
+    formatting.console().print(table)
 
 
 def measure_load(directory: Path) -> dict[str, float]:

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from rich.table import Table
 
-from llama_jax.cli import program
+from llama_jax import formatting
 from llama_jax.loss import default_chunk, fused_linear_cross_entropy
 from train.hardware.flops import product_flops
 
@@ -111,7 +111,7 @@ def main() -> None:
         errors = [f"{error:.1e}" for error in relative_errors(results[name], truth)]
         ratio = f"{statistics.median(times[name]) / base:.2f}"
         table.add_row(name, row.units, row.memory(), ratio, *errors)
-    console = program.console(width=110)
+    console = formatting.console(width=110)
     console.print(table)
     for name, reason in missing.items():
         console.print(f"left out: {name} ({reason})")

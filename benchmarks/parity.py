@@ -21,8 +21,7 @@ from rich.table import Table
 
 from benchmarks.random_checkpoint import write_random
 from benchmarks.real_checkpoint import real_checkpoint
-from llama_jax import PRESETS, LlamaConfig
-from llama_jax.cli import program as cli
+from llama_jax import PRESETS, LlamaConfig, formatting
 from llama_jax.cli.arguments import OneLineParser
 from parity_tests.report.estimate import available_memory, estimate
 from parity_tests.report.forward import forward
@@ -41,7 +40,7 @@ def main(arguments: Sequence[str] = ()) -> None:
     parser.add_argument("--presets", nargs="*", choices=PRESETS, default=PRESETS, metavar="NAME")
     options = parser.parse_args(arguments)
     transformers.logging.set_verbosity_error()
-    console, left_out = cli.console(width=110), []
+    console, left_out = formatting.console(width=110), []
     table = Table(
         title="rms logit error against the float64 oracle; "
         f"presets: {LAYERS} layers of random weights, {TOKENS} tokens",

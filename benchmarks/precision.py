@@ -21,8 +21,7 @@ import torch
 from rich.table import Table
 
 from benchmarks.real_checkpoint import real_checkpoint
-from llama_jax import LlamaForCausalLM
-from llama_jax.cli import program as cli
+from llama_jax import LlamaForCausalLM, formatting
 from llama_jax.numerics import matmul
 from parity_tests.report.metrics import errors
 from parity_tests.report.programs import oracle_layers
@@ -90,7 +89,7 @@ def main() -> None:
     for names, found in rows:
         numbers = f"{found.rms:.1e}", f"{found.kl:.1e}", f"{found.top1:.2%}", f"{found.loss:+.1e}"
         table.add_row(*names, *numbers)
-    cli.console(width=110).print(table)
+    formatting.console(width=110).print(table)
 
 
 def oracle_logits(checkpoint: Checkpoint, ids: np.ndarray) -> torch.Tensor:

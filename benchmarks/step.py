@@ -16,8 +16,7 @@ import jax
 import numpy as np
 from rich.table import Table
 
-from llama_jax import PRESETS
-from llama_jax.cli import program as cli
+from llama_jax import PRESETS, formatting
 from llama_jax.inspection.architecture import forward_flops_per_token
 from train.hardware.chips import CHIPS
 from train.options import Dtype, ModelOptions, RunOptions
@@ -184,7 +183,7 @@ def main() -> None:
             f"{row.memory / base[1]:.2f}" if base else "",
             f"{flops / median / chip.flops:.1%}" if chip else "",
         )
-    console = cli.console(width=110)
+    console = formatting.console(width=110)
     console.print(table)
     console.print(
         "MFU: 3 x tokens x (2 x weights in products + 2 x layers x heads x dim x (seq + 1)), causal"

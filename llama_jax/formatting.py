@@ -1,13 +1,12 @@
 """Text for people: sizes, errors, reports, and a console that shows strings as they are."""
 
+import re
 import threading
 import unicodedata
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from rich.console import Console
-
-import re
 
 _DECIMAL = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 

@@ -25,7 +25,7 @@ from rich.table import Table
 
 import convert
 from convert import demo_checkpoint
-from llama_jax import LlamaForCausalLM
+from llama_jax import LlamaForCausalLM, formatting
 from llama_jax.cli import program
 from llama_jax.files.json_object import read_json_object
 from llama_jax.text.tokenizer import load_tokenizer
@@ -41,7 +41,7 @@ PROMPTS = (
 )
 TOLERANCE = 1.25  # rule P2: our error against the float64 oracle is at most this times PyTorch's
 
-console = program.console()
+console = formatting.console()
 
 
 def main() -> int:

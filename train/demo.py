@@ -15,13 +15,14 @@ import sys
 import time
 from pathlib import Path
 
+from llama_jax import formatting
 from llama_jax.cli import program
 from train.monitoring.metrics_log import PICTURE, read_metrics
 
 RUN, EXPORTED = Path("runs/demo"), Path("runs/demo-hf")
 STEPS, EVERY, KILLED_AFTER = 240, 60, 90
 
-console = program.console()
+console = formatting.console()
 
 
 def main() -> int:

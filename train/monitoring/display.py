@@ -8,7 +8,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from llama_jax.cli import program
+from llama_jax import formatting
 
 _SECONDS_BETWEEN_LINES = 10.0
 
@@ -45,7 +45,7 @@ class Display:
 @contextmanager
 def display(steps: int, done: int, *, silent: bool) -> Iterator[Display]:
     """A `Display` of a run of `steps`, `done` of them done."""
-    console = program.console(stderr=True, soft_wrap=True)
+    console = formatting.console(stderr=True, soft_wrap=True)
     if silent or not console.is_terminal:
         yield Display(console, None, None, silent)
         return

@@ -8,7 +8,7 @@ from typing import Any
 
 from rich.console import Console
 
-from llama_jax.cli import program
+from llama_jax import formatting
 from llama_jax.files.staging import replacing, write_text
 from llama_jax.inspection.architecture import parameter_count
 from train.data.sources import model_config
@@ -40,7 +40,7 @@ def run_plan(
     config = model_config(options.model, None, options.sequence_length)
     devices = _devices(topology, host_devices)
     options = with_defaults(options, devices[0].platform)
-    console = program.console(soft_wrap=True)
+    console = formatting.console(soft_wrap=True)
     model, parts = options.model, options.micro_batches
     console.print(
         f"{parameter_count(config):,} parameters, {model.compute_dtype} over {model.parameter_dtype}; "

@@ -21,6 +21,7 @@ from rich.progress import Progress
 from rich.table import Table
 from tokenizers import Tokenizer, models
 
+from llama_jax import formatting
 from llama_jax.__main__ import main
 from llama_jax.cli import program
 from llama_jax.cli.program import one_line, run_program
@@ -187,7 +188,7 @@ SHOWN = r"run[final] [/b] [bold]x[/bold] :smile: [link=x] \x1b[31m"
 @pytest.fixture
 def terminal(monkeypatch: pytest.MonkeyPatch) -> tuple[Any, io.StringIO]:
     file = io.StringIO()
-    return program.console(file=file, width=100, force_terminal=True, color_system=None), file
+    return formatting.console(file=file, width=100, force_terminal=True, color_system=None), file
 
 
 def test_text_is_shown_as_it_is(terminal: tuple[Any, io.StringIO]) -> None:
@@ -223,7 +224,7 @@ def test_a_closed_pipe_under_a_redrawing_thread(monkeypatch: pytest.MonkeyPatch)
     with os.fdopen(writer, "w") as broken:
 
         def command() -> None:
-            console = program.console(file=broken, force_terminal=True)
+            console = formatting.console(file=broken, force_terminal=True)
             with Progress(console=console, refresh_per_second=100) as progress:
                 progress.add_task("x", total=10)
                 time.sleep(0.1)
