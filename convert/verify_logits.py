@@ -1,7 +1,7 @@
 """`--verify`: logits of what was written, in JAX, beside PyTorch's of what was read.
 
-The tolerance is derived (rule P2): both are compared with the same model in float64, and the error here may
-be at most 1.25 times PyTorch's.
+Both are compared with the same model in float64; the error here may be at most `ROUNDING_RATIO` times
+PyTorch's (docs/parity.md, P2).
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from convert.checkpoint import Checkpoint
 from convert.estimate import available_memory
 from llama_jax import LlamaConfig, LlamaForCausalLM
 from llama_jax.checkpoints import huggingface
+from parity_tests.reference.tolerances import ROUNDING_RATIO
 
-TOLERANCE = 1.25
 _TOKENS = 512
 _TEXT = Path(__file__).resolve().parent.parent / "LICENSE"
 _BYTES_PER_PARAMETER = 20  # twice in float32, once in float64, and a tensor on its way
@@ -62,7 +62,7 @@ def compare_logits(
     ones were.
 
     Raises:
-        ValueError: the error is more than 1.25 times PyTorch's.
+        ValueError: the error is more than `ROUNDING_RATIO` times PyTorch's.
     """
     import torch
 
@@ -86,10 +86,10 @@ def compare_logits(
     ours = huggingface.from_hf_tensors(LlamaForCausalLM, config, _Tensors(written), jnp.float32)
     logits = jax.jit(lambda model, ids: model(ids).logits)(ours, jnp.asarray(ids))
     found = Comparison(ids.size, rms_error([logits], [exact]), rms_error([reference], [exact]))
-    if not found.ours <= TOLERANCE * found.torch:
+    if not found.ours <= ROUNDING_RATIO * found.torch:
         raise ValueError(
             f"{source}: logits of what was written are {found.ours:.2e} from float64, PyTorch's "
-            f"{found.torch:.2e}; expected at most {TOLERANCE} times that"
+            f"{found.torch:.2e}; expected at most {ROUNDING_RATIO} times that"
         )
     return found
 

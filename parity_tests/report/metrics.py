@@ -13,9 +13,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-_BLOCK = 1 << 17  # elements whose errors are formed at once, in the processor's cache
+from parity_tests.reference.tolerances import ROUNDING_RATIO
 
-TOLERANCE = 1.25  # rules P2 and P3: at most this times the error of the program it is measured by
+_BLOCK = 1 << 17  # elements whose errors are formed at once, in the processor's cache
 
 
 class Errors(NamedTuple):
@@ -48,7 +48,7 @@ class Compared(NamedTuple):
 
 def allowed(theirs: float, unit: float) -> float:
     """The largest rms error that is no drift: the yardstick's, or one correct rounding."""
-    return max(TOLERANCE * theirs, unit / 2)
+    return max(ROUNDING_RATIO * theirs, unit / 2)
 
 
 class Kind(NamedTuple):

@@ -3,7 +3,8 @@
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from parity_tests.report.metrics import TOLERANCE, Compared, kinds, pooled
+from parity_tests.reference.tolerances import ROUNDING_RATIO
+from parity_tests.report.metrics import Compared, kinds, pooled
 from parity_tests.report.outputs import Outputs, Predictions
 
 
@@ -39,8 +40,8 @@ def checks(
     def losses(of: Predictions) -> float:
         return pooled(of.losses - truth.losses)
 
-    bound = TOLERANCE * losses(theirs) + unit * pooled(truth.losses) / 2
-    margin = 2 * TOLERANCE * outputs.theirs.worst
+    bound = ROUNDING_RATIO * losses(theirs) + unit * pooled(truth.losses) / 2
+    margin = 2 * ROUNDING_RATIO * outputs.theirs.worst
     chosen = (ours.top1 != truth.top1) & (outputs.margin > margin)
     rms = "rms error"
     return [
@@ -52,7 +53,10 @@ def checks(
         ),
         Check("losses", f"{rms} of positions' losses", losses(ours), bound),
         Check(
-            "KL", "mean KL", float(ours.kl.mean()), TOLERANCE**2 * float(theirs.kl.mean()) + unit**2
+            "KL",
+            "mean KL",
+            float(ours.kl.mean()),
+            ROUNDING_RATIO**2 * float(theirs.kl.mean()) + unit**2,
         ),
         Check("top-1", "choices that no rounding explains", float(chosen.sum()), 0.0),
         *(

@@ -45,13 +45,13 @@ def test_it_is_the_preset(both):
         assert getattr(ours.config, field) == getattr(preset, field)
 
 
-def test_p2_on_real_text(directory, both, capsys):
+def test_logits_on_real_text(directory, both, capsys):
     text = " ".join((transformers.LlamaModel.__doc__ or "", str(transformers.LlamaConfig.__doc__)))
     ids = np.asarray([load_tokenizer(directory).encode(text).ids[:256]])
     assert compare(*both, read_json_object(directory / "config.json"), ids)
 
 
-def test_p6_greedy_tokens_with_and_without_left_padding(directory, both):
+def test_greedy_tokens_with_and_without_left_padding(directory, both):
     ours, theirs = both
     tokenizer = load_tokenizer(directory)
     rows = [

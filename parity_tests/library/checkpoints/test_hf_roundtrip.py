@@ -1,4 +1,4 @@
-"""P7: a Hugging Face directory goes through ours and comes out the same, bit for bit."""
+"""A Hugging Face directory goes through ours and comes out the same, bit for bit."""
 
 import json
 import math

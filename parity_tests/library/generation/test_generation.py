@@ -1,4 +1,4 @@
-"""P6: greedy tokens equal Hugging Face's `generate`; cached logits equal uncached ones."""
+"""Greedy tokens equal Hugging Face's `generate`; cached logits equal uncached ones."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,8 +15,8 @@ from llama_jax.generation import loop
 from parity_tests.harness.cases import BY_NAME, Config, hf_model, weights_of
 from parity_tests.harness.own_process import lines_of
 from parity_tests.harness.programs import FAST_COMPILE, our_model
-from parity_tests.library.models.test_model import P1
 from parity_tests.reference.errors import relative_error
+from parity_tests.reference.tolerances import FLOAT64_BAR
 
 NEW = 12
 
@@ -127,7 +127,7 @@ def test_cached_logits_equal_uncached_ones(name: str) -> None:
                 parts.append(out.logits)
                 cache = out.cache
             assert int(cache.length) == 10
-            assert relative_error(jnp.concatenate(parts, axis=1), whole) <= P1, sizes
+            assert relative_error(jnp.concatenate(parts, axis=1), whole) <= FLOAT64_BAR, sizes
 
 
 def test_generation_is_the_argmax_of_uncached_logits() -> None:

@@ -11,6 +11,7 @@ import torch
 
 from llama_jax.loss import fused_linear_cross_entropy
 from parity_tests.reference.errors import relative_error
+from parity_tests.reference.tolerances import FLOAT64_BAR, ROUNDING_RATIO
 from train.hardware.flops import product_flops
 
 TOKENS, HIDDEN, VOCAB = 37, 8, 23  # a prime vocabulary, a last chunk that is not full
@@ -74,7 +75,7 @@ def test_it_is_the_plain_formula_in_float64(name, reduction, mode):
     assert out.num_tokens == (labels != -100).sum()
     np.testing.assert_allclose(out.loss, out.ce_loss + out.z_loss, rtol=1e-12)
     for key in gradients:
-        assert relative_error(gradients[key], wanted[key]) <= 1e-11, key
+        assert relative_error(gradients[key], wanted[key]) <= FLOAT64_BAR, key
 
 
 @pytest.mark.parametrize("frozen", ["hidden", "kernel", "bias", "scale", "weights"])
@@ -86,7 +87,7 @@ def test_each_argument_frozen_in_turn(frozen, reduction):
         _, gradients = run(given, labels, wrt, reduction=reduction, chunk=CHUNK, z_loss=0.01)
         _, wanted = run(given, labels, wrt, reduction=reduction, mode="reference", z_loss=0.01)
     for key in wrt:
-        assert relative_error(gradients[key], wanted[key]) <= 1e-11, key
+        assert relative_error(gradients[key], wanted[key]) <= FLOAT64_BAR, key
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
@@ -179,7 +180,7 @@ def test_the_chunk_changes_nothing_but_rounding(chunk):
         want, wanted = run(given, labels, list(given), mode="reference")
     np.testing.assert_allclose(out.loss, want.loss, rtol=1e-12)
     for key in gradients:
-        assert relative_error(gradients[key], wanted[key]) <= 1e-11
+        assert relative_error(gradients[key], wanted[key]) <= FLOAT64_BAR
 
 
 def test_one_token_and_leading_dimensions():
@@ -494,4 +495,4 @@ def test_float32_is_as_exact_as_the_naive_loss():
             )
     ours, naive = (np.sqrt(np.sum(errors[name], axis=0)) for name in ("auto", "naive"))
     assert (ours[1:] <= 1.02 * naive[1:]).all()  # the same products, in another order
-    assert ours[0] <= 1.25 * naive[0]  # one number a seed
+    assert ours[0] <= ROUNDING_RATIO * naive[0]  # one number a seed

@@ -1,7 +1,7 @@
-"""P4: norm, rotary embedding, attention, MLP and one decoder layer, each proved before the whole.
+"""Norm, rotary embedding, attention, MLP and one decoder layer, each checked by itself.
 
 In float64 against the oracle, module by module on the oracle's inputs; in float32 against Hugging
-Face's own module, whose distance from the oracle ours may not exceed.
+Face's own module, whose distance from the oracle ours may not exceed. Rule P4 of docs/parity.md.
 """
 
 import jax
@@ -16,9 +16,9 @@ from llama_jax.attention.plain import dot_product_attention
 from llama_jax.models import layers
 from llama_jax.numerics import activations, rope
 from parity_tests.harness.cases import BY_NAME, ROPES, Case, hf_config, inputs_of, weights_of
-from parity_tests.library.models.test_model import P1, P2
 from parity_tests.reference import oracle
 from parity_tests.reference.errors import relative_error, rms_error
+from parity_tests.reference.tolerances import FLOAT64_BAR, ROUNDING_RATIO
 from parity_tests.report.walk import drifts
 
 # Between them every module in every form; the rotary types follow below, one by one.
@@ -43,7 +43,7 @@ MODULES = [
 def test_every_module_equals_the_oracle(name: str) -> None:
     case = BY_NAME[name]
     errors = drifts(case.config, weights_of(case.config), inputs_of(case.inputs, case.config))
-    assert {n for n, error in errors.items() if not error <= P1} == set()
+    assert {n for n, error in errors.items() if not error <= FLOAT64_BAR} == set()
 
 
 @pytest.mark.parametrize("name", sorted(oracle.ACTIVATIONS))
@@ -56,9 +56,9 @@ def test_activations(name: str) -> None:
     with jax.enable_x64(True):
         got, pullback = jax.vjp(activations.ACTIVATIONS[name], jnp.asarray(x))
         (our_slope,) = pullback(jnp.ones_like(got))
-    assert relative_error(got, want) <= P1
+    assert relative_error(got, want) <= FLOAT64_BAR
     corners = np.isin(x, [-10, -3, 0, 3, 6, 10])  # two programs may choose either side's slope
-    assert relative_error(np.asarray(our_slope)[~corners], slope[~corners]) <= P1
+    assert relative_error(np.asarray(our_slope)[~corners], slope[~corners]) <= FLOAT64_BAR
 
 
 def test_activations_are_all_there() -> None:
@@ -101,7 +101,7 @@ def test_cos_and_sin(case: Case, jit: bool) -> None:
             want = oracle.cos_sin(case.config, torch.from_numpy(positions))
             got = tables(positions)
             for ours, theirs in zip(got, want, strict=True):
-                assert relative_error(ours, theirs) <= P1, f"last position {last}"
+                assert relative_error(ours, theirs) <= FLOAT64_BAR, f"last position {last}"
 
 
 @pytest.mark.parametrize("last", [range(16, 64), range(5000, 9000, 97)], ids=["near", "far"])
@@ -117,7 +117,7 @@ def test_cos_and_sin_in_float32(case: Case, last: range) -> None:
             torch.zeros(1), torch.from_numpy(positions)
         )
         ours += run(positions)
-    assert rms_error(ours, truth) <= P2 * rms_error(theirs, truth)
+    assert rms_error(ours, truth) <= ROUNDING_RATIO * rms_error(theirs, truth)
 
 
 @pytest.mark.parametrize("case", ROPES, ids=repr)
@@ -128,7 +128,7 @@ def test_inverse_frequencies_and_factor(case: Case) -> None:
         got, our_factor = rope.inverse_frequencies(
             config.rope, config.head_size, config.max_position_embeddings, last + 1
         )
-        assert relative_error(got, want) <= P1
+        assert relative_error(got, want) <= FLOAT64_BAR
         assert our_factor == pytest.approx(factor, rel=1e-15)
 
 

@@ -8,6 +8,7 @@ import torch
 
 from llama_jax.numerics.matmul import einsum
 from parity_tests.reference.errors import rms_error
+from parity_tests.reference.tolerances import ROUNDING_RATIO
 
 SPECS = ["ti,oi->to", "bqngd,bknd->bngqk", "bngqk,bknd->bqngd", "bsh,vh->bsv"]
 SIZES = dict(zip("tiobqngdkshv", (3, 5, 4, 2, 3, 2, 2, 4, 5, 3, 6, 7), strict=True))
@@ -51,11 +52,11 @@ def test_operands_of_two_dtypes_are_an_error():
 @pytest.mark.parametrize("rows", [4, 64])
 @pytest.mark.parametrize(("depth", "width"), [(576, 1536), (1536, 576), (2048, 512), (4096, 256)])
 def test_float32_rounds_no_more_than_torch_at_real_widths(rows, depth, width):
-    """Rule P2 for one product. XLA's own product on the CPU is at 1.5 here."""
+    """One matmul. XLA's own on the CPU has a ratio of 1.5 here."""
     rng = np.random.default_rng(0)
     a = rng.standard_normal((rows, depth)).astype(np.float32)
     b = rng.standard_normal((width, depth)).astype(np.float32)
     truth = a.astype(np.float64) @ b.astype(np.float64).T
     ours = rms_error([np.asarray(jax.jit(lambda a, b: einsum("ti,oi->to", a, b))(a, b))], [truth])
     theirs = rms_error([(torch.from_numpy(a) @ torch.from_numpy(b).T).numpy()], [truth])
-    assert ours <= 1.25 * theirs
+    assert ours <= ROUNDING_RATIO * theirs

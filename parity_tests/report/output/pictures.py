@@ -9,8 +9,8 @@ from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from parity_tests.reference.tolerances import ROUNDING_RATIO
 from parity_tests.report.metrics import (
-    TOLERANCE,
     Compared,
     allowed,
     first_to_drift,
@@ -34,7 +34,7 @@ def pictures(report: Report) -> Iterator[tuple[str, str, bytes]]:
     )
     yield (
         "Error through the modules",
-        f"In forward order. The dotted line is the tolerance, {TOLERANCE} x {report.theirs}.",
+        f"In forward order. The dotted line is the tolerance, {ROUNDING_RATIO} x {report.theirs}.",
         _through(report, report.modules, "module"),
     )
     yield (

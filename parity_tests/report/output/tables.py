@@ -8,8 +8,8 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
+from parity_tests.reference.tolerances import ROUNDING_RATIO
 from parity_tests.report.metrics import (
-    TOLERANCE,
     Compared,
     as_json,
     first_to_drift,
@@ -101,7 +101,7 @@ def conclusions(report: Report) -> list[str]:
     verdict = "holds" if report.holds else "does NOT hold"
     lines.append(
         f"the derived tolerance {verdict}: errors of {report.ours} against the float64 oracle are "
-        f"{'' if report.holds else 'not '}at most {TOLERANCE} x those of {report.theirs}"
+        f"{'' if report.holds else 'not '}at most {ROUNDING_RATIO} x those of {report.theirs}"
     )
     lines.append(f"took {report.seconds:.0f} s and {report.peak / 1e9:.1f} GB at its peak")
     return lines
@@ -154,7 +154,7 @@ def to_json(report: Report) -> Mapping[str, Any]:
         "dtype": report.dtype,
         "tokens": report.length,
         "backward_tokens": report.backward_length,
-        "tolerance": TOLERANCE,
+        "tolerance": ROUNDING_RATIO,
         "holds": report.holds,
         "first_module_to_drift": first_to_drift(report.modules),
         "first_gradient_to_drift": first_to_drift(report.parameters),
