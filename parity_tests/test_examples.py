@@ -11,7 +11,7 @@ from flax import nnx
 from jax.experimental.compilation_cache import compilation_cache
 
 from llama_jax import PRESETS, LlamaForCausalLM
-from parity_tests.harness.own_process import ROOT
+from parity_tests.harness.child_process import ROOT
 
 FOLDER = ROOT / "examples"
 TEXT = "the quick brown fox jumps over the lazy dog and runs away from the old bear\n"

@@ -15,7 +15,7 @@ from flax import nnx
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from llama_jax import LlamaConfig, LlamaForCausalLM
-from parity_tests.harness.own_process import ROOT
+from parity_tests.harness.child_process import ROOT
 
 README = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```", README, re.MULTILINE | re.DOTALL)

@@ -24,7 +24,7 @@ from convert.demo_checkpoint import FILE, cache_directory
 from llama_jax.cli.arguments import size_argument
 from parity_tests.convert.formats.gguf.test_gguf_tokenizer import byte_level_fields
 from parity_tests.convert.formats.gguf.tiny_gguf import same, tiny_gguf, tiny_model
-from parity_tests.harness.own_process import ROOT
+from parity_tests.harness.child_process import ROOT
 
 
 @pytest.fixture

@@ -32,7 +32,7 @@ from convert.formats.registry import FORMATS
 from llama_jax import LlamaForCausalLM
 from llama_jax.checkpoints.safetensors_write import TensorSpec, write_safetensors
 from parity_tests.convert.formats.gguf.tiny_gguf import same, tiny_model
-from parity_tests.harness.own_process import ROOT
+from parity_tests.harness.child_process import ROOT
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 HEADS = {"MHA": (4, 4), "GQA": (4, 2), "MQA": (4, 1)}

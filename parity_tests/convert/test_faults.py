@@ -18,7 +18,7 @@ import convert
 from convert import record
 from convert.formats.registry import FORMATS
 from parity_tests.convert.formats.gguf.tiny_gguf import tiny_model
-from parity_tests.harness.own_process import ROOT
+from parity_tests.harness.child_process import ROOT
 from parity_tests.reference.tolerances import ROUNDING_RATIO
 
 EMBEDDING = "model.embed_tokens.weight"

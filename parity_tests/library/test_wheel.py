@@ -6,7 +6,7 @@ import zipfile
 
 import pytest
 
-from parity_tests.harness.own_process import ROOT
+from parity_tests.harness.child_process import ROOT
 
 FORWARD = """
 import sys

@@ -16,7 +16,7 @@ import numpy as np
 import tyro
 
 from llama_jax.config import LlamaConfig
-from parity_tests.harness.own_process import ROOT
+from parity_tests.harness.child_process import ROOT
 from parity_tests.train.corpus import EOS, token_directory, word_tokenizer
 from train.monitoring.metrics_log import TIMES, read_metrics
 from train.options import FILE as RUN_FILE

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from parity_tests.harness.own_process import ROOT
+from parity_tests.harness.child_process import ROOT
 from parity_tests.train.corpus import word_tokenizer
 from train import __main__ as program
 from train.__main__ import main

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from parity_tests.harness.own_process import lines_of
+from parity_tests.harness.child_process import output_lines
 
 MESHES = [
     *("data8", "tensor4", "tensor4-kv2", "tensor4-heads6", "sequence4", "fsdp2-sequence2-tensor2"),
@@ -13,7 +13,7 @@ MESHES = [
 
 @pytest.fixture(scope="module")
 def results():
-    rows = list(map(json.loads, lines_of("workers.sharded_attention")))
+    rows = list(map(json.loads, output_lines("workers.sharded_attention")))
     return {row["case"]: row["errors"] for row in rows}
 
 

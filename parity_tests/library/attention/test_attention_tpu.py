@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-from parity_tests.harness.own_process import lines_of
+from parity_tests.harness.child_process import output_lines
 
 CASES = [
     *("data4-dim64", "data2-tensor2-packed", "sequence4-packed", "sequence2-tensor2-float32"),
@@ -26,7 +26,7 @@ pytestmark = pytest.mark.skipif(
 
 @pytest.fixture(scope="module")
 def results():
-    rows = list(map(json.loads, lines_of("workers.tpu_attention", env=ABSENT)))
+    rows = list(map(json.loads, output_lines("workers.tpu_attention", env=ABSENT)))
     return {row["case"]: row["kernels"] for row in rows}
 
 

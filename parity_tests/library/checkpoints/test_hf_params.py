@@ -11,7 +11,7 @@ from safetensors.numpy import load_file, save_file
 from llama_jax import LlamaConfig, LlamaForCausalLM
 from llama_jax.checkpoints.huggingface import load_params
 from llama_jax.checkpoints.safetensors_read import read_header, read_slice
-from parity_tests.harness.own_process import lines_of
+from parity_tests.harness.child_process import output_lines
 from train.options import RunOptions
 from train.program.build import run_program
 
@@ -34,7 +34,7 @@ def directory(tmp_path_factory):
 
 
 def test_each_device_reads_its_part(directory):
-    lines_of("workers.sharded_params", str(directory))
+    output_lines("workers.sharded_params", str(directory))
 
 
 @given(

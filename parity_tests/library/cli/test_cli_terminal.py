@@ -24,7 +24,7 @@ import pytest
 from flax import nnx
 
 from llama_jax import LlamaConfig, LlamaForCausalLM
-from parity_tests.harness.own_process import ROOT
+from parity_tests.harness.child_process import ROOT
 from parity_tests.train.runs import Tiny, make_tiny, run_flags
 from train.__main__ import main as train
 

@@ -13,7 +13,7 @@ from transformers import LogitsProcessorList
 from llama_jax import LlamaForCausalLM, init_cache
 from llama_jax.generation import loop
 from parity_tests.harness.cases import BY_NAME, Config, hf_model, weights_of
-from parity_tests.harness.own_process import lines_of
+from parity_tests.harness.child_process import output_lines
 from parity_tests.harness.programs import FAST_COMPILE, our_model
 from parity_tests.reference.errors import relative_error
 from parity_tests.reference.tolerances import FLOAT64_BAR
@@ -275,7 +275,7 @@ def test_the_repetition_penalty_continues_a_padded_row_as_when_alone() -> None:
 
 
 def test_sharded_over_a_mesh_the_tokens_are_the_same() -> None:
-    assert lines_of("workers.sharded_generation") == ["same"]
+    assert output_lines("workers.sharded_generation") == ["same"]
 
 
 @pytest.mark.parametrize("size", range(1, 3000, 37))

@@ -6,7 +6,7 @@ import re
 
 import pytest
 
-from parity_tests.harness.own_process import lines_of
+from parity_tests.harness.child_process import output_lines
 
 CASES = [
     f"{mesh}-{vocab}-{reduction}"
@@ -18,7 +18,7 @@ CASES = [
 
 @pytest.fixture(scope="module")
 def results():
-    rows = list(map(json.loads, lines_of("workers.sharded_loss")))
+    rows = list(map(json.loads, output_lines("workers.sharded_loss")))
     return {row["case"]: row for row in rows}
 
 

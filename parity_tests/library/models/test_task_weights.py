@@ -26,7 +26,7 @@ from llama_jax import (
 from llama_jax.checkpoints.huggingface import to_hf_tensors
 from llama_jax.checkpoints.names import name_table
 from parity_tests.harness.cases import BASE, hf_config, hf_model, weights_of, write_hf_directory
-from parity_tests.harness.own_process import lines_of
+from parity_tests.harness.child_process import output_lines
 from parity_tests.reference.errors import relative_error
 
 HEADS = (
@@ -256,7 +256,7 @@ def test_the_library_exports_every_class_of_transformers_llama() -> None:
 
 
 def test_heads_over_a_mesh() -> None:
-    assert lines_of("workers.sharded_heads") == [model_class.__name__ for model_class in HEADS]
+    assert output_lines("workers.sharded_heads") == [model_class.__name__ for model_class in HEADS]
 
 
 def test_training_takes_no_head_that_is_not_there(tmp_path: Path) -> None:

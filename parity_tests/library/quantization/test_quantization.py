@@ -38,7 +38,7 @@ from llama_jax.quantization.weight import (
     quantize_int8,
 )
 from llama_jax.text.tokenizer import load_tokenizer
-from parity_tests.harness.own_process import ROOT
+from parity_tests.harness.child_process import ROOT
 
 CONFIG = LlamaConfig(
     vocab_size=61,

@@ -20,7 +20,7 @@ import sentencepiece
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 from transformers import AutoTokenizer
 
-from parity_tests.harness.own_process import ROOT
+from parity_tests.harness.child_process import ROOT
 from parity_tests.harness.tiny_tokenizers import sentencepiece_model
 from parity_tests.train.corpus import EOS, WORDS, as_version_1, word_tokenizer
 from train.data.sources import common_index, require_same_tokenizer

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from llama_jax.presets import PRESETS
-from parity_tests.harness.own_process import ROOT, lines_of
+from parity_tests.harness.child_process import ROOT, output_lines
 from train.hardware.chips import CHIPS, GIB, Chip
 from train.hardware.collectives import collectives
 from train.hardware.roofline import Roofline, roofline
@@ -28,7 +28,7 @@ LINE_OF_128 = 128 * 4  # bytes
 
 @pytest.fixture(scope="module")
 def planned():
-    return json.loads(lines_of("train.plan.planned")[-1])
+    return json.loads(output_lines("train.plan.planned")[-1])
 
 
 def test_collectives_of_small_programs(planned):

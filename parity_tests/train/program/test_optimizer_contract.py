@@ -17,7 +17,7 @@ import pytest
 import torch
 from jax.tree_util import keystr
 
-from parity_tests.harness.own_process import lines_of
+from parity_tests.harness.child_process import output_lines
 from parity_tests.reference.errors import relative_error, worst
 from parity_tests.train.program.optimizer_definitions import DEFINITIONS, trajectory
 from parity_tests.train.program.test_optimizer import named
@@ -325,7 +325,7 @@ def test_a_resumed_run_has_the_same_bits(name: Optimizer, tiny: Tiny, tmp_path: 
 )
 def test_over_a_mesh(meshes: int, names: tuple[str, ...]) -> None:
     """Two steps over eight devices are those on one, and each device holds about an eighth of the state."""
-    lines = lines_of("train.program.sharded_optimizer", str(meshes), *names)
+    lines = output_lines("train.program.sharded_optimizer", str(meshes), *names)
     print("\n".join(lines))
     assert [line.split()[0] for line in lines] == [name for name in names for _ in range(meshes)]
     for line in lines:

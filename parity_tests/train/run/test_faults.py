@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from parity_tests.harness.own_process import ROOT
+from parity_tests.harness.child_process import ROOT
 from parity_tests.train.corpus import as_version_1, token_directory
 from parity_tests.train.runs import (
     CONFIG,

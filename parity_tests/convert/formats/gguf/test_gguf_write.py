@@ -33,7 +33,7 @@ from parity_tests.convert.formats.gguf.tiny_gguf import (
     tiny_gguf,
     tiny_model,
 )
-from parity_tests.harness.own_process import ROOT
+from parity_tests.harness.child_process import ROOT
 
 DTYPES = ("float32", "bfloat16", "float16")
 LLAMA3 = {
