@@ -18,9 +18,10 @@ from rich.table import Table
 
 from llama_jax import PRESETS, formatting
 from llama_jax.inspection.architecture import forward_flops_per_token
+from train.data.placement import place_batch
 from train.hardware.chips import CHIPS
 from train.options import Dtype, ModelOptions, RunOptions
-from train.program.build import initial_opt_state, initial_params, place_batch, run_program
+from train.program.build import initial_opt_state, initial_params, run_program
 
 ROUNDS = 5
 

@@ -22,7 +22,9 @@ from llama_jax.formatting import console, printable
 from train.data.documents import source_files
 from train.data.tokenize import tokenize as run_tokenize
 from train.flags import parse_flags
-from train.options import FILE, PLANNED, Dtype, RunOptions, flags_of, require_counts
+from train.option_checks import require_counts
+from train.options import FILE, PLANNED, Dtype, RunOptions
+from train.options_toml import flags_of
 
 _CONSOLE = console(stderr=True, soft_wrap=True)
 
@@ -113,7 +115,7 @@ def export(
         dtype: of the weights; default: the parameters'
         verify: have transformers load it whole, and PyTorch compute the loss the run reported
     """
-    from train.export import export_run, verify_export
+    from train.model.export import export_run, verify_export
 
     options = _saved_options(folder)
     exported = export_run(folder, options, directory, step=step, dtype=dtype)
@@ -148,7 +150,7 @@ def evaluate(
         step: of the run's checkpoint; default: the newest
         dtype: of parameters and computation
     """
-    from train.trained import evaluate_target
+    from train.model.evaluate import evaluate_target
 
     found = evaluate_target(
         target,

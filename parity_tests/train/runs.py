@@ -18,11 +18,12 @@ import tyro
 from llama_jax.config import LlamaConfig
 from parity_tests.harness.child_process import ROOT
 from parity_tests.train.corpus import EOS, token_directory, word_tokenizer
+from train import checkpoints
 from train.monitoring.metrics_log import TIMES, read_metrics
 from train.options import FILE as RUN_FILE
-from train.options import MeshOptions, RunOptions, flags_of
+from train.options import MeshOptions, RunOptions
+from train.options_toml import flags_of
 from train.program.build import run_program
-from train.run import checkpoints
 
 VOCAB = 64
 CONFIG: dict[str, Any] = {

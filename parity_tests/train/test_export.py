@@ -9,8 +9,8 @@ from safetensors.numpy import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from train.__main__ import main
+from train.model.evaluate import evaluate_target
 from train.monitoring.metrics_log import read_metrics
-from train.trained import evaluate_target
 
 
 def test_pytorch_has_the_loss_the_run_reported(finished, tmp_path, capsys):

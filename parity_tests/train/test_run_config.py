@@ -11,17 +11,11 @@ import tyro
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
-from train.options import (
-    FREE_ON_RESUME,
-    OptimizerOptions,
-    RunOptions,
-    differences,
-    flags_of,
-    to_toml,
-    validate,
-)
+from train.option_checks import validate
+from train.options import Optimizer, OptimizerOptions, RunOptions
+from train.options_toml import flags_of, to_toml
 from train.plan.command import run_plan
-from train.program.optimizer import Optimizer
+from train.run.changes import FREE_ON_RESUME, differences
 
 TEXT = st.text(st.characters(blacklist_categories=["Cs", "Cc"]), min_size=1, max_size=8).filter(
     lambda text: not text.startswith("-") and text != "None"

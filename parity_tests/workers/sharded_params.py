@@ -12,8 +12,9 @@ import numpy as np
 
 from llama_jax import LlamaForCausalLM
 from llama_jax.checkpoints.huggingface import load_params
+from train.data.placement import place_batch, rows_of_process
 from train.options import MeshOptions, RunOptions
-from train.program.build import batch_sharding, place_batch, rows_of_process, run_program
+from train.program.build import batch_sharding, run_program
 
 
 def main() -> None:

@@ -11,10 +11,11 @@ from rich.console import Console
 from llama_jax import formatting
 from llama_jax.files.staging import replacing, write_text
 from llama_jax.inspection.architecture import parameter_count
-from train.data.sources import model_config
 from train.hardware.topology import host_devices as devices_of_host
 from train.hardware.topology import topology_devices
-from train.options import RunOptions, validate, with_defaults
+from train.model.config import model_config
+from train.option_checks import validate
+from train.options import RunOptions, with_defaults
 from train.plan.advice import advice
 from train.plan.compiled import Plan, make_plan
 from train.plan.search import search

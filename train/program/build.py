@@ -17,12 +17,13 @@ from llama_jax.config import LlamaConfig
 from llama_jax.models.causal_lm import LlamaForCausalLM
 from llama_jax.numerics.compiler import step_compiler_options
 from llama_jax.sharding import BATCH_AXES, SEQUENCE_AXIS, parameter_shardings
+from train.data.batch import Batch
 from train.options import ModelOptions, OptimizerOptions, RunOptions, warmup_steps
 from train.program.mesh import make_mesh
 from train.program.optimizer import make_optimizer
 from train.program.per_layer import Path, map_by_parameter
 from train.program.schedules import learning_rate_schedule
-from train.program.step import Batch, make_evaluation, make_step
+from train.program.step import make_evaluation, make_step
 
 
 class Program(NamedTuple):
@@ -170,37 +171,6 @@ def initial_opt_state(program: Program, params: Any) -> Any:
 def model_of(program: Program, params: Any) -> LlamaForCausalLM:
     """The model that holds `params`."""
     return nnx.merge(program.graphdef, params)
-
-
-def rows_of_process(batch: Any) -> list[int]:
-    """Which rows of the whole batch, counted over all micro-batches, this process's devices hold."""
-    window = batch.input_ids
-    _, rows, _ = window.shape
-    held: set[int] = set()
-    for index in window.sharding.addressable_devices_indices_map(window.shape).values():
-        held |= set(range(rows)[index[1]])
-    micro_batches = window.shape[0]
-    return [micro * rows + row for micro in range(micro_batches) for row in sorted(held)]
-
-
-def place_batch(batch: Any, rows: Sequence[int], windows: dict[str, Any]) -> Batch:
-    """This process's windows {name: [rows here, seq]} as its part of the global arrays."""
-    place = {row: here for here, row in enumerate(rows)}
-
-    def put(abstract: Any, values: Any) -> Any:
-        _, per_micro, _ = abstract.shape
-
-        def part(index: Any) -> Any:
-            micro, row, column = (
-                range(*each.indices(size)) for each, size in zip(index, abstract.shape, strict=True)
-            )
-            wanted = [place[m * per_micro + r] for m in micro for r in row]
-            columns = slice(column.start, column.stop)
-            return values[wanted, columns].reshape(len(micro), len(row), len(column))
-
-        return jax.make_array_from_callback(abstract.shape, abstract.sharding, part)
-
-    return Batch(*(put(getattr(batch, name), windows[name]) for name in Batch._fields))
 
 
 def _require_divisible(config: LlamaConfig, mesh: Mesh, rows: int, sequence_length: int) -> None:

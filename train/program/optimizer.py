@@ -1,7 +1,7 @@
 """Optimizers by name: a direction of optax's or our own, decoupled decay, and a clip by global norm."""
 
 from collections.abc import Callable
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -10,10 +10,9 @@ from jax.tree_util import keystr
 from jaxtyping import Array, Float
 
 from llama_jax.numerics.matmul import working_dtype
+from train.options import Optimizer
 from train.program.muon import scale_by_muon
 from train.program.per_layer import is_stacked, per_layer
-
-Optimizer = Literal["adamw", "muon", "lion", "adafactor", "sgd"]
 
 
 class Direction(NamedTuple):

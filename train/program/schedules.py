@@ -4,13 +4,12 @@
 """
 
 from collections.abc import Callable
-from typing import Literal
 
 import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float
 
-Schedule = Literal["cosine", "linear", "wsd", "constant"]
+from train.options import Schedule
 
 # which of the options `final_fraction` and `decay_fraction` a schedule uses
 USES: dict[str, tuple[str, ...]] = {

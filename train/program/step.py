@@ -14,21 +14,10 @@ from jaxtyping import Array, Float, Int, Key
 
 from llama_jax.loss import IGNORE_INDEX, fused_linear_cross_entropy
 from llama_jax.numerics.matmul import working_dtype
+from train.data.batch import Batch
 from train.program.optimizer import global_norm
 
 Params = Any
-
-
-class Batch(NamedTuple):
-    """Packed windows, split into micro-batches: all int32 [micro, rows, seq].
-
-    labels: the token that follows, already shifted; IGNORE_INDEX where there is none.
-    """
-
-    input_ids: Int[Array, "micro rows seq"]
-    labels: Int[Array, "micro rows seq"]
-    segment_ids: Int[Array, "micro rows seq"]
-    position_ids: Int[Array, "micro rows seq"]
 
 
 class Metrics(NamedTuple):
@@ -60,7 +49,9 @@ def make_step(
         forward: static choices of `LlamaModel.__call__`: remat, unrolling, attention.
     """
 
-    def loss(params: Params, batch: Batch, num_tokens: Array, key: Key[Array, ""] | None):
+    def loss(
+        params: Params, batch: Batch, num_tokens: Array, key: Key[Array, ""] | None
+    ) -> tuple[Array, tuple[Array, Array]]:
         out = batch_loss(graphdef, params, batch, compute_dtype, z_loss, key, **forward)
         # in the loss's dtype: bfloat16 has no count above 256 exactly
         count = num_tokens.astype(out.loss.dtype)

@@ -28,30 +28,23 @@ from llama_jax.generation.config import read_generation_config
 from llama_jax.inspection.architecture import forward_flops_per_token, parameter_count
 from llama_jax.models.causal_lm import LlamaForCausalLM
 from llama_jax.text.companions import RUN_TOKENIZER, copy_companions
+from train import checkpoints
 from train.data import identity
-from train.data.sources import (
-    common_index,
-    find_sources,
-    model_config,
-    require_same_tokenizer,
-)
+from train.data.placement import placed_batches
+from train.data.sources import common_index, find_sources, require_same_tokenizer
 from train.data.token_shards import Index, Split, read_index
 from train.data.windows import windows
-from train.evaluate import Evaluation, evaluate, placed_batches
-from train.export import export_model
 from train.hardware.chips import peak_flops
+from train.model.config import model_config
+from train.model.evaluate import Evaluation, evaluate
+from train.model.export import export_model
+from train.model.sample import sample_text
 from train.monitoring import metrics_log
 from train.monitoring.display import Display, display
 from train.monitoring.loggers import open_loggers, require_loggers
-from train.options import (
-    FILE,
-    RunOptions,
-    differences,
-    to_toml,
-    validate,
-    with_absolute_paths,
-    with_defaults,
-)
+from train.option_checks import validate
+from train.options import FILE, RunOptions, with_absolute_paths, with_defaults
+from train.options_toml import to_toml
 from train.program.build import (
     Program,
     initial_opt_state,
@@ -61,10 +54,9 @@ from train.program.build import (
 )
 from train.program.mesh import in_words
 from train.program.step import Metrics
-from train.run import checkpoints, extension
+from train.run.changes import differences, faults
 from train.run.lock import locked
 from train.run.stop import agreement, stop_signals
-from train.sample import sample_text
 
 CONFIG = "config.json"
 
@@ -137,7 +129,7 @@ def resume(folder: Path, saved: RunOptions, options: RunOptions) -> None:
     checkpoints.require_place(folder)
     moved = identity.may_be_moved(folder, saved.data, options.data)
     changed = differences(replace(saved, data=options.data) if moved else saved, options)
-    changed += extension.faults(saved, options, steps_done(folder))
+    changed += faults(saved, options, steps_done(folder))
     if changed:
         raise ValueError(f"{folder}: is another run: {'; '.join(changed)}")
     _join_processes(options)
@@ -274,7 +266,9 @@ def _train(
         any_of = agreement(program.mesh)
         clock = Clock()
         report = _reporter(program, options, show, record, clock)
-        read = stack.enter_context(closing(placed_batches(program, dataset, start_step=start)))
+        read = stack.enter_context(
+            closing(placed_batches(program.batch, dataset, start_step=start))
+        )
         pending: tuple[int, Any, jax.Array, float] | None = None
         stopping = False
         for step in range(start, options.steps):

@@ -29,7 +29,8 @@ from parity_tests.train.corpus import token_directory
 from parity_tests.train.runs import CONFIG, VOCAB
 from train.__main__ import main as train
 from train.options import FILE as RUN_FILE
-from train.options import RunOptions, to_toml, with_absolute_paths
+from train.options import RunOptions, with_absolute_paths
+from train.options_toml import to_toml
 from train.run import loop as train_run
 
 SECONDS = (

@@ -18,7 +18,7 @@ from llama_jax.cli import text as text_commands
 from llama_jax.text.lines import byte_lines, read_lines, read_text, split_lines
 from parity_tests.report import tokens
 from train.data.documents import read_documents
-from train.options import flags_of
+from train.options_toml import flags_of
 
 # ends of lines, and first of the others what only str.splitlines takes for such
 ENDS = ["\n", "\r\n", "\r"]

@@ -21,10 +21,9 @@ import optax
 from llama_jax import LlamaConfig
 from parity_tests.reference.errors import relative_error
 from parity_tests.train.runs import CONFIG
-from train.options import MeshOptions, OptimizerOptions, RunOptions
+from train.options import MeshOptions, Optimizer, OptimizerOptions, RunOptions
 from train.plan.compiled import device_bytes
 from train.program.build import Program, initial_opt_state, run_program, shardings_of
-from train.program.optimizer import Optimizer
 
 # wide enough for factors over rows and columns; the key and value heads are split over tensor 2
 WIDE = {"hidden_size": 128, "intermediate_size": 136, "num_key_value_heads": 4}

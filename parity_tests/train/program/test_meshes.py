@@ -31,7 +31,7 @@ from parity_tests.train.runs import (
     start,
     state_of,
 )
-from train.run.checkpoints import FOLDER
+from train.checkpoints import FOLDER
 
 # Two orders of a sum of n numbers differ by n * 1e-16 of it at most; 50 steps amplify that.
 REDUCTION_ORDER = {"float64": 1e-12, "float32": 1e-5}

@@ -15,8 +15,10 @@ from jax.tree_util import keystr
 from llama_jax import LlamaConfig, LlamaForCausalLM
 from parity_tests.harness.cases import BASE
 from parity_tests.harness.programs import FAST_COMPILE
-from train.program.optimizer import Optimizer, decay_mask, make_optimizer
-from train.program.step import Batch, make_step
+from train.data.batch import Batch
+from train.options import Optimizer
+from train.program.optimizer import decay_mask, make_optimizer
+from train.program.step import make_step
 
 CONFIG = BASE | {"attention_bias": True, "mlp_bias": True}
 RATES = {"adamw": 1e-2, "muon": 1e-2, "lion": 3e-3, "adafactor": 0.3, "sgd": 0.3}

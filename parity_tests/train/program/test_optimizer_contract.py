@@ -23,9 +23,10 @@ from parity_tests.train.program.optimizer_definitions import DEFINITIONS, trajec
 from parity_tests.train.program.test_optimizer import named
 from parity_tests.train.runs import Tiny, figures_of, run_flags, same_bits, state_of
 from train.__main__ import main
-from train.program.optimizer import DIRECTIONS, Optimizer, decay_mask, global_norm, make_optimizer
+from train.checkpoints import FOLDER
+from train.options import Optimizer
+from train.program.optimizer import DIRECTIONS, decay_mask, global_norm, make_optimizer
 from train.program.per_layer import is_stacked
-from train.run.checkpoints import FOLDER
 
 NAMES = get_args(Optimizer)
 # those that look at a whole parameter

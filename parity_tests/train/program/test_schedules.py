@@ -14,8 +14,8 @@ import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from train.options import OptimizerOptions, warmup_steps
-from train.program.schedules import USES, Schedule, learning_rate_schedule, require_fit
+from train.options import OptimizerOptions, Schedule, warmup_steps
+from train.program.schedules import USES, learning_rate_schedule, require_fit
 
 PEAK = 3e-3
 

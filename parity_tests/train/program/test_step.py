@@ -11,8 +11,9 @@ import pytest
 from parity_tests.harness.programs import FAST_COMPILE
 from parity_tests.reference.errors import relative_error
 from parity_tests.train.program.test_optimizer import OPTIONS, batch, named, params_of
+from train.data.batch import Batch
 from train.program.optimizer import make_optimizer
-from train.program.step import Batch, make_evaluation, make_step
+from train.program.step import make_evaluation, make_step
 
 
 def test_accumulation_is_the_full_batch() -> None:

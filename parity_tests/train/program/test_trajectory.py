@@ -23,9 +23,10 @@ from parity_tests.harness.programs import FAST_COMPILE, our_model
 from parity_tests.reference.errors import rms_error, worst
 from parity_tests.reference.oracle import oracle
 from parity_tests.reference.tolerances import ROUNDING_RATIO
+from train.data.batch import Batch
 from train.program.optimizer import make_optimizer
 from train.program.schedules import learning_rate_schedule
-from train.program.step import Batch, make_step
+from train.program.step import make_step
 
 TRAJECTORY_BAR = 1e-9  # relative, after 100 steps in float64
 STEPS, WARMUP, PEAK, FINAL = 100, 10, 3e-3, 0.1

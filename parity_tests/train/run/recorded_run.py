@@ -7,16 +7,16 @@ import numpy as np
 
 import train.run.loop
 from train.__main__ import main
-from train.evaluate import placed_batches
+from train.data.placement import placed_batches
 
 
 def record_to(file: Path) -> None:
     """Each step's ids [micro, rows, seq], -1 where another process has them."""
     steps: dict[str, np.ndarray] = {}
 
-    def recorded(program, dataset, *, start_step=0):
+    def recorded(batch_spec, dataset, *, start_step=0):
         for step, batch in enumerate(
-            placed_batches(program, dataset, start_step=start_step), start_step
+            placed_batches(batch_spec, dataset, start_step=start_step), start_step
         ):
             ids = np.full(batch.input_ids.shape, -1, np.int32)
             for shard in batch.input_ids.addressable_shards:

@@ -16,14 +16,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llama_jax.checkpoints.fingerprint import fingerprint
-from train.program.optimizer import decay_mask, make_optimizer
-from train.run.checkpoints import (
+from train.checkpoints import (
     fingerprints,
     open_manager,
     restore,
     save,
     wait,
 )
+from train.program.optimizer import decay_mask, make_optimizer
 
 
 def prints(*arrays: Any) -> list[int]:
@@ -196,7 +196,7 @@ def test_a_large_stack_is_stored_layer_by_layer(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """So that a converter holds a layer of it, not the whole."""
-    monkeypatch.setattr("train.run.checkpoints.CHUNK_BYTES", 2**10)
+    monkeypatch.setattr("train.checkpoints.CHUNK_BYTES", 2**10)
     params = {"model": {"layers": {"w": jnp.ones((8, 32, 16))}}}
     with closing(open_manager(tmp_path, keep_last=1, keep_every=None)) as manager:
         save(manager, 1, params, {"count": jnp.zeros(())}, {})

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from train.options import OptimizerOptions, RunOptions
-from train.run.extension import faults
+from train.run.changes import faults
 
 
 def options(schedule: Any, steps: int) -> RunOptions:

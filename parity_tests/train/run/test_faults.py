@@ -30,9 +30,9 @@ from parity_tests.train.runs import (
     state_of,
 )
 from train.__main__ import main
+from train.checkpoints import FOLDER
 from train.data.sources import find_sources
 from train.monitoring.metrics_log import read_metrics
-from train.run.checkpoints import FOLDER
 
 pytestmark = [
     pytest.mark.usefixtures("compile_once"),

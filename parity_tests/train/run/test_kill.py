@@ -23,9 +23,9 @@ from parity_tests.train.runs import (
     start,
     state_of,
 )
+from train.checkpoints import FOLDER
 from train.monitoring.metrics_log import FILE as METRICS
 from train.options import FILE
-from train.run.checkpoints import FOLDER
 
 STEPS = 60
 # saves and evaluations take longer than steps, so most moments lie in them

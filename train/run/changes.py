@@ -1,10 +1,47 @@
 """Whether a run may have another number of steps than it was begun with."""
 
+import dataclasses
+from typing import Any
+
 import jax.numpy as jnp
 import numpy as np
 
 from train.options import RunOptions, warmup_steps
 from train.program.schedules import learning_rate_schedule
+
+# What a resumed run may have otherwise: where and how it computes, not what.
+FREE_ON_RESUME = (
+    "out",
+    "mesh",
+    "distributed",
+    "checkpoint",
+    "evaluation",
+    "log",
+    "export_every",
+    "steps",  # as far as `train.run.changes` allows
+    "model.remat",
+    "model.scan_unroll",
+    "model.attention",
+)
+
+
+def differences(old: RunOptions, new: RunOptions) -> list[str]:
+    """The fields that a resumed run must not change, and did: "name: found NEW, expected OLD"."""
+    found: list[str] = []
+
+    def compare(prefix: str, before: Any, after: Any) -> None:
+        for item in dataclasses.fields(before):
+            name = prefix + item.name
+            if name in FREE_ON_RESUME:
+                continue
+            one, other = getattr(before, item.name), getattr(after, item.name)
+            if dataclasses.is_dataclass(one):
+                compare(name + ".", one, other)
+            elif one != other:
+                found.append(f"{name.replace('_', '-')}: found {other}, expected {one}")
+
+    compare("", old, new)
+    return found
 
 
 def faults(saved: RunOptions, options: RunOptions, done: int) -> list[str]:

@@ -14,12 +14,12 @@ from llama_jax.text.companions import copy_companions
 from train.data.identity import require_identity
 from train.data.sources import find_sources
 from train.data.windows import batches
-from train.evaluate import evaluate, validation_windows
+from train.model.evaluate import evaluate, validation_windows
+from train.model.restore import load_directory, restore_run
+from train.model.verify import relative_difference, tolerance, torch_loss
 from train.monitoring.metrics_log import read_metrics
 from train.options import FILE, RunOptions
 from train.program.build import model_of
-from train.trained import load_directory, restore_run
-from train.verify import relative_difference, tolerance, torch_loss
 
 
 class Verification(NamedTuple):

@@ -1,0 +1,109 @@
+"""Validation loss: of a run on the way, or of a Hugging Face directory."""
+
+import dataclasses
+import itertools
+import math
+from collections.abc import Sequence
+from contextlib import closing
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+
+from llama_jax.config import LlamaConfig
+from llama_jax.text.companions import tokenizer_home
+from train.data.identity import require_identity
+from train.data.placement import placed_batches
+from train.data.sources import common_index, find_sources, require_same_tokenizer
+from train.data.windows import windows
+from train.model.restore import load_directory, restore_run
+from train.options import FILE, Dtype, RunOptions
+from train.program.build import Program
+
+Source = tuple[Path, float]
+
+LONGEST = 2048
+
+
+class Evaluation(NamedTuple):
+    """Cross-entropy per token, in nats, over `num_tokens` labels; perplexity is its exponential."""
+
+    loss: float
+    num_tokens: int
+
+    @property
+    def perplexity(self) -> float:
+        """exp(loss); infinite where that overflows."""
+        return math.exp(self.loss) if self.loss < 700 else math.inf
+
+
+def validation_windows(sources: Sequence[Source], length: int, vocab_size: int) -> Any:
+    """Every window of the validation split, in order."""
+    return windows(
+        sources, split="validation", sequence_length=length, vocab_size=vocab_size, seed=0
+    )
+
+
+def evaluate(program: Program, params: Any, sources: Sequence[Source], *, limit: int) -> Evaluation:
+    """The loss over the first `limit` batches of the validation split, over all of them for 0.
+
+    Raises:
+        ValueError: a source without a validation split.
+    """
+    _, _, length = program.batch.input_ids.shape
+    dataset = validation_windows(sources, length, program.config.vocab_size)
+    total, count = 0.0, 0
+    with closing(placed_batches(program.batch, dataset)) as read:
+        for batch in itertools.islice(read, limit or None):
+            loss, tokens = jax.device_get(program.evaluate(params, batch))
+            total += float(loss)
+            count += int(tokens)
+    return Evaluation(total / max(count, 1), count)
+
+
+def evaluate_target(
+    target: Path,
+    data: Sequence[str],
+    options: RunOptions | None,
+    *,
+    limit: int,
+    batch_size: int,
+    sequence_length: int | None,
+    step: int | None,
+    dtype: Dtype,
+) -> Evaluation:
+    """The validation loss of a run or of a Hugging Face directory.
+
+    Args:
+        data: token directories; () for those of the run.
+        options: of the run; None where `target` is a Hugging Face directory.
+        limit: batches; 0 for all.
+
+    Raises:
+        ValueError: no data for a directory that is no run; data of another tokenizer; and what
+            `restore_run`, `load_params` and `evaluate` refuse.
+    """
+    own = options is not None and not data
+    if options is not None:
+        data = data or options.data
+        options = dataclasses.replace(
+            options,
+            batch_size=batch_size,
+            micro_batches=1,
+            sequence_length=sequence_length or options.sequence_length,
+            model=dataclasses.replace(options.model, compute_dtype=dtype),
+        )
+        _, program, params = restore_run(target, options, step)
+    else:
+        if not data:
+            raise ValueError(f"data: found none, expected some, for {target} is no run ({FILE})")
+        longest = min(LlamaConfig.from_pretrained(target).max_position_embeddings, LONGEST)
+        program, params = load_directory(
+            target, dtype, batch_size=batch_size, sequence_length=sequence_length or longest
+        )
+    sources = find_sources(data)
+    if own:
+        require_identity(target, sources, "restore it, or name other data with --data")
+    common_index(sources)
+    require_same_tokenizer(tokenizer_home(target), sources[0][0])
+    return evaluate(program, params, sources, limit=limit)

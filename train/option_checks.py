@@ -1,0 +1,111 @@
+"""Checks of a run's options that need neither data nor devices."""
+
+import jax.numpy as jnp
+import numpy as np
+
+from train.options import OptimizerOptions, RunOptions, warmup_steps
+from train.program.optimizer import DIRECTIONS
+from train.program.schedules import USES, require_fit
+
+
+def validate(options: RunOptions) -> None:
+    """Raise ValueError for the first option that is wrong in itself, or does not fit the others."""
+    for name in ("parameter_dtype", "compute_dtype"):
+        if getattr(options.model, name) == "float16":
+            raise ValueError(
+                f"model.{_flag(name)}: found float16, expected bfloat16, float32 or float64: small "
+                "gradients become 0 in float16"
+            )
+    require_counts(options)
+    _require_numbers(options)
+    _require_used(options.optimizer)
+    optimizer = options.optimizer
+    require_fit(
+        optimizer.schedule,
+        steps=options.steps,
+        warmup_steps=warmup_steps(optimizer, options.steps),
+        decay_fraction=optimizer.decay_fraction,
+    )
+
+
+def require_counts(options: RunOptions) -> None:
+    """Raise ValueError for the first count that no run has."""
+    distributed = options.distributed
+    at_least = {
+        "steps": (options.steps, 1),
+        "batch-size": (options.batch_size, 1),
+        "sequence-length": (options.sequence_length, 1),
+        "micro-batches": (options.micro_batches, 1),
+        "export-every": (options.export_every, 0),
+        "model.scan-unroll": (options.model.scan_unroll, 1),
+        "optimizer.warmup-steps": (options.optimizer.warmup_steps, 0),
+        "distributed.processes": (distributed.processes, 1),
+        "distributed.process-id": (distributed.process_id, 0),
+        "checkpoint.every": (options.checkpoint.every, 1),
+        "checkpoint.keep-last": (options.checkpoint.keep_last, 1),
+        "checkpoint.keep-every": (options.checkpoint.keep_every, 1),
+        "evaluation.every": (options.evaluation.every, 0),
+        "evaluation.batches": (options.evaluation.batches, 0),
+        "evaluation.sample-tokens": (options.evaluation.sample_tokens, 0),
+    }
+    for name, (value, low) in at_least.items():
+        if value is not None and value < low:
+            raise ValueError(f"{name}: found {value}, expected at least {low}")
+    if options.batch_size % options.micro_batches:
+        raise ValueError(
+            f"micro-batches: found {options.micro_batches}, expected to divide the batch size "
+            f"{options.batch_size}"
+        )
+
+
+def _require_numbers(options: RunOptions) -> None:
+    optimizer = options.optimizer
+    # a smaller eps or clip is 0 to the parameters' dtype: 0 / 0 where there is no gradient, or no step
+    dtype = jnp.finfo(options.model.parameter_dtype)
+    least, finite = float(dtype.smallest_normal), float(dtype.max)
+    # the largest below 1, to powers of which Adam's means are divided
+    most = float(np.nextafter(np.float32(1), np.float32(0)))
+    beta = 0.0, most, "at least 0 and below 1"
+    amount = 0.0, finite, "a finite number of at least 0"
+    tiny = f"a finite number above 0 (at least {least:.2g})"
+    # name: its value, the least, the most, and both in words
+    numbers: dict[str, tuple[float | None, float, float, str]] = {
+        "optimizer.learning-rate": (optimizer.learning_rate, *amount),
+        "optimizer.final-fraction": (optimizer.final_fraction, 0, 1, "0 to 1"),
+        "optimizer.decay-fraction": (optimizer.decay_fraction, least, 1, "above 0 and at most 1"),
+        "optimizer.beta1": (optimizer.beta1, *beta),
+        "optimizer.beta2": (optimizer.beta2, *beta),
+        "optimizer.eps": (optimizer.eps, least, finite, tiny),
+        "optimizer.weight-decay": (optimizer.weight_decay, *amount),
+        "optimizer.clip-norm": (
+            optimizer.clip_norm,
+            least,
+            finite,
+            f"{tiny}, or None for no clip",
+        ),
+        "optimizer.z-loss": (optimizer.z_loss, *amount),
+        "log.peak-flops": (options.log.peak_flops, least, finite, "a finite number above 0"),
+    }
+    for name, (value, smallest, largest, expected) in numbers.items():
+        if value is not None and not smallest <= value <= largest:
+            raise ValueError(f"{name}: found {value}, expected {expected}")
+
+
+def _require_used(optimizer: OptimizerOptions) -> None:
+    """An option that the optimizer or the schedule has not must be left as it is."""
+    unused = {
+        optimizer.name: {"beta1", "beta2", "eps"} - {*DIRECTIONS[optimizer.name].uses},
+        optimizer.schedule: {"final_fraction", "decay_fraction"} - {*USES[optimizer.schedule]},
+    }
+    for user, names in unused.items():
+        for name in sorted(names):
+            value, default = getattr(optimizer, name), getattr(OptimizerOptions, name)
+            if value != default:
+                raise ValueError(
+                    f"optimizer.{_flag(name)}: found {value}, but {user} does not use it: leave it out, or "
+                    f"at {default}"
+                )
+
+
+def _flag(name: str) -> str:
+    return name.replace("_", "-")
