@@ -23,7 +23,7 @@ from benchmarks.random_checkpoint import write_random
 from benchmarks.real_checkpoint import real_checkpoint
 from llama_jax import PRESETS, LlamaConfig, formatting
 from llama_jax.cli.arguments import OneLineParser
-from parity_tests.report.estimate import available_memory, estimate
+from parity_tests.report.estimate import estimate, total_memory
 from parity_tests.report.forward import forward
 from parity_tests.report.metrics import Compared, compare
 from parity_tests.report.programs import jax_layers, oracle_layers, torch_layers
@@ -65,7 +65,7 @@ def main(arguments: Sequence[str] = ()) -> None:
     for names in same_shapes(options.presets):
         config = replace(PRESETS[names[-1]], num_hidden_layers=LAYERS)
         needed = max(estimate(config, TOKENS, 0, dtype.itemsize).bytes for dtype in DTYPES.values())
-        if needed > available_memory():
+        if needed > total_memory():
             left_out.append(f"{', '.join(names)} ({needed / 1e9:.0f} GB)")
             continue
         ids = np.random.default_rng(0).integers(0, config.vocab_size, (1, TOKENS))
@@ -73,7 +73,7 @@ def main(arguments: Sequence[str] = ()) -> None:
             add(", ".join(names), checkpoint, ids)
     console.print(table)
     if left_out:
-        memory = f"{available_memory() / 1e9:.0f} GB"
+        memory = f"{total_memory() / 1e9:.0f} GB"
         console.print(f"left out, more than this machine's {memory}: {'; '.join(left_out)}")
 
 

@@ -34,7 +34,7 @@ def seconds(parent: Path, *, read: int, written: int, verify: bool) -> float:
 
 
 def available_memory() -> int | None:
-    """Bytes that a new program may take, where the system says so."""
+    """Bytes of RAM that a new program can use without swapping; None where the system does not say."""
     try:
         lines = Path("/proc/meminfo").read_text().splitlines()
     except OSError:

@@ -1,13 +1,24 @@
-"""The platform that a program is compiled for, which need not be the one that compiles it."""
+"""The platform that a program is compiled for, and the compiler options that go with it."""
 
 import jax
 
 
 def target_platform() -> str:
-    """ "cpu", "gpu" or "tpu": of the ambient mesh's devices (`jax.set_mesh`), else JAX's default backend.
+    """Name the platform, "cpu", "gpu" or "tpu": of the ambient mesh (`jax.set_mesh`) or JAX's default.
 
-    JAX traces anew for a mesh of other devices, so what was chosen by this is never found in its caches
-    for another platform.
+    This need not be the platform that compiles. JAX traces anew for a mesh of other devices, so a program
+    that was chosen by this is never taken from its caches for another platform.
     """
     device = jax.sharding.get_abstract_mesh().abstract_device
     return jax.default_backend() if device is None else device.platform
+
+
+def step_compiler_options(platform: str | None = None) -> dict[str, str]:
+    """`compiler_options` of `jax.jit` for a training step on `platform` (default: `target_platform()`).
+
+    On CPU, XLA hoists the conversion of a bfloat16 array to float32 out of a loop that reads slices of it:
+    the residuals and the stacked weights would be held twice as large. Without that pass they stay narrow.
+    """
+    if (platform or target_platform()) != "cpu":
+        return {}
+    return {"xla_disable_hlo_passes": "while-loop-invariant-code-motion"}

@@ -36,8 +36,8 @@ def estimate(config: LlamaConfig, length: int, backward_length: int, itemsize: i
     return Estimate(seconds, held * 3 // 2)  # allocators keep what they were given back; measured
 
 
-def available_memory() -> int:
-    """Bytes of RAM."""
+def total_memory() -> int:
+    """Bytes of RAM that this machine has, in use or not."""
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 

@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from parity_tests.report.backward import backward
-from parity_tests.report.estimate import Estimate, available_memory, estimate, model_bytes
+from parity_tests.report.estimate import Estimate, estimate, model_bytes, total_memory
 from parity_tests.report.forward import forward
 from parity_tests.report.greedy import Greedy, greedy, our_continuation, torch_continuation
 from parity_tests.report.metrics import Compared, compare, pooled
@@ -118,7 +118,7 @@ def report(
             parameters = backward(
                 programs(first.shape[1]), first, layers, torch_dtype(compute), unit, advance
             )
-    fits = model_bytes(config, compute.itemsize) <= available_memory() / 4
+    fits = model_bytes(config, compute.itemsize) <= total_memory() / 4
     return Report(
         title=str(directory),
         ours=running[0].name,

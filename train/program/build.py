@@ -15,7 +15,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from llama_jax.config import LlamaConfig
 from llama_jax.models.causal_lm import LlamaForCausalLM
-from llama_jax.numerics.compiler import step_compiler_options
+from llama_jax.numerics.backend import step_compiler_options
 from llama_jax.sharding import BATCH_AXES, SEQUENCE_AXIS, parameter_shardings
 from train.data.batch import Batch
 from train.options import ModelOptions, OptimizerOptions, RunOptions, warmup_steps
