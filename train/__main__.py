@@ -78,9 +78,9 @@ def _with_saved_flags(arguments: list[str]) -> list[str]:
 
 def run(options: Annotated[RunOptions, tyro.conf.arg(name="")]) -> None:
     """Pretrain. Flags can also come from a file, `--toml FILE`; a run's folder has one, run.toml."""
-    from train.run import loop as train_run
+    from train.run.begin import begin
 
-    train_run.run(options)
+    begin(options)
 
 
 def resume(
@@ -93,9 +93,9 @@ def resume(
     Args:
         folder: of the run
     """
-    from train.run import loop as train_run
+    from train.run import resume as run_resume
 
-    train_run.resume(folder, _saved_options(folder), options)
+    run_resume.resume(folder, _saved_options(folder), options)
 
 
 def export(

@@ -1,4 +1,4 @@
-"""Checkpoints of a run, by Orbax: asynchronous, atomic, for any mesh, and checked when they are read."""
+"""A run's checkpoints: Orbax's, asynchronous, atomic, for any mesh, and verified when they are read."""
 
 import json
 import os
@@ -21,7 +21,7 @@ CHUNK_BYTES = 2**26
 
 
 class Restored(NamedTuple):
-    """What a checkpoint holds; `step` steps are done."""
+    """A checkpoint, saved after `step` steps."""
 
     step: int
     params: Any
@@ -43,10 +43,10 @@ def open_manager(
     return ocp.CheckpointManager((run / FOLDER).absolute(), options=options)
 
 
-def require_place(run: Path) -> None:
-    """Raise ValueError for a folder in which Orbax would save what it could not read again.
+def require_safe_path(run: Path) -> None:
+    """Raise ValueError for a folder from which Orbax could not read what it saves there.
 
-    It looks for its files by a glob of their whole path, in which `[x]` does not match itself, and
+    Orbax finds its files with a glob of their full path, in which `[x]` does not match itself, and
     TensorStore takes a backslash for a slash.
     """
     require_utf8(run)
@@ -60,23 +60,23 @@ def require_place(run: Path) -> None:
 def save(
     manager: ocp.CheckpointManager, step: int, params: Any, opt_state: Any, facts: dict[str, Any]
 ) -> None:
-    """Begin to save; the arrays may be donated when this returns.
+    """Start saving in the background; the arrays may be donated once this returns.
 
     Args:
-        facts: JSON to keep beside: configuration, seed, position in the data.
+        facts: JSON to keep with the arrays: configuration, seed, position in the data.
 
     Raises:
-        ValueError: numbers that are not finite; this save fails, or an earlier one did (the disk is full).
+        ValueError: numbers that are not finite; this save, or an earlier one, failed (a full disk).
     """
     if not _all_finite(jax.tree.leaves((params, opt_state))):
         raise ValueError(
             f"step {step}: found parameters or optimizer state that are not finite, expected finite "
             "numbers: try a lower --optimizer.learning-rate; earlier checkpoints are kept"
         )
-    kept = facts | {"step": step, "fingerprints": fingerprints((params, opt_state))}
+    facts = facts | {"step": step, "fingerprints": fingerprints((params, opt_state))}
     try:
-        # later ones were passed over as damaged when the run was resumed; Orbax would keep them as the
-        # newest, and save nothing before them
+        # later ones were skipped as damaged when the run was resumed; Orbax would keep them as the newest,
+        # and save nothing before them
         for later in manager.all_steps():
             if later >= step:
                 manager.delete(later)
@@ -85,7 +85,7 @@ def save(
             args=ocp.args.Composite(
                 params=ocp.args.StandardSave(params, _in_chunks(params)),
                 opt_state=ocp.args.StandardSave(opt_state, _in_chunks(opt_state)),
-                facts=ocp.args.JsonSave(kept),
+                facts=ocp.args.JsonSave(facts),
             ),
         )
     except Exception as error:
@@ -93,7 +93,7 @@ def save(
 
 
 def _in_chunks(tree: Any) -> Any:
-    """Stored layer by layer where a stack is large, so that whoever converts it need not hold all of it."""
+    """Store large stacks layer by layer, so that a converter need not hold all of one in memory."""
     return jax.tree.map(
         lambda leaf: ocp.SaveArgs(
             chunk_byte_size=CHUNK_BYTES, shard_axes=(0,) if leaf.ndim else ()
@@ -103,7 +103,7 @@ def _in_chunks(tree: Any) -> Any:
 
 
 def wait(manager: ocp.CheckpointManager) -> None:
-    """Return when everything saved is on disk. Raises ValueError where that failed."""
+    """Wait until everything saved is on disk. Raises ValueError if that failed."""
     try:
         manager.wait_until_finished()
     except Exception as error:
@@ -118,26 +118,26 @@ def restore(
     *,
     model: dict[str, Any] | None = None,
 ) -> Restored | None:
-    """The newest checkpoint that is whole, or that of `step`; None where there is none.
+    """The newest intact checkpoint, or that of `step`; None if there is none.
 
     Args:
-        params, opt_state: abstract arrays that say where everything goes, on whatever mesh.
-        model: the fact of that name, which checkpoints must have been saved with.
+        params, opt_state: abstract arrays with the shardings to restore to, of any mesh.
+        model: the model's configuration, which the checkpoint must have been saved with.
 
     Raises:
-        ValueError: no checkpoint of that step, none that is whole, or one of another model or with another
+        ValueError: no checkpoint of that step, none that is intact, or one of another model or with another
             optimizer's state.
 
     Warns:
-        UserWarning: a damaged checkpoint is passed over for the one before.
+        UserWarning: a checkpoint is damaged, and the previous one is used.
     """
     steps = sorted(manager.all_steps(), reverse=True)
     if not steps:
         return None
     if step is not None:
         if step not in steps:
-            shown = ", ".join(map(str, sorted(steps)))
-            raise ValueError(f"step: found {step}, expected one of {shown}")
+            available = ", ".join(map(str, sorted(steps)))
+            raise ValueError(f"step: found {step}, expected one of {available}")
         steps = [step]
     for candidate in steps:
         try:
@@ -147,67 +147,67 @@ def restore(
             restored, expected = _read_step(manager, candidate, params, opt_state)
             if fingerprints((restored.params, restored.opt_state)) == expected:
                 return restored
-            fault = "its arrays are not what was saved"
-        except _AnotherRunError:
+            problem = "its arrays are not what was saved"
+        except _IncompatibleError:
             raise
-        except Exception as error:  # Orbax and TensorStore raise whatever the damage leads them to
-            fault = first_line(error)
+        except Exception as error:  # damage shows as any exception of Orbax or TensorStore
+            problem = first_line(error)
             if jax.process_count() > 1:
-                # the others may have read their parts, and wait for this one within Orbax
+                # other processes may have read their parts, and wait for this one within Orbax
                 raise ValueError(
-                    f"{manager.directory}: the checkpoint of step {candidate} is damaged ({fault}): go on "
-                    "with one process, which passes it over, or remove it"
+                    f"{manager.directory}: the checkpoint of step {candidate} is damaged ({problem}): "
+                    "remove it, or resume with one process, which falls back to the previous one"
                 ) from None
         warnings.warn(
-            f"{manager.directory}: the checkpoint of step {candidate} is damaged ({fault}); it is passed "
-            "over",
+            f"{manager.directory}: the checkpoint of step {candidate} is damaged ({problem}); falling back "
+            "to the previous one",
             stacklevel=2,
         )
-    raise ValueError(f"{manager.directory}: found no checkpoint that is whole, expected one")
+    raise ValueError(f"{manager.directory}: all checkpoints are damaged")
 
 
 def restore_params(manager: ocp.CheckpointManager, params: Any, step: int) -> Any:
-    """The parameters alone of the checkpoint of `step`. `params` as in `restore`."""
+    """Only the parameters of the checkpoint of `step`; `params` as in `restore`."""
     items = ocp.args.Composite(
         params=ocp.args.StandardRestore(params), facts=ocp.args.JsonRestore()
     )
     restored = manager.restore(step, args=items)
-    found = fingerprints(restored["params"])
-    # parameters come first, see `save`
-    if found != restored["facts"]["fingerprints"][: len(found)]:
+    actual = fingerprints(restored["params"])
+    # those of the parameters come first, see `save`
+    if actual != restored["facts"]["fingerprints"][: len(actual)]:
         raise ValueError(f"{manager.directory}: step {step}: parameters are not what was saved")
     return restored["params"]
 
 
-class _AnotherRunError(ValueError):
-    """Not damage, which is passed over: nothing in this folder will fit."""
+class _IncompatibleError(ValueError):
+    """Not damage: no checkpoint in this folder fits, so there is nothing to fall back to."""
 
 
 def _require_same_model(manager: ocp.CheckpointManager, step: int, model: dict[str, Any]) -> None:
     saved = facts_of(manager, step)["model"]
-    given = json.loads(json.dumps(model))  # as `saved` has been through JSON
-    if saved != given:
-        faults = [
-            f"{name}: found {given.get(name)}, expected {saved.get(name)}"
-            for name in sorted(saved.keys() | given.keys())
-            if saved.get(name) != given.get(name)
+    config = json.loads(json.dumps(model))  # as `saved` has been through JSON
+    if saved != config:
+        differences = [
+            f"{name}: found {config.get(name)}, expected {saved.get(name)}"
+            for name in sorted(saved.keys() | config.keys())
+            if saved.get(name) != config.get(name)
         ]
-        raise _AnotherRunError(
+        raise _IncompatibleError(
             f"{manager.directory}: the checkpoint of step {step} is of another model than config.json: "
-            + "; ".join(faults)
+            + "; ".join(differences)
         )
 
 
 def _require_same_state(manager: ocp.CheckpointManager, step: int, opt_state: Any) -> None:
-    """That the optimizer's state has the arrays of `opt_state`: another version's may have others."""
+    """Check that the saved optimizer state has the shapes of `opt_state`: another version's may differ."""
     path = Path(manager.directory) / str(step) / "opt_state"
     with ocp.StandardCheckpointer() as reader:
         tree = reader.metadata(path).item_metadata.tree
-    saved = {leaf.name: tuple(leaf.shape) for leaf in jax.tree.leaves(tree)}
+    saved_shapes = {leaf.name: tuple(leaf.shape) for leaf in jax.tree.leaves(tree)}
     flat, _ = jax.tree_util.tree_flatten_with_path(opt_state)
-    wanted = {keystr(at, simple=True, separator="."): tuple(leaf.shape) for at, leaf in flat}
-    if saved and saved != wanted:
-        raise _AnotherRunError(
+    shapes = {keystr(path, simple=True, separator="."): tuple(leaf.shape) for path, leaf in flat}
+    if saved_shapes and saved_shapes != shapes:
+        raise _IncompatibleError(
             f"{manager.directory}: the checkpoint of step {step} has the optimizer state of another "
             "version of this program: `python -m train export` its weights and begin a new run from them "
             "with --model.init-from"
@@ -221,8 +221,8 @@ def _all_finite(leaves: list[Any]) -> Any:
 
 
 def fingerprints(tree: Any) -> list[int]:
-    """One number a leaf, see `llama_jax.checkpoints.fingerprint`."""
-    return [int(each) for each in jax.device_get(_fingerprints(jax.tree.leaves(tree)))]
+    """One number for each leaf, see `llama_jax.checkpoints.fingerprint`."""
+    return [int(number) for number in jax.device_get(_fingerprints(jax.tree.leaves(tree)))]
 
 
 @jax.jit
@@ -233,7 +233,7 @@ def _fingerprints(leaves: list[Any]) -> list[Any]:
 def _read_step(
     manager: ocp.CheckpointManager, step: int, params: Any, opt_state: Any
 ) -> tuple[Restored, list[int]]:
-    """What is there, and the fingerprints it must have."""
+    """The checkpoint, and the fingerprints that its arrays must have."""
     restored = manager.restore(
         step,
         args=ocp.args.Composite(
@@ -242,12 +242,12 @@ def _read_step(
             facts=ocp.args.JsonRestore(),
         ),
     )
-    found = Restored(step, restored["params"], restored["opt_state"])
-    return found, restored["facts"]["fingerprints"]
+    checkpoint = Restored(step, restored["params"], restored["opt_state"])
+    return checkpoint, restored["facts"]["fingerprints"]
 
 
 def facts_of(manager: ocp.CheckpointManager, step: int) -> dict[str, Any]:
-    """What `save` was given as facts."""
+    """The facts saved with the checkpoint of `step`."""
     restored = manager.restore(step, args=ocp.args.Composite(facts=ocp.args.JsonRestore()))
     return restored["facts"]
 

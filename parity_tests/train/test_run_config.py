@@ -15,7 +15,7 @@ from train.option_checks import validate
 from train.options import Optimizer, OptimizerOptions, RunOptions
 from train.options_toml import flags_of, to_toml
 from train.plan.command import run_plan
-from train.run.changes import FREE_ON_RESUME, differences
+from train.run.changes import FREE_ON_RESUME, fixed_options_changed
 
 TEXT = st.text(st.characters(blacklist_categories=["Cs", "Cc"]), min_size=1, max_size=8).filter(
     lambda text: not text.startswith("-") and text != "None"
@@ -113,16 +113,16 @@ def changed(options: Any, name: str) -> Any:
 @pytest.mark.parametrize("name", leaves(RunOptions()))
 def test_what_a_resumed_run_may_change(name: str) -> None:
     free = any(name == each or name.startswith(each + ".") for each in FREE_ON_RESUME)
-    found = differences(RunOptions(), changed(RunOptions(), name))
+    changes = fixed_options_changed(RunOptions(), changed(RunOptions(), name))
     if free:
-        assert found == []
+        assert changes == []
     else:
-        (fault,) = found
-        assert fault.startswith(f"{name.replace('_', '-')}: found something else, expected ")
+        (message,) = changes
+        assert message.startswith(f"{name.replace('_', '-')}: found something else, expected ")
 
 
 def test_nothing_changed() -> None:
-    assert differences(RunOptions(), RunOptions()) == []
+    assert fixed_options_changed(RunOptions(), RunOptions()) == []
     validate(RunOptions())
 
 

@@ -1,1 +1,6 @@
-"""What a run shows and logs."""
+"""What a run shows and records.
+
+`reporter` turns steps into metrics, `loggers` writes them to metrics.jsonl and other services,
+`metrics_log` is that file and the picture of the loss, `display` the terminal, `introduction` what is said
+before the first step.
+"""

@@ -1,4 +1,4 @@
-"""What a run shows: a live line on a terminal, a line now and then elsewhere."""
+"""What a run shows: a progress bar on a terminal, an occasional line elsewhere."""
 
 import time
 from collections.abc import Iterator
@@ -6,7 +6,14 @@ from contextlib import contextmanager
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeRemainingColumn,
+)
 
 from llama_jax import formatting
 
@@ -14,42 +21,45 @@ _SECONDS_BETWEEN_LINES = 10.0
 
 
 class Display:
-    """Shows steps; silent in all processes but the first."""
+    """Shows steps and messages on a console; silent without one."""
 
-    def __init__(self, console: Console, progress: Progress | None, task: Any, silent: bool):
-        self.console, self._progress, self._task, self._silent = console, progress, task, silent
-        self._last = -float("inf")
+    def __init__(self, console: Console | None, bar: tuple[Progress, TaskID] | None) -> None:
+        self._console, self._bar = console, bar
+        self._last_line = -float("inf")
 
-    def step(self, figures: dict[str, Any], steps: int) -> None:
-        """The figures of one step, as they stand in metrics.jsonl."""
-        if self._silent:
+    def step(self, metrics: dict[str, Any], steps: int) -> None:
+        """The metrics of one step, as in metrics.jsonl."""
+        if self._console is None:
             return
-        mfu = figures.get("mfu")
-        shown = f"loss {figures['loss']:.4f}  {figures['tokens_per_second']:,.0f} tokens/s" + (
-            "" if mfu is None else f"  MFU {mfu:.1%}"
-        )
-        if self._progress is not None:
-            self._progress.update(self._task, completed=figures["step"], shown=shown)
+        text = f"loss {metrics['loss']:.4f}  {metrics['tokens_per_second']:,.0f} tokens/s"
+        if metrics.get("mfu") is not None:
+            text += f"  MFU {metrics['mfu']:.1%}"
+        if self._bar is not None:
+            progress, task = self._bar
+            progress.update(task, completed=metrics["step"], text=text)
             return
         now = time.monotonic()
-        if now - self._last >= _SECONDS_BETWEEN_LINES or figures["step"] == steps:
-            self._last = now
-            self.console.print(f"step {figures['step']}/{steps}  {shown}")
+        if now - self._last_line >= _SECONDS_BETWEEN_LINES or metrics["step"] == steps:
+            self._last_line = now
+            self._console.print(f"step {metrics['step']}/{steps}  {text}")
 
     def say(self, text: str) -> None:
-        """A line that stays."""
-        if not self._silent:
-            self.console.print(text)
+        """A line that stays on the screen."""
+        if self._console is not None:
+            self._console.print(text)
 
 
 @contextmanager
-def display(steps: int, done: int, *, silent: bool) -> Iterator[Display]:
-    """A `Display` of a run of `steps`, `done` of them done."""
-    console = formatting.console(stderr=True, soft_wrap=True)
-    if silent or not console.is_terminal:
-        yield Display(console, None, None, silent)
+def open_display(steps: int, done: int, *, silent: bool) -> Iterator[Display]:
+    """The display of a run of `steps` steps, of which `done` are done."""
+    if silent:
+        yield Display(None, None)
         return
-    columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[shown]}"))
+    console = formatting.console(stderr=True, soft_wrap=True)
+    if not console.is_terminal:
+        yield Display(console, None)
+        return
+    columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[text]}"))
     with Progress(*columns, TimeRemainingColumn(), console=console) as progress:
-        task = progress.add_task("", total=steps, completed=done, shown="compiling")
-        yield Display(console, progress, task, silent)
+        task = progress.add_task("", total=steps, completed=done, text="compiling")
+        yield Display(console, (progress, task))

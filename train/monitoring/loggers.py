@@ -1,4 +1,4 @@
-"""Where figures go besides metrics.jsonl: TensorBoard and Weights & Biases, each imported if asked for."""
+"""Where metrics go: metrics.jsonl, and TensorBoard and Weights & Biases if asked for."""
 
 import importlib.util
 from collections.abc import Callable, Iterator
@@ -6,48 +6,69 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
+import jax
+
+from train.monitoring.metrics_log import open_metrics, write_line
 from train.options import LogOptions
 
-Logger = Callable[[dict[str, Any]], None]
+# takes a line of metrics.jsonl
+Recorder = Callable[[dict[str, Any]], None]
 
 
 def require_loggers(options: LogOptions) -> None:
-    """Raise ValueError for a service asked for whose package is not installed."""
-    wanted = {"tensorboardX": options.tensorboard, "wandb": options.wandb is not None}
-    for package, asked in wanted.items():
-        if asked and importlib.util.find_spec(package) is None:
-            raise ValueError(f"log: found no package {package}, expected it to be installed")
+    """Raise ValueError for a service whose package is not installed."""
+    packages = {
+        "log.tensorboard": ("tensorboardX", options.tensorboard),
+        "log.wandb": ("wandb", options.wandb is not None),
+    }
+    for flag, (package, enabled) in packages.items():
+        if enabled and importlib.util.find_spec(package) is None:
+            raise ValueError(f"{flag}: {package} is not installed: pip install {package}")
 
 
 @contextmanager
-def open_loggers(options: LogOptions, run: Path) -> Iterator[list[Logger]]:
-    """A function for each service asked for, which takes a line of metrics.jsonl."""
+def open_recorder(options: LogOptions, run: Path, start: int) -> Iterator[Recorder]:
+    """A function that writes metrics everywhere they go; in processes but the first it does nothing.
+
+    Args:
+        run: its folder.
+        start: steps that are done; lines of later ones, which will be run again, are removed.
+    """
+    if jax.process_index() != 0:
+        yield lambda metrics: None
+        return
     with ExitStack() as stack:
-        loggers: list[Logger] = []
+        file = stack.enter_context(open_metrics(run, start))
+        recorders: list[Recorder] = [lambda metrics: write_line(file, metrics)]
         if options.tensorboard:
-            loggers.append(_tensorboard(run, stack))
+            recorders.append(_tensorboard(run, stack))
         if options.wandb is not None:
-            loggers.append(_wandb(run, options.wandb, stack))
-        yield loggers
+            recorders.append(_wandb(run, options.wandb, stack))
+
+        def record(metrics: dict[str, Any]) -> None:
+            for recorder in recorders:
+                recorder(metrics)
+
+        yield record
 
 
-def _tensorboard(run: Path, stack: ExitStack) -> Logger:
+def _tensorboard(run: Path, stack: ExitStack) -> Recorder:
     from tensorboardX import SummaryWriter
 
     writer = SummaryWriter(str(run / "tensorboard"))
     stack.callback(writer.close)
 
-    def write(figures: dict[str, Any]) -> None:
-        for name, value in figures.items():
+    def record(metrics: dict[str, Any]) -> None:
+        for name, value in metrics.items():
             if name != "step" and isinstance(value, int | float):
-                writer.add_scalar(name, value, figures["step"])
+                writer.add_scalar(name, value, metrics["step"])
 
-    return write
+    return record
 
 
-def _wandb(run: Path, project: str, stack: ExitStack) -> Logger:
+def _wandb(run: Path, project: str, stack: ExitStack) -> Recorder:
     import wandb
 
     session = wandb.init(project=project, name=run.name, dir=str(run), id=run.name, resume="allow")
     stack.callback(session.finish)
-    return lambda figures: session.log(figures, step=figures["step"])
+    return lambda metrics: session.log(metrics, step=metrics["step"])

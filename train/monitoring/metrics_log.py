@@ -1,4 +1,4 @@
-"""metrics.jsonl: a line of figures for every step and evaluation; and the picture of the loss."""
+"""metrics.jsonl: one line of metrics for every step and evaluation; and the picture of the loss."""
 
 import json
 from pathlib import Path
@@ -9,12 +9,12 @@ from llama_jax.files.staging import replacing, write_text, writing
 FILE = "metrics.jsonl"
 PICTURE = "loss.png"
 
-# what differs between two runs of the same computation
+# metrics that differ between two runs of the same computation
 TIMES = ("seconds", "tokens_per_second", "mfu", "data_wait")
 
 
 def read_metrics(run: Path) -> list[dict[str, Any]]:
-    """Every whole line of the run's file; a last one that a crash cut off is left out."""
+    """The lines of the run's file; a last one that a crash cut off is left out."""
     path = run / FILE
     if not path.exists():
         return []
@@ -24,17 +24,17 @@ def read_metrics(run: Path) -> list[dict[str, Any]]:
 
 
 def open_metrics(run: Path, step: int) -> TextIO:
-    """The file, open at its end, without the lines of steps after `step`: they will be run again."""
+    """The file, open for appending, without the lines of steps after `step`: they will be run again."""
     kept = [json.dumps(line) + "\n" for line in read_metrics(run) if line["step"] <= step]
     with replacing(run / FILE) as staged:
         write_text(staged, "".join(kept))
     return (run / FILE).open("a", encoding="utf-8")
 
 
-def write_line(file: TextIO, figures: dict[str, Any]) -> None:
-    """Append a line; it is with the operating system when this returns."""
+def write_line(file: TextIO, metrics: dict[str, Any]) -> None:
+    """Append a line and flush it to the operating system."""
     with writing(Path(file.name)):
-        file.write(json.dumps(figures) + "\n")
+        file.write(json.dumps(metrics) + "\n")
         file.flush()
 
 

@@ -1,4 +1,4 @@
-"""Whether a run may have another number of steps than it was begun with."""
+"""Which options of a run may change when it is resumed."""
 
 import dataclasses
 from typing import Any
@@ -9,7 +9,7 @@ import numpy as np
 from train.options import RunOptions, warmup_steps
 from train.program.schedules import learning_rate_schedule
 
-# What a resumed run may have otherwise: where and how it computes, not what.
+# These change how, where and how long a run computes, not what.
 FREE_ON_RESUME = (
     "out",
     "mesh",
@@ -18,66 +18,67 @@ FREE_ON_RESUME = (
     "evaluation",
     "log",
     "export_every",
-    "steps",  # as far as `train.run.changes` allows
+    "steps",  # as far as `rejected_steps` allows
     "model.remat",
     "model.scan_unroll",
     "model.attention",
 )
 
 
-def differences(old: RunOptions, new: RunOptions) -> list[str]:
-    """The fields that a resumed run must not change, and did: "name: found NEW, expected OLD"."""
-    found: list[str] = []
-
-    def compare(prefix: str, before: Any, after: Any) -> None:
-        for item in dataclasses.fields(before):
-            name = prefix + item.name
-            if name in FREE_ON_RESUME:
-                continue
-            one, other = getattr(before, item.name), getattr(after, item.name)
-            if dataclasses.is_dataclass(one):
-                compare(name + ".", one, other)
-            elif one != other:
-                found.append(f"{name.replace('_', '-')}: found {other}, expected {one}")
-
-    compare("", old, new)
-    return found
-
-
-def faults(saved: RunOptions, options: RunOptions, done: int) -> list[str]:
-    """Why the run cannot be given `options.steps`: "steps: found NEW, expected OLD, ...", or nothing.
-
-    It can where every step already done has the learning rate that it would have had with the new number:
-    with a constant schedule always, with wsd before its decay, with any other during the warmup.
+def rejected_changes(saved: RunOptions, options: RunOptions, done: int) -> list[str]:
+    """Changes that a resumed run must not make, each as "NAME: found NEW, expected OLD".
 
     Args:
         done: steps that are done.
     """
+    return fixed_options_changed(saved, options) + rejected_steps(saved, options, done)
+
+
+def fixed_options_changed(saved: RunOptions, options: RunOptions) -> list[str]:
+    """Changes of options that are not in `FREE_ON_RESUME`."""
+    changes: list[str] = []
+
+    def compare(prefix: str, before: Any, after: Any) -> None:
+        for field in dataclasses.fields(before):
+            name = prefix + field.name
+            if name in FREE_ON_RESUME:
+                continue
+            old, new = getattr(before, field.name), getattr(after, field.name)
+            if dataclasses.is_dataclass(old):
+                compare(name + ".", old, new)
+            elif old != new:
+                changes.append(f"{name.replace('_', '-')}: found {new}, expected {old}")
+
+    compare("", saved, options)
+    return changes
+
+
+def rejected_steps(saved: RunOptions, options: RunOptions, done: int) -> list[str]:
+    """Why the run cannot have `options.steps` steps; empty if it can.
+
+    It can if no step that is done would have had another learning rate: always with a constant schedule,
+    with wsd before its decay begins, with cosine and linear during the warmup.
+    """
     if options.steps == saved.steps:
         return []
-    found = f"steps: found {options.steps}, expected {saved.steps}"
+    change = f"steps: found {options.steps}, expected {saved.steps}"
     if options.steps < done:
-        return [f"{found}, or another number from {done}, the steps that are done"]
-    if _same_rates(saved, options, done):
+        return [f"{change}, or any number from {done}, the steps that are done"]
+    if np.array_equal(_learning_rates(saved, done), _learning_rates(options, done)):
         return []
     return [
-        f"{found}: its {saved.optimizer.schedule} schedule has lowered the learning rate towards "
-        f"{saved.steps}; steps can be added with a constant schedule, or with wsd before its decay: "
-        "start a new run from an export, --model.init-from"
+        f"{change}: the {saved.optimizer.schedule} schedule has already lowered the learning rate towards "
+        f"step {saved.steps}; steps can be added with a constant schedule, or with wsd before its decay: "
+        "begin a new run from an export, --model.init-from"
     ]
 
 
-def _same_rates(saved: RunOptions, options: RunOptions, done: int) -> bool:
-    before, after = (_rates(each, done) for each in (saved, options))
-    return np.array_equal(before, after)
-
-
-def _rates(options: RunOptions, done: int) -> np.ndarray:
+def _learning_rates(options: RunOptions, done: int) -> np.ndarray:
     """The learning rate of each step that is done."""
     optimizer, steps = options.optimizer, options.steps
     warmup = warmup_steps(optimizer, steps)
     if optimizer.schedule in ("cosine", "linear"):
-        # a run that an earlier version began may end within its warmup, which does not depend on its steps
+        # an earlier version let a run end within its warmup, which does not depend on the steps
         steps = max(steps, warmup + 1)
     schedule = learning_rate_schedule(
         optimizer.schedule,

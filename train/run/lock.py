@@ -1,4 +1,4 @@
-"""One process at a time works on the folder of a run; reading it is free."""
+"""One process at a time may run a folder; reading it needs no lock."""
 
 import errno
 import fcntl
@@ -12,12 +12,12 @@ FILE = ".lock"
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Hold the folder while the block runs; the lock goes with the process, however it ends.
+    """Lock the folder while the block runs; the lock ends with the process, however that ends.
 
-    A file system without locks is no obstacle.
+    A file system that has no locks is used without one.
 
     Raises:
-        ValueError: another process holds it; its number is named.
+        ValueError: another process holds the lock; the message names it.
     """
     descriptor = os.open(folder / FILE, os.O_RDWR | os.O_CREAT, 0o666)
     try:

@@ -1,4 +1,4 @@
-"""SIGTERM and SIGINT ask a run to save and end; all processes hear of it at the same step."""
+"""SIGTERM and SIGINT ask a run to save and end; all processes agree on the step."""
 
 import signal
 from collections.abc import Callable, Iterator
@@ -13,32 +13,33 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 @contextmanager
 def stop_signals() -> Iterator[Callable[[], bool]]:
-    """Within, `asked()` tells whether a signal came. A second SIGINT interrupts at once."""
-    came: list[int] = []
+    """Within, `stop_requested()` says whether a signal has come. A second SIGINT interrupts at once."""
+    received: list[int] = []
 
-    def note(number: int, _: FrameType | None) -> None:
-        if came and number == signal.SIGINT:
+    def handle(number: int, _: FrameType | None) -> None:
+        if received and number == signal.SIGINT:
             raise KeyboardInterrupt
-        came.append(number)
+        received.append(number)
 
-    before = {each: signal.signal(each, note) for each in (signal.SIGTERM, signal.SIGINT)}
+    previous = {number: signal.signal(number, handle) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
-        yield lambda: bool(came)
+        yield lambda: bool(received)
     finally:
-        for each, handler in before.items():
-            signal.signal(each, handler)
+        for number, handler in previous.items():
+            signal.signal(number, handler)
 
 
 def agreement(mesh: Mesh) -> Callable[[bool], jax.Array]:
-    """`any_of(mine)`: whether any process says True, as an array that is there when it is there.
+    """`any_process(flag)`: whether the flag is set in any process, as a device array.
 
-    It is computed on the devices like a step's metrics, so that asking every step holds up nothing.
+    It is computed on the devices like the metrics of a step, so asking after every step costs no wait;
+    reading the array does.
     """
-    everywhere = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
-    largest = jax.jit(jnp.max, out_shardings=NamedSharding(mesh, PartitionSpec()))
+    per_device = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
+    maximum = jax.jit(jnp.max, out_shardings=NamedSharding(mesh, PartitionSpec()))
 
-    def any_of(mine: bool) -> jax.Array:
-        local = np.full(len(mesh.local_devices), mine)
-        return largest(jax.make_array_from_process_local_data(everywhere, local))
+    def any_process(flag: bool) -> jax.Array:
+        local = np.full(len(mesh.local_devices), flag)
+        return maximum(jax.make_array_from_process_local_data(per_device, local))
 
-    return any_of
+    return any_process

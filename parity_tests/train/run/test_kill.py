@@ -125,7 +125,7 @@ def test_a_signal_saves_and_ends(
     process.send_signal(number)
     err = finish(process)
     last = saved_steps(run)[-1]
-    assert f"stopped after step {last}, saved; go on: python -m train resume {run}" in err
+    assert f"stopped after step {last}, saved; resume with: python -m train resume {run}" in err
     assert last < STEPS
     finish(start(["resume", str(run)], environment(tiny.cache)))
     same = figures_of(whole)

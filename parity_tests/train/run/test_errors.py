@@ -123,7 +123,7 @@ def test_a_damaged_checkpoint_is_passed_over_and_saved_again(
 ) -> None:
     damage(run / FOLDER / "12")
     assert main(["resume", str(run)]) == 0
-    warning = r"warning: .*the checkpoint of step 12 is damaged \(.*passed over"
+    warning = r"warning: .*the checkpoint of step 12 is damaged \(.*falling back"
     assert re.search(warning, capfd.readouterr().err)
     assert saved_steps(run) == [9, 12]
     assert same_bits(state_of(run, 12), state_of(finished, 12))
@@ -145,9 +145,7 @@ def test_all_checkpoints_damaged(run: Path, capfd: pytest.CaptureFixture[str]) -
     for step in (9, 12):
         truncate(run / FOLDER / str(step))
     before = figures_of(run)
-    assert error_of(["resume", str(run)], capfd) == (
-        f"{run / FOLDER}: found no checkpoint that is whole, expected one"
-    )
+    assert error_of(["resume", str(run)], capfd) == (f"{run / FOLDER}: all checkpoints are damaged")
     assert figures_of(run) == before
     assert saved_steps(run) == [9, 12]
 
@@ -239,24 +237,22 @@ def test_no_validation_data(tiny: Tiny, tmp_path: Path, capfd: pytest.CaptureFix
     data = token_directory(tmp_path / "data", [[[5] * 400]], vocab_size=64)
     shutil.copyfile(tiny.data / "tokenizer.json", data / "tokenizer.json")
     message = error_of(run_flags(tiny, tmp_path / "run", data=data), capfd)
-    assert message.startswith(f"{data}: found no document in the validation split")
-    assert (
-        "give --evaluation.every 0 to run without evaluations, or tokenize with a larger" in message
-    )
+    assert message.startswith(f"{data}: the validation split is empty: run with ")
+    assert "--evaluation.every 0, or tokenize with a larger" in message
     assert not (tmp_path / "run").exists()
 
 
 def test_a_folder_that_holds_a_run(run: Path, tiny: Tiny, capfd: Any) -> None:
     before = (run / "run.toml").read_bytes()
     assert error_of(run_flags(tiny, run), capfd) == (
-        f"{run}: found a run, expected a new folder: give --out, or go on with "
+        f"{run}: already contains a run; choose another --out, or resume it with "
         f"`python -m train resume {run}`"
     )
     assert (run / "run.toml").read_bytes() == before
     # its options lost, its checkpoints are not a new run's to start from, or to overwrite
     (run / "run.toml").unlink()
     assert error_of(run_flags(tiny, run), capfd) == (
-        f"{run}: found checkpoints, expected a new folder: give --out"
+        f"{run}: already contains checkpoints; choose another --out"
     )
     assert saved_steps(run) == [9, 12]
 
@@ -280,7 +276,7 @@ def test_a_folder_that_holds_none(tmp_path: Path, capfd: Any) -> None:
 )
 def test_another_run(flag: str, found: str, finished: Path, capfd: Any) -> None:
     message = error_of(["resume", str(finished), flag], capfd)
-    assert message.startswith(f"{finished}: is another run: ")
+    assert message.startswith(f"{finished}: these options cannot change on resume: ")
     assert found in message
 
 
@@ -375,11 +371,11 @@ def test_data_moved_before_resume(
     options = (run / "run.toml").read_text()
     (run / "run.toml").write_text(options.replace(str(tiny.data), str(tmp_path / "gone")))
     assert error_of(["resume", str(run)], capfd) == (
-        f"{tmp_path / 'gone'}: not found, expected the data of {run}: restore it, or name the place it was "
-        "moved to with --data"
+        f"{tmp_path / 'gone'}: not found, expected the data of {run}: restore it, or pass the path that it "
+        "was moved to with --data"
     )
     place = str(shutil.copytree(tiny.data, tmp_path / "lang=en"))
-    assert f"{run}: is another run: data: found " in error_of(
+    assert f"{run}: these options cannot change on resume: data: found " in error_of(
         ["resume", str(run), "--data", f"{place}=2", place], capfd
     )
     other = other_data(tiny, tmp_path / "other")
@@ -441,7 +437,9 @@ def test_a_run_that_is_running_is_not_resumed(run: Path, tmp_path: Path, capfd: 
         assert main(["export", str(run), str(tmp_path / "hf")]) == 0
         holder.kill()
     assert main(["resume", str(run)]) == 0
-    assert "all 12 steps are done already" in capfd.readouterr().err
+    assert (
+        "all 12 steps are done already; to add more: resume with --steps" in capfd.readouterr().err
+    )
 
 
 @pytest.mark.parametrize("schedule", ["constant", pytest.param("wsd", marks=pytest.mark.slow)])
@@ -459,7 +457,8 @@ def test_more_steps_are_as_if_asked_for_at_first(
     if schedule == "wsd":
         message = error_of(["resume", str(run), "--steps=9"], capfd)
         assert (
-            "steps: found 9, expected 6: its wsd schedule has lowered the learning rate" in message
+            "steps: found 9, expected 6: the wsd schedule has already lowered the learning rate"
+            in message
         )
         shutil.rmtree(run / FOLDER / "6")  # two steps of decay ago
     assert main(["resume", str(run), "--steps=9"]) == 0
@@ -467,9 +466,7 @@ def test_more_steps_are_as_if_asked_for_at_first(
     assert same_bits(state_of(run, 9), state_of(whole, 9))
     assert figures_of(run) == figures_of(whole)
     message = error_of(["resume", str(run), "--steps=5"], capfd)
-    assert (
-        "steps: found 5, expected 9, or another number from 9, the steps that are done" in message
-    )
+    assert "steps: found 5, expected 9, or any number from 9, the steps that are done" in message
 
 
 def test_export_into_a_run_or_from_none(

@@ -227,6 +227,7 @@ def test_data_that_ends_otherwise_than_the_checkpoint_is_told(
     start = Path(shutil.copytree(with_bos.export, tmp_path / "start"))
     (start / "generation_config.json").write_text('{"eos_token_id": 2}')
     assert main(flags(tiny, tmp_path / "run", with_bos.data, model__init_from=start)) == 0
-    assert f"the data ends its documents with token 0, generation from {start} ends with 2: " in (
-        capfd.readouterr().err
+    assert (
+        f"the data ends its documents with token 0, but generation from {start} stops at 2: "
+        in (capfd.readouterr().err)
     )

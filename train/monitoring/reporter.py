@@ -1,0 +1,111 @@
+"""Metrics of steps, read one step late so that the device never waits for the host."""
+
+import math
+import time
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from llama_jax.inspection.architecture import forward_flops_per_token
+from train.hardware.chips import peak_flops
+from train.monitoring.display import Display
+from train.monitoring.loggers import Recorder
+from train.options import RunOptions
+from train.program.build import Program
+from train.program.step import Metrics
+
+
+class _Submitted(NamedTuple):
+    """A step that has been dispatched and not reported; reading its arrays waits for the device."""
+
+    step: int
+    metrics: Metrics
+    stop: jax.Array
+    data_wait: float
+
+
+class Reporter:
+    """Shows and records the metrics of every step once the device has computed them.
+
+    A step is submitted right after its dispatch, and reported when the next one has been dispatched: the
+    device computes while the host reads, writes and draws.
+
+    stopping: whether a reported step carried the request to stop.
+    """
+
+    def __init__(
+        self, program: Program, options: RunOptions, display: Display, record: Recorder
+    ) -> None:
+        self.stopping = False
+        self._display, self._record = display, record
+        self._steps, self._learning_rate = options.steps, program.learning_rate
+        self._tokens_per_step = options.batch_size * options.sequence_length
+        dtype = jnp.dtype(options.model.compute_dtype)
+        peak = options.log.peak_flops or peak_flops(jax.devices()[0], dtype)
+        self._peak_flops = None if peak is None else peak * len(jax.devices())
+        self._flops_per_token = 3 * forward_flops_per_token(program.config, options.sequence_length)
+        self._submitted: _Submitted | None = None
+        self.restart_clock()
+
+    def submit(self, step: int, metrics: Metrics, stop: jax.Array, data_wait: float) -> None:
+        """Report the step before, and hold this one until it is computed.
+
+        Args:
+            step: steps done with this one.
+            stop: a boolean scalar, the same in all processes: whether to stop after this step.
+            data_wait: seconds for which the loop waited for the batch.
+
+        Raises:
+            ValueError: a loss or gradient norm that is not finite.
+        """
+        self.flush()
+        self._submitted = _Submitted(step, metrics, stop, data_wait)
+
+    def poll(self) -> None:
+        """Report the submitted step if it is computed already, as where a step's call is synchronous."""
+        if self._submitted is None:
+            return
+        loss: Any = self._submitted.metrics.loss  # jax.Array's types lack is_ready
+        if loss.is_ready():
+            self.flush()
+
+    def flush(self) -> None:
+        """Wait for the submitted step, if there is one, and report it. Raises as `submit`."""
+        if self._submitted is not None:
+            submitted, self._submitted = self._submitted, None
+            self._report(*submitted)
+
+    def restart_clock(self) -> None:
+        """Time the next step from now on, rather than from the report of the last one."""
+        self._reported_at = time.perf_counter()
+
+    def _report(self, step: int, metrics: Metrics, stop: jax.Array, data_wait: float) -> None:
+        values = jax.device_get(metrics)
+        now = time.perf_counter()
+        seconds, self._reported_at = now - self._reported_at, now
+        loss, grad_norm = float(values.loss), float(values.grad_norm)
+        if not (math.isfinite(loss) and math.isfinite(grad_norm)):
+            raise ValueError(
+                f"step {step}: found loss {loss} and gradient norm {grad_norm}, expected finite numbers: "
+                "try a lower --optimizer.learning-rate; earlier checkpoints are kept"
+            )
+        tokens_per_second = self._tokens_per_step / seconds
+        mfu = None
+        if self._peak_flops is not None:
+            mfu = tokens_per_second * self._flops_per_token / self._peak_flops
+        line = {
+            "step": step,
+            "loss": loss,
+            "z_loss": float(values.z_loss),
+            "grad_norm": grad_norm,
+            "learning_rate": float(self._learning_rate(step - 1)),
+            "num_tokens": int(values.num_tokens),
+            "seconds": seconds,
+            "data_wait": data_wait,
+            "tokens_per_second": tokens_per_second,
+            "mfu": mfu,
+        }
+        self._record(line)
+        self._display.step(line, self._steps)
+        self.stopping = self.stopping or bool(jax.device_get(stop))

@@ -1,0 +1,82 @@
+"""Begin a run in a new folder."""
+
+import warnings
+from contextlib import ExitStack
+
+import jax
+
+from llama_jax.checkpoints.fit import fit, open_weights
+from llama_jax.config import LlamaConfig
+from llama_jax.formatting import report
+from llama_jax.generation.config import read_generation_config
+from llama_jax.models.causal_lm import LlamaForCausalLM
+from train.checkpoints import require_safe_path
+from train.data.sources import common_index, find_sources, require_same_tokenizer
+from train.data.token_shards import Index
+from train.model.config import model_config
+from train.monitoring.loggers import require_loggers
+from train.option_checks import validate
+from train.options import RunOptions, with_absolute_paths, with_defaults
+from train.program.build import run_program
+from train.run.folder import require_new, write_folder
+from train.run.lock import locked
+from train.run.loop import train_loop
+from train.run.processes import join_processes
+from train.run.training_data import training_windows
+
+
+def begin(options: RunOptions) -> None:
+    """Begin a run in the folder `options.out`, which must not hold one, and train to its end.
+
+    Raises:
+        ValueError: options that are wrong in themselves, or do not fit the data, model or devices; a
+            loss that is not finite; a checkpoint that cannot be saved.
+    """
+    validate(options)
+    folder = options.out
+    require_new(folder)
+    require_safe_path(folder)
+    require_loggers(options.log)
+    join_processes(options.distributed)
+    options = with_defaults(with_absolute_paths(options), jax.default_backend())
+    sources = find_sources(options.data)
+    index = common_index(sources)
+    tokenizer = options.model.init_from or sources[0][0]
+    if options.model.init_from is not None:
+        require_same_tokenizer(tokenizer, sources[0][0])
+    elif missing := [name for name in index.tokenizer if not (tokenizer / name).is_file()]:
+        raise ValueError(f"{tokenizer / missing[0]}: not found, expected the tokenizer of the data")
+    config = model_config(options.model, index, options.sequence_length)
+    dataset = training_windows(options, config, sources)
+    program = run_program(options, config)
+    if options.model.init_from is not None:
+        _require_initial_weights(options, config, index)
+    with ExitStack() as stack:
+        if jax.process_index() == 0:
+            # only now: whatever can be refused has been refused before there is a folder
+            folder.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(locked(folder))
+            write_folder(folder, options, config, sources, tokenizer)
+        train_loop(program, options, folder, sources, dataset)
+
+
+def _require_initial_weights(options: RunOptions, config: LlamaConfig, index: Index) -> None:
+    """Raise ValueError if the weights of --model.init-from do not fit; only their headers are read.
+
+    Warns:
+        UserWarning: the data ends its documents with a token at which generation would not end.
+    """
+    directory = options.model.init_from
+    assert directory is not None
+    dtype = options.model.parameter_dtype
+    weights = fit(LlamaForCausalLM, config, open_weights(directory), directory, dtype)
+    if problems := [*weights.faults, *(f"{name}: missing" for name in weights.new)]:
+        raise ValueError(report(f"{directory}: {len(problems)} problems", problems))
+    eos_ids = read_generation_config(directory, config).eos_token_ids
+    if eos_ids and index.eos_id is not None and index.eos_id not in eos_ids:
+        warnings.warn(
+            f"the data ends its documents with token {index.eos_id}, but generation from {directory} "
+            f"stops at {', '.join(map(str, eos_ids))}: name the token with `tokenize --eos`, or change the "
+            "run's generation_config.json",
+            stacklevel=2,
+        )

@@ -1,0 +1,50 @@
+"""An evaluation during a run: validation loss, a sample of text, the picture of the loss."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from llama_jax.text.companions import RUN_TOKENIZER
+from train.model.evaluate import evaluate
+from train.model.sample import sample_text
+from train.monitoring.display import Display
+from train.monitoring.loggers import Recorder
+from train.monitoring.metrics_log import draw_loss
+from train.options import RunOptions
+from train.program.build import Program, model_of
+
+
+def evaluate_step(
+    program: Program,
+    params: Any,
+    options: RunOptions,
+    sources: Sequence[tuple[Path, float]],
+    folder: Path,
+    step: int,
+    *,
+    display: Display,
+    record: Recorder,
+) -> None:
+    """Evaluate the parameters after `step`; show and record the result."""
+    evaluation = evaluate(program, params, sources, limit=options.evaluation.batches)
+    metrics: dict[str, Any] = {
+        "step": step,
+        "validation_loss": evaluation.loss,
+        "perplexity": evaluation.perplexity,
+        "validation_tokens": evaluation.num_tokens,
+    }
+    display.say(
+        f"step {step}: validation loss {evaluation.loss:.4f}, perplexity {evaluation.perplexity:.2f}"
+    )
+    sample_tokens = options.evaluation.sample_tokens
+    # only where this process's devices hold the whole model, since it generates on its own
+    if sample_tokens and jax.process_count() == 1:
+        prompt = options.evaluation.sample_prompt
+        model = model_of(program, params)
+        metrics["sample"] = sample_text(model, folder / RUN_TOKENIZER, prompt, sample_tokens)
+        display.say(repr(metrics["sample"]))
+    record(metrics)
+    if jax.process_index() == 0:
+        draw_loss(folder)

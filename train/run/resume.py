@@ -1,0 +1,81 @@
+"""Resume a run from its newest intact checkpoint."""
+
+from contextlib import ExitStack
+from dataclasses import replace
+from pathlib import Path
+
+import jax
+
+from llama_jax.config import LlamaConfig
+from train.checkpoints import require_safe_path
+from train.data import identity
+from train.data.sources import common_index, find_sources
+from train.option_checks import validate
+from train.options import RunOptions, with_absolute_paths
+from train.program.build import run_program
+from train.run.changes import rejected_changes
+from train.run.folder import last_saved_step, replace_options
+from train.run.lock import locked
+from train.run.loop import train_loop
+from train.run.processes import join_processes
+from train.run.training_data import training_windows
+
+
+def resume(folder: Path, saved: RunOptions, options: RunOptions) -> None:
+    """Train on from the newest intact checkpoint in `folder`, or from the start if there is none.
+
+    Args:
+        saved: what the run's run.toml says.
+        options: the same, with changes where they are allowed: how and where it computes, logging, where
+            the same data now lies, and `steps` as far as `train.run.changes` allows.
+
+    Raises:
+        ValueError: as `train.run.begin.begin`; a folder that another process runs; options that must not
+            change; data that is not what the run began with.
+    """
+    options = with_absolute_paths(options)
+    _require_valid(saved, options)
+    require_safe_path(folder)
+    moved = identity.may_be_moved(folder, saved.data, options.data)
+    expected = replace(saved, data=options.data) if moved else saved
+    if rejected := rejected_changes(expected, options, last_saved_step(folder)):
+        raise ValueError(f"{folder}: these options cannot change on resume: {'; '.join(rejected)}")
+    join_processes(options.distributed)
+    with ExitStack() as stack:
+        if jax.process_index() == 0:
+            stack.enter_context(locked(folder))
+        sources = find_sources(options.data)
+        for directory, _ in sources:
+            if not directory.exists():
+                raise ValueError(
+                    f"{directory}: not found, expected the data of {folder}: restore it, or pass the path "
+                    "that it was moved to with --data"
+                )
+        index = common_index(sources)
+        remedy = "restore it, or begin a new run with `python -m train run`"
+        identity.require_identity(folder, sources, remedy)
+        config = LlamaConfig.from_pretrained(folder)
+        if index.vocab_size > config.vocab_size:
+            raise ValueError(
+                f"{folder}: found a model with vocab_size {config.vocab_size}, expected at least "
+                f"{index.vocab_size}, the data's"
+            )
+        dataset = training_windows(options, config, sources)
+        program = run_program(options, config)
+        updated = replace(saved, steps=options.steps, data=options.data)
+        if updated != saved and jax.process_index() == 0:
+            replace_options(folder, updated)
+        train_loop(program, options, folder, sources, dataset)
+
+
+def _require_valid(saved: RunOptions, options: RunOptions) -> None:
+    try:
+        validate(options)
+    except ValueError as error:
+        if options != saved:
+            raise
+        # an earlier version allowed these options
+        raise ValueError(
+            f"{error}; such a run cannot be resumed: `python -m train export` its weights and begin a new "
+            "run from them with --model.init-from"
+        ) from None

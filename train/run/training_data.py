@@ -1,0 +1,43 @@
+"""The windows that a run trains on, from data that has been checked."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from llama_jax.config import LlamaConfig
+from train.data import identity
+from train.data.token_shards import Index, Split, read_index
+from train.data.windows import windows
+from train.options import RunOptions
+
+
+def training_windows(
+    options: RunOptions, config: LlamaConfig, sources: Sequence[tuple[Path, float]]
+) -> Any:
+    """The training windows of all steps.
+
+    Raises:
+        ValueError: shards that are missing or not what their index says; no validation split although
+            the run evaluates.
+    """
+    splits: list[Split] = ["train"]
+    if options.evaluation.every:
+        splits.append("validation")
+        for directory, _ in sources:
+            _require_validation(directory, read_index(directory))
+    identity.require_intact(sources, splits)
+    return windows(
+        sources,
+        split="train",
+        sequence_length=options.sequence_length,
+        vocab_size=config.vocab_size,
+        seed=options.seed,
+    )
+
+
+def _require_validation(directory: Path, index: Index) -> None:
+    if index.complete and not index.splits["validation"]:
+        raise ValueError(
+            f"{directory}: the validation split is empty: run with --evaluation.every 0, or tokenize with "
+            "a larger --validation-fraction or more documents"
+        )
