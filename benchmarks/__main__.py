@@ -10,11 +10,10 @@ precision  what lower precisions of float32 products do to the real checkpoint
 step       a training step beside torch's: time, memory, tokens a second
 """
 
-import signal
+from llama_jax.cli.startup import end_on_interrupt
 
-if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-    # the program begins when all this is imported: until then Ctrl-C ends it without a traceback
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
+if __name__ == "__main__":
+    end_on_interrupt()
 
 import argparse
 import importlib

@@ -1,22 +1,30 @@
-"""Checkpoints from one format into another, a tensor at a time, and proved.
+"""Convert checkpoints between formats, one tensor in memory at a time, and check the result.
 
-python -m convert SRC DST      and the same as functions:
+`python -m convert SRC DST`, and the same as functions:
 
-from convert import convert, info
-convert("model.gguf", "model/", dtype="bfloat16")
+    from convert import convert, info
+    convert("model.gguf", "model/", dtype="bfloat16")
+
+The names below are imported when they are first used (PEP 562), so that `python -m convert --help` answers
+at once.
 """
 
-import signal
-import sys
+import importlib
+from typing import TYPE_CHECKING, Any
 
-# `python -m convert` begins when all this is imported: until then Ctrl-C ends it without a traceback
-if (
-    sys.argv[:1] == ["-m"]
-    and "convert" in sys.orig_argv
-    and signal.getsignal(signal.SIGINT) is signal.default_int_handler
-):
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-
-from convert.conversion import Plan, Report, convert, info, plan, run
+if TYPE_CHECKING:
+    from convert.conversion import Plan, Report, convert, info, plan, run
 
 __all__ = ["Plan", "Report", "convert", "info", "plan", "run"]
+
+if not TYPE_CHECKING:  # or a type checker would take every name for one of ours
+
+    def __getattr__(name: str) -> Any:
+        if name not in __all__:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        value = getattr(importlib.import_module("convert.conversion"), name)
+        globals()[name] = value
+        return value
+
+    def __dir__() -> list[str]:
+        return sorted({*globals(), *__all__})

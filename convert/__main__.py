@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+from llama_jax.cli.startup import end_on_interrupt
+
+if __name__ == "__main__":
+    end_on_interrupt()
+
 import argparse
 import json
 import sys

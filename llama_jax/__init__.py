@@ -1,41 +1,42 @@
-"""The Llama family in JAX/Flax NNX, proved equal to PyTorch."""
+"""The Llama family in JAX/Flax NNX, tested for numerical parity with PyTorch.
 
-import signal
-import sys
+The names below, and the submodules, are imported when they are first used (PEP 562): the command lines
+answer `--help` without importing JAX.
+"""
 
-# `python -m llama_jax` begins when all this is imported: until then Ctrl-C ends it without a traceback
-if (
-    sys.argv[:1] == ["-m"]
-    and ["-m", "llama_jax"] in [sys.orig_argv[place : place + 2] for place in range(1, 9)]
-    and signal.getsignal(signal.SIGINT) is signal.default_int_handler
-):
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
+import importlib
+import importlib.util
+from typing import TYPE_CHECKING, Any
 
-from llama_jax.attention.cache import KVCache, init_cache
-from llama_jax.config import LlamaConfig
-from llama_jax.generation.config import GenerationConfig
-from llama_jax.generation.loop import GenerateOutput
-from llama_jax.loss import LossOutput, fused_linear_cross_entropy
-from llama_jax.models.causal_lm import CausalLMOutput, LlamaForCausalLM
-from llama_jax.models.decoder import LlamaModel, ModelOutput
-from llama_jax.models.lm_head import (
-    LMHead,
-    LMHeadConfig,
-    LMOutputWithLoss,
-    NormalizedLMHead,
-    normalize_rows,
-)
-from llama_jax.models.question_answering import (
-    LlamaForQuestionAnswering,
-    QuestionAnsweringModelOutput,
-)
-from llama_jax.models.sequence_classification import (
-    LlamaForSequenceClassification,
-    SequenceClassifierOutput,
-)
-from llama_jax.models.token_classification import LlamaForTokenClassification, TokenClassifierOutput
-from llama_jax.presets import PRESETS
-from llama_jax.quantization.model import Quantization, dequantize, quantize
+if TYPE_CHECKING:
+    from llama_jax.attention.cache import KVCache, init_cache
+    from llama_jax.config import LlamaConfig
+    from llama_jax.generation.config import GenerationConfig
+    from llama_jax.generation.loop import GenerateOutput
+    from llama_jax.loss import LossOutput, fused_linear_cross_entropy
+    from llama_jax.models.causal_lm import CausalLMOutput, LlamaForCausalLM
+    from llama_jax.models.decoder import LlamaModel, ModelOutput
+    from llama_jax.models.lm_head import (
+        LMHead,
+        LMHeadConfig,
+        LMOutputWithLoss,
+        NormalizedLMHead,
+        normalize_rows,
+    )
+    from llama_jax.models.question_answering import (
+        LlamaForQuestionAnswering,
+        QuestionAnsweringModelOutput,
+    )
+    from llama_jax.models.sequence_classification import (
+        LlamaForSequenceClassification,
+        SequenceClassifierOutput,
+    )
+    from llama_jax.models.token_classification import (
+        LlamaForTokenClassification,
+        TokenClassifierOutput,
+    )
+    from llama_jax.presets import PRESETS
+    from llama_jax.quantization.model import Quantization, dequantize, quantize
 
 __all__ = [
     "PRESETS",
@@ -65,3 +66,48 @@ __all__ = [
     "normalize_rows",
     "quantize",
 ]
+
+# where each of them is defined
+_MODULE_OF = {
+    "PRESETS": "presets",
+    "CausalLMOutput": "models.causal_lm",
+    "GenerateOutput": "generation.loop",
+    "GenerationConfig": "generation.config",
+    "KVCache": "attention.cache",
+    "LMHead": "models.lm_head",
+    "LMHeadConfig": "models.lm_head",
+    "LMOutputWithLoss": "models.lm_head",
+    "LlamaConfig": "config",
+    "LlamaForCausalLM": "models.causal_lm",
+    "LlamaForQuestionAnswering": "models.question_answering",
+    "LlamaForSequenceClassification": "models.sequence_classification",
+    "LlamaForTokenClassification": "models.token_classification",
+    "LlamaModel": "models.decoder",
+    "LossOutput": "loss",
+    "ModelOutput": "models.decoder",
+    "NormalizedLMHead": "models.lm_head",
+    "Quantization": "quantization.model",
+    "QuestionAnsweringModelOutput": "models.question_answering",
+    "SequenceClassifierOutput": "models.sequence_classification",
+    "TokenClassifierOutput": "models.token_classification",
+    "dequantize": "quantization.model",
+    "fused_linear_cross_entropy": "loss",
+    "init_cache": "attention.cache",
+    "normalize_rows": "models.lm_head",
+    "quantize": "quantization.model",
+}
+
+if not TYPE_CHECKING:  # or a type checker would take every name for one of ours
+
+    def __getattr__(name: str) -> Any:
+        if name in _MODULE_OF:
+            value = getattr(importlib.import_module(f"{__name__}.{_MODULE_OF[name]}"), name)
+        elif not name.startswith("_") and importlib.util.find_spec(f"{__name__}.{name}"):
+            value = importlib.import_module(f"{__name__}.{name}")
+        else:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        globals()[name] = value
+        return value
+
+    def __dir__() -> list[str]:
+        return sorted({*globals(), *__all__})

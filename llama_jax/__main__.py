@@ -1,5 +1,10 @@
 """`python -m llama_jax generate|chat|score|mask|info|quantize`: the library from a shell."""
 
+from llama_jax.cli.startup import end_on_interrupt
+
+if __name__ == "__main__":
+    end_on_interrupt()
+
 import argparse
 from pathlib import Path
 

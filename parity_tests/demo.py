@@ -4,11 +4,10 @@ Exit code 0 when the two are the same function by the derived tolerance and writ
 when they are not, 2 when the checkpoint cannot be had.
 """
 
-import signal
+from llama_jax.cli.startup import end_on_interrupt
 
-if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-    # the program begins when all this is imported: until then Ctrl-C ends it without a traceback
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
+if __name__ == "__main__":
+    end_on_interrupt()
 
 import shutil
 import time

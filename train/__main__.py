@@ -1,10 +1,9 @@
 """The command line: `python -m train COMMAND`. A command is a function here; tyro reads its signature."""
 
-import signal
+from llama_jax.cli.startup import end_on_interrupt
 
-if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-    # the program begins when all this is imported: until then Ctrl-C ends it without a traceback
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
+if __name__ == "__main__":
+    end_on_interrupt()
 
 import logging
 import sys

@@ -3,13 +3,13 @@
 Everything is done by the commands a user has. Exit code 0 when PyTorch computes the loss the run reported.
 """
 
-import signal
+from llama_jax.cli.startup import end_on_interrupt
 
-if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-    # the program begins when all this is imported: until then Ctrl-C ends it without a traceback
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
+if __name__ == "__main__":
+    end_on_interrupt()
 
 import shutil
+import signal
 import subprocess
 import sys
 import time

@@ -15,15 +15,10 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from types import FrameType
-from typing import TYPE_CHECKING, Any, NoReturn, TextIO
-
-import jax
+from typing import Any, NoReturn, TextIO
 
 from llama_jax.formatting import console, printable
 from llama_jax.text.tokenizers_errors import is_of_tokenizers
-
-if TYPE_CHECKING:
-    pass
 
 MISTAKE = 2
 INTERRUPTED = 128 + signal.SIGINT
@@ -84,13 +79,12 @@ def run_program(
             OverflowError,
             RecursionError,
             Warning,
-            jax.errors.JaxRuntimeError,
         ) as error:
             code, ended = MISTAKE, None
             broken = _broken_output(error)
             _say_error(one_line(error if broken is None else broken))
         except BaseException as error:
-            if not is_of_tokenizers(error):
+            if not (is_of_tokenizers(error) or _is_of_a_backend(error)):
                 raise
             _say_error(one_line(error))
     for stream in (sys.stdout, sys.stderr):
@@ -117,7 +111,7 @@ def one_line(error: BaseException) -> str:
     A backend's error is called lack of memory only where it is that, and else is told as it is.
     """
     text = str(error).strip()
-    backend = isinstance(error, jax.errors.JaxRuntimeError)
+    backend = _is_of_a_backend(error)
     if isinstance(error, MemoryError) or (backend and any(word in text for word in _OUT_OF_MEMORY)):
         text = f"not enough memory: {_first(text)}" if text else "not enough memory"
     elif backend:
@@ -135,6 +129,12 @@ def one_line(error: BaseException) -> str:
     if len(text) > _LONGEST:  # as where a value that fills the file is shown
         text = f"{text[: _LONGEST - 200]} ... {text[-200:]}"
     return printable(text or type(error).__name__)
+
+
+def _is_of_a_backend(error: BaseException) -> bool:
+    """Whether XLA raised it, which it cannot have done before JAX is imported."""
+    errors = sys.modules.get("jax.errors")
+    return errors is not None and isinstance(error, errors.JaxRuntimeError)
 
 
 def json_line(value: Any) -> str:
@@ -205,37 +205,57 @@ def _mend_standard_streams() -> None:
 
 @contextmanager
 def _signals() -> Iterator[None]:
-    """SIGTERM interrupts like SIGINT, so that what is half written goes. What is ignored stays so."""
+    """SIGTERM and SIGINT raise KeyboardInterrupt, so that unfinished files are removed.
+
+    Ignored signals stay ignored. A signal that arrives during an import is answered after it: jaxlib and
+    other extension modules crash when an exception stops their initialization.
+    """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
 
-    def interrupt(signum: int, frame: FrameType | None) -> NoReturn:
-        raise KeyboardInterrupt
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        if not _importing(frame):
+            raise KeyboardInterrupt
+        _send_again(number)
 
-    handlers = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: interrupt}
-    before = {number: signal.getsignal(number) for number in handlers}
-    changed = {number for number, handler in before.items() if handler is signal.SIG_DFL}
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    defaults = (signal.SIG_DFL, signal.default_int_handler)
+    changed = [number for number, handler in before.items() if handler in defaults]
     hook = sys.unraisablehook
 
     def unraisable(args: Any) -> None:
-        if not isinstance(args.exc_value, KeyboardInterrupt):
+        if isinstance(args.exc_value, KeyboardInterrupt):
+            _send_again(
+                signal.SIGINT
+            )  # raised in a destructor or a callback of the garbage collector
+        else:
             hook(args)
-            return
-        # raised where it cannot spread, in a destructor or JAX's callback of the collector: once more
-        again = threading.Timer(0.02, os.kill, (os.getpid(), signal.SIGINT))
-        again.daemon = True
-        again.start()
 
     sys.unraisablehook = unraisable
     try:
         for number in changed:
-            signal.signal(number, handlers[number])
+            signal.signal(number, interrupt)
         yield
     finally:
         sys.unraisablehook = hook
         for number in changed:
             signal.signal(number, before[number])
+
+
+def _importing(frame: FrameType | None) -> bool:
+    """Whether the code that `run_program` runs is importing a module."""
+    while frame is not None and frame.f_code is not run_program.__code__:
+        if frame.f_code.co_filename.startswith("<frozen importlib"):
+            return True
+        frame = frame.f_back
+    return False
+
+
+def _send_again(number: int) -> None:
+    again = threading.Timer(0.02, os.kill, (os.getpid(), number))
+    again.daemon = True
+    again.start()
 
 
 @contextmanager

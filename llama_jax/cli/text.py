@@ -1,23 +1,25 @@
 """`generate` and `chat` of the command line: text in, text out as it is formed."""
 
+from __future__ import annotations
+
 import argparse
 import math
 import sys
 import time
 from collections.abc import Iterator
-from typing import Any
-
-import jax
-import numpy as np
+from typing import TYPE_CHECKING, Any
 
 from llama_jax.cli.arguments import positive, some_text
 from llama_jax.cli.program import json_line
-from llama_jax.load import load_config, load_model, tokenizer_directory
-from llama_jax.models.causal_lm import LlamaForCausalLM
 from llama_jax.text.chat_template import find_chat_template, render_chat
 from llama_jax.text.detokenize import TextStream
 from llama_jax.text.lines import MARK
 from llama_jax.text.tokenizer import load_tokenizer
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from llama_jax.models.causal_lm import LlamaForCausalLM
 
 DTYPES = ("float32", "bfloat16", "float16")
 CACHE_DTYPES = (*DTYPES, "int8")
@@ -128,6 +130,8 @@ def _generate(options: argparse.Namespace) -> None:
 
 
 def _chat(options: argparse.Namespace) -> None:
+    from llama_jax.load import load_config, tokenizer_directory
+
     choices = _choices(options)
     load_config(options.model)  # says what is there instead of a model
     template, special_tokens = find_chat_template(tokenizer_directory(options.model))
@@ -212,6 +216,9 @@ def _tokens(
     choices: dict[str, Any],
 ) -> Iterator[np.ndarray]:
     """The new tokens of all prompts, [batch] at a time; shorter prompts are padded on the left."""
+    import jax
+    import numpy as np
+
     width = max(map(len, prompts))
     ids = np.asarray([[0] * (width - len(prompt)) + prompt for prompt in prompts], np.int32)
     mask = np.asarray([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts])
@@ -228,6 +235,8 @@ def _tokens(
 
 
 def _load(options: argparse.Namespace) -> tuple[Any, LlamaForCausalLM]:
+    from llama_jax.load import load_config, load_model, tokenizer_directory
+
     load_config(options.model)  # says what is there instead of a model
     # the tokenizer first: it is read in no time, and what is wrong with it is then said at once
     tokenizer = load_tokenizer(tokenizer_directory(options.model))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import gc
+import importlib
 import io
 import json
 import os
@@ -240,3 +241,22 @@ def test_json_in_the_encoding_of_stdout(
 ) -> None:
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), encoding=encoding))
     assert program.json_line("wé") == text
+
+
+def test_an_interrupt_during_an_import_waits_for_its_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Extension modules crash when an exception stops their initialization."""
+    (tmp_path / "slow_to_import.py").write_text(
+        "import signal, time\nsignal.raise_signal(signal.SIGINT)\ntime.sleep(0.1)\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+
+    def command() -> None:
+        importlib.import_module("slow_to_import")
+        time.sleep(5)
+        raise AssertionError("the signal was lost")
+
+    assert run_program(command) == 130
+    assert "slow_to_import" in sys.modules
+    assert capfd.readouterr().err == "interrupted\n"
