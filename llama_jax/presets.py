@@ -147,3 +147,4 @@ PRESETS: dict[str, LlamaConfig] = {
     "smollm2-360m": _smollm2(960, 2560, 32, 15, 5, 100000.0, 0.02),
     "smollm2-1.7b": _smollm2(2048, 8192, 24, 32, 32, 130000.0, 0.02),
 } | SMALL
+"""Configurations by name; `python -m llama_jax info` lists them."""

@@ -3,10 +3,13 @@
 from typing import Any, Literal, NamedTuple
 
 IGNORE_INDEX = -100
+"""Label of tokens without a loss, as in PyTorch."""
 
 Reduction = Literal["mean", "sum", "none"]
+"""How the losses of the tokens are combined; "none" returns them all."""
 
 Mode = Literal["auto", "recompute", "reference"]
+"""Where gradients are computed: see `mode` of `fused_linear_cross_entropy`."""
 
 
 class Shards(NamedTuple):

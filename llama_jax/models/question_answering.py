@@ -58,8 +58,9 @@ class LlamaForQuestionAnswering(PretrainedModel):
         """Logits of start and end over the tokens and, with both positions, their mean cross-entropy.
 
         Args:
-            start_positions, end_positions: integers [batch] or [batch, 1]. As in transformers, negative
-                ones count as 0, and those beyond the sequence are ignored (a loss of 0 where all are).
+            start_positions: integers [batch] or [batch, 1]. As in transformers, negative ones count as 0,
+                and those beyond the sequence are ignored (a loss of 0 where all are).
+            end_positions: as `start_positions`.
             options: the further arguments of `LlamaModel.__call__`.
 
         Raises:
