@@ -24,10 +24,13 @@ from benchmarks.real_checkpoint import real_checkpoint
 from llama_jax import PRESETS, LlamaConfig, formatting
 from llama_jax.cli.arguments import OneLineParser
 from parity_tests.report.estimate import estimate, total_memory
-from parity_tests.report.forward import forward
-from parity_tests.report.metrics import Compared, compare
-from parity_tests.report.programs import jax_layers, oracle_layers, torch_layers
+from parity_tests.report.measure.forward import forward
+from parity_tests.report.measure.metrics import Comparison, compare
 from parity_tests.report.programs.checkpoint import Checkpoint, open_checkpoint
+from parity_tests.report.programs.jax_layers import JaxProgram
+from parity_tests.report.programs.oracle_layers import OracleProgram
+from parity_tests.report.programs.program import Programs
+from parity_tests.report.programs.torch_layers import TorchProgram
 from parity_tests.report.run import DTYPES
 from parity_tests.report.tokens import bundled_tokens
 
@@ -53,7 +56,7 @@ def main(arguments: Sequence[str] = ()) -> None:
 
     def add(name: str, checkpoint: Checkpoint, ids: np.ndarray) -> None:
         begin = time.perf_counter()
-        cells = [cell for dtype in DTYPES for cell in _cells(errors(checkpoint, ids, dtype))]
+        cells = [cell for dtype in DTYPES for cell in _cells(logit_errors(checkpoint, ids, dtype))]
         table.add_row(name, *cells)
         console.print(name, *cells, f"{time.perf_counter() - begin:.0f} s")
 
@@ -77,20 +80,22 @@ def main(arguments: Sequence[str] = ()) -> None:
         console.print(f"left out, more than this machine's {memory}: {'; '.join(left_out)}")
 
 
-def errors(checkpoint: Checkpoint, ids: np.ndarray, dtype: str) -> Compared:
-    """Of the logits of `ids` [1, T], weights and computation in `dtype`."""
+def logit_errors(checkpoint: Checkpoint, ids: np.ndarray, dtype: str) -> Comparison:
+    """Errors of both programs' logits for `ids` [1, T], weights and computation in `dtype`."""
     compute, length = DTYPES[dtype], ids.shape[1]
-    unit = float(ml_dtypes.finfo(compute).eps)
-    modules = (jax_layers, torch_layers, oracle_layers)
-    programs = [module.program(checkpoint, compute, length) for module in modules]
-    layers = checkpoint.config.num_hidden_layers
-    passed = forward(programs, ids, layers, unit, lambda: None)
-    # one head in memory at a time
-    ours, theirs, oracle = (
-        program.head()(hidden, 0, length)
-        for program, hidden in zip(programs, passed.hidden, strict=True)
+    eps = float(ml_dtypes.finfo(compute).eps)
+    programs = Programs(
+        JaxProgram(checkpoint, compute),
+        TorchProgram(checkpoint, compute),
+        OracleProgram(checkpoint, compute),
     )
-    return compare("lm_head", ours, theirs, oracle, unit, length)
+    layers = checkpoint.config.num_hidden_layers
+    _, hidden = forward(programs, ids, layers, eps, lambda: None)
+    # one head in memory at a time
+    ours, theirs, exact = (
+        next(program.logits(x, length)) for program, x in zip(programs, hidden, strict=True)
+    )
+    return compare("lm_head", ours, theirs, exact, eps=eps, rows=length)
 
 
 def same_shapes(presets: Sequence[str]) -> list[list[str]]:
@@ -115,6 +120,6 @@ def random_checkpoint(config: LlamaConfig) -> Iterator[Checkpoint]:
         yield open_checkpoint(directory)
 
 
-def _cells(logits: Compared) -> tuple[str, str, str]:
+def _cells(logits: Comparison) -> tuple[str, str, str]:
     ours, theirs = logits.ours.rms, logits.theirs.rms
     return f"{ours:.2e}", f"{theirs:.2e}", f"{ours / theirs:.2f}"

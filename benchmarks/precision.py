@@ -23,9 +23,10 @@ from rich.table import Table
 from benchmarks.real_checkpoint import real_checkpoint
 from llama_jax import LlamaForCausalLM, formatting
 from llama_jax.numerics import matmul
-from parity_tests.report.metrics import errors
-from parity_tests.report.programs import oracle_layers
+from parity_tests.report.measure.metrics import errors
 from parity_tests.report.programs.checkpoint import Checkpoint, open_checkpoint
+from parity_tests.report.programs.oracle_layers import OracleProgram
+from parity_tests.report.programs.program import OUTPUT
 from parity_tests.report.tokens import bundled_tokens
 
 _ROWS = 64  # positions whose float64 logits are compared at once
@@ -94,12 +95,11 @@ def main() -> None:
 
 def oracle_logits(checkpoint: Checkpoint, ids: np.ndarray) -> torch.Tensor:
     """float64 [T, V], of the checkpoint's weights as float32."""
-    length = ids.shape[1]
-    program = oracle_layers.program(checkpoint, np.dtype(np.float32), length)
-    states = program.embed(ids)
+    program = OracleProgram(checkpoint, np.dtype(np.float32))
+    hidden = program.embed(ids)
     for layer in range(checkpoint.config.num_hidden_layers):
-        states = program.layer(layer, states)[1]
-    return program.head()(program.norm(states), 0, length)
+        hidden = program.layer(layer, hidden)[OUTPUT]
+    return next(program.logits(program.norm(hidden), ids.shape[1]))
 
 
 def drift(got: np.ndarray, truth: torch.Tensor, ids: np.ndarray) -> Drift:

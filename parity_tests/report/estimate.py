@@ -1,4 +1,4 @@
-"""What a report will cost: time and memory, before it begins."""
+"""Estimate the time and memory of a report before it starts."""
 
 import os
 import time
@@ -16,24 +16,29 @@ class Estimate(NamedTuple):
 
 
 def estimate(config: LlamaConfig, length: int, backward_length: int, itemsize: int) -> Estimate:
-    """From the products of the three programs, the larger part of it all, at this machine's speed."""
-    forward, part = _flops(config, length), _flops(config, backward_length)
-    narrow, wide = _speed(torch.float32), _speed(torch.float64)
-    # of the backward pass: forward again and two products back, by all; forward once more, by the oracle
-    products = forward * (2 / narrow + 1 / wide) + part * (6 / narrow + 4 / wide)
+    """From the FLOPs of the three programs' matmuls, at this machine's speed.
+
+    Args:
+        length, backward_length: tokens of the forward and of the backward pass.
+        itemsize: bytes of the computation's dtype.
+    """
+    forward, short_forward = _flops(config, length), _flops(config, backward_length)
+    float32, float64 = _flops_per_second(torch.float32), _flops_per_second(torch.float64)
+    # The backward pass: forward again and twice as much back, by all; once more forward by the oracle.
+    matmul_seconds = forward * (2 / float32 + 1 / float64)
+    matmul_seconds += short_forward * (6 / float32 + 4 / float64)
     # norms, softmax, comparisons and compilation take about as long again
-    seconds = 10 + 2 * products
-    layer, ends = _parameters(config)
-    hidden, states = config.hidden_size, config.num_hidden_layers * backward_length
+    seconds = 10 + 2 * matmul_seconds
+    layer, embedding = _parameters(config)
+    while_in_layer = layer * (2 * itemsize + 8) + 40 * length * config.intermediate_size
     logits = 3 * length * config.vocab_size * itemsize
-    of_head = 40 * backward_length * config.vocab_size + 24 * ends if backward_length else 0
-    working = max(
-        layer * (2 * itemsize + 8) + 40 * length * config.intermediate_size,
-        3 * ends * itemsize + logits,
-        of_head,
+    while_in_head = 3 * embedding * itemsize + logits
+    while_in_head_vjp = (
+        40 * backward_length * config.vocab_size + 24 * embedding if backward_length else 0
     )
-    held = 1_000_000_000 + working + itemsize * states * hidden
-    return Estimate(seconds, held * 3 // 2)  # allocators keep what they were given back; measured
+    layer_inputs = itemsize * config.num_hidden_layers * backward_length * config.hidden_size
+    peak = max(while_in_layer, while_in_head, while_in_head_vjp) + layer_inputs + 1_000_000_000
+    return Estimate(seconds, peak * 3 // 2)  # allocators keep some of what was freed; measured
 
 
 def total_memory() -> int:
@@ -42,30 +47,32 @@ def total_memory() -> int:
 
 
 def model_bytes(config: LlamaConfig, itemsize: int) -> int:
-    layer, ends = _parameters(config)
-    heads = 1 if config.tie_word_embeddings else 2
-    return (config.num_hidden_layers * layer + heads * ends) * itemsize
+    """Bytes of all weights."""
+    layer, embedding = _parameters(config)
+    count = 1 if config.tie_word_embeddings else 2
+    return (config.num_hidden_layers * layer + count * embedding) * itemsize
 
 
 def _parameters(config: LlamaConfig) -> tuple[int, int]:
-    """Of one layer's products, and of the embedding."""
+    """Of one layer's matrices, and of the embedding."""
     heads = (config.num_attention_heads + config.kv_heads) * config.head_size
     layer = 2 * config.hidden_size * heads + 3 * config.hidden_size * config.intermediate_size
     return layer, config.vocab_size * config.hidden_size
 
 
 def _flops(config: LlamaConfig, length: int) -> float:
-    """Of one forward pass: products with weights, and half of the attention's square."""
-    layer, ends = _parameters(config)
-    square = length * config.num_attention_heads * config.head_size
-    return 2.0 * length * (config.num_hidden_layers * (layer + square) + ends)
+    """Of the matmuls of one forward pass: with weights, and half of the square of attention scores."""
+    layer, embedding = _parameters(config)
+    scores = length * config.num_attention_heads * config.head_size
+    return 2.0 * length * (config.num_hidden_layers * (layer + scores) + embedding)
 
 
-def _speed(dtype: torch.dtype) -> float:
-    """Products a second, measured in some milliseconds."""
-    a = torch.from_numpy(np.random.default_rng(0).normal(size=(512, 512))).to(dtype)
+def _flops_per_second(dtype: torch.dtype) -> float:
+    """Of a matmul; takes some milliseconds to measure."""
+    size, rounds = 512, 4
+    a = torch.from_numpy(np.random.default_rng(0).normal(size=(size, size))).to(dtype)
     a @ a
     begin = time.perf_counter()
-    for _ in range(4):
+    for _ in range(rounds):
         a @ a
-    return 4 * 2 * 512**3 / (time.perf_counter() - begin)
+    return rounds * 2 * size**3 / (time.perf_counter() - begin)

@@ -1,4 +1,4 @@
-"""P9 as a command: the report under every mutation must fail, and name the module that was broken."""
+"""Run the report under every mutation: each must fail, and the module that it breaks must be named."""
 
 import io
 import tempfile
@@ -13,7 +13,9 @@ from rich.table import Table
 
 from parity_tests.harness.cases import BY_NAME, weights_of, write_hf_directory
 from parity_tests.harness.mutations import MUTATIONS, mutate
-from parity_tests.report.metrics import first_to_drift
+from parity_tests.report.measure.metrics import first_to_drift
+from parity_tests.report.programs.jax_layers import JaxProgram
+from parity_tests.report.programs.program import MakeProgram
 from parity_tests.report.run import Report, report
 
 # Small, with everything that a mutation touches: grouped heads, scaled rope of another theta, eps 1e-5.
@@ -22,10 +24,10 @@ LENGTH = 96  # past the scaling's original context
 
 
 class Caught(NamedTuple):
-    """metrics: which of them were beyond the tolerance. named: the first module to drift."""
+    """metrics: those beyond the tolerance. module: the first one to drift."""
 
     metrics: tuple[str, ...]
-    named: str | None
+    module: str | None
 
 
 def write_case(directory: Path) -> tuple[Path, Path]:
@@ -36,7 +38,8 @@ def write_case(directory: Path) -> tuple[Path, Path]:
     return checkpoint, tokens
 
 
-def quiet_report(checkpoint: Path, tokens: Path) -> Report:
+def quiet_report(checkpoint: Path, tokens: Path, program: MakeProgram = JaxProgram) -> Report:
+    """In float32 with gradients; prints nothing."""
     return report(
         checkpoint,
         against=None,
@@ -44,40 +47,41 @@ def quiet_report(checkpoint: Path, tokens: Path) -> Report:
         dtype="fp32",
         with_backward=True,
         console=Console(file=io.StringIO()),
+        program=program,
     )
 
 
-def caught_by(made: Report) -> Caught:
-    metrics = dict.fromkeys(check.metric for check in made.checks if not check.holds)
-    return Caught(tuple(metrics), first_to_drift(made.modules))
+def caught_by(report: Report) -> Caught:
+    """What of the report is beyond the tolerance."""
+    metrics = dict.fromkeys(check.metric for check in report.checks if not check.holds)
+    return Caught(tuple(metrics), first_to_drift(report.modules))
 
 
 def mutate_all(console: Console) -> bool:
-    """Print a line for each mutation, and for none; whether every one was caught and rightly named."""
+    """Print a line for no mutation and for each one; return whether the report was right about all."""
     transformers.logging.disable_progress_bar()
     table = Table(box=SIMPLE_HEAD)
     table.add_column("mutation", no_wrap=True)
     table.add_column("caught by")
     table.add_column("first module to drift", no_wrap=True)
     table.add_column("")
-    right = True
     with tempfile.TemporaryDirectory() as folder, console.status("") as status:
         files = write_case(Path(folder))
         status.update("no mutation")
-        clean = caught_by(quiet_report(*files))
-        right = clean == Caught((), None)
-        table.add_row("none", *_cells(clean), "right" if right else "WRONG")
+        unbroken = caught_by(quiet_report(*files))
+        all_right = unbroken == Caught((), None)
+        table.add_row("none", *_cells(unbroken), "right" if all_right else "WRONG")
         for name, mutation in MUTATIONS.items():
             status.update(name)
             with mutate(name):
                 caught = caught_by(quiet_report(*files))
-            good = bool(caught.metrics) and caught.named == mutation.begins_at
-            right = right and good
-            verdict = "right" if good else f"WRONG: {mutation.begins_at}"
+            right = bool(caught.metrics) and caught.module == mutation.begins_at
+            all_right = all_right and right
+            verdict = "right" if right else f"WRONG: expected {mutation.begins_at}"
             table.add_row(name, *_cells(caught), verdict)
     console.print(table)
-    return right
+    return all_right
 
 
 def _cells(caught: Caught) -> tuple[str, str]:
-    return ", ".join(caught.metrics) or "nothing", caught.named or "none"
+    return ", ".join(caught.metrics) or "nothing", caught.module or "none"

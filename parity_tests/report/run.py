@@ -1,10 +1,10 @@
-"""The whole report of one checkpoint, from its files to a verdict."""
+"""The report of one checkpoint, from its files to a verdict."""
 
 import resource
 import time
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import ml_dtypes
 import numpy as np
@@ -13,40 +13,49 @@ import transformers
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from parity_tests.report.backward import backward
 from parity_tests.report.estimate import Estimate, estimate, model_bytes, total_memory
-from parity_tests.report.forward import forward
-from parity_tests.report.greedy import Greedy, greedy, our_continuation, torch_continuation
-from parity_tests.report.metrics import Compared, compare, pooled
-from parity_tests.report.outputs import Outputs, outputs
-from parity_tests.report.programs import jax_layers, oracle_layers, torch_layers
-from parity_tests.report.programs.checkpoint import Checkpoint, open_checkpoint, require_same_shapes
-from parity_tests.report.programs.program import torch_dtype
+from parity_tests.report.measure.backward import backward
+from parity_tests.report.measure.forward import forward
+from parity_tests.report.measure.greedy import Greedy, greedy
+from parity_tests.report.measure.metrics import Comparison, compare, pooled
+from parity_tests.report.measure.outputs import Outputs, outputs
+from parity_tests.report.programs.checkpoint import open_checkpoint, require_same_shapes
+from parity_tests.report.programs.jax_layers import JaxProgram
+from parity_tests.report.programs.oracle_layers import OracleProgram
+from parity_tests.report.programs.program import CanGenerate, MakeProgram, Programs
+from parity_tests.report.programs.tensors import torch_dtype
+from parity_tests.report.programs.torch_layers import TorchProgram
 from parity_tests.report.tokens import bundled_tokens, read_tokens
 from parity_tests.report.verdict import Check, checks
 
 DTYPES = {"fp32": np.dtype(np.float32), "bf16": np.dtype(ml_dtypes.bfloat16)}
-BACKWARD_LENGTH = 256  # the first tokens, for the backward pass, which takes four times as long
+BACKWARD_LENGTH = 256  # tokens of the backward pass, which takes four times as long as the forward
 
 
 class Report(NamedTuple):
-    """`ours` is the program in question and `theirs` its yardstick, both against the float64 oracle.
+    """`ours` is the program under test and `theirs` its baseline, both measured against the oracle.
 
-    modules in forward order, then the logits and the loss; parameters in backward order, none where the
-    backward pass was not asked for. greedy: None where the model does not fit. seconds and peak (bytes,
-    of the whole process) are what it took.
+    Args:
+        title: the checkpoint.
+        ours, theirs: names of the programs.
+        eps: spacing of `dtype` at 1.
+        length, backward_length: tokens of the forward and of the backward pass.
+        modules: in forward order, then the logits and the loss.
+        parameters: gradients in backward order; none without a backward pass.
+        greedy: None where the model does not fit into memory, or a program cannot generate.
+        seconds, peak: time, and bytes of the whole process.
     """
 
     title: str
     ours: str
     theirs: str
     dtype: str
-    unit: float
+    eps: float
     length: int
     backward_length: int
-    modules: list[Compared]
+    modules: list[Comparison]
     outputs: Outputs
-    parameters: list[Compared]
+    parameters: list[Comparison]
     checks: list[Check]
     greedy: Greedy | None
     seconds: float
@@ -54,7 +63,7 @@ class Report(NamedTuple):
 
     @property
     def holds(self) -> bool:
-        """Whether the derived tolerance holds."""
+        """Whether every error is within the tolerance."""
         return all(check.holds for check in self.checks)
 
 
@@ -66,9 +75,15 @@ def report(
     dtype: str,
     with_backward: bool,
     console: Console,
+    program: MakeProgram = JaxProgram,
 ) -> Report:
-    """llama_jax beside transformers on `directory`; with `against`, llama_jax on that directory beside
-    llama_jax on the first. The reference is the float64 oracle of the first, on its weights in `dtype`.
+    """Compare a program with transformers on the checkpoint in `directory`.
+
+    With `against`, compare the program on that directory with itself on the first. The reference is the
+    float64 oracle on the weights of `directory`, rounded to `dtype`.
+
+    Args:
+        program: any class with the methods of `Program`; llama_jax's unless you bring your own.
 
     Raises:
         ValueError: a directory that is no Llama or that transformers refuses, shapes that differ between
@@ -77,91 +92,73 @@ def report(
     begin = time.perf_counter()
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    checkpoint = open_checkpoint(directory)
-    other = None if against is None else open_checkpoint(against)
-    if other is not None:
+    checkpoint, compute = open_checkpoint(directory), DTYPES[dtype]
+    if against is None:
+        ours, theirs = program(checkpoint, compute), TorchProgram(checkpoint, compute)
+        names = ours.name, theirs.name
+    else:
+        other = open_checkpoint(against)
         require_same_shapes(checkpoint, other)
+        ours, theirs = program(other, compute), program(checkpoint, compute)
+        names = str(against), str(directory)
+    programs = Programs(ours, theirs, OracleProgram(checkpoint, compute))
     ids = bundled_tokens(checkpoint) if tokens is None else read_tokens(tokens, checkpoint)
-    compute, length = DTYPES[dtype], ids.shape[1]
-    first = ids[:, :BACKWARD_LENGTH] if with_backward else ids[:, :0]
-    config, unit = checkpoint.config, float(ml_dtypes.finfo(compute).eps)
-    _say_cost(console, estimate(config, length, first.shape[1], compute.itemsize))
-
-    def programs(length: int) -> list[Any]:
-        if other is None:
-            pair = [
-                jax_layers.program(checkpoint, compute, length),
-                torch_layers.program(checkpoint, compute, length),
-            ]
-        else:
-            pair = [
-                jax_layers.program(each, compute, length)._replace(name=str(each.directory))
-                for each in (other, checkpoint)
-            ]
-        return [*pair, oracle_layers.program(checkpoint, compute, length)]
+    backward_ids = ids[:, :BACKWARD_LENGTH] if with_backward else ids[:, :0]
+    length, backward_length = ids.shape[1], backward_ids.shape[1]
+    config, eps = checkpoint.config, float(ml_dtypes.finfo(compute).eps)
+    _print_estimate(console, estimate(config, length, backward_length, compute.itemsize))
 
     layers = config.num_hidden_layers
     with _progress(console) as progress:
         steps = layers + 1 + (2 * layers + 1 if with_backward else 0)
         task = progress.add_task("forward", total=steps)
         advance = partial(progress.advance, task)
-        running = programs(length)
-        passed = forward(running, ids, layers, unit, advance)
+        modules, hidden = forward(programs, ids, layers, eps, advance)
         progress.update(task, description="logits")
-        said = outputs(running, passed.hidden, ids, unit)
+        out = outputs(programs, hidden, ids, eps)
         advance()
-        modules = [*passed.modules, said.logits, _loss(said, unit)]
-        del passed
+        modules = [*modules, out.logits, _loss(out, eps)]
         parameters = []
         if with_backward:
             progress.update(task, description="backward")
-            parameters = backward(
-                programs(first.shape[1]), first, layers, torch_dtype(compute), unit, advance
-            )
+            backward_dtype = torch_dtype(compute)
+            parameters = backward(programs, backward_ids, layers, backward_dtype, eps, advance)
     fits = model_bytes(config, compute.itemsize) <= total_memory() / 4
+    generate = fits and isinstance(ours, CanGenerate) and isinstance(theirs, CanGenerate)
     return Report(
         title=str(directory),
-        ours=running[0].name,
-        theirs=running[1].name,
+        ours=names[0],
+        theirs=names[1],
         dtype=dtype,
-        unit=unit,
+        eps=eps,
         length=length,
-        backward_length=first.shape[1],
+        backward_length=backward_length,
         modules=modules,
-        outputs=said,
+        outputs=out,
         parameters=parameters,
-        checks=checks(modules, said, parameters, unit),
-        greedy=_continuation(checkpoint, other, compute, ids) if fits else None,
+        checks=checks(modules, out, parameters, eps),
+        greedy=greedy(ours, theirs, ids) if generate else None,
         seconds=time.perf_counter() - begin,
         peak=1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss,
     )
 
 
-def _loss(said: Outputs, unit: float) -> Compared:
+def _loss(out: Outputs, eps: float) -> Comparison:
     """The loss as the last module.
 
-    It is one number, and the ratio of two single errors is luck. The yardstick's error is taken to be that
-    of its positions' losses, by root mean square, which bounds the error of any mean of them.
+    It is one number, and the ratio of two single errors is chance. Their error is therefore taken to be the
+    root mean square of the errors of their per-token losses, which bounds that of any mean of them.
     """
-    truth = torch.tensor([said.oracle.loss], dtype=torch.float64)
-    spread = pooled(said.theirs.losses - said.oracle.losses)
-    return compare("loss", torch.tensor([said.ours.loss]), truth + spread, truth, unit, 1)
+    exact = torch.tensor([out.oracle.loss], dtype=torch.float64)
+    spread = pooled(out.theirs.losses - out.oracle.losses)
+    ours = torch.tensor([out.ours.loss])
+    return compare("loss", ours, exact + spread, exact, eps=eps, rows=1)
 
 
-def _continuation(
-    checkpoint: Checkpoint, other: Checkpoint | None, dtype: Any, ids: np.ndarray
-) -> Greedy:
-    if other is None:
-        ours = partial(our_continuation, checkpoint, dtype)
-        return greedy(ours, partial(torch_continuation, checkpoint, dtype), ids)
-    pair = (partial(our_continuation, each, dtype) for each in (other, checkpoint))
-    return greedy(*pair, ids)
-
-
-def _say_cost(console: Console, cost: Estimate) -> None:
+def _print_estimate(console: Console, cost: Estimate) -> None:
     console.print(
         f"estimate: {cost.seconds:.0f} s and {cost.bytes / 1e9:.1f} GB of memory, "
-        f"one layer at a time"
+        "one layer at a time"
     )
 
 

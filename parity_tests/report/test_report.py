@@ -14,7 +14,9 @@ from safetensors.torch import load_file, save_file
 from convert import convert, demo_checkpoint
 from parity_tests.__main__ import main
 from parity_tests.harness.mutations import MUTATIONS, mutate
+from parity_tests.report.measure.metrics import first_to_drift
 from parity_tests.report.mutate import caught_by, quiet_report, write_case
+from parity_tests.report.programs.torch_layers import TorchProgram
 
 Files = tuple[Path, Path]
 
@@ -27,7 +29,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Files:
 
 @pytest.fixture
 def copy(files: Files, tmp_path: Path) -> Path:
-    """The checkpoint once more, to be changed."""
+    """A copy of the checkpoint, to change."""
     return shutil.copytree(files[0], tmp_path / "copy")
 
 
@@ -36,9 +38,9 @@ def edit_config(directory: Path, **changes: object) -> None:
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
-def run(files: Files, *more: str | Path) -> int:
+def run(files: Files, *options: str | Path) -> int:
     checkpoint, tokens = files
-    return main(["report", str(checkpoint), "--tokens", str(tokens), *map(str, more)])
+    return main(["report", str(checkpoint), "--tokens", str(tokens), *map(str, options)])
 
 
 def error_line(capsys: pytest.CaptureFixture[str]) -> str:
@@ -48,39 +50,56 @@ def error_line(capsys: pytest.CaptureFixture[str]) -> str:
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
-def test_the_tolerance_holds_and_the_files_say_so(files: Files, dtype: str, tmp_path: Path) -> None:
+def test_within_tolerance_and_written_to_files(files: Files, dtype: str, tmp_path: Path) -> None:
     numbers, page = tmp_path / "report.json", tmp_path / "report.html"
     assert run(files, "--dtype", dtype, "--backward", "--json", numbers, "--html", page) == 0
     assert {path.name for path in tmp_path.iterdir()} == {"report.json", "report.html"}
-    found = json.loads(numbers.read_text())
-    assert found["holds"]
-    assert found["first_module_to_drift"] is None
-    assert [len(found[key]) for key in ("modules", "parameters")] == [4 + 2 * 14 + 3, 2 * 9 + 3]
-    assert found["greedy"]["asked"] > 0
+    saved = json.loads(numbers.read_text())
+    assert saved["holds"]
+    assert saved["first_module_to_drift"] is None
+    assert [len(saved[key]) for key in ("modules", "parameters")] == [4 + 2 * 14 + 3, 2 * 9 + 3]
+    assert saved["greedy"]["generated"] > 0
     if dtype == "fp32":
-        assert found["predictions"]["ours"]["top1_agreement"] == 1.0
-        assert found["greedy"]["same"] == found["greedy"]["asked"]
+        assert saved["predictions"]["ours"]["top1_agreement"] == 1.0
+        assert saved["greedy"]["identical"] == saved["greedy"]["generated"]
     text = page.read_text()
     assert text.count("data:image/png;base64,") == 5
     assert not re.search(r'(src|href)="(?!data:)', text)
     assert "url(" not in text
 
 
-def test_a_checkpoint_against_itself_and_against_another(
+def test_a_checkpoint_against_its_copy_and_a_changed_copy(
     files: Files, copy: Path, tmp_path: Path
 ) -> None:
     numbers = tmp_path / "report.json"
     assert run(files, "--against", copy, "--json", numbers) == 0
-    found = json.loads(numbers.read_text())
-    assert all(module["ours"] == module["theirs"] for module in found["modules"][:-1])
-    assert found["ours"] == str(copy)
+    saved = json.loads(numbers.read_text())
+    assert all(module["ours"] == module["theirs"] for module in saved["modules"][:-1])
+    assert saved["ours"] == str(copy)
 
     weights = load_file(copy / "model.safetensors")
     weights["model.layers.1.mlp.up_proj.weight"] *= 1.001
     save_file(weights, copy / "model.safetensors", {"format": "pt"})
     assert run(files, "--against", copy, "--json", numbers) == 1
-    found = json.loads(numbers.read_text())
-    assert found["first_module_to_drift"] == "layers.1.mlp.up_proj"
+    saved = json.loads(numbers.read_text())
+    assert saved["first_module_to_drift"] == "layers.1.mlp.up_proj"
+
+
+class SlightlyOff(TorchProgram):
+    """A program of someone else's: transformers' with a small mistake in the final norm."""
+
+    name = "slightly off"
+
+    def norm(self, hidden: torch.Tensor) -> torch.Tensor:
+        return super().norm(hidden) * 1.0001
+
+
+def test_a_program_of_your_own(files: Files) -> None:
+    for program, module in ((TorchProgram, None), (SlightlyOff, "norm")):
+        result = quiet_report(*files, program=program)
+        assert (result.ours, result.theirs) == (program.name, "PyTorch")
+        assert first_to_drift(result.modules) == module
+        assert result.holds == (module is None)
 
 
 @pytest.mark.parametrize(
@@ -91,7 +110,7 @@ def test_a_mutation_fails_the_report_which_names_the_module(files: Files, name: 
     with mutate(name):
         caught = caught_by(quiet_report(*files))
     assert caught.metrics
-    assert caught.named == MUTATIONS[name].begins_at
+    assert caught.module == MUTATIONS[name].begins_at
 
 
 def test_no_such_directory(files: Files, tmp_path: Path, capsys) -> None:
@@ -99,13 +118,13 @@ def test_no_such_directory(files: Files, tmp_path: Path, capsys) -> None:
     assert "absent: no such directory" in error_line(capsys)
 
 
-def test_another_architecture(files: Files, copy: Path, capsys) -> None:
+def test_wrong_architecture(files: Files, copy: Path, capsys) -> None:
     edit_config(copy, model_type="gpt2", architectures=["GPT2LMHeadModel"])
     assert run((copy, files[1])) == 2
     assert "model_type: found 'gpt2', expected 'llama'" in error_line(capsys)
 
 
-def test_weights_of_something_else(files: Files, copy: Path, capsys) -> None:
+def test_weights_of_another_model(files: Files, copy: Path, capsys) -> None:
     save_file({"wte.weight": torch.zeros(3, 3)}, copy / "model.safetensors", {"format": "pt"})
     edit_config(copy, num_hidden_layers=1)
     assert run((copy, files[1])) == 2
@@ -120,7 +139,7 @@ def test_a_config_that_transformers_refuses(files: Files, copy: Path, capsys) ->
     assert "transformers cannot load it" in error_line(capsys)
 
 
-def test_two_checkpoints_of_other_shapes(files: Files, copy: Path, capsys) -> None:
+def test_two_checkpoints_of_different_shapes(files: Files, copy: Path, capsys) -> None:
     weights = load_file(copy / "model.safetensors")
     for name in list(weights):
         if name.endswith(("gate_proj.weight", "up_proj.weight")):
@@ -159,7 +178,7 @@ def test_tokens_that_do_not_fit(files: Files, content, message, tmp_path: Path, 
     assert message in error_line(capsys)
 
 
-def test_tokens_that_are_not_there(files: Files, tmp_path: Path, capsys) -> None:
+def test_tokens_that_cannot_be_read(files: Files, tmp_path: Path, capsys) -> None:
     assert run((files[0], tmp_path / "absent.txt")) == 2
     assert "absent.txt: cannot be read (No such file or directory)" in error_line(capsys)
     np.save(tmp_path / "floats.npy", np.ones(3))
@@ -167,7 +186,7 @@ def test_tokens_that_are_not_there(files: Files, tmp_path: Path, capsys) -> None
     assert "found float64, expected integers" in error_line(capsys)
 
 
-def test_a_file_that_cannot_be_written_is_known_before_the_work(
+def test_an_output_path_that_cannot_be_written_is_refused_at_once(
     files: Files, tmp_path: Path, capsys
 ):
     assert run(files, "--html", tmp_path / "absent" / "report.html") == 2
@@ -194,31 +213,31 @@ _CHROMIUM = next(
 
 
 def in_browser(page: Path) -> tuple[int, int]:
-    """How many pictures a headless Chromium has decoded, of some width, and how many rows it shows."""
-    asked = page.with_name("asked.html")
-    question = (
+    """How many pictures headless Chromium decodes, and how many table rows it shows."""
+    probe = page.with_name("probe.html")
+    script = (
         "<script>onload = () => { document.title = [...document.images].filter(i => i.complete && "
         "i.naturalWidth > 500).length + ' pictures ' + [...document.querySelectorAll('tbody tr')]"
         ".filter(row => row.closest('details') || row.offsetHeight > 10).length + ' rows' }"
         "</script></body>"
     )
-    asked.write_text(page.read_text().replace("</body>", question))
+    probe.write_text(page.read_text().replace("</body>", script))
     options = ("--headless", "--no-sandbox", "--disable-gpu", "--dump-dom")
-    seen = subprocess.run(
+    dom = subprocess.run(
         [
             _CHROMIUM or "chromium",
             *options,
             f"--user-data-dir={page.parent / 'profile'}",
-            asked.as_uri(),
+            probe.as_uri(),
         ],
         capture_output=True,
         text=True,
         timeout=120,
         check=True,
     ).stdout
-    found = re.search(r"<title>(\d+) pictures (\d+) rows</title>", seen)
-    assert found, seen[:500]
-    return int(found[1]), int(found[2])
+    title = re.search(r"<title>(\d+) pictures (\d+) rows</title>", dom)
+    assert title, dom[:500]
+    return int(title[1]), int(title[2])
 
 
 @pytest.mark.browser

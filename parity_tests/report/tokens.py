@@ -1,4 +1,4 @@
-"""Which token ids the report runs on."""
+"""The token ids that the report runs on."""
 
 from pathlib import Path
 
@@ -8,15 +8,15 @@ from llama_jax.text.lines import read_text
 from llama_jax.text.tokenizer import load_tokenizer
 from parity_tests.report.programs.checkpoint import Checkpoint
 
-LENGTH = 2000  # tokens of the bundled text
+LENGTH = 2000  # at most, of the bundled text
 _TEXT = Path(__file__).resolve().parents[2] / "LICENSE"
 
 
 def bundled_tokens(checkpoint: Checkpoint) -> np.ndarray:
-    """The first tokens of a plain text, by the checkpoint's own tokenizer, int64 [1, T].
+    """The first tokens of a text in this repository, by the checkpoint's tokenizer, int64 [1, T].
 
     Raises:
-        ValueError: the checkpoint has no tokenizer that can be read.
+        ValueError: the checkpoint has no readable tokenizer.
     """
     try:
         tokenizer = load_tokenizer(checkpoint.directory)
@@ -27,12 +27,12 @@ def bundled_tokens(checkpoint: Checkpoint) -> np.ndarray:
 
 
 def read_tokens(path: Path, checkpoint: Checkpoint) -> np.ndarray:
-    """Token ids from a file, int64 [1, T]: a .npy array, or integers between blanks or commas.
+    """Token ids from a file, int64 [1, T]: a .npy array, or integers separated by spaces or commas.
 
-    More than the model's context are cut to it.
+    Cut to the length of the model's context.
 
     Raises:
-        ValueError: no such file, no ids in it, or ids outside the vocabulary.
+        ValueError: no such file, fewer than two ids, or ids outside the vocabulary.
     """
     try:
         if path.suffix.lower() == ".npy":
@@ -55,7 +55,9 @@ def _checked(ids: np.ndarray, checkpoint: Checkpoint, source: str) -> np.ndarray
     config = checkpoint.config
     if len(ids) < 2:
         raise ValueError(f"{source}: found {len(ids)} tokens, expected at least 2")
-    wrong = ids[(ids < 0) | (ids >= config.vocab_size)]
-    if wrong.size:
-        raise ValueError(f"{source}: found token {wrong[0]}, expected 0 to {config.vocab_size - 1}")
+    outside = ids[(ids < 0) | (ids >= config.vocab_size)]
+    if outside.size:
+        raise ValueError(
+            f"{source}: found token {outside[0]}, expected 0 to {config.vocab_size - 1}"
+        )
     return ids[None, : config.max_position_embeddings].astype(np.int64)

@@ -1,66 +1,66 @@
-"""Whether the derived tolerance holds: everything that must be no worse than the yardstick, as checks."""
+"""The verdict: every error that must stay within the tolerance, as a check."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
 
 from parity_tests.reference.tolerances import ROUNDING_RATIO
-from parity_tests.report.metrics import Compared, kinds, pooled
-from parity_tests.report.outputs import Outputs, Predictions
+from parity_tests.report.measure.metrics import Comparison, by_layer_group, pooled
+from parity_tests.report.measure.outputs import Outputs, Predictions
 
 
 class Check(NamedTuple):
-    """found, allowed: errors of `what`. Holds where found is at most allowed; NaN never is.
+    """An error and the largest that is allowed. Holds where `measured` is at most `allowed`; NaN never is.
 
-    metric: the kind of figure that `what` is one of.
+    metric: what kind of error it is. what: the error in words.
     """
 
     metric: str
     what: str
-    found: float
+    measured: float
     allowed: float
 
     @property
     def holds(self) -> bool:
-        return bool(self.found <= self.allowed)
+        return bool(self.measured <= self.allowed)
 
 
-_METRICS = {"lm_head": "logits", "loss": "loss"}
+_METRICS = {"lm_head": "logits", "loss": "loss"}  # the other modules' is "modules"
 
 
 def checks(
-    modules: Sequence[Compared], outputs: Outputs, parameters: Sequence[Compared], unit: float
+    modules: Sequence[Comparison], outputs: Outputs, gradients: Sequence[Comparison], eps: float
 ) -> list[Check]:
-    """What the exit code stands on.
+    """All checks; the report holds, and its exit code is 0, if every one holds.
 
-    A divergence grows with the square of the errors. A choice may differ where the yardstick's errors
-    could have made it.
+    A KL divergence grows with the square of the errors. A top-1 token may differ where their errors could
+    have changed it.
     """
-    truth, ours, theirs = outputs.oracle, outputs.ours, outputs.theirs
+    exact, ours, theirs = outputs.oracle, outputs.ours, outputs.theirs
 
-    def losses(of: Predictions) -> float:
-        return pooled(of.losses - truth.losses)
+    def loss_error(program: Predictions) -> float:
+        return pooled(program.losses - exact.losses)
 
-    bound = ROUNDING_RATIO * losses(theirs) + unit * pooled(truth.losses) / 2
-    margin = 2 * ROUNDING_RATIO * outputs.theirs.worst
-    chosen = (ours.top1 != truth.top1) & (outputs.margin > margin)
-    rms = "rms error"
+    allowed_losses = ROUNDING_RATIO * loss_error(theirs) + eps * pooled(exact.losses) / 2
+    allowed_kl = ROUNDING_RATIO**2 * float(theirs.kl.mean()) + eps**2
+    explained = 2 * ROUNDING_RATIO * theirs.max_error
+    changes = (ours.top1 != exact.top1) & (outputs.margin > explained)
     return [
         *(
             Check(
-                _METRICS.get(kind.name, "modules"), f"{rms} of {kind.name}", kind.ours, kind.allowed
+                _METRICS.get(group.name, "modules"),
+                f"rms error of {group.name}",
+                group.ours,
+                group.allowed,
             )
-            for kind in kinds(modules)
+            for group in by_layer_group(modules)
         ),
-        Check("losses", f"{rms} of positions' losses", losses(ours), bound),
-        Check(
-            "KL",
-            "mean KL",
-            float(ours.kl.mean()),
-            ROUNDING_RATIO**2 * float(theirs.kl.mean()) + unit**2,
-        ),
-        Check("top-1", "choices that no rounding explains", float(chosen.sum()), 0.0),
+        Check("losses", "rms error of per-token losses", loss_error(ours), allowed_losses),
+        Check("KL", "mean KL divergence", float(ours.kl.mean()), allowed_kl),
+        Check("top-1", "top-1 changes beyond rounding", float(changes.sum()), 0.0),
         *(
-            Check("gradients", f"{rms} of the gradient of {kind.name}", kind.ours, kind.allowed)
-            for kind in kinds(parameters)
+            Check(
+                "gradients", f"rms error of the gradient of {group.name}", group.ours, group.allowed
+            )
+            for group in by_layer_group(gradients)
         ),
     ]

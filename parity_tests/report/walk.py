@@ -1,9 +1,9 @@
-"""Module by module: which is the first of ours to depart from the oracle?
+"""Compare module by module in float64: which of ours is the first to depart from the oracle?
 
-The oracle runs forward and every intermediate is kept. Each of our modules is then given the
-oracle's input of that module, so that an error shows where it is made and nowhere behind it. The
-names are those of Hugging Face's modules, in forward order, with a few for what is no module there:
-`mask`, `rotary`, `rotate`, `attention`, `loss`.
+The oracle runs forward and every intermediate is kept. Each of our modules is then run on the oracle's
+input of it, so that an error shows in the module that makes it and in none after it. The names are those of
+Hugging Face's modules, in forward order, with a few for what is no module there: `mask`, `rotary`,
+`rotate`, `attention`, `loss`.
 """
 
 from collections.abc import Mapping
@@ -23,7 +23,7 @@ from parity_tests.harness.programs import FAST_COMPILE, our_inputs, our_model
 from parity_tests.reference import oracle
 from parity_tests.reference.errors import relative_error
 from parity_tests.report.programs import jax_layers, oracle_layers
-from parity_tests.report.programs.program import LAYER_STEPS
+from parity_tests.report.programs.program import LAYER_STEPS, OUTPUT
 
 Steps = dict[str, Any]
 
@@ -32,14 +32,15 @@ def oracle_steps(
     config: Mapping[str, Any], weights: Mapping[str, Tensor], inputs: Mapping[str, Any]
 ) -> Steps:
     """Every intermediate of the oracle in float64, in forward order."""
-    weights = {name: w.double() for name, w in weights.items()}
-    given = torch_inputs(inputs)
+    weights = {name: weight.double() for name, weight in weights.items()}
+    tensors = torch_inputs(inputs)
     embedding = weights["model.embed_tokens.weight"]
-    x = embedding[given["input_ids"]] if "input_ids" in given else given["inputs_embeds"].double()
+    ids = tensors.get("input_ids")
+    x = tensors["inputs_embeds"].double() if ids is None else embedding[ids]
     batch, length, _ = x.shape
-    positions = given.get("position_ids", torch.arange(length).expand(batch, -1))
+    positions = tensors.get("position_ids", torch.arange(length).expand(batch, -1))
     visible = oracle.visibility(
-        batch, length, given.get("attention_mask"), given.get("segment_ids")
+        batch, length, tensors.get("attention_mask"), tensors.get("segment_ids")
     )
     cos, sin = oracle.cos_sin(config, positions)
     steps: Steps = {"embed_tokens": x, "mask": visible, "rotary.cos": cos, "rotary.sin": sin}
@@ -48,77 +49,83 @@ def oracle_steps(
         name = f"layers.{layer}"
         prefix = f"model.{name}."
         of_layer = {n.removeprefix(prefix): w for n, w in weights.items() if n.startswith(prefix)}
-        made = oracle_layers.layer_steps(config, of_layer, x, cos, sin, visible)
-        steps[f"{name}.input"], steps[f"{name}.middle"] = x, x + made["self_attn.o_proj"]
-        steps |= {_named(name, step): value for step, value in made.items()}
-        x = made[""]
+        layer_steps = oracle_layers.layer_steps(config, of_layer, x, cos, sin, visible)
+        steps[f"{name}.input"] = x
+        steps[f"{name}.after_attention"] = x + layer_steps["self_attn.o_proj"]
+        steps |= {_full_name(name, step): value for step, value in layer_steps.items()}
+        x = layer_steps[OUTPUT]
     x = steps["norm"] = oracle.rms_norm(x, weights["model.norm.weight"], config["rms_norm_eps"])
     logits = steps["lm_head"] = x @ weights.get("lm_head.weight", embedding).T
-    if "labels" in given:
+    if "labels" in tensors:
         steps["loss"] = oracle.causal_lm_loss(
-            logits, given["labels"], given.get("num_items_in_batch")
+            logits, tensors["labels"], tensors.get("num_items_in_batch")
         )
     return steps
 
 
-def our_steps(ours: LlamaForCausalLM, inputs: Mapping[str, Any], steps: Steps) -> Steps:
+def our_steps(ours: LlamaForCausalLM, inputs: Mapping[str, Any], oracles: Steps) -> Steps:
     """The same intermediates from our modules, each run on the oracle's input of it."""
     config, decoder = ours.config, ours.model
-    given, ints = our_inputs(inputs, ours.dtype)
-    want = {name: jnp.asarray(value.numpy()) for name, value in steps.items()}
-    batch, length, _ = want["embed_tokens"].shape
+    arrays, ints = our_inputs(inputs, ours.dtype)
+    exact = {name: jnp.asarray(value.numpy()) for name, value in oracles.items()}
+    batch, length, _ = exact["embed_tokens"].shape
     half = config.head_size // 2
-    got: Steps = {}
-    got["embed_tokens"] = (
-        decoder.embed_tokens(given["input_ids"]) if "input_ids" in given else given["inputs_embeds"]
-    )
-    slots, token = jnp.arange(length), given.get("attention_mask")
-    token, segments = None if token is None else token.astype(bool), given.get("segment_ids")
-    mask = masks.AttentionMask(None, None, token, segments, segments)
-    got["mask"] = jnp.broadcast_to(masks.dense_mask(mask, length, length), want["mask"].shape)
-    got["rotary.cos"], got["rotary.sin"] = (
+    steps: Steps = {}
+    if "input_ids" in arrays:
+        steps["embed_tokens"] = decoder.embed_tokens(arrays["input_ids"])
+    else:
+        steps["embed_tokens"] = arrays["inputs_embeds"]
+    is_token, segments = arrays.get("attention_mask"), arrays.get("segment_ids")
+    is_token = None if is_token is None else is_token.astype(bool)
+    mask = masks.AttentionMask(None, None, is_token, segments, segments)
+    dense = masks.dense_mask(mask, length, length)
+    steps["mask"] = jnp.broadcast_to(dense, exact["mask"].shape)
+    steps["rotary.cos"], steps["rotary.sin"] = (
         jnp.concatenate([part, part], axis=-1)
         for part in model.rope_cos_sin(
-            given.get("position_ids", jnp.broadcast_to(slots, (batch, length))),
+            arrays.get("position_ids", jnp.broadcast_to(jnp.arange(length), (batch, length))),
             config.rope,
             config.head_size,
             config.max_position_embeddings,
             ours.dtype,
         )
     )
-    cos, sin = want["rotary.cos"][..., :half], want["rotary.sin"][..., :half]
+    cos, sin = exact["rotary.cos"][..., :half], exact["rotary.sin"][..., :half]
     for layer in range(config.num_hidden_layers):
         name = f"layers.{layer}"
         block = jax.tree.map(lambda stacked, layer=layer: stacked[layer], decoder.layers)
-        taken = {step: want[_named(name, step)] for step in (*LAYER_STEPS, "middle")}
-        made = jax_layers.layer_steps(block, want[f"{name}.input"], cos, sin, mask, taken)
-        got |= {_named(name, step): made[step] for step in LAYER_STEPS}
-    got["norm"] = decoder.norm(want[name])
+        layer_inputs = {
+            step: exact[_full_name(name, step)] for step in (*LAYER_STEPS, "after_attention")
+        }
+        layer_steps = jax_layers.layer_steps(
+            block, exact[f"{name}.input"], cos, sin, mask, layer_inputs
+        )
+        steps |= {_full_name(name, step): layer_steps[step] for step in LAYER_STEPS}
+    steps["norm"] = decoder.norm(exact[f"layers.{config.num_hidden_layers - 1}"])
     head = decoder.embed_tokens if config.tie_word_embeddings else ours.lm_head
-    got["lm_head"] = layers.linear(want["norm"], head.weight[...], None)
-    if "labels" in given:
-        labels = causal_lm.shift_labels(given["labels"])
+    steps["lm_head"] = layers.linear(exact["norm"], head.weight[...], None)
+    if "labels" in arrays:
+        labels = causal_lm.shift_labels(arrays["labels"])
         items = ints.get("num_items_in_batch")
-        got["loss"] = causal_lm.causal_lm_loss(want["norm"], head.weight[...], labels, items)
-    return got
+        steps["loss"] = causal_lm.causal_lm_loss(exact["norm"], head.weight[...], labels, items)
+    return steps
 
 
-def _named(layer: str, step: str) -> str:
-    """The layer's own output has no name of a step."""
-    return f"{layer}.{step}" if step else layer
+def _full_name(layer: str, step: str) -> str:
+    return layer if step == OUTPUT else f"{layer}.{step}"
 
 
 def drifts(
     config: Mapping[str, Any], weights: Mapping[str, Tensor], inputs: Mapping[str, Any]
 ) -> dict[str, float]:
     """Relative error of each of our modules in float64, in forward order."""
-    steps = oracle_steps(config, weights, inputs)
+    exact = oracle_steps(config, weights, inputs)
     with jax.enable_x64(True):
         ours = our_model(config, weights, jnp.float64)
-        run = jax.jit(lambda ours: our_steps(ours, inputs, steps), compiler_options=FAST_COMPILE)
-        got = run(ours)
+        run = jax.jit(lambda ours: our_steps(ours, inputs, exact), compiler_options=FAST_COMPILE)
+        steps = run(ours)
         # jit sorts dictionaries by name; the oracle's order is the forward one.
-        return {name: relative_error(got[name], steps[name]) for name in steps if name in got}
+        return {name: relative_error(steps[name], exact[name]) for name in exact if name in steps}
 
 
 def first_drift(errors: Mapping[str, float], bar: float) -> str | None:

@@ -1,4 +1,4 @@
-"""A report into files, each written beside its name and moved when complete."""
+"""Write a report to files; each appears under its name only when it is complete."""
 
 import json
 import math
@@ -12,11 +12,12 @@ from parity_tests.report.run import Report
 
 
 def write_json(report: Report, path: Path) -> None:
-    """Numbers that are not finite are null: JSON has no other word for them."""
+    """Every number of the report. JSON has no NaN or infinity: they are null."""
     _write(path, json.dumps(_finite(to_json(report)), indent=1, allow_nan=False) + "\n")
 
 
 def write_html(report: Report, path: Path) -> None:
+    """One page with tables and pictures, which needs no other file."""
     _write(path, page(report))
 
 
@@ -27,7 +28,7 @@ def _write(path: Path, text: str) -> None:
 
 def _finite(value: Any) -> Any:
     if isinstance(value, dict):
-        return {name: _finite(each) for name, each in value.items()}
+        return {name: _finite(item) for name, item in value.items()}
     if isinstance(value, list):
-        return [_finite(each) for each in value]
+        return [_finite(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value

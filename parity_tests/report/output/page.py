@@ -1,19 +1,19 @@
-"""The report as one page that needs nothing else: no network, no other file."""
+"""The report as one HTML page that needs no network and no other file."""
 
 import base64
 from collections.abc import Iterable, Sequence
 from html import escape
 
-from parity_tests.report.metrics import Compared
+from parity_tests.report.measure.metrics import Comparison
 from parity_tests.report.output.pictures import pictures
 from parity_tests.report.output.tables import (
     CHECK_COLUMNS,
-    KIND_COLUMNS,
+    GROUP_COLUMNS,
     Rows,
     check_rows,
     conclusions,
+    group_rows,
     heading,
-    kind_rows,
     summary,
 )
 from parity_tests.report.run import Report
@@ -39,7 +39,7 @@ def page(report: Report) -> str:
     body = [
         f"<h1>{escape(heading(report))}</h1>",
         f'<div class="{verdict}">{"<br>".join(map(escape, conclusions(report)))}</div>',
-        "<h2>What comes out</h2>",
+        "<h2>Outputs</h2>",
         _table(("", report.ours, report.theirs), summary(report)),
     ]
     for title, caption, png in pictures(report):
@@ -50,17 +50,17 @@ def page(report: Report) -> str:
             f"<figcaption>{escape(caption)}</figcaption></figure>"
         )
     body += [
-        "<h2>What the verdict stands on</h2>",
-        _table(CHECK_COLUMNS, check_rows(report, everything=True)),
+        "<h2>Checks</h2>",
+        _table(CHECK_COLUMNS, check_rows(report)),
     ]
-    for title, compared in (("Modules", report.modules), ("Gradients", report.parameters)):
-        if compared:
+    for title, comparisons in (("Modules", report.modules), ("Gradients", report.parameters)):
+        if comparisons:
             body += [
                 f"<h2>{title}</h2>",
-                "<p>Errors against the float64 oracle, relative to the reference's rms; all layers of "
-                "a kind pooled; the worst is the layer of the largest ratio.</p>",
-                _table(KIND_COLUMNS, kind_rows(compared)),
-                f"<details><summary>All {len(compared)}</summary>{_full(compared)}</details>",
+                "<p>Errors against the float64 oracle, relative to its rms and pooled over layers. "
+                "The worst layer is that of the largest ratio.</p>",
+                _table(GROUP_COLUMNS, group_rows(comparisons)),
+                f"<details><summary>All {len(comparisons)}</summary>{_full(comparisons)}</details>",
             ]
     return (
         '<!doctype html><html lang="en"><head><meta charset="utf-8">'
@@ -70,27 +70,28 @@ def page(report: Report) -> str:
     )
 
 
-def _full(compared: Sequence[Compared]) -> str:
+def _full(comparisons: Sequence[Comparison]) -> str:
     rows = [
         (
-            each.name,
-            f"{each.ours.rms:.2e}",
-            f"{each.theirs.rms:.2e}",
-            f"{each.ours.rms / each.theirs.rms:.2f}" if each.theirs.rms else "",
-            f"{each.ours.max:.1e}",
-            f"{each.theirs.max:.1e}",
-            f"{each.ours.ulps:.2f}",
-            f"{each.theirs.ulps:.2f}",
+            comparison.name,
+            f"{ours.rms:.2e}",
+            f"{theirs.rms:.2e}",
+            f"{ours.rms / theirs.rms:.2f}" if theirs.rms else "",
+            f"{ours.max:.1e}",
+            f"{theirs.max:.1e}",
+            f"{ours.ulps:.2f}",
+            f"{theirs.ulps:.2f}",
         )
-        for each in compared
+        for comparison in comparisons
+        for ours, theirs in [(comparison.ours, comparison.theirs)]
     ]
-    return _table(KIND_COLUMNS[:-1], rows, [each.drifted for each in compared])
+    return _table(GROUP_COLUMNS[:-1], rows, [comparison.drifted for comparison in comparisons])
 
 
-def _table(columns: Iterable[str], rows: Rows, marked: Iterable[bool] | None = None) -> str:
+def _table(columns: Iterable[str], rows: Rows, drifted: Iterable[bool] | None = None) -> str:
     head = "".join(f"<th>{escape(column)}</th>" for column in columns)
     lines = []
-    for row, mark in zip(rows, marked or [False] * len(rows), strict=True):
+    for row, red in zip(rows, drifted or [False] * len(rows), strict=True):
         cells = "".join(f"<td>{escape(cell)}</td>" for cell in row)
-        lines.append(f'<tr class="drifted">{cells}</tr>' if mark else f"<tr>{cells}</tr>")
+        lines.append(f'<tr class="drifted">{cells}</tr>' if red else f"<tr>{cells}</tr>")
     return f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(lines)}</tbody></table>"

@@ -1,4 +1,4 @@
-"""Pictures of a report, as PNG files in memory."""
+"""Plots of a report, as PNG."""
 
 import io
 from collections.abc import Iterator
@@ -10,22 +10,23 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from parity_tests.reference.tolerances import ROUNDING_RATIO
-from parity_tests.report.metrics import (
-    Compared,
+from parity_tests.report.measure.metrics import (
+    Comparison,
     allowed,
     first_to_drift,
+    pooled,
     position_of_drift,
     windows,
 )
-from parity_tests.report.outputs import BINS
+from parity_tests.report.measure.outputs import BINS
 from parity_tests.report.run import Report
 
 _OURS, _THEIRS = "#2a6fdb", "#d1672b"
-_COLUMNS = 250  # of a heat map: positions beyond are pooled
+_COLUMNS = 250  # of a heat map: longer sequences are pooled to as many
 
 
 def pictures(report: Report) -> Iterator[tuple[str, str, bytes]]:
-    """(title, what it shows, PNG) of each."""
+    """(title, caption, PNG) of each."""
     yield (
         "Error by layer and position",
         f"Relative rms error of every layer's output in {report.ours}, and its ratio to that of "
@@ -33,43 +34,47 @@ def pictures(report: Report) -> Iterator[tuple[str, str, bytes]]:
         _heat_maps(report),
     )
     yield (
-        "Error through the modules",
+        "Error by module",
         f"In forward order. The dotted line is the tolerance, {ROUNDING_RATIO} x {report.theirs}.",
-        _through(report, report.modules, "module"),
+        _by_name(report, report.modules, "module"),
     )
     yield (
-        "Along the sequence",
-        "Relative rms error of the logits, pooled over stretches of it, and divergence from the oracle.",
+        "Error by position",
+        "Relative rms error of the logits, pooled over windows, and KL divergence from the oracle.",
         _sequence(report),
     )
-    yield ("Errors of the logits", "How many are how large.", _histogram(report))
+    yield (
+        "Distribution of the logits' errors",
+        "Relative to the rms of the row.",
+        _histogram(report),
+    )
     if report.parameters:
         yield (
-            "Error through the gradients",
+            "Error by gradient",
             f"In backward order, over the first {report.backward_length} tokens.",
-            _through(report, report.parameters, "parameter"),
+            _by_name(report, report.parameters, "parameter"),
         )
 
 
 def _heat_maps(report: Report) -> bytes:
-    layers = [
-        each
-        for each in report.modules
-        if each.name.startswith("layers.") and each.name.count(".") == 1
+    outputs = [
+        module
+        for module in report.modules
+        if module.name.startswith("layers.") and module.name.count(".") == 1
     ]
-    ours, theirs = (
-        np.stack([_shortened(getattr(each, side).by_position) for each in layers])
-        for side in ("ours", "theirs")
-    )
+    ours = np.stack([_shortened(layer.ours.by_position) for layer in outputs])
+    theirs = np.stack([_shortened(layer.theirs.by_position) for layer in outputs])
     floor = np.finfo(np.float32).tiny
     figure = Figure(figsize=(11, 6), layout="constrained")
     top, bottom = figure.subplots(2, 1, sharex=True)
-    extent = (0, report.length, len(layers) - 0.5, -0.5)
-    seen = np.maximum(np.nan_to_num(ours, nan=1.0, posinf=1.0), floor)
-    norm = LogNorm(np.percentile(seen, 1), max(np.percentile(seen, 99), np.percentile(seen, 1) * 2))
-    image = top.imshow(seen, aspect="auto", norm=norm, extent=extent, cmap="viridis")
+    extent = (0, report.length, len(outputs) - 0.5, -0.5)
+    finite = np.maximum(np.nan_to_num(ours, nan=1.0, posinf=1.0), floor)
+    norm = LogNorm(
+        np.percentile(finite, 1), max(np.percentile(finite, 99), np.percentile(finite, 1) * 2)
+    )
+    image = top.imshow(finite, aspect="auto", norm=norm, extent=extent, cmap="viridis")
     figure.colorbar(image, ax=top, label=f"error of {_short(report.ours)}")
-    ratio = np.log2(np.maximum(seen, floor) / np.maximum(theirs, floor))
+    ratio = np.log2(np.maximum(finite, floor) / np.maximum(theirs, floor))
     image = bottom.imshow(ratio, aspect="auto", vmin=-1, vmax=1, extent=extent, cmap="RdBu_r")
     bar = figure.colorbar(image, ax=bottom, label="ratio", ticks=[-1, 0, 1])
     bar.ax.set_yticklabels(["0.5", "1", "2"])
@@ -80,21 +85,22 @@ def _heat_maps(report: Report) -> bytes:
     return _png(figure)
 
 
-def _through(report: Report, compared: list[Compared], label: str) -> bytes:
+def _by_name(report: Report, comparisons: list[Comparison], label: str) -> bytes:
     figure = Figure(figsize=(11, 3.8), layout="constrained")
     axes = figure.add_subplot(xlabel=label, ylabel="relative rms error", yscale="log")
     for name, values, color, style in (
-        (report.theirs, [each.theirs.rms for each in compared], _THEIRS, "-"),
-        (report.ours, [each.ours.rms for each in compared], _OURS, "-"),
-        ("allowed", [allowed(each.theirs.rms, each.unit) for each in compared], "gray", ":"),
+        (report.theirs, [c.theirs.rms for c in comparisons], _THEIRS, "-"),
+        (report.ours, [c.ours.rms for c in comparisons], _OURS, "-"),
+        ("allowed", [allowed(c.theirs.rms, c.eps) for c in comparisons], "gray", ":"),
     ):
-        shown = [value if value > 0 else np.nan for value in values]  # none is no point
-        axes.plot(shown, style, color=color, linewidth=1, label=_short(name))
-    drifted = first_to_drift(compared)
+        positive = [value if value > 0 else np.nan for value in values]  # the axis is logarithmic
+        axes.plot(positive, style, color=color, linewidth=1, label=_short(name))
+    drifted = first_to_drift(comparisons)
     if drifted is not None:
-        place = [each.name for each in compared].index(drifted)
-        error = compared[place].ours.rms
-        axes.plot(place, error, "o", color="red", label=f"first to drift: {drifted}")
+        index = [comparison.name for comparison in comparisons].index(drifted)
+        axes.plot(
+            index, comparisons[index].ours.rms, "o", color="red", label=f"first to drift: {drifted}"
+        )
     axes.grid(alpha=0.3)
     axes.legend()
     return _png(figure)
@@ -107,15 +113,15 @@ def _sequence(report: Report) -> bytes:
     top, bottom = figure.subplots(2, 1, sharex=True)
     for name, values, color in ((report.theirs, theirs, _THEIRS), (report.ours, ours, _OURS)):
         top.step(starts, values, where="post", color=color, label=_short(name))
-    bound = [allowed(error, report.unit) for error in theirs]
+    bound = [allowed(error, report.eps) for error in theirs]
     top.step(starts, bound, ":", where="post", color="gray", label="allowed")
     position = position_of_drift(logits)
     if position is not None:
-        top.axvline(position, color="red", linewidth=1, label=f"drift begins at {position}")
+        top.axvline(position, color="red", linewidth=1, label=f"first to drift: {position}")
     top.set(ylabel="error of logits", yscale="log")
-    for said, color in ((report.outputs.theirs, _THEIRS), (report.outputs.ours, _OURS)):
-        bottom.plot(np.maximum(said.kl, 1e-18), ".", color=color, markersize=2)
-    bottom.set(ylabel="KL to the oracle", yscale="log", xlabel="position")
+    for program, color in ((report.outputs.theirs, _THEIRS), (report.outputs.ours, _OURS)):
+        bottom.plot(np.maximum(program.kl, 1e-18), ".", color=color, markersize=2)
+    bottom.set(ylabel="KL divergence", yscale="log", xlabel="position")
     for axes in (top, bottom):
         axes.grid(alpha=0.3)
     top.legend()
@@ -125,24 +131,24 @@ def _sequence(report: Report) -> bytes:
 def _histogram(report: Report) -> bytes:
     figure = Figure(figsize=(11, 3.4), layout="constrained")
     axes = figure.add_subplot(xlabel="|error| / rms of the row, log10", ylabel="logits")
-    said, used = report.outputs, np.zeros(len(BINS) - 1, bool)
-    for name, each, color in (
-        (report.theirs, said.theirs, _THEIRS),
-        (report.ours, said.ours, _OURS),
+    used = np.zeros(len(BINS) - 1, bool)
+    for name, program, color in (
+        (report.theirs, report.outputs.theirs, _THEIRS),
+        (report.ours, report.outputs.ours, _OURS),
     ):
-        axes.stairs(each.histogram, BINS, color=color, fill=True, alpha=0.4, label=_short(name))
-        used |= each.histogram > 0
+        axes.stairs(program.histogram, BINS, color=color, fill=True, alpha=0.4, label=_short(name))
+        used |= program.histogram > 0
     if used.any():
-        places = np.flatnonzero(used)
-        axes.set_xlim(BINS[places[0]], BINS[places[-1] + 1])
+        first, last = np.flatnonzero(used)[[0, -1]]
+        axes.set_xlim(BINS[first], BINS[last + 1])
     axes.legend()
     return _png(figure)
 
 
 def _shortened(errors: np.ndarray) -> np.ndarray:
-    """Positions pooled to at most `_COLUMNS`."""
+    """Errors by position, pooled to at most `_COLUMNS`."""
     parts = np.array_split(errors, min(len(errors), _COLUMNS))
-    return np.array([np.sqrt(np.mean(np.square(part, dtype=np.float64))) for part in parts])
+    return np.array([pooled(part) for part in parts])
 
 
 def _short(name: str) -> str:

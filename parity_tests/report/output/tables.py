@@ -9,144 +9,145 @@ from rich.console import Console
 from rich.table import Table
 
 from parity_tests.reference.tolerances import ROUNDING_RATIO
-from parity_tests.report.metrics import (
-    Compared,
-    as_json,
+from parity_tests.report.measure.metrics import (
+    Comparison,
+    Errors,
+    by_layer_group,
     first_to_drift,
-    kinds,
     pooled,
     position_of_drift,
 )
-from parity_tests.report.outputs import disagreements, ties
+from parity_tests.report.measure.outputs import disagreements, ties
 from parity_tests.report.run import Report
 
 Rows = list[tuple[str, ...]]
 
+GROUP_COLUMNS = (
+    *("", "rms\nours", "theirs", "ratio", "max\nours", "theirs", "ULPs\nours", "theirs"),
+    "worst layer",
+)
+CHECK_COLUMNS = "", "measured", "allowed", "holds"
+
 
 def summary(report: Report) -> Rows:
-    """Rows of (what, ours, theirs)."""
-    said, unit = report.outputs, report.unit
-    programs = (said.ours, said.theirs)
-    choices = [disagreements(said, each, unit) for each in programs]
-    shares = [1 - len(choice) / report.length for choice in choices]
-    both = (said.logits.ours, said.logits.theirs)
+    """Rows of (quantity, ours, theirs)."""
+    out, eps = report.outputs, report.eps
+    programs = (out.ours, out.theirs)
+    wrong = [disagreements(out, program, eps) for program in programs]
+    agreement = [1 - len(positions) / report.length for positions in wrong]
+    logits = (out.logits.ours, out.logits.theirs)
     rows = [
-        ("loss", *(f"{each.loss:.7f}" for each in programs)),
-        ("loss - oracle's", *(f"{each.loss - said.oracle.loss:+.2e}" for each in programs)),
-        ("rms logit error", *(f"{each.rms:.3e}" for each in both)),
-        ("largest logit error", *(f"{each.max:.3e}" for each in both)),
-        ("rms logit error, ULPs", *(f"{each.ulps:.1f}" for each in both)),
-        ("mean KL to the oracle", *(f"{each.kl.mean():.2e}" for each in programs)),
-        ("largest KL", *(f"{each.kl.max():.2e}" for each in programs)),
-        ("top-1 agreement", *(f"{share:.2%}" for share in shares)),
+        ("loss", *(f"{program.loss:.7f}" for program in programs)),
+        ("loss - oracle's", *(f"{program.loss - out.oracle.loss:+.2e}" for program in programs)),
+        ("rms logit error", *(f"{error.rms:.3e}" for error in logits)),
+        ("largest logit error", *(f"{error.max:.3e}" for error in logits)),
+        ("rms logit error, ULPs", *(f"{error.ulps:.1f}" for error in logits)),
+        ("mean KL to the oracle", *(f"{program.kl.mean():.2e}" for program in programs)),
+        ("largest KL", *(f"{program.kl.max():.2e}" for program in programs)),
+        ("top-1 agreement", *(f"{share:.2%}" for share in agreement)),
     ]
     if report.greedy is not None:
-        same = f"{report.greedy.same} of {report.greedy.asked} tokens"
-        rows.append(("identical greedy continuation", same, ""))
+        tokens = f"{report.greedy.identical} of {report.greedy.generated} tokens"
+        rows.append(("identical greedy continuation", tokens, ""))
     return rows
 
 
-def kind_rows(compared: Sequence[Compared]) -> Rows:
-    """What KIND_COLUMNS say, of every kind."""
+def group_rows(comparisons: Sequence[Comparison]) -> Rows:
+    """`GROUP_COLUMNS` of every module or parameter, pooled over layers."""
     rows = []
-    for kind in kinds(compared):
-        ours, theirs = ([getattr(e, side) for e in kind.members] for side in ("ours", "theirs"))
-        worst = max(kind.members, key=lambda e: e.ours.rms / (e.theirs.rms or e.unit))
+    for group in by_layer_group(comparisons):
+        ours, theirs = zip(*((c.ours, c.theirs) for c in group.members), strict=True)
+        worst = max(group.members, key=lambda c: c.ours.rms / (c.theirs.rms or c.eps))
         rows.append(
             (
-                kind.name,
-                _short(kind.ours, 2),
-                _short(kind.theirs, 2),
-                f"{kind.ours / kind.theirs:.2f}" if kind.theirs else "",
-                *(_short(max(e.max for e in side), 1) for side in (ours, theirs)),
-                *(f"{pooled([e.ulps for e in side]):.0f}" for side in (ours, theirs)),
+                group.name,
+                _compact(group.ours, 2),
+                _compact(group.theirs, 2),
+                f"{group.ours / group.theirs:.2f}" if group.theirs else "",
+                *(_compact(max(error.max for error in side), 1) for side in (ours, theirs)),
+                *(f"{pooled([error.ulps for error in side]):.0f}" for side in (ours, theirs)),
                 next((part for part in worst.name.split(".") if part.isdigit()), ""),
             )
         )
     return rows
 
 
-KIND_COLUMNS = (
-    *("", "rms\nours", "theirs", "ratio", "max\nours", "theirs", "ULPs\nours", "theirs"),
-    "worst at",
-)
-
-
-CHECK_COLUMNS = "", "found", "allowed", "holds"
-
-
-def check_rows(report: Report, everything: bool) -> Rows:
+def check_rows(report: Report, *, only_failed: bool = False) -> Rows:
+    """`CHECK_COLUMNS` of the checks."""
     return [
-        (check.what, f"{check.found:.2e}", f"{check.allowed:.2e}", "yes" if check.holds else "NO")
+        (
+            check.what,
+            f"{check.measured:.2e}",
+            f"{check.allowed:.2e}",
+            "yes" if check.holds else "NO",
+        )
         for check in report.checks
-        if everything or not check.holds
+        if not (only_failed and check.holds)
     ]
 
 
 def conclusions(report: Report) -> list[str]:
-    """The verdict and what it stands on, as sentences."""
-    said = report.outputs
-    lines = []
+    """The verdict and what led to it, as sentences."""
+    out = report.outputs
     module, gradient = first_to_drift(report.modules), first_to_drift(report.parameters)
-    lines.append(f"first module to drift: {module or 'none'}")
+    lines = [f"first module to drift: {module or 'none'}"]
     if report.parameters:
         lines.append(
             f"first gradient to drift: {gradient or 'none'} "
             f"(the first {report.backward_length} tokens, each layer from the same cotangent)"
         )
-    position = position_of_drift(said.logits)
-    lines.append(f"drift in the sequence begins at: {'none' if position is None else position}")
-    tied = int(ties(said, report.unit).sum())
-    lines.append(f"ties within the oracle's own error: {tied} of {report.length} positions")
-    verdict = "holds" if report.holds else "does NOT hold"
-    lines.append(
-        f"the derived tolerance {verdict}: errors of {report.ours} against the float64 oracle are "
-        f"{'' if report.holds else 'not '}at most {ROUNDING_RATIO} x those of {report.theirs}"
+    position = position_of_drift(out.logits)
+    lines.append(f"first position to drift: {'none' if position is None else position}")
+    tied = int(ties(out, report.eps).sum())
+    lines.append(f"top-1 ties within the oracle's rounding: {tied} of {report.length} positions")
+    verdict, quantifier = (
+        ("within tolerance", "all") if report.holds else ("OUT OF TOLERANCE", "not all")
     )
-    lines.append(f"took {report.seconds:.0f} s and {report.peak / 1e9:.1f} GB at its peak")
+    lines.append(
+        f"{verdict}: {quantifier} errors of {report.ours} against the float64 oracle are at most "
+        f"{ROUNDING_RATIO} x those of {report.theirs}"
+    )
+    lines.append(f"took {report.seconds:.0f} s; peak memory {report.peak / 1e9:.1f} GB")
     return lines
 
 
 def heading(report: Report) -> str:
+    """The checkpoint, the two programs, dtype and length."""
     return (
-        f"{report.title}: {report.ours} beside {report.theirs}, {report.dtype}, "
-        f"{report.length} tokens"
+        f"{report.title}: {report.ours} and {report.theirs}, {report.dtype}, {report.length} tokens"
     )
 
 
 def show(report: Report, console: Console) -> None:
-    """Print it, in 80 columns at least: in fewer its numbers would be broken up, figure by figure."""
+    """Print it, in at least 80 columns: in fewer, numbers would be broken over lines."""
     console.width = max(console.width, 80)
     console.print(heading(report), style="table.title", soft_wrap=True)
     console.print(_table(None, ("", report.ours, report.theirs), summary(report)))
-    for title, compared in (("module by module", report.modules), ("gradients", report.parameters)):
-        if compared:
-            rows = [row[:-1] for row in kind_rows(compared)]  # 80 columns of text are enough
-            title = f"{title}, all layers of a kind pooled, against the float64 oracle"
-            console.print(_table(title, KIND_COLUMNS[:-1], rows))
-    failed = check_rows(report, everything=False)
+    for title, comparisons in (("modules", report.modules), ("gradients", report.parameters)):
+        if comparisons:
+            rows = [row[:-1] for row in group_rows(comparisons)]  # the worst layer does not fit
+            title = f"errors of {title} against the float64 oracle, pooled over layers"
+            console.print(_table(title, GROUP_COLUMNS[:-1], rows))
+    failed = check_rows(report, only_failed=True)
     if failed:
-        console.print(_table("beyond the tolerance", CHECK_COLUMNS, failed))
+        console.print(_table("out of tolerance", CHECK_COLUMNS, failed))
     for line in conclusions(report):
         console.print(line, soft_wrap=True)
 
 
 def to_json(report: Report) -> Mapping[str, Any]:
     """Every number of the report; modules in forward order, parameters in backward order."""
-    said, unit = report.outputs, report.unit
-    choices = {
-        side: disagreements(said, getattr(said, side), unit).tolist() for side in ("ours", "theirs")
-    }
-    predictions = {
-        side: {
-            "loss": getattr(said, side).loss,
-            "mean_kl": float(getattr(said, side).kl.mean()),
-            "max_kl": float(getattr(said, side).kl.max()),
-            "top1_agreement": 1 - len(choices[side]) / report.length,
-            "top1_disagreements": choices[side],
+    out, eps = report.outputs, report.eps
+    predictions = {}
+    for side, program in (("ours", out.ours), ("theirs", out.theirs)):
+        wrong = disagreements(out, program, eps).tolist()
+        predictions[side] = {
+            "loss": program.loss,
+            "mean_kl": float(program.kl.mean()),
+            "max_kl": float(program.kl.max()),
+            "top1_agreement": 1 - len(wrong) / report.length,
+            "top1_disagreements": wrong,
         }
-        for side in ("ours", "theirs")
-    }
     return {
         "checkpoint": report.title,
         "ours": report.ours,
@@ -158,21 +159,33 @@ def to_json(report: Report) -> Mapping[str, Any]:
         "holds": report.holds,
         "first_module_to_drift": first_to_drift(report.modules),
         "first_gradient_to_drift": first_to_drift(report.parameters),
-        "position_of_drift": position_of_drift(said.logits),
+        "position_of_drift": position_of_drift(out.logits),
         "checks": [check._asdict() | {"holds": check.holds} for check in report.checks],
-        "oracle_loss": said.oracle.loss,
+        "oracle_loss": out.oracle.loss,
         "predictions": predictions,
-        "ties": np.flatnonzero(ties(said, unit)).tolist(),
+        "ties": np.flatnonzero(ties(out, eps)).tolist(),
         "greedy": None if report.greedy is None else report.greedy._asdict(),
-        "modules": [as_json(each) for each in report.modules],
-        "parameters": [as_json(each) for each in report.parameters],
+        "modules": [_comparison_json(comparison) for comparison in report.modules],
+        "parameters": [_comparison_json(comparison) for comparison in report.parameters],
         "seconds": report.seconds,
         "peak_bytes": report.peak,
     }
 
 
-def _short(value: float, digits: int) -> str:
-    """9.36e-6: 80 columns have no room for more."""
+def _comparison_json(comparison: Comparison) -> Mapping[str, object]:
+    def numbers(errors: Errors) -> dict[str, float]:
+        return {name: getattr(errors, name) for name in ("rms", "max", "ulps", "max_ulps")}
+
+    return {
+        "name": comparison.name,
+        "ours": numbers(comparison.ours),
+        "theirs": numbers(comparison.theirs),
+        "drifted": comparison.drifted,
+    }
+
+
+def _compact(value: float, digits: int) -> str:
+    """9.36e-6, not 9.36e-06: the table must fit into 80 columns."""
     return f"{value:.{digits}e}".replace("e-0", "e-").replace("e+0", "e+") if value else "0"
 
 
@@ -183,7 +196,7 @@ def _table(title: str | None, columns: Iterable[str], rows: Rows) -> Table:
     for index, column in enumerate(columns):
         justify = "right" if index else "left"
         table.add_column(column, justify=justify, overflow="fold", no_wrap=not index)
-    for name, *rest in rows:
+    for name, *cells in rows:
         short = name.replace("model.", "").replace("layers.*.", "").removesuffix(".weight")
-        table.add_row(short, *rest)
+        table.add_row(short, *cells)
     return table

@@ -1,4 +1,4 @@
-"""A checkpoint read a part at a time, so that no more of it than a layer need be in memory."""
+"""A checkpoint that is read in parts, so that only one layer of it need be in memory."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -20,7 +20,7 @@ EMBEDDING, NORM, HEAD = "model.embed_tokens.weight", "model.norm.weight", "lm_he
 class Checkpoint(NamedTuple):
     """A Hugging Face directory whose tensors fit its config; no values are read yet.
 
-    fields: config.json, with defaults where it is silent. stored: where each tensor lies, by name.
+    fields: config.json, completed with defaults. stored: the file and offset of each tensor, by name.
     """
 
     directory: Path
@@ -30,18 +30,18 @@ class Checkpoint(NamedTuple):
 
     @property
     def head(self) -> str:
-        """The name of the projection onto the vocabulary."""
+        """The name of the output projection's weight."""
         return HEAD if HEAD in self.stored else EMBEDDING
 
 
 def open_checkpoint(directory: Path) -> Checkpoint:
-    """Raises ValueError: not a Llama, or tensors missing, left over or of other shapes; one line."""
+    """Raises ValueError, in one line: not a Llama, or tensors missing, unexpected or of wrong shapes."""
     config = LlamaConfig.from_pretrained(directory)
     weights = huggingface.open_weights(directory)
     fit = huggingface.fit(LlamaForCausalLM, config, weights, directory)
     if fit.faults:
-        raise ValueError(huggingface.report(f"{directory}: {len(fit.faults)} faults", fit.faults))
-    # what the file leaves out has transformers' defaults; rotary fields are for each to read by itself
+        raise ValueError(huggingface.report(f"{directory}: {len(fit.faults)} problems", fit.faults))
+    # transformers' defaults; not for rotary fields, which each program must read by itself
     defaults = {
         field.name: getattr(config, field.name)
         for field in dataclasses.fields(config)
@@ -61,7 +61,7 @@ def read(checkpoint: Checkpoint, name: str, dtype: Any) -> np.ndarray:
 
 
 def read_layer(checkpoint: Checkpoint, layer: int, dtype: Any) -> Tensors:
-    """The tensors of one decoder layer, under their names within it."""
+    """The tensors of one decoder layer, by their names in it."""
     prefix = f"model.layers.{layer}."
     return {
         name.removeprefix(prefix): read(checkpoint, name, dtype)
@@ -73,11 +73,11 @@ def read_layer(checkpoint: Checkpoint, layer: int, dtype: Any) -> Tensors:
 def require_same_shapes(one: Checkpoint, other: Checkpoint) -> None:
     """Raises ValueError naming every tensor whose shape differs, or that only one of them has."""
     shapes = [{name: list(t.shape) for name, t in c.stored.items()} for c in (one, other)]
-    faults = [
+    differences = [
         f"{name}: {shapes[0].get(name, 'absent')} and {shapes[1].get(name, 'absent')}"
         for name in sorted(shapes[0].keys() | shapes[1].keys())
         if shapes[0].get(name) != shapes[1].get(name)
     ]
-    if faults:
-        title = f"{one.directory} and {other.directory}: {len(faults)} tensors differ in shape"
-        raise ValueError(huggingface.report(title, faults, limit=3))
+    if differences:
+        title = f"{one.directory} and {other.directory}: {len(differences)} tensors differ in shape"
+        raise ValueError(huggingface.report(title, differences, limit=3))

@@ -1,6 +1,6 @@
-"""The float64 oracle, a layer at a time."""
+"""The float64 oracle's program, one layer at a time."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -10,89 +10,83 @@ from torch.nn.functional import cross_entropy
 
 from parity_tests.reference import oracle
 from parity_tests.report.programs.checkpoint import EMBEDDING, NORM, Checkpoint, read, read_layer
-from parity_tests.report.programs.program import Program, Steps, as_torch
+from parity_tests.report.programs.program import OUTPUT, Gradients, Steps
+from parity_tests.report.programs.tensors import as_torch, gradients
 
-_QUERIES = 128  # at a time: float64 scores of a whole sequence are the largest thing there is
+_QUERIES = 128  # at a time: float64 scores of a whole sequence would be the largest array of all
 _VOCABULARY = 16384  # rows of the head that are float64 at a time
 
 
-def program(checkpoint: Checkpoint, dtype: Any, length: int) -> Program:
-    """The oracle on the checkpoint's weights as they are in `dtype`, everything after in float64."""
-    fields, eps = checkpoint.fields, checkpoint.config.rms_norm_eps
-    cos, sin = oracle.cos_sin(fields, torch.arange(length)[None])
-    visible = oracle.visibility(1, length)
+class OracleProgram:
+    """The oracle: the checkpoint's weights rounded to `dtype`, everything after that in float64."""
 
-    def weight(name: str) -> Tensor:
-        return as_torch(read(checkpoint, name, dtype))
+    name = "oracle"
 
-    def layer_weights(layer: int) -> dict[str, Tensor]:
-        tensors = read_layer(checkpoint, layer, dtype)
-        return {name: as_torch(tensors.pop(name)).double() for name in list(tensors)}
+    def __init__(self, checkpoint: Checkpoint, dtype: np.dtype) -> None:
+        self.checkpoint, self.dtype = checkpoint, dtype
+        self.fields, self.eps = checkpoint.fields, checkpoint.config.rms_norm_eps
 
-    def ends() -> Steps:
+    def mask_and_rotary(self, length: int) -> Steps:
+        cos, sin, visible = self._constants(length)
         return {"mask": visible[0, 0], "rotary.cos": cos[0], "rotary.sin": sin[0]}
 
-    def embed(ids: np.ndarray) -> Tensor:
-        return weight(EMBEDDING)[torch.from_numpy(ids)].double()
+    def embed(self, ids: np.ndarray) -> Tensor:
+        return self._weight(EMBEDDING)[torch.from_numpy(ids)].double()
 
-    def layer(index: int, x: Tensor) -> tuple[Steps, Tensor]:
-        with torch.no_grad():
-            steps = layer_steps(fields, layer_weights(index), x, cos, sin, visible)
-        return steps, steps[""]
+    @torch.no_grad()
+    def layer(self, index: int, hidden: Tensor) -> Steps:
+        return self._layer_steps(self._layer_weights(index), hidden.double())
 
-    def norm(x: Tensor) -> Tensor:
-        return oracle.rms_norm(x, weight(NORM).double(), eps)
+    def norm(self, hidden: Tensor) -> Tensor:
+        return oracle.rms_norm(hidden.double(), self._weight(NORM).double(), self.eps)
 
-    def head() -> Callable[[Tensor, int, int], Tensor]:
-        parts = weight(checkpoint.head).split(_VOCABULARY)
+    def logits(self, hidden: Tensor, block: int) -> Iterator[Tensor]:
+        parts = self._weight(self.checkpoint.head).split(_VOCABULARY)
+        for rows in hidden[0].double().split(block):
+            yield torch.cat([rows @ part.double().T for part in parts], dim=-1)
 
-        def logits(hidden: Tensor, first: int, last: int) -> Tensor:
-            rows = hidden[0, first:last]
-            return torch.cat([rows @ part.double().T for part in parts], dim=-1)
+    def loss(self, hidden: Tensor, ids: np.ndarray) -> float:
+        labels = torch.from_numpy(ids)[0, 1:]
+        blocks = self.logits(hidden[:, :-1], _QUERIES)
+        total = sum(
+            float(cross_entropy(logits, targets, reduction="sum"))
+            for logits, targets in zip(blocks, labels.split(_QUERIES), strict=True)
+        )
+        return total / len(labels)
 
-        return logits
+    def head_vjp(self, hidden: Tensor, ids: np.ndarray) -> tuple[Tensor, Gradients]:
+        hidden, head = hidden.detach().double().requires_grad_(), self.checkpoint.head
+        parameters = _trainable({name: self._weight(name).double() for name in (NORM, head)})
+        normed = oracle.rms_norm(hidden, parameters[NORM], self.eps)
+        loss = oracle.causal_lm_loss(normed @ parameters[head].T, torch.from_numpy(ids))
+        return gradients(loss, hidden, parameters)
 
-    def loss(hidden: Tensor, ids: np.ndarray) -> float:
-        labels, total, logits = torch.from_numpy(ids)[0], 0.0, head()
-        last = len(labels) - 1
-        for first in range(0, last, _QUERIES):
-            until = min(first + _QUERIES, last)
-            scores = logits(hidden, first, until)
-            total += float(cross_entropy(scores, labels[first + 1 : until + 1], reduction="sum"))
-        return total / last
+    def layer_vjp(self, index: int, hidden: Tensor, cotangent: Tensor) -> tuple[Tensor, Gradients]:
+        hidden = hidden.detach().double().requires_grad_()
+        parameters = _trainable(self._layer_weights(index))
+        output = self._layer_steps(parameters, hidden)[OUTPUT]
+        return gradients(output, hidden, parameters, cotangent.double())
 
-    def head_vjp(x: Tensor, ids: np.ndarray) -> tuple[Tensor, Steps]:
-        parameters = {name: weight(name).double() for name in (NORM, checkpoint.head)}
-        x, parameters = x.detach().requires_grad_(), _trainable(parameters)
-        hidden = oracle.rms_norm(x, parameters[NORM], eps)
-        value = oracle.causal_lm_loss(hidden @ parameters[checkpoint.head].T, torch.from_numpy(ids))
-        return gradients(value, x, parameters, None)
+    def embed_vjp(self, ids: np.ndarray, cotangent: Tensor) -> Tensor:
+        table = self._weight(EMBEDDING).double().requires_grad_()
+        rows = oracle.embed(self.fields, table, torch.from_numpy(ids))
+        (gradient,) = torch.autograd.grad(rows, table, cotangent.double())
+        return gradient
 
-    def layer_vjp(index: int, x: Tensor, cotangent: Tensor) -> tuple[Tensor, Steps]:
-        x, parameters = x.detach().requires_grad_(), _trainable(layer_weights(index))
-        out = layer_steps(fields, parameters, x, cos, sin, visible)[""]
-        return gradients(out, x, parameters, cotangent)
+    def _constants(self, length: int) -> tuple[Tensor, Tensor, Tensor]:
+        """cos and sin [1, T, D], and who sees whom, bool [1, 1, T, T]."""
+        cos, sin = oracle.cos_sin(self.fields, torch.arange(length)[None])
+        return cos, sin, oracle.visibility(1, length)
 
-    def embed_vjp(ids: np.ndarray, cotangent: Tensor, head: Tensor | None) -> Tensor:
-        table = weight(EMBEDDING).double().requires_grad_()
-        rows = oracle.embed(fields, table, torch.from_numpy(ids))
-        (gradient,) = torch.autograd.grad(rows, table, cotangent)
-        return gradient if head is None else gradient + head
+    def _layer_steps(self, weights: Mapping[str, Tensor], hidden: Tensor) -> Steps:
+        return layer_steps(self.fields, weights, hidden, *self._constants(hidden.shape[1]))
 
-    return Program(
-        "oracle",
-        ends,
-        embed,
-        layer,
-        norm,
-        head,
-        loss,
-        head_vjp,
-        layer_vjp,
-        embed_vjp,
-        lambda x: x,
-        torch.Tensor.double,
-    )
+    def _weight(self, name: str) -> Tensor:
+        return as_torch(read(self.checkpoint, name, self.dtype))
+
+    def _layer_weights(self, index: int) -> dict[str, Tensor]:
+        tensors = read_layer(self.checkpoint, index, self.dtype)
+        return {name: as_torch(tensors.pop(name)).double() for name in list(tensors)}
 
 
 def layer_steps(
@@ -105,7 +99,7 @@ def layer_steps(
 ) -> Steps:
     """Every intermediate of a decoder layer, by `LAYER_STEPS`, in forward order.
 
-    `weights` are the layer's, by their names within it. x [B, T, H]; cos, sin [B, T, D]; visible
+    `weights` are the layer's, by their names in it. x [B, T, H]; cos, sin [B, T, D]; `visible`
     [B, 1, T, T] shows nothing beyond the diagonal. Rotated heads are [B, T, heads, D].
     """
     batch, length, _ = x.shape
@@ -134,32 +128,23 @@ def layer_steps(
     normed = norm("post_attention_layernorm", x)
     gate, up = linear("mlp.gate_proj", normed), linear("mlp.up_proj", normed)
     steps["mlp.act"] = oracle.ACTIVATIONS[config["hidden_act"]](gate) * up
-    steps[""] = x + linear("mlp.down_proj", steps["mlp.act"], slices)
+    steps[OUTPUT] = x + linear("mlp.down_proj", steps["mlp.act"], slices)
     return steps
 
 
 def _attention(q: Tensor, k: Tensor, v: Tensor, visible: Tensor) -> Tensor:
-    """`oracle.attention` a block of queries at a time, each with the keys up to its own end."""
-    ends = [slice(first, first + _QUERIES) for first in range(0, q.shape[2], _QUERIES)]
-    blocks = [
+    """`oracle.attention`, a block of queries at a time, each with the keys up to its own end."""
+    blocks = [slice(first, first + _QUERIES) for first in range(0, q.shape[2], _QUERIES)]
+    outputs = [
         oracle.attention(
             q[:, :, rows],
             k[:, :, : rows.stop],
             v[:, :, : rows.stop],
             visible[:, :, rows, : rows.stop],
         )[0]
-        for rows in ends
+        for rows in blocks
     ]
-    return torch.cat(blocks, dim=2)
-
-
-def gradients(
-    out: Tensor, x: Tensor, parameters: Mapping[str, Tensor], cotangent: Tensor | None
-) -> tuple[Tensor, Steps]:
-    """Of `out` with its cotangent: with respect to x, and to every parameter by name."""
-    wanted = [x, *parameters.values()]
-    of_x, *rest = torch.autograd.grad(out, wanted, cotangent)
-    return of_x, dict(zip(parameters, rest, strict=True))
+    return torch.cat(outputs, dim=2)
 
 
 def _trainable(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -1,23 +1,26 @@
-"""What the report asks of a program: to run a Llama one layer at a time, and back again.
+"""What the report asks of a program: to run a Llama one layer at a time, forward and backward.
 
-Three modules answer it, each with a function `(checkpoint, dtype, length) -> Program`: `jax_layers`,
-`torch_layers` and `oracle_layers`. What a program hands out it also takes back; what is compared, and
-what all are given alike, are torch tensors. Weights are read from the checkpoint when a layer is reached,
-and dropped with it.
+To compare a model of your own, write a class with the methods of `Program` and pass it to `report` in
+`parity_tests/report/run.py`. `torch_layers.py` is an example; `test_programs.py` checks that running layer
+by layer gives the numbers of the whole model.
 
-Letters in shapes: T tokens, H hidden, V vocabulary; the batch of one sequence is [1, T, ...].
+Letters in shapes: T tokens, H hidden, D head_dim, V vocabulary. There is one sequence: the batch is 1.
 """
 
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
-import torch
+from torch import Tensor
 
-Steps = dict[str, torch.Tensor]
+from parity_tests.report.programs.checkpoint import Checkpoint
 
-# The intermediates of a decoder layer in forward order, by the names of Hugging Face's modules; its own
-# output, which has the layer's name, comes last.
+Steps = dict[str, Tensor]
+Gradients = dict[str, Tensor]
+
+OUTPUT = ""  # a layer's output has the layer's name and none of its own
+
+# The intermediates of a decoder layer in forward order, by the names of Hugging Face's modules.
 LAYER_STEPS = (
     "input_layernorm",
     *(f"self_attn.{name}_proj" for name in "qkv"),
@@ -30,47 +33,71 @@ LAYER_STEPS = (
     "mlp.up_proj",
     "mlp.act",
     "mlp.down_proj",
-    "",
+    OUTPUT,
 )
 
 
-class Program(NamedTuple):
-    """name: for people.
+class Program(Protocol):
+    """A Llama, one layer at a time.
 
-    ends: `() -> Steps`, the mask [T, T] and the rotary cos and sin [T, D].
-    embed: `ids [1, T] -> hidden states [1, T, H]`.
-    layer: `(layer, hidden states) -> (intermediates [1, T, ...], hidden states)`.
-    norm: the final one, `hidden states -> hidden states`.
-    head: `() -> (hidden states, first, last) -> logits [last - first, V]` of those positions.
-    loss: `(hidden states, ids) -> float`, of the labels which are the ids themselves.
-    head_vjp: `(hidden states before the norm, ids) -> (their cotangent, gradients)`, of the loss.
-    layer_vjp: `(layer, its hidden states, cotangent) -> (cotangent, gradients)`.
-    embed_vjp: `(ids, cotangent, head's gradient or None) -> gradient`; with the head's where it is tied.
-    as_torch: its hidden states as a torch tensor.
-    given: hidden states or a cotangent out of a torch tensor.
+    Arguments and results are torch tensors, whatever the program computes with. Hidden states and
+    cotangents are the program's own or, in the backward pass, the oracle's, rounded to the dtype of the
+    computation. Each method reads the weights that it needs and drops them: the whole model need never be
+    in memory.
     """
 
     name: str
-    ends: Callable[[], Steps]
-    embed: Callable[[np.ndarray], Any]
-    layer: Callable[[int, Any], tuple[Steps, Any]]
-    norm: Callable[[Any], Any]
-    head: Callable[[], Callable[[Any, int, int], torch.Tensor]]
-    loss: Callable[[Any, np.ndarray], float]
-    head_vjp: Callable[[Any, np.ndarray], tuple[Any, Steps]]
-    layer_vjp: Callable[[int, Any, Any], tuple[Any, Steps]]
-    embed_vjp: Callable[[np.ndarray, Any, Any], torch.Tensor]
-    as_torch: Callable[[Any], torch.Tensor]
-    given: Callable[[torch.Tensor], Any]
+    """Shown in the report."""
+
+    def mask_and_rotary(self, length: int) -> Steps:
+        """`mask`, bool [T, T], true where a query (row) sees a key; `rotary.cos`, `rotary.sin` [T, D]."""
+
+    def embed(self, ids: np.ndarray) -> Tensor:
+        """Embeddings [1, T, H] of `ids`, int64 [1, T]."""
+
+    def layer(self, index: int, hidden: Tensor) -> Steps:
+        """Run a decoder layer on hidden states [1, T, H].
+
+        Returns its output [1, T, H] as `OUTPUT`, and as many of the other `LAYER_STEPS` [1, T, ...] as the
+        program can show; the report compares those that all programs have.
+        """
+
+    def norm(self, hidden: Tensor) -> Tensor:
+        """The final norm, [1, T, H] -> [1, T, H]."""
+
+    def logits(self, hidden: Tensor, block: int) -> Iterator[Tensor]:
+        """Logits of normalized hidden states [1, T, H], `block` positions at a time: [<= block, V]."""
+
+    def loss(self, hidden: Tensor, ids: np.ndarray) -> float:
+        """Mean cross-entropy of normalized hidden states [1, T, H], each for the next token of `ids`."""
+
+    def head_vjp(self, hidden: Tensor, ids: np.ndarray) -> tuple[Tensor, Gradients]:
+        """Gradients of the loss with respect to hidden states [1, T, H] before the final norm, and to the
+        weights of the norm and the head, by their names in the checkpoint."""
+
+    def layer_vjp(self, index: int, hidden: Tensor, cotangent: Tensor) -> tuple[Tensor, Gradients]:
+        """Gradients with respect to a layer's input [1, T, H] and to its parameters, by their names in the
+        layer (`mlp.up_proj.weight`), for the cotangent [1, T, H] of its output."""
+
+    def embed_vjp(self, ids: np.ndarray, cotangent: Tensor) -> Tensor:
+        """Gradient [V, H] of the embedding for the cotangent [1, T, H] of its output."""
 
 
-def as_torch(array: np.ndarray) -> torch.Tensor:
-    """The array as a tensor that shares its memory, bfloat16 too, which torch has no numpy dtype of."""
-    if array.dtype.name == "bfloat16":
-        return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
-    return torch.from_numpy(array)
+@runtime_checkable
+class CanGenerate(Protocol):
+    """A program that can also generate. The report leaves greedy tokens out for one that cannot."""
+
+    def generate(self, prompt: np.ndarray, new_tokens: int) -> np.ndarray:
+        """Prompt [1, P] and its greedy continuation [1, P + N], N at most `new_tokens`."""
 
 
-def torch_dtype(dtype: np.dtype) -> torch.dtype:
-    """What torch calls it."""
-    return as_torch(np.zeros(0, dtype)).dtype
+class Programs(NamedTuple):
+    """The program under test, its baseline, and the float64 reference of both."""
+
+    ours: Program
+    theirs: Program
+    oracle: Program
+
+
+MakeProgram = Callable[[Checkpoint, np.dtype], Program]
+"""A program on a checkpoint's weights; weights and computation in the dtype."""

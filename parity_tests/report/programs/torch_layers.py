@@ -1,167 +1,183 @@
-"""Hugging Face's own modules, a layer at a time: `LlamaDecoderLayer` and what stands around it."""
+"""Hugging Face's program: `LlamaDecoderLayer` and the modules around it."""
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import LlamaConfig as HFConfig
+from transformers import LlamaForCausalLM as HFLlama
 from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.models.llama import modeling_llama as hf
 
 from llama_jax.formatting import first_line
 from parity_tests.report.programs.checkpoint import EMBEDDING, NORM, Checkpoint, read, read_layer
-from parity_tests.report.programs.oracle_layers import gradients
-from parity_tests.report.programs.program import LAYER_STEPS, Program, Steps, as_torch, torch_dtype
+from parity_tests.report.programs.program import LAYER_STEPS, OUTPUT, Gradients, Steps
+from parity_tests.report.programs.tensors import as_torch, gradients, torch_dtype
 
-_POSITIONS = 256  # whose logits are in memory at once
+_LOSS_BLOCK = 256  # positions whose logits are in memory at once
+# steps that are no module's output, but the input of one
+_INPUT_OF = {"self_attn.o_proj": "self_attn.attention", "mlp.down_proj": "mlp.act"}
 
 
-def program(checkpoint: Checkpoint, dtype: Any, length: int) -> Program:
+class TorchProgram:
     """transformers' Llama with `sdpa` attention, weights and computation in `dtype`.
 
     Raises:
         ValueError: transformers refuses the directory's config.
     """
-    config = _config(checkpoint)
-    dim = checkpoint.config.head_size
-    positions = torch.arange(length)[None]
-    rotary = hf.LlamaRotaryEmbedding(config)(torch.zeros(1, dtype=torch_dtype(dtype)), positions)
 
-    def filled(module: nn.Module, **tensors: np.ndarray) -> nn.Module:
-        weights = {name: as_torch(tensor) for name, tensor in tensors.items()}
-        module.load_state_dict(weights, strict=True, assign=True)
-        return module.eval()
+    name = "PyTorch"
 
-    def weight(name: str) -> np.ndarray:
-        return read(checkpoint, name, dtype)
+    def __init__(self, checkpoint: Checkpoint, dtype: np.dtype) -> None:
+        self.checkpoint, self.dtype = checkpoint, dtype
+        self.config = _hf_config(checkpoint, "sdpa")
 
-    def embedding() -> nn.Module:
-        vocab, size, pad = config.vocab_size, config.hidden_size, config.pad_token_id
-        with torch.device("meta"):
-            module = nn.Embedding(vocab, size, pad)
-        return filled(module, weight=weight(EMBEDDING))
-
-    def decoder_layer(index: int) -> nn.Module:
-        with torch.device("meta"):
-            module = hf.LlamaDecoderLayer(config, 0)
-        return filled(module, **read_layer(checkpoint, index, dtype))
-
-    def final_norm() -> nn.Module:
-        with torch.device("meta"):
-            module = hf.LlamaRMSNorm(config.hidden_size, config.rms_norm_eps)
-        return filled(module, weight=weight(NORM))
-
-    def lm_head() -> nn.Module:
-        with torch.device("meta"):
-            module = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        return filled(module, weight=weight(checkpoint.head))
-
-    def run(module: nn.Module, x: Tensor) -> Tensor:
-        return module(x, position_embeddings=rotary, position_ids=positions)
-
-    def ends() -> Steps:
-        cos, sin = rotary
+    def mask_and_rotary(self, length: int) -> Steps:
+        cos, sin = self._rotary(length)
         mask = hf.create_causal_mask(
-            config=_config(checkpoint, "eager"),
-            inputs_embeds=torch.zeros(1, length, config.hidden_size),
+            config=_hf_config(self.checkpoint, "eager"),
+            inputs_embeds=torch.zeros(1, length, self.config.hidden_size),
             attention_mask=None,
             past_key_values=None,
-            position_ids=positions,
+            position_ids=torch.arange(length)[None],
         )
         return {"mask": mask[0, 0] == 0, "rotary.cos": cos[0], "rotary.sin": sin[0]}
 
     @torch.no_grad()
-    def embed(ids: np.ndarray) -> Tensor:
-        return embedding()(torch.from_numpy(ids))
+    def embed(self, ids: np.ndarray) -> Tensor:
+        return self._embedding()(torch.from_numpy(ids))
 
     @torch.no_grad()
-    def layer(index: int, x: Tensor) -> tuple[Steps, Tensor]:
-        module, steps = decoder_layer(index), {}
+    def layer(self, index: int, hidden: Tensor) -> Steps:
+        module, steps = self._layer(index), {}
         for name, part in module.named_modules():
             if name in LAYER_STEPS:
                 part.register_forward_hook(lambda _, __, out, name=name: steps.update({name: out}))
-        for name, part in (
-            ("self_attn.attention", "self_attn.o_proj"),
-            ("mlp.act", "mlp.down_proj"),
-        ):
-            module.get_submodule(part).register_forward_pre_hook(
-                lambda _, given, name=name: steps.update({name: given[0]})
-            )
-        out = run(module, x)
-        q, k = (steps[f"self_attn.{p}_proj"].view(1, length, -1, dim).transpose(1, 2) for p in "qk")
-        q, k = hf.apply_rotary_pos_emb(q, k, *rotary)
-        rotated = {"self_attn.rotate.q": q.transpose(1, 2), "self_attn.rotate.k": k.transpose(1, 2)}
-        steps = steps | rotated | {"": out}
-        return {name: steps[name] for name in LAYER_STEPS}, out
+            if name in _INPUT_OF:
+                part.register_forward_pre_hook(
+                    lambda _, inputs, step=_INPUT_OF[name]: steps.update({step: inputs[0]})
+                )
+        output = self._run(module, hidden)
+        heads = (1, hidden.shape[1], -1, self.checkpoint.config.head_size)
+        q, k = (steps[f"self_attn.{p}_proj"].view(heads).transpose(1, 2) for p in "qk")
+        q, k = hf.apply_rotary_pos_emb(q, k, *self._rotary(hidden.shape[1]))
+        steps |= {
+            "self_attn.rotate.q": q.transpose(1, 2),
+            "self_attn.rotate.k": k.transpose(1, 2),
+            OUTPUT: output,
+        }
+        return {name: steps[name] for name in LAYER_STEPS}
 
     @torch.no_grad()
-    def norm(x: Tensor) -> Tensor:
-        return final_norm()(x)
+    def norm(self, hidden: Tensor) -> Tensor:
+        return self._norm()(hidden)
 
-    def head() -> Callable[[Tensor, int, int], Tensor]:
-        module = lm_head()
-        return torch.no_grad()(lambda hidden, first, last: module(hidden[0, first:last]))
+    def logits(self, hidden: Tensor, block: int) -> Iterator[Tensor]:
+        head = self._head()
+        for rows in hidden[0].split(block):
+            with torch.no_grad():
+                logits = head(rows)
+            yield logits
 
-    @torch.no_grad()
-    def loss(hidden: Tensor, ids: np.ndarray) -> float:
+    def loss(self, hidden: Tensor, ids: np.ndarray) -> float:
         # as transformers sums it over micro-batches: the logits of all positions at once are too large
-        labels, module = torch.from_numpy(ids)[0, 1:], lm_head()
+        labels = torch.from_numpy(ids)[0, 1:]
+        blocks = self.logits(hidden[:, :-1], _LOSS_BLOCK)
         return sum(
             float(
                 ForCausalLMLoss(
-                    module(rows),
+                    logits,
                     None,
-                    config.vocab_size,
+                    self.config.vocab_size,
                     num_items_in_batch=len(labels),
                     shift_labels=targets,
                 )
             )
-            for rows, targets in zip(
-                hidden[0, :-1].split(_POSITIONS), labels.split(_POSITIONS), strict=True
-            )
+            for logits, targets in zip(blocks, labels.split(_LOSS_BLOCK), strict=True)
         )
 
-    def head_vjp(x: Tensor, ids: np.ndarray) -> tuple[Tensor, Steps]:
-        x, norm, head = x.detach().requires_grad_(), final_norm(), lm_head()
-        value = ForCausalLMLoss(head(norm(x)), torch.from_numpy(ids), config.vocab_size)
-        parameters = {NORM: norm.weight, checkpoint.head: head.weight}
-        return gradients(value, x, parameters, None)
+    def head_vjp(self, hidden: Tensor, ids: np.ndarray) -> tuple[Tensor, Gradients]:
+        hidden, norm, head = hidden.detach().requires_grad_(), self._norm(), self._head()
+        labels = torch.from_numpy(ids)
+        loss = ForCausalLMLoss(head(norm(hidden)), labels, self.config.vocab_size)
+        return gradients(loss, hidden, {NORM: norm.weight, self.checkpoint.head: head.weight})
 
-    def layer_vjp(index: int, x: Tensor, cotangent: Tensor) -> tuple[Tensor, Steps]:
-        x, module = x.detach().requires_grad_(), decoder_layer(index)
-        return gradients(run(module, x), x, dict(module.named_parameters()), cotangent)
+    def layer_vjp(self, index: int, hidden: Tensor, cotangent: Tensor) -> tuple[Tensor, Gradients]:
+        hidden, module = hidden.detach().requires_grad_(), self._layer(index)
+        output = self._run(module, hidden)
+        return gradients(output, hidden, dict(module.named_parameters()), cotangent)
 
-    def embed_vjp(ids: np.ndarray, cotangent: Tensor, head: Tensor | None) -> Tensor:
-        module = embedding()
+    def embed_vjp(self, ids: np.ndarray, cotangent: Tensor) -> Tensor:
+        module = self._embedding()
         (gradient,) = torch.autograd.grad(module(torch.from_numpy(ids)), module.weight, cotangent)
-        return gradient if head is None else gradient + head
+        return gradient
 
-    return Program(
-        "PyTorch",
-        ends,
-        embed,
-        layer,
-        norm,
-        head,
-        loss,
-        head_vjp,
-        layer_vjp,
-        embed_vjp,
-        lambda x: x,
-        lambda x: x,
-    )
+    def generate(self, prompt: np.ndarray, new_tokens: int) -> np.ndarray:
+        dtype, ids = torch_dtype(self.dtype), torch.from_numpy(prompt)
+        model = HFLlama.from_pretrained(self.checkpoint.directory, dtype=dtype).eval()
+        with torch.no_grad():
+            return model.generate(
+                ids,
+                attention_mask=torch.ones_like(ids),
+                max_new_tokens=new_tokens,
+                do_sample=False,
+            ).numpy()
+
+    def _rotary(self, length: int) -> tuple[Tensor, Tensor]:
+        """cos and sin [1, T, D]."""
+        like, positions = torch.zeros(1, dtype=torch_dtype(self.dtype)), torch.arange(length)[None]
+        return hf.LlamaRotaryEmbedding(self.config)(like, positions)
+
+    def _run(self, layer: nn.Module, hidden: Tensor) -> Tensor:
+        length = hidden.shape[1]
+        return layer(
+            hidden,
+            position_embeddings=self._rotary(length),
+            position_ids=torch.arange(length)[None],
+        )
+
+    def _embedding(self) -> nn.Module:
+        config = self.config
+        return _with_weights(
+            lambda: nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id),
+            {"weight": self._read(EMBEDDING)},
+        )
+
+    def _layer(self, index: int) -> nn.Module:
+        tensors = read_layer(self.checkpoint, index, self.dtype)
+        return _with_weights(lambda: hf.LlamaDecoderLayer(self.config, 0), tensors)
+
+    def _norm(self) -> nn.Module:
+        size, eps = self.config.hidden_size, self.config.rms_norm_eps
+        return _with_weights(lambda: hf.LlamaRMSNorm(size, eps), {"weight": self._read(NORM)})
+
+    def _head(self) -> nn.Module:
+        size, vocab = self.config.hidden_size, self.config.vocab_size
+        weight = self._read(self.checkpoint.head)
+        return _with_weights(lambda: nn.Linear(size, vocab, bias=False), {"weight": weight})
+
+    def _read(self, name: str) -> np.ndarray:
+        return read(self.checkpoint, name, self.dtype)
 
 
-def _config(checkpoint: Checkpoint, attention: str = "sdpa") -> HFConfig:
+def _with_weights(make: Callable[[], nn.Module], tensors: Mapping[str, np.ndarray]) -> nn.Module:
+    """The module with these weights, for evaluation; made on `meta`, so that it initializes nothing."""
+    with torch.device("meta"):
+        module = make()
+    weights = {name: as_torch(tensor) for name, tensor in tensors.items()}
+    module.load_state_dict(weights, strict=True, assign=True)
+    return module.eval()
+
+
+def _hf_config(checkpoint: Checkpoint, attention: str) -> HFConfig:
     try:
         config = HFConfig.from_pretrained(checkpoint.directory)
         config._attn_implementation = attention
         with torch.device("meta"):
             hf.LlamaDecoderLayer(config, 0)
         hf.LlamaRotaryEmbedding(config)
-    except Exception as error:  # whatever its checks and theirs raise
+    except Exception as error:  # its checks raise errors of many types
         raise ValueError(
             f"{checkpoint.directory}: transformers cannot load it: {first_line(error)}"
         ) from None
