@@ -109,4 +109,4 @@ def test_the_commands(command, folder, monkeypatch):
 
 def test_the_links_lead_somewhere():
     for target in re.findall(r"\]\(([^)#]+)", README):
-        assert (ROOT / target).is_file(), target
+        assert (ROOT / target).exists(), target
