@@ -19,7 +19,7 @@ from rich.table import Table
 
 from llama_jax import formatting
 from llama_jax.loss import default_chunk, fused_linear_cross_entropy
-from train.hardware.flops import product_flops
+from train.hardware.flops import matmul_flops
 
 ROUNDS = 7
 
@@ -130,7 +130,7 @@ def jax_row(function: Callable[..., jax.Array], arguments: tuple[jax.Array, ...]
     step = jax.value_and_grad(function, argnums=(0, 1))
     compiled = jax.jit(step).lower(*arguments).compile()
     analysis: Any = compiled.memory_analysis()
-    flops = product_flops(jax.make_jaxpr(step)(*arguments).jaxpr)
+    flops = matmul_flops(jax.make_jaxpr(step)(*arguments).jaxpr)
     unit = 2 * arguments[0].shape[0] * arguments[1].size
     memory = f"{analysis.temp_size_in_bytes / 2**20:.0f}"
     return Row(f"{flops / unit:.2f}", lambda: memory, partial(finished, compiled, *arguments))

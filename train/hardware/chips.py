@@ -1,4 +1,4 @@
-"""Data sheets of accelerators: what MFU is a fraction of, and what a plan is measured against."""
+"""Data sheets of accelerators: the peak that MFU is a fraction of, memory and bandwidths."""
 
 import time
 from typing import Any, NamedTuple
@@ -8,9 +8,9 @@ import jax.numpy as jnp
 
 
 class Chip(NamedTuple):
-    """Per device as JAX sees it: bfloat16 flops/s, bytes of memory, bytes/s of memory and of links.
+    """Of one JAX device: bfloat16 FLOPs/s, bytes of memory, bytes/s of memory and of links.
 
-    link_bandwidth: of all of a chip's links to its neighbours together, one way.
+    link_bandwidth: of all links to other chips together, in one direction.
     """
 
     flops: float
@@ -35,9 +35,9 @@ CHIPS: dict[str, Chip] = {
 
 
 def peak_flops(device: Any, dtype: Any) -> float | None:
-    """Peak flops/s of `device`: its data sheet; on a CPU that of a measured product; None if unknown.
+    """Peak FLOPs/s of `device`: from its data sheet, on a CPU of a timed matmul; None if unknown.
 
-    A CPU's devices share its cores, so the peak is divided by their number.
+    The devices of a CPU share its cores, so its peak is divided by their number.
     """
     if device.platform == "cpu":
         return measured_flops(dtype) / jax.local_device_count()
@@ -46,14 +46,14 @@ def peak_flops(device: Any, dtype: Any) -> float | None:
 
 
 def measured_flops(dtype: Any, size: int = 2048, rounds: int = 3) -> float:
-    """Flops/s of a square product in `dtype`, accumulated in float32: the best of some rounds."""
+    """FLOPs/s of a square matmul in `dtype`, accumulated in float32: the best of `rounds`."""
     a = jnp.ones((size, size), dtype)
     wide = jnp.promote_types(dtype, jnp.float32)
-    product = jax.jit(lambda a: jnp.matmul(a, a, preferred_element_type=wide))
-    product(a).block_until_ready()
+    matmul = jax.jit(lambda a: jnp.matmul(a, a, preferred_element_type=wide))
+    matmul(a).block_until_ready()
     times = []
     for _ in range(rounds):
         begin = time.perf_counter()
-        product(a).block_until_ready()
+        matmul(a).block_until_ready()
         times.append(time.perf_counter() - begin)
     return 2 * size**3 / min(times)

@@ -1,4 +1,4 @@
-"""What devices send each other in a step, read from the text of a compiled program (XLA's HLO)."""
+"""The collectives of a compiled program, read from its text (XLA's HLO)."""
 
 import math
 import re
@@ -19,9 +19,9 @@ KINDS = (
 class Collective:
     """All collectives of one kind in a program, seen from one device.
 
-    count: how many are run, those in a loop once for each turn of it.
-    bytes: of the whole arrays: what is gathered to, reduced or scattered from, exchanged, passed on.
-    sent: bytes that a device sends for it by the algorithms that send least: n - 1 of n parts for a
+    count: how many run, those in a loop once per iteration.
+    bytes: of the full arrays that are gathered, reduced, scattered, exchanged or passed on.
+    sent: bytes that a device sends by the algorithms that send least: (n - 1) / n of the array for a
         gather, a scatter or an exchange among n devices, twice that for an all-reduce, all of a permute.
     """
 
@@ -34,32 +34,32 @@ class Collective:
 def collectives(hlo: str) -> dict[str, Collective]:
     """The collectives of a compiled program, `compiled.as_text()`, by kind.
 
-    The trip counts of loops are those that the compiler found, or the bound that a loop's counter is
-    compared with; a loop without either counts once.
+    A loop's trip count is the one that the compiler found, or the bound that its counter is compared
+    with; a loop with neither counts once.
     """
     program = _parse(hlo)
     devices = re.search(r"num_partitions=(\d+)", hlo)
-    everybody = int(devices[1]) if devices else 1
-    found: dict[str, Collective] = {}
+    all_devices = int(devices[1]) if devices else 1
+    totals: dict[str, Collective] = {}
     for computation, instruction, times in _executed(program):
         kind = instruction.opcode.removesuffix("-start")
         if kind not in KINDS:
             continue
-        sizes = {each.name: _bytes(each.type) for each in computation.instructions}
-        given = sum(sizes.get(name, 0) for name in _operands(instruction))
-        group = _group_size(instruction.rest, everybody)
-        whole = given * group if kind == "all-gather" else given
+        sizes = {other.name: _bytes(other.type) for other in computation.instructions}
+        operands = sum(sizes.get(name, 0) for name in _operands(instruction))
+        group = _group_size(instruction.rest, all_devices)
+        array = operands * group if kind == "all-gather" else operands
         share = {"all-reduce": 2.0, "collective-permute": 1.0}.get(kind, 1.0)
         if kind != "collective-permute":
             share *= (group - 1) / group
-        before = found.get(kind, Collective(kind, 0, 0, 0.0))
-        found[kind] = Collective(
+        before = totals.get(kind, Collective(kind, 0, 0, 0.0))
+        totals[kind] = Collective(
             kind,
             before.count + times,
-            before.bytes + times * whole,
-            before.sent + times * whole * share,
+            before.bytes + times * array,
+            before.sent + times * array * share,
         )
-    return {kind: found[kind] for kind in KINDS if kind in found}
+    return {kind: totals[kind] for kind in KINDS if kind in totals}
 
 
 class _Instruction(NamedTuple):
@@ -109,18 +109,18 @@ def _operands(instruction: _Instruction) -> list[str]:
 def _executed(
     program: dict[str, _Computation],
 ) -> Iterator[tuple[_Computation, _Instruction, int]]:
-    """Every instruction that is run, with how many times."""
+    """Every instruction that runs, with how many times it does."""
 
     def visit(name: str, times: int) -> Iterator[tuple[_Computation, _Instruction, int]]:
         computation = program[name]
         for instruction in computation.instructions:
             yield computation, instruction, times
             if instruction.opcode.endswith(("-done", "-update")):
-                continue  # its start has been counted
-            turns = _trip_count(program, instruction) if instruction.opcode == "while" else 1
+                continue  # its -start has been counted
+            repeats = _trip_count(program, instruction) if instruction.opcode == "while" else 1
             for called in _called(instruction):
                 if called in program:
-                    yield from visit(called, times * turns)
+                    yield from visit(called, times * repeats)
 
     for computation in program.values():
         if computation.entry:
@@ -140,16 +140,16 @@ def _trip_count(program: dict[str, _Computation], loop: _Instruction) -> int:
         return int(known[1])
     condition = re.search(r"condition=%?([\w.-]+)", loop.rest)
     assert condition is not None
-    # a scan's counter goes from 0 to the one constant that its condition knows
+    # a scan's counter goes from 0 to the only constant in its condition
     bounds = [
         int(value[1])
-        for each in program[condition[1]].instructions
-        if each.opcode == "constant" and (value := re.match(r"(\d+)\)", each.rest))
+        for instruction in program[condition[1]].instructions
+        if instruction.opcode == "constant" and (value := re.match(r"(\d+)\)", instruction.rest))
     ]
     return bounds[0] if len(bounds) == 1 else 1
 
 
-# of an element; "token" and the like hold nothing
+# bits of an element; "token" and the like have none
 _BITS = {"pred": 8, "s4": 4, "u4": 4, "bf16": 16, "c64": 64, "c128": 128}
 
 
@@ -162,8 +162,8 @@ def _bytes(type_text: str) -> int:
     return total
 
 
-def _group_size(text: str, everybody: int) -> int:
-    """How many devices take part, in each of the three ways that groups are written in."""
+def _group_size(text: str, all_devices: int) -> int:
+    """How many devices take part; groups are written in three ways."""
     listed = re.search(r"replica_groups=\{\{([\d,]*)\}", text)
     if listed is not None:
         return listed[1].count(",") + 1
@@ -176,4 +176,4 @@ def _group_size(text: str, everybody: int) -> int:
         # a part of an axis is written 'axis':(what lies within it)its size
         axes = re.findall(r"'([^']+)'(?::\(\d+\)(\d+))?", named[2])
         return math.prod(int(part or sizes[axis]) for axis, part in axes)
-    return everybody
+    return all_devices

@@ -1,17 +1,18 @@
-"""Floating-point operations of any traced program, counted."""
+"""Count the floating-point operations of a traced program."""
 
 import math
 from typing import Any
 
 
-def product_flops(jaxpr: Any, kernel_share: float = 1.0) -> float:
-    """Flops of every matrix product in a jaxpr, on all devices together; the dearest branch of a cond.
+def matmul_flops(jaxpr: Any, kernel_share: float = 1.0) -> float:
+    """FLOPs of all matmuls in a jaxpr, on all devices together.
 
-    Scans and the grids of Pallas kernels are multiplied out, what is within a `shard_map` by its devices.
-    A `while` whose trip count nobody knows counts once.
+    What runs repeatedly is multiplied: the body of a scan by its length, a Pallas kernel by its grid, a
+    `shard_map` by its devices. Of a cond the most expensive branch counts; a `while`, whose trip count is
+    unknown, counts once.
 
     Args:
-        kernel_share: the part of a kernel's grid that does something, where the rest is skipped.
+        kernel_share: fraction of a kernel's grid that computes something; the rest is skipped.
     """
     total = 0.0
     for equation in jaxpr.eqns:
@@ -22,22 +23,22 @@ def product_flops(jaxpr: Any, kernel_share: float = 1.0) -> float:
             total += 2 * depth * equation.outvars[0].aval.size
         elif equation.primitive.name == "cond":
             total += max(
-                product_flops(branch.jaxpr, kernel_share) for branch in equation.params["branches"]
+                matmul_flops(branch.jaxpr, kernel_share) for branch in equation.params["branches"]
             )
         else:
-            times = _times(equation, kernel_share)
-            # the first is the program itself; others are rules of its derivatives
-            inner = [
+            repeats = _repeats(equation, kernel_share)
+            # the first is the program itself, the others are rules for its derivatives
+            programs = [
                 getattr(value, "jaxpr", value)
                 for value in equation.params.values()
                 if hasattr(getattr(value, "jaxpr", value), "eqns")
             ]
-            total += times * sum(product_flops(each, kernel_share) for each in inner[:1])
+            total += repeats * sum(matmul_flops(program, kernel_share) for program in programs[:1])
     return total
 
 
-def _times(equation: Any, kernel_share: float) -> float:
-    """How often an equation runs the program inside it."""
+def _repeats(equation: Any, kernel_share: float) -> float:
+    """How often an equation runs the program in it."""
     name, params = equation.primitive.name, equation.params
     if name == "scan":
         return params["length"]

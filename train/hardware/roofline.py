@@ -1,4 +1,4 @@
-"""The least time that a step can take, from what it computes, moves and sends."""
+"""Lower bounds of a step's time, from what it computes, moves and sends (the roofline model)."""
 
 from typing import NamedTuple
 
@@ -6,14 +6,14 @@ from train.hardware.chips import Chip
 
 
 class Roofline(NamedTuple):
-    """Seconds of one step on one device, each as if the others took none; and the MFU they allow.
+    """Seconds of one step on one device for each resource alone, and the MFU they allow.
 
-    compute: the products, at the chip's peak.
-    memory: what is there at the peak, written once and read once. A lower bound.
-    links: what is sent, over all links of the chip at once. A lower bound: a ring along one dimension of
-        a torus has only two of them.
-    mfu: model FLOPs over those of the peak where the longest of the three hides the others.
-    mfu_in_turn: the same where none hides another.
+    compute: the matmuls, at the chip's peak.
+    memory: the peak memory, read once and written once.
+    links: what is sent, over all of the chip's links in parallel; a ring along one dimension of a torus
+        has only two of them.
+    mfu: if the longest of the three hides the others.
+    mfu_in_turn: if none hides another.
     """
 
     compute: float
@@ -26,14 +26,14 @@ class Roofline(NamedTuple):
 def roofline(
     chip: Chip, *, model_flops: float, flops: float, moved: float, sent: float
 ) -> Roofline:
-    """Of one device's share of a step.
+    """The bounds for one device's share of a step.
 
     Args:
-        model_flops: of the model's mathematics, recomputation left out.
-        flops: of the products that are done.
+        model_flops: of the model, without recomputation.
+        flops: of the matmuls that run.
         moved: bytes to and from memory.
         sent: bytes to other devices.
     """
-    parts = flops / chip.flops, moved / chip.memory_bandwidth, sent / chip.link_bandwidth
+    seconds = flops / chip.flops, moved / chip.memory_bandwidth, sent / chip.link_bandwidth
     ideal = model_flops / chip.flops
-    return Roofline(*parts, ideal / max(parts), ideal / sum(parts))
+    return Roofline(*seconds, ideal / max(seconds), ideal / sum(seconds))

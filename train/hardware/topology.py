@@ -1,4 +1,4 @@
-"""Devices to compile for that nobody here need own: a TPU topology by its name, or parts of the host."""
+"""Devices you can compile for without having them: a TPU topology by name, or slices of the host's CPU."""
 
 import importlib.util
 import os
@@ -8,8 +8,8 @@ import jax
 
 from llama_jax.formatting import first_line
 
-# libtpu must neither ask a metadata server, nor wait for other hosts, nor want a TPU for itself alone.
-# The type says nothing about what is compiled for, which is the topology; it only has to be one.
+# Without these libtpu asks a metadata server, waits for other hosts and locks a TPU for itself. The
+# accelerator type must be valid, but it is the topology that is compiled for.
 _ENVIRONMENT = {
     "TPU_SKIP_MDS_QUERY": "1",
     "TPU_ACCELERATOR_TYPE": "v5p-8",
@@ -21,41 +21,41 @@ _ENVIRONMENT = {
 
 
 def topology_devices(name: str) -> list[Any]:
-    """The devices of a TPU topology such as v5p:4x4x4 or v6e:16x16, to compile for, not to run on.
+    """The devices of a TPU topology such as v5p:4x4x4 or v6e:16x16, to compile for but not to run on.
 
-    To be called before JAX has looked for devices: it settles on the CPU, which is what compiles.
+    Call it before JAX initializes its backends: it selects the CPU, which does the compiling.
 
     Raises:
         ValueError: libtpu, the compiler for TPUs, is not installed, or does not know the topology.
     """
     if importlib.util.find_spec("libtpu") is None:
         raise ValueError(
-            "topology: found no libtpu, which compiles for TPUs: pip install 'llama-jax[plan]'"
+            "topology: libtpu, which compiles for TPUs, is not installed: pip install 'llama-jax[plan]'"
         )
     os.environ.update(_ENVIRONMENT)
     jax.config.update("jax_platforms", "cpu")
     from jax.experimental import topologies
 
     try:
-        described = topologies.get_topology_desc(topology_name=name, platform="tpu")
+        topology = topologies.get_topology_desc(topology_name=name, platform="tpu")
     except (jax.errors.JaxRuntimeError, ValueError) as error:
         raise ValueError(
-            f"topology: found {name!r}, expected one that libtpu knows, such as v5p:4x4x4 or v6e:16x16 "
+            f"topology: found {name!r}, expected a topology such as v5p:4x4x4 or v6e:16x16 "
             f"({first_line(error)})"
         ) from None
-    devices: list[Any] = list(described.devices)
+    devices: list[Any] = list(topology.devices)
     if any(device.core_on_chip for device in devices):
         raise ValueError(
-            f"topology: found {name!r}, whose chips are two devices each, expected one device a chip"
+            f"topology: found {name!r}, whose chips are two devices each; expected one device per chip"
         )
     return devices
 
 
 def host_devices(count: int) -> list[Any]:
-    """So many devices of this host's CPU; to be called before JAX has looked for devices.
+    """`count` devices on this host's CPU; call it before JAX initializes its backends.
 
     Raises:
-        ValueError: a number below 1, or JAX has looked for devices already.
+        ValueError: a count below 1, or JAX has initialized its backends already.
     """
     if count < 1:
         raise ValueError(f"host-devices: found {count}, expected at least 1")
@@ -64,6 +64,6 @@ def host_devices(count: int) -> list[Any]:
         jax.config.update("jax_num_cpu_devices", count)
     except RuntimeError:
         raise ValueError(
-            f"host-devices: found {count} after JAX has started, expected it before"
+            f"host-devices: cannot set {count} devices once JAX has initialized its backends"
         ) from None
     return jax.devices()

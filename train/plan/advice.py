@@ -1,4 +1,4 @@
-"""What would make a plan fit, or faster, reckoned from its own figures."""
+"""What would make a plan fit, or faster, by the estimate."""
 
 import itertools
 import math
@@ -12,103 +12,107 @@ from train.plan.estimate import Model, estimate, measure
 
 
 def advice(plan: Plan, options: RunOptions, config: LlamaConfig) -> list[str]:
-    """Sentences, the most helpful first; none without a data sheet, or where XLA named no amount."""
+    """Sentences, the most helpful first; none without a data sheet, or if XLA named no amount of memory."""
     chip = plan.chip
     if chip is None or math.isnan(plan.peak):
         return []
     measured = measure(config, plan.sequence_length)
     if not plan.fits:
         return _to_fit(plan, options, measured, plan.peak - chip.memory)
-    line = plan.roofline
-    assert line is not None
-    found = []
-    if line.links > line.compute:
-        ratio = line.links / line.compute
+    limits = plan.roofline
+    assert limits is not None
+    if limits.links > limits.compute:
+        ratio = limits.links / limits.compute
         rows = math.ceil(plan.batch_size / plan.micro_batches * ratio)
-        cure = (
+        remedy = (
             f"a smaller --mesh.tensor than {plan.mesh['tensor']} sends less"
             if plan.mesh["tensor"] > 1
-            else f"what is sent hardly depends on the rows: {rows} of them in a micro-batch level the two"
+            else f"traffic hardly depends on the rows, so {rows} rows in a micro-batch would balance them"
         )
-        found.append(f"the links take {ratio:.1f} x the time of the products; {cure}")
-    elif plan.remat == "full":
-        most = int(line.compute / line.links) if line.links else 1
-        room = chip.memory - plan.peak
-        found += _to_recompute_less(plan, options, measured, room, max(most, 1))
-    return found
+        return [f"communication takes {ratio:.1f} x the time of the matmuls; {remedy}"]
+    if plan.remat == "full":
+        largest_factor = int(limits.compute / limits.links) if limits.links else 1
+        free = chip.memory - plan.peak
+        return _to_recompute_less(plan, options, measured, free, max(largest_factor, 1))
+    return []
 
 
 def _to_recompute_less(
-    plan: Plan, options: RunOptions, measured: Model, room: float, most: int
+    plan: Plan, options: RunOptions, measured: Model, free: float, largest_factor: int
 ) -> list[str]:
-    """With the fewest micro-batches that make room for what would be kept.
+    """Recompute less, with as few micro-batches as leave memory for what would be kept.
 
     Args:
-        most: times the micro-batches of now; each gathers the weights anew.
+        free: bytes of a device that the plan leaves unused.
+        largest_factor: by which micro-batches may be multiplied; each gathers the weights anew.
     """
     kept = _activations(options, measured, plan)
     saved = 1 - plan.flops_per_token / plan.counted_flops_per_token
-    fewer: tuple[Remat, ...] = ("none", "dots")
-    for times, remat in itertools.product(_divisors(_rows(plan)), fewer):
-        parts = plan.micro_batches * times
-        changed = replace(options, model=replace(options.model, remat=remat), micro_batches=parts)
-        added = _activations(changed, measured, plan) - kept
-        if times <= most and added <= room:
-            flags = f"--model.remat {remat}" + (f" --micro-batches {parts}" if times > 1 else "")
+    cheaper: tuple[Remat, ...] = ("none", "dots")
+    for factor, remat in itertools.product(_divisors(_rows(plan)), cheaper):
+        micro_batches = plan.micro_batches * factor
+        model = replace(options.model, remat=remat)
+        candidate = replace(options, model=model, micro_batches=micro_batches)
+        added = _activations(candidate, measured, plan) - kept
+        if factor <= largest_factor and added <= free:
+            flags = f"--model.remat {remat}"
+            if factor > 1:
+                flags += f" --micro-batches {micro_batches}"
             amount = f"{_gib(abs(added))} {'more' if added > 0 else 'less'}"
             return [f"{flags} would keep about {amount} and save up to {saved:.0%} of the FLOPs"]
     return []
 
 
 def _to_fit(plan: Plan, options: RunOptions, measured: Model, missing: float) -> list[str]:
+    """What saves memory, each with how much of `missing` bytes it saves."""
     chip = plan.chip
     assert chip is not None
-    sizes, found = plan.mesh, []
+    sizes, sentences = plan.mesh, []
     estimated = estimate(options, measured, sizes, chip)
     state = estimated.state + estimated.gradients
 
-    def say(text: str, saved: float) -> None:
+    def suggest(flags: str, saved: float) -> None:
         enough = "which is enough" if saved >= missing else f"of {_gib(missing)} missing"
-        found.append(f"{text} would save about {_gib(saved)}, {enough}")
+        sentences.append(f"{flags} would save about {_gib(saved)}, {enough}")
 
     if sizes["data"] > 1:
         saved = state * (1 - 1 / sizes["data"])
-        say(f"--mesh.data 1 --mesh.fsdp {sizes['data'] * sizes['fsdp']}", saved)
+        suggest(f"--mesh.data 1 --mesh.fsdp {sizes['data'] * sizes['fsdp']}", saved)
     if options.model.remat != "full":
         full = replace(options, model=replace(options.model, remat="full"))
         saved = estimated.activations - _activations(full, measured, plan)
-        say("--model.remat full", saved)
+        suggest("--model.remat full", saved)
     divisors = _divisors(_rows(plan))[1:]
     if divisors:
-        # the fewest more parts that do, or as many as there are rows
+        # the fewest micro-batches that save enough, or as many as there are rows
         enough = (n for n in divisors if estimated.activations * (1 - 1 / n) >= missing)
-        times = next(enough, divisors[-1])
-        say(
-            f"--micro-batches {plan.micro_batches * times}",
-            estimated.activations * (1 - 1 / times),
+        factor = next(enough, divisors[-1])
+        suggest(
+            f"--micro-batches {plan.micro_batches * factor}",
+            estimated.activations * (1 - 1 / factor),
         )
     elif sizes["fsdp"] % 2 == 0 and plan.sequence_length % (256 * sizes["sequence"]) == 0:
-        # a row cannot be had in parts but over the sequence axis, which splits the weights as well
+        # only the sequence axis can split a row, and it splits the weights as well
         wider = {**sizes, "fsdp": sizes["fsdp"] // 2, "sequence": sizes["sequence"] * 2}
-        fewer = replace(options, micro_batches=plan.micro_batches * 2)
-        if plan.batch_size % fewer.micro_batches == 0:
-            saved = estimated.peak - estimate(fewer, measured, wider, chip).peak
-            say(
+        smaller = replace(options, micro_batches=plan.micro_batches * 2)
+        if plan.batch_size % smaller.micro_batches == 0:
+            saved = estimated.peak - estimate(smaller, measured, wider, chip).peak
+            suggest(
                 f"--mesh.sequence {wider['sequence']} --mesh.fsdp {wider['fsdp']} --micro-batches "
-                f"{fewer.micro_batches}",
+                f"{smaller.micro_batches}",
                 saved,
             )
-    everything = estimated.state * math.prod(sizes[axis] for axis in ("fsdp", "sequence", "tensor"))
-    if everything / plan.devices > chip.memory:
-        found.append(
-            f"parameters and optimizer state alone are {_gib(everything)}: at least "
-            f"{math.ceil(everything / chip.memory)} devices"
+    all_state = estimated.state * math.prod(sizes[axis] for axis in ("fsdp", "sequence", "tensor"))
+    if all_state / plan.devices > chip.memory:
+        sentences.append(
+            f"parameters and optimizer state alone take {_gib(all_state)}: use at least "
+            f"{math.ceil(all_state / chip.memory)} devices"
         )
-    return found
+    return sentences
 
 
 def _rows(plan: Plan) -> int:
-    """Of a micro-batch, on one device."""
+    """Rows of a micro-batch on one device."""
     return plan.batch_size // plan.micro_batches // (plan.mesh["data"] * plan.mesh["fsdp"])
 
 

@@ -1,4 +1,4 @@
-"""`python -m train plan`: devices found, the step compiled for them, the figures shown."""
+"""`python -m train plan`: choose devices, compile the step for them, show what it costs."""
 
 import json
 from collections.abc import Sequence
@@ -35,32 +35,35 @@ def run_plan(
 
     Raises:
         ValueError: options that are wrong in themselves or do not fit the model or the devices; neither
-            or both of `topology` and `host_devices`; what `topology_devices` and `search` refuse.
+            or both of `topology` and `host_devices`; as `topology_devices`, `host_devices` and `search`.
     """
     validate(options)
     config = model_config(options.model, None, options.sequence_length)
     devices = _devices(topology, host_devices)
     options = with_defaults(options, devices[0].platform)
     console = formatting.console(soft_wrap=True)
-    model, parts = options.model, options.micro_batches
+    model, micro_batches = options.model, options.micro_batches
+    split = f" in {micro_batches} micro-batches" if micro_batches > 1 else ""
     console.print(
         f"{parameter_count(config):,} parameters, {model.compute_dtype} over {model.parameter_dtype}; "
-        f"{options.batch_size} x {options.sequence_length} tokens a step"
-        f"{f' in {parts} parts' if parts > 1 else ''}; {len(devices)} x {devices[0].device_kind}"
+        f"{options.batch_size} x {options.sequence_length} tokens a step{split}; "
+        f"{len(devices)} x {devices[0].device_kind}"
     )
     if limit is None:
         plans = [make_plan(options, config, devices)]
     else:
-        plans = search(options, config, devices, limit=limit, report=lambda p: _say(console, p))
+        plans = search(
+            options, config, devices, limit=limit, report=lambda plan: _show_progress(console, plan)
+        )
         show_ranking(console, plans)
     best = plans[0]
     console.print(f"mesh {in_words(best.mesh)}; remat {best.remat}; attention {best.attention}")
-    tried = replace(options, model=replace(options.model, remat=best.remat))
-    show_plan(console, best, advice(best, tried, config))
+    options = replace(options, model=replace(options.model, remat=best.remat))
+    show_plan(console, best, advice(best, options, config))
     if json_file is not None:
-        figures: Any = [as_json(plan) for plan in plans] if limit else as_json(best)
+        result: Any = [as_json(plan) for plan in plans] if limit else as_json(best)
         with replacing(json_file) as staged:
-            write_text(staged, json.dumps(figures, indent=2) + "\n")
+            write_text(staged, json.dumps(result, indent=2) + "\n")
 
 
 def _devices(topology: str | None, host_devices: int | None) -> Sequence[Any]:
@@ -68,10 +71,9 @@ def _devices(topology: str | None, host_devices: int | None) -> Sequence[Any]:
         return topology_devices(topology)
     if host_devices is not None and topology is None:
         return devices_of_host(host_devices)
-    found = "neither" if topology is None else "both"
-    raise ValueError(f"topology, host-devices: found {found}, expected one of them")
+    raise ValueError("give exactly one of --topology and --host-devices")
 
 
-def _say(console: Console, plan: Plan) -> None:
+def _show_progress(console: Console, plan: Plan) -> None:
     fits = "does not fit" if plan.fits is False else f"peak {gib(plan.peak)}"
     console.print(f"{in_words(plan.mesh)}; {plan.remat}: {fits}")

@@ -1,6 +1,6 @@
-"""What a step will cost on devices that nobody here need own: the run's own program, compiled for them.
+"""What a step costs on devices you need not have: the run's own program, compiled for them.
 
-Nothing is run and no parameter exists, so a laptop can plan for a pod.
+Nothing runs and no parameter is allocated, so a laptop can plan for a pod.
 """
 
 import math
@@ -21,7 +21,7 @@ from llama_jax.inspection.architecture import forward_flops_per_token
 from llama_jax.numerics.remat import Remat
 from train.hardware.chips import CHIPS, Chip
 from train.hardware.collectives import Collective, collectives
-from train.hardware.flops import product_flops
+from train.hardware.flops import matmul_flops
 from train.hardware.roofline import Roofline, roofline
 from train.options import RunOptions
 from train.program.build import Program, run_program
@@ -30,11 +30,11 @@ from train.program.build import Program, run_program
 class Memory(NamedTuple):
     """Bytes of one device.
 
-    parameters, optimizer_state: its parts of them, as they are stored.
-    arguments: what the step is given: both of these, padded as the device lays them out, and the batch.
-    outputs, aliased: what it returns, and how much of that overwrites arguments.
+    parameters, optimizer_state: the device's shards, without padding.
+    arguments: of the step: both of these, padded as the device lays them out, and the batch.
+    outputs, aliased: what the step returns, and how much of that overwrites arguments.
     temporaries: everything else: activations, gradients, gathered weights. For a TPU it is the sum of
-        XLA's buffers, which is more than are in use at a time.
+        XLA's buffers, more than is in use at any one time.
     """
 
     parameters: int
@@ -49,11 +49,12 @@ class Memory(NamedTuple):
 class Plan:
     """One configuration, compiled. Bytes are of one device, FLOPs per token of all devices together.
 
-    peak: the most memory in use at a time: XLA's figure; for a CPU, whose figure leaves temporaries out,
-        arguments, new outputs and temporaries; where XLA refuses, what it says it would need.
-    refused: why XLA would not compile it, in its own words; then memory and collectives are unknown.
+    peak: the most memory in use at any time, as XLA reports it; on a CPU, where XLA leaves temporaries
+        out, the sum of arguments, new outputs and temporaries; where XLA refuses to compile, what it says
+        it would need.
+    refused: XLA's message if it refused to compile; memory and collectives are then unknown.
     flops_per_token: of the model: 3 x `forward_flops_per_token`. counted_flops_per_token: of every
-        product of the step, with what is computed again.
+        matmul in the step, recomputation included.
     chip, roofline: None for devices without a data sheet.
     """
 
@@ -99,15 +100,15 @@ def make_plan(options: RunOptions, config: LlamaConfig, devices: Sequence[Any]) 
             refused = _one_line(str(error))
         seconds = time.perf_counter() - begin
     tokens = options.batch_size * options.sequence_length
-    length, parts = options.sequence_length, program.mesh.shape["sequence"]
-    share = visited_share(length, parts) if attention == "splash" else 1.0
-    counted = product_flops(traced.jaxpr.jaxpr, share)
+    length, sequence_shards = options.sequence_length, program.mesh.shape["sequence"]
+    share = visited_share(length, sequence_shards) if attention == "splash" else 1.0
+    counted = matmul_flops(traced.jaxpr.jaxpr, share)
     model_flops = 3 * forward_flops_per_token(config, options.sequence_length)
     kind = devices[0].device_kind
     chip = CHIPS.get(kind)
     state = device_bytes(program.params), device_bytes(program.opt_state)
     memory: Memory | None = None
-    found: tuple[Collective, ...] = ()
+    sends: tuple[Collective, ...] = ()
     if compiled is None:
         assert refused is not None
         peak = _bytes_needed(refused, sum(state))
@@ -120,18 +121,18 @@ def make_plan(options: RunOptions, config: LlamaConfig, devices: Sequence[Any]) 
             aliased=stats.alias_size_in_bytes,
             temporaries=stats.temp_size_in_bytes,
         )
-        together = memory.arguments + memory.outputs - memory.aliased + memory.temporaries
-        known = devices[0].platform != "cpu" and stats.peak_memory_in_bytes
-        peak = known or together
-        found = tuple(collectives(compiled.as_text()).values())
-    line = None
+        total = memory.arguments + memory.outputs - memory.aliased + memory.temporaries
+        reported = devices[0].platform != "cpu" and stats.peak_memory_in_bytes
+        peak = reported or total
+        sends = tuple(collectives(compiled.as_text()).values())
+    limits = None
     if chip is not None and memory is not None:
-        line = roofline(
+        limits = roofline(
             chip,
             model_flops=model_flops * tokens / len(devices),
             flops=counted / len(devices),
             moved=2 * peak,
-            sent=sum(each.sent for each in found),
+            sent=sum(collective.sent for collective in sends),
         )
     fits = None if chip is None else refused is None and peak <= chip.memory
     return Plan(
@@ -151,14 +152,14 @@ def make_plan(options: RunOptions, config: LlamaConfig, devices: Sequence[Any]) 
         fits=fits,
         refused=refused,
         memory=memory,
-        collectives=found,
+        collectives=sends,
         chip=chip,
-        roofline=line,
+        roofline=limits,
     )
 
 
 def device_bytes(tree: Any) -> int:
-    """Bytes that one device holds of a tree of abstract arrays with shardings."""
+    """Bytes of one device's shards of a tree of abstract arrays with shardings."""
     return sum(
         math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
         for leaf in jax.tree.leaves(tree)
@@ -166,7 +167,7 @@ def device_bytes(tree: Any) -> int:
 
 
 def _attention(options: RunOptions, program: Program) -> str:
-    """Which implementation the step's attention takes; to be asked under the program's mesh."""
+    """The attention implementation that the step uses; call it under the program's mesh."""
     config = program.config
     _, rows, seq = program.batch.input_ids.shape
     shape = rows, seq, config.num_attention_heads, config.head_size
@@ -178,7 +179,7 @@ def _attention(options: RunOptions, program: Program) -> str:
 
 
 def _key(config: LlamaConfig) -> Any:
-    """The abstract dropout key of a step, where the model has dropout."""
+    """The abstract dropout key of a step; None if the model has no dropout."""
     return jax.eval_shape(lambda: jax.random.key(0)) if config.attention_dropout else None
 
 
@@ -186,7 +187,7 @@ _UNITS = {"B": 1.0, "K": 2.0**10, "M": 2.0**20, "G": 2.0**30, "T": 2.0**40}
 
 
 def _bytes_needed(refused: str, state: int) -> float:
-    """The first amount that XLA's refusal names; where it is that of temporaries, with the state."""
+    """The first amount in XLA's message, plus the state if it speaks of temporaries only."""
     amount = re.search(r"\b([\d.]+)([KMGTB])\b", refused)
     if amount is None:
         return math.nan

@@ -1,4 +1,8 @@
-"""What a configuration should cost, from its shapes alone: which to compile first, and what would help."""
+"""What a configuration should cost, from its shapes alone: which to compile first, and what would help.
+
+Every term counts what one device holds, computes or sends in a step. Where a collective runs over n devices
+its (n - 1) / n is taken as 1, so traffic is slightly overestimated.
+"""
 
 import math
 from collections.abc import Mapping
@@ -9,23 +13,35 @@ import jax.numpy as jnp
 from llama_jax.config import LlamaConfig
 from llama_jax.inspection.architecture import forward_flops_per_token, parameter_count
 from llama_jax.numerics.remat import Remat
-from train.hardware.chips import Chip
+from train.hardware.chips import CHIPS, Chip
 from train.options import RunOptions
 
-# Adam's two moments beside each parameter, then its gradient; other optimizers have less.
-_STATE_COPIES = 3
+# what seconds are reckoned for where the chip is unknown: a TPU v5p
+DEFAULT_CHIP = CHIPS["TPU v5"]
+
+FLOAT32_BYTES = 4
+
+# Bytes that a device sends for each byte of the array, by the algorithms that send least (Thakur,
+# Rabenseifner and Gropp, 2005): an all-reduce is a reduce-scatter followed by an all-gather.
+ALL_GATHER = 1
+REDUCE_SCATTER = 1
+ALL_REDUCE = REDUCE_SCATTER + ALL_GATHER
 
 
 class Model(NamedTuple):
-    """What an estimate knows of a model, reckoned once for all configurations of it."""
+    """What an estimate needs of a model, computed once for all configurations of it."""
 
     config: LlamaConfig
     parameters: int
-    forward_flops: int
+    forward_flops: int  # of a token
 
 
 class Estimate(NamedTuple):
-    """Bytes of one device, and seconds of its products and of what it sends."""
+    """Bytes that one device holds, and seconds of its matmuls and of what it sends, for one step.
+
+    state: parameters and optimizer state. activations: what the layers keep for the backward pass.
+    head: the vocabulary projection and the loss.
+    """
 
     state: float
     gradients: float
@@ -36,12 +52,33 @@ class Estimate(NamedTuple):
 
     @property
     def peak(self) -> float:
-        """All at once."""
+        """Bytes if all of them are live at once."""
         return self.state + self.gradients + self.activations + self.head
 
 
+class Setting(NamedTuple):
+    """One configuration over one mesh, in the numbers that the terms are made of.
+
+    parameter_bytes, compute_bytes: of one number in the parameters' and the computation's dtype.
+    parameter_shards: parts that the parameters are split into, over fsdp, sequence and tensor.
+    tokens: of a step, on one device; with tensor parallelism, of the device's tensor group.
+    """
+
+    config: LlamaConfig
+    parameters: int
+    remat: Remat
+    micro_batches: int
+    parameter_bytes: int
+    compute_bytes: int
+    data: int
+    sequence: int
+    tensor: int
+    parameter_shards: int
+    tokens: float
+
+
 def measure(config: LlamaConfig, sequence_length: int) -> Model:
-    """Parameters, and forward FLOPs of a token."""
+    """Count the model's parameters, and the forward FLOPs of a token."""
     flops = forward_flops_per_token(config, sequence_length)
     return Model(config, parameter_count(config), flops)
 
@@ -49,53 +86,151 @@ def measure(config: LlamaConfig, sequence_length: int) -> Model:
 def estimate(
     options: RunOptions, model: Model, sizes: Mapping[str, int], chip: Chip | None
 ) -> Estimate:
-    """Of one configuration over a mesh of `sizes`; seconds are those of a TPU v5p without a `chip`."""
-    wide = jnp.dtype(options.model.parameter_dtype).itemsize
-    narrow = jnp.dtype(options.model.compute_dtype).itemsize
-    config, parameters = model.config, model.parameters
-    tensor, sequence = sizes["tensor"], sizes["sequence"]
-    devices = math.prod(sizes.values())
-    parts = sizes["fsdp"] * sequence * tensor
-    tokens = options.batch_size * options.sequence_length
-    local = tokens * tensor / devices / options.micro_batches
-    kept = kept_numbers(config, options.model.remat, tensor)
-    table = config.vocab_size * config.hidden_size / tensor
-    head = table * (4 + 2 * narrow) + local * config.hidden_size * 4
+    """The cost of one configuration.
 
-    passes = 4 if options.model.remat == "full" else 3
-    flops = passes * model.forward_flops * tokens
-    # weights are gathered forwards and backwards, gradients reduced; over tensor, activations are summed
-    # twice a layer each way, and once more where the forward pass is done again
-    weights = parameters * narrow / tensor
-    sent = options.micro_batches * weights * (2 + 2) if parts > tensor else 0.0
-    sums = 6 if options.model.remat == "full" else 4
-    width = config.num_hidden_layers * config.hidden_size
-    sent += 2 * sums * local * options.micro_batches * width * narrow if tensor > 1 else 0.0
-    # over sequence, keys and values are gathered as often, and their gradients summed; over data,
-    # gradients once more
-    keys = 2 * config.kv_heads * config.head_size / tensor * config.num_hidden_layers
-    row = local * options.micro_batches * sequence
-    sent += (passes - 1) * row * keys * narrow if sequence > 1 else 0.0
-    sent += 2 * parameters * wide / parts if sizes["data"] > 1 else 0.0
-    peak, link = (chip.flops, chip.link_bandwidth) if chip else (459e12, 600e9)
+    Args:
+        options: with `model.compute_dtype` filled in.
+        sizes: of the mesh's axes.
+        chip: None stands for `DEFAULT_CHIP`.
+    """
+    chip = chip or DEFAULT_CHIP
+    devices = math.prod(sizes.values())
+    step_tokens = options.batch_size * options.sequence_length
+    setting = Setting(
+        config=model.config,
+        parameters=model.parameters,
+        remat=options.model.remat,
+        micro_batches=options.micro_batches,
+        parameter_bytes=jnp.dtype(options.model.parameter_dtype).itemsize,
+        compute_bytes=jnp.dtype(options.model.compute_dtype).itemsize,
+        data=sizes["data"],
+        sequence=sizes["sequence"],
+        tensor=sizes["tensor"],
+        parameter_shards=sizes["fsdp"] * sizes["sequence"] * sizes["tensor"],
+        tokens=step_tokens * sizes["tensor"] / devices,
+    )
+    flops = (_forward_passes(setting.remat) + 2) * model.forward_flops * step_tokens
+    sent = (
+        weight_traffic(setting)
+        + tensor_parallel_traffic(setting)
+        + sequence_parallel_traffic(setting)
+        + data_parallel_traffic(setting)
+    )
     return Estimate(
-        state=parameters * wide * _STATE_COPIES / parts,
-        gradients=parameters * (wide + narrow) / parts,
-        activations=local * config.num_hidden_layers * kept * narrow,
-        head=head,
-        compute=flops / devices / peak,
-        links=sent / link,
+        state=state_bytes(setting),
+        gradients=gradient_bytes(setting),
+        activations=activation_bytes(setting),
+        head=head_bytes(setting),
+        compute=flops / devices / chip.flops,
+        links=sent / chip.link_bandwidth,
     )
 
 
+def _forward_passes(remat: Remat) -> int:
+    """With "full" the backward pass repeats the forward pass; it costs two forward passes by itself."""
+    return 2 if remat == "full" else 1
+
+
+def state_bytes(setting: Setting) -> float:
+    """The parameters and Adam's two moments of each; other optimizers have less."""
+    copies = 1 + 2
+    return copies * setting.parameters * setting.parameter_bytes / setting.parameter_shards
+
+
+def gradient_bytes(setting: Setting) -> float:
+    """The gradient as the backward pass computes it, and cast to the parameters' dtype."""
+    bytes_each = setting.compute_bytes + setting.parameter_bytes
+    return setting.parameters * bytes_each / setting.parameter_shards
+
+
+def activation_bytes(setting: Setting) -> float:
+    """What all layers keep of a micro-batch for its backward pass."""
+    tokens = setting.tokens / setting.micro_batches
+    numbers = kept_numbers(setting.config, setting.remat, setting.tensor)
+    return tokens * setting.config.num_hidden_layers * numbers * setting.compute_bytes
+
+
+def head_bytes(setting: Setting) -> float:
+    """The fused loss (`llama_jax.loss`): no logits, but gradients of both its operands.
+
+    The gathered table and the gradient rounded to its dtype, the gradient summed in float32, and the
+    gradient of the hidden states of a micro-batch in float32.
+    """
+    config = setting.config
+    table = config.vocab_size * config.hidden_size / setting.tensor
+    hidden = setting.tokens / setting.micro_batches * config.hidden_size
+    return table * (2 * setting.compute_bytes + FLOAT32_BYTES) + hidden * FLOAT32_BYTES
+
+
+def weight_traffic(setting: Setting) -> float:
+    """Fully sharded parameters (ZeRO 3, arXiv:1910.02054): bytes sent for every micro-batch.
+
+    Weights are gathered for the forward and again for the backward pass. Their gradients are all-reduced:
+    that is what XLA compiles, where a reduce-scatter would do with half.
+    """
+    if setting.parameter_shards == setting.tensor:
+        return 0.0  # every device has the weights it needs
+    weights = setting.parameters * setting.compute_bytes / setting.tensor
+    return setting.micro_batches * weights * (2 * ALL_GATHER + ALL_REDUCE)
+
+
+def tensor_parallel_traffic(setting: Setting) -> float:
+    """Tensor parallelism (Megatron-LM, arXiv:1909.08053): activations are all-reduced.
+
+    Twice a layer, after attention and after the MLP, in each forward pass and in the backward pass.
+    """
+    if setting.tensor == 1:
+        return 0.0
+    all_reduces = 2 * setting.config.num_hidden_layers * (_forward_passes(setting.remat) + 1)
+    activations = setting.tokens * setting.config.hidden_size * setting.compute_bytes
+    return all_reduces * activations * ALL_REDUCE
+
+
+def sequence_parallel_traffic(setting: Setting) -> float:
+    """Rows split over devices: each gathers the keys and values of its whole rows.
+
+    In every layer and each forward pass; the backward pass reduce-scatters their gradients.
+    """
+    if setting.sequence == 1:
+        return 0.0
+    config = setting.config
+    row_tokens = setting.tokens * setting.sequence
+    keys_and_values = 2 * config.kv_heads * config.head_size / setting.tensor
+    each_pass = row_tokens * keys_and_values * config.num_hidden_layers * setting.compute_bytes
+    return each_pass * (_forward_passes(setting.remat) * ALL_GATHER + REDUCE_SCATTER)
+
+
+def data_parallel_traffic(setting: Setting) -> float:
+    """Replicas of the model: gradients are all-reduced once a step, in the parameters' dtype."""
+    if setting.data == 1:
+        return 0.0
+    gradients = setting.parameters * setting.parameter_bytes / setting.parameter_shards
+    return gradients * ALL_REDUCE
+
+
 def kept_numbers(config: LlamaConfig, remat: Remat, tensor: int = 1) -> float:
-    """Numbers that a layer keeps of each token for its backward pass, on a device of `tensor`."""
+    """Numbers, counted in the computation's dtype, that a layer keeps of a token for its backward pass.
+
+    "full" keeps the layer's input. "dots" keeps that and the output of every matmul: q, k, v, attention
+    and o; gate, up and down. "none" keeps in addition what lies between them: of both norms the float32
+    input (two numbers) and the output, rotated q and k, silu(gate) and silu(gate) * up.
+
+    Args:
+        tensor: size of the mesh's tensor axis, which splits heads and MLP but not the hidden states.
+    """
     hidden = config.hidden_size
-    if remat == "full":
-        return hidden
     queries = config.num_attention_heads * config.head_size / tensor
     keys = config.kv_heads * config.head_size / tensor
     intermediate = config.intermediate_size / tensor
-    dots = 3 * hidden + 2 * queries + 2 * keys + 2 * intermediate
-    # without any recomputation also what norms, rotations and the activation made, some of it in float32
-    return dots if remat == "dots" else dots + 6 * hidden + queries + keys + 2 * intermediate
+    layer_input = hidden
+    if remat == "full":
+        return layer_input
+    attention = queries + 2 * keys + queries + hidden
+    mlp = 2 * intermediate + hidden
+    dots = layer_input + attention + mlp
+    if remat == "dots":
+        return dots
+    norms = 2 * (2 + 1) * hidden
+    rotated = queries + keys
+    activation = 2 * intermediate
+    return dots + norms + rotated + activation

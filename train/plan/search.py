@@ -1,4 +1,4 @@
-"""Which mesh and which recomputation: candidates by estimate, the likeliest compiled, the best first."""
+"""Search for a mesh and a remat policy: order candidates by estimate, compile the first few, rank those."""
 
 import dataclasses
 import itertools
@@ -14,9 +14,10 @@ from train.options import MeshOptions, RunOptions
 from train.plan.compiled import Plan, make_plan
 from train.plan.estimate import estimate, measure
 
-# Beyond so many parts heads become few and the sums over tensor dear; a sequence's parts become short.
+# Larger tensor axes leave few heads to a device and make the all-reduces expensive; larger sequence axes
+# make the shards of a row short.
 LARGEST_TENSOR, LARGEST_SEQUENCE = 16, 16
-# whole lanes of a TPU
+# tokens; a multiple of a TPU's lanes
 SEQUENCE_UNIT = 128
 
 
@@ -28,10 +29,13 @@ def search(
     limit: int,
     report: Callable[[Plan], None] = lambda plan: None,
 ) -> list[Plan]:
-    """The first `limit` candidates compiled, the best plan first.
+    """Compile the first `limit` candidates; the best plan comes first.
 
-    What fits comes before what does not, then the higher allowed MFU (the one in turn decides between
-    equals), on devices without a data sheet the lower peak.
+    Plans that fit come before those that do not, then those with the higher MFU bound (ties go to the
+    higher MFU without overlap); on devices without a data sheet those with the lower peak.
+
+    Args:
+        report: called with each plan once it is compiled.
 
     Raises:
         ValueError: a batch that no mesh of the devices divides; a limit below 1.
@@ -55,19 +59,19 @@ def search(
 def candidates(
     options: RunOptions, config: LlamaConfig, devices: Sequence[Any]
 ) -> list[RunOptions]:
-    """Every mesh with every recomputation, by the estimate: what should fit first, then by its time."""
+    """Every mesh with every remat policy, by the estimate: what should fit first, then the fastest."""
     chip = CHIPS.get(devices[0].device_kind)
-    room = math.inf if chip is None else chip.memory
+    memory = math.inf if chip is None else chip.memory
     measured = measure(config, options.sequence_length)
-    found = []
+    ranked = []
     for sizes in meshes(options, config, len(devices)):
         for remat in get_args(Remat):
             model = replace(options.model, remat=remat)
             candidate = replace(options, model=model, mesh=MeshOptions(**sizes))
             cost = estimate(candidate, measured, sizes, chip)
             times = max(cost.compute, cost.links), cost.compute + cost.links
-            found.append((max(cost.peak / room, 1.0), *times, candidate))
-    return [candidate for *_, candidate in sorted(found, key=lambda each: each[:3])]
+            ranked.append((max(cost.peak / memory, 1.0), *times, candidate))
+    return [candidate for *_, candidate in sorted(ranked, key=lambda entry: entry[:3])]
 
 
 def meshes(options: RunOptions, config: LlamaConfig, count: int) -> Iterator[dict[str, int]]:
@@ -88,6 +92,6 @@ def meshes(options: RunOptions, config: LlamaConfig, count: int) -> Iterator[dic
 
 
 def _rank(plan: Plan) -> tuple[Any, ...]:
-    line = plan.roofline
-    allowed = (0.0, 0.0) if line is None else (-round(line.mfu, 3), -line.mfu_in_turn)
-    return plan.fits is False, *allowed, plan.peak
+    limits = plan.roofline
+    mfu = (0.0, 0.0) if limits is None else (-round(limits.mfu, 3), -limits.mfu_in_turn)
+    return plan.fits is False, *mfu, plan.peak

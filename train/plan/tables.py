@@ -1,4 +1,4 @@
-"""Plans as tables for people, and as JSON."""
+"""Plans as tables for a terminal, and as JSON."""
 
 import dataclasses
 import math
@@ -20,40 +20,45 @@ def show_plan(console: Console, plan: Plan, advice: Sequence[str]) -> None:
     if memory is not None:
         table.add_row("parameters", gib(memory.parameters))
         table.add_row("optimizer state", gib(memory.optimizer_state))
-        table.add_row("arguments (the two, as laid out, and the batch)", gib(memory.arguments))
+        table.add_row("arguments (both, with padding, and the batch)", gib(memory.arguments))
         table.add_row("outputs", gib(memory.outputs))
-        table.add_row("of them in place of arguments", gib(memory.aliased))
+        table.add_row("of which overwrite arguments", gib(memory.aliased))
         table.add_row("temporaries (activations, gradients, ...)", gib(memory.temporaries))
     table.add_row("peak", "unknown" if math.isnan(plan.peak) else gib(plan.peak))
     if plan.chip is not None:
-        table.add_row(f"memory of {plan.device_kind}", gib(plan.chip.memory))
+        table.add_row(f"memory of a {plan.device_kind}", gib(plan.chip.memory))
     console.print(table)
 
     if plan.collectives:
         sends = _table("collectives of a step, one device", "kind", "count", "arrays", "sent")
-        for each in plan.collectives:
-            sends.add_row(each.kind, f"{each.count:,}", gib(each.bytes), gib(each.sent))
+        for collective in plan.collectives:
+            sends.add_row(
+                collective.kind,
+                f"{collective.count:,}",
+                gib(collective.bytes),
+                gib(collective.sent),
+            )
         console.print(sends)
 
     costs = _table("time", "quantity", "value")
     costs.add_row("model FLOPs per token, 3 x forward", f"{plan.flops_per_token:.4g}")
-    costs.add_row("products of the step per token, counted", f"{plan.counted_flops_per_token:.4g}")
-    line = plan.roofline
-    if line is not None:
-        costs.add_row("products, at the chip's peak", f"{line.compute:.3f} s")
-        costs.add_row(
-            "memory, what is there at the peak read and written once", f"{line.memory:.3f} s"
-        )
-        costs.add_row("links, all of the chip's at once", f"{line.links:.3f} s")
-        costs.add_row("MFU allowed, the longest hides the others", f"{line.mfu:.1%}")
-        costs.add_row("MFU if none hides another", f"{line.mfu_in_turn:.1%}")
+    costs.add_row(
+        "matmul FLOPs per token, counted in the step", f"{plan.counted_flops_per_token:.4g}"
+    )
+    limits = plan.roofline
+    if limits is not None:
+        costs.add_row("matmuls, at the chip's peak", f"{limits.compute:.3f} s")
+        costs.add_row("memory, reading and writing the peak once", f"{limits.memory:.3f} s")
+        costs.add_row("links, all of the chip's in parallel", f"{limits.links:.3f} s")
+        costs.add_row("MFU bound, the longest hiding the others", f"{limits.mfu:.1%}")
+        costs.add_row("MFU bound, nothing hidden", f"{limits.mfu_in_turn:.1%}")
     costs.add_row("compiled in", f"{plan.compile_seconds:.0f} s")
     console.print(costs)
 
     if plan.refused is not None:
         console.print(Text.assemble(("does not fit:", "bold red"), f" {plan.refused}"))
     elif plan.fits is None:
-        console.print(f"no data sheet of {plan.device_kind} to measure this against")
+        console.print(f"no data sheet for {plan.device_kind}, so whether this fits is unknown")
     else:
         color = "green" if plan.fits else "red"
         console.print("fits" if plan.fits else "does not fit", style=f"bold {color}")
@@ -62,26 +67,26 @@ def show_plan(console: Console, plan: Plan, advice: Sequence[str]) -> None:
 
 
 def show_ranking(console: Console, plans: Sequence[Plan]) -> None:
-    """Plans of a search, in their order."""
+    """The plans of a search, in their order."""
     table = _table(
-        "search", "mesh", "remat", "peak", "fits", "MFU allowed", "in turn", "compiled in"
+        "search", "mesh", "remat", "peak", "fits", "MFU bound", "nothing hidden", "compiled in"
     )
     for plan in plans:
-        line = plan.roofline
+        limits = plan.roofline
         table.add_row(
             in_words(plan.mesh),
             plan.remat,
             "unknown" if math.isnan(plan.peak) else gib(plan.peak),
             {True: "yes", False: "no", None: ""}[plan.fits],
-            "" if line is None else f"{line.mfu:.1%}",
-            "" if line is None else f"{line.mfu_in_turn:.1%}",
+            "" if limits is None else f"{limits.mfu:.1%}",
+            "" if limits is None else f"{limits.mfu_in_turn:.1%}",
             f"{plan.compile_seconds:.0f} s",
         )
     console.print(table)
 
 
 def as_json(plan: Plan) -> dict[str, Any]:
-    """All figures by name; None where unknown."""
+    """All numbers of a plan by name; None where unknown."""
 
     def plain(value: Any) -> Any:
         if dataclasses.is_dataclass(value):
@@ -97,7 +102,7 @@ def as_json(plan: Plan) -> dict[str, Any]:
 
 
 def gib(count: float) -> str:
-    """Bytes in binary units, three digits."""
+    """Bytes in binary units, to three digits."""
     for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
         if count < 1000 or unit == "TiB":
             break
@@ -107,6 +112,6 @@ def gib(count: float) -> str:
 
 def _table(title: str, *columns: str) -> Table:
     table = Table(title=title, title_justify="left")
-    for place, column in enumerate(columns):
-        table.add_column(column, justify="right" if place else "left", overflow="fold")
+    for index, column in enumerate(columns):
+        table.add_column(column, justify="right" if index else "left", overflow="fold")
     return table

@@ -12,7 +12,7 @@ import torch
 from llama_jax.loss import fused_linear_cross_entropy
 from parity_tests.reference.errors import relative_error
 from parity_tests.reference.tolerances import FLOAT64_BAR, ROUNDING_RATIO
-from train.hardware.flops import product_flops
+from train.hardware.flops import matmul_flops
 
 TOKENS, HIDDEN, VOCAB = 37, 8, 23  # a prime vocabulary, a last chunk that is not full
 CHUNK = 8
@@ -415,7 +415,7 @@ def shapes(tokens):
 def test_products_of_each_mode(argnums, options, expected):
     jaxpr = jax.make_jaxpr(step(argnums, **options))(*shapes(T))
     unit = 2 * T * H * V
-    assert product_flops(jaxpr.jaxpr) == pytest.approx(expected * unit, rel=0.01)
+    assert matmul_flops(jaxpr.jaxpr) == pytest.approx(expected * unit, rel=0.01)
 
 
 @pytest.mark.parametrize(

@@ -33,10 +33,10 @@ OPTIONS = RunOptions(
 
 def collectives_of(function, shape, spec, out_spec):
     mesh = jax.make_mesh((8,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
-    given = jax.ShapeDtypeStruct(shape, jnp.float32, sharding=NamedSharding(mesh, spec))
+    array = jax.ShapeDtypeStruct(shape, jnp.float32, sharding=NamedSharding(mesh, spec))
     run = jax.jit(function(mesh), out_shardings=NamedSharding(mesh, out_spec))
-    found = collectives(run.lower(given).compile().as_text())
-    return {kind: [each.count, each.bytes, each.sent] for kind, each in found.items()}
+    by_kind = collectives(run.lower(array).compile().as_text())
+    return {kind: [c.count, c.bytes, c.sent] for kind, c in by_kind.items()}
 
 
 def summed(mesh):
@@ -75,8 +75,8 @@ def plan_of(options):
     plan = make_plan(options, CONFIG, DEVICES)
     program = run_program(options, CONFIG, DEVICES)
     with jax.set_mesh(program.mesh):
-        given = program.params, program.opt_state, program.batch, None
-        stats = program.step.lower(*given).compile().memory_analysis()
+        arguments = program.params, program.opt_state, program.batch, None
+        stats = program.step.lower(*arguments).compile().memory_analysis()
     placed = jax.tree.map(
         lambda leaf: jax.device_put(jnp.zeros(leaf.shape, leaf.dtype), leaf.sharding),
         (program.params, program.opt_state),
@@ -99,46 +99,50 @@ def plan_of(options):
         "flops": plan.flops_per_token,
         "forward": forward_flops_per_token(CONFIG, options.sequence_length),
         "counted": plan.counted_flops_per_token,
-        "collectives": [each.kind for each in plan.collectives],
+        "collectives": [collective.kind for collective in plan.collectives],
     }
 
 
-def searched():
+def search_result():
     ordered = candidates(OPTIONS, CONFIG, DEVICES)
     reported = []
-    found = search(
+    plans = search(
         OPTIONS, CONFIG, DEVICES, limit=2, report=lambda plan: reported.append(plan.peak)
     )
     return {
-        "candidates": [[asdict(each.mesh), each.model.remat] for each in ordered],
-        "found": [plan.peak for plan in found],
+        "candidates": [[asdict(options.mesh), options.model.remat] for options in ordered],
+        "plans": [plan.peak for plan in plans],
         "reported": reported,
     }
 
 
-def printed():
+def command_result():
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "plan.json"
         small = "--model.preset tiny-4m --batch-size 16 --sequence-length 32 --mesh.fsdp 8"
         code = main(["plan", "--host-devices", "8", *small.split(), "--json", str(file)])
-        return {"code": code, "figures": json.loads(file.read_text())}
+        return {"code": code, "json": json.loads(file.read_text())}
 
 
 def outcomes() -> dict:
-    ways = {"full": {"remat": "full"}, "none": {"remat": "none"}, "micro": {"remat": "none"}}
+    changes_by_name = {
+        "full": {"remat": "full"},
+        "none": {"remat": "none"},
+        "micro": {"remat": "none"},
+    }
     plans = {}
-    for name, changes in ways.items():
+    for name, changes in changes_by_name.items():
         model = replace(OPTIONS.model, **changes)
-        parts = 2 if name == "micro" else 1
-        plans[name] = plan_of(replace(OPTIONS, model=model, micro_batches=parts))
+        micro_batches = 2 if name == "micro" else 1
+        plans[name] = plan_of(replace(OPTIONS, model=model, micro_batches=micro_batches))
     return {
         "psum": collectives_of(summed, (8, 128), P("x"), P()),
         "pairs": collectives_of(in_pairs, (8, 128), P("x"), P("x")),
         "ring": collectives_of(passed_on, (8, 128), P("x"), P("x")),
         "loop": collectives_of(gathered_in_a_loop, (5, 64), P(None, "x"), P()),
         "plans": plans,
-        "search": searched(),
-        "printed": printed(),
+        "search": search_result(),
+        "command": command_result(),
     }
 
 

@@ -1,4 +1,4 @@
-"""`python -m train plan`: its figures are the compiler's, its ranking what it says, its errors one line."""
+"""`python -m train plan`: its numbers are the compiler's, its ranking documented, its errors one line."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def planned():
 
 
 def test_collectives_of_small_programs(planned):
-    """Count, bytes of the whole arrays, bytes sent: psums, a permute, gathers in a loop."""
+    """Count, bytes of the full arrays, bytes sent: psums, a permute, gathers in a loop."""
     assert planned["psum"] == {"all-reduce": [1, LINE_OF_128, 2 * 7 / 8 * LINE_OF_128]}
     assert planned["pairs"] == {"all-reduce": [1, LINE_OF_128, LINE_OF_128]}
     assert planned["ring"] == {"collective-permute": [1, LINE_OF_128, LINE_OF_128]}
@@ -76,20 +76,20 @@ ENTRY %main (x: bf16[4,64]) -> f32[8] {
 """
 
 
-def test_the_ways_that_programs_are_written_in():
-    """A TPU's: loops without a trip count, asynchronous pairs; groups by list, by shape and by name."""
-    found = collectives(HLO)
-    assert list(found) == ["all-gather", "reduce-scatter", "all-to-all"]
-    gather, scatter, exchange = found.values()
+def test_collectives_in_every_notation():
+    """As for a TPU: loops without a trip count, asynchronous pairs; groups by list, shape and name."""
+    by_kind = collectives(HLO)
+    assert list(by_kind) == ["all-gather", "reduce-scatter", "all-to-all"]
+    gather, scatter, exchange = by_kind.values()
     assert (gather.count, gather.bytes, gather.sent) == (3, 3 * 4096, 3 * 4096 * 7 / 8)
     assert (exchange.count, exchange.bytes, exchange.sent) == (3, 3 * 512, 3 * 512 / 2)
     assert (scatter.count, scatter.bytes) == (3, 3 * 256)
     assert scatter.sent == 256 * (7 / 8 + 1 / 2 + 3 / 4)
 
 
-@pytest.mark.parametrize("way", ["none", "full", "micro"])
-def test_memory_is_what_the_compiler_says(planned, way):
-    plan = planned["plans"][way]
+@pytest.mark.parametrize("name", ["none", "full", "micro"])
+def test_memory_is_what_the_compiler_says(planned, name):
+    plan = planned["plans"][name]
     memory, stats = plan["memory"], plan["stats"]
     assert memory["arguments"] == stats["argument"]
     assert memory["outputs"] == stats["output"]
@@ -97,18 +97,18 @@ def test_memory_is_what_the_compiler_says(planned, way):
     assert memory["temporaries"] == stats["temp"]
     assert plan["held"] == [memory["parameters"], memory["optimizer_state"]]
     assert sum(plan["held"]) + plan["batch"] <= memory["arguments"]
-    assert plan["fits"] is None  # nobody knows a CPU's memory
+    assert plan["fits"] is None  # a CPU has no data sheet
     assert "all-gather" in plan["collectives"]
 
 
-def test_memory_falls_with_recomputation_and_with_micro_batches(planned):
-    peaks = {way: plan["peak"] for way, plan in planned["plans"].items()}
+def test_recomputation_and_micro_batches_save_memory(planned):
+    peaks = {name: plan["peak"] for name, plan in planned["plans"].items()}
     assert peaks["full"] < peaks["none"]
     assert peaks["micro"] < peaks["none"]
 
 
 def test_flops(planned):
-    """Counted over shards they are the formula's, plus what plain attention does above the diagonal."""
+    """Counted over shards, they are the formula's plus what plain attention does above the diagonal."""
     plans = planned["plans"]
     plan = plans["none"]
     assert plan["flops"] == 3 * plan["forward"]
@@ -126,14 +126,14 @@ def test_search(planned):
     assert all(math.prod(mesh.values()) == 8 for mesh in meshes)
     assert all(4 % mesh["tensor"] == 0 for mesh in meshes)  # heads
     assert all(16 % (mesh["data"] * mesh["fsdp"]) == 0 for mesh in meshes)  # rows
-    assert all(mesh["sequence"] == 1 for mesh in meshes)  # 32 tokens are no two lanes
+    assert all(mesh["sequence"] == 1 for mesh in meshes)  # 32 tokens cannot be split
     assert len({(*mesh.values(), remat) for mesh, remat in search["candidates"]}) == len(meshes)
-    assert sorted(search["reported"]) == search["found"]
-    assert len(search["found"]) == 2
+    assert sorted(search["reported"]) == search["plans"]
+    assert len(search["plans"]) == 2
 
 
 def a_plan(peak: float, links: float = 1.0, **changes: Any) -> tuple[Plan, RunOptions]:
-    """Of llama-3.1-8b over 64 chips of 95 GiB, 512 x 8192 tokens, as if it had been compiled."""
+    """llama-3.1-8b over 64 chips of 95 GiB, 512 x 8192 tokens, as if it had been compiled."""
     chip = CHIPS["TPU v5"]
     model = replace(PLANNED.model, compute_dtype="bfloat16", remat=changes.pop("remat", "full"))
     mesh = {"data": 1, "fsdp": 64, "sequence": 1, "tensor": 1} | changes
@@ -162,60 +162,63 @@ def a_plan(peak: float, links: float = 1.0, **changes: Any) -> tuple[Plan, RunOp
 
 
 def test_advice() -> None:
-    """Layers' inputs are 16 GiB a device, "dots" keeps 200: numbers that anyone can check."""
+    """The layers' inputs take 16 GiB of a device, "dots" takes 200: numbers one can check by hand."""
     config = PRESETS["llama-3.1-8b"]
 
-    def said(*given: Any, **changes: Any) -> list[str]:
-        return advice(*a_plan(*given, **changes), config)
+    def advised(*measured: float, **changes: Any) -> list[str]:
+        return advice(*a_plan(*measured, **changes), config)
 
-    # in 4 parts of 2 rows a device "dots" keeps a quarter of 200 GiB, where 16 were
-    assert said(50 * GIB) == [
+    # in 4 micro-batches of 2 rows a device, "dots" keeps a quarter of 200 GiB instead of 16 GiB
+    assert advised(50 * GIB) == [
         "--model.remat dots --micro-batches 4 would keep about 34.0 GiB more and save up to 25% of the "
         "FLOPs"
     ]
-    # each part gathers the weights again, which twice over is all that the links can do
-    assert said(50 * GIB, 4.0) == []
-    assert said(50 * GIB, 16.0) == [
-        "the links take 2.0 x the time of the products; what is sent hardly depends on the rows: 1024 of "
-        "them in a micro-batch level the two"
+    # each micro-batch gathers the weights again, and the links have time for twice at most
+    assert advised(50 * GIB, 4.0) == []
+    assert advised(50 * GIB, 16.0) == [
+        "communication takes 2.0 x the time of the matmuls; traffic hardly depends on the rows, so 1024 "
+        "rows in a micro-batch would balance them"
     ]
-    assert said(math.nan) == []
-    too_much = said(105 * GIB, data=8, fsdp=8)
+    assert advised(math.nan) == []
+    too_much = advised(105 * GIB, data=8, fsdp=8)
     assert too_much[0].startswith("--mesh.data 1 --mesh.fsdp 64 would save about 14.7 GiB")
     assert too_much[0].endswith("which is enough")
     assert too_much[1] == "--micro-batches 4 would save about 12.0 GiB, which is enough"
-    assert said(300 * GIB, remat="dots")[0] == (
+    assert advised(300 * GIB, remat="dots")[0] == (
         "--model.remat full would save about 184.0 GiB, of 205.0 GiB missing"
     )
 
 
 def test_roofline() -> None:
     chip = Chip(flops=100.0, memory=1.0, memory_bandwidth=10.0, link_bandwidth=5.0)
-    line = roofline(chip, model_flops=300.0, flops=400.0, moved=10.0, sent=15.0)
-    assert line == (4.0, 1.0, 3.0, 3 / 4, 3 / 8)
+    bounds = roofline(chip, model_flops=300.0, flops=400.0, moved=10.0, sent=15.0)
+    assert bounds == (4.0, 1.0, 3.0, 3 / 4, 3 / 8)
 
 
 def test_command(planned):
-    """The flags of `run`, no data, the preset's own vocabulary; the figures as JSON."""
-    assert planned["printed"]["code"] == 0
-    figures = planned["printed"]["figures"]
-    assert figures["mesh"] == {"data": 1, "fsdp": 8, "sequence": 1, "tensor": 1}
-    assert figures["memory"]["parameters"] == 4_000_000 * 4 // 8
-    assert figures["roofline"] is None
-    assert figures["collectives"][0]["kind"] == "all-gather"
+    """The flags of `run`, no data, the preset's vocabulary; the result as JSON."""
+    assert planned["command"]["code"] == 0
+    result = planned["command"]["json"]
+    assert result["mesh"] == {"data": 1, "fsdp": 8, "sequence": 1, "tensor": 1}
+    assert result["memory"]["parameters"] == 4_000_000 * 4 // 8
+    assert result["roofline"] is None
+    assert result["collectives"][0]["kind"] == "all-gather"
 
 
 def plan_process(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
     command = (sys.executable, "-m", "train", "plan", *arguments)
-    where = os.environ | environment
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=where)
+    env = os.environ | environment
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=env)
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ("", "topology, host-devices: found neither, expected one of them"),
-        ("--topology v5p:4x4x4 --host-devices 8", "found both, expected one of them"),
+        ("", "give exactly one of --topology and --host-devices"),
+        (
+            "--topology v5p:4x4x4 --host-devices 8",
+            "give exactly one of --topology and --host-devices",
+        ),
         ("--host-devices 0", "host-devices: found 0, expected at least 1"),
         ("--host-devices 8 --model.preset llama-9", "model.preset: found 'llama-9'"),
         ("--host-devices 8 --batch-size 12", "batch-size: found 12 rows in a micro-batch"),
@@ -233,10 +236,10 @@ def test_a_mistake_is_one_line(arguments: str, message: str) -> None:
 
 
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is not None, reason="libtpu is installed")
-def test_without_libtpu_it_says_what_to_install() -> None:
+def test_without_libtpu_the_error_says_what_to_install() -> None:
     done = plan_process("--topology", "v5p:4x4x4")
     assert done.returncode == 2
-    assert done.stderr.endswith("compiles for TPUs: pip install 'llama-jax[plan]'\n")
+    assert done.stderr.endswith("is not installed: pip install 'llama-jax[plan]'\n")
 
 
 needs_libtpu = pytest.mark.skipif(
@@ -250,30 +253,30 @@ needs_libtpu = pytest.mark.skipif(
 def test_unknown_topology() -> None:
     done = plan_process("--topology", "v9:4x4")
     assert done.returncode == 2
-    assert done.stderr.splitlines()[-1].startswith("error: topology: found 'v9:4x4', expected one")
+    assert done.stderr.splitlines()[-1].startswith("error: topology: found 'v9:4x4', expected a")
 
 
 @pytest.mark.slow
 @needs_libtpu
 def test_a_topology(tmp_path: Path) -> None:
-    """Splash attention over a mesh, bfloat16, against the data sheet; a batch too large is a result."""
+    """Splash attention over a mesh, bfloat16, against the data sheet; also a batch that is too large."""
     file = tmp_path / "plan.json"
     common = ("--topology", "v5e:2x2", "--model.preset", "tiny-4m", "--sequence-length", "512")
     mesh = ("--mesh.fsdp", "2", "--mesh.sequence", "2", "--json", str(file))
     done = plan_process(*common, *mesh, "--batch-size", "8")
     assert done.returncode == 0, done.stderr
-    figures = json.loads(file.read_text())
-    assert figures["attention"] == "splash"
-    assert figures["compute_dtype"] == "bfloat16"
-    assert figures["device_kind"] == "TPU v5 lite"
-    assert figures["fits"] is True
-    assert figures["peak"] < figures["chip"]["memory"]
-    assert 0 < figures["roofline"]["mfu_in_turn"] <= figures["roofline"]["mfu"] <= 1
-    assert figures["counted_flops_per_token"] / figures["flops_per_token"] < 1.5
+    result = json.loads(file.read_text())
+    assert result["attention"] == "splash"
+    assert result["compute_dtype"] == "bfloat16"
+    assert result["device_kind"] == "TPU v5 lite"
+    assert result["fits"] is True
+    assert result["peak"] < result["chip"]["memory"]
+    assert 0 < result["roofline"]["mfu_in_turn"] <= result["roofline"]["mfu"] <= 1
+    assert result["counted_flops_per_token"] / result["flops_per_token"] < 1.5
 
     done = plan_process(*common, *mesh, "--batch-size", "65536", "--model.remat", "none")
     assert done.returncode == 0, done.stderr
-    figures = json.loads(file.read_text())
-    assert figures["fits"] is False
+    result = json.loads(file.read_text())
+    assert result["fits"] is False
     assert "does not fit" in done.stdout
     assert "--model.remat full would save" in done.stdout

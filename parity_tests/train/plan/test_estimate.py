@@ -1,0 +1,104 @@
+"""The estimate's terms, each against a number worked out by hand."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from llama_jax.presets import PRESETS
+from train.options import ModelOptions, RunOptions
+from train.plan.estimate import (
+    DEFAULT_CHIP,
+    Setting,
+    activation_bytes,
+    data_parallel_traffic,
+    estimate,
+    gradient_bytes,
+    head_bytes,
+    kept_numbers,
+    measure,
+    sequence_parallel_traffic,
+    state_bytes,
+    tensor_parallel_traffic,
+    weight_traffic,
+)
+
+CONFIG = replace(
+    PRESETS["tiny-4m"],
+    hidden_size=100,
+    intermediate_size=300,
+    num_hidden_layers=3,
+    num_attention_heads=10,
+    num_key_value_heads=2,
+    head_dim=10,
+    vocab_size=1000,
+)
+# bfloat16 over float32, on a single device
+ALONE = Setting(
+    config=CONFIG,
+    parameters=1_000_000,
+    remat="dots",
+    micro_batches=1,
+    parameter_bytes=4,
+    compute_bytes=2,
+    data=1,
+    sequence=1,
+    tensor=1,
+    parameter_shards=1,
+    tokens=500.0,
+)
+
+
+def test_one_device_sends_nothing() -> None:
+    traffic = (
+        weight_traffic,
+        tensor_parallel_traffic,
+        sequence_parallel_traffic,
+        data_parallel_traffic,
+    )
+    assert [kind(ALONE) for kind in traffic] == [0, 0, 0, 0]
+
+
+def test_memory() -> None:
+    assert state_bytes(ALONE) == 12_000_000
+    assert gradient_bytes(ALONE) == 6_000_000
+    assert state_bytes(ALONE._replace(parameter_shards=8)) == 1_500_000
+    assert head_bytes(ALONE) == 1000 * 100 * (2 + 2 + 4) + 500 * 100 * 4
+    dots = 100 + (100 + 20 + 20 + 100 + 100) + (300 + 300 + 100)
+    assert kept_numbers(CONFIG, "full") == 100
+    assert kept_numbers(CONFIG, "dots") == dots
+    assert kept_numbers(CONFIG, "none") == dots + 600 + 120 + 600
+    assert activation_bytes(ALONE) == 500 * 3 * dots * 2
+    assert activation_bytes(ALONE._replace(micro_batches=5)) == 100 * 3 * dots * 2
+
+
+@pytest.mark.parametrize(("remat", "forward_passes"), [("dots", 1), ("full", 2)])
+def test_traffic(remat, forward_passes: int) -> None:
+    alone = ALONE._replace(remat=remat)
+    # two gathers of 2 MB, and an all-reduce, which sends 2 MB twice
+    assert weight_traffic(alone._replace(parameter_shards=4)) == 8_000_000
+    assert weight_traffic(alone._replace(parameter_shards=4, micro_batches=3)) == 24_000_000
+    # float32 gradients, all-reduced
+    assert data_parallel_traffic(alone._replace(data=2)) == 8_000_000
+    # activations of 500 x 100 bfloat16 numbers, all-reduced twice a layer
+    passes = forward_passes + 1
+    tensor = alone._replace(tensor=2, parameter_shards=2)
+    assert tensor_parallel_traffic(tensor) == passes * 2 * 3 * 2 * (500 * 100 * 2)
+    # keys and values of two heads of 10, of rows over both devices
+    sequence = alone._replace(sequence=2, parameter_shards=2)
+    assert sequence_parallel_traffic(sequence) == passes * 3 * (1000 * 2 * 20 * 2)
+
+
+def test_a_configuration_over_a_mesh() -> None:
+    options = RunOptions(
+        batch_size=8, sequence_length=64, model=ModelOptions(compute_dtype="bfloat16", remat="full")
+    )
+    model = measure(CONFIG, 64)
+    cost = estimate(options, model, {"data": 2, "fsdp": 2, "sequence": 1, "tensor": 1}, None)
+    # forward, forward again, and twice that backward
+    assert cost.compute == 4 * model.forward_flops * 8 * 64 / 4 / DEFAULT_CHIP.flops
+    sent = model.parameters * 2 * 4 + model.parameters / 2 * 4 * 2
+    assert cost.links == sent / DEFAULT_CHIP.link_bandwidth
+    assert cost.state == model.parameters * 12 / 2
+    assert cost.peak == cost.state + cost.gradients + cost.activations + cost.head
