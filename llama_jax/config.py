@@ -160,12 +160,13 @@ class LlamaConfig:
         for name in ("use_cache", "tie_word_embeddings", "attention_bias", "mlp_bias"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name}: found {getattr(self, name)!r}, expected true or false")
-        _require_number("rms_norm_eps", self.rms_norm_eps, 0.0, 1.0)
-        _require_number("initializer_range", self.initializer_range, 0.0, 1.0)
         fill("attention_dropout", self.attention_dropout or 0.0)
-        _require_number("attention_dropout", self.attention_dropout, 0.0, 1.0)
+        fractions = ["rms_norm_eps", "initializer_range", "attention_dropout"]
         if self.classifier_dropout is not None:
-            _require_number("classifier_dropout", self.classifier_dropout, 0.0, 1.0)
+            fractions.append("classifier_dropout")
+        for name in fractions:
+            _require_number(name, getattr(self, name), 0.0, 1.0)
+            fill(name, float(getattr(self, name)))  # a file may have 0 for 0.0
         fill("pretraining_tp", 1 if self.pretraining_tp is None else self.pretraining_tp)
         _require_positive_int("pretraining_tp", self.pretraining_tp)
         for name in ("pad_token_id", "bos_token_id"):

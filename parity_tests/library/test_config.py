@@ -316,3 +316,11 @@ PARAMETERS = {
 @pytest.mark.parametrize("name", PRESETS)
 def test_presets_have_their_published_parameter_counts(name):
     assert parameter_count(PRESETS[name]) == PARAMETERS[name]
+
+
+@pytest.mark.parametrize(
+    "name", ["rms_norm_eps", "initializer_range", "attention_dropout", "classifier_dropout"]
+)
+def test_whole_numbers_are_floats_where_fractions_are_meant(name: str) -> None:
+    """JSON writers drop the point of 0.0."""
+    assert type(getattr(LlamaConfig(**{name: 0}), name)) is float
