@@ -27,6 +27,7 @@ CHECKED = (
         "models.layers",
         "models.task_head",
     ),
+    *("loss.chunk", "loss.reduction", "loss.reference", "loss.scan"),
     *("numerics.matmul", "numerics.rope"),
 )
 install_import_hook([f"llama_jax.{module}" for module in CHECKED], "beartype.beartype")

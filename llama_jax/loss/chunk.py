@@ -1,139 +1,190 @@
-"""Loss and gradients of one chunk of tokens."""
+"""Loss and gradients of one chunk of tokens: the only place where logits exist."""
 
-from typing import Any
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array
+from jaxtyping import Array, Bool, Float, Int
 
-from llama_jax.loss.options import Gradients, Losses, Options, Wanted
+from llama_jax.loss.operands import Gradients, Head, Losses, NeedsGradient, Tokens
+from llama_jax.loss.options import Options
 from llama_jax.numerics.matmul import wide_einsum
 
 
-def run_chunk(
-    options: Options, wanted: Wanted, kernel, bias, scale, working, sums: Gradients, chunk
-):
-    """One chunk: its losses, its rows of the hidden states' gradient, the other gradients added up."""
-    x, labels, weights, logsumexp = chunk
-    valid = labels != options.ignore_index
-    # inf and nan of ignored rows would survive a product with zero
-    x = jnp.where(valid[:, None], x, 0)
-    product = product_dtype(x, kernel)
-    x, table = x.astype(product), kernel.astype(product)
-    vocab_first = options.vocab_axis == 0
-    raw = wide_einsum("ch,vh->cv" if vocab_first else "ch,hv->cv", x, table, working)
-    logits, slope = shape_logits(options, raw, bias, scale)
-    columns, own = label_columns(options, raw.shape[1], labels)
-    real = None if columns is None else columns < options.vocab
-    if real is not None:
-        logits = jnp.where(real, logits, -jnp.inf)
+class Block(NamedTuple):
+    """The logits of a chunk of tokens and of the columns of this shard.
 
-    losses = None
-    if logsumexp is None:
-        losses = chunk_losses(options, logits, real, own, labels, valid)
+    Attributes:
+        hidden: operand of the matmul, zero where the label is ignored.
+        kernel: operand of the matmul.
+        projection: hidden @ kernel.
+        logits: the projection scaled, biased and capped; -inf in padding columns.
+        softcap_slope: derivative of the softcap, if there is one.
+        in_vocab: false for padding columns; None where there are none.
+        label_columns: the column of each label, outside [0, V) where another shard has it.
+        valid: whether the label is not ignored.
+    """
+
+    hidden: Float[Array, "chunk hidden"]
+    kernel: Float[Array, "rows columns"]
+    projection: Float[Array, "chunk vocab"]
+    logits: Float[Array, "chunk vocab"]
+    softcap_slope: Float[Array, "chunk vocab"] | None
+    in_vocab: Bool[Array, "1 vocab"] | None
+    label_columns: Int[Array, " chunk"]
+    valid: Bool[Array, " chunk"]
+
+
+def add_chunk(
+    options: Options, needs: NeedsGradient, head: Head, sums: Gradients, tokens: Tokens
+) -> tuple[Gradients, tuple[Losses | None, Float[Array, "chunk hidden"] | None]]:
+    """Body of a scan over chunks.
+
+    Args:
+        sums: gradients of the head over the chunks before this one; None where not needed.
+
+    Returns:
+        The gradients of the head with this chunk's added; the chunk's losses (None if `tokens` has the
+        logsumexp of an earlier pass) and the gradient of its hidden states.
+    """
+    block = project(options, tokens, head)
+    if tokens.logsumexp is None:
+        losses = token_losses(options, block, tokens.labels)
         logsumexp = losses.logsumexp
-    if not any(wanted):
+    else:
+        losses, logsumexp = None, tokens.logsumexp
+    if not any(needs):
         return sums, (losses, None)
 
-    # d(ce + z) / d logits
-    at_lse = jnp.where(valid, logsumexp, 0)[:, None]
-    gradient = jnp.exp(logits - at_lse)
-    if options.z_loss:
-        gradient = gradient * (1 + 2 * options.z_loss * at_lse)
-    if options.smoothing:
-        even = options.smoothing / options.vocab
-        gradient = gradient - (even if real is None else jnp.where(real, even, 0))
-    places = jax.lax.broadcasted_iota(jnp.int32, raw.shape, 1)
-    gradient = jnp.where(places == own[:, None], gradient - (1 - options.smoothing), gradient)
-    if weights is not None:
-        gradient = gradient * weights[:, None]
-    gradient = jnp.where(valid[:, None], gradient, 0)
-    if slope is not None:
-        gradient = gradient * slope
-    if wanted.bias:
+    gradient = logits_gradient(options, block, tokens.weights, logsumexp)
+    if sums.bias is not None:
         sums = sums._replace(bias=sums.bias + jnp.sum(gradient, axis=0))
-    if wanted.scale:
-        by_column = jnp.sum(gradient * raw, axis=0)
-        added = by_column if scale.ndim else jnp.sum(by_column)
+    if sums.scale is not None and head.scale is not None:
+        by_column = jnp.sum(gradient * block.projection, axis=0)
+        added = by_column if head.scale.ndim else jnp.sum(by_column)
         sums = sums._replace(scale=sums.scale + added)
-    if scale is not None:
-        gradient = gradient * jnp.broadcast_to(scale, raw.shape)
-    gradient = gradient.astype(product)
-    if wanted.kernel:
+    if head.scale is not None:
+        gradient = gradient * jnp.broadcast_to(head.scale, gradient.shape)
+    gradient = gradient.astype(options.matmul_dtype)
+
+    vocab_first, dtype = options.vocab_axis == 0, options.working_dtype
+    if sums.kernel is not None:
         if vocab_first:
-            added = wide_einsum("cv,ch->vh", gradient, x, working)
+            added = wide_einsum("cv,ch->vh", gradient, block.hidden, dtype)
         else:
-            added = wide_einsum("ch,cv->hv", x, gradient, working)
+            added = wide_einsum("ch,cv->hv", block.hidden, gradient, dtype)
         sums = sums._replace(kernel=sums.kernel + added)
-    rows = None
-    if wanted.hidden:
-        rows = wide_einsum("cv,vh->ch" if vocab_first else "cv,hv->ch", gradient, table, working)
-    return sums, (losses, rows)
+    d_hidden = None
+    if needs.hidden:
+        spec = "cv,vh->ch" if vocab_first else "cv,hv->ch"
+        d_hidden = wide_einsum(spec, gradient, block.kernel, dtype)
+    return sums, (losses, d_hidden)
 
 
-def chunk_losses(options: Options, logits, real, own, labels, valid) -> Losses:
-    """Per-token losses of a chunk; the sums over the vocabulary cross its shards."""
-    axis = options.shards.vocab if options.shards else None
-    highest = jnp.max(logits, axis=-1)
-    if axis:
-        highest = jax.lax.pmax(highest, axis)
-    # a row of -inf or with +inf must not turn into nan here rather than in the loss
-    highest = jnp.where(jnp.isfinite(highest), highest, 0)
-    mass = jnp.sum(jnp.exp(logits - highest[:, None]), axis=-1)
-    here = (own >= 0) & (own < logits.shape[1])
-    place = jnp.clip(own, 0, logits.shape[1] - 1)[:, None]
-    chosen = jnp.where(here, jnp.take_along_axis(logits, place, axis=-1)[:, 0], 0)
-    parts = [mass, chosen]
-    if options.smoothing:
-        parts.append(jnp.sum(logits if real is None else jnp.where(real, logits, 0), axis=-1))
-    if axis:
-        parts = list(jax.lax.psum(jnp.stack(parts), axis))
-    lse = highest + jnp.log(parts[0])
-    ce = lse - (1 - options.smoothing) * parts[1]
-    if options.smoothing:
-        ce = ce - options.smoothing / options.vocab * parts[2]
-    inside = (labels >= 0) & (labels < options.vocab)
-    ce = jnp.where(valid, jnp.where(inside, ce, jnp.nan), 0)
-    z = jnp.where(valid, options.z_loss * jnp.square(lse), 0)
-    return Losses(ce, z, lse)
+def project(options: Options, tokens: Tokens, head: Head) -> Block:
+    """Logits of a chunk."""
+    valid = tokens.labels != options.ignore_index
+    # inf and nan of ignored tokens would survive being multiplied by zero
+    hidden = jnp.where(valid[:, None], tokens.hidden, 0).astype(options.matmul_dtype)
+    kernel = head.kernel.astype(options.matmul_dtype)
+    spec = "ch,vh->cv" if options.vocab_axis == 0 else "ch,hv->cv"
+    projection = wide_einsum(spec, hidden, kernel, options.working_dtype)
+    logits, softcap_slope = shape_logits(options, head, projection)
+    in_vocab, label_columns = local_columns(options, projection.shape[1], tokens.labels)
+    if in_vocab is not None:
+        logits = jnp.where(in_vocab, logits, -jnp.inf)
+    return Block(hidden, kernel, projection, logits, softcap_slope, in_vocab, label_columns, valid)
 
 
-def shape_logits(options: Options, raw, bias, scale):
-    """Logits of the raw products and, with a softcap, its slope."""
-    logits = raw if scale is None else raw * jnp.broadcast_to(scale, raw.shape)
-    if bias is not None:
-        logits = logits + jnp.broadcast_to(bias.astype(logits.dtype), raw.shape)
+def shape_logits(
+    options: Options, head: Head, projection: Float[Array, "*tokens vocab"]
+) -> tuple[Float[Array, "*tokens vocab"], Float[Array, "*tokens vocab"] | None]:
+    """The projection scaled, biased and capped and, with a softcap, the cap's derivative."""
+    logits, shape = projection, projection.shape
+    if head.scale is not None:
+        logits = logits * jnp.broadcast_to(head.scale, shape)
+    if head.bias is not None:
+        logits = logits + jnp.broadcast_to(head.bias.astype(logits.dtype), shape)
     if options.softcap is None:
         return logits, None
-    bent = jnp.tanh(logits / options.softcap)
-    return options.softcap * bent, 1 - jnp.square(bent)
+    capped = jnp.tanh(logits / options.softcap)
+    return options.softcap * capped, 1 - jnp.square(capped)
 
 
-def label_columns(options: Options, width: int, labels):
-    """Global column numbers [1, width] where some are padding, and the labels as local columns."""
+def local_columns(
+    options: Options, width: int, labels: Int[Array, " chunk"]
+) -> tuple[Bool[Array, "1 width"] | None, Int[Array, " chunk"]]:
+    """Which of this shard's columns are in the vocabulary (None: all), and the labels as its columns."""
     shards = options.shards
     if shards is None or shards.vocab is None:
         return None, labels
     start = jax.lax.axis_index(shards.vocab) * width
     if options.vocab % shards.vocab_size == 0:
         return None, labels - start
-    return start + jax.lax.broadcasted_iota(jnp.int32, (1, width), 1), labels - start
+    columns = start + jax.lax.broadcasted_iota(jnp.int32, (1, width), 1)
+    return columns < options.vocab, labels - start
 
 
-def working_dtype(hidden: Array, kernel: Array) -> Any:
-    """Of logits and losses: float64 where an operand is, else float32."""
-    wide = jnp.float64 in (hidden.dtype, kernel.dtype)
-    return jnp.dtype(jnp.float64 if wide else jnp.float32)
+def token_losses(options: Options, block: Block, labels: Int[Array, " chunk"]) -> Losses:
+    """Losses of a chunk; the sums over the vocabulary cross its shards."""
+    logits, in_vocab = block.logits, block.in_vocab
+    axis = options.shards.vocab if options.shards else None
+    row_max = jnp.max(logits, axis=-1)
+    if axis:
+        row_max = jax.lax.pmax(row_max, axis)
+    # a row of -inf or with +inf must not turn into nan here rather than in the loss
+    row_max = jnp.where(jnp.isfinite(row_max), row_max, 0)
+    row_sum = jnp.sum(jnp.exp(logits - row_max[:, None]), axis=-1)
+    columns = block.label_columns
+    in_shard = (columns >= 0) & (columns < logits.shape[1])
+    clipped = jnp.clip(columns, 0, logits.shape[1] - 1)[:, None]
+    label_logit = jnp.where(in_shard, jnp.take_along_axis(logits, clipped, axis=-1)[:, 0], 0)
+    sums = [row_sum, label_logit]
+    if options.label_smoothing:
+        unpadded = logits if in_vocab is None else jnp.where(in_vocab, logits, 0)
+        sums.append(jnp.sum(unpadded, axis=-1))
+    if axis:
+        sums = list(jax.lax.psum(jnp.stack(sums), axis))
+    logsumexp = row_max + jnp.log(sums[0])
+    ce = logsumexp - (1 - options.label_smoothing) * sums[1]
+    if options.label_smoothing:
+        ce = ce - options.label_smoothing / options.vocab * sums[2]
+    return masked_losses(options, ce, logsumexp, labels)
 
 
-def product_dtype(hidden: Array, kernel: Array) -> Any:
-    """The one dtype of both, or the working dtype: nothing is narrowed."""
-    return hidden.dtype if hidden.dtype == kernel.dtype else working_dtype(hidden, kernel)
+def masked_losses(
+    options: Options,
+    ce: Float[Array, "*tokens"],
+    logsumexp: Float[Array, "*tokens"],
+    labels: Int[Array, "*tokens"],
+) -> Losses:
+    """Cross-entropy and z-loss, 0 for ignored labels and NaN for those outside the vocabulary."""
+    valid = labels != options.ignore_index
+    inside = (labels >= 0) & (labels < options.vocab)
+    ce = jnp.where(valid, jnp.where(inside, ce, jnp.nan), 0)
+    z = jnp.where(valid, options.z_loss * jnp.square(logsumexp), 0)
+    return Losses(ce, z, logsumexp)
 
 
-def pad(values: Array, axis: int, missing: int, fill: Any = 0) -> Array:
-    """`missing` more entries at the end of an axis."""
-    if not missing:
-        return values
-    widths = [(0, missing if dimension == axis else 0) for dimension in range(values.ndim)]
-    return jnp.pad(values, widths, constant_values=fill)
+def logits_gradient(
+    options: Options,
+    block: Block,
+    weights: Float[Array, " chunk"] | None,
+    logsumexp: Float[Array, " chunk"],
+) -> Float[Array, "chunk vocab"]:
+    """Gradient of the weighted losses with respect to the logits before the softcap."""
+    logsumexp = jnp.where(block.valid, logsumexp, 0)[:, None]
+    gradient = jnp.exp(block.logits - logsumexp)
+    if options.z_loss:
+        gradient = gradient * (1 + 2 * options.z_loss * logsumexp)
+    if options.label_smoothing:
+        uniform = options.label_smoothing / options.vocab
+        in_vocab = block.in_vocab
+        gradient = gradient - (uniform if in_vocab is None else jnp.where(in_vocab, uniform, 0))
+    columns = jax.lax.broadcasted_iota(jnp.int32, gradient.shape, 1)
+    is_label = columns == block.label_columns[:, None]
+    gradient = jnp.where(is_label, gradient - (1 - options.label_smoothing), gradient)
+    if weights is not None:
+        gradient = gradient * weights[:, None]
+    gradient = jnp.where(block.valid[:, None], gradient, 0)
+    return gradient if block.softcap_slope is None else gradient * block.softcap_slope

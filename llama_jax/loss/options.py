@@ -1,6 +1,9 @@
-"""What the parts of the fused loss hand to each other."""
+"""The static choices of one call of the fused loss."""
 
 from typing import Any, Literal, NamedTuple
+
+import numpy as np
+from jax.sharding import AbstractMesh, Mesh
 
 IGNORE_INDEX = -100
 """Label of tokens without a loss, as in PyTorch."""
@@ -13,9 +16,17 @@ Mode = Literal["auto", "recompute", "reference"]
 
 
 class Shards(NamedTuple):
-    """How tokens and vocabulary are split: mesh axes of each, and the spec of the token dimensions."""
+    """How tokens and vocabulary are split over a mesh.
 
-    mesh: Any
+    Attributes:
+        tokens: mesh axes that split the tokens.
+        token_spec: the partition spec of the token dimensions.
+        vocab: the mesh axis that splits the vocabulary, or None.
+        token_size: into how many parts the tokens are split.
+        vocab_size: into how many parts the vocabulary is split.
+    """
+
+    mesh: Mesh | AbstractMesh
     tokens: tuple[str, ...]
     token_spec: tuple[tuple[str, ...] | None, ...]
     vocab: str | None
@@ -24,41 +35,28 @@ class Shards(NamedTuple):
 
 
 class Options(NamedTuple):
-    """The static choices of one call."""
+    """Hashable, so that functions can be compiled for it.
+
+    Attributes:
+        per_token: no reduction.
+        vocab_axis: which axis of the kernel is the vocabulary.
+        vocab: size of the vocabulary.
+        z_loss: its factor; 0 is off.
+        chunk: tokens per chunk.
+        recompute: form all gradients in the backward pass.
+        matmul_dtype: of the operands of every matmul.
+        working_dtype: of logits, losses and accumulators.
+    """
 
     per_token: bool
     vocab_axis: int
     vocab: int
     ignore_index: int
     z_loss: float
-    smoothing: float
+    label_smoothing: float
     softcap: float | None
     chunk: int
     recompute: bool
     shards: Shards | None
-
-
-class Wanted(NamedTuple):
-    """Which gradients someone asked for."""
-
-    hidden: bool = False
-    kernel: bool = False
-    bias: bool = False
-    scale: bool = False
-
-
-class Gradients(NamedTuple):
-    """Gradients in the working dtype, None where not wanted."""
-
-    hidden: Any = None
-    kernel: Any = None
-    bias: Any = None
-    scale: Any = None
-
-
-class Losses(NamedTuple):
-    """Per token, without weights, zero where ignored."""
-
-    ce: Any
-    z: Any
-    logsumexp: Any
+    matmul_dtype: np.dtype[Any]
+    working_dtype: np.dtype[Any]

@@ -1,10 +1,10 @@
 """How the fused loss is split over a mesh."""
 
-from typing import Any
-
 import jax
+from jax.sharding import AbstractMesh, Mesh
 
-from llama_jax.loss.options import Gradients, Shards
+from llama_jax.loss.operands import Gradients
+from llama_jax.loss.options import Shards
 from llama_jax.sharding import BATCH_AXES, SEQUENCE_AXIS, TENSOR_AXIS, mesh_axes
 
 
@@ -12,18 +12,22 @@ def sum_over_shards(shards: Shards | None, gradients: Gradients) -> Gradients:
     """Tokens see every column, columns see every token: one collective for each gradient."""
     if shards is None:
         return gradients
-    rows, kernel, bias, scale = gradients
-    if rows is not None and shards.vocab:
-        rows = jax.lax.psum(rows, shards.vocab)
+    hidden, kernel, bias, scale = gradients
+    if hidden is not None and shards.vocab:
+        hidden = jax.lax.psum(hidden, shards.vocab)
     if shards.tokens:
         kernel, bias, scale = jax.lax.psum((kernel, bias, scale), shards.tokens)
     if scale is not None and scale.ndim == 0 and shards.vocab:
         scale = jax.lax.psum(scale, shards.vocab)
-    return Gradients(rows, kernel, bias, scale)
+    return Gradients(hidden, kernel, bias, scale)
 
 
-def find_shards(mesh: Any, token_shape: tuple[int, ...]) -> Shards | None:
-    """The shards of `mesh` or of the ambient mesh; None where no axis of ours splits anything."""
+def find_shards(mesh: Mesh | AbstractMesh | None, token_shape: tuple[int, ...]) -> Shards | None:
+    """How `mesh`, or the ambient mesh, splits the loss; None where no axis splits anything.
+
+    Raises:
+        ValueError: a token dimension that its mesh axes do not divide.
+    """
     axes = mesh_axes(mesh)
     batch, sequence = axes.present(*BATCH_AXES), axes.present(SEQUENCE_AXIS)
     (vocab,) = axes.present(TENSOR_AXIS) or (None,)

@@ -29,8 +29,8 @@ MESHES = {
 VOCABS = {"even": 32, "prime": 37}
 
 
-def step(given, options):
-    out = fused_linear_cross_entropy(**given, **options)
+def step(operands, options):
+    out = fused_linear_cross_entropy(**operands, **options)
     mix = jnp.linspace(-1.0, 2.0, out.loss.size).reshape(out.loss.shape)
     return jnp.sum(mix * out.loss) if out.loss.ndim else 7.5 * out.loss
 
@@ -52,8 +52,8 @@ def main() -> None:
     for (mesh_name, sizes), (vocab_name, vocab), reduction in itertools.product(
         MESHES.items(), VOCABS.items(), ("mean", "none")
     ):
-        given, labels = arrays(vocab, ignored=2)
-        given = {name: jnp.asarray(value) for name, value in given.items()}
+        operands, labels = arrays(vocab, ignored=2)
+        operands = {name: jnp.asarray(value) for name, value in operands.items()}
         options = {
             "labels": jnp.asarray(labels),
             "reduction": reduction,
@@ -61,17 +61,19 @@ def main() -> None:
             "label_smoothing": 0.1,
             "chunk": CHUNK,
         }
-        want = jax.value_and_grad(step)(given, options | {"mode": "reference"})
+        expected = jax.value_and_grad(step)(operands, options | {"mode": "reference"})
         axes = tuple(sizes)
         mesh = jax.make_mesh(tuple(sizes.values()), axes, (AxisType.Auto,) * len(axes))
         with jax.set_mesh(mesh):
-            run = jax.jit(lambda given, options=options: jax.value_and_grad(step)(given, options))
-            got, text = run(given), run.lower(given).compile().as_text()
+            run = jax.jit(
+                lambda operands, options=options: jax.value_and_grad(step)(operands, options)
+            )
+            actual, text = run(operands), run.lower(operands).compile().as_text()
         errors = {
-            name: relative_error(np.asarray(got[1][name]), np.asarray(want[1][name]))
-            for name in given
+            name: relative_error(np.asarray(actual[1][name]), np.asarray(expected[1][name]))
+            for name in operands
         }
-        errors["loss"] = abs(float(got[0]) - float(want[0])) / abs(float(want[0]))
+        errors["loss"] = abs(float(actual[0]) - float(expected[0])) / abs(float(expected[0]))
         print(
             json.dumps(
                 {
@@ -89,12 +91,12 @@ def collectives_in_loops(text: str) -> list[str]:
     """Shapes of the collectives in the bodies of while loops of a compiled program."""
     computations = re.split(r"\n(?=%|ENTRY)", text)
     bodies = set(re.findall(r"body=%?([\w.\-]+)", text))
-    found = []
+    shapes = []
     for computation in computations:
         name = re.match(r"%?([\w.\-]+)", computation)
         if name and name[1] in bodies:
-            found += re.findall(r"= (\S+) (?:all-reduce|all-gather|reduce-scatter)\(", computation)
-    return found
+            shapes += re.findall(r"= (\S+) (?:all-reduce|all-gather|reduce-scatter)\(", computation)
+    return shapes
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The heads: what they return, what they cost, and the plain formula."""
+"""LM heads: outputs, parameter counts and losses."""
 
 import jax
 import jax.numpy as jnp
@@ -38,7 +38,7 @@ def build(name, implementation="default", dtype="float32"):
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_num_params_is_what_is_built(name):
+def test_num_params_matches_the_built_head(name):
     config, head = build(name)
     assert config.num_params(D, V) == sum(leaf.size for leaf in jax.tree.leaves(head))
 
@@ -61,7 +61,7 @@ def plain_logits(name, head, x):
 
 @pytest.mark.parametrize("implementation", ["default", "fused_linear"])
 @pytest.mark.parametrize("name", CONFIGS)
-def test_logits_and_losses_are_the_plain_formula(name, implementation):
+def test_logits_and_losses_match_the_plain_formula(name, implementation):
     with jax.enable_x64(True):
         _, head = build(name, implementation, "float64")
         logits = plain_logits(name, head, X)
@@ -88,7 +88,7 @@ def test_both_implementations_have_the_same_gradients(name):
             assert relative_error(np.asarray(ours), np.asarray(theirs)) <= 1e-12
 
 
-def test_which_outputs_come_with_a_loss():
+def test_which_outputs_are_returned_with_a_loss():
     x = jnp.asarray(X, jnp.float32)
     for implementation, default in (("default", True), ("fused_linear", False)):
         _, head = build("default", implementation)
@@ -101,15 +101,15 @@ def test_which_outputs_come_with_a_loss():
             head(x, return_logits=False)
 
 
-def test_positions_of_hidden_states_and_labels_are_kept_together():
+def test_logits_to_keep_selects_the_same_positions_of_hidden_states_and_labels():
     x = jnp.asarray(X, jnp.float32)
     _, head = build("norm", "fused_linear")
-    whole = head(x, labels=LABELS, loss_reduction="none").loss
+    full = head(x, labels=LABELS, loss_reduction="none").loss
     last = head(x, labels=LABELS, loss_reduction="none", logits_to_keep=2).loss
-    np.testing.assert_allclose(last, whole[:, -2:], rtol=1e-5)
+    np.testing.assert_allclose(last, full[:, -2:], rtol=1e-5)
     picked = jnp.asarray([[0, 3], [4, 2]])
     some = head(x, labels=LABELS, loss_reduction="none", logits_to_keep=picked).loss
-    np.testing.assert_allclose(some, np.take_along_axis(whole, picked, 1), rtol=1e-5)
+    np.testing.assert_allclose(some, np.take_along_axis(full, picked, 1), rtol=1e-5)
     assert head(x, logits_to_keep=picked).shape == (2, 2, V)
 
 

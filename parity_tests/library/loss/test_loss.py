@@ -1,4 +1,4 @@
-"""fused_linear_cross_entropy: every semantic item and edge case of its docstring."""
+"""fused_linear_cross_entropy: everything its docstring promises, and the edge cases."""
 
 import subprocess
 import sys
@@ -33,7 +33,7 @@ def arrays(dtype=np.float64, seed=0):
     }, labels
 
 
-def run(given, labels, wrt, **options):
+def run(operands, labels, wrt, **options):
     """Loss output, and gradients of a random combination of the losses with a cotangent of 7.5."""
 
     def objective(trained, fixed):
@@ -41,8 +41,8 @@ def run(given, labels, wrt, **options):
         mix = jnp.asarray(np.random.default_rng(5).normal(size=out.loss.shape), out.loss.dtype)
         return 7.5 * jnp.sum(mix * out.loss), out
 
-    trained = {name: jnp.asarray(given[name]) for name in wrt}
-    fixed = {name: jnp.asarray(value) for name, value in given.items() if name not in wrt}
+    trained = {name: jnp.asarray(operands[name]) for name in wrt}
+    fixed = {name: jnp.asarray(value) for name, value in operands.items() if name not in wrt}
     gradients, out = jax.jit(jax.grad(objective, has_aux=True))(trained, fixed)
     return out, gradients
 
@@ -60,74 +60,79 @@ OPTIONS = {
 @pytest.mark.parametrize("mode", ["auto", "recompute"])
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 @pytest.mark.parametrize("name", OPTIONS)
-def test_it_is_the_plain_formula_in_float64(name, reduction, mode):
-    given, labels = arrays()
+def test_matches_the_plain_formula_in_float64(name, reduction, mode):
+    operands, labels = arrays()
     if name in ("plain", "z_loss"):
-        given = {key: given[key] for key in ("hidden", "kernel")}
+        operands = {key: operands[key] for key in ("hidden", "kernel")}
     with jax.enable_x64(True):
         options = OPTIONS[name] | {"reduction": reduction, "chunk": CHUNK}
-        out, gradients = run(given, labels, list(given), mode=mode, **options)
-        want, wanted = run(given, labels, list(given), mode="reference", **options)
+        out, gradients = run(operands, labels, list(operands), mode=mode, **options)
+        expected, expected_gradients = run(
+            operands, labels, list(operands), mode="reference", **options
+        )
     for field in ("loss", "ce_loss", "z_loss"):
         np.testing.assert_allclose(
-            getattr(out, field), getattr(want, field), rtol=1e-12, atol=1e-13
+            getattr(out, field), getattr(expected, field), rtol=1e-12, atol=1e-13
         )
     assert out.num_tokens == (labels != -100).sum()
     np.testing.assert_allclose(out.loss, out.ce_loss + out.z_loss, rtol=1e-12)
     for key in gradients:
-        assert relative_error(gradients[key], wanted[key]) <= FLOAT64_BAR, key
+        assert relative_error(gradients[key], expected_gradients[key]) <= FLOAT64_BAR, key
 
 
 @pytest.mark.parametrize("frozen", ["hidden", "kernel", "bias", "scale", "weights"])
 @pytest.mark.parametrize("reduction", ["mean", "none"])
-def test_each_argument_frozen_in_turn(frozen, reduction):
-    given, labels = arrays()
-    wrt = [name for name in given if name != frozen]
+def test_gradients_with_one_argument_frozen(frozen, reduction):
+    operands, labels = arrays()
+    wrt = [name for name in operands if name != frozen]
     with jax.enable_x64(True):
-        _, gradients = run(given, labels, wrt, reduction=reduction, chunk=CHUNK, z_loss=0.01)
-        _, wanted = run(given, labels, wrt, reduction=reduction, mode="reference", z_loss=0.01)
+        _, gradients = run(operands, labels, wrt, reduction=reduction, chunk=CHUNK, z_loss=0.01)
+        _, expected_gradients = run(
+            operands, labels, wrt, reduction=reduction, mode="reference", z_loss=0.01
+        )
     for key in wrt:
-        assert relative_error(gradients[key], wanted[key]) <= FLOAT64_BAR, key
+        assert relative_error(gradients[key], expected_gradients[key]) <= FLOAT64_BAR, key
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 @pytest.mark.parametrize("ignore_index", [-100, 4])
-def test_value_and_gradients_are_torchs(reduction, smoothing, ignore_index):
-    given, labels = arrays()
+def test_value_and_gradients_match_torch(reduction, smoothing, ignore_index):
+    operands, labels = arrays()
     labels = np.where(labels == -100, ignore_index, labels)
     tensors = {
-        key: torch.from_numpy(given[key]).requires_grad_() for key in ("hidden", "kernel", "bias")
+        key: torch.from_numpy(operands[key]).requires_grad_()
+        for key in ("hidden", "kernel", "bias")
     }
     logits = tensors["hidden"] @ tensors["kernel"].T + tensors["bias"]
-    want = torch.nn.functional.cross_entropy(
+    expected = torch.nn.functional.cross_entropy(
         logits,
         torch.from_numpy(labels),
         reduction=reduction,
         label_smoothing=smoothing,
         ignore_index=ignore_index,
     )
-    mix = torch.from_numpy(np.random.default_rng(5).normal(size=tuple(want.shape)))
-    (7.5 * (mix * want).sum()).backward()
+    mix = torch.from_numpy(np.random.default_rng(5).normal(size=tuple(expected.shape)))
+    (7.5 * (mix * expected).sum()).backward()
     with jax.enable_x64(True):
-        given = {key: given[key] for key in tensors}
+        operands = {key: operands[key] for key in tensors}
         out, gradients = run(
-            given,
+            operands,
             labels,
-            list(given),
+            list(operands),
             reduction=reduction,
             label_smoothing=smoothing,
             ignore_index=ignore_index,
             chunk=CHUNK,
         )
-    np.testing.assert_allclose(out.loss, want.detach().numpy(), rtol=1e-12, atol=1e-13)
+    np.testing.assert_allclose(out.loss, expected.detach().numpy(), rtol=1e-12, atol=1e-13)
     for key, tensor in tensors.items():
         assert relative_error(gradients[key], tensor.grad) <= 1e-12, key
 
 
 def test_z_loss_is_the_squared_logsumexp_and_off_for_none_and_zero():
-    given, labels = arrays()
-    hidden, kernel = given["hidden"], given["kernel"]
+    operands, labels = arrays()
+    hidden, kernel = operands["hidden"], operands["kernel"]
     lse = np.log(np.exp(hidden @ kernel.T).sum(-1))
     valid = labels != -100
     with jax.enable_x64(True):
@@ -139,22 +144,22 @@ def test_z_loss_is_the_squared_logsumexp_and_off_for_none_and_zero():
 
 
 def test_ce_and_z_carry_no_gradient():
-    given, labels = arrays(np.float32)
+    operands, labels = arrays(np.float32)
     for field in ("ce_loss", "z_loss"):
         gradient = jax.grad(
             lambda h, field=field: getattr(
-                fused_linear_cross_entropy(h, jnp.asarray(given["kernel"]), labels, z_loss=0.1),
+                fused_linear_cross_entropy(h, jnp.asarray(operands["kernel"]), labels, z_loss=0.1),
                 field,
             )
-        )(jnp.asarray(given["hidden"]))
+        )(jnp.asarray(operands["hidden"]))
         assert (gradient == 0).all()
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 def test_no_valid_label_is_zero_with_zero_gradients(reduction):
-    given, labels = arrays(np.float32)
+    operands, labels = arrays(np.float32)
     out, gradients = run(
-        given, np.full_like(labels, -100), list(given), reduction=reduction, z_loss=0.1
+        operands, np.full_like(labels, -100), list(operands), reduction=reduction, z_loss=0.1
     )
     assert (out.loss == 0).all()
     assert all((gradient == 0).all() for gradient in gradients.values())
@@ -162,30 +167,32 @@ def test_no_valid_label_is_zero_with_zero_gradients(reduction):
 
 @pytest.mark.parametrize("poison", [np.inf, -np.inf, np.nan])
 @pytest.mark.parametrize("mode", ["auto", "recompute", "reference"])
-def test_what_stands_in_ignored_rows_never_leaks(poison, mode):
-    given, labels = arrays(np.float32)
-    want, wanted = run(given, labels, ["hidden", "kernel", "scale"], mode=mode, chunk=CHUNK)
-    given["hidden"][labels == -100] = poison
-    out, gradients = run(given, labels, ["hidden", "kernel", "scale"], mode=mode, chunk=CHUNK)
-    assert out.loss == want.loss
+def test_values_in_ignored_rows_do_not_leak(poison, mode):
+    operands, labels = arrays(np.float32)
+    expected, expected_gradients = run(
+        operands, labels, ["hidden", "kernel", "scale"], mode=mode, chunk=CHUNK
+    )
+    operands["hidden"][labels == -100] = poison
+    out, gradients = run(operands, labels, ["hidden", "kernel", "scale"], mode=mode, chunk=CHUNK)
+    assert out.loss == expected.loss
     for key in gradients:
-        np.testing.assert_array_equal(gradients[key], wanted[key])
+        np.testing.assert_array_equal(gradients[key], expected_gradients[key])
 
 
 @pytest.mark.parametrize("chunk", [1, 5, 37, 64, None])
-def test_the_chunk_changes_nothing_but_rounding(chunk):
-    given, labels = arrays()
+def test_the_chunk_size_only_changes_rounding(chunk):
+    operands, labels = arrays()
     with jax.enable_x64(True):
-        out, gradients = run(given, labels, list(given), chunk=chunk)
-        want, wanted = run(given, labels, list(given), mode="reference")
-    np.testing.assert_allclose(out.loss, want.loss, rtol=1e-12)
+        out, gradients = run(operands, labels, list(operands), chunk=chunk)
+        expected, expected_gradients = run(operands, labels, list(operands), mode="reference")
+    np.testing.assert_allclose(out.loss, expected.loss, rtol=1e-12)
     for key in gradients:
-        assert relative_error(gradients[key], wanted[key]) <= FLOAT64_BAR
+        assert relative_error(gradients[key], expected_gradients[key]) <= FLOAT64_BAR
 
 
 def test_one_token_and_leading_dimensions():
-    given, labels = arrays(np.float32)
-    hidden, kernel = given["hidden"], given["kernel"]
+    operands, labels = arrays(np.float32)
+    hidden, kernel = operands["hidden"], operands["kernel"]
     one = fused_linear_cross_entropy(hidden[:1], kernel, labels[:1], reduction="none")
     assert one.loss.shape == (1,)
     folded = fused_linear_cross_entropy(
@@ -196,8 +203,8 @@ def test_one_token_and_leading_dimensions():
 
 
 def test_either_layout_of_the_kernel_and_a_square_one():
-    given, labels = arrays(np.float32)
-    hidden, kernel = given["hidden"], given["kernel"]
+    operands, labels = arrays(np.float32)
+    hidden, kernel = operands["hidden"], operands["kernel"]
     one = fused_linear_cross_entropy(hidden, kernel, labels).loss
     np.testing.assert_allclose(fused_linear_cross_entropy(hidden, kernel.T, labels).loss, one, 1e-6)
     square = np.random.default_rng(0).normal(size=(HIDDEN, HIDDEN)).astype(np.float32)
@@ -209,18 +216,18 @@ def test_either_layout_of_the_kernel_and_a_square_one():
         fused_linear_cross_entropy(hidden, square, labels)
 
 
-def test_micro_batches_add_up_to_the_whole_batch():
-    given, labels = arrays()
+def test_microbatches_add_up_to_the_full_batch():
+    operands, labels = arrays()
     with jax.enable_x64(True):
         valid = (labels != -100).sum()
-        whole, gradient = run(given, labels, ["kernel"], loss_div_factor=1.0)
+        full, gradient = run(operands, labels, ["kernel"], loss_div_factor=1.0)
         parts = []
         for rows in (slice(0, 20), slice(20, None)):
-            part = {k: v[rows] if k in ("hidden", "weights") else v for k, v in given.items()}
+            part = {k: v[rows] if k in ("hidden", "weights") else v for k, v in operands.items()}
             options = {"reduction": "sum", "loss_div_factor": float(valid)}
             parts.append(run(part, labels[rows], ["kernel"], **options))
         losses = [float(out.loss) for out, _ in parts]
-        np.testing.assert_allclose(sum(losses), whole.loss, rtol=1e-12)
+        np.testing.assert_allclose(sum(losses), full.loss, rtol=1e-12)
         total = sum(np.asarray(g["kernel"]) for _, g in parts)
         assert relative_error(total, gradient["kernel"]) <= 1e-12
 
@@ -237,18 +244,18 @@ def test_large_logits_in_low_precision(dtype):
 
     got = jax.value_and_grad(loss, argnums=(0, 1))(hidden, kernel)
     wide = (hidden.astype(jnp.float32), kernel.astype(jnp.float32))
-    want = jax.value_and_grad(lambda h, k: loss(h, k, "reference"), argnums=(0, 1))(*wide)
-    np.testing.assert_allclose(got[0], want[0], rtol=1e-5)
+    expected = jax.value_and_grad(lambda h, k: loss(h, k, "reference"), argnums=(0, 1))(*wide)
+    np.testing.assert_allclose(got[0], expected[0], rtol=1e-5)
     ulp = float(jnp.finfo(dtype).eps)
-    for ours, theirs in zip(got[1], want[1], strict=True):
+    for ours, theirs in zip(got[1], expected[1], strict=True):
         assert ours.dtype == dtype
         bound = 2 * ulp * np.abs(theirs).max()
         np.testing.assert_allclose(ours.astype(jnp.float32), theirs, atol=bound)
 
 
 def test_mixed_dtypes_keep_their_own_gradients():
-    given, labels = arrays(np.float32)
-    hidden, kernel = jnp.asarray(given["hidden"], jnp.bfloat16), jnp.asarray(given["kernel"])
+    operands, labels = arrays(np.float32)
+    hidden, kernel = jnp.asarray(operands["hidden"], jnp.bfloat16), jnp.asarray(operands["kernel"])
     gradients = jax.grad(
         lambda h, k: fused_linear_cross_entropy(h, k, labels).loss, argnums=(0, 1)
     )(hidden, kernel)
@@ -258,9 +265,9 @@ def test_mixed_dtypes_keep_their_own_gradients():
 @pytest.mark.parametrize("wrong", [VOCAB, -1, 10**6])
 @pytest.mark.parametrize("mode", ["auto", "recompute", "reference"])
 def test_a_label_outside_the_vocabulary(wrong, mode):
-    given, labels = arrays(np.float32)
+    operands, labels = arrays(np.float32)
     labels[5] = wrong
-    hidden, kernel = given["hidden"], given["kernel"]
+    hidden, kernel = operands["hidden"], operands["kernel"]
     with pytest.raises(ValueError, match=f"labels: found {wrong}, expected -100 or 0 to 22"):
         fused_linear_cross_entropy(hidden, kernel, labels, mode=mode)
     under_jit = jax.jit(lambda lab: fused_linear_cross_entropy(hidden, kernel, lab, mode=mode).loss)
@@ -287,38 +294,38 @@ def test_a_label_outside_the_vocabulary(wrong, mode):
         ({"vocab_axis": 1}, "vocab_axis: found 1"),
     ],
 )
-def test_a_bad_argument_is_one_line_that_names_it(change, message):
-    given, labels = arrays(np.float32)
-    call = {"hidden": given["hidden"], "kernel": given["kernel"], "labels": labels} | change
+def test_the_error_names_the_bad_argument(change, message):
+    operands, labels = arrays(np.float32)
+    call = {"hidden": operands["hidden"], "kernel": operands["kernel"], "labels": labels} | change
     with pytest.raises(ValueError) as caught:
         fused_linear_cross_entropy(**call)
     assert message in str(caught.value)
 
 
 def test_it_composes_with_vmap_scan_and_checkpoint():
-    given, labels = arrays(np.float32)
-    hidden, kernel = jnp.asarray(given["hidden"][:36]), jnp.asarray(given["kernel"])
+    operands, labels = arrays(np.float32)
+    hidden, kernel = jnp.asarray(operands["hidden"][:36]), jnp.asarray(operands["kernel"])
     stacked, rows = hidden.reshape(3, 12, HIDDEN), jnp.asarray(labels[:36].reshape(3, 12))
 
     def one(kernel, h, lab):
         return fused_linear_cross_entropy(h, kernel, lab, reduction="sum", chunk=5).loss
 
-    want = jax.grad(lambda k: one(k, hidden, rows.ravel()))(kernel)
-    ways = {
+    expected = jax.grad(lambda k: one(k, hidden, rows.ravel()))(kernel)
+    transformed = {
         "vmap": lambda k: jax.vmap(one, (None, 0, 0))(k, stacked, rows).sum(),
         "scan": lambda k: jax.lax.scan(
             lambda total, x: (total + one(k, *x), None), 0.0, (stacked, rows)
         )[0],
         "checkpoint": lambda k: jax.checkpoint(one)(k, hidden, rows.ravel()),
     }
-    for name, way in ways.items():
+    for name, objective in transformed.items():
         np.testing.assert_allclose(
-            jax.jit(jax.grad(way))(kernel), want, rtol=1e-5, atol=1e-6, err_msg=name
+            jax.jit(jax.grad(objective))(kernel), expected, rtol=1e-5, atol=1e-6, err_msg=name
         )
 
 
 def test_donated_buffers_change_nothing():
-    given, labels = arrays(np.float32)
+    operands, labels = arrays(np.float32)
 
     def update(hidden, kernel):
         def loss(kernel):
@@ -326,22 +333,22 @@ def test_donated_buffers_change_nothing():
 
         return kernel - 0.1 * jax.grad(loss)(kernel)
 
-    want = jax.jit(update)(given["hidden"], given["kernel"])
-    donated = jnp.array(given["kernel"])
-    got = jax.jit(update, donate_argnums=1)(given["hidden"], donated)
+    expected = jax.jit(update)(operands["hidden"], operands["kernel"])
+    donated = jnp.array(operands["kernel"])
+    got = jax.jit(update, donate_argnums=1)(operands["hidden"], donated)
     assert donated.is_deleted()
-    np.testing.assert_array_equal(got, want)
+    np.testing.assert_array_equal(got, expected)
 
 
 @pytest.mark.parametrize("mode", ["auto", "recompute", "reference"])
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
 def test_an_infinite_loss_is_infinite(reduction, mode):
-    """As torch's: a token that the bias forbids costs infinitely much, not NaN."""
-    given, labels = arrays(np.float32)
+    """As torch's: a token that the bias forbids has an infinite loss, not NaN."""
+    operands, labels = arrays(np.float32)
     bias = np.zeros(VOCAB, np.float32)
     bias[labels[0]] = -np.inf
     out = fused_linear_cross_entropy(
-        given["hidden"], given["kernel"], labels, bias=bias, reduction=reduction, mode=mode
+        operands["hidden"], operands["kernel"], labels, bias=bias, reduction=reduction, mode=mode
     )
     assert out.loss == np.inf
 
@@ -365,19 +372,19 @@ def test_a_plain_jax_program_uses_it():
 
 
 def test_the_reference_mode_has_forward_derivatives_and_hessians():
-    given, labels = arrays(np.float32)
-    hidden = jnp.asarray(given["hidden"])
+    operands, labels = arrays(np.float32)
+    hidden = jnp.asarray(operands["hidden"])
 
     def loss(kernel):
         return fused_linear_cross_entropy(hidden, kernel, labels, mode="reference").loss
 
-    kernel = jnp.asarray(given["kernel"])
+    kernel = jnp.asarray(operands["kernel"])
     _, tangent = jax.jvp(loss, (kernel,), (kernel,))
     np.testing.assert_allclose(tangent, (jax.grad(loss)(kernel) * kernel).sum(), rtol=1e-4)
     assert np.isfinite(jax.hessian(loss)(kernel)).all()
 
 
-# Figures ------------------------------------------------------------------------------------------
+# Costs --------------------------------------------------------------------------------------------
 
 T, H, V = 8192, 512, 32000
 NAIVE_BYTES = 2 * T * V * 4  # logits and their gradient
@@ -412,7 +419,7 @@ def shapes(tokens):
         ((), {}, 1),
     ],
 )
-def test_products_of_each_mode(argnums, options, expected):
+def test_matmul_flops_of_each_mode(argnums, options, expected):
     jaxpr = jax.make_jaxpr(step(argnums, **options))(*shapes(T))
     unit = 2 * T * H * V
     assert matmul_flops(jaxpr.jaxpr) == pytest.approx(expected * unit, rel=0.01)
@@ -421,7 +428,7 @@ def test_products_of_each_mode(argnums, options, expected):
 @pytest.mark.parametrize(
     ("argnums", "chunk", "share"), [((0, 1), 512, 0.065), ((0, 1), 128, 0.04), ((0,), 128, 0.017)]
 )
-def test_memory_is_a_few_percent_of_naive_and_does_not_grow(argnums, chunk, share):
+def test_memory_is_a_few_percent_of_the_naive_loss_and_does_not_grow(argnums, chunk, share):
     sizes = []
     for tokens in (T, 8 * T):
         compiled = jax.jit(step(argnums, chunk=chunk)).lower(*shapes(tokens)).compile()
@@ -431,7 +438,7 @@ def test_memory_is_a_few_percent_of_naive_and_does_not_grow(argnums, chunk, shar
     assert sizes[1] <= 1.05 * sizes[0]
 
 
-def test_bfloat16_gradients_are_as_exact_as_the_naive_loss():
+def test_bfloat16_gradients_are_as_accurate_as_the_naive_loss():
     """Error against float32 of the same bfloat16 inputs, at most 1.1 times the plain program's.
 
     The plain program: a bfloat16 projection, its logits then made float32. (One that also keeps float32
@@ -465,7 +472,7 @@ def test_bfloat16_gradients_are_as_exact_as_the_naive_loss():
     assert (np.sqrt(errors["ours"]) <= 1.1 * np.sqrt(errors["naive"])).all(), errors
 
 
-def test_float32_is_as_exact_as_the_naive_loss():
+def test_float32_is_as_accurate_as_the_naive_loss():
     """Error against float64, pooled over seeds, no larger than that of the plain float32 program."""
     errors = {"auto": [], "naive": []}
     for seed in range(8):
@@ -494,5 +501,5 @@ def test_float32_is_as_exact_as_the_naive_loss():
                 ]
             )
     ours, naive = (np.sqrt(np.sum(errors[name], axis=0)) for name in ("auto", "naive"))
-    assert (ours[1:] <= 1.02 * naive[1:]).all()  # the same products, in another order
+    assert (ours[1:] <= 1.02 * naive[1:]).all()  # the same matmuls, in another order
     assert ours[0] <= ROUNDING_RATIO * naive[0]  # one number a seed

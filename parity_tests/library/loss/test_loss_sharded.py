@@ -1,4 +1,4 @@
-"""The loss over meshes of eight host devices equals the loss on one, with two collectives a chunk."""
+"""The loss over meshes of eight host devices equals the loss on one, with two collectives per chunk."""
 
 import json
 import math
@@ -29,8 +29,8 @@ def test_every_mesh_gives_the_same_loss_and_gradients(results, case):
 
 
 @pytest.mark.parametrize("case", [case for case in CASES if not case.startswith("8x1")])
-def test_two_collectives_of_a_chunk_each(results, case):
-    """One pmax [C] and one psum [3, C] (label smoothing asks for the third), nothing of size V * H."""
+def test_two_small_collectives_per_chunk(results, case):
+    """One pmax [C] and one psum [3, C] (label smoothing needs the third row), nothing of size V * H."""
     shapes = results[case]["collectives"]
     sizes = [math.prod(map(int, re.search(r"\[([\d,]*)\]", s)[1].split(","))) for s in shapes]
     chunk = 4
