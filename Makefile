@@ -1,4 +1,4 @@
-# Everything a user or CI runs. `make install` puts the environment at .venv/.
+# The commands of users and CI. `make install` creates the environment in .venv/.
 PYTHON ?= python3
 WORKERS ?= 2
 BIN := .venv/bin
@@ -20,7 +20,7 @@ demo: install
 test: install
 	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -m 'not slow and not checkpoint'
 
-# also compiles for TPUs where libtpu is there: pip install '.[plan]'
+# also compiles for TPUs if libtpu is installed: pip install '.[plan]'
 test-all: install
 	$(BIN)/python -m convert.demo_checkpoint
 	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile

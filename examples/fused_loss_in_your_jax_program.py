@@ -1,10 +1,12 @@
-"""The fused loss in a program that is not a Llama: a bigram model in plain JAX, trained with optax.
+"""Use the fused loss in a program without a Llama: a bigram model in plain JAX, trained with optax.
 
     python examples/fused_loss_in_your_jax_program.py
 
-`fused_linear_cross_entropy` takes the place of `logits = hidden @ kernel` and a cross-entropy. No buffer of
-[tokens, vocab] is held, neither forward nor backward.
+`fused_linear_cross_entropy` replaces `logits = hidden @ kernel` and the cross-entropy that follows. Neither
+the forward nor the backward pass allocates a [tokens, vocab] buffer.
 """
+
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -16,20 +18,19 @@ VOCAB, HIDDEN, STEPS = 256, 64, 60
 
 
 def loss(params: dict[str, jax.Array], tokens: jax.Array) -> jax.Array:
-    """Mean cross-entropy of each next byte, in nats."""
+    """Mean cross-entropy of the next byte, in nats."""
     hidden = params["embedding"][tokens[:, :-1]]  # [batch, seq - 1, hidden]
     return fused_linear_cross_entropy(hidden, params["kernel"], tokens[:, 1:]).loss
 
 
 def main() -> tuple[float, float]:
-    """Train on this file's own bytes; returns the first and the last loss."""
-    with open(__file__, "rb") as file:
-        text = jnp.frombuffer(file.read(), jnp.uint8).astype(jnp.int32)
+    """Train on the bytes of this file; return the first and the last loss."""
+    text = jnp.asarray(list(Path(__file__).read_bytes()))
     tokens = text[: len(text) // 64 * 64].reshape(-1, 64)
-    first, second = jax.random.split(jax.random.key(0))
+    embedding_key, kernel_key = jax.random.split(jax.random.key(0))
     params = {
-        "embedding": 0.1 * jax.random.normal(first, (VOCAB, HIDDEN)),
-        "kernel": 0.1 * jax.random.normal(second, (HIDDEN, VOCAB)),
+        "embedding": 0.1 * jax.random.normal(embedding_key, (VOCAB, HIDDEN)),
+        "kernel": 0.1 * jax.random.normal(kernel_key, (HIDDEN, VOCAB)),
     }
     optimizer = optax.adam(3e-2)
     state = optimizer.init(params)

@@ -1,9 +1,9 @@
-"""Pretrain a small model on text files of your own, export it and sample from it.
+"""Pretrain a small model on your own text files, export it and sample from it.
 
     python examples/pretrain_on_your_text.py OUT 'texts/*.txt' [more files, directories or globs]
 
-The steps are the commands that you would type; each prints what it does. OUT will have the tokenizer, the
-tokens, the run and `model/`, a Hugging Face directory.
+It trains a tokenizer and then runs the commands that you would type. OUT holds the tokenizer, the tokens,
+the run, and the result in `model/`, a Hugging Face directory.
 """
 
 import sys
@@ -19,7 +19,7 @@ END = "<|endoftext|>"
 
 
 def train_tokenizer(sources: list[str], out: Path, vocab_size: int = 2048) -> Path:
-    """A byte-level BPE of the texts, as a directory that transformers reads too."""
+    """Train a byte-level BPE on the texts and return its directory, which transformers reads too."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -35,34 +35,20 @@ def train_tokenizer(sources: list[str], out: Path, vocab_size: int = 2048) -> Pa
     return out
 
 
-def main(out: Path, sources: list[str], *extra: str) -> int:
-    """Returns the exit code of the first command that fails, else 0. `extra` are flags of `run`."""
-    tokenizer, tokens = train_tokenizer(sources, out / "tokenizer"), out / "tokens"
-    run, model = out / "run", out / "model"
+def main(out: Path, sources: list[str], *flags: str) -> int:
+    """Return the exit code of the first command that fails, else 0. `flags` go to `train run`."""
+    tokenizer = train_tokenizer(sources, out / "tokenizer")
+    tokens, run, model = out / "tokens", out / "run", out / "model"
+    held_out = ("--validation-fraction", 0.1)
     commands = (
-        (
-            train,
-            [
-                "tokenize",
-                *sources,
-                "--tokenizer",
-                str(tokenizer),
-                "--out",
-                str(tokens),
-                "--validation-fraction",
-                "0.1",
-            ],
-        ),
-        (train, ["run", "--out", str(run), "--data", str(tokens), "--steps", "200", *extra]),
-        (train, ["export", str(run), str(model)]),
-        (
-            llama_jax,
-            ["generate", "--model", str(model), "--prompt", "The ", "--temperature", "0.8"],
-        ),
+        (train, "tokenize", *sources, "--tokenizer", tokenizer, "--out", tokens, *held_out),
+        (train, "run", "--out", run, "--data", tokens, "--steps", 200, *flags),
+        (train, "export", run, model),
+        (llama_jax, "generate", "--model", model, "--prompt", "The ", "--temperature", 0.8),
     )
-    for program, arguments in commands:
-        if code := program(arguments):
-            return code
+    for program, *arguments in commands:
+        if exit_code := program([str(argument) for argument in arguments]):
+            return exit_code
     return 0
 
 

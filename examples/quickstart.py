@@ -2,7 +2,7 @@
 
     python examples/quickstart.py [HF_DIR]
 
-Without a directory, a small random checkpoint is made first.
+Without a directory, it uses a small checkpoint with random weights.
 """
 
 import sys
@@ -17,10 +17,10 @@ from flax import nnx
 from llama_jax import PRESETS, LlamaForCausalLM
 
 
-def main(directory: str) -> float:
-    """Print the losses of both and return the largest difference of the logits."""
-    ours = LlamaForCausalLM.from_pretrained(directory, dtype=jnp.float32)
-    theirs = transformers.LlamaForCausalLM.from_pretrained(directory, dtype=torch.float32)
+def main(checkpoint: str) -> float:
+    """Print the loss of each and return the largest difference between their logits."""
+    ours = LlamaForCausalLM.from_pretrained(checkpoint, dtype=jnp.float32)
+    theirs = transformers.LlamaForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
 
     ids = np.random.default_rng(0).integers(0, ours.config.vocab_size, (2, 32))
     out = ours(jnp.asarray(ids), labels=jnp.asarray(ids))
@@ -29,7 +29,7 @@ def main(directory: str) -> float:
 
     difference = float(np.abs(np.asarray(out.logits) - reference.logits.numpy()).max())
     print(f"loss: {float(out.loss):.6f} in JAX, {float(reference.loss):.6f} in PyTorch")
-    print(f"largest difference of the logits: {difference:.1e}")
+    print(f"largest difference between the logits: {difference:.1e}")
     return difference
 
 
@@ -37,6 +37,6 @@ if __name__ == "__main__":
     if len(sys.argv) > 1:
         main(sys.argv[1])
     else:
-        with tempfile.TemporaryDirectory() as made:
-            LlamaForCausalLM(PRESETS["tiny-4m"], rngs=nnx.Rngs(0)).save_pretrained(made)
-            main(made)
+        with tempfile.TemporaryDirectory() as checkpoint:
+            LlamaForCausalLM(PRESETS["tiny-4m"], rngs=nnx.Rngs(0)).save_pretrained(checkpoint)
+            main(checkpoint)

@@ -1,6 +1,8 @@
-"""Score candidate answers and continue several prompts, each in one batch.
+"""Score several answers to a question in one batch, and continue several prompts in another.
 
-python examples/score_and_generate.py HF_DIR
+    python examples/score_and_generate.py HF_DIR
+
+HF_DIR is a Hugging Face directory with a tokenizer.
 """
 
 import sys
@@ -9,30 +11,34 @@ import jax.numpy as jnp
 import numpy as np
 
 from llama_jax import LlamaForCausalLM
-from llama_jax.evaluation.scoring import encode_pair, loglikelihood
+from llama_jax.scoring import encode_pair, loglikelihood
 from llama_jax.text.tokenizer import load_tokenizer
 
 QUESTION, ANSWERS = "The capital of France is", (" Paris.", " London.", " a river.")
 PROMPTS = ("The capital of France is", "def fibonacci(n):", "Once upon a time")
 
 
-def main(directory: str, new_tokens: int = 16) -> tuple[list[float], list[str]]:
-    """Returns the log-probability of each answer, and the continued prompts."""
-    model, tokenizer = LlamaForCausalLM.from_pretrained(directory), load_tokenizer(directory)
+def main(checkpoint: str, new_tokens: int = 16) -> tuple[list[float], list[str]]:
+    """Return the log-probability of each answer, and the continued prompts."""
+    model = LlamaForCausalLM.from_pretrained(checkpoint)
+    tokenizer = load_tokenizer(checkpoint)
 
     pairs = [encode_pair(tokenizer, QUESTION, answer) for answer in ANSWERS]
     scores = [score.total for score in loglikelihood(model, pairs)]
-    for answer, score in sorted(zip(ANSWERS, scores, strict=True), key=lambda each: -each[1]):
+    for score, answer in sorted(zip(scores, ANSWERS, strict=True), reverse=True):
         print(f"{score:8.2f}  {QUESTION}{answer}")
 
     prompts = [tokenizer.encode(prompt).ids for prompt in PROMPTS]
     width = max(map(len, prompts))
-    # shorter prompts are padded on the left; the mask says which tokens are text
-    ids = np.asarray([[0] * (width - len(prompt)) + prompt for prompt in prompts])
-    mask = np.asarray([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts])
+    ids = np.zeros((len(prompts), width), np.int32)
+    mask = np.zeros_like(ids)  # 1 for tokens, 0 for padding
+    for row, prompt in enumerate(prompts):
+        ids[row, width - len(prompt) :] = prompt  # padded on the left
+        mask[row, width - len(prompt) :] = 1
     tokens = model.generate(jnp.asarray(ids), jnp.asarray(mask), max_new_tokens=new_tokens)
     texts = [
-        tokenizer.decode(row[width - len(p) :]) for row, p in zip(tokens, prompts, strict=True)
+        tokenizer.decode(row[width - len(prompt) :])
+        for row, prompt in zip(tokens, prompts, strict=True)
     ]
     for text in texts:
         print(repr(text))

@@ -1,8 +1,9 @@
-"""A training loop of your own around `LlamaForCausalLM`, its parameters and batches split over a mesh.
+"""Write your own training loop around `LlamaForCausalLM`, with parameters and batches sharded over a mesh.
 
-    XLA_FLAGS=--xla_force_host_platform_device_count=4 python examples/your_own_training_loop.py
+    python examples/your_own_training_loop.py
 
-On one device it runs too. `python -m train` does all of this, and checkpoints, data and logging besides.
+It uses all devices. To simulate four on a CPU, set XLA_FLAGS=--xla_force_host_platform_device_count=4.
+`python -m train` also handles data, checkpoints and logging.
 """
 
 import jax
@@ -20,7 +21,7 @@ STEPS, BATCH, SEQ = 20, 8, 64
 
 
 def main() -> tuple[float, float]:
-    """Learn one batch by heart; returns the first and the last loss."""
+    """Overfit one batch; return the first and the last loss."""
     mesh = jax.make_mesh((jax.device_count(),), ("fsdp",), axis_types=(AxisType.Auto,))
     config = PRESETS["tiny-4m"]
     optimizer = optax.adamw(1e-3)

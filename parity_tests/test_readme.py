@@ -1,4 +1,4 @@
-"""Everything that README.md tells the reader to run does run."""
+"""What README.md and the guides in docs/ tell the reader to run does run."""
 
 import importlib
 import importlib.util
@@ -14,24 +14,38 @@ import pytest
 from flax import nnx
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
+import convert
 from llama_jax import LlamaConfig, LlamaForCausalLM
 from parity_tests.harness.child_process import ROOT
+from train.__main__ import _parsed as parse_train
+
+
+def code_blocks(text: str, language: str) -> list[str]:
+    blocks = re.findall(r"^```(\w*)\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+    return [code for block_language, code in blocks if block_language == language]
+
+
+def commands(text: str) -> list[list[str]]:
+    """The arguments of every `python -m ...`, without comments and the shell's `&`."""
+    lines = "\n".join(code_blocks(text, "")).replace("\\\n", " ").splitlines()
+    return [
+        shlex.split(line.removesuffix("&"), comments=True)
+        for line in lines
+        if line.startswith("python -m ")
+    ]
+
 
 README = (ROOT / "README.md").read_text()
-BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
-COMMANDS = [
-    shlex.split(line, comments=True)
-    for language, block in BLOCKS
-    if not language
-    for line in block.splitlines()
-    if line.startswith("python -m ")
-]
-# what keeps a command small; the reader's own does not need it
+GUIDES = {page.stem: page.read_text() for page in sorted((ROOT / "docs").glob("*.md"))}
+# options that keep a command small in the test
 SMALL = {
     "train run": "--steps 2 --batch-size 2 --sequence-length 16 --evaluation.batches 1",
     "llama_jax generate": "--max-new-tokens 4",
     "llama_jax chat": "--max-new-tokens 4",
 }
+TRAIN_COMMANDS = [
+    command[3:] for page in GUIDES.values() for command in commands(page) if command[2] == "train"
+]
 TEXTS = ["The capital of France is Paris, and the river there is the Seine."] * 1500
 
 
@@ -81,17 +95,21 @@ def test_the_readme_fits_a_screen_or_two():
     assert len(README.splitlines()) <= 130
 
 
+def run_as_reader(code: str) -> None:
+    """Readers' programs, and optax in them, need not be as strict as the suite."""
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        exec(compile(code, "documentation", "exec"), {})
+
+
 def test_the_quickstart(folder, monkeypatch, capsys):
     monkeypatch.chdir(folder)
-    (code,) = (block for language, block in BLOCKS if language == "python")
-    # as in the reader's own program: the suite's strictness is not asked of it, nor of optax
-    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
-        exec(compile(code, "README.md", "exec"), {})
+    (code,) = code_blocks(README, "python")
+    run_as_reader(code)
     assert (folder / "out" / "config.json").is_file()
     assert "(1, 4, 4096)" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("command", COMMANDS, ids=lambda command: "-".join(command[2:4]))
+@pytest.mark.parametrize("command", commands(README), ids=lambda command: "-".join(command[2:4]))
 def test_the_commands(command, folder, monkeypatch):
     """In their order: what one writes a later one reads."""
     monkeypatch.chdir(folder)
@@ -110,3 +128,18 @@ def test_the_commands(command, folder, monkeypatch):
 def test_the_links_lead_somewhere():
     for target in re.findall(r"\]\(([^)#]+)", README):
         assert (ROOT / target).exists(), target
+
+
+@pytest.mark.parametrize("page", [name for name in GUIDES if code_blocks(GUIDES[name], "python")])
+def test_python_in_the_guides(page, folder, monkeypatch):
+    monkeypatch.chdir(folder)
+    if page == "conversion":
+        convert.convert("SRC", "model.gguf")
+    for code in code_blocks(GUIDES[page], "python"):
+        run_as_reader(code)
+
+
+@pytest.mark.parametrize("arguments", TRAIN_COMMANDS, ids=" ".join)
+def test_training_flags_in_the_guides(arguments):
+    """They are parsed, not run."""
+    parse_train(arguments)
