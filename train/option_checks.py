@@ -9,7 +9,7 @@ from train.program.schedules import USES, require_fit
 
 
 def validate(options: RunOptions) -> None:
-    """Raise ValueError for the first option that is wrong in itself, or does not fit the others."""
+    """Raise ValueError for the first option that is out of range or does not fit the others."""
     for name in ("parameter_dtype", "compute_dtype"):
         if getattr(options.model, name) == "float16":
             raise ValueError(
@@ -29,7 +29,7 @@ def validate(options: RunOptions) -> None:
 
 
 def require_counts(options: RunOptions) -> None:
-    """Raise ValueError for the first count that no run has."""
+    """Raise ValueError for the first count that is out of range."""
     distributed = options.distributed
     at_least = {
         "steps": (options.steps, 1),
@@ -48,51 +48,56 @@ def require_counts(options: RunOptions) -> None:
         "evaluation.batches": (options.evaluation.batches, 0),
         "evaluation.sample-tokens": (options.evaluation.sample_tokens, 0),
     }
-    for name, (value, low) in at_least.items():
-        if value is not None and value < low:
-            raise ValueError(f"{name}: found {value}, expected at least {low}")
+    for name, (value, minimum) in at_least.items():
+        if value is not None and value < minimum:
+            raise ValueError(f"{name}: found {value}, expected at least {minimum}")
     if options.batch_size % options.micro_batches:
         raise ValueError(
-            f"micro-batches: found {options.micro_batches}, expected to divide the batch size "
+            f"micro-batches: found {options.micro_batches}, expected a divisor of the batch size "
             f"{options.batch_size}"
         )
 
 
 def _require_numbers(options: RunOptions) -> None:
     optimizer = options.optimizer
-    # a smaller eps or clip is 0 to the parameters' dtype: 0 / 0 where there is no gradient, or no step
+    # a smaller eps or clip is 0 in the parameters' dtype: 0 / 0 without a gradient, or no update
     dtype = jnp.finfo(options.model.parameter_dtype)
-    least, finite = float(dtype.smallest_normal), float(dtype.max)
-    # the largest below 1, to powers of which Adam's means are divided
-    most = float(np.nextafter(np.float32(1), np.float32(0)))
-    beta = 0.0, most, "at least 0 and below 1"
+    smallest, finite = float(dtype.smallest_normal), float(dtype.max)
+    # a beta that rounds to 1 in float32 makes Adam's bias correction, 1 - beta^step, 0
+    below_one = float(np.nextafter(np.float32(1), np.float32(0)))
+    beta = 0.0, below_one, "at least 0 and below 1"
     amount = 0.0, finite, "a finite number of at least 0"
-    tiny = f"a finite number above 0 (at least {least:.2g})"
-    # name: its value, the least, the most, and both in words
+    positive = f"a finite number above 0 (at least {smallest:.2g})"
+    # name: its value, minimum, maximum, and the range in words
     numbers: dict[str, tuple[float | None, float, float, str]] = {
         "optimizer.learning-rate": (optimizer.learning_rate, *amount),
         "optimizer.final-fraction": (optimizer.final_fraction, 0, 1, "0 to 1"),
-        "optimizer.decay-fraction": (optimizer.decay_fraction, least, 1, "above 0 and at most 1"),
+        "optimizer.decay-fraction": (
+            optimizer.decay_fraction,
+            smallest,
+            1,
+            "above 0 and at most 1",
+        ),
         "optimizer.beta1": (optimizer.beta1, *beta),
         "optimizer.beta2": (optimizer.beta2, *beta),
-        "optimizer.eps": (optimizer.eps, least, finite, tiny),
+        "optimizer.eps": (optimizer.eps, smallest, finite, positive),
         "optimizer.weight-decay": (optimizer.weight_decay, *amount),
         "optimizer.clip-norm": (
             optimizer.clip_norm,
-            least,
+            smallest,
             finite,
-            f"{tiny}, or None for no clip",
+            f"{positive}, or None for no clipping",
         ),
         "optimizer.z-loss": (optimizer.z_loss, *amount),
-        "log.peak-flops": (options.log.peak_flops, least, finite, "a finite number above 0"),
+        "log.peak-flops": (options.log.peak_flops, smallest, finite, "a finite number above 0"),
     }
-    for name, (value, smallest, largest, expected) in numbers.items():
-        if value is not None and not smallest <= value <= largest:
+    for name, (value, minimum, maximum, expected) in numbers.items():
+        if value is not None and not minimum <= value <= maximum:
             raise ValueError(f"{name}: found {value}, expected {expected}")
 
 
 def _require_used(optimizer: OptimizerOptions) -> None:
-    """An option that the optimizer or the schedule has not must be left as it is."""
+    """An option that the optimizer or the schedule does not use must keep its default."""
     unused = {
         optimizer.name: {"beta1", "beta2", "eps"} - {*DIRECTIONS[optimizer.name].uses},
         optimizer.schedule: {"final_fraction", "decay_fraction"} - {*USES[optimizer.schedule]},

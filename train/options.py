@@ -1,4 +1,4 @@
-"""What a run is: dataclasses that tyro turns into flags, and TOML that turns into the same flags."""
+"""The options of a run, as dataclasses. tyro turns them into flags, and their docstrings into help."""
 
 import dataclasses
 import math
@@ -20,112 +20,119 @@ Schedule = Literal["cosine", "linear", "wsd", "constant"]
 
 @dataclass(frozen=True)
 class ModelOptions:
-    """The model and how it computes."""
+    """The model and how it is computed."""
 
     preset: str = "tiny-4m"
-    """name of a configuration; `python -m llama_jax info` lists them"""
+    """architecture by name; `python -m llama_jax info` lists the presets"""
     config: Path | None = None
-    """a config.json of Hugging Face, or a directory that has one, instead of a preset"""
+    """Hugging Face config.json, or a directory that has one, instead of a preset"""
     init_from: Path | None = None
-    """a Hugging Face directory to start from: its configuration and its weights"""
+    """Hugging Face directory whose configuration and weights to start from"""
     parameter_dtype: Dtype = "float32"
-    """of parameters, gradients and optimizer state; not float16, whose range is too small to train"""
+    """dtype of parameters, gradients and optimizer state; not float16, small gradients would become 0"""
     compute_dtype: Dtype | None = None
-    """of the forward and backward pass; default: float32 on a CPU, bfloat16 elsewhere; not float16"""
+    """dtype of the forward and backward pass; default: float32 on a CPU, bfloat16 elsewhere; not float16"""
     remat: Remat = "dots"
-    """what the backward pass computes again instead of keeping it"""
+    """what to recompute in the backward pass: none, all but the outputs of matmuls (dots), or all (full)"""
     scan_unroll: int = 1
-    """layers in one turn of the loop over them; more compile longer and can run faster"""
+    """layers per iteration of the scan over layers; more take longer to compile and may run faster"""
     attention: Implementation | None = None
-    """attention's implementation; default: the fastest for the platform"""
+    """attention implementation; default: the fastest on the platform"""
 
 
 @dataclass(frozen=True)
 class OptimizerOptions:
-    """The optimizer, its schedule and the loss's regularisation."""
+    """The optimizer, the learning-rate schedule and regularization."""
 
     name: Optimizer = "adamw"
     learning_rate: float = 3e-3
-    """the peak"""
+    """peak learning rate"""
     schedule: Schedule = "cosine"
+    """learning-rate schedule after the warmup"""
     warmup_steps: int | None = None
-    """default: 20, or a tenth of a run of fewer than 200 steps"""
+    """steps of linear warmup; default: 20, or a tenth of the steps if that is less"""
     final_fraction: float = 0.1
     """final learning rate as a fraction of the peak (cosine, linear, wsd)"""
     decay_fraction: float = 0.2
-    """of all steps, for the decay of wsd"""
+    """fraction of all steps in which wsd decays"""
     beta1: float = 0.9
-    """decay of the gradient's mean (adamw, lion), momentum (muon, sgd)"""
+    """decay of the mean gradient (adamw, lion); momentum (muon, sgd)"""
     beta2: float = 0.95
-    """decay of the mean of the gradient's square (adamw, muon's share of adamw), of the momentum (lion)"""
+    """decay of the mean squared gradient (adamw; muon where it uses adamw) or of the momentum (lion)"""
     eps: float = 1e-8
-    """added to what adamw and muon divide by"""
+    """added to the denominators of adamw and muon"""
     weight_decay: float = 0.1
-    """times the learning rate at every step; applied to matrices only, not to norms and biases"""
+    """decoupled weight decay, applied to matrices only"""
     clip_norm: float | None = 1.0
-    """largest global norm of the gradient; None: no clip"""
+    """clip the gradient to this global norm; None: no clipping"""
     z_loss: float = 0.0
-    """multiplier of logsumexp^2"""
+    """weight of the z-loss, logsumexp^2 of the logits"""
 
 
 @dataclass(frozen=True)
 class MeshOptions:
-    """How devices share the work: axes that multiply to their number, one of them -1 for the rest."""
+    """The device mesh: the sizes multiply to the number of devices; one may be -1 for what is left."""
 
     data: int = -1
-    """copies of the model, each with its rows of the batch"""
+    """data parallelism: replicas of the model, each with a part of the batch"""
     fsdp: int = 1
-    """parts of the weights, each with its rows of the batch"""
+    """fully sharded data parallelism: shards of the weights, each with a part of the batch"""
     sequence: int = 1
-    """parts of each row"""
+    """sequence parallelism: shards of each row"""
     tensor: int = 1
-    """parts of heads, MLP and vocabulary"""
+    """tensor parallelism: shards of heads, MLP and vocabulary"""
 
 
 @dataclass(frozen=True)
 class DistributedOptions:
-    """Several processes; clusters that JAX knows (TPU pods, SLURM, ...) need `enabled` only."""
+    """Several processes; on clusters that JAX detects (TPU pods, SLURM, ...) `enabled` is enough."""
 
     enabled: bool = False
+    """join the other processes of the cluster"""
     coordinator: str | None = None
-    """host:port of process 0"""
+    """HOST:PORT of process 0"""
     processes: int | None = None
+    """number of processes"""
     process_id: int | None = None
+    """this process, from 0"""
 
 
 @dataclass(frozen=True)
 class CheckpointOptions:
-    """What is kept to go on from."""
+    """Checkpoints to resume from."""
 
     every: int = 100
     """steps between checkpoints"""
     keep_last: int = 2
+    """how many of the newest checkpoints to keep"""
     keep_every: int | None = None
-    """checkpoints at multiples of so many steps are kept for good"""
+    """also keep the checkpoints at multiples of this many steps"""
 
 
 @dataclass(frozen=True)
 class EvaluationOptions:
-    """What is measured and shown on the way."""
+    """Evaluations during the run."""
 
     every: int = 100
     """steps between evaluations; 0: none"""
     batches: int = 16
-    """of the validation split; 0: all of it"""
+    """batches of the validation split per evaluation; 0: all of them"""
     sample_prompt: str = "def "
+    """prompt of the sample shown at each evaluation"""
     sample_tokens: int = 48
-    """greedy tokens shown at each evaluation; 0: none"""
+    """tokens of the sample, decoded greedily; 0: no sample"""
 
 
 @dataclass(frozen=True)
 class LogOptions:
-    """Where figures go besides metrics.jsonl and the terminal."""
+    """Where metrics go besides metrics.jsonl and the terminal."""
 
     tensorboard: bool = False
+    """write TensorBoard files to the run's folder"""
     wandb: str | None = None
-    """a Weights & Biases project"""
+    """Weights & Biases project to log to"""
     peak_flops: float | None = None
-    """of one device, for MFU; default: the chip's data sheet, on a CPU a measured product"""
+    """peak FLOPs/s of one device, for the MFU; default: from its data sheet, on a CPU a timed matmul"""
 
 
 @dataclass(frozen=True)
@@ -133,18 +140,21 @@ class RunOptions:
     """A pretraining run."""
 
     out: Path = Path("runs/run")
-    """the run's folder"""
+    """folder of the run"""
     data: tuple[str, ...] = (STDLIB,)
-    """token directories, each PATH or PATH=WEIGHT; stdlib is the source of Python's standard library"""
+    """token directories, PATH or PATH=WEIGHT; `stdlib` is the source code of Python's standard library"""
     steps: int = 300
+    """optimizer steps"""
     batch_size: int = 8
-    """rows of one step, over all devices"""
+    """rows per step, over all devices"""
     sequence_length: int = 256
+    """tokens per row"""
     micro_batches: int = 1
-    """parts of a step's batch, one after the other; gradients are summed"""
+    """split the batch into this many parts, run one after the other; gradients are summed"""
     seed: int = 0
+    """of the initial weights, the order of the data and dropout"""
     export_every: int = 0
-    """steps between exports as a Hugging Face directory in the run's folder; 0: none"""
+    """steps between exports to Hugging Face directories in the run's folder; 0: none"""
     model: ModelOptions = field(default_factory=ModelOptions)
     optimizer: OptimizerOptions = field(default_factory=OptimizerOptions)
     mesh: MeshOptions = field(default_factory=MeshOptions)
@@ -154,7 +164,7 @@ class RunOptions:
     log: LogOptions = field(default_factory=LogOptions)
 
 
-# What `plan` plans unless told otherwise: a model for a pod, with 4 Mi tokens a step.
+# The defaults of `plan`: a model for a pod, with 4 Mi tokens a step.
 PLANNED = RunOptions(
     batch_size=512,
     sequence_length=8192,
@@ -164,26 +174,26 @@ PLANNED = RunOptions(
 
 
 def warmup_steps(optimizer: OptimizerOptions, steps: int) -> int:
-    """The steps of the warmup, its default filled in."""
+    """The steps of the warmup, with the default filled in."""
     return min(20, steps // 10) if optimizer.warmup_steps is None else optimizer.warmup_steps
 
 
 def with_defaults(options: RunOptions, platform: str) -> RunOptions:
-    """The options with what depends on the platform or on other options filled in, for run.toml.
+    """Fill in the defaults that depend on the platform or on other options, for run.toml.
 
-    A run that is extended keeps the warmup that it was begun with.
+    So a run that is extended keeps the warmup that it began with.
     """
-    kind: Dtype = "float32" if platform == "cpu" else "bfloat16"
+    compute_dtype: Dtype = "float32" if platform == "cpu" else "bfloat16"
     model, optimizer = options.model, options.optimizer
     return replace(
         options,
-        model=replace(model, compute_dtype=model.compute_dtype or kind),
+        model=replace(model, compute_dtype=model.compute_dtype or compute_dtype),
         optimizer=replace(optimizer, warmup_steps=warmup_steps(optimizer, options.steps)),
     )
 
 
 def with_absolute_paths(options: RunOptions) -> RunOptions:
-    """The same, for a folder that is resumed from elsewhere."""
+    """Make paths absolute, so that the run can be resumed from another working directory."""
 
     def absolute(path: Path | None) -> Path | None:
         return None if path is None else path.absolute()
@@ -201,9 +211,9 @@ def with_absolute_paths(options: RunOptions) -> RunOptions:
 
 
 def split_weight(text: str) -> tuple[str, float]:
-    """The directory and the weight of one `--data`.
+    """The directory and the weight of one `--data` argument.
 
-    What exists is a directory, whatever its name; else a number after the last `=` is a weight.
+    A path that exists is a directory, whatever its name; otherwise what follows the last `=` is a weight.
 
     Raises:
         ValueError: a weight that is not a positive number.

@@ -84,7 +84,7 @@ def test_defaults_and_other_spellings(tmp_path: Path) -> None:
         ("step = 4", "found step, expected one of out, data, steps"),
         ("[optimizer]\nrate = 4", "found optimizer.rate, expected one of name, learning_rate"),
         ("optimizer = 3", "found optimizer = 3, expected a table"),
-        ("steps = ", "is not TOML ("),
+        ("steps = ", "not valid TOML ("),
     ],
 )
 def test_mistakes_in_toml(text: str, message: str, tmp_path: Path) -> None:

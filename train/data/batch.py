@@ -8,7 +8,7 @@ from jaxtyping import Array, Int
 class Batch(NamedTuple):
     """Packed windows, split into micro-batches: all int32 [micro, rows, seq].
 
-    labels: the token that follows, already shifted; IGNORE_INDEX where there is none.
+    labels: the next token, already shifted; IGNORE_INDEX if there is none.
     """
 
     input_ids: Int[Array, "micro rows seq"]

@@ -1,6 +1,6 @@
-"""Everything a run compiles, before any of its data or memory exists: shapes, shardings, the step.
+"""Everything that a run compiles: shapes, shardings, the step. No array exists yet.
 
-`python -m train plan` compiles the same program for devices that nobody here owns.
+`python -m train plan` compiles the same program for devices you need not have.
 """
 
 import dataclasses
@@ -27,10 +27,10 @@ from train.program.step import make_evaluation, make_step
 
 
 class Program(NamedTuple):
-    """A run's functions, and the abstract values (shape, dtype, sharding) of what they take.
+    """A run's functions, and abstract values (shape, dtype, sharding) of their arguments.
 
-    step: jitted `(params, opt_state, batch, dropout_key)`, the first two donated.
-    evaluate: jitted `(params, batch)`: summed loss, number of tokens.
+    step: jitted `(params, opt_state, batch, dropout_key)`, donating the first two.
+    evaluate: jitted `(params, batch)`, returning summed loss and number of tokens.
     """
 
     config: LlamaConfig
@@ -48,7 +48,7 @@ class Program(NamedTuple):
 def run_program(
     options: RunOptions, config: LlamaConfig, devices: Sequence[Any] | None = None
 ) -> Program:
-    """The program of a run of `config`, over `devices` (default: all of every process).
+    """The program of a run of `config`, over `devices` (default: all devices of all processes).
 
     Raises:
         ValueError: as `make_mesh` and `make_program`.
@@ -79,14 +79,14 @@ def make_program(
     """The program of a run over `mesh`.
 
     Raises:
-        ValueError: a batch, sequence or model that the mesh does not divide; a schedule that does not fit
-            the steps.
+        ValueError: a batch, sequence or number of heads that the mesh does not divide; a schedule that
+            does not fit the steps.
     """
     _require_divisible(config, mesh, batch_size // micro_batches, sequence_length)
     dtype = jnp.dtype(model.parameter_dtype)
     compute_dtype = jnp.dtype(model.compute_dtype or model.parameter_dtype)
     if jnp.float64 in (dtype, compute_dtype):
-        jax.config.update("jax_enable_x64", True)  # without which JAX makes it float32
+        jax.config.update("jax_enable_x64", True)  # otherwise JAX makes it float32
     abstract = nnx.eval_shape(lambda: LlamaForCausalLM(config, rngs=nnx.Rngs(0), dtype=dtype))
     graphdef, state = nnx.split(abstract)
     params = _with_shardings(nnx.to_pure_dict(state), parameter_shardings(abstract, mesh))
@@ -141,7 +141,7 @@ def make_program(
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """Of windows [micro, rows, seq]."""
+    """The sharding of batch arrays [micro, rows, seq]."""
     return NamedSharding(mesh, PartitionSpec(None, BATCH_AXES, SEQUENCE_AXIS))
 
 
@@ -151,7 +151,7 @@ def shardings_of(tree: Any) -> Any:
 
 
 def initial_params(program: Program, seed: int) -> Any:
-    """Random parameters, each device making its own part; the same numbers on every mesh."""
+    """Random parameters: each device makes its own shards; the numbers do not depend on the mesh."""
 
     def init(key: Any) -> Any:
         dtype = jax.tree.leaves(program.params)[0].dtype
@@ -163,23 +163,23 @@ def initial_params(program: Program, seed: int) -> Any:
 
 
 def initial_opt_state(program: Program, params: Any) -> Any:
-    """The optimizer's state of the first step."""
+    """The optimizer state before the first step."""
     run = jax.jit(program.optimizer.init, out_shardings=shardings_of(program.opt_state))
     return run(params)
 
 
 def model_of(program: Program, params: Any) -> LlamaForCausalLM:
-    """The model that holds `params`."""
+    """The model with `params`."""
     return nnx.merge(program.graphdef, params)
 
 
 def _require_divisible(config: LlamaConfig, mesh: Mesh, rows: int, sequence_length: int) -> None:
     sizes = mesh.shape
-    parts = sizes["data"] * sizes["fsdp"]
-    if rows % parts:
+    batch_shards = sizes["data"] * sizes["fsdp"]
+    if rows % batch_shards:
         raise ValueError(
             f"batch-size: found {rows} rows in a micro-batch, expected a multiple of data x fsdp = "
-            f"{parts}"
+            f"{batch_shards}"
         )
     if sequence_length % sizes["sequence"]:
         raise ValueError(
@@ -188,8 +188,8 @@ def _require_divisible(config: LlamaConfig, mesh: Mesh, rows: int, sequence_leng
         )
     if config.num_attention_heads % sizes["tensor"]:
         raise ValueError(
-            f"mesh.tensor: found {sizes['tensor']}, expected to divide {config.num_attention_heads} "
-            "attention heads"
+            f"mesh.tensor: found {sizes['tensor']}, expected a divisor of the "
+            f"{config.num_attention_heads} attention heads"
         )
 
 
@@ -202,19 +202,19 @@ def _with_shardings(tree: Any, shardings: Any) -> Any:
 
 
 def _like_params(opt_state: Any, params: Any, mesh: Mesh) -> Any:
-    """Each leaf of the optimizer's state sharded as the parameter it belongs to, the rest replicated."""
+    """Shard each leaf of the optimizer state like the parameter it belongs to; replicate the rest."""
     flat, _ = jax.tree_util.tree_flatten_with_path(params)
-    known: dict[Any, Any] = dict(flat)
+    params_by_path: dict[Any, Any] = dict(flat)
 
     def shard(leaf: Any, path: Path | None) -> Any:
-        spec = PartitionSpec() if path is None else _spec_like(leaf, known[path])
+        spec = PartitionSpec() if path is None else _spec_like(leaf, params_by_path[path])
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=NamedSharding(mesh, spec))
 
     return map_by_parameter(shard, opt_state, params)
 
 
 def _spec_like(leaf: Any, parameter: Any) -> PartitionSpec:
-    """The parameter's spec for an array of its shape, or of its shape without one axis (a sum over it)."""
+    """The parameter's spec, for an array of its shape or of its shape reduced over one axis."""
     shape, spec = parameter.shape, parameter.sharding.spec
     if leaf.shape == shape:
         return spec

@@ -1,4 +1,4 @@
-"""The device mesh of a run: axes data, fsdp, sequence, tensor, any product of them, several slices too."""
+"""The device mesh of a run: axes data, fsdp, sequence and tensor, within a slice or over several."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -12,44 +12,49 @@ from llama_jax.sharding import MESH_AXES
 
 
 def mesh_shape(sizes: Mapping[str, int], device_count: int) -> dict[str, int]:
-    """The sizes of all axes, with the one that is -1 filled in so that they multiply to the devices.
+    """The sizes of all axes; one that is -1 is set so that they multiply to the number of devices.
 
     Raises:
         ValueError: two axes of -1, a size below 1, or sizes that do not multiply to `device_count`.
     """
     shape = {axis: sizes.get(axis, 1) for axis in MESH_AXES}
-    rest = [axis for axis, size in shape.items() if size == -1]
+    unset = [axis for axis, size in shape.items() if size == -1]
     for axis, size in shape.items():
         if size < 1 and size != -1:
-            raise ValueError(f"mesh.{axis}: found {size}, expected at least 1, or -1 for the rest")
-    if len(rest) > 1:
-        raise ValueError(f"mesh: found -1 for {' and '.join(rest)}, expected it once")
+            raise ValueError(
+                f"mesh.{axis}: found {size}, expected at least 1, or -1 for what is left"
+            )
+    if len(unset) > 1:
+        raise ValueError(f"mesh: found -1 for {' and '.join(unset)}, expected it once")
     known = math.prod(size for size in shape.values() if size != -1)
     shown = " x ".join(f"{axis} {size}" for axis, size in shape.items() if size != -1)
-    if rest:
+    if unset:
         if device_count % known:
             raise ValueError(
-                f"mesh: found {shown} = {known}, expected to divide {device_count} devices"
+                f"mesh: found {shown} = {known}, expected a divisor of {device_count} devices"
             )
-        shape[rest[0]] = device_count // known
+        shape[unset[0]] = device_count // known
     elif known != device_count:
-        raise ValueError(f"mesh: found {shown} = {known}, expected {device_count} devices in all")
+        raise ValueError(
+            f"mesh: found {shown} = {known}, expected {device_count}, the number of devices"
+        )
     return shape
 
 
 def in_words(sizes: Mapping[str, int]) -> str:
-    """A mesh's axes and their sizes, those of size 1 left out."""
+    """A mesh's axes with their sizes, without those of size 1."""
     return " x ".join(f"{axis} {size}" for axis, size in sizes.items() if size > 1) or "1"
 
 
 def make_mesh(sizes: Mapping[str, int], devices: Sequence[Any] | None = None) -> Mesh:
-    """A mesh over `devices` (default: all of every process), laid out for the hardware's links.
+    """A mesh over `devices` (default: all devices of all processes), laid out for the hardware's links.
 
-    Across TPU slices (or GPU hosts that say so), whose links are slow, the data axis is split first, then
-    fsdp; the others stay within a slice. Axis types are Auto: the compiler places what nobody constrains.
+    Links between TPU slices (or GPU hosts that report a slice) are slow, so the data axis is the first to
+    span slices, then fsdp; the other axes stay within a slice. Axis types are Auto: the compiler shards
+    what is not constrained.
 
     Raises:
-        ValueError: what `mesh_shape` refuses, or slices that neither data nor fsdp divides over.
+        ValueError: as `mesh_shape` and `shape_over_slices`.
     """
     devices = jax.devices() if devices is None else devices
     shape = mesh_shape(sizes, len(devices))
@@ -66,10 +71,10 @@ def make_mesh(sizes: Mapping[str, int], devices: Sequence[Any] | None = None) ->
 
 
 def shape_over_slices(shape: Mapping[str, int], slices: int) -> dict[str, int]:
-    """How many slices each axis spans: data as many as it can, fsdp the rest, the others none.
+    """Over how many slices each axis spans: data as many as it can, fsdp the rest, the others one.
 
     Raises:
-        ValueError: data and fsdp together do not divide over the slices.
+        ValueError: data times fsdp is not a multiple of the slices.
     """
     outer = dict.fromkeys(shape, 1)
     outer["data"] = math.gcd(shape["data"], slices)

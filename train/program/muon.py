@@ -1,4 +1,4 @@
-"""Muon's direction: the momentum of a matrix, orthogonalised (Keller Jordan et al., 2024)."""
+"""Muon: the orthogonalized momentum of each matrix (Keller Jordan et al., 2024)."""
 
 from typing import Any
 
@@ -7,19 +7,20 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float
 
-# of the quintic a x + b x^3 + c x^5, whose slope at 0 is steep
+# a, b, c of the quintic a x + b x^3 + c x^5, which is steep at 0
 _COEFFICIENTS = 3.4445, -4.7750, 2.0315
 _ITERATIONS = 5
 
 
 def scale_by_muon(beta: float, eps: float) -> optax.GradientTransformation:
-    """Nesterov's momentum of each matrix [out, in], orthogonalised, times 0.2 * sqrt(max(out, in)).
+    """Orthogonalized Nesterov momentum of each matrix [out, in], times 0.2 * sqrt(max(out, in)).
 
-    The scale is that of arXiv:2502.16982, with which the learning rates and decay of AdamW suit it. As
-    there and in Keller Jordan's own program, the momentum has no correction for its start from 0.
+    The scale is that of arXiv:2502.16982, which makes AdamW's learning rates and weight decay carry over.
+    As there and in the reference implementation (github.com/KellerJordan/Muon), the momentum has no bias
+    correction.
 
     Args:
-        beta: of the momentum.
+        beta: the momentum.
         eps: added to the norm by which the momentum is divided.
     """
 
@@ -32,7 +33,7 @@ def scale_by_muon(beta: float, eps: float) -> optax.GradientTransformation:
 
         def direction(momentum: Array, gradient: Array) -> Array:
             scale = 0.2 * max(gradient.shape) ** 0.5
-            return scale * orthogonalise(mean(momentum, gradient), eps)
+            return scale * orthogonalize(mean(momentum, gradient), eps)
 
         momentum = jax.tree.map(mean, state.trace, gradients)
         return jax.tree.map(direction, momentum, gradients), optax.TraceState(momentum)
@@ -40,10 +41,10 @@ def scale_by_muon(beta: float, eps: float) -> optax.GradientTransformation:
     return optax.GradientTransformation(init, update)
 
 
-def orthogonalise(matrix: Float[Array, "out in"], eps: float) -> Float[Array, "out in"]:
-    """Near to U V^T, where the matrix is U S V^T, by Newton and Schulz's iteration.
+def orthogonalize(matrix: Float[Array, "out in"], eps: float) -> Float[Array, "out in"]:
+    """Approximately U V^T of the matrix U S V^T, by Newton-Schulz iteration.
 
-    Five steps leave singular values of about 0.7 to 1.2 in place of 1, which training does not mind.
+    Five iterations leave singular values between about 0.7 and 1.2 instead of 1, which is enough to train.
     """
     a, b, c = _COEFFICIENTS
     tall = matrix.shape[0] > matrix.shape[1]

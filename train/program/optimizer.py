@@ -1,4 +1,4 @@
-"""Optimizers by name: a direction of optax's or our own, decoupled decay, and a clip by global norm."""
+"""Optimizers by name: an update direction, decoupled weight decay, and clipping by global norm."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -16,11 +16,11 @@ from train.program.per_layer import is_stacked, per_layer
 
 
 class Direction(NamedTuple):
-    """What is particular to an optimizer.
+    """What distinguishes an optimizer.
 
     uses: which of `beta1`, `beta2` and `eps` it has.
-    make: a transformation, from these, of gradients to what the learning rate multiplies. It has neither
-        learning rate nor decay, and sees each layer's parameters by themselves.
+    make: builds, from these, the transformation of gradients to what the learning rate multiplies. It
+        includes neither learning rate nor weight decay, and sees the parameters of each layer separately.
     """
 
     uses: tuple[str, ...]
@@ -32,22 +32,22 @@ def _adam(beta1: float, beta2: float, eps: float) -> optax.GradientTransformatio
 
 
 def _muon(beta1: float, beta2: float, eps: float) -> optax.GradientTransformation:
-    """Muon for the matrices of the layers, AdamW's direction for all else, as its authors have it."""
+    """Muon for the matrices in the layers and Adam for everything else, as its authors recommend."""
 
-    def share(path: tuple[Any, ...], leaf: Any) -> str:
+    def label(path: tuple[Any, ...], leaf: Any) -> str:
         return "muon" if is_stacked(path) and leaf.ndim == 2 else "adam"
 
     return optax.partition(
         {"muon": scale_by_muon(beta1, eps), "adam": _adam(beta1, beta2, eps)},
-        lambda params: jax.tree_util.tree_map_with_path(share, params),
+        lambda params: jax.tree_util.tree_map_with_path(label, params),
     )
 
 
 def _adafactor() -> optax.GradientTransformation:
-    """Of arXiv:1804.04235, algorithm 4, as T5 and optax have it: no momentum, eps of its own.
+    """Adafactor (arXiv:1804.04235, algorithm 4) as in T5 and optax: no momentum, and its own eps.
 
-    beta2 is 1 - step^-0.8; the update's root mean square is at most 1, and is multiplied by the
-    parameter's, which counts as 0.001 at least.
+    beta2 is 1 - step^-0.8. The root mean square of the update is clipped to 1 and multiplied by that of the
+    parameter, or by 0.001 if that is larger.
     """
     return optax.chain(
         optax.scale_by_factored_rms(),
@@ -66,7 +66,7 @@ DIRECTIONS: dict[str, Direction] = {
 
 
 def decay_mask(params: Any) -> Any:
-    """True for the weight matrices, embedding and head included; False for norms and biases."""
+    """True for weight matrices, including embedding and head; False for norms and biases."""
 
     def is_matrix(path: tuple[Any, ...], _: Any) -> bool:
         name = keystr(path, simple=True, separator=".")
@@ -87,13 +87,13 @@ def make_optimizer(
 ) -> optax.GradientTransformationExtraArgs:
     """Clip by global norm, then p -= learning_rate * (direction + weight_decay * p).
 
-    The decay is decoupled (arXiv:1711.05101) and of what `decay_mask` names. Stacked layers move as if
-    each were a parameter of its own; the clip is of the whole tree.
+    Weight decay is decoupled (arXiv:1711.05101) and applies where `decay_mask` is True. Stacked layers are
+    updated as if each were a separate parameter; clipping is over the complete tree.
 
     Args:
-        beta1, beta2, eps: those that `DIRECTIONS` says the optimizer uses; it ignores the others. beta1
-            is the momentum of sgd and muon.
-        clip_norm: the largest global norm of the gradient; None: no clip.
+        beta1, beta2, eps: only those used by the optimizer, see `DIRECTIONS`, matter. beta1 is the
+            momentum of sgd and muon.
+        clip_norm: the largest global norm of the gradient; None: no clipping.
 
     Raises:
         ValueError: an unknown name.
@@ -112,7 +112,7 @@ def make_optimizer(
 
 
 def global_norm(tree: Any) -> Float[Array, ""]:
-    """The norm of all leaves as one vector, in float32 (float64 for float64)."""
+    """The Euclidean norm of all leaves together, in float32 (float64 for float64)."""
 
     def squares(leaf: Array) -> Array:
         return jnp.sum(jnp.square(leaf.astype(working_dtype(leaf.dtype))))
@@ -120,16 +120,16 @@ def global_norm(tree: Any) -> Float[Array, ""]:
     return jnp.sqrt(sum(map(squares, jax.tree.leaves(tree))))
 
 
-def _clip(largest: float) -> optax.GradientTransformation:
-    """Optax's clip adds up squares in the gradients' dtype, of which bfloat16 loses a percent."""
+def _clip(max_norm: float) -> optax.GradientTransformation:
+    """Like optax.clip_by_global_norm, which sums in the gradients' dtype and is off by 1% in bfloat16."""
 
     def clip(gradients: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
         norm = global_norm(gradients)
 
-        def shorten(leaf: Array) -> Array:
-            shorter = leaf.astype(norm.dtype) / norm * largest
-            return jnp.where(norm < largest, leaf, shorter.astype(leaf.dtype))
+        def scale(leaf: Array) -> Array:
+            scaled = leaf.astype(norm.dtype) / norm * max_norm
+            return jnp.where(norm < max_norm, leaf, scaled.astype(leaf.dtype))
 
-        return jax.tree.map(shorten, gradients), state
+        return jax.tree.map(scale, gradients), state
 
     return optax.GradientTransformation(optax.init_empty_state, clip)

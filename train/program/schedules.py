@@ -1,7 +1,4 @@
-"""Learning-rate schedules by name: a warmup, then cosine, linear, constant, or wsd.
-
-"wsd" (warmup, stable, decay) is arXiv:2404.06395.
-"""
+"""Learning-rate schedules by name: linear warmup, then cosine, linear, constant or wsd."""
 
 from collections.abc import Callable
 
@@ -29,27 +26,26 @@ def learning_rate_schedule(
     final_fraction: float,
     decay_fraction: float,
 ) -> Callable[[Float[Array, ""] | int], Float[Array, ""]]:
-    """The learning rate of each step, counted from 0, so that the last step is `steps` - 1.
+    """The learning rate as a function of the step, from 0 to `steps` - 1.
 
-    Step i of the warmup has peak * (i + 1) / warmup_steps, so no step is lost on a rate of 0. Then
-    "cosine" and "linear" fall to peak * final_fraction at `steps`; "wsd" (warmup, stable, decay,
-    arXiv:2404.06395) stays at the peak and falls linearly over the last `decay_fraction` of all steps;
-    "constant" stays. As in optax and transformers, the end of the fall comes after the last step, which
-    is one decrement above it.
+    Step i of the warmup has peak * (i + 1) / warmup_steps, so that no step has a rate of 0. Then "cosine"
+    and "linear" fall to peak * final_fraction at `steps`; "wsd" (warmup, stable, decay, arXiv:2404.06395)
+    stays at the peak and falls linearly over the last `decay_fraction` of all steps; "constant" stays. As
+    in optax and transformers the final value would be that of step `steps`: the last step is just above.
 
     Raises:
-        ValueError: an unknown name, or what `require_fit` refuses.
+        ValueError: as `require_fit`.
     """
     require_fit(name, steps=steps, warmup_steps=warmup_steps, decay_fraction=decay_fraction)
     final = peak * final_fraction
-    rest = max(steps - warmup_steps, 1)
+    remaining = max(steps - warmup_steps, 1)
     if name == "cosine":
-        after = optax.cosine_decay_schedule(peak, rest, alpha=final_fraction)
+        after = optax.cosine_decay_schedule(peak, remaining, alpha=final_fraction)
     elif name == "linear":
-        after = optax.linear_schedule(peak, final, rest)
+        after = optax.linear_schedule(peak, final, remaining)
     elif name == "wsd":
         decay = _decay_steps(steps, decay_fraction)
-        after = optax.linear_schedule(peak, final, decay, transition_begin=rest - decay)
+        after = optax.linear_schedule(peak, final, decay, transition_begin=remaining - decay)
     else:
         after = optax.constant_schedule(peak)
     schedule = after
@@ -60,23 +56,23 @@ def learning_rate_schedule(
 
 
 def require_fit(name: Schedule, *, steps: int, warmup_steps: int, decay_fraction: float) -> None:
-    """Raise ValueError where the warmup does not reach its end, or the fall would not, within `steps`."""
+    """Raise ValueError for an unknown name, or if warmup and decay do not fit into `steps`."""
     if name not in USES:
         raise ValueError(f"schedule: found {name!r}, expected cosine, linear, wsd or constant")
     decay = _decay_steps(steps, decay_fraction) if name == "wsd" else 0
-    # a constant schedule may end with its warmup, the others have to fall
-    most = steps if name == "constant" else steps - max(decay, 1)
-    if warmup_steps <= most:
+    # a constant schedule may end with its warmup; the others need steps to fall
+    longest_warmup = steps if name == "constant" else steps - max(decay, 1)
+    if warmup_steps <= longest_warmup:
         return
     if name == "wsd" and warmup_steps < steps:
         raise ValueError(
             f"optimizer.warmup-steps: found {warmup_steps}, and a decay of {decay} steps, expected at most "
-            f"{steps} steps together: lower --optimizer.warmup-steps to {most}, or "
+            f"{steps} steps together: lower --optimizer.warmup-steps to {longest_warmup}, or "
             f"--optimizer.decay-fraction to {_fraction(steps, steps - warmup_steps)}"
         )
     raise ValueError(
-        f"optimizer.warmup-steps: found {warmup_steps}, expected at most {most} of {steps} steps with the "
-        f"{name} schedule"
+        f"optimizer.warmup-steps: found {warmup_steps}, expected at most {longest_warmup} of {steps} steps "
+        f"with the {name} schedule"
     )
 
 
@@ -84,7 +80,7 @@ def _decay_steps(steps: int, fraction: float) -> int:
     return max(round(steps * fraction), 1)
 
 
-def _fraction(steps: int, most: int) -> str:
-    """A short fraction of which the decay has at most so many steps."""
-    rounded = (f"{most / steps:.{digits}g}" for digits in range(3, 17))
-    return next(each for each in rounded if _decay_steps(steps, float(each)) <= most)
+def _fraction(steps: int, longest: int) -> str:
+    """A short decimal fraction whose decay has at most `longest` steps."""
+    rounded = (f"{longest / steps:.{digits}g}" for digits in range(3, 17))
+    return next(text for text in rounded if _decay_steps(steps, float(text)) <= longest)

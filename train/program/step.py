@@ -1,6 +1,6 @@
-"""The training step: one pure function of (params, opt_state, batch), and its evaluation twin.
+"""The training step, a pure function of (params, opt_state, batch), and the evaluation step.
 
-`params` is the tree of plain dicts that `nnx.to_pure_dict` makes of a model's parameters.
+`params` is the tree of dicts that `nnx.to_pure_dict` makes of a model's parameters.
 """
 
 from collections.abc import Callable
@@ -21,7 +21,7 @@ Params = Any
 
 
 class Metrics(NamedTuple):
-    """Of one step: loss (cross-entropy) and z-loss per token, the gradient's norm before the clip."""
+    """Metrics of one step: cross-entropy and z-loss per token, the gradient's norm before clipping."""
 
     loss: Float[Array, ""]
     z_loss: Float[Array, ""]
@@ -39,21 +39,21 @@ def make_step(
 ) -> Callable[..., tuple[Params, optax.OptState, Metrics]]:
     """`step(params, opt_state, batch, dropout_key) -> (params, opt_state, metrics)`.
 
-    The forward and backward pass have the dtype `compute_dtype`; parameters, gradients and the update
-    keep the dtype of `params`, but gradients of micro-batches are summed in float32 (float64 for float64).
-    The loss is per token of the whole batch, however its micro-batches share them. Jit it with `params`
-    and `opt_state` donated.
+    The forward and backward pass run in `compute_dtype`; parameters, gradients and updates have the dtype
+    of `params`, except that gradients of micro-batches are summed in float32 (float64 for float64). The
+    loss is the mean over the tokens of the complete batch, however micro-batches divide them. Jit the step
+    with `params` and `opt_state` donated.
 
     Args:
-        compute_dtype: not float16 to train: without a scale of the loss, small gradients become 0 in it.
-        forward: static choices of `LlamaModel.__call__`: remat, unrolling, attention.
+        compute_dtype: not float16: without loss scaling, small gradients become 0 in it.
+        forward: static arguments of `LlamaModel.__call__`: remat, unrolling, attention.
     """
 
     def loss(
         params: Params, batch: Batch, num_tokens: Array, key: Key[Array, ""] | None
     ) -> tuple[Array, tuple[Array, Array]]:
         out = batch_loss(graphdef, params, batch, compute_dtype, z_loss, key, **forward)
-        # in the loss's dtype: bfloat16 has no count above 256 exactly
+        # in the loss's dtype: bfloat16 cannot represent counts above 256 exactly
         count = num_tokens.astype(out.loss.dtype)
         return out.loss / count, (out.ce_loss / count, out.z_loss / count)
 
@@ -83,7 +83,7 @@ def make_step(
                 return jax.tree.map(lambda a, b: a + b.astype(a.dtype), sums, run(index)), None
 
             shapes = jax.eval_shape(run, 0)
-            # a sum in bfloat16 takes up nothing that is less than 1/512 of it
+            # in a bfloat16 sum, terms below 1/512 of it would be lost
             zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, working_dtype(x.dtype)), shapes)
             sums, _ = jax.lax.scan(accumulate, zeros, jnp.arange(micro_batches))
             (ce_loss, z), gradients = jax.tree.map(lambda a, x: a.astype(x.dtype), sums, shapes)
@@ -105,7 +105,7 @@ def batch_loss(
     dropout_key: Key[Array, ""] | None,
     **forward: Any,
 ) -> Any:
-    """The summed losses (`LossOutput`) of one micro-batch, whose arrays are [rows, seq]."""
+    """The summed losses (a `LossOutput`) of one micro-batch of arrays [rows, seq]."""
     cast = jax.tree.map(lambda leaf: leaf.astype(compute_dtype), params)
     model = nnx.merge(graphdef, cast)
     decoded = model.model(
@@ -128,14 +128,14 @@ def batch_loss(
 def make_evaluation(
     graphdef: nnx.GraphDef, *, compute_dtype: Any, **forward: Any
 ) -> Callable[[Params, Batch], tuple[Float[Array, ""], Int[Array, ""]]]:
-    """`evaluate(params, batch)`: the summed cross-entropy and the number of tokens, micro by micro."""
+    """`evaluate(params, batch)`: summed cross-entropy and number of tokens, one micro-batch at a time."""
 
     def evaluate(params: Params, batch: Batch) -> tuple[Array, Array]:
-        def one(part: Batch) -> tuple[Array, Array]:
+        def evaluate_micro_batch(part: Batch) -> tuple[Array, Array]:
             out = batch_loss(graphdef, params, part, compute_dtype, None, None, **forward)
             return out.ce_loss, out.num_tokens
 
-        losses, counts = jax.lax.map(one, batch)
+        losses, counts = jax.lax.map(evaluate_micro_batch, batch)
         return jnp.sum(losses), jnp.sum(counts)
 
     return evaluate

@@ -1,6 +1,6 @@
-"""Every optimizer's definition in plain numpy, of one parameter that is no part of a stack.
+"""Every optimizer's definition in plain numpy, for a single parameter.
 
-Each is from its paper, not from a library. A new optimizer needs one here.
+Each follows its paper, not a library. A new optimizer needs one here.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def sgd(state: State, g: np.ndarray, p: np.ndarray, step: int, o: Options) -> np
 
 
 def muon(state: State, g: np.ndarray, p: np.ndarray, step: int, o: Options) -> np.ndarray:
-    """Keller Jordan's Muon with the scale of arXiv:2502.16982; AdamW but for matrices of the layers."""
+    """Keller Jordan's Muon with the scale of arXiv:2502.16982; AdamW for all but matrices in layers."""
     if not o["layer"] or p.ndim != 2:
         return adamw(state, g, p, step, o)
     m = state["m"] = o["beta1"] * state.get("m", 0) + (1 - o["beta1"]) * g
@@ -57,7 +57,7 @@ def newton_schulz(matrix: np.ndarray, eps: float) -> np.ndarray:
 
 
 def adafactor(state: State, g: np.ndarray, p: np.ndarray, step: int, o: Options) -> np.ndarray:
-    """arXiv:1804.04235, algorithms 4 to 6, factored where both sides have 128, as T5 does."""
+    """arXiv:1804.04235, algorithms 4 to 6, factored if both dimensions are at least 128, as in T5."""
     beta2 = 1 - step**-0.8
     square = g * g + 1e-30
     if p.ndim == 2 and min(p.shape) >= 128:
@@ -92,7 +92,7 @@ def trajectory(
     decay: float,
     options: Options,
 ) -> np.ndarray:
-    """The parameter after its steps: p -= rate * (direction + decay * p)."""
+    """The parameter after all steps: p -= rate * (direction + decay * p)."""
     state: State = {}
     for step, (gradient, rate) in enumerate(zip(gradients, rates, strict=True), start=1):
         direction = DEFINITIONS[name](state, gradient, p, step, options)

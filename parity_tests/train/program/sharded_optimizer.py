@@ -1,7 +1,7 @@
-"""Run by `test_optimizer_contract.py` in a process of eight host devices: optimizers over a mesh.
+"""Run by `test_optimizer_contract.py` in a process with eight host devices: optimizers over a mesh.
 
-`... MESHES NAME...`: over how many of the meshes, and which. Prints, for each, the largest relative error
-of two steps against one device, and the share of the state that a device holds.
+`... MESHES NAME...`: how many of the meshes, and which optimizers. Prints for each the largest relative
+error of two steps against one device, and the share of the state that a device holds.
 """
 
 import os
@@ -25,7 +25,7 @@ from train.options import MeshOptions, Optimizer, OptimizerOptions, RunOptions
 from train.plan.compiled import device_bytes
 from train.program.build import Program, initial_opt_state, run_program, shardings_of
 
-# wide enough for factors over rows and columns; the key and value heads are split over tensor 2
+# wide enough for factored second moments; key and value heads are split over tensor 2
 WIDE = {"hidden_size": 128, "intermediate_size": 136, "num_key_value_heads": 4}
 MESHES = ({"fsdp": 2, "sequence": 2, "tensor": 2}, {"fsdp": 4, "tensor": 2}, {"fsdp": 8})
 
@@ -41,7 +41,7 @@ def program_of(name: Optimizer, mesh: dict[str, int], devices: Any) -> Program:
 
 
 def two_steps(program: Program) -> tuple[Any, Any]:
-    """Parameters and state after two updates with the same numbers on every mesh."""
+    """Parameters and state after two updates with the same gradients on every mesh."""
     rng = np.random.default_rng(0)
 
     def draw() -> Any:
@@ -68,11 +68,11 @@ def main() -> None:
     meshes, *names = sys.argv[1:]
     for name in cast("list[Optimizer]", names):
         one = program_of(name, {}, jax.devices()[:1])
-        want = jax.tree.leaves(two_steps(one))
+        expected = jax.tree.leaves(two_steps(one))
         for mesh in MESHES[: int(meshes)]:
             program = program_of(name, mesh, None)
-            got = jax.tree.leaves(two_steps(program))
-            error = max(map(relative_error, got, want))
+            actual = jax.tree.leaves(two_steps(program))
+            error = max(map(relative_error, actual, expected))
             share = device_bytes(program.opt_state) / device_bytes(one.opt_state)
             print(name, f"{error:.1e}", f"{share:.3f}")
 

@@ -1,5 +1,6 @@
 """The sizes of a mesh's axes."""
 
+import math
 import re
 
 import pytest
@@ -27,24 +28,20 @@ def test_sizes(sizes: dict[str, int], devices: int, expected: tuple[int, ...]) -
 
 @settings(deadline=None)
 @given(sizes=st.lists(st.integers(-1, 5), min_size=4, max_size=4), devices=st.integers(1, 24))
-def test_they_multiply_to_the_devices_or_are_refused(sizes: list[int], devices: int) -> None:
-    given_sizes = dict(zip(NAMES, sizes, strict=True))
+def test_sizes_multiply_to_the_devices_or_are_refused(sizes: list[int], devices: int) -> None:
+    requested = dict(zip(NAMES, sizes, strict=True))
     try:
-        shape = mesh_shape(given_sizes, devices)
+        shape = mesh_shape(requested, devices)
     except ValueError as error:
         assert re.fullmatch(r"mesh(\.\w+)?: found .+, expected .+", str(error))
-        known = [size for size in sizes if size != -1]
-        product = 1
-        for size in known:
-            product *= size
-        fits = min(known, default=1) > 0 and len(known) >= 3 and devices % product == 0
-        assert not fits or (len(known) == 4 and product != devices)
+        fixed = [size for size in sizes if size != -1]
+        count = math.prod(fixed)
+        fits = min(fixed, default=1) > 0 and len(fixed) >= 3 and devices % count == 0
+        assert not fits or (len(fixed) == 4 and count != devices)
         return
-    product = 1
     for name, size in shape.items():
-        assert given_sizes[name] in (size, -1)
-        product *= size
-    assert product == devices
+        assert requested[name] in (size, -1)
+    assert math.prod(shape.values()) == devices
 
 
 @pytest.mark.parametrize(
@@ -52,18 +49,18 @@ def test_they_multiply_to_the_devices_or_are_refused(sizes: list[int], devices: 
     [
         (
             {"data": 3},
-            "mesh: found data 3 x fsdp 1 x sequence 1 x tensor 1 = 3, expected 8 devices in all",
+            "mesh: found data 3 x fsdp 1 x sequence 1 x tensor 1 = 3, expected 8, the number of devices",
         ),
         (
             {"data": -1, "tensor": 3},
-            "mesh: found fsdp 1 x sequence 1 x tensor 3 = 3, expected to divide 8 devices",
+            "mesh: found fsdp 1 x sequence 1 x tensor 3 = 3, expected a divisor of 8 devices",
         ),
         ({"data": -1, "fsdp": -1}, "mesh: found -1 for data and fsdp, expected it once"),
-        ({"tensor": 0}, "mesh.tensor: found 0, expected at least 1, or -1 for the rest"),
-        ({"tensor": -2}, "mesh.tensor: found -2, expected at least 1, or -1 for the rest"),
+        ({"tensor": 0}, "mesh.tensor: found 0, expected at least 1, or -1 for what is left"),
+        ({"tensor": -2}, "mesh.tensor: found -2, expected at least 1, or -1 for what is left"),
     ],
 )
-def test_mistakes(sizes: dict[str, int], message: str) -> None:
+def test_wrong_sizes(sizes: dict[str, int], message: str) -> None:
     with pytest.raises(ValueError) as caught:
         mesh_shape(sizes, 8)
     assert str(caught.value) == message

@@ -1,6 +1,6 @@
-"""One run over meshes and processes: the same data, the same losses; gone on with on any of them.
+"""One run over meshes and processes: the same data and losses, resumed on any of them.
 
-In float64, where all that a mesh changes, the order of sums, is far below what a mistake would be.
+In float64, where the order of summation, which is all that a mesh changes, matters far less than a bug.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from parity_tests.train.runs import (
 )
 from train.checkpoints import FOLDER
 
-# Two orders of a sum of n numbers differ by n * 1e-16 of it at most; 50 steps amplify that.
+# Reordering a sum of n numbers changes it by at most n * 1e-16, relatively; 50 steps amplify that.
 REDUCTION_ORDER = {"float64": 1e-12, "float32": 1e-5}
 
 
@@ -64,7 +64,7 @@ def free_port() -> int:
 def begin(
     tiny: Tiny, layout: Layout, arguments: list[str], record: Path
 ) -> list[subprocess.Popen[str]]:
-    """The command on every process of the layout, each writing down its tokens."""
+    """Start the command in every process of the layout; each records its tokens."""
     flags = [f"--mesh.{axis}={size}" for axis, size in layout.mesh.items()]
     port = free_port()
     processes = []
@@ -98,25 +98,25 @@ def end(processes: list[subprocess.Popen[str]]) -> None:
 
 
 def tokens(record: Path, processes: int) -> dict[int, np.ndarray]:
-    """The whole batch of every step, put together from all processes; -1 where nobody has it."""
+    """The global batch of every step, assembled from all processes; -1 where no process has it."""
     parts = [np.load(f"{record}-{number}.npz") for number in range(processes)]
     assert all(set(part) == set(parts[0]) for part in parts)
     return {int(step): np.max([part[step] for part in parts], axis=0) for step in parts[0]}
 
 
-def same_tokens(one: dict[int, np.ndarray], whole: dict[int, np.ndarray]) -> None:
-    """`one` may begin later."""
-    assert one
-    assert all(np.array_equal(ids, whole[step]) for step, ids in one.items())
-    assert max(one) >= max(whole) - 4  # batches are made ahead, but not all are given out
+def same_tokens(tokens: dict[int, np.ndarray], reference: dict[int, np.ndarray]) -> None:
+    """Those of the steps in `tokens`, which may begin later."""
+    assert tokens
+    assert all(np.array_equal(ids, reference[step]) for step, ids in tokens.items())
+    assert max(tokens) >= max(reference) - 4  # batches are prefetched, but not all are used
 
 
 def losses(run: Path) -> list[float]:
     return [line["loss"] for line in figures_of(run) if "loss" in line]
 
 
-def apart(one: Path, other: Path) -> float:
-    """The largest relative difference of any figure of any step or evaluation."""
+def difference(one: Path, other: Path) -> float:
+    """The largest relative difference of any metric of any step or evaluation."""
     rows = zip(figures_of(one), figures_of(other), strict=True)
     pairs = [(a, b) for a, b in rows if a.keys() == b.keys()]
     assert len(pairs) == len(figures_of(one))
@@ -143,8 +143,8 @@ def options(dtype: str, **changes: Any) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def whole(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Runner:
-    """`whole(name, dtype, steps)`: the folder of the undisturbed run on that layout."""
+def full_run(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Runner:
+    """`full_run(name, dtype, steps)`: the folder of the uninterrupted run on that layout."""
 
     @functools.cache
     def run(name: str, dtype: str, steps: int) -> Path:
@@ -156,8 +156,8 @@ def whole(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Runner:
     return run
 
 
-def gone_on(tiny: Tiny, run: Path, layout: Layout, tmp_path: Path, steps_done: int) -> Path:
-    """A copy of the run that ended after so many steps, resumed on the layout."""
+def resumed_copy(tiny: Tiny, run: Path, layout: Layout, tmp_path: Path, steps_done: int) -> Path:
+    """A copy of the run as it was after `steps_done` steps, resumed on the layout."""
     copy = Path(shutil.copytree(run, tmp_path / "run"))
     for step in saved_steps(copy):
         if step > steps_done:
@@ -173,21 +173,21 @@ def gone_on(tiny: Tiny, run: Path, layout: Layout, tmp_path: Path, steps_done: i
     return copy
 
 
-def test_two_processes_and_going_on_with_one(tiny: Tiny, whole: Runner, tmp_path: Path) -> None:
-    """Two processes, fsdp 4 x tensor 2; then one, sequence 2 x fsdp 2 x tensor 2; as on one device."""
-    single = whole("single", "float64", 12)
-    two = whole("two-processes-fsdp4-tensor2", "float64", 12)
+def test_two_processes_then_resumed_with_one(tiny: Tiny, full_run: Runner, tmp_path: Path) -> None:
+    """fsdp 4 x tensor 2, then sequence 2 x fsdp 2 x tensor 2: the losses are those of one device."""
+    single = full_run("single", "float64", 12)
+    two = full_run("two-processes-fsdp4-tensor2", "float64", 12)
     assert losses(single)[-1] < losses(single)[0] - 0.05
-    found = apart(two, single)
-    print(f"two processes: {found:.1e}")
-    assert 0 < found <= REDUCTION_ORDER["float64"]
+    error = difference(two, single)
+    print(f"two processes: {error:.1e}")
+    assert 0 < error <= REDUCTION_ORDER["float64"]
     ids = tokens(single.with_name("ids"), 1)
     same_tokens(tokens(two.with_name("ids"), 2), ids)
 
-    other = gone_on(tiny, two, LAYOUTS["sequence2-fsdp2-tensor2"], tmp_path, steps_done=8)
-    found = apart(other, single)
-    print(f"gone on with one: {found:.1e}")
-    assert 0 < found <= REDUCTION_ORDER["float64"]
+    other = resumed_copy(tiny, two, LAYOUTS["sequence2-fsdp2-tensor2"], tmp_path, steps_done=8)
+    error = difference(other, single)
+    print(f"resumed with one: {error:.1e}")
+    assert 0 < error <= REDUCTION_ORDER["float64"]
     resumed = tokens(tmp_path / "ids", 1)
     assert min(resumed) == 8
     same_tokens(resumed, ids)
@@ -205,11 +205,11 @@ def state_of_float64(run: Path, step: int) -> list[np.ndarray]:
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float64", "float32"])
 @pytest.mark.parametrize("name", [name for name in LAYOUTS if name != "single"])
-def test_fifty_steps(whole: Runner, name: str, dtype: str) -> None:
-    single, run = whole("single", dtype, 50), whole(name, dtype, 50)
-    found = apart(run, single)
-    print(f"{name} {dtype}: {found:.1e}")
-    assert 0 < found <= REDUCTION_ORDER[dtype]
+def test_fifty_steps(full_run: Runner, name: str, dtype: str) -> None:
+    single, run = full_run("single", dtype, 50), full_run(name, dtype, 50)
+    error = difference(run, single)
+    print(f"{name} {dtype}: {error:.1e}")
+    assert 0 < error <= REDUCTION_ORDER[dtype]
     ids = tokens(single.with_name("ids"), 1)
     assert set(ids) >= set(range(50))
     same_tokens(tokens(run.with_name("ids"), LAYOUTS[name].processes), ids)
@@ -219,18 +219,18 @@ def test_fifty_steps(whole: Runner, name: str, dtype: str) -> None:
 @pytest.mark.parametrize(
     "name", ["single", "sequence2-fsdp2-tensor2", "two-processes-fsdp4-tensor2"]
 )
-def test_gone_on_with_alike_bit_for_bit(
-    tiny: Tiny, whole: Runner, tmp_path: Path, name: str
+def test_resumed_on_the_same_layout_bit_for_bit(
+    tiny: Tiny, full_run: Runner, tmp_path: Path, name: str
 ) -> None:
-    run = whole(name, "float32", 50)
-    copy = gone_on(tiny, run, LAYOUTS[name], tmp_path, steps_done=24)
+    run = full_run(name, "float32", 50)
+    copy = resumed_copy(tiny, run, LAYOUTS[name], tmp_path, steps_done=24)
     assert figures_of(copy) == figures_of(run)
     assert same_bits(state_of(copy, 50), state_of(run, 50))
 
 
 @pytest.mark.slow
 def test_a_signal_to_one_of_two_processes_ends_both(
-    tiny: Tiny, whole: Runner, tmp_path: Path
+    tiny: Tiny, full_run: Runner, tmp_path: Path
 ) -> None:
     layout = LAYOUTS["two-processes-fsdp4-tensor2"]
     run = tmp_path / "run"
@@ -244,10 +244,10 @@ def test_a_signal_to_one_of_two_processes_ends_both(
     end(processes)
     last = saved_steps(run)[-1]
     assert 9 <= last < 50
-    same = whole("two-processes-fsdp4-tensor2", "float32", 50)
-    copy = gone_on(tiny, run, layout, tmp_path / "copy", steps_done=last)
-    assert figures_of(copy) == figures_of(same)
-    assert same_bits(state_of(copy, 50), state_of(same, 50))
+    expected = full_run("two-processes-fsdp4-tensor2", "float32", 50)
+    copy = resumed_copy(tiny, run, layout, tmp_path / "copy", steps_done=last)
+    assert figures_of(copy) == figures_of(expected)
+    assert same_bits(state_of(copy, 50), state_of(expected, 50))
 
 
 def test_a_batch_that_the_mesh_does_not_divide(tiny: Tiny, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Optimizers by name: each learns, decays what it should, and clips; muon is what its paper says."""
+"""Optimizers by name: they reduce the loss, decay matrices only, and clip; muon is as published."""
 
 from __future__ import annotations
 
@@ -40,10 +40,10 @@ def params_of(dtype: Any = jnp.float32) -> tuple[Any, Any]:
 def batch(micro: int = 1, rows: int = 4, length: int = 12) -> Batch:
     rng = np.random.default_rng(0)
     ids = rng.integers(0, CONFIG["vocab_size"], (micro, rows, length)).astype(np.int32)
-    places = np.broadcast_to(np.arange(length, dtype=np.int32), ids.shape)
+    positions = np.broadcast_to(np.arange(length, dtype=np.int32), ids.shape)
     labels = np.roll(ids, -1, -1)
     labels[..., -1] = -100
-    return Batch(ids, labels, np.zeros_like(ids), places)
+    return Batch(ids, labels, np.zeros_like(ids), positions)
 
 
 def named(tree: Any) -> dict[str, np.ndarray]:
@@ -58,25 +58,25 @@ def update(rule: Any, gradients: Any, params: Any) -> Any:
 
 
 @pytest.mark.parametrize("name", get_args(Optimizer))
-def test_it_learns(name: Optimizer) -> None:
+def test_the_loss_falls(name: Optimizer) -> None:
     graphdef, params = params_of()
     rule = make_optimizer(name, RATES[name], **OPTIONS)
     step = jax.jit(
         make_step(graphdef, rule, compute_dtype=jnp.float32, z_loss=0.0),
         compiler_options=FAST_COMPILE,
     )
-    opt_state, given, found = rule.init(params), batch(), []
+    opt_state, one_batch, losses = rule.init(params), batch(), []
     for _ in range(12):
-        params, opt_state, metrics = step(params, opt_state, given, None)
-        found.append(float(metrics.loss))
-    print(name, found[0], found[-1])
-    assert found[-1] < 0.8 * found[0]
+        params, opt_state, metrics = step(params, opt_state, one_batch, None)
+        losses.append(float(metrics.loss))
+    print(name, losses[0], losses[-1])
+    assert losses[-1] < 0.8 * losses[0]
 
 
-def test_what_decays() -> None:
+def test_matrices_decay() -> None:
     _, params = params_of()
     mask = {name: bool(value) for name, value in named(decay_mask(params)).items()}
-    decaying = {name.removeprefix("model.layers.") for name, which in mask.items() if which}
+    decaying = {name.removeprefix("model.layers.") for name, decays in mask.items() if decays}
     assert decaying == {
         *("model.embed_tokens.weight", "lm_head.weight"),
         *(f"self_attn.{name}_proj.weight" for name in "qkvo"),
@@ -86,35 +86,35 @@ def test_what_decays() -> None:
 
 
 @pytest.mark.parametrize("name", get_args(Optimizer))
-def test_decay_is_of_the_mask_alone(name: Optimizer) -> None:
+def test_only_masked_parameters_decay(name: Optimizer) -> None:
     """Without a gradient only decay moves a parameter."""
     _, params = params_of()
     params = jax.tree.map(lambda leaf: leaf + 0.5, params)
     zeros = jax.tree.map(jnp.zeros_like, params)
     moved = named(update(make_optimizer(name, 1e-2, **OPTIONS), zeros, params))
     expected = named(decay_mask(params))
-    assert {each: bool(np.any(value != 0)) for each, value in moved.items()} == {
-        each: bool(value) for each, value in expected.items()
+    assert {path: bool(np.any(value != 0)) for path, value in moved.items()} == {
+        path: bool(value) for path, value in expected.items()
     }
 
 
-def test_the_clip_is_of_the_global_norm() -> None:
+def test_clipping_is_by_the_global_norm() -> None:
     _, params = params_of()
     gradients = jax.tree.map(lambda leaf: jnp.full_like(leaf, 0.5), params)
     options = OPTIONS | {"weight_decay": 0.0, "beta1": 0.0}
     clipped = named(update(make_optimizer("sgd", 1.0, **options), gradients, params))
-    whole = named(
+    unclipped = named(
         update(make_optimizer("sgd", 1.0, **options | {"clip_norm": None}), gradients, params)
     )
     norm = np.sqrt(sum(np.square(value, dtype=np.float64).sum() for value in clipped.values()))
     assert abs(norm - 1) < 1e-5
-    ratios = [clipped[name] / whole[name] for name in whole]
-    assert np.ptp(np.concatenate([each.ravel() for each in ratios])) < 1e-6
-    assert all((value == -0.5).all() for value in whole.values())
+    ratios = [clipped[name] / unclipped[name] for name in unclipped]
+    assert np.ptp(np.concatenate([ratio.ravel() for ratio in ratios])) < 1e-6
+    assert all((value == -0.5).all() for value in unclipped.values())
 
 
-def test_muon_orthogonalises_the_momentum_of_every_layers_matrices() -> None:
-    """Against Keller Jordan's iteration in numpy, matrix by matrix; plain AdamW has the rest."""
+def test_muon_orthogonalizes_the_momentum_of_every_layers_matrices() -> None:
+    """Against Keller Jordan's iteration in numpy, matrix by matrix; AdamW updates everything else."""
     _, params = params_of()
     rng = np.random.default_rng(1)
     gradients = jax.tree.map(
@@ -131,9 +131,9 @@ def test_muon_orthogonalises_the_momentum_of_every_layers_matrices() -> None:
             continue
         for layer, matrix in enumerate(gradient):
             scale = 0.2 * np.sqrt(max(matrix.shape))
-            want = -scale * newton_schulz(matrix)
-            np.testing.assert_allclose(updates[name][layer], want, atol=2e-3 * scale)
-            # near to orthogonal: singular values near to one, but for those that were near to zero
+            expected = -scale * newton_schulz(matrix)
+            np.testing.assert_allclose(updates[name][layer], expected, atol=2e-3 * scale)
+            # nearly orthogonal: singular values are near 1, unless they were near 0
             values = np.linalg.svd(updates[name][layer] / scale, compute_uv=False)
             assert 0.7 < np.median(values) <= values.max() < 1.25, name
             matrices += 1
@@ -141,7 +141,7 @@ def test_muon_orthogonalises_the_momentum_of_every_layers_matrices() -> None:
 
 
 def newton_schulz(matrix: np.ndarray) -> np.ndarray:
-    """Five steps of the quintic; Nesterov's momentum of a first gradient only scales it."""
+    """Five steps of the quintic; the Nesterov momentum of a first gradient is a multiple of it."""
     a, b, c = 3.4445, -4.7750, 2.0315
     x = matrix.astype(np.float64)
     tall = x.shape[0] > x.shape[1]

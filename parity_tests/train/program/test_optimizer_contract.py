@@ -1,6 +1,6 @@
-"""What every optimizer must keep to: its definition, decoupled decay, and layers as if they were alone.
+"""The contract of every optimizer: its definition, decoupled decay, layers independent of each other.
 
-Every test here takes whatever `Optimizer` names.
+Every test runs for all names in `Optimizer`.
 """
 
 from __future__ import annotations
@@ -29,16 +29,16 @@ from train.program.optimizer import DIRECTIONS, decay_mask, global_norm, make_op
 from train.program.per_layer import is_stacked
 
 NAMES = get_args(Optimizer)
-# those that look at a whole parameter
-WHOLE = ("adafactor", "muon")
-# an eps that shows
+# those whose update depends on a complete parameter, not on each number alone
+NOT_ELEMENTWISE = ("adafactor", "muon")
+# an eps that is large enough to show
 OPTIONS: dict[str, Any] = {"beta1": 0.8, "beta2": 0.9, "eps": 0.01}
 RATES = (0.02, 0.05, 0.03, 0.01)
 DECAY = 0.3
 
 
 def tree(make: Any) -> Any:
-    """Parameters of every kind: stacked and not, matrices and vectors, factored by adafactor and not."""
+    """Parameters of every kind: stacked or not, matrices and vectors, factored by adafactor or not."""
     return {
         "lm_head": {"weight": make(130, 128)},
         "model": {
@@ -55,7 +55,7 @@ def tree(make: Any) -> Any:
 
 
 def random_tree(seed: int, sizes: tuple[float, ...] = (0.01, 1.0, 30.0)) -> Any:
-    """Normal numbers, the layers of very different sizes."""
+    """Normally distributed numbers; the layers have very different scales."""
     rng = np.random.default_rng(seed)
 
     def make(*shape: int) -> np.ndarray:
@@ -86,12 +86,14 @@ def run(rule: Any, params: Any, gradients: list[Any], step: Any = None) -> Any:
 
 def test_every_optimizer_has_a_definition() -> None:
     assert set(NAMES) == set(DEFINITIONS) == set(DIRECTIONS)
-    assert {option for each in DIRECTIONS.values() for option in each.uses} == set(OPTIONS)
+    assert {option for direction in DIRECTIONS.values() for option in direction.uses} == set(
+        OPTIONS
+    )
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_without_a_gradient_only_decay_moves(name: Optimizer) -> None:
-    """Weights of 1 after a hundred steps at rate r and decay d are (1 - r d)^100; others are as before."""
+def test_without_a_gradient_only_decay_changes_weights(name: Optimizer) -> None:
+    """After 100 steps at rate r and decay d, weights of 1 are (1 - r d)^100; the others are unchanged."""
     rate, decay = 1e-3, 0.1
     rule = make_optimizer(name, rate, **OPTIONS, weight_decay=decay, clip_norm=1.0)
     ones = tree(lambda *shape: jnp.ones(shape))
@@ -99,21 +101,22 @@ def test_without_a_gradient_only_decay_moves(name: Optimizer) -> None:
     with jax.numpy_dtype_promotion("standard"):
         state = rule.init(ones)
 
-        def step(_: Any, carried: Any) -> Any:
-            updates, state = rule.update(zeros, carried[1], carried[0])
-            return optax.apply_updates(carried[0], updates), state
+        def step(_: Any, carry: Any) -> Any:
+            params, state = carry
+            updates, state = rule.update(zeros, state, params)
+            return optax.apply_updates(params, updates), state
 
         params, _ = jax.jit(lambda *start: jax.lax.fori_loop(0, 100, step, start))(ones, state)
     decays = named(decay_mask(ones))
     for path, values in named(params).items():
-        want = (1 - rate * decay) ** 100 if decays[path] else 1.0
-        np.testing.assert_allclose(values, want, rtol=1e-5 * bool(decays[path]), err_msg=path)
+        expected = (1 - rate * decay) ** 100 if decays[path] else 1.0
+        np.testing.assert_allclose(values, expected, rtol=1e-5 * bool(decays[path]), err_msg=path)
     assert abs((1 - rate * decay) ** 100 - 0.990) < 1e-4
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_first_steps_are_the_definition(name: Optimizer) -> None:
-    """In float64, decay and a rate that changes included; each layer as a parameter of its own."""
+    """In float64, with decay and a changing rate; each layer is a separate parameter."""
     start, gradients = random_tree(0), [random_tree(seed) for seed in range(1, 5)]
     with jax.enable_x64(True):
         rule = make_optimizer(
@@ -123,10 +126,10 @@ def test_first_steps_are_the_definition(name: Optimizer) -> None:
             weight_decay=DECAY,
             clip_norm=None,
         )
-        got = named(run(rule, *jax.tree.map(jnp.asarray, (start, gradients))))
+        actual = named(run(rule, *jax.tree.map(jnp.asarray, (start, gradients))))
     decays = named(decay_mask(start))
-    flat = [named(each) for each in gradients]
-    want = {}
+    flat = [named(gradient) for gradient in gradients]
+    expected = {}
     for path, values in named(start).items():
         layer = ".layers." in path
         decay = DECAY * bool(decays[path])
@@ -135,22 +138,22 @@ def test_first_steps_are_the_definition(name: Optimizer) -> None:
         def alone(p: np.ndarray, g: list[np.ndarray], decay: Any = decay, o: Any = options) -> Any:
             return trajectory(name, p, g, RATES, decay, o)
 
-        steps = [each[path] for each in flat]
-        want[path] = (
+        steps = [gradient[path] for gradient in flat]
+        expected[path] = (
             np.stack([alone(p, [g[n] for g in steps]) for n, p in enumerate(values)])
             if layer
             else alone(values, steps)
         )
-    error, where = worst(got, want)
+    error, where = worst(actual, expected)
     print(f"{name}: {error:.1e} ({where})")
     assert error <= 1e-9, where
-    # and layer by layer, of which the largest would hide the smallest
-    for path in want:
+    # and layer by layer, as the largest would hide the smallest
+    for path in expected:
         if ".layers." in path:
-            assert max(map(relative_error, got[path], want[path])) <= 1e-9, path
+            assert max(map(relative_error, actual[path], expected[path])) <= 1e-9, path
 
 
-# the rules that torch has, and their arguments
+# torch's optimizers
 def torch_rule(name: str, p: torch.nn.Parameter, rate: float) -> torch.optim.Optimizer | None:
     betas = OPTIONS["beta1"], OPTIONS["beta2"]
     if name == "adamw":
@@ -170,8 +173,8 @@ def torch_rule(name: str, p: torch.nn.Parameter, rate: float) -> torch.optim.Opt
 
 
 @pytest.mark.parametrize("name", ["adamw", "sgd", "adafactor", "muon"])
-def test_the_definition_is_torchs(name: str) -> None:
-    """torch's SGD couples its decay, which is done beside it here; its Muon iterates in bfloat16."""
+def test_the_definition_agrees_with_torch(name: str) -> None:
+    """torch's SGD couples weight decay, so it is applied separately here; its Muon iterates in bfloat16."""
     rng = np.random.default_rng(0)
     shape, rate = (130, 140), 0.02
     start, *gradients = (rng.normal(size=shape) for _ in range(5))
@@ -183,10 +186,10 @@ def test_the_definition_is_torchs(name: str) -> None:
         if name == "sgd":
             parameter.data.mul_(1 - rate * DECAY)
         rule.step()
-    want = parameter.detach().numpy() - start
+    expected = parameter.detach().numpy() - start
     options = OPTIONS | {"layer": True}
-    got = trajectory(name, start, gradients, [rate] * 4, DECAY, options) - start
-    error = relative_error(got, want)
+    actual = trajectory(name, start, gradients, [rate] * 4, DECAY, options) - start
+    error = relative_error(actual, expected)
     print(f"{name}: {error:.1e}")
     assert error <= (0.02 if name == "muon" else 1e-9)
 
@@ -204,11 +207,14 @@ def layer_of(params: Any, layer: int) -> Any:
 @pytest.mark.parametrize(
     ("name", "layers"),
     [(name, 2) for name in NAMES]
-    # of the others each number is by itself
-    + [pytest.param(name, 129, marks=() if name in WHOLE else pytest.mark.slow) for name in NAMES],
+    # the others are elementwise, so fewer layers suffice
+    + [
+        pytest.param(name, 129, marks=() if name in NOT_ELEMENTWISE else pytest.mark.slow)
+        for name in NAMES
+    ],
 )
-def test_a_stack_moves_as_its_layers_alone(name: Optimizer, layers: int) -> None:
-    """In float32; more layers than rows too, where the two longest axes are not the matrix's."""
+def test_a_stack_is_updated_like_its_layers_alone(name: Optimizer, layers: int) -> None:
+    """In float32; also with more layers than rows, where the two longest axes are not the matrix's."""
     rng = np.random.default_rng(0)
     sizes = np.geomspace(0.01, 1, layers)
     shapes = {"wide": (129, 130) if layers == 2 else (4, 128), "vector": (7,)}
@@ -222,25 +228,25 @@ def test_a_stack_moves_as_its_layers_alone(name: Optimizer, layers: int) -> None
 
     start, gradients = draw(), [draw() for _ in range(3)]
     rule = make_optimizer(name, 0.05, **OPTIONS, weight_decay=DECAY, clip_norm=None)
-    got = run(rule, start, gradients)
+    stacked = run(rule, start, gradients)
     one = optax.chain(
         alone(name), optax.add_decayed_weights(DECAY), optax.scale_by_learning_rate(0.05)
     )
     step = one_step(one)
     for layer in {0, 1, layers // 2, layers - 1}:
         first = layer_of(start, layer)
-        want = run(one, first, [layer_of(each, layer) for each in gradients], step)
-        moved, expected = (
+        alone_after = run(one, first, [layer_of(g, layer) for g in gradients], step)
+        actual, expected = (
             named(jax.tree.map(lambda a, b: np.asarray(a) - b, after, first))
-            for after in (layer_of(got, layer), want)
+            for after in (layer_of(stacked, layer), alone_after)
         )
-        error, where = worst(moved, expected)
+        error, where = worst(actual, expected)
         assert error <= 2e-6, (where, layer)
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_the_state_is_that_of_each_layer_alone(name: Optimizer) -> None:
-    """With an axis of layers before; no more of it, and one count of steps for all."""
+def test_the_state_is_that_of_every_layer_alone(name: Optimizer) -> None:
+    """With a leading axis of layers, nothing added, and one count of steps for all."""
     params = tree(lambda *shape: jnp.ones(shape))
     rule = make_optimizer(name, 1.0, **OPTIONS, weight_decay=0.1, clip_norm=1.0)
     of_one = shapes_of(alone(name), layer_of(params, 0))
@@ -249,9 +255,9 @@ def test_the_state_is_that_of_each_layer_alone(name: Optimizer) -> None:
         before, stacked, name_in_layer = path.partition(".model.layers.")
         if not stacked:
             continue
-        ends = [each for each in of_one if before.endswith(each.partition(".model.")[0])]
-        (same,) = (each for each in ends if each.endswith(stacked + name_in_layer))
-        assert shape == (3, *of_one[same]), path
+        candidates = [one for one in of_one if before.endswith(one.partition(".model.")[0])]
+        (match,) = (one for one in candidates if one.endswith(stacked + name_in_layer))
+        assert shape == (3, *of_one[match]), path
         seen += 1
     assert seen == sum(".model.layers." in path for path in of_one) > 0
 
@@ -263,34 +269,34 @@ def shapes_of(rule: Any, params: Any) -> dict[str, tuple[int, ...]]:
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("clip", [0.5, 1e6, None])
-def test_the_clip_is_of_the_whole_tree(clip: float | None, dtype: str) -> None:
-    """Of its norm in float64; layers and all else are shortened alike. bfloat16 adds up in float32."""
+def test_clipping_is_by_the_norm_of_the_complete_tree(clip: float | None, dtype: str) -> None:
+    """As in float64; everything is scaled alike, and bfloat16 is summed in float32."""
     gradients = jax.tree.map(lambda leaf: jnp.asarray(leaf, dtype), random_tree(0))
     exact = {path: np.asarray(leaf, np.float64) for path, leaf in named(gradients).items()}
     norm = np.sqrt(sum(np.square(leaf).sum() for leaf in exact.values()))
     np.testing.assert_allclose(float(global_norm(gradients)), norm, rtol=1e-6)
     rule = make_optimizer("sgd", 1.0, **OPTIONS, weight_decay=0.0, clip_norm=clip)
     with jax.numpy_dtype_promotion("standard"):
-        moved = named(jax.jit(rule.update)(gradients, rule.init(gradients), gradients)[0])
+        updates = named(jax.jit(rule.update)(gradients, rule.init(gradients), gradients)[0])
     scale = 1.0 if clip is None else min(1.0, clip / norm)
     for path, leaf in exact.items():
-        want = jnp.asarray(-leaf * scale, dtype)
+        expected = jnp.asarray(-leaf * scale, dtype)
         np.testing.assert_allclose(
-            moved[path].astype(np.float64),
-            np.asarray(want, np.float64),
+            updates[path].astype(np.float64),
+            np.asarray(expected, np.float64),
             rtol=1e-2 if dtype == "bfloat16" else 1e-6,
         )
-        assert moved[path].dtype == jnp.dtype(dtype)
+        assert updates[path].dtype == jnp.dtype(dtype)
 
 
-def test_what_is_stacked() -> None:
+def test_which_parameters_are_stacked() -> None:
     flat, _ = jax.tree_util.tree_flatten_with_path(tree(lambda *shape: np.zeros(shape)))
     assert sum(is_stacked(path) for path, _ in flat) == 5
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 @pytest.mark.parametrize("name", NAMES)
-def test_dtypes_stay(name: Optimizer, dtype: str) -> None:
+def test_dtypes_do_not_change(name: Optimizer, dtype: str) -> None:
     params = tree(lambda *shape: jax.ShapeDtypeStruct(shape, jnp.dtype(dtype)))
     rule = make_optimizer(
         name, optax.constant_schedule(1e-3), **OPTIONS, weight_decay=0.1, clip_norm=1.0
@@ -299,8 +305,8 @@ def test_dtypes_stay(name: Optimizer, dtype: str) -> None:
     with jax.numpy_dtype_promotion("standard"):
         updates, after = jax.eval_shape(rule.update, params, before, params)
     kinds = [
-        jax.tree.map(lambda x: (x.shape, x.dtype), each)
-        for each in (before, after, params, updates)
+        jax.tree.map(lambda x: (x.shape, x.dtype), tree)
+        for tree in (before, after, params, updates)
     ]
     assert kinds[0] == kinds[1]
     assert kinds[2] == kinds[3]
@@ -308,24 +314,24 @@ def test_dtypes_stay(name: Optimizer, dtype: str) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
-def test_a_resumed_run_has_the_same_bits(name: Optimizer, tiny: Tiny, tmp_path: Path) -> None:
+def test_a_resumed_run_is_bit_for_bit_the_same(name: Optimizer, tiny: Tiny, tmp_path: Path) -> None:
     unused = {"beta1", "beta2", "eps"} - {*DIRECTIONS[name].uses}
-    options = {f"optimizer__{each}": value for each, value in OPTIONS.items() if each not in unused}
-    whole = tmp_path / "whole"
-    flags = run_flags(tiny, whole, steps=6, optimizer__name=name, **options)
+    options = {f"optimizer__{key}": value for key, value in OPTIONS.items() if key not in unused}
+    full = tmp_path / "full"
+    flags = run_flags(tiny, full, steps=6, optimizer__name=name, **options)
     assert main(flags) == 0
-    copy = Path(shutil.copytree(whole, tmp_path / "copy"))
+    copy = Path(shutil.copytree(full, tmp_path / "copy"))
     shutil.rmtree(copy / FOLDER / "6")
     assert main(["resume", str(copy)]) == 0
-    assert same_bits(state_of(copy, 6), state_of(whole, 6))
-    assert figures_of(copy) == figures_of(whole)
+    assert same_bits(state_of(copy, 6), state_of(full, 6))
+    assert figures_of(copy) == figures_of(full)
 
 
 @pytest.mark.parametrize(
-    ("meshes", "names"), [(1, WHOLE), pytest.param(3, NAMES, marks=pytest.mark.slow)]
+    ("meshes", "names"), [(1, NOT_ELEMENTWISE), pytest.param(3, NAMES, marks=pytest.mark.slow)]
 )
 def test_over_a_mesh(meshes: int, names: tuple[str, ...]) -> None:
-    """Two steps over eight devices are those on one, and each device holds about an eighth of the state."""
+    """Two steps over eight devices equal those on one; a device holds about an eighth of the state."""
     lines = output_lines("train.program.sharded_optimizer", str(meshes), *names)
     print("\n".join(lines))
     assert [line.split()[0] for line in lines] == [name for name in names for _ in range(meshes)]

@@ -60,8 +60,8 @@ def formula(name: str, step: int, steps: int, warmup: int, final: float, decay: 
     ],
 )
 def test_formulas(name: Schedule, steps: int, warmup: int, final: float, decay: float) -> None:
-    want = [PEAK * formula(name, step, steps, warmup, final, decay) for step in range(steps)]
-    np.testing.assert_allclose(rates(name, steps, warmup, final, decay), want, rtol=1e-12)
+    expected = [PEAK * formula(name, step, steps, warmup, final, decay) for step in range(steps)]
+    np.testing.assert_allclose(rates(name, steps, warmup, final, decay), expected, rtol=1e-12)
 
 
 @pytest.mark.parametrize(
@@ -77,22 +77,24 @@ def test_formulas(name: Schedule, steps: int, warmup: int, final: float, decay: 
         ("constant", "constant_schedule_with_warmup", {}),
     ],
 )
-def test_after_the_warmup_it_is_transformers(name: Schedule, theirs: str, options: dict) -> None:
-    """Its warmup begins with a step of rate 0; ours does not."""
+def test_after_the_warmup_rates_are_those_of_transformers(
+    name: Schedule, theirs: str, options: dict
+) -> None:
+    """In transformers the warmup begins with a step of rate 0."""
     steps, warmup = 40, 10
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=PEAK)
     counts = {"num_training_steps": steps} if name != "constant" else {}
     make = getattr(transformers.optimization, f"get_{theirs}")
     schedule = make(optimizer, num_warmup_steps=warmup, **counts, **options)
-    want = []
+    expected = []
     for _ in range(steps):
-        want.append(schedule.get_last_lr()[0])
+        expected.append(schedule.get_last_lr()[0])
         optimizer.step()
         schedule.step()
     ours = rates(name, steps, warmup, 0.0 if name == "linear" else 0.1)
-    np.testing.assert_allclose(ours[warmup:], want[warmup:], rtol=1e-12)
-    if name != "wsd":  # whose warmup begins at the final rate there
-        np.testing.assert_allclose(ours[: warmup - 1], want[1:warmup], rtol=1e-12)
+    np.testing.assert_allclose(ours[warmup:], expected[warmup:], rtol=1e-12)
+    if name != "wsd":  # in transformers its warmup begins at the final rate
+        np.testing.assert_allclose(ours[: warmup - 1], expected[1:warmup], rtol=1e-12)
 
 
 NAMES = ["cosine", "linear", "wsd", "constant"]
@@ -106,10 +108,10 @@ NAMES = ["cosine", "linear", "wsd", "constant"]
     final=st.floats(0, 1),
     decay=st.floats(0.01, 1),
 )
-def test_it_rises_to_the_peak_and_falls_to_its_end(
+def test_rates_rise_to_the_peak_and_fall_to_the_final_rate(
     name: Schedule, steps: int, warmup: int, final: float, decay: float
 ) -> None:
-    """Or is refused. The end is reached at `steps`: the last step, `steps` - 1, is on the way to it."""
+    """Or the options are refused. The final rate is reached at `steps`, one after the last step."""
     falling = max(round(steps * decay), 1)
     fits = {"constant": warmup <= steps, "wsd": warmup + falling <= steps}.get(name, warmup < steps)
     options = {"steps": steps, "warmup_steps": warmup, "decay_fraction": decay}
@@ -118,16 +120,16 @@ def test_it_rises_to_the_peak_and_falls_to_its_end(
             require_fit(name, **options)
         return
     rate = learning_rate_schedule(name, peak=PEAK, final_fraction=final, **options)
-    found = np.asarray(jax.vmap(rate)(np.arange(steps + 1)), np.float64) / PEAK
-    assert found[0] > 0
-    assert abs(found[:steps].max() - 1) <= 1e-6
+    relative = np.asarray(jax.vmap(rate)(np.arange(steps + 1)), np.float64) / PEAK
+    assert relative[0] > 0
+    assert abs(relative[:steps].max() - 1) <= 1e-6
     peak = max(warmup - 1, 0)
-    assert abs(found[peak] - 1) <= 1e-6
-    assert (np.diff(found[: peak + 1]) >= -1e-6).all()
-    assert (np.diff(found[peak:]) <= 1e-6).all()
+    assert abs(relative[peak] - 1) <= 1e-6
+    assert (np.diff(relative[: peak + 1]) >= -1e-6).all()
+    assert (np.diff(relative[peak:]) <= 1e-6).all()
     end = 1.0 if name == "constant" else final
-    assert abs(found[steps] - end) <= 1e-6
-    assert found[steps - 1] >= end - 1e-6
+    assert abs(relative[steps] - end) <= 1e-6
+    assert relative[steps - 1] >= end - 1e-6
 
 
 @pytest.mark.parametrize(
@@ -163,7 +165,7 @@ def test_it_rises_to_the_peak_and_falls_to_its_end(
         ("cosine", 1, 1, 0.2, "found 1, expected at most 0 of 1 steps with the cosine schedule"),
     ],
 )
-def test_what_does_not_fit(
+def test_options_that_do_not_fit(
     name: Schedule, steps: int, warmup: int, decay: float, message: str
 ) -> None:
     with pytest.raises(ValueError) as caught:
@@ -182,7 +184,7 @@ def test_the_default_warmup_fits_every_run(steps: int) -> None:
 
 
 def test_which_options_a_schedule_uses() -> None:
-    """An option is used where another value of it changes a rate."""
+    """An option is used if changing it changes a rate."""
     assert set(USES) == set(get_args(Schedule))
     for name in get_args(Schedule):
         first = rates(name, 20, 4, 0.1, 0.2)
@@ -210,6 +212,6 @@ def test_both_remedies_fit(steps: int, warmup: int, decay: float) -> None:
     options = {"steps": steps, "warmup_steps": warmup, "decay_fraction": decay}
     with pytest.raises(ValueError, match="steps together: lower") as refused:
         require_fit("wsd", **options)
-    most, fraction = re.findall(r" to ([0-9.]*[0-9])", str(refused.value))
-    require_fit("wsd", **(options | {"warmup_steps": int(most)}))
+    longest_warmup, fraction = re.findall(r" to ([0-9.]*[0-9])", str(refused.value))
+    require_fit("wsd", **(options | {"warmup_steps": int(longest_warmup)}))
     require_fit("wsd", **(options | {"decay_fraction": float(fraction)}))

@@ -1,7 +1,7 @@
-"""A hundred steps of training here and in a plain torch loop, from the same weights on the same data.
+"""A hundred training steps here and in a plain torch loop, from the same weights on the same data.
 
-In float64 the model of the loop is the oracle, which transformers' cannot be: it works in float32 inside.
-In float32 it is transformers', and both are compared with the float64 trajectory.
+In float64 torch trains the oracle, because transformers computes parts of its model in float32. In float32
+it trains transformers' model, and both are compared with the float64 trajectory.
 """
 
 import itertools
@@ -49,22 +49,22 @@ def windows(seed: int, packed: bool) -> Iterator[Windows]:
     """Every step's batch, int32 [micro, rows, seq]; a fifth of the labels ignored, differently in each."""
     rng = np.random.default_rng([seed, 2])
     shape = MICRO, ROWS, LENGTH
-    places = np.arange(LENGTH)
+    positions = np.arange(LENGTH)
     for _ in range(STEPS):
         ids = rng.integers(0, CONFIG["vocab_size"], (*shape[:2], LENGTH + 1))
         # the next token follows from this one most of the time, so that there is something to learn
-        known = (7 * ids[..., :-1] + 3) % CONFIG["vocab_size"]
-        labels = np.where(rng.random(shape) < 0.7, known, ids[..., 1:])
+        successor = (7 * ids[..., :-1] + 3) % CONFIG["vocab_size"]
+        labels = np.where(rng.random(shape) < 0.7, successor, ids[..., 1:])
         labels[rng.random(shape) < 0.2 + 0.3 * rng.random()] = -100
-        begins = (rng.random(shape) < 0.25) & packed | (places == 0)
-        starts = np.maximum.accumulate(np.where(begins, places, 0), axis=-1)
-        made = {
+        begins = (rng.random(shape) < 0.25) & packed | (positions == 0)
+        starts = np.maximum.accumulate(np.where(begins, positions, 0), axis=-1)
+        batch = {
             "input_ids": ids[..., :-1],
             "labels": labels,
             "segment_ids": begins.cumsum(-1),
-            "position_ids": places - starts,
+            "position_ids": positions - starts,
         }
-        yield {name: value.astype(np.int32) for name, value in made.items()}
+        yield {name: value.astype(np.int32) for name, value in batch.items()}
 
 
 # torch ----------------------------------------------------------------------------------------------
@@ -77,10 +77,10 @@ def torch_trajectory(
     decays = {name: not name.endswith(".bias") and "norm" not in name for name in parameters}
     groups = [
         {
-            "params": [p for name, p in parameters.items() if decays[name] == which],
-            "weight_decay": DECAY * which,
+            "params": [p for name, p in parameters.items() if decays[name] == decay],
+            "weight_decay": DECAY * decay,
         }
-        for which in (True, False)
+        for decay in (True, False)
     ]
     optimizer = torch.optim.AdamW(groups, lr=PEAK, betas=BETAS, eps=EPS)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
@@ -95,7 +95,7 @@ def torch_trajectory(
             loss = cross_entropy(logits(part).flatten(0, 1), labels, reduction="sum") / count
             loss.backward()
             total += loss.item()
-        # torch divides by norm + 1e-6, optax by the norm: the limit takes the difference out
+        # torch divides by norm + 1e-6, optax by the norm: this limit cancels the difference
         norm = torch.nn.utils.get_total_norm([p.grad for p in parameters.values()])
         torch.nn.utils.clip_grad_norm_(parameters.values(), CLIP * (1 + 1e-6 / norm.item()))
         optimizer.step()
@@ -175,9 +175,9 @@ def our_trajectory(
         params, opt_state, metrics = step(params, opt_state, Batch(**batch), None)
         losses.append(metrics.loss)
     (adam,) = (
-        each
-        for each in jax.tree.leaves(opt_state, is_leaf=lambda each: hasattr(each, "mu"))
-        if hasattr(each, "mu")
+        state
+        for state in jax.tree.leaves(opt_state, is_leaf=lambda node: hasattr(node, "mu"))
+        if hasattr(state, "mu")
     )
     named = {
         prefix + name: value
@@ -187,24 +187,24 @@ def our_trajectory(
     return Trajectory([float(loss) for loss in losses], named)
 
 
-def test_float64_is_torch() -> None:
+def test_float64_trajectory_is_that_of_torch() -> None:
     weights = weights_of(CONFIG)
     with jax.enable_x64(True):
         program = our_program(jnp.float64, jnp.float64, FAST_COMPILE)
     for packed in (False, True):
-        want = torch_trajectory(weights, windows(0, packed), torch.float64)
+        expected = torch_trajectory(weights, windows(0, packed), torch.float64)
         with jax.enable_x64(True):
-            got = our_trajectory(program, weights, windows(0, packed), jnp.float64)
-        assert want.losses[-1] < want.losses[0] - 0.5  # it learns: a hundred steps that matter
-        losses = np.abs(np.subtract(got.losses, want.losses)) / want.losses
-        error, name = worst(got.state, want.state)
+            actual = our_trajectory(program, weights, windows(0, packed), jnp.float64)
+        assert expected.losses[-1] < expected.losses[0] - 0.5  # the steps do train
+        losses = np.abs(np.subtract(actual.losses, expected.losses)) / expected.losses
+        error, name = worst(actual.state, expected.state)
         print(f"float64, {packed=}: losses {losses.max():.1e}, state {error:.1e} ({name})")
         assert losses.max() <= TRAJECTORY_BAR
         assert error <= TRAJECTORY_BAR, name
 
 
 def pooled(seeds: int) -> tuple[float, float]:
-    """rms error of the losses in float32, ours and transformers', over packed and whole windows."""
+    """rms error of the losses in float32, ours and transformers', over packed and unpacked windows."""
     program = our_program(jnp.float32, jnp.float32)
     ours, theirs, exact = [], [], []
     for seed, packed in itertools.product(range(seeds), (False, True)):
@@ -216,13 +216,13 @@ def pooled(seeds: int) -> tuple[float, float]:
 
 
 @pytest.mark.parametrize("seeds", [1, pytest.param(12, marks=pytest.mark.slow)])
-def test_float32_is_no_further_off_than_torch(seeds: int) -> None:
+def test_float32_error_is_within_the_rounding_ratio_of_torch(seeds: int) -> None:
     ours, theirs = pooled(seeds)
     print(f"float32, {seeds} seeds: losses {ours:.2e}, torch {theirs:.2e}, {ours / theirs:.2f}")
     assert ours <= ROUNDING_RATIO * theirs
 
 
-def test_bfloat16_computation_is_near_float32() -> None:
+def test_bfloat16_losses_are_near_float32() -> None:
     weights = weights_of(CONFIG)
     exact, rounded = (
         our_trajectory(
@@ -233,6 +233,6 @@ def test_bfloat16_computation_is_near_float32() -> None:
         )
         for compute in (jnp.float32, jnp.bfloat16)
     )
-    apart = np.abs(np.subtract(rounded.losses, exact.losses)) / exact.losses
-    print(f"bfloat16 computation: losses {apart.max():.1e} from float32's")
-    assert 1e-5 < apart.max() < 0.03
+    errors = np.abs(np.subtract(rounded.losses, exact.losses)) / exact.losses
+    print(f"bfloat16 computation: losses {errors.max():.1e} from float32's")
+    assert 1e-5 < errors.max() < 0.03

@@ -284,10 +284,10 @@ def test_another_run(flag: str, found: str, finished: Path, capfd: Any) -> None:
     ("changes", "message"),
     [
         ({"mesh__data": 3}, "mesh: found data 3 x fsdp 1 x sequence 1 x tensor 1 = 3, expected 1 devices"),
-        ({"mesh__tensor": 0}, "mesh.tensor: found 0, expected at least 1, or -1 for the rest"),
+        ({"mesh__tensor": 0}, "mesh.tensor: found 0, expected at least 1, or -1 for what is left"),
         ({"mesh__tensor": -1}, "mesh: found -1 for data and tensor, expected it once"),
         ({"steps": 0}, "steps: found 0, expected at least 1"),
-        ({"micro_batches": 3}, "micro-batches: found 3, expected to divide the batch size 8"),
+        ({"micro_batches": 3}, "micro-batches: found 3, expected a divisor of the batch size 8"),
         ({"sequence_length": 65}, "sequence-length: found 65, expected at most max_position_embeddings=64"),
         ({"optimizer__beta2": 1.5}, "optimizer.beta2: found 1.5, expected at least 0 and below 1"),
         ({"optimizer__learning_rate": "nan"}, "optimizer.learning-rate: found nan, expected a finite"),
