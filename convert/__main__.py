@@ -137,18 +137,18 @@ def _info(arguments: Sequence[str], say: Console) -> int:
     facts = info(options.source)
     if options.json:
         print(json.dumps(facts, indent=2))
-        return 1 if facts["faults"] else 0
+        return 1 if facts["problems"] else 0
     table = Table(show_header=False, box=None)
     for _ in range(2):
         table.add_column(overflow="fold")
     for key, value in facts.items():
-        if key == "config" or (key == "faults" and not value):
+        if key == "config" or (key == "problems" and not value):
             continue
         table.add_row(Text(key, style="bold"), _readable(value))
     for key, value in facts["config"].items():
         table.add_row(f"config.{key}", _readable(value))
     console().print(table)
-    return 1 if facts["faults"] else 0
+    return 1 if facts["problems"] else 0
 
 
 def _print_plan(todo: Plan, say: Console) -> None:

@@ -1,4 +1,4 @@
-"""One tensor into another dtype, and what that did to its values."""
+"""Casting a tensor to another dtype, and counting what that changed."""
 
 from __future__ import annotations
 
@@ -15,27 +15,26 @@ class Changes(NamedTuple):
     """How many values of a tensor a cast changed."""
 
     rounded: int
-    """All whose value is another one than before, the following two included."""
+    """All that changed, the following two included."""
     to_zero: int
-    """Those that were not zero and are."""
+    """Those that became zero."""
     subnormal: int
-    """Those that are now below the smallest normal number, where digits are lost."""
+    """Those that fell below the smallest normal number, where digits are lost."""
 
 
-Rule = Callable[[str, np.ndarray, np.dtype[Any]], np.ndarray]
+CastRule = Callable[[str, np.ndarray, np.dtype[Any]], np.ndarray]
 """`(name, values, dtype) -> values` as they are to be stored."""
 
 
-def casts(dtype: str | None) -> Rule:
-    """The rule of formats that store plain numbers, whatever `--dtype` is."""
-    return cast
-
-
 def cast(name: str, values: np.ndarray, dtype: np.dtype[Any]) -> np.ndarray:
-    """`values` as `dtype`, rounded to nearest even.
+    """`values` as `dtype`, rounded to nearest even; `values` itself where it has that dtype.
 
-    Raises ValueError when values are not finite, or finite ones would not stay so (float16 ends at
-    65504): a model with them computes NaN, and nobody would know why.
+    Raises:
+        ValueError: values that are not finite, or would overflow (float16 ends at 65504): a model with them
+            computes NaN, and nobody would know why.
+
+    >>> cast("norm", np.float32([1.0009765, 2.0]), np.dtype(np.float16))
+    array([1.001, 2.   ], dtype=float16)
     """
     if not all_finite(values):
         count = int(values.size - np.isfinite(values).sum())
@@ -57,17 +56,22 @@ _CHUNK = 2**20  # values compared at a time: bounds the temporaries
 
 
 def changes(before: np.ndarray, after: np.ndarray) -> Changes | None:
-    """What became of the values of `before` in `after`, arrays of one shape; None if nothing did."""
+    """How many values differ between two arrays of one shape; None if none do.
+
+    >>> changes(np.float32([1e-9, 1.0]), np.float16([1e-9, 1.0]))
+    Changes(rounded=1, to_zero=1, subnormal=0)
+    """
     if after is before:
         return None
     smallest = float(ml_dtypes.finfo(after.dtype).smallest_normal)
     wide = np.float64 if np.float64 in (before.dtype, after.dtype) else np.float32
     rounded = to_zero = subnormal = 0
-    old, new = before.reshape(-1), after.reshape(-1)
-    for start in range(0, old.size, _CHUNK):
-        was, now = (each[start : start + _CHUNK].astype(wide) for each in (old, new))
-        changed = was != now
+    all_before, all_after = before.reshape(-1), after.reshape(-1)
+    for start in range(0, all_before.size, _CHUNK):
+        old = all_before[start : start + _CHUNK].astype(wide)
+        new = all_after[start : start + _CHUNK].astype(wide)
+        changed = old != new
         rounded += int(changed.sum())
-        to_zero += int((changed & (now == 0)).sum())
-        subnormal += int((changed & (now != 0) & (np.abs(now) < smallest)).sum())
+        to_zero += int((changed & (new == 0)).sum())
+        subnormal += int((changed & (new != 0) & (np.abs(new) < smallest)).sum())
     return Changes(rounded, to_zero, subnormal) if rounded else None

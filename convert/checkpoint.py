@@ -1,7 +1,7 @@
 """What every reader returns and every writer takes: a config, and a stream of named tensors.
 
-Names, shapes and row order are Hugging Face's Llama (`model.layers.0.self_attn.q_proj.weight`, [out, in]),
-the form that all formats know.
+Names, shapes and the order of rows are those of Hugging Face's Llama
+(`model.layers.0.self_attn.q_proj.weight`, [out, in]), which every other format can be converted to.
 """
 
 from __future__ import annotations
@@ -25,31 +25,31 @@ DTYPES: dict[str, np.dtype[Any]] = {
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A model at rest in some format; nothing but its headers has been read."""
+    """A stored model, in any format; only its headers have been read."""
 
     format: str
-    """Where it comes from, for people: "GGUF v3"."""
+    """The format it comes from, for people: "GGUF v3"."""
     config: dict[str, Any]
     """The content of a Hugging Face `config.json`, without a dtype."""
     tensors: tuple[TensorSpec, ...]
     """Every tensor as `load` returns it, in the order in which it is read fastest."""
     load: Callable[[str], np.ndarray]
-    """The values of one tensor, read when called; raises ValueError if they cannot be had."""
+    """The values of one tensor, read when called; raises ValueError if they cannot be read."""
     dtype: str | None
     """Of a source, the dtype that loses nothing worth keeping, a key of DTYPES; of what a writer gets, the
-    one asked for. None: each tensor's own."""
+    one to write. None: each tensor's own."""
     files: Mapping[str, bytes] = field(default_factory=dict)
-    """Files that travel along, by name: tokenizer, templates, generation config."""
+    """Files that go with the weights, by name: tokenizer, templates, generation config."""
     digests: Mapping[str, str] = field(default_factory=dict)
     """SHA-256 of what `load` must return, by tensor, where it was recorded when that was written."""
     facts: Mapping[str, Any] = field(default_factory=dict)
-    """More about the source that `info` shows: stored types, name, licence, tokenizer."""
+    """More about the source that `info` shows: stored types, name, license, tokenizer."""
     notes: tuple[str, ...] = ()
     """What the user should know: something assumed, or something left behind."""
 
     @property
     def parameters(self) -> int:
-        """How many numbers the model has; a tied output projection is not counted twice."""
+        """How many parameters the model has; a tied output projection is not counted twice."""
         return sum(spec.size for spec in self.tensors)
 
 
@@ -62,33 +62,18 @@ _OTHER_NAMES = {
 
 
 def dtype_name(text: str) -> str:
-    """A dtype's name as `--dtype` has it, from any that formats and `info` use: F32, BF16, Q8_0.
+    """A dtype's name as `--dtype` takes it, from any that formats and `info` use.
 
-    What is no dtype comes back as it is.
+    A text that is no dtype is returned in lower case.
+
+    >>> [dtype_name(text) for text in ("F32", "BF16", "torch.float16", "Q8_0")]
+    ['float32', 'bfloat16', 'float16', 'q8_0']
     """
-    found = text.strip().lower().removeprefix("torch.")
-    return _OTHER_NAMES.get(found, found)
+    name = text.strip().lower().removeprefix("torch.")
+    return _OTHER_NAMES.get(name, name)
 
 
 def common_dtype(specs: Sequence[TensorSpec]) -> str | None:
     """The dtype that all tensors share, as a key of DTYPES; None where they differ."""
-    found = {spec.dtype for spec in specs}
-    return next((name for name, dtype in DTYPES.items() if found == {dtype}), None)
-
-
-def in_dtype(checkpoint: Checkpoint, dtype: str | None) -> list[TensorSpec]:
-    """The tensors with every one in `dtype`, a key of DTYPES; None leaves each its own."""
-    return [
-        spec if dtype is None else TensorSpec(spec.name, DTYPES[dtype], spec.shape)
-        for spec in checkpoint.tensors
-    ]
-
-
-def plain_bytes(spec: TensorSpec, dtype: str | None) -> int:
-    """Bytes on disk in formats that store plain numbers, whatever `--dtype` is."""
-    return spec.nbytes
-
-
-def no_losses(checkpoint: Checkpoint) -> list[str]:
-    """Nothing is left behind."""
-    return []
+    dtypes = {spec.dtype for spec in specs}
+    return next((name for name, dtype in DTYPES.items() if dtypes == {dtype}), None)

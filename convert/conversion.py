@@ -1,4 +1,4 @@
-"""A conversion: planned, then run a tensor at a time, proved, and only then given its name."""
+"""Conversions: planned, run a tensor at a time, proved, and only then renamed into place."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _BASE_MEMORY = 600_000_000  # Python, JAX, TensorStore
 
 @dataclass(frozen=True)
 class Plan:
-    """A conversion that has been checked and not begun: what it will read, write and cost."""
+    """A conversion that has been checked but not begun: what it will read, write and cost."""
 
     source: Path
     checkpoint: Checkpoint
@@ -36,7 +36,7 @@ class Plan:
     to: str
     """A key of FORMATS."""
     dtype: str | None
-    """What is asked of the target's format; None: each tensor's own."""
+    """To write; None: each tensor's own."""
     specs: tuple[TensorSpec, ...]
     """The tensors as the target's own reader will return them."""
     max_shard_size: int
@@ -50,21 +50,18 @@ class Plan:
 
     @property
     def bytes_to_write(self) -> int:
-        """Bytes of tensors in the result, all files together."""
+        """Bytes of all tensors in the output."""
         return sum(FORMATS[self.to].stored_bytes(spec, self.dtype) for spec in self.specs)
 
     @property
     def peak_memory(self) -> int:
-        """Bytes that are surely enough: the program, and three times the largest tensor."""
-        largest = max(
-            max(read.nbytes, written.nbytes)
-            for read, written in zip(self.checkpoint.tensors, self.specs, strict=True)
-        )
+        """Bytes that are certainly enough: the program, and three times the largest tensor."""
+        largest = max(spec.nbytes for spec in (*self.checkpoint.tensors, *self.specs))
         return _BASE_MEMORY + 3 * largest
 
     @property
     def seconds(self) -> float:
-        """A guess, from what disk and processor do now."""
+        """An estimate, from a short trial of the disk and the processor."""
         return seconds(
             self.destination.parent,
             read=sum(spec.nbytes for spec in self.checkpoint.tensors),
@@ -98,9 +95,10 @@ def plan(
 ) -> Plan:
     """Check a conversion as far as that can be done before it begins. For the arguments see `convert`.
 
-    Raises ValueError for a source that is damaged or not a Llama, one that the target cannot hold, a
-    destination that exists, lies in the source or has no parent directory, an unknown format or dtype,
-    and a disk, or for `logits` a memory, without the room.
+    Raises:
+        ValueError: a source that is damaged or not a Llama, or that the target cannot hold; a destination
+            that exists, is inside the source or has no parent directory; an unknown format or dtype; too
+            little disk, or for `logits` memory.
     """
     target = Path(os.path.abspath(destination))
     to = to or ("gguf" if target.suffix == ".gguf" else "hf")
@@ -113,16 +111,16 @@ def plan(
             f"dtype is {dtype!r}, expected one of {', '.join(format_.DTYPE_NAMES)} for {format_.TITLE}"
         )
     if max_shard_size is not None and to != "hf":
-        raise ValueError(f"max_shard_size is for Hugging Face, expected none for {format_.TITLE}")
+        raise ValueError(f"max_shard_size is for Hugging Face only, not for {format_.TITLE}")
     if max_shard_size is not None and max_shard_size <= 0:
         raise ValueError(f"max_shard_size is {max_shard_size}, expected a positive number of bytes")
     path = Path(source)
     if os.path.lexists(target):
-        raise ValueError(f"{destination}: exists, expected a name that is free")
+        raise ValueError(f"{destination}: exists already; choose another name or remove it")
     if path.is_dir() and target.resolve().is_relative_to(path.resolve()):
-        raise ValueError(f"{destination}: lies in {source}, expected a place outside the source")
+        raise ValueError(f"{destination}: is inside the source {source}; choose a path outside it")
     if not target.parent.is_dir():
-        raise ValueError(f"{target.parent}: not a directory, expected it to hold {target.name}")
+        raise ValueError(f"{target.parent}: not a directory; create it first")
     if not os.access(target.parent, os.W_OK | os.X_OK):
         raise ValueError(f"{target.parent}: no permission to write there")
     checkpoint = registry.read(path, tokenizer=tokenizer)
@@ -137,7 +135,7 @@ def plan(
         destination=target,
         to=to,
         dtype=chosen,
-        specs=tuple(format_.specs(checkpoint, chosen)),
+        specs=tuple(format_.target_specs(checkpoint, chosen)),
         max_shard_size=max_shard_size or DEFAULT_SHARD,
         verify=verify,
         logits=logits,
@@ -150,26 +148,32 @@ def plan(
 
 
 def run(plan: Plan, progress: Callable[[int], None] | None = None) -> Report:
-    """Do what `plan` says; `progress` is told the bytes just written, then those just compared."""
-    format_, tell = FORMATS[plan.to], progress or (lambda count: None)
-    name = plan.destination.name
-    rule = format_.rule(plan.dtype)
+    """Do what `plan` says.
+
+    Args:
+        progress: is called with the number of bytes just written, then just compared.
+
+    Raises:
+        ValueError: values that are not finite or do not fit the dtype, damage in the source, or an output
+            that is not read back as it was written.
+        OSError: the disk is full or broken.
+    """
+    format_ = FORMATS[plan.to]
+    progress = progress or (lambda count: None)
+    cast_rule = format_.cast_rule(plan.dtype)
     options: dict[str, Any] = {"max_shard_size": plan.max_shard_size} if plan.to == "hf" else {}
-    asked = replace(plan.checkpoint, dtype=plan.dtype)
-    with staging_in(plan.destination.parent, name) as staging:
-        place = staging / name
-        with record.recording(plan.source, asked, plan.specs, rule) as (
-            checkpoint,
-            written,
-        ):
-            format_.write(checkpoint, place, tell, **options)
-            records = {name: future.result() for name, future in written.items()}
+    source = replace(plan.checkpoint, dtype=plan.dtype)
+    with staging_in(plan.destination.parent, plan.destination.name) as staging:
+        output = staging / plan.destination.name
+        with record.recording(plan.source, source, plan.specs, cast_rule) as (checkpoint, futures):
+            format_.write(checkpoint, output, progress, **options)
+            records = {name: future.result() for name, future in futures.items()}
         if plan.verify:
-            read_back(format_.read, place, checkpoint.config, records, tell)
+            read_back(format_.read, output, checkpoint.config, records, progress)
         comparison = None
         if plan.logits:
-            written_back = format_.read(place, tokenizer=False)
-            comparison = compare_logits(plan.source, plan.checkpoint, written_back, rule)
+            written = format_.read(output, tokenizer=False)
+            comparison = compare_logits(plan.source, plan.checkpoint, written, cast_rule)
         facts = {
             "source": plan.checkpoint.format,
             "target": format_.TITLE,
@@ -178,12 +182,14 @@ def run(plan: Plan, progress: Callable[[int], None] | None = None) -> Report:
             "verified": plan.verify,
             "logits": None if comparison is None else comparison._asdict(),
         }
-        record.write(record.place(place), facts, records)
-        to_disk(staging)  # which the system has been writing to while tensors were compared
-        if place.is_file():
-            os.replace(record.place(place), record.place(plan.destination))
-        move(place, plan.destination)
-    changed = {name: each.changes for name, each in records.items() if each.changes is not None}
+        record.write(record.record_path(output), facts, records)
+        to_disk(staging)  # most of it is there already: it was written while tensors were compared
+        if output.is_file():
+            os.replace(record.record_path(output), record.record_path(plan.destination))
+        move(output, plan.destination)
+    changed = {
+        name: written.changes for name, written in records.items() if written.changes is not None
+    }
     return Report(plan.destination, len(records), changed, plan.verify, comparison)
 
 
@@ -201,16 +207,23 @@ def convert(
     """Convert the Llama at `source`, of any known format, into `destination` and return its path.
 
     Args:
-        to: hf, orbax, gguf or meta; by default gguf where `destination` ends so, else hf.
-        dtype: float32, bfloat16, float16, float64, or q8_0 for GGUF, in capitals or not, or as formats
-            have them (F32, BF16); by default what loses nothing.
-        max_shard_size: bytes of a safetensors file.
-        tokenizer: whether it travels along; otherwise faults in it do not matter.
-        verify: read the result back and compare every tensor, before it has its name.
-        logits: compare logits with PyTorch's as well, which takes torch and the model in memory.
+        source: a directory or file; its format is detected.
+        destination: the directory, or for GGUF the file, to create; whatever happens, it is either absent
+            or complete.
+        to: hf, orbax, gguf or meta; by default gguf where `destination` ends in .gguf, else hf.
+        dtype: float32, bfloat16, float16, float64, or q8_0 for GGUF; the names that formats use (F32, BF16)
+            are accepted as well. By default what loses nothing.
+        max_shard_size: largest size of a safetensors file, in bytes.
+        tokenizer: whether to convert it too; if not, errors in it do not matter.
+        verify: read the output back and compare every tensor before it is renamed into place.
+        logits: compare logits with PyTorch's as well, which needs torch and memory for three models.
 
-    `destination` is either absent or whole, whatever happens. Raises ValueError for what the user can
-    mend (see `plan`) and OSError for the disk's faults.
+    Raises:
+        ValueError: a mistake that you can correct, in one line; see `plan` and `run`.
+        OSError: the disk is full or broken.
+
+    Example:
+        convert("model.gguf", "model/", dtype="bfloat16")
     """
     todo = plan(
         source,
@@ -226,34 +239,36 @@ def convert(
 
 
 def info(source: str | os.PathLike[str]) -> dict[str, Any]:
-    """What is in a checkpoint: format, parameters, config, dtypes, sizes, tokenizer, notes, faults.
+    """What is in a checkpoint: format, parameters, config, dtypes, sizes, tokenizer, notes, problems.
 
-    A fault of the tokenizer, or of weights that a config.json describes, is told, not raised; nothing
-    but headers is read. Raises ValueError where nothing can be said.
+    Only headers are read. A problem with the tokenizer, or with weights beside a config.json that can be
+    read, is listed under "problems" instead of raised.
+
+    Raises:
+        ValueError: nothing there is a checkpoint.
     """
     path = Path(source)
-    faults: list[str] = []
+    problems: list[str] = []
     try:
         checkpoint = registry.read(path)
     except ValueError as error:
-        faults.append(str(error))
+        problems.append(str(error))
         try:
             checkpoint = registry.read(path, tokenizer=False)
         except ValueError as second:
-            if str(second) != faults[0]:
-                faults.append(str(second))
-            config = registry.config_of(path)
+            if str(second) != problems[0]:
+                problems.append(str(second))
             return {
-                "format": registry.recognise(path).TITLE,
-                "config": config,
+                "format": registry.recognize(path).TITLE,
+                "config": registry.config_of(path),
                 "notes": [],
-                "faults": faults,
+                "problems": problems,
             }
     try:
         tokenizer = tokenizer_facts(checkpoint.files)
     except ValueError as error:
         tokenizer = {}
-        faults.append(str(error))
+        problems.append(str(error))
     return {
         "format": checkpoint.format,
         "parameters": checkpoint.parameters,
@@ -265,5 +280,5 @@ def info(source: str | os.PathLike[str]) -> dict[str, Any]:
         "files": sorted(checkpoint.files),
         "digests": len(checkpoint.digests),
         "notes": list(checkpoint.notes),
-        "faults": faults,
+        "problems": problems,
     }

@@ -1,7 +1,7 @@
 """`conversion.json`: what was converted from what, and the SHA-256 of every tensor.
 
-It lies in the directory that was made, or beside the file. A checkpoint that has one is checked against
-it whenever it is read, so that damage within a tensor does not travel on.
+It is in the directory that was written, or beside the file. A checkpoint that has one is checked against it
+whenever it is read, so that damage within a tensor is not passed on.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from convert.casting import Changes, Rule, changes
+from convert.casting import CastRule, Changes, changes
 from convert.checkpoint import Checkpoint
 from llama_jax.checkpoints.safetensors_write import TensorSpec
 from llama_jax.files.json_object import read_json_object
@@ -37,39 +37,56 @@ class Record(NamedTuple):
     changes: Changes | None
 
 
-def place(path: Path) -> Path:
-    """Where the record of a converted directory or file is."""
+def record_path(path: Path) -> Path:
+    """Where the record of a converted directory or file is.
+
+    >>> record_path(Path("model.gguf")).name
+    'model.gguf.conversion.json'
+    """
     return path / FILE if path.is_dir() else path.with_name(f"{path.name}.{FILE}")
 
 
 def digest(values: np.ndarray) -> str:
-    """SHA-256 of the values' bytes in C order, as hexadecimal digits."""
+    """SHA-256 of the values' bytes in C order, as hexadecimal digits.
+
+    >>> digest(np.zeros(2, np.float32))[:16]
+    'af5570f5a1810b7a'
+    """
     return hashlib.sha256(np.ascontiguousarray(values).reshape(-1).view(np.uint8).data).hexdigest()
 
 
 def read_digests(path: Path, checkpoint: Checkpoint) -> Checkpoint:
     """`checkpoint` with the digests of its record, where it has one.
 
-    Raises ValueError for a damaged record, or one of other tensors.
+    Raises:
+        ValueError: a damaged record, or one of other tensors.
     """
-    file = place(path)
+    file = record_path(path)
     if not file.exists():
         return checkpoint
-    tensors = read_json_object(file).get("tensors")
-    try:
-        found = {name: entry["sha256"] for name, entry in tensors.items()}  # type: ignore[union-attr]
-        sound = all(isinstance(each, str) and _SHA256.fullmatch(each) for each in found.values())
-    except (AttributeError, KeyError, TypeError):
-        sound = False
-    if not sound:
-        raise ValueError(f"{file}: found no digests, expected one for each tensor") from None
+    digests = _digests(read_json_object(file).get("tensors"))
+    if digests is None:
+        raise ValueError(f"{file}: has no SHA-256 for each tensor; remove it to read without it")
     names = {spec.name for spec in checkpoint.tensors}
-    if other := sorted(names ^ found.keys()):
+    if unmatched := sorted(names ^ digests.keys()):
         raise ValueError(
-            f"{file}: is of other tensors than the weights beside it ({other[0]}, {len(other)} in all); "
-            "remove it if they were changed on purpose"
+            f"{file}: does not have the tensors of the weights beside it ({unmatched[0]}, "
+            f"{len(unmatched)} in all); remove it if the weights were changed on purpose"
         )
-    return replace(checkpoint, digests=found)
+    return replace(checkpoint, digests=digests)
+
+
+def _digests(tensors: Any) -> dict[str, str] | None:
+    """The SHA-256 of every tensor in a record; None where it is not one."""
+    if not isinstance(tensors, dict):
+        return None
+    digests = {}
+    for name, entry in tensors.items():
+        sha256 = entry.get("sha256") if isinstance(entry, dict) else None
+        if not isinstance(sha256, str) or not _SHA256.fullmatch(sha256):
+            return None
+        digests[name] = sha256
+    return digests
 
 
 @contextmanager
@@ -77,72 +94,90 @@ def recording(
     source: Path,
     checkpoint: Checkpoint,
     specs: Sequence[TensorSpec],
-    rule: Rule,
+    cast_rule: CastRule,
 ) -> Iterator[tuple[Checkpoint, dict[str, Future[Record]]]]:
-    """`checkpoint` with every tensor passed through `rule` as it is loaded, and the records of those.
+    """`checkpoint` with every tensor passed through `cast_rule` as it is loaded, and the records of those.
 
-    While a tensor is written, another thread makes its record and a third reads the one that follows; no
-    more than these three are held. Raises ValueError, on a later `load` or from the future, where a tensor
-    is not what its digest says.
+    While a tensor is written, another thread makes its record and a third reads the next one; no more than
+    these three are held.
+
+    Args:
+        specs: the tensors as they are to be written, in the order in which they will be.
+
+    Raises:
+        ValueError: on a later `load`, or from a future, where a tensor is not what its digest says.
     """
     dtypes = {spec.name: spec.dtype for spec in specs}
-    follows = {one.name: other.name for one, other in pairwise(specs)}
+    next_name = {spec.name: following.name for spec, following in pairwise(specs)}
     records: dict[str, Future[Record]] = {}
-    ahead: dict[str, Future[tuple[np.ndarray, bool, Changes | None]]] = {}
-    newest: list[Future[Record]] = []
+    prefetched: dict[str, Future[_Loaded]] = {}
+    unchecked: list[Future[Record]] = []
 
     def require(name: str, sha256: str) -> None:
-        expected = checkpoint.digests.get(name, sha256)
-        if sha256 != expected:
+        if sha256 != checkpoint.digests.get(name, sha256):
+            file = record_path(source).name
             raise ValueError(
-                f"{source}: tensor {name}: its values are not those that {place(source).name} has the "
-                f"digest of: damaged, or changed since (then remove {place(source).name})"
+                f"{source}: tensor {name}: its SHA-256 is not the one in {file}: "
+                f"damaged, or changed since (then remove {file})"
             )
 
-    def fetch(name: str) -> tuple[np.ndarray, bool, Changes | None]:
+    def fetch(name: str) -> _Loaded:
         values = checkpoint.load(name)
         try:
-            result = rule(name, values, dtypes[name])
+            result = cast_rule(name, values, dtypes[name])
         except ValueError as error:
             raise ValueError(f"{source}: {error}") from None
         if result is values:
-            return result, True, None
+            return _Loaded(result, cast=False, changes=None)
         # here, so that the source's values are not held while those of the target are written
         if name in checkpoint.digests:
             require(name, digest(values))
-        return result, False, changes(values, result)
+        return _Loaded(result, cast=True, changes=changes(values, result))
 
-    def record(name: str, result: np.ndarray, as_read: bool, changed: Changes | None) -> Record:
-        sha256 = digest(result)
-        if as_read:
+    def record(name: str, loaded: _Loaded) -> Record:
+        sha256 = digest(loaded.values)
+        if not loaded.cast:
             require(name, sha256)
-        return Record(str(result.dtype), result.shape, sha256, changed)
+        return Record(str(loaded.values.dtype), loaded.values.shape, sha256, loaded.changes)
 
     def load(name: str) -> np.ndarray:
-        while newest:
-            newest.pop().result()
-        fetched = ahead.pop(name, None)
-        result, as_read, changed = fetch(name) if fetched is None else fetched.result()
-        records[name] = digesting.submit(record, name, result, as_read, changed)
-        newest.append(records[name])
-        ahead.clear()
-        if name in follows:
-            ahead[follows[name]] = reading.submit(fetch, follows[name])
-        return result
+        while unchecked:
+            unchecked.pop().result()
+        future = prefetched.pop(name, None)
+        loaded = fetch(name) if future is None else future.result()
+        records[name] = digesting.submit(record, name, loaded)
+        unchecked.append(records[name])
+        prefetched.clear()
+        if name in next_name:
+            prefetched[next_name[name]] = reading.submit(fetch, next_name[name])
+        return loaded.values
 
     with ThreadPoolExecutor(1) as digesting, ThreadPoolExecutor(1) as reading:
         yield replace(checkpoint, tensors=tuple(specs), load=load, digests={}), records
+
+
+class _Loaded(NamedTuple):
+    """A tensor as it is to be written."""
+
+    values: np.ndarray
+    cast: bool
+    changes: Changes | None
 
 
 def write(path: Path, facts: dict[str, Any], records: dict[str, Record]) -> None:
     """Write the record of a conversion to `path`.
 
     Args:
-        facts: of the whole conversion: formats, dtype, what was verified.
+        facts: of the conversion: formats, dtype, what was verified.
+        records: of its tensors, by name.
     """
-    tensors = {
-        name: {"dtype": each.dtype, "shape": list(each.shape), "sha256": each.sha256}
-        | ({} if each.changes is None else {"changed": each.changes._asdict()})
-        for name, each in records.items()
-    }
+    tensors: dict[str, dict[str, Any]] = {}
+    for name, record in records.items():
+        tensors[name] = {
+            "dtype": record.dtype,
+            "shape": list(record.shape),
+            "sha256": record.sha256,
+        }
+        if record.changes is not None:
+            tensors[name]["changed"] = record.changes._asdict()
     path.write_text(json.dumps({**facts, "tensors": tensors}, indent=1) + "\n", encoding="utf-8")

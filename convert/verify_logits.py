@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from convert.casting import Rule
+from convert.casting import CastRule
 from convert.checkpoint import Checkpoint
 from convert.estimate import available_memory
 from llama_jax import LlamaConfig, LlamaForCausalLM
@@ -54,11 +54,11 @@ def require_means(checkpoint: Checkpoint) -> None:
 
 
 def compare_logits(
-    source: Path, checkpoint: Checkpoint, written: Checkpoint, rule: Rule
+    source: Path, checkpoint: Checkpoint, written: Checkpoint, cast_rule: CastRule
 ) -> Comparison:
     """Run both on the same tokens: `written` by this library, the source by transformers.
 
-    Where transformers can read `source` itself, it does; then `rule` rounds its weights as the written
+    Where transformers can read `source` itself, it does; then `cast_rule` rounds its weights as the written
     ones were.
 
     Raises:
@@ -73,7 +73,7 @@ def compare_logits(
     theirs = _torch_model(source, checkpoint)
     with torch.no_grad():
         for name, parameter in theirs.named_parameters():
-            values = rule(name, parameter.numpy(), dtypes[name]).astype(np.float32)
+            values = cast_rule(name, parameter.numpy(), dtypes[name]).astype(np.float32)
             parameter.copy_(torch.from_numpy(values))
     config = LlamaConfig.from_dict(checkpoint.config)
     ids = _token_ids(checkpoint.files, config)

@@ -1,1 +1,1 @@
-"""The formats, one module or package each."""
+"""The checkpoint formats, one module or package each; `registry` lists them and says what one provides."""

@@ -1,10 +1,10 @@
 """PyTorch's own files (`.bin`, `.pth`), a tensor at a time.
 
 Since torch 1.6 such a file is a zip: `data.pkl`, which says what tensors there are, and one entry
-`data/KEY` of plain numbers for each storage. The pickle is read by `torch.load(weights_only=True)`, from
-a zip of its own in memory whose storages are empty, onto the meta device: no number is touched, no byte
-of the file is trusted by more than Python's `zipfile`. The numbers are then read where they lie, and
-their CRC-32 is checked. Files older than that are loaded whole.
+`data/KEY` of plain numbers for each storage. The pickle is read by `torch.load(weights_only=True)`, from a
+copy of the zip in memory whose storages are empty, onto the meta device: no number is touched, and nothing
+but Python's `zipfile` parses the file itself. The numbers are then read where they are in the file, and
+their CRC-32 is checked. Older files are loaded into memory.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ from llama_jax.checkpoints.safetensors_read import FLOAT_DTYPES, StoredTensor, a
 from llama_jax.files.foreign_weights import POINTER, is_pointer
 from llama_jax.formatting import first_line
 
-WHOLE_NOTE = "is of the form before torch 1.6 and is held in memory as a whole"
+OLD_FORM_NOTE = "has the form from before torch 1.6: all of it is held in memory"
 _CHUNK = 2**22  # bytes read at a time
 _MAX_STRUCTURE = 2**28  # bytes of pickle or directory: a model of 100,000 tensors has 20 MB
-_WITHIN = ("state_dict", "model_state_dict", "model", "module")
+_NESTED = ("state_dict", "model_state_dict", "model", "module")  # where trainers put the tensors
 _DTYPES = {
     "float64": "F64",
     "float32": "F32",
@@ -46,13 +46,13 @@ class TorchFile:
     """By name, in the file's order."""
     load: Callable[..., np.ndarray]
     """`load(name, rows=None)`: the values, or those of the first `rows` rows; raises ValueError."""
-    whole: bool = False
-    """Whether the file is held in memory, being of the form before torch 1.6."""
+    in_memory: bool = False
+    """Whether all of the file is held in memory: it has the form from before torch 1.6."""
 
 
 @dataclass(frozen=True)
-class _Place:
-    """Where a tensor's numbers are: strides and offset in items, as torch has them."""
+class _Location:
+    """Where a tensor's numbers are: the storage's entry, offset and strides in items, as torch has them."""
 
     entry: zipfile.ZipInfo
     offset: int
@@ -73,7 +73,7 @@ def open_torch_file(path: Path) -> TorchFile:
             file.seek(0)
             if is_pointer(file.read(64)):
                 raise ValueError(f"{path.name}: {POINTER}")
-            return _open_whole(path, file)
+            return _open_old_form(path, file)
     except OSError as error:
         raise ValueError(f"{path.name}: cannot be read ({error.strerror or error})") from None
 
@@ -84,12 +84,12 @@ def require_torch() -> None:
         import torch  # noqa: F401
     except ImportError:
         raise ValueError(
-            "torch is not installed, expected for PyTorch's files: pip install 'llama-jax[parity]'"
+            "torch is not installed, and PyTorch's files need it: pip install 'llama-jax[parity]'"
         ) from None
 
 
 class _Bounded(io.FileIO):
-    """A file that allocates no more for one reading than it holds, or a structure of tensors can take."""
+    """A file of which one read allocates no more than it holds, or than a structure of tensors can take."""
 
     def __init__(self, path: Path) -> None:
         super().__init__(path)
@@ -114,8 +114,8 @@ def _open_zip(path: Path, file: _Bounded) -> TorchFile:
         if any(e.compress_type != zipfile.ZIP_STORED or e.flag_bits & 1 for e in entries.values()):
             raise ValueError("its entries are compressed or encrypted, torch.save does neither")
         order = entries.get(f"{top}byteorder")
-        if order is not None and (found := _content(file, order)) != b"little":
-            raise ValueError(f"byte order {found[:10]!r}, expected b'little'")
+        if order is not None and (byte_order := _content(file, order)) != b"little":
+            raise ValueError(f"byte order {byte_order[:10]!r}, expected b'little'")
         skeleton = io.BytesIO()
         by_offset: dict[int, zipfile.ZipInfo] = {}
         with zipfile.ZipFile(skeleton, "w") as copy:
@@ -129,20 +129,20 @@ def _open_zip(path: Path, file: _Bounded) -> TorchFile:
         raise ValueError(f"{path.name}: damaged or cut short ({first_line(error)})") from None
     size = path.stat().st_size
     tensors: dict[str, StoredTensor] = {}
-    places: dict[str, _Place] = {}
+    locations: dict[str, _Location] = {}
     for name, tensor in _state_dict(path, skeleton, "meta").items():
         entry = by_offset.get(getattr(tensor.untyped_storage(), "_checkpoint_offset", -1))
         if entry is None:
             raise ValueError(f"{path.name}: tensor {name}: its numbers are not in the file")
-        place = _Place(entry, tensor.storage_offset(), tuple(tensor.stride()))
+        location = _Location(entry, tensor.storage_offset(), tuple(tensor.stride()))
         tensors[name] = stored = _described(path, name, tensor, entry.header_offset)
-        if fault := _fault(stored, place, tensor.element_size(), size):
-            raise ValueError(f"{path.name}: tensor {name}: {fault}")
-        places[name] = place
-    return TorchFile(tensors, _Reader(tensors, places).load)
+        if problem := _problem(stored, location, tensor.element_size(), size):
+            raise ValueError(f"{path.name}: tensor {name}: {problem}")
+        locations[name] = location
+    return TorchFile(tensors, _Reader(tensors, locations).load)
 
 
-def _open_whole(path: Path, file: _Bounded) -> TorchFile:
+def _open_old_form(path: Path, file: _Bounded) -> TorchFile:
     values = _state_dict(path, file, "cpu")
     tensors = {name: _described(path, name, tensor, 0) for name, tensor in values.items()}
 
@@ -155,7 +155,7 @@ def _open_whole(path: Path, file: _Bounded) -> TorchFile:
         raw = copy.view(torch.uint8).numpy().view(FLOAT_DTYPES[tensors[name].dtype])
         return _finite(tensors[name], raw.reshape(tuple(tensor.shape)))
 
-    return TorchFile(tensors, load, whole=True)
+    return TorchFile(tensors, load, in_memory=True)
 
 
 def _content(file: _Bounded, entry: zipfile.ZipInfo) -> bytes:
@@ -163,28 +163,28 @@ def _content(file: _Bounded, entry: zipfile.ZipInfo) -> bytes:
     file.seek(_data_offset(file, entry))
     content = file.read(entry.file_size)
     if len(content) != entry.file_size or entry.CRC not in (0, zlib.crc32(content)):
-        raise ValueError(f"the CRC-32 of {entry.filename} is another")
+        raise ValueError(f"CRC-32 mismatch in {entry.filename}")
     return content
 
 
 def _state_dict(path: Path, source: io.BytesIO | _Bounded, device: str) -> dict[str, Any]:
-    """What torch finds in a file, if it is tensors by name and nothing else."""
+    """What torch loads from a file, if it is tensors by name and nothing else."""
     import torch
 
     source.seek(0)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            found = torch.load(source, map_location=device, weights_only=True)
+            loaded = torch.load(source, map_location=device, weights_only=True)
     except Exception as error:  # torch raises whatever the damage leads it to
         raise ValueError(f"{path.name}: {_reason(error)}") from None
-    if isinstance(found, dict):
-        # what trainers save has the tensors in a dictionary within, beside their own state
-        inner = [found[key] for key in _WITHIN if isinstance(found.get(key), dict)]
-        found = inner[0] if inner else found
-    if not isinstance(found, dict):
-        raise ValueError(f"{path.name}: holds a {type(found).__name__}, expected tensors by name")
-    for name, tensor in found.items():
+    if isinstance(loaded, dict):
+        # trainers save the tensors in a dictionary of their own, beside their state
+        nested = [loaded[key] for key in _NESTED if isinstance(loaded.get(key), dict)]
+        loaded = nested[0] if nested else loaded
+    if not isinstance(loaded, dict):
+        raise ValueError(f"{path.name}: holds a {type(loaded).__name__}, expected tensors by name")
+    for name, tensor in loaded.items():
         if type(name) is not str or not isinstance(tensor, torch.Tensor):
             what = f"a {type(tensor).__name__}"
             key = repr(name) if type(name) is str else f"a {type(name).__name__}"
@@ -192,16 +192,18 @@ def _state_dict(path: Path, source: io.BytesIO | _Bounded, device: str) -> dict[
         if tensor.layout != torch.strided or any(
             (tensor.is_quantized, tensor.is_nested, tensor.is_conj(), tensor.is_neg())
         ):
-            raise ValueError(f"{path.name}: tensor {name} is sparse or quantised, expected plain")
-    return found
+            raise ValueError(f"{path.name}: tensor {name} is sparse or quantized, expected plain")
+    return loaded
 
 
 def _reason(error: Exception) -> str:
     """torch's many lines of advice as one of fact."""
     text = str(error)
     if (start := text.find("GLOBAL ")) >= 0:
-        wanted = text[start:].split()[1]
-        return f"the pickle asks for {wanted}, which is no tensor: refused, it could run any code"
+        requested = text[start:].split()[1]
+        return (
+            f"refused: the pickle asks for {requested}, which is no tensor and could run any code"
+        )
     # after its advice on weights_only comes what was wrong
     lines = text.split("WeightsUnpickler error: ")[-1].strip().splitlines()
     return (
@@ -215,25 +217,27 @@ def _described(path: Path, name: str, tensor: Any, offset: int) -> StoredTensor:
     return StoredTensor(path, name, _DTYPES.get(dtype, dtype), tuple(tensor.shape), offset, nbytes)
 
 
-def _fault(tensor: StoredTensor, place: _Place, itemsize: int, file_size: int) -> str | None:
-    """What is wrong with a tensor's place in its storage."""
-    entry = place.entry
+def _problem(
+    tensor: StoredTensor, location: _Location, itemsize: int, file_size: int
+) -> str | None:
+    """What is wrong with a tensor's location in its storage."""
+    entry = location.entry
     if not 0 <= entry.header_offset <= file_size - entry.file_size:
         return f"{entry.file_size} bytes at {entry.header_offset} of a file of {file_size}"
-    if min((place.offset, *place.strides)) < 0 or tensor.nbytes > file_size:
+    if min((location.offset, *location.strides)) < 0 or tensor.nbytes > file_size:
         return f"shape {list(tensor.shape)}, more than the file holds"
-    end = _span(tensor.shape, place) * itemsize
+    end = _span(tensor.shape, location) * itemsize
     if end > entry.file_size:
         return f"found {entry.file_size} bytes of numbers, expected {end}: damaged or cut short"
     return None
 
 
-def _span(shape: tuple[int, ...], place: _Place) -> int:
+def _span(shape: tuple[int, ...], location: _Location) -> int:
     """One past the last item of a storage that a tensor uses."""
     if 0 in shape:
         return 0
-    last = sum((n - 1) * stride for n, stride in zip(shape, place.strides, strict=True))
-    return place.offset + last + 1
+    last = sum((n - 1) * stride for n, stride in zip(shape, location.strides, strict=True))
+    return location.offset + last + 1
 
 
 @dataclass(frozen=True)
@@ -241,36 +245,36 @@ class _Reader:
     """Reads tensors of a zip. A storage is read to its end, and its CRC checked, at its first tensor."""
 
     tensors: Mapping[str, StoredTensor]
-    places: Mapping[str, _Place]
+    locations: Mapping[str, _Location]
     checked: set[str] = field(default_factory=set)
 
     def load(self, name: str, rows: int | None = None) -> np.ndarray:
         """The values of a tensor, C-contiguous; or of its first `rows` rows, unchecked."""
-        tensor, place = self.tensors[name], self.places[name]
+        tensor, location = self.tensors[name], self.locations[name]
         dtype = FLOAT_DTYPES[tensor.dtype]
         shape = tensor.shape if rows is None else (min(rows, tensor.shape[0]), *tensor.shape[1:])
         if 0 in shape:
             return np.empty(shape, dtype)
-        flat = np.empty(_span(shape, place) - place.offset, dtype)
-        check = rows is None and place.entry.filename not in self.checked
+        flat = np.empty(_span(shape, location) - location.offset, dtype)
+        check = rows is None and location.entry.filename not in self.checked
         try:
-            _read(tensor.path, place, flat, check=check)
+            _read(tensor.path, location, flat, check=check)
         except (OSError, ValueError) as error:
             raise ValueError(f"{tensor.path}: tensor {name}: {first_line(error)}") from None
         if check:
-            self.checked.add(place.entry.filename)
-        strides = tuple(stride * dtype.itemsize for stride in place.strides)
+            self.checked.add(location.entry.filename)
+        strides = tuple(stride * dtype.itemsize for stride in location.strides)
         values = np.asarray(np.lib.stride_tricks.as_strided(flat, shape, strides), order="C")
         return _finite(tensor, values)
 
 
-def _read(path: Path, place: _Place, flat: np.ndarray, *, check: bool) -> None:
+def _read(path: Path, location: _Location, flat: np.ndarray, *, check: bool) -> None:
     """Fill `flat` with a stretch of a storage; with `check`, read all of it and compare its CRC-32.
 
     A CRC of 0 is what writers leave that compute none (torch.serialization.set_crc32_options).
     """
-    entry, out = place.entry, flat.view(np.uint8)
-    begin = place.offset * flat.itemsize
+    entry, out = location.entry, flat.view(np.uint8)
+    begin = location.offset * flat.itemsize
     check = check and entry.CRC != 0
     position, end = (0, entry.file_size) if check else (begin, begin + out.size)
     crc, buffer = 0, np.empty(min(_CHUNK, end - position), np.uint8)
@@ -295,7 +299,7 @@ def _data_offset(file: io.FileIO, entry: zipfile.ZipInfo) -> int:
     file.seek(entry.header_offset)
     header = file.read(30) or b""
     if len(header) < 30 or header[:4] != b"PK\x03\x04":
-        raise ValueError(f"no zip entry {entry.filename} where one should be")
+        raise ValueError(f"no zip entry {entry.filename} where the directory says")
     name, extra = struct.unpack("<HH", header[26:])
     return entry.header_offset + 30 + name + extra
 

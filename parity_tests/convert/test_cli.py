@@ -95,7 +95,7 @@ def test_info_of_a_file_whose_tokenizer_is_unknown(tmp_path: Path) -> None:
     fields = byte_level_fields("klingon")
     model = tiny_model(vocab_size=len(fields["tokenizer.ggml.tokens"]))
     facts = convert.info(tiny_gguf(tmp_path / "m.gguf", model, fields=fields))
-    assert "klingon" in facts["faults"][0]
+    assert "klingon" in facts["problems"][0]
     assert facts["parameters"] == sum(p.numel() for p in model.parameters())
 
 
@@ -109,10 +109,10 @@ def test_users_mistakes(
     assert "nowhere.gguf: not found" in error_of([tmp_path / "nowhere.gguf", out], capsys)
     empty = tmp_path / "empty"
     empty.mkdir()
-    assert "an empty directory; expected the weights" in error_of([empty, out], capsys)
-    assert "expected a place outside the source" in error_of([empty, empty / "a"], capsys)
-    assert "exists, expected a name that is free" in error_of([source, tmp_path], capsys)
-    assert "expected it to hold c" in error_of([source, tmp_path / "a/b/c"], capsys)
+    assert "an empty directory; expected one of: Hugging Face" in error_of([empty, out], capsys)
+    assert "is inside the source" in error_of([empty, empty / "a"], capsys)
+    assert "exists already" in error_of([source, tmp_path], capsys)
+    assert "not a directory; create it first" in error_of([source, tmp_path / "a/b/c"], capsys)
     assert "arguments are required: DST" in error_of([source], capsys)
     assert "invalid choice: 'int3'" in error_of([source, out, "--dtype", "int3"], capsys)
     assert "'0GB', expected a size" in error_of([source, out, "--max-shard-size", "0GB"], capsys)

@@ -124,7 +124,7 @@ def test_every_pair(tmp_path: Path, source: str, target: str) -> None:
     first, second = place_of(tmp_path / "one", source), place_of(tmp_path / "two", target)
     convert.convert(tmp_path / "model", first, to=source)
     convert.convert(first, second, to=target)
-    facts = json.loads(record.place(second).read_text())
+    facts = json.loads(record.record_path(second).read_text())
     assert facts["verified"] is True
     assert facts["parameters"] == sum(p.numel() for p in model.parameters())
     convert.convert(second, tmp_path / "back")

@@ -141,14 +141,14 @@ def test_values_changed_under_a_record(source: Path, tmp_path: Path) -> None:
     shutil.rmtree(source)
     change_tensors(tmp_path / "kept", lambda t: t["model.norm.weight"].neg_())
     fault = fault_of(tmp_path / "kept")
-    assert "tensor model.norm.weight: its values are not those" in fault
+    assert "tensor model.norm.weight: its SHA-256 is not the one in" in fault
     (tmp_path / "kept" / record.FILE).unlink()
     convert.convert(tmp_path / "kept", tmp_path / "out")
 
 
 def test_a_record_of_other_tensors(source: Path, tmp_path: Path) -> None:
     (source / record.FILE).write_text(json.dumps({"tensors": {"x": {"sha256": "0" * 64}}}))
-    assert "is of other tensors than the weights beside it" in fault_of(source)
+    assert "does not have the tensors of the weights beside it" in fault_of(source)
     (source / record.FILE).write_text("[]")
     assert "found a JSON list, expected an object" in fault_of(source)
 
@@ -169,18 +169,18 @@ def test_values_that_do_not_arrive_are_seen(
         return write(directory, specs, lambda name: load(names.get(name, name)), **options)
 
     monkeypatch.setattr(huggingface, "write_safetensors", swapped)
-    assert "was read back with other values than were written" in fault_of(source)
+    assert "was read back with different values than were written" in fault_of(source)
     convert.convert(source, tmp_path / "out", verify=False)
 
 
 def test_another_function_is_seen(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from convert.formats import huggingface
+    from convert.formats import directory
 
-    def forgetful(checkpoint: Any, directory: Path) -> None:
-        config = {**checkpoint.config, "rope_parameters": None, "rope_theta": 500000.0}
-        (directory / "config.json").write_text(json.dumps(config))
+    def forgetful(path: Path, text: str) -> None:
+        config = {**json.loads(text), "rope_parameters": None, "rope_theta": 500000.0}
+        path.write_text(json.dumps(config))
 
-    monkeypatch.setattr(huggingface, "write_config", forgetful)
+    monkeypatch.setattr(directory, "write_text", forgetful)
     assert "was read back with rope_parameters" in fault_of(source)
 
 
@@ -188,15 +188,15 @@ def test_another_function_is_seen(source: Path, monkeypatch: pytest.MonkeyPatch)
 def test_a_destination_must_be_free_and_outside(source: Path, tmp_path: Path, to: str) -> None:
     (tmp_path / "taken").mkdir()
     for place, message in (
-        (tmp_path / "taken", "exists, expected a name that is free"),
-        (source / "inside", "expected a place outside the source"),
-        (tmp_path / "no/where", "not a directory, expected it to hold where"),
+        (tmp_path / "taken", "exists already"),
+        (source / "inside", "is inside the source"),
+        (tmp_path / "no/where", "not a directory; create it first"),
     ):
         with pytest.raises(ValueError, match=message):
             convert.convert(source, place, to=to)
     link = tmp_path / "link"
     link.symlink_to(source)
-    with pytest.raises(ValueError, match="expected a place outside the source"):
+    with pytest.raises(ValueError, match="is inside the source"):
         convert.convert(source, link / "inside", to=to)
 
 
@@ -242,7 +242,7 @@ def test_info_tells_faults_and_what_can_be_said(source: Path) -> None:
     change_tensors(source, lambda t: t.pop(EMBEDDING))
     facts = convert.info(source)
     assert facts["config"]["hidden_size"] == 32
-    assert f"{EMBEDDING}: missing" in facts["faults"][0]
+    assert f"{EMBEDDING}: missing" in facts["problems"][0]
 
 
 def test_info_of_a_tokenizer(source: Path) -> None:
@@ -259,21 +259,23 @@ def test_info_of_a_tokenizer(source: Path) -> None:
         "bos_token": "b",
         "chat_template": False,
     }
-    assert facts["faults"] == []
+    assert facts["problems"] == []
     (source / "tokenizer_config.json").write_text("{}")
     (source / "special_tokens_map.json").write_text('{"eos_token": "b"}')
     (source / "chat_template.json").write_text('{"chat_template": "x"}')
     facts = convert.info(source)["tokenizer"]
     assert (facts["eos_token"], facts["chat_template"]) == ("b", True)
     (source / "special_tokens_map.json").write_text('{"eos_token": 5}')
-    assert "special_tokens_map.json: eos_token: found 5" in convert.info(source)["faults"][0]
+    assert "special_tokens_map.json: eos_token: found 5" in convert.info(source)["problems"][0]
 
 
 def test_dtypes_and_formats_that_are_none(source: Path) -> None:
     assert "to is 'onnx', expected one of hf, orbax" in fault_of(source, to="onnx")
     assert "dtype is 'int4', expected one of float32" in fault_of(source, dtype="int4")
     assert "dtype is 'q8_0'" in fault_of(source, dtype="q8_0")
-    assert "max_shard_size is for Hugging Face" in fault_of(source, to="orbax", max_shard_size=7)
+    assert "max_shard_size is for Hugging Face only" in fault_of(
+        source, to="orbax", max_shard_size=7
+    )
 
 
 def test_verification_needs_memory(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -27,8 +27,8 @@ def test_digests_that_are_none(directory: Path, tensors: Any) -> None:
     before = path.read_text()
     path.write_text(json.dumps(json.loads(before) | {"tensors": tensors}))
     try:
-        (fault, *_) = info(directory)["faults"]
+        (fault, *_) = info(directory)["problems"]
     finally:
         path.write_text(before)
-    assert "found no digests, expected one for each tensor" in fault
-    assert info(directory)["faults"] == []
+    assert "has no SHA-256 for each tensor" in fault
+    assert info(directory)["problems"] == []

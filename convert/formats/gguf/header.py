@@ -1,10 +1,10 @@
 """The header of a GGUF file: its metadata and its tensor table, checked before anything is trusted.
 
 Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md (versions 2 and 3, little-endian).
-`gguf.GGUFReader` reads the same bytes, but it believes every count and length it meets: a damaged file
-makes it loop for hours, allocate without bound, or raise whatever numpy happens to raise. So the walk
-is done here, where no count is followed further than the file is long and every fault is a ValueError
-that names the file; the gguf library says what the types are and dequantises their blocks.
+`gguf.GGUFReader` reads the same bytes, but it trusts every count and length: a damaged file makes it loop
+for hours, allocate without bound, or raise whatever numpy happens to raise. So the header is parsed here,
+where no count is followed further than the file is long and every error is a ValueError that names the
+file; the gguf library says what the types are and dequantizes their blocks.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ _MAX_DIMENSIONS = 4  # GGML_MAX_DIMS
 
 @dataclass(frozen=True)
 class GgufTensor:
-    """Where one tensor lies and how it is stored. `shape` is in NumPy order, rows first."""
+    """Where one tensor is and how it is stored. `shape` is in NumPy order, rows first."""
 
     name: str
     type: GGMLQuantizationType
@@ -54,48 +54,49 @@ class GgufHeader:
     """Scalars as Python values (float32 as np.float32, to know its precision), arrays as lists."""
     tensors: dict[str, GgufTensor]
     file_size: int
-    """Bytes on disk, of all pieces together."""
+    """Bytes on disk, of all shards together."""
 
 
 def read_header(path: Path) -> GgufHeader:
-    """The header of a GGUF file, and of its other pieces when it is one of several.
+    """The header of a GGUF file, and of the other shards if it is one of several.
 
-    Raises ValueError for anything that is not a whole, little-endian GGUF version 2 or 3, and
-    OSError where the file cannot be read.
+    Raises:
+        ValueError: anything but a complete, little-endian GGUF file of version 2 or 3.
+        OSError: the file cannot be read.
     """
     if not path.is_file():
         raise ValueError(
             f"{path}: {'not a file' if path.exists() else 'not found'}, expected a GGUF file"
         )
     header = _read_file(path)
-    pieces = header.metadata.get("split.count", 0)
-    return _join_pieces(path, pieces) if pieces not in (0, 1) else header
+    shards = header.metadata.get("split.count", 0)
+    return _join_shards(path, shards) if shards not in (0, 1) else header
 
 
-def _join_pieces(path: Path, count: Any) -> GgufHeader:
-    """All pieces NAME-00001-of-0000N.gguf as one header (llama.cpp's gguf-split)."""
+def _join_shards(path: Path, count: Any) -> GgufHeader:
+    """All shards NAME-00001-of-0000N.gguf as one header (llama.cpp's gguf-split)."""
     match = re.fullmatch(r"(.+)-\d{5}-of-(\d{5})\.gguf", path.name)
     if not isinstance(count, int) or match is None or int(match[2]) != count:
         raise ValueError(
-            f"{path}: is one of {count} pieces, expected to be named NAME-00001-of-{count!s:0>5}.gguf"
+            f"{path}: is one of {count} shards, expected to be named NAME-00001-of-{count!s:0>5}.gguf"
         )
     paths = [path.with_name(f"{match[1]}-{i:05d}-of-{count:05d}.gguf") for i in range(1, count + 1)]
     if missing := [p.name for p in paths if not p.is_file()]:
-        raise ValueError(f"{path.parent}: pieces missing: {_few(missing)}")
+        raise ValueError(f"{path.parent}: shards missing: {_few(missing)}")
     headers = [_read_file(p) for p in paths]
     tensors: dict[str, GgufTensor] = {}
-    for i, (piece, header) in enumerate(zip(paths, headers, strict=True)):
-        found = header.metadata.get("split.no"), header.metadata.get("split.count")
-        if found != (i, count):
+    for i, (shard, header) in enumerate(zip(paths, headers, strict=True)):
+        position = header.metadata.get("split.no"), header.metadata.get("split.count")
+        if position != (i, count):
             raise ValueError(
-                f"{piece}: says (split.no, split.count) = {found}, expected {(i, count)}"
+                f"{shard}: says (split.no, split.count) = {position}, expected {(i, count)}"
             )
-        if twice := sorted(tensors.keys() & header.tensors.keys()):
-            raise ValueError(f"{piece}: tensors that another piece has too: {_few(twice)}")
+        if duplicates := sorted(tensors.keys() & header.tensors.keys()):
+            raise ValueError(f"{shard}: tensors that another shard has too: {_few(duplicates)}")
         tensors |= header.tensors
     expected = headers[0].metadata.get("split.tensors.count", len(tensors))
     if len(tensors) != expected:
-        raise ValueError(f"{path}: the pieces hold {len(tensors)} tensors, expected {expected}")
+        raise ValueError(f"{path}: the shards hold {len(tensors)} tensors, expected {expected}")
     return GgufHeader(
         headers[0].version, headers[0].metadata, tensors, sum(h.file_size for h in headers)
     )
@@ -129,7 +130,7 @@ def _parse(path: Path, data: mmap.mmap) -> GgufHeader:
     for _ in range(key_count):
         key = cursor.string("a metadata key")
         if key in metadata:
-            raise ValueError(f"{path}: metadata key {key!r} is given twice")
+            raise ValueError(f"{path}: duplicate metadata key {key!r}")
         metadata[key] = cursor.value(key, cursor.scalar("I"))
 
     alignment = metadata.get("general.alignment", 32)
@@ -139,7 +140,10 @@ def _parse(path: Path, data: mmap.mmap) -> GgufHeader:
     tensors = [_parse_tensor(path, cursor) for _ in range(tensor_count)]
     start = _align(cursor.position, alignment)
     return GgufHeader(
-        version, metadata, _place(path, tensors, start, alignment, len(data)), len(data)
+        version,
+        metadata,
+        _with_absolute_offsets(path, tensors, start, alignment, len(data)),
+        len(data),
     )
 
 
@@ -169,33 +173,33 @@ def _parse_tensor(path: Path, cursor: _Cursor) -> GgufTensor:
     return GgufTensor(name, type_, shape, path, cursor.scalar("Q"), nbytes)
 
 
-def _place(
+def _with_absolute_offsets(
     path: Path, tensors: list[GgufTensor], start: int, alignment: int, size: int
 ) -> dict[str, GgufTensor]:
     """Tensors by name with absolute offsets.
 
-    ggml lays tensors one after another, each padded to the alignment, and refuses anything else; the
-    same rule here means that a damaged offset or shape cannot quietly read another tensor's bytes.
+    ggml stores tensors one after another, each padded to the alignment, and refuses anything else; the
+    same rule here means that a damaged offset or shape cannot silently read another tensor's bytes.
     """
-    placed: dict[str, GgufTensor] = {}
+    by_name: dict[str, GgufTensor] = {}
     expected = 0
     for tensor in tensors:
-        if tensor.name in placed:
-            raise ValueError(f"{path}: tensor {tensor.name!r} is given twice")
+        if tensor.name in by_name:
+            raise ValueError(f"{path}: duplicate tensor {tensor.name!r}")
         if tensor.offset != expected:
             raise ValueError(
-                f"{path}: tensor {tensor.name!r} lies at {tensor.offset}, expected {expected}"
+                f"{path}: tensor {tensor.name!r} is at offset {tensor.offset}, expected {expected}"
             )
         if start + expected + tensor.nbytes > size:
             raise ValueError(
                 f"{path}: {size} bytes, expected at least {start + expected + tensor.nbytes} "
                 f"to hold tensor {tensor.name!r}; the file is cut short or damaged"
             )
-        placed[tensor.name] = GgufTensor(
+        by_name[tensor.name] = GgufTensor(
             tensor.name, tensor.type, tensor.shape, path, start + expected, tensor.nbytes
         )
         expected = _align(expected + tensor.nbytes, alignment)
-    return placed
+    return by_name
 
 
 def _align(position: int, alignment: int) -> int:

@@ -16,21 +16,21 @@ _BLOCK = GGML_QUANT_SIZES[_TYPE][0]
 _CHUNK = 2**22  # values at a time: bounds the library's temporaries
 
 
-def divides(shape: tuple[int, ...]) -> bool:
-    """Whether rows of such a matrix are whole blocks."""
+def divides_into_blocks(shape: tuple[int, ...]) -> bool:
+    """Whether the rows of a matrix of this shape divide into blocks."""
     return shape[-1] % _BLOCK == 0
 
 
-def quantised(values: np.ndarray) -> np.ndarray:
+def quantized(values: np.ndarray) -> np.ndarray:
     """[rows, columns] as blocks, uint8 [rows, columns / 32 * 34]."""
     with np.errstate(all="ignore"):  # below float32's normal numbers the scale's reciprocal is inf
         return quantize(values.astype(np.float32, copy=False), _TYPE)
 
 
-def dequantised(name: str, values: np.ndarray) -> np.ndarray:
+def dequantized(name: str, values: np.ndarray) -> np.ndarray:
     """What the blocks of a matrix stand for, float32 [rows, columns].
 
-    Quantising that again gives the same values: the largest of a block is 127 times its scale. Raises
+    Quantizing that again gives the same values: the largest of a block is 127 times its scale. Raises
     ValueError for values that are not finite, or overflow the scale (float16, so from 8.3e6 on).
     """
     result = np.empty(values.shape, np.float32)
@@ -38,7 +38,7 @@ def dequantised(name: str, values: np.ndarray) -> np.ndarray:
     for start in range(0, len(values), step):
         rows = cast(name, values[start : start + step], result.dtype)
         with np.errstate(invalid="ignore"):  # an infinite scale is told below
-            result[start : start + step] = dequantize(quantised(rows), _TYPE)
+            result[start : start + step] = dequantize(quantized(rows), _TYPE)
     if not all_finite(result):
         raise ValueError(
             f"tensor {name}: values overflow the float16 scale of Q8_0, "

@@ -1,8 +1,4 @@
-"""The tensors of a GGUF Llama under Hugging Face's names, dequantised and in Hugging Face's row order.
-
-The rows of the query and key projections are in the other of the two orders (see
-`convert.formats.rotary_rows`).
-"""
+"""The tensors of a GGUF Llama under Hugging Face's names, dequantized and in Hugging Face's row order."""
 
 from __future__ import annotations
 
@@ -15,15 +11,16 @@ from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 from gguf.quants import dequantize
 
 from convert.formats.gguf.header import GgufHeader, GgufTensor
-from convert.formats.rotary_rows import to_halves
+from convert.formats.llama_tensors import renamed, rotary_heads, tensor_shapes, to_halves
 from llama_jax.checkpoints.safetensors_write import TensorSpec
+from llama_jax.config import LlamaConfig
 
-PLAIN: dict[GGMLQuantizationType, np.dtype[Any]] = {
+PLAIN_DTYPES: dict[GGMLQuantizationType, np.dtype[Any]] = {
     GGMLQuantizationType.F32: np.dtype(np.float32),
     GGMLQuantizationType.F16: np.dtype(np.float16),
     GGMLQuantizationType.BF16: np.dtype(ml_dtypes.bfloat16),
 }
-_NAMES = {  # Hugging Face's modules -> llama.cpp's
+_MODULES = {  # Hugging Face's -> llama.cpp's
     "model.embed_tokens": "token_embd",
     "model.norm": "output_norm",
     "lm_head": "output",
@@ -37,114 +34,88 @@ _NAMES = {  # Hugging Face's modules -> llama.cpp's
     "mlp.up_proj": "ffn_up",
     "mlp.down_proj": "ffn_down",
 }
-_CHUNK = 2**22  # values dequantised at a time: bounds the library's temporaries
-_IGNORED = ("rope_freqs.weight", "attn_rot_embd.weight")  # the first is read as configuration
+ROPE_FREQS = "rope_freqs.weight"  # no weight of the model: read as configuration
+_IGNORED = (ROPE_FREQS, "attn_rot_embd.weight")
+_CHUNK = 2**22  # values dequantized at a time: bounds the library's temporaries
 
 
 def gguf_name(name: str) -> str:
     """llama.cpp's name of the tensor that Hugging Face calls `name`."""
-    module, _, kind = name.rpartition(".")
-    if module.startswith("model.layers."):
-        _, _, layer, inner = module.split(".", 3)
-        return f"blk.{layer}.{_NAMES[inner]}.{kind}"
-    return f"{_NAMES[module]}.{kind}"
+    return renamed(name, _MODULES, layers="blk")
 
 
 @dataclass(frozen=True)
 class Source:
-    """One Hugging Face tensor and where its values come from; no tensor means zeros."""
+    """One Hugging Face tensor and where its values come from."""
 
     spec: TensorSpec
     tensor: GgufTensor | None
+    """None: the file leaves it out, and it is zeros."""
     heads: int = 0
-    """Over how many heads the rows are interleaved; 0 where they are not."""
+    """Over how many heads the rows are reordered; 0 where they are not."""
 
     def read(self) -> np.ndarray:
         """The values, in Hugging Face's row order."""
         if self.tensor is None:
             return np.zeros(self.spec.shape, self.spec.dtype)
-        values = read_values(self.tensor)
-        return to_halves(values, self.heads) if self.heads else values
+        return to_halves(read_values(self.tensor), self.heads)
 
 
 def map_tensors(
-    header: GgufHeader, config: dict[str, Any], faults: list[str], notes: list[str]
-) -> dict[str, Source]:
-    """Hugging Face name -> source, in the model's order; what does not fit goes to `faults`."""
-    sources: dict[str, Source] = {}
-    used: set[str] = set()
+    header: GgufHeader, config: LlamaConfig
+) -> tuple[dict[str, Source], list[str], list[str]]:
+    """Where every tensor of the model comes from.
 
-    def add(name: str, shape: tuple[int, ...], heads: int = 0) -> None:
+    Returns:
+        Sources by Hugging Face's names, in the model's order; problems, one for each tensor that is
+        missing, unexpected, misshapen or of an unreadable type; and notes.
+    """
+    sources: dict[str, Source] = {}
+    problems: list[str] = []
+    biased = {stored.split(".")[-2] for stored in header.tensors if stored.endswith(".bias")}
+    shapes = tensor_shapes(config)
+    for name, shape in shapes.items():
         stored = gguf_name(name)
         tensor = header.tensors.get(stored)
-        used.add(stored)
-        if tensor is None:
-            faults.append(f"tensor {stored} is missing, expected {list(shape)}")
+        if name.endswith(".bias") and stored.split(".")[-2] not in biased:
+            # llama.cpp takes each bias by itself; Hugging Face has all of a block's or none
+            sources[name] = Source(TensorSpec(name, np.dtype(np.float32), shape), None)
+        elif tensor is None:
+            problems.append(f"tensor {stored} is missing, expected {list(shape)}")
         elif tensor.shape != shape:
-            faults.append(f"tensor {stored} is {list(tensor.shape)}, expected {list(shape)}")
+            problems.append(f"tensor {stored} is {list(tensor.shape)}, expected {list(shape)}")
         elif not _readable(tensor.type):
-            faults.append(
-                f"tensor {stored} has type {tensor.type.name}, which cannot be dequantised"
+            problems.append(
+                f"tensor {stored} has type {tensor.type.name}, which cannot be dequantized"
             )
         else:
-            sources[name] = Source(TensorSpec(name, _dtype(tensor.type), shape), tensor, heads)
-
-    e, f, v = config["hidden_size"], config["intermediate_size"], config["vocab_size"]
-    h, k, d = (config[n] for n in ("num_attention_heads", "num_key_value_heads", "head_dim"))
-    projections = {
-        "self_attn.q_proj": (h * d, e, h),
-        "self_attn.k_proj": (k * d, e, k),
-        "self_attn.v_proj": (k * d, e, 0),
-        "self_attn.o_proj": (e, h * d, 0),
-        "mlp.gate_proj": (f, e, 0),
-        "mlp.up_proj": (f, e, 0),
-        "mlp.down_proj": (e, f, 0),
-    }
-    layers = [f"model.layers.{i}" for i in range(config["num_hidden_layers"])]
-    biased = {
-        module
-        for module in projections
-        if any(gguf_name(f"{layer}.{module}.bias") in header.tensors for layer in layers)
-    }
-    add("model.embed_tokens.weight", (v, e))
-    for layer in layers:
-        add(f"{layer}.input_layernorm.weight", (e,))
-        add(f"{layer}.post_attention_layernorm.weight", (e,))
-        for module, (rows, columns, heads) in projections.items():
-            name = f"{layer}.{module}"
-            add(f"{name}.weight", (rows, columns), heads)
-            if module in biased:
-                add(f"{name}.bias", (rows,), heads)
-            elif config["attention_bias" if module.startswith("self_attn.") else "mlp_bias"]:
-                # llama.cpp takes each bias by itself; Hugging Face has all of a block's or none.
-                spec = TensorSpec(f"{name}.bias", np.dtype(np.float32), (rows,))
-                sources[spec.name] = Source(spec, None)
-    add("model.norm.weight", (e,))
-    if not config["tie_word_embeddings"]:
-        add("lm_head.weight", (v, e))
-
-    if biased and len(zeros := sorted(s.spec.name for s in sources.values() if s.tensor is None)):
-        notes.append(f"{len(zeros)} biases that the file does not have are written as zeros")
-    if (freqs := header.tensors.get("rope_freqs.weight")) is not None and (
-        freqs.shape != (d // 2,) or freqs.type != GGMLQuantizationType.F32
-    ):
-        faults.append(
-            f"tensor rope_freqs.weight is {freqs.type.name}{list(freqs.shape)}, expected F32[{d // 2}]"
-        )
-    faults += [
-        f"tensor {name} is not one of a Llama's"
-        for name in header.tensors
-        if name not in used and not name.endswith(_IGNORED)
+            spec = TensorSpec(name, _dtype(tensor.type), shape)
+            sources[name] = Source(spec, tensor, rotary_heads(name, config))
+    problems += _rope_freqs_problems(header, config.head_size // 2)
+    known = {gguf_name(name) for name in shapes}
+    problems += [
+        f"tensor {stored} does not belong to a Llama"
+        for stored in header.tensors
+        if stored not in known and not stored.endswith(_IGNORED)
     ]
-    return sources
+    zeros = [source for source in sources.values() if source.tensor is None]
+    notes = [f"{len(zeros)} biases that the file leaves out are written as zeros"] if zeros else []
+    return sources, problems, notes
+
+
+def _rope_freqs_problems(header: GgufHeader, half: int) -> list[str]:
+    tensor = header.tensors.get(ROPE_FREQS)
+    if tensor is None or (tensor.shape == (half,) and tensor.type == GGMLQuantizationType.F32):
+        return []
+    return [f"tensor {ROPE_FREQS} is {tensor.type.name}{list(tensor.shape)}, expected F32[{half}]"]
 
 
 def _dtype(type_: GGMLQuantizationType) -> np.dtype[Any]:
-    return PLAIN.get(type_, np.dtype(np.float32))
+    return PLAIN_DTYPES.get(type_, np.dtype(np.float32))
 
 
 def _readable(type_: GGMLQuantizationType) -> bool:
-    if type_ in PLAIN:
+    if type_ in PLAIN_DTYPES:
         return True
     try:  # the library's own table of what it can dequantise is private: ask it
         dequantize(np.zeros((1, GGML_QUANT_SIZES[type_][1]), np.uint8), type_)
@@ -154,9 +125,9 @@ def _readable(type_: GGMLQuantizationType) -> bool:
 
 
 def read_values(tensor: GgufTensor) -> np.ndarray:
-    """A tensor's values, as stored for F32, F16 and BF16, otherwise dequantised to float32.
+    """A tensor's values, as stored for F32, F16 and BF16, otherwise dequantized to float32.
 
-    Peak memory is the result and a few megabytes: blocks are read and dequantised in groups of rows.
+    Peak memory is the result and a few megabytes: blocks are read and dequantized in groups of rows.
     """
     out = np.empty(tensor.shape, _dtype(tensor.type))
     rows = out.reshape(-1, tensor.shape[-1])
@@ -169,7 +140,7 @@ def read_values(tensor: GgufTensor) -> np.ndarray:
             data = np.fromfile(file, np.uint8, len(part) * row_bytes)
             if data.size != len(part) * row_bytes:
                 raise ValueError(f"{tensor.path}: ends within tensor {tensor.name}")
-            if tensor.type in PLAIN:
+            if tensor.type in PLAIN_DTYPES:
                 part[...] = data.view(out.dtype).reshape(part.shape)
             else:
                 with np.errstate(all="ignore"):  # damaged scales give NaN, which the cast reports

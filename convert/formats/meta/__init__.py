@@ -1,1 +1,25 @@
-"""Meta's params.json and consolidated.*.pth, read and written."""
+"""Meta's own checkpoints: `params.json` and `consolidated.NN.pth`, one shard for each parallel process.
+
+What the format cannot say (the context length, the ids of bos and eos) is written as a config.json beside,
+which Meta's code does not look at.
+"""
+
+from convert.formats.meta.read import read, recognizes
+from convert.formats.meta.write import losses, target_specs, write
+from convert.formats.plain import DTYPE_NAMES, cast_rule, stored_bytes
+
+TITLE = "Meta"
+LAYOUT = "a directory with params.json and consolidated.*.pth"
+
+__all__ = [
+    "DTYPE_NAMES",
+    "LAYOUT",
+    "TITLE",
+    "cast_rule",
+    "losses",
+    "read",
+    "recognizes",
+    "stored_bytes",
+    "target_specs",
+    "write",
+]

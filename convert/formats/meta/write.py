@@ -1,8 +1,8 @@
-"""Meta's checkpoints out: `params.json` and one `consolidated.00.pth`, a tensor at a time.
+"""Write Meta's checkpoints: `params.json` and one `consolidated.00.pth`, a tensor at a time.
 
-`torch.save` wants all tensors at once. The file is a zip of uncompressed entries, so it is written here:
-first `data.pkl`, which names torch's own rebuilding functions and the storages, then the storages as
-they come, each at a multiple of 64 bytes, as torch puts them for mapping into memory.
+`torch.save` needs all tensors at once. The file is a zip of uncompressed entries, so it is written here:
+first `data.pkl`, which names torch's own rebuilding functions and the storages, then the storages one after
+another, each at a multiple of 64 bytes, where torch puts them so that they can be mapped into memory.
 """
 
 from __future__ import annotations
@@ -21,12 +21,14 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from convert.checkpoint import Checkpoint
-from convert.companions import write_companions
-from convert.formats.huggingface import write_config
-from convert.formats.meta.params import params_of
-from convert.formats.meta.tensors import EMBEDDING, HEAD, slots
-from convert.formats.meta.tokenizer import MODEL, metas_file
-from convert.formats.rotary_rows import to_pairs
+from convert.formats import plain
+from convert.formats.directory import write_config_and_companions
+from convert.formats.llama_tensors import to_pairs
+from convert.formats.meta.params import config_of, params_of
+from convert.formats.meta.tensors import EMBEDDING, HEAD, meta_tensors
+from convert.formats.meta.tokenizer import MODEL, meta_tokenizer
+from convert.formats.torch_files import require_torch
+from convert.same_function import config_differences
 from llama_jax.checkpoints.safetensors_write import TensorSpec
 from llama_jax.config import LlamaConfig
 from llama_jax.files.staging import write_text
@@ -43,28 +45,60 @@ _STORAGES = {
 }
 
 
-def write(checkpoint: Checkpoint, directory: Path, progress: Callable[[int], None]) -> None:
-    """Write `checkpoint` into the new directory `directory`; a tied head takes no room.
+def target_specs(checkpoint: Checkpoint, dtype: str | None) -> list[TensorSpec]:
+    """The tensors as they will be.
 
-    Raises OSError for the disk's faults, and what `checkpoint.load` raises.
+    Raises:
+        ValueError: a model that Meta's format cannot express, naming the fields: params.json must mean the
+            same function as the config. Also where torch is not installed.
     """
-    directory.mkdir()
+    require_torch()
     config = LlamaConfig.from_dict(checkpoint.config)
-    with (directory / FILE).open("w+b") as file, zipfile.ZipFile(file, "w") as archive:
-        _write_all(archive, checkpoint, config, progress)
-    write_text(directory / "params.json", json.dumps(params_of(config), indent=2) + "\n")
-    write_config(checkpoint, directory)
-    model = metas_file(checkpoint.files)
-    write_companions(directory, {**checkpoint.files, **({MODEL: model} if model else {})})
+    try:
+        expressible, _ = config_of(
+            params_of(config),
+            vocab_size=config.vocab_size,
+            tied=config.tie_word_embeddings,
+            config_json=None,
+        )
+    except ValueError as error:
+        raise ValueError(f"Meta's format cannot hold this model: {error}") from None
+    if differences := config_differences(checkpoint.config, expressible.to_dict()):
+        raise ValueError(f"Meta's format cannot hold this model: {'; '.join(differences)}")
+    return plain.target_specs(checkpoint, dtype)
 
 
-def _write_all(
+def losses(checkpoint: Checkpoint) -> list[str]:
+    """A tokenizer that Meta's code does not read."""
+    if "tokenizer.json" not in checkpoint.files or meta_tokenizer(checkpoint.files) is not None:
+        return []
+    return ["tokenizer.json cannot be converted to a tokenizer.model and is copied as it is"]
+
+
+def write(checkpoint: Checkpoint, path: Path, progress: Callable[[int], None]) -> None:
+    """Write `checkpoint` into the new directory `path`; a tied head takes no room.
+
+    Raises:
+        OSError: the disk is full or broken; also whatever `checkpoint.load` raises.
+    """
+    path.mkdir()
+    config = LlamaConfig.from_dict(checkpoint.config)
+    with (path / FILE).open("w+b") as file, zipfile.ZipFile(file, "w") as archive:
+        _write_archive(archive, checkpoint, config, progress)
+    write_text(path / "params.json", json.dumps(params_of(config), indent=2) + "\n")
+    files = dict(checkpoint.files)
+    if (model := meta_tokenizer(files)) is not None:
+        files[MODEL] = model
+    write_config_and_companions(checkpoint, path, files)
+
+
+def _write_archive(
     archive: zipfile.ZipFile,
     checkpoint: Checkpoint,
     config: LlamaConfig,
     progress: Callable[[int], None],
 ) -> None:
-    table = slots(config)
+    table = meta_tensors(config)
     tensors = {
         table[spec.name].name: _Tensor(_Storage(str(i), spec))
         for i, spec in enumerate(checkpoint.tensors)
@@ -75,8 +109,8 @@ def _write_all(
     _write_entry(archive, "byteorder", b"little")
     _write_entry(archive, "version", b"3\n")
     for i, spec in enumerate(checkpoint.tensors):
-        values, heads = checkpoint.load(spec.name), table[spec.name].heads
-        values = np.ascontiguousarray(to_pairs(values, heads) if heads else values)
+        values = to_pairs(checkpoint.load(spec.name), table[spec.name].heads)
+        values = np.ascontiguousarray(values)
         _write_entry(archive, f"data/{i}", values.reshape(-1).view(np.uint8).data, progress)
         del values  # before the next is read
 
@@ -89,7 +123,7 @@ class _Storage(NamedTuple):
 
 
 class _Tensor:
-    """A whole storage as a tensor, to be pickled the way torch pickles its own."""
+    """A storage as one tensor, to be pickled the way torch pickles its own."""
 
     def __init__(self, storage: _Storage) -> None:
         self.storage = storage
@@ -115,7 +149,7 @@ class _Pickler(pickle.Pickler):
 
 
 def _state_dict(tensors: Mapping[str, _Tensor]) -> bytes:
-    """The pickle that `torch.load(weights_only=True)` makes the tensors of."""
+    """The pickle that `torch.load(weights_only=True)` rebuilds the tensors from."""
     buffer = io.BytesIO()
     _Pickler(buffer, protocol=2).dump(tensors)
     return buffer.getvalue()

@@ -86,7 +86,7 @@ def test_a_file_of_the_old_form(tmp_path: Path) -> None:
     saving = {"_use_new_zipfile_serialization": False}
     source = directory(tmp_path / "in", files, **saving)
     assert info(source)["notes"] == [
-        "pytorch_model.bin is of the form before torch 1.6 and is held in memory as a whole"
+        "pytorch_model.bin has the form from before torch 1.6: all of it is held in memory"
     ]
     out = convert(source, tmp_path / "out")
     assert same(load_file(out / "model.safetensors"), weights()) == []

@@ -74,7 +74,7 @@ def read_all(path: Path) -> dict[str, np.ndarray]:
 def test_values_are_torchs(tmp_path: Path, zipped: bool) -> None:
     path = saved(tmp_path / "m.bin", _use_new_zipfile_serialization=zipped)
     file = open_torch_file(path)
-    assert file.whole is not zipped
+    assert file.in_memory is not zipped
     expected = torch.load(path, weights_only=True)
     assert list(file.tensors) == list(expected)
     for name, tensor in expected.items():

@@ -21,7 +21,7 @@ from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 
 from convert import convert, info
 from convert.checkpoint import DTYPES
-from convert.formats.gguf.read import read
+from convert.formats.gguf import read
 from parity_tests.convert.formats.gguf.tiny_gguf import (
     BF16,
     F16,
@@ -260,7 +260,7 @@ def test_all_faults_of_the_tensors_are_told_at_once(tmp_path: Path) -> None:
     message = str(caught.value)
     assert "blk.0.attn_q.weight is missing, expected [32, 32]" in message
     assert "blk.1.ffn_up.weight is [47, 32], expected [48, 32]" in message
-    assert "blk.1.attn_k_norm.weight is not one of a Llama's" in message
+    assert "blk.1.attn_k_norm.weight does not belong to a Llama" in message
 
 
 def test_values_that_are_not_finite_or_overflow(tmp_path: Path) -> None:
@@ -289,11 +289,11 @@ def test_a_file_in_pieces(tmp_path: Path) -> None:
         convert(tmp_path / f"m-0000{i}-of-00003.gguf", tmp_path / f"out{i}")
         assert same(load(tmp_path / f"out{i}").state_dict(), model.state_dict()) == []
     (tmp_path / "m-00002-of-00003.gguf").rename(tmp_path / "gone")
-    with pytest.raises(ValueError, match=r"pieces missing: m-00002-of-00003\.gguf"):
+    with pytest.raises(ValueError, match=r"shards missing: m-00002-of-00003\.gguf"):
         read(tmp_path / "m-00001-of-00003.gguf")
     (tmp_path / "m-00001-of-00003.gguf").rename(tmp_path / "renamed.gguf")
     with pytest.raises(
-        ValueError, match="one of 3 pieces, expected to be named NAME-00001-of-00003"
+        ValueError, match="one of 3 shards, expected to be named NAME-00001-of-00003"
     ):
         read(tmp_path / "renamed.gguf")
 

@@ -8,8 +8,8 @@ import pytest
 
 from convert import convert, info, plan
 from convert.checkpoint import dtype_name
-from convert.formats.gguf.ends import end_ids
-from convert.formats.gguf.special_tokens import sampling, unusable_sampling
+from convert.formats.gguf.generation import sampling_metadata, unusable_sampling
+from convert.formats.gguf.tokenizer.ends import end_ids
 from convert.model_card import card_facts, card_of
 from parity_tests.convert.formats.gguf.tiny_gguf import tiny_gguf, tiny_model
 
@@ -116,21 +116,25 @@ def files(**fields: Any) -> dict[str, bytes]:
 def test_sampling_may_be_anything(name: str, value: Any) -> None:
     if name == "top_p" and value == 10**400:
         value = -(10**400)  # above 1 it keeps everything, which is a meaning
-    written = sampling(files(**{name: value}))
+    written = sampling_metadata(files(**{name: value}))
     assert all(key == "general.sampling.temp" for key in written)
     assert (name in unusable_sampling(files(**{name: value}))) == (value is not None)
 
 
 def test_sampling_that_is_off_is_written_as_off() -> None:
     """llama.cpp has defaults of its own (top_k 40, min_p 0.05) where a file does not say."""
-    written = sampling(files(top_k=0, min_p=0.0, top_p=1.5, temperature=0.6))
+    written = sampling_metadata(files(top_k=0, min_p=0.0, top_p=1.5, temperature=0.6))
     assert written == {
         "general.sampling.temp": 0.6,
         "general.sampling.top_k": 0,
         "general.sampling.top_p": 1.0,
         "general.sampling.min_p": 0.0,
     }
-    assert sampling(files(do_sample=None)) == sampling(files(do_sample=0, top_k=5)) == {}
+    assert (
+        sampling_metadata(files(do_sample=None))
+        == sampling_metadata(files(do_sample=0, top_k=5))
+        == {}
+    )
 
 
 @pytest.mark.parametrize(

@@ -110,7 +110,7 @@ def test_a_tensor_cannot_be_pointed_at_another_ones_data(whole: Path, tmp_path: 
     damaged = tmp_path / "m.gguf"
     damaged.write_bytes(data)
     refusal = attempt(damaged, tmp_path / "out") or "went through"
-    assert "tensor 'blk.1.attn_output.weight' lies at 0, expected" in refusal
+    assert "tensor 'blk.1.attn_output.weight' is at offset 0, expected" in refusal
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ import torch
 from transformers import LlamaForCausalLM
 
 from convert import convert
-from convert.formats.gguf.read import read
+from convert.formats.gguf import read
 from convert.formats.gguf.rope import tensor_scaling
 from parity_tests.convert.formats.gguf.tiny_gguf import llama3_tensor, tiny_gguf, tiny_model
 
@@ -31,7 +31,7 @@ def test_llama3_constants_are_found_again(
 ) -> None:
     tensor = llama3_tensor(head_dim, theta, factor, low, high, original)
     assert tensor_scaling(
-        tensor, head_dim=head_dim, theta=theta, context_length=131072, attention=1.0
+        tensor, head_dim=head_dim, theta=theta, context_length=131072, attention_factor=1.0
     ) == {
         "rope_type": "llama3",
         "factor": factor,
@@ -44,7 +44,7 @@ def test_llama3_constants_are_found_again(
 def test_a_common_multiple_of_the_constants_is_the_same_scaling() -> None:
     tensor = llama3_tensor(128, 500000.0, 8.0, 2.0, 8.0, 8192)
     found = tensor_scaling(
-        tensor, head_dim=128, theta=500000.0, context_length=131072, attention=1.0
+        tensor, head_dim=128, theta=500000.0, context_length=131072, attention_factor=1.0
     )
     assert found["rope_type"] == "llama3"
     assert found["low_freq_factor"] / found["original_max_position_embeddings"] == 2.0 / 8192
@@ -53,7 +53,9 @@ def test_a_common_multiple_of_the_constants_is_the_same_scaling() -> None:
 
 def test_a_tensor_that_llama3_cannot_make_is_kept_exactly() -> None:
     tensor = np.linspace(1.0, 3.7, 8, dtype=np.float32)
-    found = tensor_scaling(tensor, head_dim=16, theta=10000.0, context_length=512, attention=1.0)
+    found = tensor_scaling(
+        tensor, head_dim=16, theta=10000.0, context_length=512, attention_factor=1.0
+    )
     assert found["rope_type"] == "longrope"
     assert found["short_factor"] == found["long_factor"]
     assert np.array_equal(np.array(found["long_factor"], np.float32), tensor)
@@ -64,13 +66,15 @@ def test_a_single_wrong_entry_is_not_rounded_away() -> None:
     tensor = llama3_tensor(128, 500000.0, 8.0, 1.0, 4.0, 8192)
     tensor[40] *= np.float32(1 + 1e-4)
     found = tensor_scaling(
-        tensor, head_dim=128, theta=500000.0, context_length=131072, attention=1.0
+        tensor, head_dim=128, theta=500000.0, context_length=131072, attention_factor=1.0
     )
     assert found["rope_type"] == "longrope"
 
 
 def test_trivial_tensors() -> None:
-    scaling = partial(tensor_scaling, head_dim=16, theta=10000.0, context_length=512, attention=1.0)
+    scaling = partial(
+        tensor_scaling, head_dim=16, theta=10000.0, context_length=512, attention_factor=1.0
+    )
     ones = np.ones(8, np.float32)
     assert scaling(ones) == {"rope_type": "default"}
     assert scaling(ones * 3) == {"rope_type": "linear", "factor": 3.0}
@@ -172,7 +176,7 @@ def test_a_negative_factor_is_named(tmp_path: Path, kind: str) -> None:
         (
             np.linspace(1, 2, 4, dtype=np.float32),
             {"llama.rope.scaling.type": "linear", "llama.rope.scaling.factor": 2.0},
-            "rope.scaling.type linear and rope_freqs.weight are both given, expected one",
+            "rope.scaling.type linear and rope_freqs.weight are both present, expected one",
         ),
     ],
 )

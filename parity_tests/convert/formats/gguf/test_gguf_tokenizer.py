@@ -17,8 +17,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer
 
 from convert import convert
-from convert.formats.gguf.read import read
-from convert.formats.gguf.tokenizer_read import PRE_TOKENIZERS
+from convert.formats.gguf import read
+from convert.formats.gguf.tokenizer.pre_tokenizers import PRE_TOKENIZERS
 from llama_jax.text.sentencepiece import BYTE, CONTROL, NORMAL, UNKNOWN, USER_DEFINED
 from parity_tests.convert.formats.gguf.tiny_gguf import tiny_gguf, tiny_model
 

@@ -23,8 +23,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 
 from convert import convert, info, plan
-from convert.formats.gguf.q8_0 import dequantised, quantised
-from convert.formats.gguf.read import read, specs
+from convert.formats.gguf import read, target_specs
+from convert.formats.gguf.q8_0 import dequantized, quantized
 from parity_tests.convert.formats.gguf.tiny_gguf import (
     gguf_name,
     llama3_tensor,
@@ -190,11 +190,11 @@ def test_transformers_own_loader_computes_the_same(tmp_path: Path, options: dict
 )
 def test_blocks_survive_being_read_and_quantised_again(values: np.ndarray, power: int) -> None:
     values = np.ldexp(values, power).clip(-8e6, 8e6)
-    once = dequantised("x", values)
+    once = dequantized("x", values)
     with np.errstate(all="ignore"):
         blocks = quantize(values, GGMLQuantizationType.Q8_0)
         assert np.array_equal(once, dequantize(blocks, GGMLQuantizationType.Q8_0))
-    again = quantised(once)
+    again = quantized(once)
     assert np.array_equal(dequantize(again, GGMLQuantizationType.Q8_0), once)
     scales = blocks.reshape(-1, 34)[:, :2].copy().view(np.float16)[:, 0]
     if (scales != 0).all():  # a block of zeros may be quantised to anything times zero
@@ -330,8 +330,8 @@ def test_float64_matrices_want_a_dtype(tmp_path: Path) -> None:
     wide = [replace(spec, dtype=np.dtype(np.float64)) for spec in source.tensors]
     wide_source = replace(source, tensors=tuple(wide))
     with pytest.raises(ValueError, match="is float64, expected --dtype float32, bfloat16, float16"):
-        specs(wide_source, None)
-    assert {spec.dtype for spec in specs(wide_source, "float32")} == {np.dtype(np.float32)}
+        target_specs(wide_source, None)
+    assert {spec.dtype for spec in target_specs(wide_source, "float32")} == {np.dtype(np.float32)}
 
 
 def test_names_and_licences_travel(tmp_path: Path) -> None:

@@ -19,8 +19,12 @@ from transformers import AutoTokenizer
 
 from convert import convert, plan
 from convert.demo_checkpoint import cache_directory
-from convert.formats.gguf.tokenizer_read import PRE_TOKENIZERS, Pre
-from convert.formats.gguf.tokenizer_write import TRIALS, splitter_of
+from convert.formats.gguf.tokenizer.pre_tokenizers import (
+    PRE_TOKENIZERS,
+    TRIALS,
+    Pre,
+    pre_tokenizer_of,
+)
 from llama_jax.text.sentencepiece import BYTE, CONTROL, UNUSED, USER_DEFINED
 from parity_tests.convert.formats.gguf.test_gguf_tokenizer import (
     CORPUS,
@@ -236,7 +240,9 @@ def metaspace(scheme: str) -> Json:
 def test_the_original_decides_where_its_rendering_differs(tmp_path: Path, scheme: str) -> None:
     files = {"tokenizer.json": metaspace(scheme)}
     home = directory(tmp_path / "in", files, ROWS)
-    with pytest.raises(ValueError, match=r"would become .*with SentencePiece's tokenizer\.model"):
+    with pytest.raises(
+        ValueError, match=r"would become .*put SentencePiece's tokenizer\.model beside it"
+    ):
         plan(home, tmp_path / "m.gguf")
     (home / "tokenizer.model").write_bytes(trained_sentencepiece())
     convert(home, tmp_path / "m.gguf")
@@ -353,7 +359,7 @@ UNIGRAM = {"type": "Unigram", "unk_id": 0, "vocab": [["<unk>", 0.0]], "byte_fall
 REFUSED = {
     "NFC": (changed(normalizer={"type": "NFC"}), "its normalizer is NFC, expected none"),
     "splitting": (changed(pre_tokenizer=LOOSE), "it splits text in a way that GGUF has no name for"),
-    "lstrip": (with_added(lstrip=True), r"would become \[.*\] and on, expected \["),
+    "lstrip": (with_added(lstrip=True), r"would become \[.*\]\.\.\., expected \["),
     "merges": (late_merge(), "the merges that make '.*' follow no scores"),
     "bytes": (without_bytes(), "it has 255 tokens of single bytes, expected 256"),
     "Unigram": ({"version": "1.0", "added_tokens": [], "model": UNIGRAM}, "is Unigram, expected BPE"),
@@ -366,7 +372,7 @@ def test_what_gguf_cannot_express(tmp_path: Path, case: str) -> None:
     home = directory(tmp_path / "in", {"tokenizer.json": content}, 2000)
     with pytest.raises(ValueError, match=message) as caught:
         plan(home, tmp_path / "m.gguf")
-    assert str(caught.value).endswith("--no-tokenizer leaves it out")
+    assert str(caught.value).endswith("use --no-tokenizer to leave it out")
     assert "\n" not in str(caught.value)
     plan(home, tmp_path / "m.gguf", tokenizer=False)
 
@@ -375,7 +381,7 @@ def test_what_gguf_cannot_express(tmp_path: Path, case: str) -> None:
     ("files", "rows", "message"),
     [
         ({"vocab.json": {"a": 0}}, 40, "found vocab.json, expected tokenizer.json or tokenizer.model"),
-        ({"tokenizer.model": b"IQ== 0\n"}, 40, "tokenizer.model is not SentencePiece's"),
+        ({"tokenizer.model": b"IQ== 0\n"}, 40, "tokenizer.model is not a SentencePiece model"),
         ({"tokenizer.model": trained_sentencepiece()}, 400, "ids up to 499, expected less than vocab_"),
         ({"tokenizer.json": changed()}, 40, r"ids up to \d+, expected less than vocab_size 40"),
     ],
@@ -389,7 +395,7 @@ def test_files_that_do_not_fit(tmp_path: Path, files: Json, rows: int, message: 
 def test_splittings_are_told_apart_by_the_trials() -> None:
     # those that random text tells apart, the trials tell apart too
     def cut(pre: Pre, texts: list[str]) -> str:
-        return repr([splitter_of(pre).pre_tokenize_str(text) for text in texts])
+        return repr([pre_tokenizer_of(pre).pre_tokenize_str(text) for text in texts])
 
     rng = random.Random(1)
     noise = ["".join(rng.choices("aA1' .\n/é中", k=12)) for _ in range(300)]

@@ -19,8 +19,8 @@ from safetensors.torch import load_file
 from transformers import LlamaForCausalLM
 
 from convert import convert, info
+from convert.formats.meta import read
 from convert.formats.meta.params import config_of, intermediate_size, params_of
-from convert.formats.meta.read import read
 from llama_jax.config import LlamaConfig
 from llama_jax.presets import PRESETS
 from parity_tests.convert.formats.gguf.tiny_gguf import same, tiny_model
@@ -209,7 +209,7 @@ def test_published_params(name: str) -> None:
     preset = PRESETS[name]
     tied = preset.tie_word_embeddings
     size = preset.vocab_size
-    found, notes = config_of(PUBLISHED[name], vocab_size=size, tied=tied, beside=None)
+    found, notes = config_of(PUBLISHED[name], vocab_size=size, tied=tied, config_json=None)
     assert found == preset
     assert any("max_position_embeddings" in note for note in notes)
     assert any("factor" in note for note in notes) is ("use_scaled_rope" in PUBLISHED[name])
@@ -222,7 +222,7 @@ def test_params_mean_the_config_they_were_made_of(name: str) -> None:
         params_of(preset),
         vocab_size=preset.vocab_size,
         tied=preset.tie_word_embeddings,
-        beside=preset,
+        config_json=preset,
     )
     assert found == preset
     assert notes == []
@@ -266,7 +266,7 @@ def test_a_config_beside_that_contradicts(tmp_path: Path) -> None:
         ({"n_layers": True}, "n_layers: found True"),
         ({"n_layers": 99999}, "expected some for each of n_layers=99999"),
         ({"multiple_of": 10**400}, "multiple_of: found 1000"),
-        ({"moe_args": {"num_experts": 16}}, "moe_args: found {'num_experts': 16}, which is not of a"),
+        ({"moe_args": {"num_experts": 16}}, "moe_args: found {'num_experts': 16}, which no Llama"),
         ({"quantization_args": {"scheme": "int4"}}, "quantization_args: found"),
         ({"vision_chunk_size": 448}, "vision_chunk_size: found 448"),
         ({"vocab_size": 41}, "tok_embeddings.weight: found shape [20, 32], expected [41, 32] of 2"),
@@ -342,7 +342,7 @@ def test_every_fault_is_reported_at_once(tmp_path: Path) -> None:
     for part in (
         "norm.weight: missing",
         "surplus: unexpected",
-        "layers.1.attention.wk.weight: found shape [3, 32], expected [16, 32] of 2 pieces together",
+        "layers.1.attention.wk.weight: found shape [3, 32], expected [16, 32] of 2 shards together",
         "layers.1.attention.wv.weight: found dtype int32, expected F64",
     ):
         assert part in message
@@ -361,12 +361,12 @@ def test_pieces_that_do_not_go_together(tmp_path: Path) -> None:
     source = directory(tmp_path / "in")
     message = fault(change(source, 1, other))
     assert (
-        "consolidated.01.pth: tensor norm.weight: differs from piece 0, expected a copy" in message
+        "consolidated.01.pth: tensor norm.weight: differs from shard 0, expected a copy" in message
     )
     assert "norm.weight: found F16[32] and F32[32]" in fault(change(source, 1, half))
-    assert "norm.weight: missing in piece 1" in fault(change(source, 1, missing))
+    assert "norm.weight: missing in shard 1" in fault(change(source, 1, missing))
     (source / "consolidated.01.pth").rename(source / "consolidated.02.pth")
-    assert "consolidated.01.pth: not found, expected piece 1" in fault(source)
+    assert "consolidated.01.pth: not found, expected shards 0 to 2" in fault(source)
 
 
 def test_missing_params_and_links_out(tmp_path: Path) -> None:
@@ -384,9 +384,9 @@ def test_missing_params_and_links_out(tmp_path: Path) -> None:
 
 def test_a_directory_of_two_pieces_says_so(tmp_path: Path) -> None:
     facts = info(directory(tmp_path / "in"))
-    assert facts["format"] == "Meta, 2 pieces"
+    assert facts["format"] == "Meta, 2 shards"
     assert facts["parameters"] == sum(t.numel() for t in weights(tiny()).values())
-    assert facts["faults"] == []
+    assert facts["problems"] == []
 
 
 def test_cuts_and_flips_anywhere(tmp_path: Path) -> None:

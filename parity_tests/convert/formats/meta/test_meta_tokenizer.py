@@ -11,7 +11,7 @@ import sentencepiece
 from transformers import AutoTokenizer, GenerationConfig
 
 from convert import convert, info
-from convert.formats.meta.read import read
+from convert.formats.meta import read
 from llama_jax.config import LlamaConfig
 from llama_jax.text.tokenizer import load_tokenizer, model_json
 from parity_tests.convert.formats.gguf.test_gguf_tokenizer import byte_level_fields
@@ -109,9 +109,11 @@ def test_a_tokenizer_that_meta_has_no_form_for_is_carried(tmp_path: Path) -> Non
 @pytest.mark.parametrize("form", list(CONTENT))
 def test_a_tokenizer_that_is_none(tmp_path: Path, form: str) -> None:
     source = meta_directory(tmp_path / "in", form, CONTENT[form]()[:-50])
-    with pytest.raises(ValueError, match=r"tokenizer.model: .*; --no-tokenizer leaves it$"):
+    with pytest.raises(
+        ValueError, match=r"tokenizer.model: .*; use --no-tokenizer to leave it out$"
+    ):
         convert(source, tmp_path / "out")
-    assert info(source)["faults"] != []
+    assert info(source)["problems"] != []
     convert(source, tmp_path / "out", tokenizer=False)
     assert not (tmp_path / "out/tokenizer.model").exists()
 

@@ -10,12 +10,12 @@ import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from convert.formats.gguf.special_tokens import refusal
+from convert.formats.gguf.tokenizer.refusal import refusal
+from convert.formats.gguf.tokenizer.vocabulary import bos_eos_metadata, pad_vocabulary
 from llama_jax.text.sentencepiece import (
     CONTROL,
     NORMAL,
     SPACE,
-    UNUSED,
     USER_DEFINED,
     merges_from_scores,
     read_model,
@@ -26,7 +26,11 @@ _ADDED_SCORE = -1000.0  # llama.cpp's converter gives it to tokens that Sentence
 
 
 def open_sentencepiece(files: Mapping[str, bytes]) -> Any:
-    """The `SentencePieceProcessor` of tokenizer.model; None where there is no such file."""
+    """The `SentencePieceProcessor` of tokenizer.model; None where there is no such file.
+
+    Raises:
+        ValueError: a file of another form, or sentencepiece is not installed.
+    """
     if "tokenizer.model" not in files:
         return None
     try:
@@ -34,9 +38,11 @@ def open_sentencepiece(files: Mapping[str, bytes]) -> Any:
 
         return SentencePieceProcessor(model_proto=files["tokenizer.model"])
     except ImportError:
-        raise refusal("tokenizer.model needs the package sentencepiece, found none") from None
+        raise refusal(
+            "tokenizer.model needs the package sentencepiece: pip install 'llama-jax[convert]'"
+        ) from None
     except RuntimeError:
-        raise refusal("tokenizer.model is not SentencePiece's, expected that form") from None
+        raise refusal("tokenizer.model is not a SentencePiece model") from None
 
 
 def scores_of_pieces(tokens: Iterable[str], pieces: Any) -> list[float]:
@@ -50,17 +56,18 @@ def scores_of_merges(
 ) -> list[float]:
     """A score for each token, such that joining by score is merging by `merges`.
 
-    Raises ValueError where no scores do: a token's merges do not stand together, or are not all of them.
+    Raises:
+        ValueError: no scores do: a token's merges do not stand together, or are not all of them.
     """
     ranks = {token: -float(i) for i, token in enumerate(dict.fromkeys(map("".join, merges)))}
     scores = [
         ranks.get(token, -float(len(ranks))) if type_ == NORMAL else _ADDED_SCORE
         for token, type_ in zip(tokens, types, strict=True)
     ]
-    expected = _by_token(merges_from_scores(list(tokens), list(types), scores))
-    for found, wanted in itertools.zip_longest(_by_token(merges), expected):
-        if found != wanted:
-            token = (found or wanted)[0]
+    by_score = _by_token(merges_from_scores(list(tokens), list(types), scores))
+    for group, group_by_score in itertools.zip_longest(_by_token(merges), by_score):
+        if group != group_by_score:
+            token, _ = group or group_by_score
             raise refusal(
                 f"the merges that make {token!r} follow no scores, expected SentencePiece's"
             )
@@ -76,26 +83,21 @@ def sentencepiece_metadata(pieces: Any, files: Mapping[str, bytes], rows: int) -
     """The vocabulary of a tokenizer.model that has no tokenizer.json beside it.
 
     Args:
+        pieces: the `SentencePieceProcessor` of tokenizer.model.
         rows: of the embedding; ids without a token are padding.
     """
     model = read_model(files["tokenizer.model"])
-    vocabulary = dict(enumerate(zip(model.tokens, model.types, strict=True)))
+    entries = dict(enumerate(zip(model.tokens, model.types, strict=True)))
     tokenizer = read_tokenizer(files)
     for i, token in tokenizer.get_added_tokens_decoder().items():
-        kind = CONTROL if token.special else USER_DEFINED
-        if vocabulary.get(i, ("", NORMAL))[1] in (NORMAL, USER_DEFINED):
-            vocabulary[i] = token.content, kind
-    if max(vocabulary) >= rows:
-        raise refusal(f"it has ids up to {max(vocabulary)}, expected less than vocab_size {rows}")
-    entries = [vocabulary.get(i, (f"[PAD{i}]", UNUSED)) for i in range(rows)]
-    tokens = [token for token, _ in entries]
-    around = tokenizer.encode("a").special_tokens_mask
+        if i not in entries or entries[i][1] in (NORMAL, USER_DEFINED):
+            entries[i] = token.content, CONTROL if token.special else USER_DEFINED
+    tokens, types = pad_vocabulary(entries, rows)
     return {
         "tokenizer.ggml.tokens": tokens,
         "tokenizer.ggml.scores": scores_of_pieces(tokens, pieces),
-        "tokenizer.ggml.token_type": [kind for _, kind in entries],
+        "tokenizer.ggml.token_type": types,
         "tokenizer.ggml.unknown_token_id": pieces.unk_id(),
         "tokenizer.ggml.add_space_prefix": pieces.encode("a", out_type=str)[0].startswith(SPACE),
-        "tokenizer.ggml.add_bos_token": around[0] == 1,
-        "tokenizer.ggml.add_eos_token": around[-1] == 1,
+        **bos_eos_metadata(tokenizer),
     }

@@ -1,0 +1,32 @@
+"""What a format says of itself if it stores every tensor under one dtype, without loss or quantization."""
+
+from __future__ import annotations
+
+from convert.casting import CastRule, cast
+from convert.checkpoint import DTYPES, Checkpoint
+from llama_jax.checkpoints.safetensors_write import TensorSpec
+
+DTYPE_NAMES: tuple[str, ...] = tuple(DTYPES)
+
+
+def target_specs(checkpoint: Checkpoint, dtype: str | None) -> list[TensorSpec]:
+    """Every tensor in `dtype`, a key of DTYPES; None leaves each its own."""
+    return [
+        spec if dtype is None else TensorSpec(spec.name, DTYPES[dtype], spec.shape)
+        for spec in checkpoint.tensors
+    ]
+
+
+def cast_rule(dtype: str | None) -> CastRule:
+    """Values are cast, whatever `dtype` is."""
+    return cast
+
+
+def stored_bytes(spec: TensorSpec, dtype: str | None) -> int:
+    """A tensor takes on disk what it takes in memory."""
+    return spec.nbytes
+
+
+def losses(checkpoint: Checkpoint) -> list[str]:
+    """This format loses nothing."""
+    return []
