@@ -18,7 +18,7 @@ MODEL = "tokenizer.model"
 
 def hugging_face_files(
     path: Path, files: Mapping[str, bytes], config: LlamaConfig
-) -> tuple[dict[str, bytes], dict[str, int]]:
+) -> tuple[dict[str, bytes], dict[str, Any]]:
     """What Hugging Face needs beside a `tokenizer.model`, and the config's fields of bos and eos.
 
     Nothing where `files` have a tokenizer.json or no tokenizer.model.
@@ -37,7 +37,7 @@ def hugging_face_files(
     except ValueError as error:
         raise ValueError(f"{path / MODEL}: {error}; use --no-tokenizer to leave it out") from None
     named, stops = _special_tokens(content, tokenizer)
-    ids = {f"{name}_id": token_id for name, (_, token_id) in named.items()}
+    ids: dict[str, Any] = {f"{name}_id": token_id for name, (_, token_id) in named.items()}
     settings: Json = {
         # the class that takes tokenizer.json as it is
         "tokenizer_class": "PreTrainedTokenizerFast",

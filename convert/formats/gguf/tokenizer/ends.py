@@ -31,8 +31,9 @@ def end_ids(metadata: Mapping[str, Any]) -> list[int]:
         name: metadata.get(f"tokenizer.ggml.{name}_token_id")
         for name in ("eos", "eot", "eom", *_INFILL_TEXTS)
     }
-    by_key = [named[name] for name in ("eos", "eot", "eom") if type(named[name]) is int]
-    return list(dict.fromkeys([*by_key, *ends_by_text(_tokens(metadata), named)]))
+    by_key = (named["eos"], named["eot"], named["eom"])
+    ids: list[int] = [token_id for token_id in by_key if type(token_id) is int]
+    return list(dict.fromkeys([*ids, *ends_by_text(_tokens(metadata), named)]))
 
 
 def ends_by_text(tokens: Sequence[str], named: Mapping[str, Any] | None = None) -> list[int]:

@@ -67,9 +67,9 @@ def saved(directory: Path, generation: dict[str, Any]) -> Path:
 def test_a_fourth_end_is_said_to_be_lost(tmp_path: Path) -> None:
     source = saved(tmp_path / "in", {"eos_token_id": [2, 5, 7, 9]})
     notes = " ".join(plan(source, tmp_path / "m.gguf").notes)
-    assert "generations will not end at 9" in notes
+    assert "llama.cpp will not stop at 9" in notes
     source = saved(tmp_path / "three", {"eos_token_id": [2, 5, 7]})
-    assert "will not end" not in " ".join(plan(source, tmp_path / "m.gguf").notes)
+    assert "will not stop" not in " ".join(plan(source, tmp_path / "m.gguf").notes)
 
 
 CARD = "---\nlicense: llama3.2\nlanguage:\n- en\n- no\nmodel_name: Tiny\n---\n# Tiny\n"
