@@ -12,20 +12,23 @@ from types import ModuleType
 
 import pytest
 
+import convert
 import llama_jax
 import llama_jax.loss
 import llama_jax.scoring
 
 FLAGS = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
+PACKAGES = (llama_jax, convert)
 FACES = (llama_jax, llama_jax.loss, llama_jax.scoring)
 
 
 def modules_with_examples() -> Iterator[str]:
-    for info in pkgutil.walk_packages(llama_jax.__path__, "llama_jax."):
-        if not info.name.endswith("__main__"):
-            module = importlib.import_module(info.name)
-            if ">>> " in inspect.getsource(module):
-                yield info.name
+    for package in PACKAGES:
+        for info in pkgutil.walk_packages(package.__path__, f"{package.__name__}."):
+            if not info.name.endswith("__main__"):
+                module = importlib.import_module(info.name)
+                if ">>> " in inspect.getsource(module):
+                    yield info.name
 
 
 def public_names() -> Iterator[tuple[ModuleType, str]]:
