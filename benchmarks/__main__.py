@@ -1,13 +1,13 @@
 """`python -m benchmarks NAME...`: measurements, each printed as one table.
 
-compile    seconds to compile 4 and 32 layers of the same widths, forward and gradient
-convert    every pair of formats: seconds beside `cp`, peak memory (--preset, --pairs)
-decode     greedy decoding beside Hugging Face's: tokens a second, and a prefill
-load       from_pretrained of a bfloat16 directory against `cat` of the same file; peak RSS
-loss       the loss-in-head beside its peers: memory, time and error
-parity     our error and Hugging Face's, of the real checkpoint and of every preset (--presets)
-precision  what lower precisions of float32 products do to the real checkpoint
-step       a training step beside torch's: time, memory, tokens a second
+compile    compile time of 32 layers against that of 4, forward and gradient
+convert    every pair of formats: time against `cp`, peak memory (--preset, --pairs)
+decode     greedy decoding and prefill against transformers: tokens per second
+load       from_pretrained of a bfloat16 directory against `cat` of the same file; peak memory
+loss       the fused loss against plain JAX, torch and other fused losses: memory, time and error
+parity     our error against transformers' on the real checkpoint and every preset (--presets)
+precision  what lower precision of float32 matmuls does to the real checkpoint
+step       a training step against torch: time, memory, tokens per second
 """
 
 from llama_jax.cli.startup import end_on_interrupt
@@ -35,7 +35,7 @@ WITH_OPTIONS = ["convert"], ["parity"]
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run the named benchmarks in turn. A user's mistake is one line on stderr and exit code 2."""
+    """Run the named benchmarks one after another. Mistakes are one line on stderr and exit code 2."""
 
     def command() -> None:
         parser = OneLineParser(

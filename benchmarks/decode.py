@@ -1,9 +1,9 @@
-"""Decoding beside Hugging Face's: tokens a second and seconds of a prefill, in one process, in turn.
+"""Greedy decoding and prefill against transformers, alternating in one process.
 
-The real checkpoint in float32 on a CPU, batch 1 and 8, greedy, no row ending early; Llama-3.2-1B's shapes
-in bfloat16 on a GPU, where torch.compile joins. Decoding is what more tokens cost: (time of PROMPT + NEW)
-- (time of the first token), over NEW - 1 steps. The read bandwidth is that of the same bytes, in turn with
-the rest.
+On a CPU: the real checkpoint in float32, batch 1 and 8, no row ending early. On a GPU: Llama 3.2 1B's
+shape in bfloat16, where transformers' static cache also brings torch.compile. The time of a decoding step
+is (time of NEW tokens - time of the first token) / (NEW - 1). "of bandwidth" is the time of reading as many
+bytes as the weights have, measured in the same rounds, over that of a step.
 """
 
 import statistics
@@ -23,9 +23,9 @@ from llama_jax import PRESETS, LlamaForCausalLM, formatting
 PROMPT, NEW, ROUNDS = 16, 128, 3
 BATCHES = (1, 8)
 PREFILL = 1024
-PASSES = 20  # of the reader: one takes as long as a scheduler's slice
+PASSES = 20  # of the reader: a single one is as short as a scheduler's time slice
 
-# ids [batch, seq] and a count of new tokens; done when the last of them is there
+# of ids [batch, seq] and a number of new tokens; returns when the last one is computed
 Generate = Callable[[np.ndarray, int], Any]
 
 
@@ -45,7 +45,7 @@ def main() -> None:
         "",
         "batch",
         "tokens/s",
-        "/ HF's better",
+        "/ faster HF",
         "of bandwidth",
         "first token",
         f"prefill {PREFILL}",
@@ -60,7 +60,7 @@ def main() -> None:
             runs[name, "all"] = partial(generate, ids, NEW)
             if batch == 1:
                 runs[name, "prefill"] = partial(generate, long, 1)
-        seconds = in_turn(runs)
+        seconds = median_seconds(runs)
         read = seconds["", "read"] / PASSES
         steps = {
             name: (seconds[name, "all"] - seconds[name, "first"]) / (NEW - 1) for name in peers
@@ -84,7 +84,7 @@ def main() -> None:
 
 
 def programs() -> tuple[LlamaForCausalLM, dict[str, Generate]]:
-    """Our model, and every program by name."""
+    """Our model, and every program by its name in the table."""
     import torch
     import transformers
 
@@ -109,7 +109,7 @@ def programs() -> tuple[LlamaForCausalLM, dict[str, Generate]]:
 
     def run_theirs(cache: str | None, ids: np.ndarray, new: int) -> Any:
         rows = torch.from_numpy(ids).to(theirs.device)
-        more = {} if cache is None else {"cache_implementation": cache}
+        options = {} if cache is None else {"cache_implementation": cache}
         with torch.no_grad():
             out = theirs.generate(
                 rows,
@@ -119,7 +119,7 @@ def programs() -> tuple[LlamaForCausalLM, dict[str, Generate]]:
                 do_sample=False,
                 # on a GPU a static cache brings torch.compile with it
                 disable_compile=not on_gpu,
-                **more,
+                **options,
             )
         return out.cpu()
 
@@ -132,15 +132,15 @@ def programs() -> tuple[LlamaForCausalLM, dict[str, Generate]]:
 
 
 def reader(size: int) -> Callable[[], Any]:
-    """PASSES over `size` bytes: torch's sum, on a CPU faster than XLA's reductions and than any product."""
+    """Reads `size` bytes PASSES times by torch's sum, on a CPU the fastest of what torch and XLA have."""
     import torch
 
     data = torch.ones(size // 4, device="cuda" if jax.default_backend() == "gpu" else "cpu")
     return lambda: [data.sum().item() for _ in range(PASSES)]
 
 
-def in_turn(runs: dict[Any, Callable[[], Any]]) -> dict[Any, float]:
-    """Median seconds of each, after a round that compiles, all in turn: drift hits all alike."""
+def median_seconds(runs: dict[Any, Callable[[], Any]]) -> dict[Any, float]:
+    """Median seconds of each, after a round that compiles; alternating, so that drift affects all alike."""
     times: dict[Any, list[float]] = {name: [] for name in runs}
     for run in runs.values():
         run()

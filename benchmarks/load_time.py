@@ -1,4 +1,4 @@
-"""Loading a bfloat16 directory: time against `cat` of the file, and peak memory."""
+"""`from_pretrained` of a bfloat16 directory against `cat` of the same file: time, and peak memory."""
 
 import json
 import statistics
@@ -31,7 +31,7 @@ print(json.dumps({"seconds": seconds, "peak": peak}))
 
 
 def main() -> None:
-    """Write a directory of random weights, load it in fresh processes in turn with `cat`."""
+    """Write random weights; load them in fresh processes, alternating with `cat`."""
     with tempfile.TemporaryDirectory() as folder:
         directory = Path(folder)
         specs = write_random(CONFIG, directory, max_shard_size=1 << 62)  # one file for `cat`
@@ -64,7 +64,7 @@ def main() -> None:
 
 
 def measure_load(directory: Path) -> dict[str, float]:
-    """Seconds and peak RSS (bytes) of `from_pretrained` in a process of its own."""
+    """Seconds and peak RSS in bytes of `from_pretrained` in a fresh process."""
     child = subprocess.run(
         (sys.executable, "-c", _CHILD, str(directory)), capture_output=True, text=True, check=True
     )

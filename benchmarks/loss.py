@@ -1,8 +1,9 @@
-"""The loss-in-head beside its peers: memory, products, time and error, in one run.
+"""The fused loss against plain JAX, a checkpointed scan, torch and other fused losses, in one run.
 
-Value and both gradients of the mean loss, float32 on the CPU and bfloat16 on an accelerator. Peers that
-are not installed, or do not run on this backend, are left out and named. A peer's temporary memory is
-XLA's own figure or, for torch on a GPU, the allocator's peak above what stays.
+The mean loss and its gradients for the hidden states and the head: float32 on a CPU, bfloat16 on an
+accelerator. Error is against float64. Programs that are not installed, or do not run on this backend, are
+skipped and named. Temporary memory is XLA's number or, for torch on a GPU, the allocator's peak above what
+stays allocated.
 """
 
 import importlib.util
@@ -25,14 +26,14 @@ ROUNDS = 7
 
 
 def sizes() -> tuple[int, int, int, Any]:
-    """Tokens, hidden, vocabulary and dtype that suit the backend."""
+    """Tokens, hidden size, vocabulary and dtype that suit the backend."""
     if jax.default_backend() == "cpu":
         return 2048, 1024, 16000, jnp.float32
     return 8192, 4096, 128256, jnp.bfloat16
 
 
 def naive(hidden: jax.Array, kernel: jax.Array, labels: jax.Array) -> jax.Array:
-    """The plain program: float32 logits of every token."""
+    """Plain JAX: float32 logits of every token."""
     logits = jnp.einsum("th,vh->tv", hidden, kernel, preferred_element_type=jnp.float32)
     chosen = jnp.take_along_axis(logits, labels[:, None], axis=-1)[:, 0]
     return jnp.mean(jax.nn.logsumexp(logits, axis=-1) - chosen)
@@ -51,7 +52,7 @@ def checkpointed(hidden: jax.Array, kernel: jax.Array, labels: jax.Array) -> jax
 
 
 def ours(hidden: jax.Array, kernel: jax.Array, labels: jax.Array) -> jax.Array:
-    """fused_linear_cross_entropy as it chooses its chunk."""
+    """`fused_linear_cross_entropy`, with the chunk that it chooses."""
     return fused_linear_cross_entropy(hidden, kernel, labels).loss
 
 
@@ -62,32 +63,32 @@ def main() -> None:
     hidden = rng.standard_normal((tokens, size), np.float32)
     kernel = rng.standard_normal((vocab, size), np.float32) / np.sqrt(size)
     labels = rng.integers(0, vocab, tokens).astype(np.int32)
-    truth = exact(hidden, kernel, labels)
+    exact = float64_loss(hidden, kernel, labels)
     arguments = jnp.asarray(hidden, dtype), jnp.asarray(kernel, dtype), jnp.asarray(labels)
 
     rows: dict[str, Row] = {}
     functions = {"naive": naive, "checkpointed scan": checkpointed, "ours": ours}
-    missing = {}
+    skipped = {}
     for name, function in functions.items():
         rows[name] = jax_row(function, arguments)
     if importlib.util.find_spec("tokamax") is None:
-        missing["tokamax"] = "not installed"
+        skipped["tokamax"] = "not installed"
     else:
         rows["tokamax"] = jax_row(tokamax_loss, (arguments[0], arguments[1].T, arguments[2]))
-    torch_rows, torch_missing = torch_peers(hidden, kernel, labels, dtype)
+    torch_rows, torch_skipped = torch_programs(hidden, kernel, labels, dtype)
     rows |= torch_rows
-    missing |= torch_missing
+    skipped |= torch_skipped
 
     results = {}
     for name in list(rows):
         try:
-            results[name] = rows[name].run()  # warms up, and gives the errors
-        except Exception as error:  # a peer that cannot run here must not take the table with it
-            missing[name] = f"{type(error).__name__}: {str(error).splitlines()[0][:100]}"
+            results[name] = rows[name].run()  # compiles, and gives the errors
+        except Exception as error:  # one that cannot run here must not end the benchmark
+            skipped[name] = f"{type(error).__name__}: {str(error).splitlines()[0][:100]}"
             del rows[name]
     times: dict[str, list[float]] = {name: [] for name in rows}
     for _ in range(ROUNDS):
-        for name, row in rows.items():  # in turn, so that drift hits all alike
+        for name, row in rows.items():  # alternating: drift affects all alike
             begin = time.perf_counter()
             row.run()
             times[name].append(time.perf_counter() - begin)
@@ -108,17 +109,17 @@ def main() -> None:
     for column in columns:
         table.add_column(column, justify="left" if not column else "right")
     for name, row in rows.items():
-        errors = [f"{error:.1e}" for error in relative_errors(results[name], truth)]
+        errors = [f"{error:.1e}" for error in relative_errors(results[name], exact)]
         ratio = f"{statistics.median(times[name]) / base:.2f}"
         table.add_row(name, row.units, row.memory(), ratio, *errors)
     console = formatting.console(width=110)
     console.print(table)
-    for name, reason in missing.items():
-        console.print(f"left out: {name} ({reason})")
+    for name, reason in skipped.items():
+        console.print(f"skipped: {name} ({reason})")
 
 
 class Row(NamedTuple):
-    """A peer: its products in units of 2 T H V flops, its temporary memory in MiB, and one step."""
+    """One program: its matmuls in units of 2 T H V FLOPs, its temporary memory in MiB, and one step."""
 
     units: str
     memory: Callable[[], str]
@@ -126,30 +127,30 @@ class Row(NamedTuple):
 
 
 def jax_row(function: Callable[..., jax.Array], arguments: tuple[jax.Array, ...]) -> Row:
-    """Value and both gradients of `function`, compiled and counted."""
+    """Loss and both gradients by `function`, compiled; its FLOPs counted."""
     step = jax.value_and_grad(function, argnums=(0, 1))
     compiled = jax.jit(step).lower(*arguments).compile()
     analysis: Any = compiled.memory_analysis()
     flops = matmul_flops(jax.make_jaxpr(step)(*arguments).jaxpr)
     unit = 2 * arguments[0].shape[0] * arguments[1].size
     memory = f"{analysis.temp_size_in_bytes / 2**20:.0f}"
-    return Row(f"{flops / unit:.2f}", lambda: memory, partial(finished, compiled, *arguments))
+    return Row(f"{flops / unit:.2f}", lambda: memory, partial(until_ready, compiled, *arguments))
 
 
 def tokamax_loss(hidden: jax.Array, kernel: jax.Array, labels: jax.Array) -> jax.Array:
-    """tokamax's, whose kernel is [H, V]; it has one for TPUs and plain XLA elsewhere."""
+    """tokamax's loss, which takes the head as [H, V]: a kernel on TPUs, plain XLA elsewhere."""
     import tokamax
 
     return tokamax.linear_softmax_cross_entropy_loss(hidden, labels, kernel, reduction="mean")
 
 
-def finished(function: Callable[..., Any], *arguments: Any) -> Any:
-    """The result, computed to the end."""
+def until_ready(function: Callable[..., Any], *arguments: Any) -> Any:
+    """The result, after waiting for it."""
     return jax.block_until_ready(function(*arguments))
 
 
-def exact(hidden: np.ndarray, kernel: np.ndarray, labels: np.ndarray) -> list[np.ndarray]:
-    """Loss and gradients in float64, numpy."""
+def float64_loss(hidden: np.ndarray, kernel: np.ndarray, labels: np.ndarray) -> list[np.ndarray]:
+    """Loss and both gradients, by numpy."""
     h, k = hidden.astype(np.float64), kernel.astype(np.float64)
     logits = h @ k.T
     logits -= logits.max(-1, keepdims=True)
@@ -162,10 +163,10 @@ def exact(hidden: np.ndarray, kernel: np.ndarray, labels: np.ndarray) -> list[np
     return [np.asarray(loss), p @ k, p.T @ h]
 
 
-def relative_errors(result: Any, truth: list[np.ndarray]) -> list[float]:
-    """rms error of each number over its rms; a kernel's gradient may come transposed."""
+def relative_errors(result: Any, exact: list[np.ndarray]) -> list[float]:
+    """rms error of loss and gradients, over their rms; the gradient of the kernel may be transposed."""
     flat = [on_host(leaf) for leaf in jax.tree.leaves(result)]
-    pairs = [(a if a.shape == b.shape else a.T, b) for a, b in zip(flat, truth, strict=True)]
+    pairs = [(a if a.shape == b.shape else a.T, b) for a, b in zip(flat, exact, strict=True)]
     return [float(np.sqrt(np.mean((a - b) ** 2) / np.mean(b**2))) for a, b in pairs]
 
 
@@ -175,10 +176,13 @@ def on_host(value: Any) -> np.ndarray:
     return np.asarray(plain, np.float64)
 
 
-def torch_peers(
+def torch_programs(
     hidden: np.ndarray, kernel: np.ndarray, labels: np.ndarray, dtype: Any
 ) -> tuple[dict[str, Row], dict[str, str]]:
-    """torch on explicit logits, eager and, on a GPU, compiled; its fused loss; Liger on a GPU."""
+    """torch with explicit logits, eager and on a GPU compiled; its fused loss; on a GPU also Liger's.
+
+    Returns the rows, and what was skipped and why, by name.
+    """
     if importlib.util.find_spec("torch") is None:
         return {}, {"torch": "not installed"}
     import torch
@@ -195,16 +199,16 @@ def torch_peers(
         return cross_entropy((h @ k.T).float(), target)
 
     losses: dict[str, Callable[..., Any]] = {"torch F.cross_entropy": explicit}
-    missing: dict[str, str] = {}
+    skipped: dict[str, str] = {}
     fused = getattr(torch.nn.functional, "linear_cross_entropy", None)
     if fused is not None:
         losses["torch F.linear_cross_entropy"] = fused
     if on_gpu:
         losses["torch.compile F.cross_entropy"] = torch.compile(explicit)
     if not on_gpu:
-        missing |= dict.fromkeys(("torch.compile", "Liger"), "no GPU")
+        skipped |= dict.fromkeys(("torch.compile", "Liger"), "no GPU")
     elif importlib.util.find_spec("liger_kernel") is None:
-        missing["Liger"] = "not installed"
+        skipped["Liger"] = "not installed"
     else:
         from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
 
@@ -219,14 +223,14 @@ def torch_peers(
             torch.cuda.reset_peak_memory_stats()
         value = losses[name](h, k, target)
         value.backward()
-        found: tuple[Any, ...] = (value.detach(), h.grad, k.grad)
+        result: tuple[Any, ...] = (value.detach(), h.grad, k.grad)
         if on_gpu:
             torch.cuda.synchronize()
             above = torch.cuda.max_memory_allocated() - torch.cuda.memory_allocated()
             peaks[name] = f"{above / 2**20:.0f}"
-        return found
+        return result
 
     rows = {}
     for name in losses:
         rows[name] = Row("", partial(peaks.__getitem__, name), partial(step, name))
-    return rows, missing
+    return rows, skipped

@@ -1,8 +1,8 @@
-"""Errors of ours and of Hugging Face's against the float64 oracle: the real checkpoint and every preset.
+"""Our logits' error against the float64 oracle beside transformers', float32 and bfloat16.
 
-Of a preset: its widths, heads, vocabulary and rotary embedding with random weights, but few layers, on
-random tokens. Presets of one shape are one row, run as the last of them. What the report's estimate puts
-above this machine's memory is left out and named.
+On the real checkpoint, and on every preset: its widths, heads, vocabulary and rotary embedding, but few
+layers, random weights and random tokens. Presets of the same shape share a row, run as the last of them.
+Presets that need more memory than this machine has, as the report estimates it, are skipped and named.
 
 python -m benchmarks parity --presets llama-3.2-1b tinyllama-1.1b
 """
@@ -38,12 +38,12 @@ LAYERS, TOKENS = 2, 64  # of a preset
 
 
 def main(arguments: Sequence[str] = ()) -> None:
-    """Print a line as it is found, and all of them as a table."""
+    """Print each row as it is measured, and all of them as a table."""
     parser = OneLineParser(prog="python -m benchmarks parity")
     parser.add_argument("--presets", nargs="*", choices=PRESETS, default=PRESETS, metavar="NAME")
     options = parser.parse_args(arguments)
     transformers.logging.set_verbosity_error()
-    console, left_out = formatting.console(width=110), []
+    console, skipped = formatting.console(width=110), []
     table = Table(
         title="rms logit error against the float64 oracle; "
         f"presets: {LAYERS} layers of random weights, {TOKENS} tokens",
@@ -69,15 +69,15 @@ def main(arguments: Sequence[str] = ()) -> None:
         config = replace(PRESETS[names[-1]], num_hidden_layers=LAYERS)
         needed = max(estimate(config, TOKENS, 0, dtype.itemsize).bytes for dtype in DTYPES.values())
         if needed > total_memory():
-            left_out.append(f"{', '.join(names)} ({needed / 1e9:.0f} GB)")
+            skipped.append(f"{', '.join(names)} ({needed / 1e9:.0f} GB)")
             continue
         ids = np.random.default_rng(0).integers(0, config.vocab_size, (1, TOKENS))
         with random_checkpoint(config) as checkpoint:
             add(", ".join(names), checkpoint, ids)
     console.print(table)
-    if left_out:
+    if skipped:
         memory = f"{total_memory() / 1e9:.0f} GB"
-        console.print(f"left out, more than this machine's {memory}: {'; '.join(left_out)}")
+        console.print(f"skipped, need more than this machine's {memory}: {'; '.join(skipped)}")
 
 
 def logit_errors(checkpoint: Checkpoint, ids: np.ndarray, dtype: str) -> Comparison:
@@ -99,7 +99,7 @@ def logit_errors(checkpoint: Checkpoint, ids: np.ndarray, dtype: str) -> Compari
 
 
 def same_shapes(presets: Sequence[str]) -> list[list[str]]:
-    """Their names, together where the tensors of a layer and of both ends have the same shapes."""
+    """The presets' names, grouped by the shapes of their layers, embedding and head."""
     groups: dict[tuple[object, ...], list[str]] = {}
     for name in presets:
         config = PRESETS[name]
@@ -113,7 +113,7 @@ def same_shapes(presets: Sequence[str]) -> list[list[str]]:
 
 @contextmanager
 def random_checkpoint(config: LlamaConfig) -> Iterator[Checkpoint]:
-    """Random weights of that shape."""
+    """A checkpoint of random weights in a temporary directory."""
     with tempfile.TemporaryDirectory() as folder:
         directory = Path(folder) / "checkpoint"
         write_random(config, directory)

@@ -1,9 +1,9 @@
-"""How far `jax_default_matmul_precision` moves a float32 model: the real checkpoint against the oracle.
+"""What each `jax_default_matmul_precision` costs a float32 model: the real checkpoint against the oracle.
 
-What a setting means depends on the platform (`jax.lax.Precision`): on TPU, default, high and highest are
-one, three and six bfloat16 passes; on NVIDIA, default and high are TF32, highest float32; a CPU has float32
-alone. On a TPU or GPU its own settings are measured. On a CPU theirs are emulated: the operands of every
-product are rounded, to nearest, and sums are float32.
+What a setting means depends on the platform (`jax.lax.Precision`). On TPU, default, high and highest are
+one, three and six bfloat16 passes; on NVIDIA, default and high are TF32 and highest is float32; a CPU has
+only float32. On a TPU or GPU its own settings are measured. On a CPU those of the others are emulated:
+operands of every matmul are rounded to nearest, and sums are float32.
 """
 
 import functools
@@ -31,9 +31,9 @@ from parity_tests.report.tokens import bundled_tokens
 
 _ROWS = 64  # positions whose float64 logits are compared at once
 
-BFLOAT16, TF32 = 7, 10  # bits of their mantissas
+BFLOAT16, TF32 = 7, 10  # mantissa bits
 
-# platform, settings, what they are, mantissa bits, parts of an operand
+# platform, settings, description, mantissa bits, parts of an operand
 EMULATED = (
     ("TPU", "highest", "six bfloat16 passes", BFLOAT16, 3),
     ("TPU", "high", "three bfloat16 passes", BFLOAT16, 2),
@@ -43,8 +43,8 @@ EMULATED = (
 
 
 class Drift(NamedTuple):
-    """rms: of the logits, relative to their row's. kl: mean, from the oracle, nats. top1: share of
-    positions that prefer the oracle's token. loss: the mean's difference from the oracle's."""
+    """rms: error of the logits, relative to the rms of their row. kl: mean divergence from the oracle, in
+    nats. top1: share of positions with the oracle's top-1 token. loss: mean loss minus the oracle's."""
 
     rms: float
     kl: float
@@ -57,21 +57,21 @@ def main() -> None:
     with real_checkpoint() as directory:
         checkpoint = open_checkpoint(directory)
         ids = bundled_tokens(checkpoint)
-        truth = oracle_logits(checkpoint, ids)
+        exact = oracle_logits(checkpoint, ids)
         load = partial(LlamaForCausalLM.from_pretrained, directory)
         device, rows = jax.devices()[0].device_kind, []
 
         def add(names: tuple[str, str, str], model: LlamaForCausalLM, context: Any) -> None:
             with context:
                 logits = model(jnp.asarray(ids, jnp.int32)).logits[0]
-                found = drift(np.array(logits, np.float32), truth, ids)
-            rows.append((names, found))
+                row = drift(np.array(logits, np.float32), exact, ids)
+            rows.append((names, row))
 
         model = load(dtype=jnp.float32)
         if jax.default_backend() == "cpu":
             add((device, "any", "float32"), model, nullcontext())
-            for platform, settings, what, bits, parts in EMULATED:
-                names = (platform, settings, f"{what}, emulated")
+            for platform, settings, passes, bits, parts in EMULATED:
+                names = (platform, settings, f"{passes}, emulated")
                 add(names, model, emulated(bits, parts))
         else:
             for setting in ("highest", "high", "default"):
@@ -83,18 +83,18 @@ def main() -> None:
         title=f"SmolLM2-135M-Instruct, {ids.shape[1]} tokens, against the float64 oracle",
         title_justify="left",
     )
-    for column in ("on", "precision", "products"):
+    for column in ("platform", "precision", "matmuls"):
         table.add_column(column)
     for column in ("rms logit error", "mean KL", "top-1", "loss"):
         table.add_column(column, justify="right")
-    for names, found in rows:
-        numbers = f"{found.rms:.1e}", f"{found.kl:.1e}", f"{found.top1:.2%}", f"{found.loss:+.1e}"
+    for names, row in rows:
+        numbers = f"{row.rms:.1e}", f"{row.kl:.1e}", f"{row.top1:.2%}", f"{row.loss:+.1e}"
         table.add_row(*names, *numbers)
     formatting.console(width=110).print(table)
 
 
 def oracle_logits(checkpoint: Checkpoint, ids: np.ndarray) -> torch.Tensor:
-    """float64 [T, V], of the checkpoint's weights as float32."""
+    """Logits [T, V] in float64, from the checkpoint's weights in float32."""
     program = OracleProgram(checkpoint, np.dtype(np.float32))
     hidden = program.embed(ids)
     for layer in range(checkpoint.config.num_hidden_layers):
@@ -102,50 +102,52 @@ def oracle_logits(checkpoint: Checkpoint, ids: np.ndarray) -> torch.Tensor:
     return next(program.logits(program.norm(hidden), ids.shape[1]))
 
 
-def drift(got: np.ndarray, truth: torch.Tensor, ids: np.ndarray) -> Drift:
-    """Of logits float32 [T, V] from the oracle's; ids [1, T]."""
+def drift(logits: np.ndarray, exact: torch.Tensor, ids: np.ndarray) -> Drift:
+    """Of float32 logits [T, V] from the oracle's `exact`, on `ids` [1, T]."""
     blocks = []
-    targets = torch.from_numpy(ids)[0]
-    for first in range(0, len(got), _ROWS):
+    tokens = torch.from_numpy(ids)[0]
+    for first in range(0, len(logits), _ROWS):
         rows = slice(first, first + _ROWS)
-        want, have = truth[rows], torch.from_numpy(got[rows]).double()
-        logs, ours = torch.log_softmax(want, dim=-1), torch.log_softmax(have, dim=-1)
-        after = targets[first + 1 : first + 1 + len(want), None]
-        rms = errors(have, want, 1.0, len(want)).by_position
-        kl = (logs.exp() * (logs - ours)).sum(1)
-        same = have.argmax(1) == want.argmax(1)
-        loss = (logs - ours)[: len(after)].gather(1, after)[:, 0]
+        reference, ours = exact[rows], torch.from_numpy(logits[rows]).double()
+        log_reference, log_probs = reference.log_softmax(-1), ours.log_softmax(-1)
+        next_tokens = tokens[first + 1 : first + 1 + len(reference), None]
+        rms = errors(ours, reference, 1.0, len(reference)).by_position
+        kl = (log_reference.exp() * (log_reference - log_probs)).sum(1)
+        same = ours.argmax(1) == reference.argmax(1)
+        loss = (log_reference - log_probs)[: len(next_tokens)].gather(1, next_tokens)[:, 0]
         blocks.append((np.square(rms), kl.numpy(), same.numpy(), loss.numpy()))
-    square, *means = (float(np.mean(np.concatenate(each))) for each in zip(*blocks, strict=True))
+    square, *means = (float(np.mean(np.concatenate(part))) for part in zip(*blocks, strict=True))
     return Drift(square**0.5, *means)
 
 
 @contextmanager
 def emulated(bits: int, parts: int) -> Iterator[None]:
-    """Every float32 product of llama_jax's forward pass by `product`; traced anew, for JAX cannot know."""
-    multiply = partial(product, bits=bits, parts=parts)
-    jax.clear_caches()
-    with mock.patch.object(matmul, "_plain_einsum", multiply):
+    """Every float32 matmul of llama_jax's forward pass is done by `emulated_einsum`."""
+    einsum = partial(emulated_einsum, bits=bits, parts=parts)
+    jax.clear_caches()  # JAX does not see that the function has changed
+    with mock.patch.object(matmul, "_plain_einsum", einsum):
         yield
     jax.clear_caches()
 
 
-def product(spec: str, a: jax.Array, b: jax.Array, *, bits: int, parts: int) -> jax.Array:
-    """`jnp.einsum` of float32 by `parts * (parts + 1) / 2` products of numbers with so many mantissa bits.
+def emulated_einsum(spec: str, a: jax.Array, b: jax.Array, *, bits: int, parts: int) -> jax.Array:
+    """`jnp.einsum` of float32 arrays by matmuls of numbers with few mantissa bits, as hardware does it.
 
-    Each operand is a sum of parts, every one what rounding the sum before it has left; products of two
-    small parts are left out, as on the hardware.
+    Each operand is split into a sum of `parts`, every part the rounded remainder of those before it.
+    Matmuls of two small parts are left out, which leaves `parts * (parts + 1) / 2` of them.
     """
-    of_a, of_b = (_split(x, bits, parts) for x in (a, b))
+    a_parts, b_parts = (_split(x, bits, parts) for x in (a, b))
     pairs = [(i, j) for i in range(parts) for j in range(parts - i)]
     smallest_first = sorted(pairs, key=sum, reverse=True)
-    multiply = partial(jnp.einsum, spec, preferred_element_type=a.dtype)
-    return functools.reduce(operator.add, (multiply(of_a[i], of_b[j]) for i, j in smallest_first))
+    einsum = partial(jnp.einsum, spec, preferred_element_type=a.dtype)
+    return functools.reduce(
+        operator.add, (einsum(a_parts[i], b_parts[j]) for i, j in smallest_first)
+    )
 
 
 def _split(x: jax.Array, bits: int, parts: int) -> list[jax.Array]:
-    found = []
+    rounded = []
     for _ in range(parts):
-        found.append(jax.lax.reduce_precision(x, exponent_bits=8, mantissa_bits=bits))
-        x = x - found[-1]
-    return found
+        rounded.append(jax.lax.reduce_precision(x, exponent_bits=8, mantissa_bits=bits))
+        x = x - rounded[-1]
+    return rounded

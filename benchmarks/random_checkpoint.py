@@ -1,4 +1,4 @@
-"""A Hugging Face directory of random weights, a tensor in memory at a time."""
+"""Write a Hugging Face directory of random weights, one tensor in memory at a time."""
 
 import json
 from pathlib import Path
@@ -10,14 +10,17 @@ from llama_jax.checkpoints.safetensors_write import TensorSpec, write_safetensor
 from llama_jax.config import LlamaConfig
 from llama_jax.inspection.architecture import tensors
 
-_BLOCK = 1 << 22  # numbers that are float32 at a time
-_NORM_NOISE = 0.1  # norms that are all one would hide their order
+_BLOCK = 1 << 22  # values drawn at a time, in float32
+_NORM_NOISE = 0.1  # if all norms were one, swapping them would not show
 
 
 def write_random(
     config: LlamaConfig, directory: Path, max_shard_size: int = 5_000_000_000
 ) -> list[TensorSpec]:
-    """bfloat16, normal with the config's `initializer_range`; norms around one. What was written."""
+    """Write bfloat16 weights, normal with the config's `initializer_range`, and norms around one.
+
+    Returns the specs of the tensors.
+    """
     dtype = np.dtype(ml_dtypes.bfloat16)
     specs = [TensorSpec(tensor.name, dtype, tensor.shape) for tensor in tensors(config)]
     shapes = {spec.name: spec.shape for spec in specs}

@@ -1,4 +1,4 @@
-"""The demo's checkpoint as a Hugging Face directory, for as long as it is needed."""
+"""The demo's checkpoint, converted to a temporary Hugging Face directory."""
 
 import tempfile
 from collections.abc import Iterator
@@ -11,7 +11,7 @@ from convert import demo_checkpoint
 
 @contextmanager
 def real_checkpoint() -> Iterator[Path]:
-    """Its directory. What `demo_checkpoint.fetch` has fetched once is kept; the conversion is not."""
+    """Its directory. The download is kept for next time, the conversion is not."""
     with tempfile.TemporaryDirectory() as folder:
         directory = Path(folder) / "checkpoint"
         convert.convert(demo_checkpoint.fetch(), directory)
