@@ -53,9 +53,9 @@ TEXTS = ["The capital of France is Paris, and the river there is the Seine."] * 
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What the names in README.md stand for: SRC and DIR, a checkpoint, and corpus/."""
     folder = tmp_path_factory.mktemp("readme")
-    tokenizer = Tokenizer(
-        models.BPE(vocab={s: i for i, s in enumerate(["<|endoftext|>", *_alphabet()])}, merges=[])
-    )
+    pieces = ["<|endoftext|>", *sorted(pre_tokenizers.ByteLevel.alphabet()), "Th"]
+    vocab = {piece: token for token, piece in enumerate(pieces)}
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[("T", "h")]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens(["<|endoftext|>"])
@@ -73,22 +73,18 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name in ("SRC", "DIR"):
         LlamaForCausalLM(config, rngs=nnx.Rngs(0)).save_pretrained(folder / name)
         tokenizer.save(str(folder / name / "tokenizer.json"))
-        said = {
+        tokenizer_config = {
             "tokenizer_class": "PreTrainedTokenizerFast",
             "bos_token": "<|endoftext|>",
             "eos_token": "<|endoftext|>",
             "chat_template": "{% for message in messages %}{{ message.content }}\n{% endfor %}",
         }
-        (folder / name / "tokenizer_config.json").write_text(json.dumps(said))
+        (folder / name / "tokenizer_config.json").write_text(json.dumps(tokenizer_config))
     (folder / "corpus").mkdir()
     lines = "".join(json.dumps({"text": f"{n} {text}"}) + "\n" for n, text in enumerate(TEXTS))
     with pa.CompressedOutputStream(str(folder / "corpus" / "a.jsonl.zst"), "zstd") as file:
         file.write(lines.encode())
     return folder
-
-
-def _alphabet() -> list[str]:
-    return sorted(pre_tokenizers.ByteLevel.alphabet())
 
 
 def test_the_readme_fits_a_screen_or_two():
