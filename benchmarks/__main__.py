@@ -1,24 +1,15 @@
-"""`python -m benchmarks NAME...`: measurements, each printed as one table.
-
-compile    compile time of 32 layers against that of 4, forward and gradient
-convert    every pair of formats: time against `cp`, peak memory (--preset, --pairs)
-decode     greedy decoding and prefill against transformers: tokens per second
-load       from_pretrained of a bfloat16 directory against `cat` of the same file; peak memory
-loss       the fused loss against plain JAX, torch and other fused losses: memory, time and error
-parity     our error against transformers' on the real checkpoint and every preset (--presets)
-precision  what lower precision of float32 matmuls does to the real checkpoint
-step       a training step against torch: time, memory, tokens per second
-"""
+"""`python -m benchmarks NAME...`: measurements, each printed as one table."""
 
 from llama_jax.cli.startup import end_on_interrupt
 
 if __name__ == "__main__":
     end_on_interrupt()
 
-import argparse
 import importlib
+import sys
+from typing import Any
 
-from llama_jax.cli.arguments import OneLineParser
+from llama_jax.cli.arguments import program_parser
 from llama_jax.cli.program import leave, run_program
 
 MODULES = {
@@ -31,27 +22,44 @@ MODULES = {
     "precision": "precision",
     "step": "step",
 }
-WITH_OPTIONS = ["convert"], ["parity"]
+WITH_OPTIONS = ("convert", "parity")
+
+_EPILOG = """\
+compile    compile time of 32 layers against that of 4, forward and gradient
+convert    every pair of formats: time against `cp`, peak memory; has options: convert --help
+decode     greedy decoding and prefill against transformers: tokens per second
+load       from_pretrained of a bfloat16 directory against `cat` of the same file; peak memory
+loss       the fused loss against plain JAX, torch and other fused losses: memory, time and error
+parity     our error against transformers' on the real checkpoint and every preset; has options: parity --help
+precision  what lower precision of float32 matmuls does to the real checkpoint
+step       a training step against torch: time, memory, tokens per second
+"""
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the named benchmarks one after another. Mistakes are one line on stderr and exit code 2."""
+    words = sys.argv[1:] if arguments is None else arguments
 
     def command() -> None:
-        parser = OneLineParser(
-            prog="python -m benchmarks",
-            description=__doc__,
-            formatter_class=argparse.RawDescriptionHelpFormatter,
+        if words and words[0] in WITH_OPTIONS and (len(words) == 1 or words[1].startswith("-")):
+            _module(words[0]).main(words[1:])
+            return
+        parser = program_parser("python -m benchmarks", "Run benchmarks.", epilog=_EPILOG)
+        parser.add_argument(
+            "names",
+            nargs="+",
+            choices=MODULES,
+            metavar="NAME",
+            help="benchmarks to run, in this order",
         )
-        parser.add_argument("names", nargs="+", choices=MODULES, metavar="NAME")
-        options, rest = parser.parse_known_args(arguments)
-        if rest and options.names not in WITH_OPTIONS:
-            parser.error(f"unrecognized arguments: {' '.join(rest)}")
-        for name in options.names:
-            module = importlib.import_module(f"benchmarks.{MODULES[name]}")
-            module.main(rest) if rest else module.main()
+        for name in parser.parse_args(words).names:
+            _module(name).main()
 
     return run_program(command, extra="dev")
+
+
+def _module(name: str) -> Any:
+    return importlib.import_module(f"benchmarks.{MODULES[name]}")
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from rich.table import Table
 
 from benchmarks.random_checkpoint import write_random
 from llama_jax import formatting
-from llama_jax.cli.arguments import OneLineParser
+from llama_jax.cli.arguments import Parser
 from llama_jax.presets import PRESETS
 
 ROOT = Path(__file__).parents[1]
@@ -31,9 +31,19 @@ PAIRS = [
 
 
 def main(arguments: Sequence[str] = ()) -> None:
-    parser = OneLineParser(prog="python -m benchmarks convert")
-    parser.add_argument("--preset", choices=PRESETS, default="llama-3.2-1b")
-    parser.add_argument("--pairs", nargs="+", default=PAIRS, metavar="FROM-TO")
+    parser = Parser(
+        prog="python -m benchmarks convert", description="Convert between every pair of formats."
+    )
+    parser.add_argument(
+        "--preset", choices=PRESETS, default="llama-3.2-1b", help="model to convert"
+    )
+    parser.add_argument(
+        "--pairs",
+        nargs="+",
+        default=PAIRS,
+        metavar="FROM-TO",
+        help="conversions to time, such as hf-gguf, in this order; default: all",
+    )
     options = parser.parse_args(arguments)
     console = formatting.console(width=100)
     with tempfile.TemporaryDirectory() as folder:

@@ -22,7 +22,7 @@ from rich.table import Table
 from benchmarks.random_checkpoint import write_random
 from benchmarks.real_checkpoint import real_checkpoint
 from llama_jax import PRESETS, LlamaConfig, formatting
-from llama_jax.cli.arguments import OneLineParser
+from llama_jax.cli.arguments import Parser
 from parity_tests.report.estimate import estimate, total_memory
 from parity_tests.report.measure.forward import forward
 from parity_tests.report.measure.metrics import Comparison, compare
@@ -39,8 +39,17 @@ LAYERS, TOKENS = 2, 64  # of a preset
 
 def main(arguments: Sequence[str] = ()) -> None:
     """Print each row as it is measured, and all of them as a table."""
-    parser = OneLineParser(prog="python -m benchmarks parity")
-    parser.add_argument("--presets", nargs="*", choices=PRESETS, default=PRESETS, metavar="NAME")
+    parser = Parser(
+        prog="python -m benchmarks parity", description="Compare our error with Hugging Face's."
+    )
+    parser.add_argument(
+        "--presets",
+        nargs="*",
+        choices=PRESETS,
+        default=list(PRESETS),
+        metavar="NAME",
+        help="presets to measure after the real checkpoint; default: all",
+    )
     options = parser.parse_args(arguments)
     transformers.logging.set_verbosity_error()
     console, skipped = formatting.console(width=110), []

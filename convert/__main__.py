@@ -1,4 +1,4 @@
-"""The command line: `python -m convert SRC DST` and `python -m convert info SRC`."""
+"""`python -m convert SRC DST` and `python -m convert info SRC`."""
 
 from __future__ import annotations
 
@@ -11,75 +11,69 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    DownloadColumn,
-    Progress,
-    TimeRemainingColumn,
-    TransferSpeedColumn,
-)
-from rich.table import Table
-from rich.text import Text
-
-from convert import Plan, Report, info, plan, run
-from convert.casting import Changes
-from convert.checkpoint import dtype_name
-from convert.estimate import available_memory
-from convert.formats.registry import FORMATS
-from llama_jax.cli.arguments import OneLineParser, size_argument
+from llama_jax.cli.arguments import Parser, program_parser, size_argument
 from llama_jax.cli.program import leave, run_program
 from llama_jax.formatting import console, printable
 
-_EPILOG = """\
-python -m convert info SRC [--json]   says what is in a checkpoint and writes nothing; exit code 1 if it
-                                      has faults
+if TYPE_CHECKING:
+    from rich.console import Console
 
-SRC is recognised by what it holds:
+    from convert import Plan, Report
+
+# those of convert.formats.registry, which imports all formats
+FORMATS = ("hf", "orbax", "gguf", "meta")
+DTYPES = ("float32", "bfloat16", "float16", "float64", "q8_0")
+
+_EPILOG = """\
+python -m convert info SRC shows what is in a checkpoint and writes nothing.
+
+The format of SRC is detected:
   Hugging Face  a directory with *.safetensors or pytorch_model*.bin
   Orbax         a run of python -m train, one of its checkpoints/STEP, or a directory made with --to orbax
-  GGUF          a file of the llama architecture, quantised or not; of one in pieces, any piece
+  GGUF          a file of the llama architecture, quantized or not; of a split file, any piece
   Meta          a directory with params.json and consolidated.*.pth
-DST is made: a directory, or for GGUF a file. It must not exist; it appears when it is complete and
-proved, and not at all if anything fails. With it comes conversion.json, the SHA-256 of every tensor;
-a source that has one is checked against it.
+
+DST must not exist. It is a directory, or for GGUF a file, and appears only when it is complete and \
+verified. conversion.json, written with it, holds the SHA-256 of every tensor; converting DST checks them.
 """
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; returns the exit code: 0 done, 1 `info` lists faults, 2 the user's fault, 130
-    interrupted."""
+    """Run one command and return the exit code: 0, 1 if `info` lists problems, 2 for an error, 130 after
+    an interrupt."""
     arguments = list(sys.argv[1:] if argv is None else argv)
-    command = _info if arguments[:1] == ["info"] else _convert
-    say = console(stderr=True, soft_wrap=True)
-    return run_program(
-        lambda: command(arguments, say), interrupted="interrupted: nothing was written"
-    )
+    parser = _parser()
+    info = arguments[:1] == ["info"]
+
+    def command() -> int:
+        options = (parser.commands["info"] if info else parser).parse_args(arguments[info:])
+        return _info(options) if info else _convert(options)
+
+    return run_program(command, interrupted="interrupted: nothing was written")
 
 
-def _convert(arguments: Sequence[str], say: Console) -> int:
-    parser = OneLineParser(
-        prog="python -m convert",
-        description="Convert a checkpoint, one tensor in memory at a time.",
+def _parser() -> Parser:
+    """The parser of a conversion; that of `info` is among its `commands`."""
+    parser = program_parser(
+        "python -m convert",
+        "Convert a checkpoint into another format, one tensor in memory at a time.",
         epilog=_EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("source", metavar="SRC", help="the checkpoint to read")
-    parser.add_argument("destination", metavar="DST", help="the directory or file to make")
+    parser.add_argument("source", metavar="SRC", help="checkpoint to read")
+    parser.add_argument("destination", metavar="DST", help="directory or file to write")
     parser.add_argument(
         "--to",
-        choices=list(FORMATS),
-        help="format of DST; default: gguf where DST ends in .gguf, else hf",
+        choices=FORMATS,
+        help="format of DST; default: gguf if DST ends in .gguf, else hf",
     )
     parser.add_argument(
         "--dtype",
-        type=dtype_name,
-        choices=list(dict.fromkeys(d for f in FORMATS.values() for d in f.DTYPE_NAMES)),
-        help="of the tensors written; default: the source's own, float32 if it is quantised. "
-        "F32, BF16, F16 and Q8_0 are understood as well. GGUF keeps vectors in float32, as llama.cpp wants "
-        "them; q8_0 is for GGUF alone",
+        type=_dtype_name,
+        choices=DTYPES,
+        help="dtype to write; default: the source's dtype, or float32 if it is quantized. F32, BF16, F16 "
+        "and Q8_0 are accepted as well; q8_0 is for GGUF only, which keeps vectors in float32",
     )
     parser.add_argument(
         "--max-shard-size",
@@ -88,7 +82,9 @@ def _convert(arguments: Sequence[str], say: Console) -> int:
         help="largest safetensors file, as in 500MB, 5GB, 2GiB; default: 5GB",
     )
     parser.add_argument(
-        "--no-tokenizer", action="store_true", help="leave the tokenizer behind, and faults in it"
+        "--no-tokenizer",
+        action="store_true",
+        help="do not convert the tokenizer (and ignore errors in it)",
     )
     parser.add_argument(
         "--dry-run", action="store_true", help="check everything, print the cost, write nothing"
@@ -96,11 +92,38 @@ def _convert(arguments: Sequence[str], say: Console) -> int:
     parser.add_argument(
         "--verify",
         action=argparse.BooleanOptionalAction,
-        help="default: read DST back and compare every tensor, bit for bit. --verify also compares logits "
-        "with PyTorch's on real tokens; --no-verify compares nothing",
+        help="default: read DST back and compare every tensor bit for bit; --verify: also compare logits "
+        "with PyTorch on real tokens; --no-verify: compare nothing",
     )
-    options = parser.parse_args(arguments)
+    info = Parser(
+        prog="python -m convert info",
+        description="Show what is in a checkpoint, and list any problems. The exit code is 0 without "
+        "problems, 1 with problems, 2 if this is no checkpoint.",
+    )
+    info.add_argument("source", metavar="SRC", help="checkpoint to read")
+    info.add_argument("--json", action="store_true", help="print a JSON object")
+    parser.commands["info"] = info
+    return parser
 
+
+def _dtype_name(text: str) -> str:
+    from convert.checkpoint import dtype_name
+
+    return dtype_name(text)
+
+
+def _convert(options: argparse.Namespace) -> int:
+    from rich.progress import (
+        BarColumn,
+        DownloadColumn,
+        Progress,
+        TimeRemainingColumn,
+        TransferSpeedColumn,
+    )
+
+    from convert import plan, run
+
+    say = console(stderr=True, soft_wrap=True)
     todo = plan(
         options.source,
         options.destination,
@@ -124,16 +147,12 @@ def _convert(arguments: Sequence[str], say: Console) -> int:
     return 0
 
 
-def _info(arguments: Sequence[str], say: Console) -> int:
-    parser = OneLineParser(
-        prog="python -m convert info",
-        description="Say what is in a checkpoint. Exit code: 0 sound, 1 with faults, which are listed, "
-        "2 no checkpoint.",
-    )
-    parser.add_argument("command", choices=["info"], help=argparse.SUPPRESS)
-    parser.add_argument("source", metavar="SRC", help="the checkpoint to read")
-    parser.add_argument("--json", action="store_true", help="for machines")
-    options = parser.parse_args(arguments)
+def _info(options: argparse.Namespace) -> int:
+    from rich.table import Table
+    from rich.text import Text
+
+    from convert import info
+
     facts = info(options.source)
     if options.json:
         print(json.dumps(facts, indent=2))
@@ -152,6 +171,11 @@ def _info(arguments: Sequence[str], say: Console) -> int:
 
 
 def _print_plan(todo: Plan, say: Console) -> None:
+    from rich.text import Text
+
+    from convert.estimate import available_memory
+    from convert.formats.registry import FORMATS
+
     checkpoint = todo.checkpoint
     stored = ", ".join(checkpoint.facts.get("stored", {}))
     say.print(
@@ -160,18 +184,20 @@ def _print_plan(todo: Plan, say: Console) -> None:
     )
     memory, available = todo.peak_memory, available_memory()
     say.print(
-        f"to {FORMATS[todo.to].TITLE}, {todo.dtype or 'dtypes as they are'}: "
+        f"to {FORMATS[todo.to].TITLE}, {todo.dtype or 'dtypes as stored'}: "
         f"{_bytes(todo.bytes_to_write)} of disk, at most {_bytes(memory)} of memory, "
         f"about {max(1, round(todo.seconds))} s"
     )
     notes = todo.notes
     if available is not None and available < memory:
-        notes.append(f"{_bytes(available)} of memory are free: it may not be enough")
+        notes.append(f"only {_bytes(available)} of memory are free, which may not be enough")
     for note in notes:
         say.print(Text.assemble(("note:", "yellow"), f" {printable(note)}"))
 
 
 def _print_report(report: Report, say: Console) -> None:
+    from convert.casting import Changes
+
     if report.changed:
         total = Changes(*map(sum, zip(*report.changed.values(), strict=True)))
         say.print(

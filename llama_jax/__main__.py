@@ -1,4 +1,4 @@
-"""`python -m llama_jax generate|chat|score|mask|info|quantize`: the library from a shell."""
+"""`python -m llama_jax generate|chat|score|mask|info|quantize`."""
 
 from llama_jax.cli.startup import end_on_interrupt
 
@@ -6,18 +6,21 @@ if __name__ == "__main__":
     end_on_interrupt()
 
 import argparse
+import sys
 from pathlib import Path
+from typing import NoReturn
 
-from llama_jax.cli.arguments import OneLineParser, positive
+from llama_jax.cli.arguments import Parser, positive, program_parser
+from llama_jax.cli.completion import CONSOLE_SCRIPT
 from llama_jax.cli.mask import add_mask
 from llama_jax.cli.program import leave, run_program
 from llama_jax.cli.quantize import add_quantize
 from llama_jax.cli.score import add_score
-from llama_jax.cli.text import DTYPES, add_commands
+from llama_jax.cli.text import add_chat, add_generate
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run one command. A user's mistake is one line on stderr and exit code 2."""
+    """Run one command. A mistake in its arguments is one line on stderr and exit code 2."""
 
     def command() -> None:
         options = _parser().parse_args(arguments)
@@ -26,22 +29,44 @@ def main(arguments: list[str] | None = None) -> int:
     return run_program(command)
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = OneLineParser(prog="python -m llama_jax", description=__doc__)
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+def console_script() -> NoReturn:
+    """The program `llama-jax`."""
+    leave(main())
 
-    add_commands(commands)
-    info = commands.add_parser("info", help="the architecture: tensors, parameters, FLOPs, bytes")
-    info.set_defaults(command=_info)
-    info.add_argument("model", metavar="PRESET|DIR")
-    info.add_argument("--batch", type=positive, default=1, metavar="B")
-    info.add_argument(
-        "--seq", type=positive, metavar="S", help="default: min(max_position_embeddings, 8192)"
+
+def _parser() -> Parser:
+    named = Path(sys.argv[0]).name == CONSOLE_SCRIPT
+    parser = program_parser(
+        CONSOLE_SCRIPT if named else "python -m llama_jax",
+        "Generate text with a Llama checkpoint, score text, inspect and quantize.",
     )
-    add_mask(commands)
-    add_score(commands, DTYPES)
-    add_quantize(commands, DTYPES)
+    add_generate(parser)
+    add_chat(parser)
+    _add_info(parser)
+    add_mask(parser)
+    add_score(parser)
+    add_quantize(parser)
     return parser
+
+
+def _add_info(program: Parser) -> None:
+    parser = program.add_command(
+        "info", _info, help="show an architecture: its tensors, parameters, FLOPs and bytes"
+    )
+    parser.add_argument(
+        "model",
+        metavar="PRESET|DIR",
+        help="name of a preset such as llama-3.1-8b, or a directory with a config.json",
+    )
+    parser.add_argument(
+        "--batch", type=positive, default=1, metavar="B", help="sequences in a batch"
+    )
+    parser.add_argument(
+        "--seq",
+        type=positive,
+        metavar="S",
+        help="tokens in a sequence; default: the smaller of max_position_embeddings and 8192",
+    )
 
 
 def _info(options: argparse.Namespace) -> None:

@@ -1,4 +1,4 @@
-"""`python -m parity_tests report|mutate`: the proof as a tool for any Llama checkpoint."""
+"""`python -m parity_tests report|mutate`: check a Llama checkpoint against PyTorch, module by module."""
 
 from llama_jax.cli.startup import end_on_interrupt
 
@@ -8,13 +8,13 @@ if __name__ == "__main__":
 import argparse
 from pathlib import Path
 
-from llama_jax.cli.arguments import OneLineParser
+from llama_jax.cli.arguments import Parser, program_parser
 from llama_jax.cli.program import leave, run_program
 from llama_jax.formatting import console, printable
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run one command: 0 the tolerance holds, 1 it does not, 2 the user's mistake, in one line."""
+    """Run one command and return the exit code: 0 within tolerance, 1 not, 2 an error in one line."""
 
     def command() -> int:
         options = _parser().parse_args(arguments)
@@ -23,43 +23,54 @@ def main(arguments: list[str] | None = None) -> int:
     return run_program(command, extra="parity")
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = OneLineParser(prog="python -m parity_tests", description=__doc__)
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
-
-    report = commands.add_parser(
-        "report", help="llama_jax beside PyTorch, both against a float64 oracle, module by module"
+def _parser() -> Parser:
+    parser = program_parser(
+        "python -m parity_tests", "Check a Llama checkpoint against PyTorch, module by module."
     )
-    report.set_defaults(command=_report)
-    report.add_argument("directory", type=Path, metavar="HF_DIR")
+    report = parser.add_command(
+        "report",
+        _report,
+        help="compare a checkpoint in llama_jax and in PyTorch with a float64 reference",
+    )
+    report.add_argument(
+        "directory", type=Path, metavar="HF_DIR", help="Hugging Face checkpoint to check"
+    )
     report.add_argument(
         "--tokens",
         type=Path,
         metavar="FILE",
-        help="token ids, .npy or integers; default: 2000 tokens of a bundled text",
+        help="token ids to run, .npy or integers in text; default: 2000 tokens of a bundled text",
     )
     report.add_argument(
-        "--dtype", choices=("fp32", "bf16"), default="fp32", help="of both programs"
+        "--dtype", choices=("fp32", "bf16"), default="fp32", help="dtype of both programs"
     )
-    report.add_argument("--backward", action="store_true", help="every parameter's gradient too")
-    report.add_argument("--json", type=Path, metavar="FILE", help="every number")
-    report.add_argument("--html", type=Path, metavar="FILE", help="one page with pictures")
     report.add_argument(
-        "--against", type=Path, metavar="DIR", help="this checkpoint in place of PyTorch's program"
+        "--backward", action="store_true", help="also compare the gradient of every parameter"
     )
-
-    mutate = commands.add_parser(
+    report.add_argument(
+        "--json", type=Path, metavar="FILE", help="write every number of the report"
+    )
+    report.add_argument(
+        "--html", type=Path, metavar="FILE", help="write the report as a page with pictures"
+    )
+    report.add_argument(
+        "--against",
+        type=Path,
+        metavar="DIR",
+        help="compare with this checkpoint in llama_jax, instead of with PyTorch",
+    )
+    parser.add_command(
         "mutate",
-        help="the report under every deliberate mistake: what caught it, where it was found",
+        _mutate,
+        help="break the library in every known way and show which module the report blames",
     )
-    mutate.set_defaults(command=_mutate)
     return parser
 
 
 def _report(options: argparse.Namespace) -> int:
     for path in (options.json, options.html):
         if path is not None and not path.absolute().parent.is_dir():
-            raise ValueError(f"{path}: its directory is not there, expected one that is")
+            raise ValueError(f"{path.parent}: directory does not exist")
 
     from parity_tests.report.output.files import write_html, write_json
     from parity_tests.report.output.tables import show

@@ -1,21 +1,19 @@
-"""`python -m llama_jax mask`: which token sees which."""
+"""`python -m llama_jax mask`: which tokens each token attends to, as a picture."""
 
 import argparse
 from pathlib import Path
-from typing import Any
 
-from llama_jax.cli.arguments import positive, some_text
+from llama_jax.cli.arguments import Parser, add_model, positive, some_text
 
 MOST_TOKENS = 4096  # a picture has the square of it
 
 
-def add_mask(commands: Any) -> None:
-    """Add the command to argparse's subparsers."""
-    parser = commands.add_parser("mask", help="which token sees which, as a picture")
-    parser.set_defaults(command=mask)
-    parser.add_argument(
-        "--model", required=True, metavar="DIR", help="Hugging Face's, Orbax's or a run"
+def add_mask(program: Parser) -> None:
+    """Add the command to its program."""
+    parser = program.add_command(
+        "mask", mask, help="draw which tokens of a text each token attends to"
     )
+    add_model(parser)
     parser.add_argument(
         "--text",
         type=some_text,
@@ -23,22 +21,27 @@ def add_mask(commands: Any) -> None:
         action="extend",
         required=True,
         metavar="TEXT",
-        help="several are a padded batch",
+        help="one text, or several as a padded batch",
     )
-    parser.add_argument("--packed", action="store_true", help="or packed into one row")
-    parser.add_argument("--padding-side", choices=("left", "right"), default="right")
+    parser.add_argument("--packed", action="store_true", help="pack the texts into one row instead")
+    parser.add_argument(
+        "--padding-side",
+        choices=("left", "right"),
+        default="right",
+        help="where shorter texts are padded",
+    )
     parser.add_argument(
         "--cached",
         type=positive,
         default=0,
         metavar="N",
-        help="the first N tokens of a row are in the key/value cache",
+        help="treat the first N tokens as already cached",
     )
-    parser.add_argument("--png", type=Path, metavar="F", help="also draw it into a file")
+    parser.add_argument("--png", type=Path, metavar="FILE", help="also save the picture as PNG")
 
 
 def mask(options: argparse.Namespace) -> None:
-    """Print the pictures and, where asked for, write them as PNG. Raises ValueError."""
+    """Print the pictures and, with `--png`, save them. Raises ValueError."""
     from llama_jax.formatting import console
     from llama_jax.inspection.mask_picture import draw_png, draw_text, mask_pictures
     from llama_jax.load import load_config, tokenizer_directory
@@ -51,12 +54,12 @@ def mask(options: argparse.Namespace) -> None:
     for number, text in enumerate(options.text, 1):
         ids = tokenizer.encode(text).ids
         if not ids:
-            raise ValueError(f"text {number}: found no tokens, expected at least one")
+            raise ValueError(f"text {number}: tokenizes to no tokens, expected at least one")
         texts.append(token_texts(tokenizer, ids))
     length = sum(map(len, texts)) if options.packed else max(map(len, texts))
     if length > min(positions, MOST_TOKENS):
         raise ValueError(
-            f"--text: found {length} tokens a row, expected at most {min(positions, MOST_TOKENS)}"
+            f"--text: found {length} tokens in a row, expected at most {min(positions, MOST_TOKENS)}"
         )
     pictures = mask_pictures(
         texts,

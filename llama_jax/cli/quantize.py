@@ -1,38 +1,43 @@
-"""`python -m llama_jax quantize`: a directory whose weights take 8 or 4 bits."""
+"""`python -m llama_jax quantize`: write a checkpoint with its weights quantized to 8 or 4 bits."""
 
 import argparse
 from pathlib import Path
-from typing import Any
 
-from llama_jax.cli.arguments import positive
+from llama_jax.cli.arguments import DTYPES, Parser, add_model, positive
 from llama_jax.formatting import printable
 
 _WINDOW = 512  # tokens of the text that are compared at a time
 
 
-def add_quantize(commands: Any, dtypes: tuple[str, ...]) -> None:
-    """Add the command to argparse's subparsers."""
-    parser = commands.add_parser("quantize", help="hold the weights in 8 or 4 bits")
-    parser.set_defaults(command=quantize)
+def add_quantize(program: Parser) -> None:
+    """Add the command to its program."""
+    parser = program.add_command("quantize", quantize, help="quantize the weights to 8 or 4 bits")
+    add_model(parser)
     parser.add_argument(
-        "--model", required=True, metavar="DIR", help="Hugging Face's, Orbax's or a run"
+        "--out", required=True, type=Path, metavar="DIR", help="directory to write; must not exist"
     )
-    parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="must not exist")
-    parser.add_argument("--bits", type=int, default=8, metavar="N", help="8 or 4")
+    parser.add_argument("--bits", type=int, default=8, metavar="N", help="bits of a weight: 8 or 4")
     parser.add_argument(
         "--group-size",
         type=positive,
         metavar="N",
-        help="columns that share a scale; default: a whole row in 8 bits, 128 in 4",
+        help="columns that share a scale; default: the whole row for 8 bits, 128 for 4",
     )
-    parser.add_argument("--dtype", choices=dtypes, help="of all else; default: as stored")
     parser.add_argument(
-        "--text", type=Path, metavar="F", help="a text, UTF-8, on which both are compared"
+        "--dtype",
+        choices=DTYPES,
+        help="dtype of the tensors that are not quantized; default: as stored",
+    )
+    parser.add_argument(
+        "--text",
+        type=Path,
+        metavar="FILE",
+        help="UTF-8 text on which to compare the original and the quantized model",
     )
 
 
 def quantize(options: argparse.Namespace) -> None:
-    """Quantise, write and say what it saved and what it cost. Raises ValueError."""
+    """Quantize, write, and print the bytes saved and the change in perplexity. Raises ValueError."""
     from llama_jax.evaluation.divergence import divergence
     from llama_jax.files.staging import staged_directory
     from llama_jax.load import companions_directory, load_model, tokenizer_directory
@@ -42,7 +47,7 @@ def quantize(options: argparse.Namespace) -> None:
     from llama_jax.text.tokenizer import load_tokenizer
 
     if options.out.exists():
-        raise ValueError(f"--out: {options.out} exists, expected it to be absent")
+        raise ValueError(f"--out: {options.out} already exists; choose another directory")
     ids = []
     if options.text is not None:
         ids = load_tokenizer(tokenizer_directory(options.model)).encode(read_text(options.text)).ids
@@ -50,18 +55,19 @@ def quantize(options: argparse.Namespace) -> None:
     quantized = quantization.quantize(model, options.bits, options.group_size)
     if ids:  # before anything is written: a text may be too short
         window = min(_WINDOW, model.config.max_position_embeddings)
-        found = divergence(model, quantized, ids, window=window)
+        difference = divergence(model, quantized, ids, window=window)
     with staged_directory(options.out, into_existing=False) as staging:
         quantized.save_pretrained(staging)
         copy_companions(companions_directory(options.model), staging)
-    before, after = map(quantization.weight_bytes, (model, quantized))
+    old_size, new_size = map(quantization.weight_bytes, (model, quantized))
     out = printable(str(options.out))
-    print(f"{out}: {before} bytes of weights before, {after} after, {after / before:.1%}")
+    ratio = new_size / old_size
+    print(f"{out}: {old_size} bytes of weights before, {new_size} after, {ratio:.1%}")
     for bits, count in sorted(quantization.matrices_by_bits(quantized).items()):
         print(f"{count} matrices in {bits} bits")
     if ids:
-        change = found.perplexity / found.reference_perplexity - 1
+        before, after = difference.reference_perplexity, difference.perplexity
         print(
-            f"over {found.tokens} tokens: mean KL {found.kl:.3g}, perplexity "
-            f"{found.reference_perplexity:.5g} before, {found.perplexity:.5g} after, {change:+.2%}"
+            f"over {difference.tokens} tokens: mean KL {difference.kl:.3g}, perplexity "
+            f"{before:.5g} before, {after:.5g} after, {after / before - 1:+.2%}"
         )

@@ -1,36 +1,47 @@
-"""`python -m llama_jax score`: log-probabilities of given texts, a token at a time."""
+"""`python -m llama_jax score`: the log-probability of each token of a text."""
 
 import argparse
 import math
 from pathlib import Path
 from typing import Any
 
-from llama_jax.cli.arguments import positive, some_text
+from llama_jax.cli.arguments import DTYPES, Parser, add_model, positive, some_text
 from llama_jax.cli.program import json_line
 from llama_jax.text.lines import read_lines
 
 
-def add_score(commands: Any, dtypes: tuple[str, ...]) -> None:
-    """Add the command to argparse's subparsers."""
-    parser = commands.add_parser("score", help="log-probabilities of texts")
-    parser.set_defaults(command=score)
-    parser.add_argument(
-        "--model", required=True, metavar="DIR", help="Hugging Face's, Orbax's or a run"
+def add_score(program: Parser) -> None:
+    """Add the command to its program."""
+    parser = program.add_command(
+        "score", score, help="compute the log-probability of each token of a text"
     )
+    add_model(parser)
     texts = parser.add_mutually_exclusive_group(required=True)
-    texts.add_argument("--text", type=some_text, nargs="+", action="extend", metavar="TEXT")
-    texts.add_argument("--file", type=Path, metavar="F", help="a text a line, UTF-8")
+    texts.add_argument(
+        "--text",
+        type=some_text,
+        nargs="+",
+        action="extend",
+        metavar="TEXT",
+        help="one or more texts to score",
+    )
+    texts.add_argument("--file", type=Path, metavar="FILE", help="UTF-8 file, one text per line")
     parser.add_argument(
-        "--context", type=some_text, metavar="TEXT", help="what every text follows; not scored"
+        "--context",
+        type=some_text,
+        metavar="TEXT",
+        help="prefix for every text; not scored itself",
     )
     parser.add_argument(
         "--rolling",
         action="store_true",
-        help="texts of any length, in windows, each begun by the bos token",
+        help="score texts of any length in windows, each of which begins with the bos token",
     )
-    parser.add_argument("--batch-size", type=positive, default=8, metavar="N")
-    parser.add_argument("--dtype", choices=dtypes, help="default: as stored")
-    parser.add_argument("--json", action="store_true", help="a JSON object a line")
+    parser.add_argument(
+        "--batch-size", type=positive, default=8, metavar="N", help="texts or windows in a batch"
+    )
+    parser.add_argument("--dtype", choices=DTYPES, help="dtype of the weights; default: as stored")
+    parser.add_argument("--json", action="store_true", help="print a JSON object per line")
 
 
 def score(options: argparse.Namespace) -> None:
@@ -48,7 +59,7 @@ def score(options: argparse.Namespace) -> None:
     from llama_jax.text.tokenizer_files import read_files
 
     if options.rolling and options.context is not None:
-        raise ValueError("--rolling: found --context beside it, expected one of them")
+        raise ValueError("--rolling and --context exclude each other")
     texts = options.text or _lines(options.file)
     config = load_config(options.model)
     home = tokenizer_directory(options.model)
@@ -56,7 +67,7 @@ def score(options: argparse.Namespace) -> None:
     tokenizer = load_tokenizer(home)
     prefix = prefix_token(config, tokenizer, special_tokens(read_files(home)))
     if options.context is not None and not encode_text(tokenizer, options.context).ids:
-        raise ValueError("--context: found no tokens, expected at least one")
+        raise ValueError("--context: tokenizes to no tokens, expected at least one")
     pairs = []
     for number, text in enumerate(texts, 1):
         if options.context is None:
@@ -105,10 +116,10 @@ def _require_tokens(
         )
     if before and not scored and context is None:
         raise ValueError(
-            f"text {number}: found 1 token, expected another before it: --context or --rolling"
+            f"text {number}: it is a single token, with nothing before it; use --context or --rolling"
         )
     if not scored:
-        raise ValueError(f"text {number}: found no tokens, expected at least one")
+        raise ValueError(f"text {number}: tokenizes to no tokens, expected at least one")
     length = len(before) + len(scored)
     if limit is not None and length - 1 > limit:
         raise ValueError(
@@ -120,14 +131,14 @@ def _require_tokens(
 def _lines(path: Path) -> list[str]:
     lines = read_lines(path)
     if not lines:
-        raise ValueError(f"{path}: found an empty file, expected a text a line")
+        raise ValueError(f"{path}: the file is empty, expected one text per line")
     if "" in lines:
-        raise ValueError(f"{path}: line {lines.index('') + 1}: found an empty text")
+        raise ValueError(f"{path}: line {lines.index('') + 1}: the line is empty")
     return lines
 
 
 def _show(tokens: list[str], scored: Any) -> None:
-    """A table of one text: its tokens, their log-probabilities, and the text's own."""
+    """Print a table of one text: its tokens and their log-probabilities, then the total."""
     from rich.table import Table
 
     from llama_jax.formatting import console
@@ -135,7 +146,7 @@ def _show(tokens: list[str], scored: Any) -> None:
     table = Table()
     table.add_column("token", no_wrap=True, max_width=40)
     table.add_column("log-prob", justify="right")
-    table.add_column("likeliest")
+    table.add_column("most likely")
     for token, log_prob, greedy in zip(tokens, scored.log_probs, scored.greedy, strict=True):
         shown = repr(token)[1:-1]  # for spaces and line ends
         table.add_row(shown, f"{log_prob:.4f}", "yes" if greedy else "")

@@ -1,4 +1,4 @@
-"""`generate` and `chat` of the command line: text in, text out as it is formed."""
+"""`python -m llama_jax generate` and `chat`: text is printed as it is generated."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import time
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from llama_jax.cli.arguments import positive, some_text
+from llama_jax.cli.arguments import DTYPES, Parser, add_model, positive, some_text
 from llama_jax.cli.program import json_line
 from llama_jax.text.chat_template import find_chat_template, render_chat
 from llama_jax.text.detokenize import TextStream
@@ -21,55 +21,100 @@ if TYPE_CHECKING:
 
     from llama_jax.models.causal_lm import LlamaForCausalLM
 
-DTYPES = ("float32", "bfloat16", "float16")
 CACHE_DTYPES = (*DTYPES, "int8")
 
 
-def add_commands(commands: Any) -> None:
-    """The parsers of both, with what they share."""
-    generate = commands.add_parser("generate", help="continue one or several prompts")
-    generate.set_defaults(command=_generate)
-    chat = commands.add_parser("chat", help="talk with a model, a line a turn; ends with the input")
-    chat.set_defaults(command=_chat)
-    generate.add_argument(
-        "--prompt", required=True, action="append", metavar="TEXT", help="repeat it for a batch"
+def add_generate(program: Parser) -> None:
+    """Add `generate` to its program."""
+    parser = program.add_command("generate", _generate, help="continue one or several prompts")
+    add_model(parser)
+    parser.add_argument(
+        "--prompt",
+        required=True,
+        action="append",
+        metavar="TEXT",
+        help="text to continue; may be given several times, for a batch",
     )
-    generate.add_argument("--json", action="store_true", help="a line of JSON for each prompt")
-    chat.add_argument("--system", metavar="TEXT", help="a system message to begin with")
-    for parser, new in ((generate, 64), (chat, 512)):
-        add = parser.add_argument
-        add("--model", required=True, metavar="DIR", help="Hugging Face's, Orbax's or a run")
-        add("--max-new-tokens", type=positive, default=new, metavar="N")
-        add("--dtype", choices=DTYPES, help="default: as stored")
-        add("--cache-dtype", choices=CACHE_DTYPES, help="of keys and values; default: the model's")
-        add(
-            "--cache-size",
-            type=positive,
-            metavar="N",
-            help="slots of the key/value cache; default: prompt and new tokens",
-        )
-        add(
-            "--sample",
-            dest="do_sample",
-            action=argparse.BooleanOptionalAction,
-            default=None,
-            help="draw tokens; default: as the checkpoint says, or where a number below asks for it",
-        )
-        add("--temperature", type=float, metavar="T", help="0 is greedy")
-        add("--top-k", type=int, metavar="K")
-        add("--top-p", type=float, metavar="P")
-        add("--min-p", type=float, metavar="P")
-        add("--repetition-penalty", type=float, metavar="R")
-        add("--seed", type=int, default=0, metavar="N")
-        add(
-            "--stop",
-            type=some_text,
-            action="append",
-            default=[],
-            metavar="TEXT",
-            help="stop string, which may name special tokens; may be given several times",
-        )
-        add("--stop-id", action="append", type=int, metavar="ID", help="end at this token as well")
+    parser.add_argument("--json", action="store_true", help="print a JSON object per prompt")
+    _add_generation(parser, max_new_tokens=64)
+
+
+def add_chat(program: Parser) -> None:
+    """Add `chat` to its program."""
+    parser = program.add_command(
+        "chat", _chat, help="chat interactively, one line per turn; Ctrl-D quits"
+    )
+    add_model(parser)
+    parser.add_argument("--system", metavar="TEXT", help="system message")
+    _add_generation(parser, max_new_tokens=512)
+
+
+def _add_generation(parser: Parser, max_new_tokens: int) -> None:
+    """The options of both."""
+    add = parser.add_argument
+    add(
+        "--max-new-tokens",
+        type=positive,
+        default=max_new_tokens,
+        metavar="N",
+        help="tokens to generate at most",
+    )
+    add("--dtype", choices=DTYPES, help="dtype of the weights; default: as stored")
+    add(
+        "--cache-dtype",
+        choices=CACHE_DTYPES,
+        help="dtype of the KV cache; default: the model's",
+    )
+    add(
+        "--cache-size",
+        type=positive,
+        metavar="N",
+        help="KV-cache length in tokens; default: prompt + new tokens",
+    )
+    add(
+        "--sample",
+        dest="do_sample",
+        action=argparse.BooleanOptionalAction,
+        default=None,
+        help="sample instead of greedy decoding; default: the checkpoint's setting, or on if a "
+        "sampling option is given",
+    )
+    add("--temperature", type=float, metavar="T", help="divides the logits; 0: greedy decoding")
+    add("--top-k", type=int, metavar="K", help="sample from the K most likely tokens")
+    add(
+        "--top-p",
+        type=float,
+        metavar="P",
+        help="sample from the most likely tokens whose probabilities sum to P",
+    )
+    add(
+        "--min-p",
+        type=float,
+        metavar="P",
+        help="sample from tokens at least P times as likely as the most likely one",
+    )
+    add(
+        "--repetition-penalty",
+        type=float,
+        metavar="R",
+        help="above 1, makes tokens that have occurred less likely",
+    )
+    add("--seed", type=int, default=0, metavar="N", help="seed of the sampling")
+    add(
+        "--stop",
+        type=some_text,
+        action="append",
+        default=[],
+        metavar="TEXT",
+        help="stop string, which may contain special tokens; may be given several times",
+    )
+    add(
+        "--stop-id",
+        action="append",
+        type=int,
+        metavar="ID",
+        help="additional stop token id; may be given several times",
+    )
 
 
 def _generate(options: argparse.Namespace) -> None:
@@ -80,33 +125,33 @@ def _generate(options: argparse.Namespace) -> None:
     live = len(prompts) == 1 and not options.json
     texts = ["" for _ in prompts]
 
-    def say(row: int, text: str) -> None:
+    def emit(row: int, text: str) -> None:
         texts[row] += text
         if live:
             _print(text)
 
     begin = time.perf_counter()
-    new: list[list[int]] = [[] for _ in prompts]
-    ends = ["length"] * len(prompts)
+    new_ids: list[list[int]] = [[] for _ in prompts]
+    finish_reasons = ["length"] * len(prompts)
     for tokens in _tokens(model, prompts, options, choices):
-        if live and not new[0]:
+        if live and not new_ids[0]:
             _print(tokenizer.decode(prompts[0]))
         for row, token in enumerate(tokens.tolist()):
-            if ends[row] != "length":
+            if finish_reasons[row] != "length":
                 continue
-            new[row].append(token)
-            if token in _ends(model, options):
-                ends[row] = "stop"
-                say(row, streams[row].finish(token))
+            new_ids[row].append(token)
+            if token in _stop_ids(model, options):
+                finish_reasons[row] = "stop"
+                emit(row, streams[row].finish(token))
             else:
-                say(row, streams[row].push(token))
-                ends[row] = "stop" if streams[row].stopped else "length"
-        if all(end == "stop" for end in ends):
+                emit(row, streams[row].push(token))
+                finish_reasons[row] = "stop" if streams[row].stopped else "length"
+        if all(reason == "stop" for reason in finish_reasons):
             break
     for row, stream in enumerate(streams):
-        if ends[row] == "length":
-            say(row, stream.finish())
-            ends[row] = "stop" if stream.stopped else "length"
+        if finish_reasons[row] == "length":
+            emit(row, stream.finish())
+            finish_reasons[row] = "stop" if stream.stopped else "length"
     seconds = time.perf_counter() - begin
     if live:
         _print("\n")
@@ -118,22 +163,24 @@ def _generate(options: argparse.Namespace) -> None:
                         "prompt": prompt,
                         "text": text,
                         "prompt_ids": prompts[row],
-                        "ids": new[row],
-                        "new_tokens": len(new[row]),
-                        "finish_reason": ends[row],
+                        "ids": new_ids[row],
+                        "new_tokens": len(new_ids[row]),
+                        "finish_reason": finish_reasons[row],
                     }
                 )
             )
         elif not live:
             print(tokenizer.decode(prompts[row]) + text)
-    print(f"{sum(map(len, new))} tokens in {seconds:.2f} s, compilation included", file=sys.stderr)
+    print(
+        f"{sum(map(len, new_ids))} tokens in {seconds:.2f} s, compilation included", file=sys.stderr
+    )
 
 
 def _chat(options: argparse.Namespace) -> None:
     from llama_jax.load import load_config, tokenizer_directory
 
     choices = _choices(options)
-    load_config(options.model)  # says what is there instead of a model
+    load_config(options.model)  # raises where this is no model
     template, special_tokens = find_chat_template(tokenizer_directory(options.model))
     tokenizer, model = _load(options)
     messages = [{"role": "system", "content": options.system}] if options.system is not None else []
@@ -145,7 +192,7 @@ def _chat(options: argparse.Namespace) -> None:
         try:
             for tokens in _tokens(model, [prompt], options, choices):
                 token = int(tokens[0])
-                if token in _ends(model, options):
+                if token in _stop_ids(model, options):
                     end = token
                     break
                 part = stream.push(token)
@@ -154,28 +201,28 @@ def _chat(options: argparse.Namespace) -> None:
                 if stream.stopped:
                     break
         except KeyboardInterrupt:
-            if not sys.stdin.isatty():  # nobody is there to say something else
+            if not sys.stdin.isatty():
                 _print("\n")
                 raise
-            # what was said stays said; the next Ctrl-C, at the prompt, ends the program
+            # the answer so far stays in the conversation; the next Ctrl-C, at the prompt, ends the program
         rest = stream.finish(end)
         _print(rest + "\n")
         messages.append({"role": "assistant", "content": answer + rest})
 
 
 def _lines() -> Iterator[str]:
-    """What the user says, until the input ends."""
-    asks, first = sys.stdin.isatty(), True
+    """The lines that the user types, until the input ends."""
+    interactive, first = sys.stdin.isatty(), True
     while True:
-        if asks:
+        if interactive:
             _print("> ")
         try:
             line = sys.stdin.readline()
         except KeyboardInterrupt:
-            _print("\n" if asks else "")
+            _print("\n" if interactive else "")
             raise
         except UnicodeDecodeError:
-            raise ValueError("input: found bytes that are not UTF-8, expected text") from None
+            raise ValueError("input: not UTF-8 text") from None
         if not line:
             return
         line = line.removeprefix(MARK) if first else line
@@ -185,14 +232,14 @@ def _lines() -> Iterator[str]:
 
 
 def _choices(options: argparse.Namespace) -> dict[str, Any]:
-    """The sampling flags as `generate` takes them."""
+    """The sampling options as arguments of `generate`."""
     temperature, sample = options.temperature, options.do_sample
     if temperature is not None and not 0 <= temperature < math.inf:
         raise ValueError(f"--temperature: found {temperature}, expected a number of at least 0")
     if temperature == 0:
         temperature, sample = None, False
-    asked = (temperature, options.top_k, options.top_p, options.min_p)
-    if sample is None and any(value is not None for value in asked):
+    sampling = (temperature, options.top_k, options.top_p, options.min_p)
+    if sample is None and any(value is not None for value in sampling):
         sample = True
     return {
         "do_sample": sample,
@@ -204,8 +251,8 @@ def _choices(options: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def _ends(model: LlamaForCausalLM, options: argparse.Namespace) -> tuple[int, ...]:
-    """The tokens that end a text: the checkpoint's and the user's."""
+def _stop_ids(model: LlamaForCausalLM, options: argparse.Namespace) -> tuple[int, ...]:
+    """Stop tokens: the checkpoint's and those of --stop-id."""
     return (*model.generation_config.eos_token_ids, *(options.stop_id or ()))
 
 
@@ -229,7 +276,7 @@ def _tokens(
         key=jax.random.key(options.seed),
         cache_capacity=options.cache_size,
         cache_dtype=options.cache_dtype,
-        eos_token_id=_ends(model, options),
+        eos_token_id=_stop_ids(model, options),
         **choices,
     )
 
@@ -237,8 +284,8 @@ def _tokens(
 def _load(options: argparse.Namespace) -> tuple[Any, LlamaForCausalLM]:
     from llama_jax.load import load_config, load_model, tokenizer_directory
 
-    load_config(options.model)  # says what is there instead of a model
-    # the tokenizer first: it is read in no time, and what is wrong with it is then said at once
+    load_config(options.model)  # raises where this is no model
+    # the tokenizer first: it loads fast, so that its errors are reported before the model is read
     tokenizer = load_tokenizer(tokenizer_directory(options.model))
     return tokenizer, load_model(options.model, options.dtype)
 
@@ -247,9 +294,9 @@ def _encode(tokenizer: Any, text: str, name: str, add_special_tokens: bool = Tru
     try:
         ids = tokenizer.encode(text.encode().decode(), add_special_tokens=add_special_tokens).ids
     except UnicodeError:
-        raise ValueError(f"{name}: found bytes that are not UTF-8, expected text") from None
+        raise ValueError(f"{name}: not UTF-8 text") from None
     if not ids:
-        raise ValueError(f"{name}: found no tokens, expected at least one")
+        raise ValueError(f"{name}: tokenizes to no tokens, expected at least one")
     return ids
 
 

@@ -114,7 +114,9 @@ def test_users_mistakes(
     assert "exists already" in error_of([source, tmp_path], capsys)
     assert "not a directory; create it first" in error_of([source, tmp_path / "a/b/c"], capsys)
     assert "arguments are required: DST" in error_of([source], capsys)
-    assert "invalid choice: 'int3'" in error_of([source, out, "--dtype", "int3"], capsys)
+    assert "--dtype: found 'int3', expected one of float32" in error_of(
+        [source, out, "--dtype", "int3"], capsys
+    )
     assert "'0GB', expected a size" in error_of([source, out, "--max-shard-size", "0GB"], capsys)
     text = tmp_path / "text.gguf"
     text.write_text("hello, this is not a model at all, nor anything like it")

@@ -411,15 +411,18 @@ def test_spaces_before_a_continuation_belong_to_it() -> None:
     [
         (["--text", ""], "--text: found an empty text"),
         (["--text", "\udcff"], "--text: found bytes that are not UTF-8"),
-        (["--text", " "], "text 1: found no tokens, expected at least one"),
-        (["--text", "a"], "text 1: found 1 token, expected another before it"),
+        (["--text", " "], "text 1: tokenizes to no tokens, expected at least one"),
+        (["--text", "a"], "text 1: it is a single token, with nothing before it"),
         (
             ["--text", "a b", " ".join("abc" * 6)],
             "text 2: found 18 tokens, expected at most 17 for",
         ),
-        (["--context", "a", "--text", " "], "text 1: found no tokens"),
-        (["--context", " ", "--text", "a"], "--context: found no tokens"),
-        (["--context", "a", "--rolling", "--text", "b"], "--rolling: found --context beside it"),
+        (["--context", "a", "--text", " "], "text 1: tokenizes to no tokens"),
+        (["--context", " ", "--text", "a"], "--context: tokenizes to no tokens"),
+        (
+            ["--context", "a", "--rolling", "--text", "b"],
+            "--rolling and --context exclude each other",
+        ),
         (["--text", "a b", "--file", "x"], "not allowed with argument"),
         ([], "one of the arguments --text --file is required"),
         (["--file", "/absent/file"], "No such file"),
@@ -440,8 +443,8 @@ def test_score_of_nonsense(
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"", "found an empty file"),
-        (b"a b\n\nc", "line 2: found an empty text"),
+        (b"", "the file is empty"),
+        (b"a b\n\nc", "line 2: the line is empty"),
         (b"\xff", "UTF-8"),
     ],
 )

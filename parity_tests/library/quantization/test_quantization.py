@@ -272,7 +272,7 @@ def test_command(tmp_path, model, capsys):
     assert quantization_of(LlamaForCausalLM.from_pretrained(out)) == Quantization(8, None)
     for arguments, message in (
         (["--model", out, "--out", str(tmp_path / "r")], "found quantised weights"),
-        (["--model", source, "--out", out], "exists, expected it to be absent"),
+        (["--model", source, "--out", out], "already exists; choose another directory"),
         (["--model", source, "--out", str(tmp_path / "r"), "--bits", "3"], "bits: found 3"),
     ):
         assert main(["quantize", *arguments]) == 2
