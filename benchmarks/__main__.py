@@ -26,11 +26,11 @@ WITH_OPTIONS = ("convert", "parity")
 
 _EPILOG = """\
 compile    compile time of 32 layers against that of 4, forward and gradient
-convert    every pair of formats: time against `cp`, peak memory; has options: convert --help
+convert    every pair of formats: time against `cp`, peak memory (options: convert --help)
 decode     greedy decoding and prefill against transformers: tokens per second
 load       from_pretrained of a bfloat16 directory against `cat` of the same file; peak memory
 loss       the fused loss against plain JAX, torch and other fused losses: memory, time and error
-parity     our error against transformers' on the real checkpoint and every preset; has options: parity --help
+parity     our error against transformers', real checkpoint and every preset (options: parity --help)
 precision  what lower precision of float32 matmuls does to the real checkpoint
 step       a training step against torch: time, memory, tokens per second
 """
