@@ -13,7 +13,7 @@ import pytest
 
 import convert
 import llama_jax
-from parity_tests.harness.own_process import ROOT
+from parity_tests.harness.child_process import ROOT
 
 
 def imported_for_type_checkers() -> dict[str, str]:
