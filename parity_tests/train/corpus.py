@@ -1,4 +1,4 @@
-"""A tokenizer of words, and directories of tokens written by hand."""
+"""A word-level tokenizer, token directories written by hand, and helpers to compare them."""
 
 from __future__ import annotations
 
@@ -9,7 +9,17 @@ from pathlib import Path
 import numpy as np
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
-from train.data.token_shards import Index, Shard, Split, token_dtype, write_index, write_shard
+from train.data.token_shards import (
+    Index,
+    Shard,
+    Split,
+    Tokens,
+    document_ends,
+    read_tokens,
+    token_dtype,
+    write_index,
+    write_shard,
+)
 
 EOS = "<|endoftext|>"
 WORDS = ["<s>", EOS, "<unk>", *"abcdefgh"]
@@ -80,3 +90,26 @@ def as_version_1(directory: Path) -> Path:
             del shard["sha256"]
     path.write_text(json.dumps(fields))
     return directory
+
+
+def write_lines(path: Path, texts: list[str]) -> Path:
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    return path
+
+
+def documents_of(tokens: Tokens) -> list[list[int]]:
+    row = read_tokens(tokens, 0, len(tokens), 1 << 31)
+    return [part.tolist() for part in np.split(row, document_ends(tokens, 0, len(tokens))[:-1])]
+
+
+def files_of(directory: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in directory.iterdir()}
+
+
+def ids_of(text: str) -> list[int]:
+    return [WORDS.index(word) for word in text.split()]
+
+
+def random_texts(count: int, seed: int = 0) -> list[str]:
+    rng = np.random.default_rng(seed)
+    return [" ".join(rng.choice(list("abcdefgh"), rng.integers(1, 30))) for _ in range(count)]

@@ -1,1 +1,6 @@
-"""From text to batches: documents, tokens, shards, windows."""
+"""Training data: text to token files, token files to batches.
+
+`tokenize` turns `documents` into `token_shards`; `special_ids` are the tokens that begin and end a text;
+`stdlib` is the data that every machine has. `sources` resolves --data, `identity` tells data sets apart by
+digest. `windows` reads fixed-length windows and batches of them; `placement` puts a `batch` on the devices.
+"""

@@ -1,8 +1,8 @@
-"""Documents out of plain text, JSON Lines and Parquet files, one at a time.
+"""Read documents from plain text, JSON Lines and Parquet files, one at a time.
 
-The format is told by the name, in capitals or not: `.parquet`; `.jsonl` or `.json`, a JSON object a line;
-anything else is plain text. All but Parquet may be compressed: `.gz`, `.zst`. What a line is,
-`llama_jax.text.lines` says.
+The file name, in any case, decides the format: `.parquet`; `.jsonl` or `.json` with one JSON object per
+line; anything else is plain text. All but Parquet may be compressed: `.gz`, `.zst`. For what counts as a
+line see `llama_jax.text.lines`.
 """
 
 import glob
@@ -18,23 +18,23 @@ import pyarrow.parquet as pq
 
 from llama_jax.text.lines import byte_lines, not_utf8
 
-# A text file longer than this many characters becomes several documents, cut at ends of lines: longer than
-# almost any book, short enough to hold and to tokenize whole.
+# Characters beyond which a text file is cut, at the end of a line, into several documents: more than almost
+# any book has, and few enough to hold in memory and to tokenize at once.
 LONGEST_TEXT = 1 << 23
 
 _COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
-# A directory may hold anything; these are taken for data.
+# the files of a directory that are taken as data
 _IN_DIRECTORIES = re.compile(r"(\.(txt|jsonl)(\.gz|\.zst)?|\.parquet)$", re.IGNORECASE)
 
 
 def source_files(source: str | Path) -> list[Path]:
-    """The files of a source, sorted: a file, a directory (searched below, too) or a glob (`**` as well).
+    """The sorted files of a source: a file, a directory (searched recursively) or a glob (`**` too).
 
-    Of a directory the .txt, .jsonl and .parquet files are taken, compressed or not, and none that is
-    hidden or in a hidden folder of it; a file named by itself or by a glob is taken whatever its name.
+    Of a directory the .txt, .jsonl and .parquet files are taken, compressed or not, except hidden ones and
+    those in hidden folders. A file named directly or by a glob is taken whatever its name.
 
     Raises:
-        ValueError: no file.
+        ValueError: there is no such file.
     """
     path = Path(source)
     if path.is_dir():
@@ -46,12 +46,8 @@ def source_files(source: str | Path) -> list[Path]:
         files = [Path(name) for name in glob.glob(str(source), recursive=True)]
     files = sorted(file for file in files if file.is_file())
     if not files:
-        kind = (
-            "a .txt, .jsonl or .parquet file in it"
-            if path.is_dir()
-            else "a file or a glob of files"
-        )
-        raise ValueError(f"{source}: found nothing, expected {kind}")
+        problem = "has no .txt, .jsonl or .parquet files" if path.is_dir() else "no such file"
+        raise ValueError(f"{source}: {problem}")
     return files
 
 
@@ -61,19 +57,19 @@ def read_documents(
     text_field: str = "text",
     advance: Callable[[int], object] = lambda count: None,
 ) -> Iterator[str]:
-    """The documents of the sources, in their order, the files of each sorted; never a file as a whole.
+    """The documents of the sources in order, the files of each sorted. No file is read into memory at once.
 
-    A text file is one document (several, where it is longer than LONGEST_TEXT), a JSON line and a row of
-    Parquet are one each. Text is given as it is, line ends too; only a byte order mark is dropped. Empty
-    documents and blank JSON lines are skipped.
+    A text file is one document (or several, if it is longer than LONGEST_TEXT); each JSON line and each
+    Parquet row is one. Text is passed on unchanged, line ends included, except for a byte order mark.
+    Empty documents and blank JSON lines are skipped.
 
     Args:
-        text_field: the field of a JSON line, the column of Parquet.
-        advance: called with how many more bytes of the files have been read.
+        text_field: the field of a JSON line, or the column of a Parquet file.
+        advance: called with the number of bytes read since the last call.
 
     Raises:
-        ValueError: naming the file, and the line where there is one: no file, no document in a source,
-            not UTF-8, not JSON, no such field or not text in it, a damaged archive or Parquet file.
+        ValueError: naming the file, and the line if there is one: no file, no document in a source, not
+            UTF-8, not JSON, no such field or no text in it, a damaged archive or Parquet file.
     """
     for source in sources:
         empty = True
@@ -88,7 +84,7 @@ def read_documents(
                         yield text
             advance(path.stat().st_size - done)
         if empty:
-            raise ValueError(f"{source}: found no text, expected at least one document")
+            raise ValueError(f"{source}: contains no text")
 
 
 def _hidden(path: Path, directory: Path) -> bool:
@@ -101,7 +97,7 @@ def _read(path: Path, file: IO[bytes], field: str) -> Iterator[str]:
     if suffix == ".parquet":
         yield from _read_parquet(path, field)
         return
-    # pyarrow reads both formats and, unlike zstandard, sees where an archive was cut short
+    # pyarrow reads both formats and, unlike zstandard, notices a truncated archive
     stream = (
         io.BufferedReader(pa.input_stream(file, compression=compression)) if compression else file
     )
@@ -111,7 +107,7 @@ def _read(path: Path, file: IO[bytes], field: str) -> Iterator[str]:
         else:
             yield from _read_text(path, stream)
     except OSError as error:
-        raise ValueError(f"{path}: found damaged data ({error}), expected {compression}") from None
+        raise ValueError(f"{path}: damaged {compression} data ({error})") from None
 
 
 def _read_text(path: Path, stream: IO[bytes]) -> Iterator[str]:
@@ -133,7 +129,7 @@ def _read_lines(path: Path, stream: IO[bytes], field: str) -> Iterator[str]:
         except UnicodeDecodeError as error:
             raise ValueError(not_utf8(where, error)) from None
         except (json.JSONDecodeError, RecursionError) as error:
-            raise ValueError(f"{where}: found no JSON ({error}), expected an object") from None
+            raise ValueError(f"{where}: not valid JSON ({error})") from None
         if not isinstance(record, dict):
             raise ValueError(f"{where}: found {type(record).__name__}, expected an object")
         if field not in record:
@@ -145,9 +141,9 @@ def _read_lines(path: Path, stream: IO[bytes], field: str) -> Iterator[str]:
                 f"{where}: found {type(text).__name__} as {field!r}, expected a string"
             )
         try:
-            text.encode()  # JSON can spell halves of surrogate pairs, which are no text
+            text.encode()  # JSON can spell lone surrogates, which are not text
         except UnicodeEncodeError as error:
-            raise ValueError(f"{where}: found {error.reason}, expected Unicode text") from None
+            raise ValueError(f"{where}: not Unicode text ({error.reason})") from None
         yield text
 
 
@@ -159,9 +155,9 @@ def _read_parquet(path: Path, field: str) -> Iterator[str]:
                 raise ValueError(
                     f"{path}: found columns {', '.join(schema.names)}, expected {field!r} (--text-field)"
                 )
-            kind = schema.field(field).type
-            if not (pa.types.is_string(kind) or pa.types.is_large_string(kind)):
-                raise ValueError(f"{path}: found {kind} as column {field!r}, expected string")
+            dtype = schema.field(field).type
+            if not (pa.types.is_string(dtype) or pa.types.is_large_string(dtype)):
+                raise ValueError(f"{path}: found {dtype} as column {field!r}, expected string")
             row = 0
             for batch in table.iter_batches(batch_size=1024, columns=[field]):
                 for text in batch.column(0).to_pylist():
@@ -175,4 +171,4 @@ def _read_parquet(path: Path, field: str) -> Iterator[str]:
         raise ValueError(not_utf8(str(path), error)) from None
     except (pa.ArrowException, OSError) as error:
         reason = " ".join(str(error).split())  # Arrow's may have several lines
-        raise ValueError(f"{path}: found damaged data ({reason}), expected Parquet") from None
+        raise ValueError(f"{path}: not a valid Parquet file ({reason})") from None

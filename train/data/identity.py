@@ -1,4 +1,4 @@
-"""Which tokens a run is trained on: by digest, not by the name or size of a directory."""
+"""Which data a run is trained on, identified by digest rather than by the name or size of a directory."""
 
 import hashlib
 import json
@@ -11,11 +11,11 @@ from llama_jax.files.staging import write_text
 from train.data.token_shards import Index, Shard, Split, ends_path, open_tokens, read_index
 from train.options import split_weight
 
-# the file of a run that says what data it is of
+# the file in a run's folder that identifies its data
 FILE = "data.json"
 
-# Shards are read whole to be compared with the index only up to here, which takes seconds; beyond it their
-# sizes and the index alone are looked at.
+# Shards are read and compared with the index up to this many bytes, which takes seconds; beyond it only
+# their sizes are compared.
 VERIFIED_BYTES = 1 << 32
 
 SHOWN = 12  # characters of a digest in a message
@@ -24,10 +24,10 @@ Source = tuple[Path, float]
 
 
 def data_digest(index: Index) -> str:
-    """SHA-256 of what a model is trained on: every shard of both splits, and what its numbers mean.
+    """SHA-256 of the data: every shard of both splits, and what their numbers mean.
 
-    An index of version 1 has no digests of its shards; it is told apart by what it says of them and of
-    what they were made from.
+    An index of version 1 has no digests of its shards; their sizes, and what they were made from, identify
+    it.
     """
     facts: list[object] = [index.dtype, index.vocab_size, index.eos_id]
     for split in sorted(index.splits):
@@ -38,7 +38,7 @@ def data_digest(index: Index) -> str:
 
 
 def write_identity(run: Path, sources: Sequence[Source]) -> None:
-    """Write down in the folder of a run what data it is of."""
+    """Record in the folder of a run what data it is trained on."""
     listed = [
         {"path": str(directory), "digest": data_digest(read_index(directory))}
         for directory, _ in sources
@@ -47,16 +47,16 @@ def write_identity(run: Path, sources: Sequence[Source]) -> None:
 
 
 def may_be_moved(run: Path, before: Sequence[str], now: Sequence[str]) -> bool:
-    """Whether `now` can be the data of the run in another place, which `require_identity` then finds out.
+    """Whether `now` may be the run's data at other paths; `require_identity` then checks that it is.
 
     Args:
-        before, now: PATH or PATH=WEIGHT each.
+        before, now: arguments of --data, each PATH or PATH=WEIGHT.
     """
 
     def weight(text: str) -> float:
         try:
             return split_weight(text)[1]
-        except ValueError:  # it is there no more: an = in a path without weight
+        except ValueError:  # a path that is gone, with = in it and no weight
             return 1.0
 
     return (run / FILE).exists() and list(map(weight, before)) == list(map(weight, now))
@@ -65,7 +65,7 @@ def may_be_moved(run: Path, before: Sequence[str], now: Sequence[str]) -> bool:
 def require_identity(run: Path, sources: Sequence[Source], remedy: str) -> None:
     """Raise ValueError unless the sources are the data that the run began with.
 
-    A run that an earlier version began has nothing written down: any data is taken for its own.
+    Runs of an earlier version recorded no digests; for them any data is accepted.
 
     Args:
         remedy: what to do, for the end of the message.
@@ -74,44 +74,45 @@ def require_identity(run: Path, sources: Sequence[Source], remedy: str) -> None:
         return
     listed = read_json_object(run / FILE).get("sources")
     entries = listed if isinstance(listed, list) else []
-    known = [each.get("digest") for each in entries if isinstance(each, dict)]
-    found = [data_digest(read_index(directory)) for directory, _ in sources]
-    if len(known) != len(found):
-        raise ValueError(f"{run}: found {len(found)} sources of data, expected {len(known)}")
-    for (directory, _), now, before in zip(sources, found, known, strict=True):
-        if now != before:
+    expected = [entry.get("digest") for entry in entries if isinstance(entry, dict)]
+    if len(expected) != len(sources):
+        raise ValueError(f"{run}: found {len(sources)} sources of data, expected {len(expected)}")
+    for (directory, _), recorded in zip(sources, expected, strict=True):
+        digest = data_digest(read_index(directory))
+        if digest != recorded:
             raise ValueError(
-                f"{directory}: found data with digest {now[:SHOWN]}, expected {str(before)[:SHOWN]}, that "
-                f"of {run}: {remedy}"
+                f"{directory}: found data with digest {digest[:SHOWN]}, expected "
+                f"{str(recorded)[:SHOWN]}, that of {run}: {remedy}"
             )
 
 
 def require_intact(sources: Sequence[Source], splits: Sequence[Split]) -> None:
-    """Raise ValueError for a shard of the splits that is missing or not what its index says.
+    """Raise ValueError if a shard of the splits is missing or not what its index says.
 
-    The first VERIFIED_BYTES of all shards together are read.
+    Of all shards together the first VERIFIED_BYTES are read.
     """
-    todo: list[tuple[Path, Shard]] = []
-    left = VERIFIED_BYTES
+    to_verify: list[tuple[Path, Shard]] = []
+    remaining_bytes = VERIFIED_BYTES
     for directory, _ in sources:
         index = read_index(directory)
         for split in splits:
-            open_tokens(directory, split)  # that they are there, and their sizes
+            open_tokens(directory, split)  # checks existence and sizes
             for shard in index.splits[split]:
-                left -= (directory / shard.file).stat().st_size
-                if shard.sha256 is not None and left >= 0:
-                    todo.append((directory, shard))
+                remaining_bytes -= (directory / shard.file).stat().st_size
+                if shard.sha256 is not None and remaining_bytes >= 0:
+                    to_verify.append((directory, shard))
     with ThreadPoolExecutor() as pool:
-        for (directory, shard), found in zip(todo, pool.map(_shard_digest, todo), strict=True):
-            if found != shard.sha256:
+        digests = pool.map(_shard_digest, to_verify)
+        for (directory, shard), digest in zip(to_verify, digests, strict=True):
+            if digest != shard.sha256:
                 raise ValueError(
-                    f"{directory / shard.file}: found contents with digest {found[:SHOWN]}, expected "
+                    f"{directory / shard.file}: found contents with digest {digest[:SHOWN]}, expected "
                     f"{str(shard.sha256)[:SHOWN]} by the index: restore the file, or tokenize again"
                 )
 
 
-def _shard_digest(place: tuple[Path, Shard]) -> str:
-    directory, shard = place
+def _shard_digest(location: tuple[Path, Shard]) -> str:
+    directory, shard = location
     digest = hashlib.sha256()
     for path in (directory / shard.file, ends_path(directory / shard.file)):
         with path.open("rb") as file:

@@ -1,4 +1,4 @@
-"""Where a run's tokens come from: `--data` as the user gives it, and the model's vocabulary with it."""
+"""The token directories of --data, and whether their tokenizers agree."""
 
 import hashlib
 import json
@@ -17,13 +17,13 @@ _SHOWN = 12  # characters of a digest in a message
 
 
 def find_sources(data: Sequence[str]) -> list[tuple[Path, float]]:
-    """Token directories and their weights, from PATH or PATH=WEIGHT; `stdlib` is made where it is not.
+    """Token directories and their weights, from PATH or PATH=WEIGHT; `stdlib` is tokenized if need be.
 
     Raises:
         ValueError: no data, or a weight that is not a positive number.
     """
     if not data:
-        raise ValueError("data: found none, expected at least one")
+        raise ValueError("data: give at least one token directory")
     sources = []
     for text in data:
         path, weight = split_weight(text)
@@ -32,10 +32,10 @@ def find_sources(data: Sequence[str]) -> list[tuple[Path, float]]:
 
 
 def common_index(sources: Sequence[tuple[Path, float]]) -> Index:
-    """The index of the first source, whose tokenizer all must share.
+    """The index of the first source; the tokenizers of all must be the same.
 
     Raises:
-        ValueError: two sources of different tokenizers, or a directory that is none of tokens.
+        ValueError: sources with different tokenizers, or a directory without token files.
     """
     (first, _), *others = sources
     index = read_index(first)
@@ -43,37 +43,37 @@ def common_index(sources: Sequence[tuple[Path, float]]) -> Index:
         read_index(directory)
         require_same_tokenizer(first, directory)
     if index.version == 1 and index.bos_id is None:
-        # which version 1 does not say
-        found = special_ids(load_tokenizer(first), first)
-        index = replace(index, bos_id=found.bos_id)
+        # version 1 does not record it
+        ids = special_ids(load_tokenizer(first), first)
+        index = replace(index, bos_id=ids.bos_id)
     return index
 
 
 def require_same_tokenizer(model: Path, tokens: Path) -> None:
     """Raise ValueError unless the tokenizers of the model and of the tokens are the same.
 
-    Not their files are compared but what they do: vocabulary, merges, normalizer, pre-tokenizer, added
-    tokens and what goes around a text.
+    What they do is compared, not their files: vocabulary, merges, normalizer, pre-tokenizer, added tokens
+    and post-processor.
     """
-    expected, found = tokenizer_digest(model), tokenizer_digest(tokens)
-    if found != expected:
+    expected, actual = tokenizer_digest(model), tokenizer_digest(tokens)
+    if actual != expected:
         raise ValueError(
-            f"{tokens}: found a tokenizer with digest {found[:_SHOWN]}, expected "
+            f"{tokens}: found a tokenizer with digest {actual[:_SHOWN]}, expected "
             f"{expected[:_SHOWN]}, that of {model}: tokenize the text with it, "
             f"`python -m train tokenize TEXT --tokenizer {model} --out TOKENS`"
         )
 
 
 def tokenizer_digest(directory: Path) -> str:
-    """SHA-256 of what a directory's tokenizer makes of a text.
+    """SHA-256 of everything that decides which ids a directory's tokenizer gives a text.
 
-    Its JSON is that of the installed `tokenizers`, so it is only compared with one made by the same.
+    It depends on the installed version of `tokenizers`, so compare only digests of one installation.
     """
     fields = json.loads(load_tokenizer(directory).to_str())
-    # how text is cut, filled up and put together again says nothing about which ids it has
+    # truncation, padding and decoding do not change the ids of a text
     for name in ("version", "truncation", "padding", "decoder"):
         fields.pop(name, None)
-    # nor does the token that fills up, which a file may name in its padding alone
+    # nor does the padding token
     pad = special_tokens(read_files(directory)).get("pad_token")
     fields["added_tokens"] = [t for t in fields["added_tokens"] if t["content"] != pad]
     return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()

@@ -1,6 +1,6 @@
-"""The data that every machine has: the source of Python's standard library, tokenized once and cached.
+"""Data that every machine has: the source code of Python's standard library, tokenized once and cached.
 
-About 14 MB of real text; a file is a document. Its tokenizer is a byte-level BPE trained on it.
+About 14 MB of text, one document per file. The tokenizer is a byte-level BPE trained on it.
 """
 
 import hashlib
@@ -24,29 +24,28 @@ EOS = "<|endoftext|>"
 VOCAB_SIZE = 4096
 
 _VALIDATION_FRACTION = 0.02
-_LEFT_OUT = {"site-packages", "dist-packages", "test", "tests", "idle_test"}
+_EXCLUDED = {"site-packages", "dist-packages", "test", "tests", "idle_test"}
 
 
 def stdlib_tokens() -> Path:
-    """The directory of `train.data.token_shards` with the standard library of the Python that runs.
+    """The token directory (`train.data.token_shards`) of the running Python's standard library.
 
-    It lies in $XDG_CACHE_HOME/llama_jax (~/.cache/llama_jax), appears there complete, and is made again for
-    another Python or other files. `transformers.AutoTokenizer` loads its tokenizer.
+    It is cached in $XDG_CACHE_HOME/llama_jax (~/.cache/llama_jax), and made anew for another Python or
+    other files. `transformers.AutoTokenizer` loads its tokenizer.
 
     Raises:
-        ValueError: no source files, as in a Python that carries them compiled or zipped.
+        ValueError: this Python ships no source files, only compiled or zipped ones.
         OSError: the cache cannot be written.
     """
     root = Path(sysconfig.get_path("stdlib"))
     files = _source_files(root)
     if not files:
-        raise ValueError(
-            f"{root}: found no source files of Python, expected them; choose other --data"
-        )
-    # a variable that is empty or not a whole path counts as unset
+        raise ValueError(f"{root}: this Python ships no .py sources; pass --data")
+    # a variable that is empty or not an absolute path counts as unset
     cache = Path(os.environ.get("XDG_CACHE_HOME", ""))
     cache = (cache if cache.is_absolute() else _home() / ".cache") / "llama_jax"
-    recipe = f"{VOCAB_SIZE}\0{_VALIDATION_FRACTION}\0{EOS}\0{VERSION}\0"  # others, other tokens
+    # whatever else decides which tokens there are
+    recipe = f"{VOCAB_SIZE}\0{_VALIDATION_FRACTION}\0{EOS}\0{VERSION}\0"
     digest = hashlib.sha256(recipe.encode())
     for path in files:
         digest.update(f"{path.relative_to(root)}\0".encode(errors="surrogateescape"))
@@ -59,7 +58,7 @@ def stdlib_tokens() -> Path:
         with staged_directory(directory, into_existing=False) as staging:
             _make(files, staging)
     except OSError:
-        # made by another process meanwhile, of the same files
+        # another process may have made it meanwhile
         if not (directory / INDEX_FILE).exists():
             raise
     return directory
@@ -70,8 +69,7 @@ def _home() -> Path:
         return Path.home()
     except RuntimeError:
         raise ValueError(
-            "stdlib: this user has no home directory to keep its tokens in; set XDG_CACHE_HOME or "
-            "pass --data"
+            "stdlib: this user has no home directory for the cache; set XDG_CACHE_HOME or pass --data"
         ) from None
 
 
@@ -86,7 +84,7 @@ def _make(files: Iterable[Path], directory: Path) -> None:
         _train_bpe(read_documents([documents])).save(f"{scratch}/tokenizer.json")
         config = {
             "tokenizer_class": "PreTrainedTokenizerFast",
-            "bos_token": EOS,  # as GPT-2 has it; other programs need one
+            "bos_token": EOS,  # as in GPT-2; other programs need one
             "eos_token": EOS,
             "clean_up_tokenization_spaces": False,
         }
@@ -95,7 +93,7 @@ def _make(files: Iterable[Path], directory: Path) -> None:
 
 
 def _train_bpe(texts: Iterable[str]) -> Tokenizer:
-    """A byte-level BPE of VOCAB_SIZE ids, EOS the first; it has every byte, so that any text has ids."""
+    """A byte-level BPE with VOCAB_SIZE ids, EOS first; it has all bytes, so it can encode any text."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -112,10 +110,10 @@ def _train_bpe(texts: Iterable[str]) -> Tokenizer:
 def _source_files(root: Path) -> list[Path]:
     """Every .py file of the standard library, sorted.
 
-    What is installed into it is not of it, and its tests are as large as the rest and often left out.
+    Without installed packages, and without the tests, which are as large as the rest and often missing.
     """
-    found = []
+    sources = []
     for directory, names, files in os.walk(root):
-        names[:] = [name for name in names if name not in _LEFT_OUT]
-        found += [Path(directory, name) for name in files if name.endswith(".py")]
-    return sorted(found)
+        names[:] = [name for name in names if name not in _EXCLUDED]
+        sources += [Path(directory, name) for name in files if name.endswith(".py")]
+    return sorted(sources)

@@ -1,14 +1,14 @@
-"""Token files: a directory of shards that are memory-mapped, and the index that describes them.
+"""Token files: a directory of memory-mapped shards, and the index that describes them.
 
-    index.json             Index: what the directory holds; written last, and again after each shard
-    tokenizer.json, ...    the tokenizer, and the files that lay beside it
-    train-00000.tokens     token ids, little-endian uint16 (vocabulary up to 65536) or uint32, nothing else
-    train-00000.ends       little-endian int64: for each document, its end as a count of the shard's tokens
+    index.json             `Index`: what the directory holds; rewritten after each shard
+    tokenizer.json, ...    the tokenizer and the files that belong to it
+    train-00000.tokens     token ids, little-endian uint16 (vocabulary up to 65536) or uint32
+    train-00000.ends       little-endian int64: where each document ends, counted in tokens of the shard
     validation-00000.tokens, ...
 
-A shard holds whole documents and at least one; every document has at least one token. The index knows the
-SHA-256 of each shard, and so tells the data apart from any other of the same names and sizes; version 1 of
-it, which is still read, did not.
+A shard holds one or more complete documents, each of at least one token. The index has the SHA-256 of every
+shard, so that other data with the same names and sizes is noticed; version 1, which can still be read, had
+not.
 """
 
 import dataclasses
@@ -35,9 +35,9 @@ _ENDS_DTYPE = np.dtype("<i8")
 
 @dataclass(frozen=True)
 class Shard:
-    """One shard: the name of its file of tokens (`.ends` lies beside it), and how much it holds.
+    """One shard: the name of its .tokens file (with .ends beside it), and how much it holds.
 
-    sha256: of the file of tokens and then its ends; None in an index of version 1.
+    sha256: of the .tokens and then the .ends file; None in an index of version 1.
     """
 
     file: str
@@ -48,18 +48,17 @@ class Shard:
 
 @dataclass(frozen=True)
 class Index:
-    """What index.json says.
+    """The contents of index.json.
 
     complete: False while shards are still to come.
     dtype: of the token files, "uint16" or "uint32", little-endian.
-    vocab_size: the tokenizer's, its largest id and one.
-    eos_id: the id that each document ends with; None where the tokenizer has none, and then each document
-        begins with `bos_id`.
-    bos_id: the tokenizer's beginning-of-text token, None where it has none. (Version 1 has it only where
-        there is no `eos_id`.)
+    vocab_size: the tokenizer's largest id plus one.
+    eos_id: the id that ends each document; None if the tokenizer has none, and then each document begins
+        with `bos_id`.
+    bos_id: the tokenizer's beginning-of-text token, or None. (Version 1 has it only without `eos_id`.)
     tokenizer: names of the tokenizer's files in the directory, tokenizer.json first.
-    made_from: what a run that continues must have been given, too.
-    splits: the shards of "train" and of "validation", in order.
+    made_from: the arguments of `tokenize`, which must be the same to continue an incomplete directory.
+    splits: the shards of "train" and "validation", in order.
     """
 
     complete: bool
@@ -75,11 +74,11 @@ class Index:
 
 @dataclass(frozen=True)
 class Tokens:
-    """One split, memory-mapped, seen as one row of tokens.
+    """One split, memory-mapped: one long sequence of tokens.
 
     shards: [tokens] of each file, as stored.
-    ends: [documents] int64 of each shard, ends of its documents within it.
-    starts: [shards + 1] int64, where each shard begins in the row, and the row's length.
+    ends: [documents] int64 of each shard: where its documents end within it.
+    starts: [shards + 1] int64: where each shard begins in the sequence, and the sequence's length.
     """
 
     files: tuple[Path, ...]
@@ -92,14 +91,14 @@ class Tokens:
 
 
 def token_dtype(vocab_size: int) -> str:
-    """The name of the narrowest dtype that holds every id."""
+    """The name of the smallest dtype that holds every id."""
     return "uint16" if vocab_size <= 1 << 16 else "uint32"
 
 
 def write_shard(
     directory: Path, split: Split, number: int, documents: Sequence[np.ndarray]
 ) -> Shard:
-    """Write the documents, each [tokens] of the index's dtype, as one shard; complete or not at all."""
+    """Write the documents, each [tokens] of the index's dtype, as one shard, atomically."""
     file = f"{split}-{number:05d}.tokens"
     ends = np.cumsum([len(document) for document in documents], dtype=np.int64)
     digest = hashlib.sha256()
@@ -109,36 +108,37 @@ def write_shard(
 
 
 def write_index(directory: Path, index: Index) -> None:
-    """Write index.json, or replace it in one step."""
+    """Write or replace index.json atomically."""
     text = json.dumps(dataclasses.asdict(index), indent=2)
     write_text(directory / f"{INDEX_FILE}.partial", text + "\n")
     os.replace(directory / f"{INDEX_FILE}.partial", directory / INDEX_FILE)
 
 
 def read_index(directory: Path) -> Index:
-    """The index, complete or not.
+    """The index of a directory, complete or not.
 
     Raises:
-        ValueError: none there, not one, or of another version.
+        ValueError: there is none, or it is not valid or of another version.
     """
     path = directory / INDEX_FILE
     try:
         fields = json.loads(path.read_bytes())
     except (FileNotFoundError, NotADirectoryError):
-        expected = "a directory made by `python -m train tokenize`"
-        raise ValueError(f"{path}: found no such file, expected {expected}") from None
+        raise ValueError(
+            f"{path}: no such file; make the directory with `python -m train tokenize`"
+        ) from None
     except ValueError as error:
-        raise ValueError(f"{path}: found no JSON ({error}), expected an index") from None
+        raise ValueError(f"{path}: not valid JSON ({error})") from None
     version = fields.get("version") if isinstance(fields, dict) else None
     if version not in range(1, VERSION + 1):
         raise ValueError(f"{path}: found version {version!r}, expected {VERSION}")
     try:
         splits = {split: [Shard(**shard) for shard in fields["splits"][split]] for split in SPLITS}
         index = Index(**{**fields, "splits": splits})
-        known = index.dtype == token_dtype(index.vocab_size)
+        right_dtype = index.dtype == token_dtype(index.vocab_size)
     except (KeyError, TypeError) as error:
-        raise ValueError(f"{path}: found other fields ({error}), expected an index") from None
-    if not known:
+        raise ValueError(f"{path}: wrong or missing fields ({error})") from None
+    if not right_dtype:
         raise ValueError(
             f"{path}: found dtype {index.dtype!r}, expected {token_dtype(index.vocab_size)!r} for a "
             f"vocabulary of {index.vocab_size}"
@@ -148,7 +148,7 @@ def read_index(directory: Path) -> Index:
 
 
 def _require_types(path: Path, index: Index) -> None:
-    """Raise ValueError for a value of another type, or a file outside the directory."""
+    """Raise ValueError for a value of the wrong type, or a file outside the directory."""
 
     def is_name(value: Any) -> bool:
         return isinstance(value, str) and value == os.path.basename(value) != ""
@@ -157,7 +157,7 @@ def _require_types(path: Path, index: Index) -> None:
         return type(value) is int and 0 < value < 2**63
 
     shards = [shard for split in SPLITS for shard in index.splits[split]]
-    right = {
+    valid = {
         "complete": isinstance(index.complete, bool),
         "vocab_size": is_count(index.vocab_size),
         "eos_id": index.eos_id is None or type(index.eos_id) is int,
@@ -165,35 +165,34 @@ def _require_types(path: Path, index: Index) -> None:
         "tokenizer": isinstance(index.tokenizer, list) and all(map(is_name, index.tokenizer)),
         "made_from": isinstance(index.made_from, dict),
         "splits": all(
-            is_name(each.file) and is_count(each.tokens) and is_count(each.documents)
-            for each in shards
+            is_name(shard.file) and is_count(shard.tokens) and is_count(shard.documents)
+            for shard in shards
         ),
     }
-    for name, holds in right.items():
-        if not holds:
+    for name, is_valid in valid.items():
+        if not is_valid:
             shown = repr(getattr(index, name))[:80]
-            raise ValueError(f"{path}: {name}: found {shown}, expected what `tokenize` writes")
+            raise ValueError(f"{path}: {name}: {shown} is not what `tokenize` writes")
 
 
 def open_tokens(directory: Path, split: Split) -> Tokens:
     """Memory-map one split.
 
     Raises:
-        ValueError: no index or an unfinished one, no document in the split, a file that is missing, cut
-            short or too long, or ends that do not fit.
+        ValueError: no index or an incomplete one, an empty split, a file that is missing, truncated or too
+            long, or ends that do not fit.
     """
     index = read_index(directory)
     if not index.complete:
         raise ValueError(
-            f"{directory / INDEX_FILE}: found an unfinished directory, expected a complete one: run the "
-            "same `python -m train tokenize` again"
+            f"{directory}: incomplete; run the same `python -m train tokenize` again to complete it"
         )
     shards = index.splits[split]
     if not shards:
         larger = "larger" if split == "validation" else "smaller"
         raise ValueError(
-            f"{directory}: found no document in the {split} split, expected at least one: tokenize with a "
-            f"{larger} --validation-fraction or more documents"
+            f"{directory}: the {split} split is empty: tokenize with a {larger} --validation-fraction or "
+            "more documents"
         )
     dtype = np.dtype(index.dtype).newbyteorder("<")
     files = tuple(directory / shard.file for shard in shards)
@@ -210,18 +209,18 @@ def open_tokens(directory: Path, split: Split) -> Tokens:
 
 
 def read_tokens(tokens: Tokens, start: int, stop: int, vocab_size: int) -> np.ndarray:
-    """The ids from `start` up to `stop` of the whole row: [stop - start] int32, a copy.
+    """A copy of the ids from `start` up to `stop` of the sequence: [stop - start] int32.
 
     Raises:
-        ValueError: an id that is not below `vocab_size`; names the shard and the place in it.
+        ValueError: an id that is not below `vocab_size`; the message says where.
     """
     ids = np.empty(stop - start, np.int32)
     for shard, low, high in _parts(tokens, start, stop):
         part = tokens.shards[shard][low:high]
         if part.max() >= vocab_size:
-            place = int(np.argmax(part >= vocab_size))
+            index = int(np.argmax(part >= vocab_size))
             raise ValueError(
-                f"{tokens.files[shard]}, token {low + place}: found id {part[place]}, expected less than "
+                f"{tokens.files[shard]}, token {low + index}: found id {part[index]}, expected less than "
                 f"the model's vocab_size {vocab_size}"
             )
         begin = int(tokens.starts[shard]) + low - start
@@ -230,21 +229,21 @@ def read_tokens(tokens: Tokens, start: int, stop: int, vocab_size: int) -> np.nd
 
 
 def document_ends(tokens: Tokens, start: int, stop: int) -> np.ndarray:
-    """Where documents end, as places in the whole row after `start` up to `stop`: [documents] int64."""
-    found = [np.empty(0, np.int64)]
+    """Positions in the sequence, after `start` up to `stop`, where documents end: [documents] int64."""
+    positions = [np.empty(0, np.int64)]
     for shard, low, high in _parts(tokens, start, stop):
         ends = tokens.ends[shard]
         first, last = np.searchsorted(ends, np.asarray([low, high]), side="right")
-        found.append(ends[first:last] + tokens.starts[shard])
-    return np.concatenate(found)
+        positions.append(ends[first:last] + tokens.starts[shard])
+    return np.concatenate(positions)
 
 
 def _parts(tokens: Tokens, start: int, stop: int) -> list[tuple[int, int, int]]:
-    """The shards that `start` to `stop` touches: number, and from where to where in it."""
+    """The shards that overlap `start` to `stop`: number, and the range within the shard."""
     first = int(np.searchsorted(tokens.starts, start, side="right")) - 1
     parts = []
     for shard in range(first, len(tokens.shards)):
-        begin, end = (int(place) for place in tokens.starts[shard : shard + 2])
+        begin, end = (int(position) for position in tokens.starts[shard : shard + 2])
         if begin >= stop:
             break
         parts.append((shard, max(start - begin, 0), min(stop, end) - begin))
@@ -253,12 +252,13 @@ def _parts(tokens: Tokens, start: int, stop: int) -> list[tuple[int, int, int]]:
 
 def _map(path: Path, dtype: np.dtype, count: int) -> np.ndarray:
     expected = count * dtype.itemsize
-    found = f"{path.stat().st_size} bytes" if path.is_file() else "no such file"
-    if found != f"{expected} bytes":
+    if not path.is_file():
+        raise ValueError(f"{path}: no such file, but the index lists it")
+    if (size := path.stat().st_size) != expected:
         raise ValueError(
-            f"{path}: found {found}, expected {expected} bytes: {count} of {dtype.name} by the index"
+            f"{path}: found {size} bytes, expected {expected} for the {count} {dtype.name} in the index"
         )
-    # a plain view: slices of memmap objects are slow to make
+    # a plain view, since slicing memmap objects is slow
     return np.asarray(np.memmap(path, dtype, mode="r", shape=(count,)))
 
 
@@ -266,12 +266,12 @@ def _write(path: Path, values: np.ndarray, digest: Any) -> None:
     little = np.ascontiguousarray(values, values.dtype.newbyteorder("<"))
     digest.update(little)
     with replacing(path) as staged, staged.open("wb") as file:
-        # not `tofile`, which does not say why it failed
+        # not `tofile`, whose errors give no reason
         file.write(little.data)
         file.flush()
         os.fsync(file.fileno())
 
 
 def ends_path(path: Path) -> Path:
-    """The file of a shard's ends, beside that of its tokens."""
+    """The .ends file beside a .tokens file."""
     return path.with_suffix(".ends")

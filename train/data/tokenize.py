@@ -1,32 +1,28 @@
-"""Text to token files: `python -m train tokenize`. What it has written it does not do again.
+"""Text to token files, `python -m train tokenize`; an interrupted command continues where it stopped.
 
-Each document is encoded as the tokenizer does it by itself, with the beginning token of those that add
-one, and ended with the end-of-text token (begun with the beginning token, where there is no other).
-Special tokens spelled out in the text are text: no document can forge the end of another.
+Each document is encoded by the tokenizer, with the beginning-of-text token if the tokenizer adds one, and
+followed by the end-of-text token (or preceded by the beginning-of-text token if there is no end token).
+Special tokens spelled out in the text are encoded as text, so that a document cannot forge a boundary.
 """
 
 import hashlib
-import json
 import math
-import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import numpy as np
-from tokenizers import Tokenizer
 
-from llama_jax.files.json_object import read_json_object
-from llama_jax.files.staging import write_text
-from llama_jax.text.companions import companion_files, copy_companions, copy_file
 from llama_jax.text.tokenizer import load_tokenizer
-from train.data.documents import read_documents, source_files
-from train.data.special_ids import SpecialIds, model_ids, special_ids
+from train.data.digests import sources_digest, tokenizer_files_digest
+from train.data.documents import read_documents
+from train.data.special_ids import SpecialIds, special_ids
 from train.data.token_shards import (
     INDEX_FILE,
     SPLITS,
+    VERSION,
     Index,
     Split,
     read_index,
@@ -34,16 +30,11 @@ from train.data.token_shards import (
     write_index,
     write_shard,
 )
+from train.data.tokenizer_copy import copy_tokenizer
 
 T = TypeVar("T")
 
-_CONFIG, _MAP = "tokenizer_config.json", "special_tokens_map.json"
-# what besides tokenizer.json or tokenizer.model changes which ids a text has
-_ALSO_TOKENIZER = ("added_tokens.json", _MAP, _CONFIG)
-
-_DIGITS = 16  # of a SHA-256 in the index
-
-# characters that are encoded at once, on all cores: enough to keep them busy
+# characters encoded at a time on all cores, enough to keep them busy
 _BATCH = 1 << 22
 
 
@@ -62,10 +53,10 @@ def tokenize(
 ) -> Index:
     """Tokenize documents into a directory of `train.data.token_shards`.
 
-    A document belongs to the validation split by the hash of its text: equal documents are on one side, in
-    any order of any corpus. Interrupted at any moment, the same call goes on after the last complete shard
-    and ends with the same bytes; a complete directory is left as it is. The same call is one with sources
-    and a tokenizer of the same contents, which are read to know it.
+    The hash of a document's text decides whether it belongs to the validation split, so equal documents
+    are in the same split, whatever else the corpus holds. Interrupted at any moment, the same call
+    continues after the last complete shard and produces the same bytes; a complete directory is left as it
+    is. A call is the same if the contents of its sources and tokenizer are, which are read to compare them.
 
     Args:
         sources: files, directories and globs, as `train.data.documents` reads them.
@@ -73,32 +64,32 @@ def tokenize(
         out: the directory to write; it need not exist.
         validation_fraction: of the documents, 0 <= fraction < 1.
         shard_tokens: a shard ends with the document that reaches this many; a shard is held in memory.
-        eos: the end-of-text token, where not what is said by the files beside the tokenizer.
-        report: called after each batch with the bytes read so far, and with the tokens there are so far.
-        identified: called with how many more bytes of the sources have been read to identify them.
-        note: called with a line about a split that stays empty.
+        eos: the end-of-text token, overriding the files beside the tokenizer.
+        report: called after each batch with the bytes read and the tokens written so far.
+        identified: called with the number of bytes hashed since the last call, to identify the sources.
+        note: called with a line for a split that stays empty.
 
     Raises:
         ValueError: sources that cannot be read, no tokenizer or one without an end-of-text token, numbers
-            out of range, or a directory that holds something else or was begun with other arguments.
+            out of range, or a directory that holds something else or was made with other arguments.
     """
     if not 0 <= validation_fraction < 1:
         raise ValueError(f"validation_fraction: found {validation_fraction}, expected 0 <= it < 1")
     if shard_tokens < 1:
         raise ValueError(f"shard_tokens: found {shard_tokens}, expected at least 1")
     if not sources:
-        raise ValueError("sources: found none, expected files, directories or globs")
+        raise ValueError("sources: give at least one file, directory or glob")
     out, tokenizer = Path(out), Path(tokenizer)
     home = tokenizer.parent if tokenizer.is_file() else tokenizer
     encoder = load_tokenizer(tokenizer)
-    plain = encoder.to_str()
+    tokenizer_json = encoder.to_str()
     encoder.no_truncation()
     encoder.no_padding()
     special = special_ids(encoder, home, eos)
     encoder.encode_special_tokens = True
     vocab_size = 1 + max(encoder.get_vocab().values())
-    known = read_index(out) if (out / INDEX_FILE).exists() else None
-    names_only = known is not None and known.version == 1
+    existing = read_index(out) if (out / INDEX_FILE).exists() else None
+    version = VERSION if existing is None else existing.version
     index = Index(
         complete=False,
         dtype=token_dtype(vocab_size),
@@ -107,10 +98,8 @@ def tokenize(
         bos_id=special.bos_id,
         tokenizer=[],
         made_from={
-            "sources": _digest_of_names(sources)
-            if names_only
-            else _digest_of_contents(sources, identified),
-            "tokenizer": _digest_of_tokenizer(tokenizer, names_only),
+            "sources": sources_digest(sources, version=version, hashed=identified),
+            "tokenizer": tokenizer_files_digest(tokenizer, version=version),
             "boundary_id": special.bos_id if special.eos_id is None else special.eos_id,
             "text_field": text_field,
             "validation_fraction": validation_fraction,
@@ -118,103 +107,128 @@ def tokenize(
         },
         splits={split: [] for split in SPLITS},
     )
-    index = _begin(out, index, known)
+    index = _begin_or_continue(out, index, existing)
     if index.complete:
         return index
     if not index.tokenizer or not all((out / name).exists() for name in index.tokenizer):
-        index = replace(index, tokenizer=_keep_tokenizer(tokenizer, plain, special, eos, out))
+        names = copy_tokenizer(tokenizer, tokenizer_json, special, eos, out)
+        index = replace(index, tokenizer=names)
         write_index(out, index)
 
-    dtype = np.dtype(index.dtype)
-    pending: dict[Split, list[np.ndarray]] = {split: [] for split in SPLITS}
-    sizes = dict.fromkeys(SPLITS, 0)
-    read, tokens = 0, sum(shard.tokens for split in SPLITS for shard in index.splits[split])
+    shards = _ShardWriter(out, index, shard_tokens)
+    bytes_read = 0
 
     def advance(count: int) -> None:
-        nonlocal read
-        read += count
+        nonlocal bytes_read
+        bytes_read += count
 
-    def finish_shard(split: Split) -> None:
-        shards = index.splits[split]
-        shards.append(write_shard(out, split, len(shards), pending[split]))
-        pending[split], sizes[split] = [], 0
-
-    documents = read_documents(sources, text_field=text_field, advance=advance)
-    lowest, highest = math.inf, -math.inf
-
-    def assigned() -> Iterator[tuple[Split, str]]:
-        nonlocal lowest, highest
-        for text in documents:
-            share = _share(text)
-            lowest, highest = min(lowest, share), max(highest, share)
-            yield "validation" if share < validation_fraction else "train", text
-
-    todo = _not_done(assigned(), index)
-    for batch in _ahead(_batches(todo)):
+    assignment = _Assignment(validation_fraction)
+    documents = assignment.split(read_documents(sources, text_field=text_field, advance=advance))
+    for batch in _prefetched(_batches(_remaining(documents, index))):
         encodings = encoder.encode_batch_fast([text for _, text in batch])
         for (split, _), encoding in zip(batch, encodings, strict=True):
-            ids = _bounded(encoding.ids, special)
-            pending[split].append(np.asarray(ids, dtype))
-            sizes[split] += len(ids)
-            tokens += len(ids)
-            if sizes[split] >= shard_tokens:
-                finish_shard(split)
-                write_index(out, index)
-        report(read, tokens)
-    for split in SPLITS:
-        if pending[split]:
-            finish_shard(split)
-    report(read, tokens)
+            shards.add(split, _bounded(encoding.ids, special))
+        report(bytes_read, shards.tokens)
+    shards.finish()
+    report(bytes_read, shards.tokens)
     index = replace(index, complete=True)
     write_index(out, index)
     for split in SPLITS:
         if not index.splits[split] and (split == "train" or validation_fraction):
-            note(_about_empty(split, lowest, highest))
+            note(assignment.describe_empty(split))
     return index
 
 
-def _begin(out: Path, index: Index, known: Index | None) -> Index:
-    """The index that is there already, if it is of the same arguments, else `index`, written."""
-    first = f"{INDEX_FILE}.partial"
-    if known is not None:
+class _ShardWriter:
+    """Collects the encoded documents of both splits, and writes each shard when it is full.
+
+    tokens: written and collected so far.
+    """
+
+    def __init__(self, directory: Path, index: Index, shard_tokens: int) -> None:
+        self._directory, self._index, self._shard_tokens = directory, index, shard_tokens
+        self._dtype = np.dtype(index.dtype)
+        self._documents: dict[Split, list[np.ndarray]] = {split: [] for split in SPLITS}
+        self._sizes = dict.fromkeys(SPLITS, 0)
+        self.tokens = sum(shard.tokens for split in SPLITS for shard in index.splits[split])
+
+    def add(self, split: Split, ids: list[int]) -> None:
+        """Add a document; if it fills a shard, write that, and the index."""
+        self._documents[split].append(np.asarray(ids, self._dtype))
+        self._sizes[split] += len(ids)
+        self.tokens += len(ids)
+        if self._sizes[split] >= self._shard_tokens:
+            self._write(split)
+            write_index(self._directory, self._index)
+
+    def finish(self) -> None:
+        """Write what is left as shards that are not full; the caller writes the index."""
+        for split in SPLITS:
+            if self._documents[split]:
+                self._write(split)
+
+    def _write(self, split: Split) -> None:
+        written = self._index.splits[split]
+        written.append(write_shard(self._directory, split, len(written), self._documents[split]))
+        self._documents[split], self._sizes[split] = [], 0
+
+
+class _Assignment:
+    """Assigns each document to a split by a hash of its text, a number from 0 to 1."""
+
+    def __init__(self, validation_fraction: float) -> None:
+        self._fraction = validation_fraction
+        self._lowest, self._highest = math.inf, -math.inf
+
+    def split(self, documents: Iterable[str]) -> Iterator[tuple[Split, str]]:
+        """Each document with its split."""
+        for text in documents:
+            digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
+            number = int.from_bytes(digest, "big") / 2**64
+            self._lowest, self._highest = min(self._lowest, number), max(self._highest, number)
+            yield "validation" if number < self._fraction else "train", text
+
+    def describe_empty(self, split: Split) -> str:
+        """What to do about a split that got no document."""
+        problem = f"the {split} split is empty"
+        if split == "validation":
+            problem += ", so runs need --evaluation.every 0"
+        if self._lowest == self._highest:
+            return f"{problem}; a single document cannot be divided: tokenize more of them"
+        # the shortest fraction between the numbers, so that both splits get a document
+        digits = 3
+        for digits in range(3, 18):
+            if split == "validation":
+                fraction = round(self._lowest + 10**-digits, digits)
+            else:
+                fraction = round(self._highest, digits)
+            if self._lowest < fraction <= self._highest:
+                break
+        return f"{problem}; --validation-fraction {fraction:.{digits}g} would fill it"
+
+
+def _begin_or_continue(out: Path, index: Index, existing: Index | None) -> Index:
+    """The existing index, if it was made with the same arguments; without one, write `index`."""
+    if existing is not None:
         for key, expected in index.made_from.items():
-            if known.made_from.get(key) != expected:
+            if existing.made_from.get(key) != expected:
                 raise ValueError(
-                    f"{out}: found a directory made with {key} {known.made_from.get(key)!r}, expected "
-                    f"{expected!r}: remove it, choose another --out, or go on with the same arguments"
+                    f"{out}: was made with {key} {existing.made_from.get(key)!r}, not {expected!r}: "
+                    "remove it, choose another --out, or use the same arguments"
                 )
-        return known
-    if out.exists() and (not out.is_dir() or any(path.name != first for path in out.iterdir())):
-        raise ValueError(f"{out}: found something else, expected it absent or an empty directory")
+        return existing
+    leftover = f"{INDEX_FILE}.partial"
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"{out}: is a file, expected a directory")
+    if out.exists() and any(path.name != leftover for path in out.iterdir()):
+        raise ValueError(f"{out}: is not empty and not a token directory; choose another --out")
     out.mkdir(parents=True, exist_ok=True)
     write_index(out, index)
     return index
 
 
-def _share(text: str) -> float:
-    """Where a document lies between 0 and 1: below the fraction it is for validation."""
-    digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "big") / 2**64
-
-
-def _about_empty(split: Split, lowest: float, highest: float) -> str:
-    """What would fill the split. The documents' shares are from `lowest` to `highest`."""
-    found = f"{split}: found no document, expected at least one"
-    if split == "validation":
-        found += ", or `python -m train run --evaluation.every 0`, which needs none"
-    if lowest == highest:
-        return f"{found}; one document cannot be divided: tokenize more of them"
-    # the shortest number between: one document, and not all, is below it
-    digits = 3
-    for digits in range(3, 18):
-        fraction = round(lowest + 10**-digits if split == "validation" else highest, digits)
-        if lowest < fraction <= highest:
-            break
-    return f"{found}; --validation-fraction {fraction:.{digits}g} would do"
-
-
-def _not_done(documents: Iterable[tuple[Split, str]], index: Index) -> Iterator[tuple[Split, str]]:
-    """The documents that are in no shard yet: those that are were the first of their split."""
+def _remaining(documents: Iterable[tuple[Split, str]], index: Index) -> Iterator[tuple[Split, str]]:
+    """The documents that are in no shard yet; those in shards were the first of their split."""
     done = {split: sum(shard.documents for shard in index.splits[split]) for split in SPLITS}
     for split, text in documents:
         if done[split]:
@@ -235,12 +249,12 @@ def _batches(documents: Iterable[tuple[Split, str]]) -> Iterator[list[tuple[Spli
         yield batch
 
 
-def _ahead(items: Iterator[list[T]]) -> Iterator[list[T]]:
-    """The same items, each made in a thread while the one before it is used."""
+def _prefetched(items: Iterator[list[T]]) -> Iterator[list[T]]:
+    """The same items, each produced in a thread while the previous one is used."""
     with ThreadPoolExecutor(1) as thread:
-        coming = thread.submit(next, items, None)
-        while (item := coming.result()) is not None:
-            coming = thread.submit(next, items, None)
+        upcoming = thread.submit(next, items, None)
+        while (item := upcoming.result()) is not None:
+            upcoming = thread.submit(next, items, None)
             yield item
 
 
@@ -249,88 +263,3 @@ def _bounded(ids: list[int], special: SpecialIds) -> list[int]:
         return ids if ids[-1:] == [special.eos_id] else [*ids, special.eos_id]
     assert special.bos_id is not None
     return ids if ids[:1] == [special.bos_id] else [special.bos_id, *ids]
-
-
-def _keep_tokenizer(
-    tokenizer: Path, plain: str, special: SpecialIds, eos: str | None, out: Path
-) -> list[str]:
-    """Copy the tokenizer's files, and make those that other programs need; returns the names.
-
-    Args:
-        plain: the tokenizer as JSON.
-        eos: the end-of-text token, where the user has named it.
-    """
-    home = tokenizer.parent if tokenizer.is_file() else tokenizer
-    names = copy_companions(home, out, generation=False)
-    if tokenizer.suffix == ".model" or not ("tokenizer.json" in names or tokenizer.is_file()):
-        write_text(out / "tokenizer.json", plain)
-    elif tokenizer.is_file():
-        copy_file(tokenizer, out / "tokenizer.json")
-    if not (out / _CONFIG).exists():
-        config = {
-            "tokenizer_class": "PreTrainedTokenizerFast",
-            "clean_up_tokenization_spaces": False,
-        }
-        _write_json(out / _CONFIG, config | _named_tokens(out, plain, special))
-    for name in (_CONFIG, _MAP) if eos is not None else ():
-        if (out / name).exists():
-            _write_json(out / name, read_json_object(out / name) | {"eos_token": eos})
-    return list(companion_files(out, generation=False))
-
-
-def _named_tokens(out: Path, plain: str, special: SpecialIds) -> dict[str, Any]:
-    """The special tokens of a tokenizer_config.json that nobody has written."""
-    path = out / _MAP
-    named = read_json_object(path) if path.exists() else {}
-    encoder = Tokenizer.from_str(plain)
-    for name, token in model_ids(special).items():
-        assert token is not None
-        named[name.removesuffix("_id")] = encoder.id_to_token(token)
-    return named
-
-
-def _write_json(path: Path, fields: dict[str, Any]) -> None:
-    partial = path.with_name(f"{path.name}.partial")
-    write_text(partial, json.dumps(fields, indent=2, ensure_ascii=False) + "\n")
-    os.replace(partial, path)
-
-
-def _digest_of_tokenizer(tokenizer: Path, tokenizer_only: bool) -> str:
-    """Of what decides which ids a text has; of tokenizer.json alone in an index of version 1."""
-    home = tokenizer.parent if tokenizer.is_file() else tokenizer
-    others = () if tokenizer_only else ("tokenizer.model", "vocab.json", "merges.txt")
-    main = ("tokenizer.json", *others)
-    files = [tokenizer] if tokenizer.is_file() else [home / name for name in main]
-    digest = hashlib.sha256()
-    for path in files:
-        if path.is_file():
-            digest.update(path.read_bytes())
-    if tokenizer_only:
-        return digest.hexdigest()[:_DIGITS]
-    for name in _ALSO_TOKENIZER:
-        if (home / name).is_file():
-            fields = read_json_object(home / name)
-            fields.pop("chat_template", None)
-            digest.update(f"{name}\0{json.dumps(fields, sort_keys=True)}\0".encode())
-    return digest.hexdigest()[:_DIGITS]
-
-
-def _digest_of_contents(sources: Sequence[str | Path], identified: Callable[[int], object]) -> str:
-    """Names and contents of the files in order: where they lie does not matter."""
-    digest = hashlib.sha256()
-    for file in (file for source in sources for file in source_files(source)):
-        digest.update(f"{file.name}\0".encode(errors="surrogateescape"))
-        content = hashlib.sha256()
-        with file.open("rb") as stream:
-            while block := stream.read(1 << 22):
-                content.update(block)
-                identified(len(block))
-        digest.update(content.digest())
-    return digest.hexdigest()[:_DIGITS]
-
-
-def _digest_of_names(sources: Sequence[str | Path]) -> str:
-    """Names and sizes of the files in order, by which version 1 of the index knew them."""
-    files = [file for source in sources for file in source_files(source)]
-    names = "".join(f"{file.name}\0{file.stat().st_size}\0" for file in files)
-    return hashlib.sha256(names.encode(errors="surrogateescape")).hexdigest()[:_DIGITS]

@@ -1,7 +1,4 @@
-"""Windows of tokens as training and validation read them, and batches of them; by Grain.
-
-Importing Grain imports JAX, as everything of `llama_jax` does; no device is started by it.
-"""
+"""Fixed-length windows of tokens for training and validation, and batches of them, by Grain."""
 
 import math
 from collections.abc import Generator, Sequence
@@ -16,8 +13,8 @@ from train.data.token_shards import Split, Tokens, document_ends, open_tokens, r
 
 Window = dict[str, np.ndarray]
 
-# Reading a window takes microseconds, so one thread some batches ahead is enough, and takes the interpreter
-# from the training loop less often than several would.
+# Reading a window takes microseconds, so one thread a few batches ahead is enough, and it takes the
+# interpreter lock from the training loop less often than several would.
 _READ_AHEAD = grain.ReadOptions(num_threads=1, prefetch_buffer_size=4)
 
 
@@ -29,25 +26,24 @@ def windows(
     vocab_size: int,
     seed: int,
 ) -> grain.MapDataset[Window]:
-    """The windows of `window`, over the sources: random access, each element a function of its number.
+    """The windows of all sources, with random access: each element is a function of its number.
 
-    "train" has no end: the windows of each source in an order that `seed` gives, another in each epoch, and
-    the sources mixed evenly in proportion to their weights (to 1%). "validation" has every window of every
-    source once, in order; weights and seed do not matter. (Grain takes milliseconds to shuffle an
-    element where a source has less than a hundred windows, else microseconds.)
+    "train" is endless: the windows of each source are shuffled by `seed`, anew in each epoch, and the
+    sources are mixed evenly in proportion to their weights (to 1%). "validation" has every window of every
+    source once, in order, whatever the weights and the seed. (For sources of less than a hundred windows,
+    Grain needs milliseconds rather than microseconds for an element.)
 
     Args:
-        sources: directories of `train.data.token_shards`, each with its weight.
+        sources: token directories (`train.data.token_shards`), each with its weight.
         vocab_size: the model's.
         seed: from 0 to 2**32 - 1.
 
     Raises:
         ValueError: no source, a weight that is not a positive finite number, `sequence_length` or `seed`
-            out of range, or a directory that `open_tokens` refuses. Reading an element: an id that is not
-            below `vocab_size`.
+            out of range, as `open_tokens`; when an element is read, an id that is not below `vocab_size`.
     """
     if not sources:
-        raise ValueError("sources: found none, expected at least one")
+        raise ValueError("sources: give at least one")
     for directory, weight in sources:
         if not (math.isfinite(weight) and weight > 0):
             raise ValueError(f"{directory}: found weight {weight}, expected a positive number")
@@ -63,11 +59,11 @@ def windows(
     ]
     if split == "validation":
         return grain.MapDataset.concatenate(datasets)
-    # a seed of its own for each source: two of a size would else be shuffled alike
+    # a separate seed for each source, or two of one size would be shuffled alike
     seeds = np.random.SeedSequence(seed).generate_state(len(datasets), np.uint32)
     endless = [
-        dataset.shuffle(seed=int(own)).repeat()
-        for dataset, own in zip(datasets, seeds, strict=True)
+        dataset.shuffle(seed=int(source_seed)).repeat()
+        for dataset, source_seed in zip(datasets, seeds, strict=True)
     ]
     return grain.MapDataset.mix(endless, [weight for _, weight in sources])
 
@@ -75,21 +71,21 @@ def windows(
 def batches(
     windows: grain.MapDataset[Window], *, batch_size: int, rows: Sequence[int], start_step: int = 0
 ) -> Generator[Window, None, None]:
-    """Batches of step `start_step` and on: of step s the windows s * batch_size + r, for r in `rows`.
+    """Batches from step `start_step` on: step s has the windows s * batch_size + r, for r in `rows`.
 
-    So the batch of a step does not depend on where reading began, nor on how many processes share it, each
-    with rows of its own. Batches are made ahead in a thread, which ends with the iterator (`close()`).
-    The last batch of windows that end is filled with windows of nothing but padding.
+    So the batch of a step depends neither on where reading began nor on how many processes share it.
+    Batches are prefetched in a thread, which ends with the iterator (`close()`). If the windows end, the
+    last batch is filled up with windows of padding.
 
     Args:
         batch_size: of all processes together.
-        rows: which of the batch this process reads, each from 0 to batch_size - 1.
+        rows: the rows of the batch that this process reads, each from 0 to batch_size - 1.
 
     Returns:
         A generator of dictionaries as `window` has them, each array [len(rows), sequence_length].
 
     Raises:
-        ValueError: a row that is not in the batch, a negative step.
+        ValueError: a row outside the batch, a negative step.
     """
     if not rows or not all(0 <= row < batch_size for row in rows):
         raise ValueError(f"rows: found {list(rows)}, expected some of 0 to {batch_size - 1}")
@@ -100,24 +96,26 @@ def batches(
 
     def batch(step: int) -> Window:
         numbers = [step * batch_size + row for row in rows]
-        # past the end Grain begins again, which would count windows twice
-        found = [windows[number] if number < count else _nothing(windows[0]) for number in numbers]
-        return {name: np.stack([each[name] for each in found]) for name in found[0]}
+        # past the end Grain starts over, which would count windows twice
+        rows_of_batch = [
+            windows[number] if number < count else _padding(windows[0]) for number in numbers
+        ]
+        return {name: np.stack([row[name] for row in rows_of_batch]) for name in rows_of_batch[0]}
 
     dataset = grain.MapDataset.range(start_step, max(steps, start_step)).map(batch)
     return _closing(dataset.to_iter_dataset(_READ_AHEAD))
 
 
 def window(tokens: Tokens, number: int, sequence_length: int, vocab_size: int) -> Window:
-    """Window `number` of S = sequence_length tokens: those from number * S, and the one after for a label.
+    """Window `number` of S = sequence_length tokens, from number * S on, and one more for the last label.
 
-    The last window is filled with zeros; nothing is left out. Documents are kept apart.
+    The last window is padded with zeros, so that no token is dropped. Documents do not see each other.
 
     Returns:
-        A dictionary of int32 [S]: input_ids; labels, the token that follows each, IGNORE_INDEX where that
-        is of another document or there is none; segment_ids, 0 for the first document in the window, 1 for
-        the next, padding counting as one; position_ids, from 0 in each document, and from 0 at the window's
-        start in a document that began before it.
+        A dictionary of int32 [S]: input_ids; labels, the next token, or IGNORE_INDEX where that belongs to
+        another document or there is none; segment_ids, 0 for the first document in the window, 1 for the
+        next, with padding as the last; position_ids, from 0 in each document, and from 0 at the start of
+        the window in a document that began before it.
 
     Raises:
         ValueError: an id that is not below `vocab_size`.
@@ -128,29 +126,31 @@ def window(tokens: Tokens, number: int, sequence_length: int, vocab_size: int) -
     ids[: stop - start] = read_tokens(tokens, start, stop, vocab_size)
     begins = np.zeros(sequence_length + 1, np.int32)
     ends = document_ends(tokens, start, stop) - start
-    begins[ends[ends <= sequence_length]] = 1  # where one document ends, the next or padding begins
+    begins[ends[ends <= sequence_length]] = (
+        1  # the next document, or padding, begins where one ends
+    )
     segments = np.cumsum(begins, dtype=np.int32)
     labels = np.where(segments[1:] == segments[:-1], ids[1:], np.int32(IGNORE_INDEX))
     labels[stop - start - 1 :] = IGNORE_INDEX
-    places = np.arange(sequence_length, dtype=np.int32)
+    positions = np.arange(sequence_length, dtype=np.int32)
     return {
         "input_ids": ids[:-1],
         "labels": labels,
         "segment_ids": segments[:-1],
-        "position_ids": places - np.maximum.accumulate(np.where(begins[:-1], places, 0)),
+        "position_ids": positions - np.maximum.accumulate(np.where(begins[:-1], positions, 0)),
     }
 
 
 @dataclass(frozen=True)
 class _Windows:
-    """One source's windows, as Grain wants a source: its length and its elements."""
+    """The windows of one source, as a Grain data source."""
 
     tokens: Tokens
     sequence_length: int
     vocab_size: int
 
     def __len__(self) -> int:
-        # a last token that is only a label needs no window of its own
+        # a last token that is only a label needs no window
         return max(1, -(-(len(self.tokens) - 1) // self.sequence_length))
 
     def __getitem__(self, number: int) -> Window:
@@ -158,7 +158,7 @@ class _Windows:
 
 
 def _closing(dataset: grain.IterDataset[Window]) -> Generator[Window, None, None]:
-    """The elements; whoever stops reading stops the thread."""
+    """The elements; closing the generator stops the thread."""
     iterator = iter(dataset)
     try:
         yield from iterator
@@ -166,7 +166,7 @@ def _closing(dataset: grain.IterDataset[Window]) -> Generator[Window, None, None
         iterator.close()
 
 
-def _nothing(like: Window) -> Window:
+def _padding(like: Window) -> Window:
     """A window of padding."""
     length = len(like["labels"])
     return {

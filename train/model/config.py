@@ -11,10 +11,10 @@ from train.options import ModelOptions
 
 
 def model_config(options: ModelOptions, index: Index | None, sequence_length: int) -> LlamaConfig:
-    """The model's configuration: of the weights to start from, a file, or a preset.
+    """The model's configuration: from --model.init-from, from a file, or a preset.
 
-    Weights to start from keep their special tokens; any other model begins and ends its texts as the data
-    does. A small preset also takes the vocabulary of the data.
+    With --model.init-from the special tokens are those of the checkpoint, otherwise those of the data. A
+    small preset also takes the vocabulary of the data, and positions for the sequences.
 
     Raises:
         ValueError: an unknown preset; a vocabulary smaller than the data's; sequences longer than the
@@ -31,10 +31,10 @@ def model_config(options: ModelOptions, index: Index | None, sequence_length: in
     elif options.preset in SMALL:
         name, small = options.preset, SMALL[options.preset].to_dict()
         longest = max(small["max_position_embeddings"], sequence_length)
-        own: dict[str, Any] = {"max_position_embeddings": longest}
+        changes: dict[str, Any] = {"max_position_embeddings": longest}
         if index is not None:
-            own["vocab_size"] = index.vocab_size
-        config = LlamaConfig.from_dict(small | own)
+            changes["vocab_size"] = index.vocab_size
+        config = LlamaConfig.from_dict(small | changes)
     elif options.preset in PRESETS:
         name, config = options.preset, PRESETS[options.preset]
     else:
@@ -47,7 +47,7 @@ def model_config(options: ModelOptions, index: Index | None, sequence_length: in
             "the data's"
         )
     if index is not None and options.init_from is None:
-        config = _with_ids_of(config, index)
+        config = _with_special_ids(config, index)
     if sequence_length > config.max_position_embeddings:
         raise ValueError(
             f"sequence-length: found {sequence_length}, expected at most "
@@ -56,8 +56,8 @@ def model_config(options: ModelOptions, index: Index | None, sequence_length: in
     return config
 
 
-def _with_ids_of(config: LlamaConfig, index: Index) -> LlamaConfig:
-    """The config with the special tokens of the data; of several that end a text none is lost."""
+def _with_special_ids(config: LlamaConfig, index: Index) -> LlamaConfig:
+    """The config with the special tokens of the data; several end-of-text tokens are all kept."""
     ids: dict[str, Any] = model_ids(SpecialIds(index.bos_id, index.eos_id))
     if ids["eos_token_id"] in config.eos_token_ids:
         del ids["eos_token_id"]

@@ -1,4 +1,4 @@
-"""The default data: made once, by any number of processes, and as transformers reads it."""
+"""The default data: tokenized once, whatever runs at the same time, and readable by transformers."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from train.data.token_shards import open_tokens, read_index, read_tokens
 
 @pytest.fixture
 def library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A small standard library, and a cache of its own."""
+    """A small standard library and an empty cache."""
     root = tmp_path / "python"
     for number in range(60):
         path = root / f"package{number % 3}" / f"module{number}.py"
@@ -28,7 +28,7 @@ def library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (root / "empty.py").touch()
     for name in ("site-packages", "test", "package0/tests"):
         (root / name).mkdir()
-        (root / name / "other.py").write_text("raise SystemExit('not of the library')")
+        (root / name / "other.py").write_text("raise SystemExit('not part of the library')")
     monkeypatch.setattr(sysconfig, "get_path", {"stdlib": str(root)}.__getitem__)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     return root
@@ -61,30 +61,30 @@ def test_transformers_reads_the_tokenizer(library: Path) -> None:
     assert tokenizer.decode(tokenizer("never seen: 𐍈\0")["input_ids"]) == "never seen: 𐍈\0"
 
 
-def test_two_at_once_do_not_disturb_each_other(
-    library: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_two_processes_at_once(library: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     barrier = threading.Barrier(2)
     make = stdlib._make
 
     def together(*arguments: object) -> None:
-        barrier.wait(timeout=10)  # both have found nothing
+        barrier.wait(timeout=10)  # neither has found the cache
         make(*arguments)
 
     monkeypatch.setattr(stdlib, "_make", together)
-    found: list[Path] = []
-    threads = [threading.Thread(target=lambda: found.append(stdlib_tokens())) for _ in range(2)]
+    directories: list[Path] = []
+    threads = [
+        threading.Thread(target=lambda: directories.append(stdlib_tokens())) for _ in range(2)
+    ]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert len(found) == 2
-    assert found[0] == found[1]
-    assert os.listdir(found[0].parent) == [found[0].name]
-    open_tokens(found[0], "train")
+    assert len(directories) == 2
+    assert directories[0] == directories[1]
+    assert os.listdir(directories[0].parent) == [directories[0].name]
+    open_tokens(directories[0], "train")
 
 
-def test_a_failure_is_not_hidden(library: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_errors_are_not_hidden(library: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*arguments: object) -> None:
         raise OSError(28, "No space left on device")
 
@@ -95,9 +95,7 @@ def test_a_failure_is_not_hidden(library: Path, monkeypatch: pytest.MonkeyPatch)
         path.unlink()
     with pytest.raises(ValueError) as caught:
         stdlib_tokens()
-    assert str(caught.value) == (
-        f"{library}: found no source files of Python, expected them; choose other --data"
-    )
+    assert str(caught.value) == f"{library}: this Python ships no .py sources; pass --data"
 
 
 @pytest.mark.slow

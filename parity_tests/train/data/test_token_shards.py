@@ -1,4 +1,4 @@
-"""Token files: what was written is read, across shards, and damage is named."""
+"""Token files: read back across shards, and the error messages for damaged ones."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def test_any_range_of_tokens_and_ends(
 @pytest.mark.parametrize(
     ("vocab_size", "dtype", "size"), [(65536, "uint16", 2), (65537, "uint32", 4)]
 )
-def test_the_dtype_is_the_narrowest(vocab_size: int, dtype: str, size: int, tmp_path: Path) -> None:
+def test_the_dtype_is_the_smallest(vocab_size: int, dtype: str, size: int, tmp_path: Path) -> None:
     ids = [0, vocab_size - 1, 258]
     directory = token_directory(tmp_path, [[ids]], vocab_size=vocab_size)
     assert read_index(directory).dtype == dtype
@@ -55,7 +55,7 @@ def test_the_dtype_is_the_narrowest(vocab_size: int, dtype: str, size: int, tmp_
     assert read_tokens(tokens, 0, 3, vocab_size).tolist() == ids
 
 
-def test_an_id_the_model_does_not_have(tmp_path: Path) -> None:
+def test_an_id_that_the_model_lacks(tmp_path: Path) -> None:
     tokens = open_tokens(token_directory(tmp_path, [[[1, 2], [3]], [[4], [5, 50, 60]]]), "train")
     assert read_tokens(tokens, 0, 5, 50).tolist() == [1, 2, 3, 4, 5]
     with pytest.raises(ValueError) as caught:
@@ -67,67 +67,62 @@ def test_an_id_the_model_does_not_have(tmp_path: Path) -> None:
 
 def test_damaged_files(tmp_path: Path) -> None:
     directory = token_directory(tmp_path, [[[1, 2, 3]], [[4, 5], [6]]])
-    for name, whole, says in (
-        ("train-00001.tokens", 6, "3 of uint16"),
-        ("train-00001.ends", 16, "2 of int64"),
+    for name, intact_size, contents in (
+        ("train-00001.tokens", 6, "3 uint16"),
+        ("train-00001.ends", 16, "2 int64"),
     ):
         path = directory / name
-        kept = path.read_bytes()
-        for size in (0, whole - 1, whole + 2):
-            path.write_bytes(kept[:size].ljust(size))
+        intact = path.read_bytes()
+        for size in (0, intact_size - 1, intact_size + 2):
+            path.write_bytes(intact[:size].ljust(size))
             assert error_of(directory) == (
-                f"{path}: found {size} bytes, expected {whole} bytes: {says} by the index"
+                f"{path}: found {size} bytes, expected {intact_size} for the {contents} in the index"
             )
         path.unlink()
-        assert error_of(directory) == (
-            f"{path}: found no such file, expected {whole} bytes: {says} by the index"
-        )
-        path.write_bytes(kept)
+        assert error_of(directory) == f"{path}: no such file, but the index lists it"
+        path.write_bytes(intact)
     np.asarray([2, 4], "<i8").tofile(directory / "train-00001.ends")
     assert error_of(directory) == (
         f"{directory}/train-00001.ends: found 4 as the last end, expected 3"
     )
 
 
-def test_indexes_that_are_none(tmp_path: Path) -> None:
+def test_wrong_indexes(tmp_path: Path) -> None:
     path = tmp_path / "index.json"
-    expected = "expected a directory made by `python -m train tokenize`"
-    assert error_of(tmp_path) == f"{path}: found no such file, {expected}"
-    assert (
-        error_of(tmp_path / "none") == f"{tmp_path}/none/index.json: found no such file, {expected}"
-    )
+    remedy = "make the directory with `python -m train tokenize`"
+    assert error_of(tmp_path) == f"{path}: no such file; {remedy}"
+    assert error_of(tmp_path / "none") == f"{tmp_path}/none/index.json: no such file; {remedy}"
     token_directory(tmp_path, [[[1]]])
     good = json.loads(path.read_text())
     path.write_text("{")
-    assert error_of(tmp_path).startswith(f"{path}: found no JSON (")
-    for bad, found in (([1], None), ({}, None), ({**good, "version": 3}, 3)):
+    assert error_of(tmp_path).startswith(f"{path}: not valid JSON (")
+    for bad, version in (([1], None), ({}, None), ({**good, "version": 3}, 3)):
         path.write_text(json.dumps(bad))
-        assert error_of(tmp_path) == f"{path}: found version {found}, expected 2"
+        assert error_of(tmp_path) == f"{path}: found version {version}, expected 2"
     for bad in ({"extra": 1}, {"splits": {}}, {"splits": {"train": [{}]}}, {"vocab_size": "x"}):
         path.write_text(json.dumps({**good, **bad}))
-        assert error_of(tmp_path).startswith(f"{path}: found other fields (")
+        assert error_of(tmp_path).startswith(f"{path}: wrong or missing fields (")
     path.write_text(json.dumps({**good, "dtype": "uint8"}))
     assert error_of(tmp_path) == (
         f"{path}: found dtype 'uint8', expected 'uint16' for a vocabulary of 100"
     )
 
 
-def test_unfinished_directories_and_empty_splits(tmp_path: Path) -> None:
+def test_incomplete_directories_and_empty_splits(tmp_path: Path) -> None:
     directory = token_directory(tmp_path / "a", [[[1]]], complete=False)
     assert error_of(directory) == (
-        f"{directory}/index.json: found an unfinished directory, expected a complete one: "
-        "run the same `python -m train tokenize` again"
+        f"{directory}: incomplete; run the same `python -m train tokenize` again to complete it"
     )
     directory = token_directory(tmp_path / "b", [[[1]]])
     assert error_of(directory, "validation") == (
-        f"{directory}: found no document in the validation split, expected at least one: "
-        "tokenize with a larger --validation-fraction or more documents"
+        f"{directory}: the validation split is empty: tokenize with a larger --validation-fraction or more "
+        "documents"
     )
 
 
 def test_files_are_not_read_into_memory(tmp_path: Path) -> None:
     directory = token_directory(tmp_path, [[[1]]])
-    size = 1 << 34  # a hole
+    size = 1 << 34  # a sparse file
     with (directory / "train-00000.tokens").open("wb") as file:
         file.truncate(2 * size)
     np.asarray([size], "<i8").tofile(directory / "train-00000.ends")

@@ -1,4 +1,4 @@
-"""Windows against a slow reference, their order, and batches that do not depend on who reads them."""
+"""Windows against a slow reference, their order, and batches shared by any number of processes."""
 
 from __future__ import annotations
 
@@ -26,18 +26,18 @@ SHARDS = st.lists(
 
 
 def reference(documents: list[list[int]], length: int) -> list[dict[str, list[int]]]:
-    """Token by token: (document, id) of the row, cut into windows."""
+    """All windows, built token by token from pairs of document and id."""
     row = [(number, token) for number, document in enumerate(documents) for token in document]
-    found = []
+    expected = []
     start = 0
     while start == 0 or start < len(row) - 1:
         fields: dict[str, list[int]] = {
             "input_ids": [], "labels": [], "segment_ids": [], "position_ids": [],
         }  # fmt: skip
         owners: list[int | None] = []
-        for place in range(start, start + length):
-            owner, token = row[place] if place < len(row) else (None, 0)
-            follower, following = row[place + 1] if place + 1 < len(row) else (None, None)
+        for position in range(start, start + length):
+            owner, token = row[position] if position < len(row) else (None, 0)
+            follower, following = row[position + 1] if position + 1 < len(row) else (None, None)
             same = owner is not None and follower == owner
             new = not owners or owner != owners[-1]
             fields["input_ids"].append(token)
@@ -47,13 +47,13 @@ def reference(documents: list[list[int]], length: int) -> list[dict[str, list[in
             )
             fields["position_ids"].append(0 if new else fields["position_ids"][-1] + 1)
             owners.append(owner)
-        found.append(fields)
+        expected.append(fields)
         start += length
-    return found
+    return expected
 
 
 def plain(windows: list[Window]) -> list[dict[str, list[int]]]:
-    return [{name: array.tolist() for name, array in each.items()} for each in windows]
+    return [{name: array.tolist() for name, array in window.items()} for window in windows]
 
 
 def read(directory: Path, split: str = "train", length: int = 4, seed: int = 0, weight: float = 1):
@@ -63,17 +63,17 @@ def read(directory: Path, split: str = "train", length: int = 4, seed: int = 0, 
 
 
 @given(shards=SHARDS, length=st.integers(1, 20))
-def test_windows_are_the_reference(
+def test_windows_equal_the_reference(
     shards: list[list[list[int]]], length: int, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     documents = [document for shard in shards for document in shard]
     directory = token_directory(tmp_path_factory.mktemp("t"), shards, shards, vocab_size=VOCAB)
     dataset = read(directory, "validation", length)
-    found = list(dataset)
-    assert all(a.dtype == np.int32 and a.shape == (length,) for w in found for a in w.values())
-    assert plain(found) == reference(documents, length)
-    # every token that follows another in its document is a label exactly once
-    labels = Counter(label for w in found for label in w["labels"].tolist())
+    actual = list(dataset)
+    assert all(a.dtype == np.int32 and a.shape == (length,) for w in actual for a in w.values())
+    assert plain(actual) == reference(documents, length)
+    # every token but the first of its document is a label exactly once
+    labels = Counter(label for w in actual for label in w["labels"].tolist())
     expected = Counter(token for document in documents for token in document[1:])
     assert labels - Counter({IGNORE_INDEX: labels[IGNORE_INDEX]}) == expected
 
@@ -101,7 +101,7 @@ def test_a_document_longer_than_the_window_and_one_token(tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize(("count", "expected"), [(8, 2), (9, 2), (10, 3), (1, 1), (5, 1)])
-def test_how_many_windows(count: int, expected: int, tmp_path: Path) -> None:
+def test_number_of_windows(count: int, expected: int, tmp_path: Path) -> None:
     directory = token_directory(tmp_path, [[[1] * count]], [[[1] * count]])
     assert len(read(directory, "validation", 4)) == expected
 
@@ -125,7 +125,7 @@ def test_training_is_shuffled_anew_in_each_epoch(tmp_path: Path) -> None:
         for w in plain([window(open_tokens(directory, "train"), n, 4, VOCAB) for n in range(100)])
     ]
     assert sorted(first) == sorted(in_order)
-    # spread over the whole, not near where they were
+    # spread over the epoch, not near where they were
     moved = [abs(in_order.index(w) - n) for n, w in enumerate(first)]
     assert np.mean(moved) > 20
     assert epochs(1) == [first, second, third]
@@ -155,12 +155,8 @@ def test_validation_is_every_window_of_every_source(tmp_path: Path) -> None:
     ]  # fmt: skip
 
 
-def same(a: list[Window], b: list[Window]) -> None:
-    assert plain(a) == plain(b)
-
-
 @pytest.mark.parametrize("processes", [1, 2, 4])
-def test_batches_do_not_depend_on_the_processes(processes: int, tmp_path: Path) -> None:
+def test_batches_do_not_depend_on_the_number_of_processes(processes: int, tmp_path: Path) -> None:
     documents = [[n % VOCAB, (3 * n) % VOCAB] for n in range(50)]
     dataset = read(token_directory(tmp_path, [documents[:20], documents[20:]]))
     size, steps = 8, 10
@@ -176,18 +172,18 @@ def test_batches_do_not_depend_on_the_processes(processes: int, tmp_path: Path) 
         for name, array in parts[0][step].items():
             assert array.shape == (share, 4)
             assert array.dtype == np.int32
-            whole = np.concatenate([part[step][name] for part in parts])
-            assert whole.tolist() == [w[name].tolist() for w in expected]
+            joined = np.concatenate([part[step][name] for part in parts])
+            assert joined.tolist() == [w[name].tolist() for w in expected]
 
 
 @pytest.mark.parametrize(("start", "documents"), [(1, 4), (7, 4), (500, 600)])
-def test_batches_from_the_middle_are_the_tail(start: int, documents: int, tmp_path: Path) -> None:
-    # four documents are three windows: a batch has more than an epoch
+def test_batches_from_a_later_step(start: int, documents: int, tmp_path: Path) -> None:
+    # four documents make three windows, so a batch spans epochs
     dataset = read(token_directory(tmp_path, [[[n % 99, 1, 2] for n in range(documents)]]))
     rows = [4, 1, 3]
-    whole = list(islice(batches(dataset, batch_size=5, rows=rows), start + 4))
+    from_start = list(islice(batches(dataset, batch_size=5, rows=rows), start + 4))
     tail = list(islice(batches(dataset, batch_size=5, rows=rows, start_step=start), 4))
-    same(tail, whole[start:])
+    assert plain(tail) == plain(from_start[start:])
 
 
 def test_the_last_batch_of_validation_is_filled_with_padding(tmp_path: Path) -> None:
@@ -219,7 +215,7 @@ def test_the_thread_ends_with_the_iterator(tmp_path: Path) -> None:
     assert not thread.is_alive()
 
 
-def test_an_id_the_model_does_not_have_is_named(tmp_path: Path) -> None:
+def test_an_id_that_the_model_lacks(tmp_path: Path) -> None:
     directory = token_directory(tmp_path, [[[1, 2, 3, 4], [5, 150]]], vocab_size=200)
     iterator = batches(read(directory), batch_size=2, rows=[0, 1])
     with pytest.raises(ValueError) as caught:
@@ -230,7 +226,7 @@ def test_an_id_the_model_does_not_have_is_named(tmp_path: Path) -> None:
     )
 
 
-def test_mistakes(tmp_path: Path) -> None:
+def test_wrong_arguments(tmp_path: Path) -> None:
     directory = token_directory(tmp_path, [[[1, 2, 3]]])
 
     def error_of(call) -> str:
@@ -250,10 +246,10 @@ def test_mistakes(tmp_path: Path) -> None:
             f"seed: found {seed}, expected 0 to 2**32 - 1"
         )
     assert error_of(lambda: read(directory, "validation")).startswith(
-        f"{directory}: found no document in the validation split"
+        f"{directory}: the validation split is empty"
     )
-    nothing = {"split": "train", "sequence_length": 4, "vocab_size": 9, "seed": 0}
-    assert error_of(lambda: windows([], **nothing)) == "sources: found none, expected at least one"
+    options = {"split": "train", "sequence_length": 4, "vocab_size": 9, "seed": 0}
+    assert error_of(lambda: windows([], **options)) == "sources: give at least one"
     dataset = read(directory)
     for rows in ([], [0, 2], [-1]):
         assert error_of(lambda rows=rows: batches(dataset, batch_size=2, rows=rows)) == (

@@ -219,7 +219,7 @@ def test_damaged_data(tiny: Tiny, tmp_path: Path, capfd: pytest.CaptureFixture[s
     assert message.startswith(f"{shard}: found {len(content) - 2} bytes, expected {len(content)}")
 
     shard.unlink()
-    assert error_of(flags, capfd).startswith(f"{shard}: found no such file")
+    assert error_of(flags, capfd).startswith(f"{shard}: no such file")
     assert not (tmp_path / "run").exists()
 
     shard.write_bytes(b"\xff\xff" * (len(content) // 2))
@@ -294,7 +294,7 @@ def test_another_run(flag: str, found: str, finished: Path, capfd: Any) -> None:
         ({"optimizer__clip_norm": 0}, "optimizer.clip-norm: found 0.0, expected a finite number above 0 "),
         ({"optimizer__warmup_steps": 12}, "optimizer.warmup-steps: found 12, expected at most 11"),
         ({"model__compute_dtype": "float16"}, "model.compute-dtype: found float16, expected bfloat16, "),
-        ({"data": "nowhere"}, "nowhere/index.json: found no such file"),
+        ({"data": "nowhere"}, "nowhere/index.json: no such file"),
         ({"model__config": "nowhere"}, "nowhere"),
         ({"seed": -1}, "seed: found -1, expected 0 to"),
     ],
