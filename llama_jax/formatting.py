@@ -1,4 +1,4 @@
-"""Text for people: sizes, errors, reports, and a console that shows strings as they are."""
+"""Formatting for people: sizes, errors, and a console that prints strings literally."""
 
 import re
 import threading
@@ -14,21 +14,29 @@ _BINARY = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 
 def first_line(error: Exception, limit: int = 200) -> str:
-    """What another library's error says, for a line of ours; the error's name where it says nothing."""
+    """The first line of another library's error, or the error's class name if it has no text.
+
+    >>> first_line(ValueError("bad magic\\nat byte 0")), first_line(KeyError())
+    ('bad magic', 'KeyError')
+    """
     text = str(error)
     return text.splitlines()[0][:limit] if text else type(error).__name__
 
 
 def size(text: str | int) -> int:
-    """Bytes from "5GB", "2GiB", "500M" or a bare number. Raises ValueError."""
+    """Bytes from "5GB", "2GiB", "500M" or a bare number. Raises ValueError.
+
+    >>> size("1.5KB"), size("2GiB")
+    (1500, 2147483648)
+    """
     match = re.fullmatch(
         r"(\d+(?:\.\d+)?)\s*(?:([KMGT])(i?)B?|B?)", str(text).strip(), re.IGNORECASE
     )
     if match:
         prefix = (match[2] or "").upper()
-        found = int(float(match[1]) * (_BINARY if match[3] else _DECIMAL)[prefix])
-        if found > 0:
-            return found
+        nbytes = int(float(match[1]) * (_BINARY if match[3] else _DECIMAL)[prefix])
+        if nbytes > 0:
+            return nbytes
     raise ValueError(f"found {text!r}, expected a size such as 500MB, 5GB or 2GiB")
 
 
@@ -39,18 +47,14 @@ def report(title: str, faults: list[str], limit: int = 20) -> str:
     return f"{title}: {shown}{more}"
 
 
-_NARROWEST = 20  # columns of a terminal
+_MIN_WIDTH = 20  # columns
 
-_CONTROL = {
-    "Cc",
-    "Cs",
-    "Zl",
-    "Zp",
-}  # Unicode's categories of what moves the cursor or is no character
+# Unicode categories of control characters, surrogates and line separators
+_CONTROL = {"Cc", "Cs", "Zl", "Zp"}
 
 
 def printable(text: str) -> str:
-    """`text` with control characters, line ends and lone surrogates escaped as in Python's literals."""
+    """`text` with control characters, line ends and lone surrogates escaped as in Python literals."""
     return "".join(
         c.encode("unicode_escape").decode() if unicodedata.category(c) in _CONTROL else c
         for c in text
@@ -58,13 +62,13 @@ def printable(text: str) -> str:
 
 
 def console(*, stderr: bool = False, **options: Any) -> "Console":
-    """A rich console that shows every string as it is: no markup, no emoji codes, no highlighting.
+    """A rich console that prints strings literally: no markup, no emoji codes, no highlighting.
 
-    What is to be styled is a `rich.text.Text`, or printed with `style=`.
+    To style text, use a `rich.text.Text` or print with `style=`.
 
     Args:
-        stderr: for what is said beside the output.
-        options: more of `rich.console.Console`'s.
+        stderr: for messages that are not part of the output.
+        options: further options of `rich.console.Console`.
     """
     from rich.console import Console
     from rich.text import Text
@@ -76,13 +80,11 @@ def console(*, stderr: bool = False, **options: Any) -> "Console":
 
         def on_broken_pipe(self) -> None:
             if threading.current_thread() is threading.main_thread():
-                raise  # rich's own answer is SystemExit
-            self.quiet = True  # a thread that redraws has nobody to raise to
+                raise  # rich would raise SystemExit
+            self.quiet = True  # a thread that redraws has no caller to raise to
 
-    plain: dict[str, Any] = {"markup": False, "emoji": False, "highlight": False}
-    made = Plain(stderr=stderr, **(plain | options))
-    if (
-        made.width < _NARROWEST
-    ):  # a terminal that does not know, where whole columns would be left out
-        made.width = 80
-    return made
+    literal: dict[str, Any] = {"markup": False, "emoji": False, "highlight": False}
+    plain = Plain(stderr=stderr, **(literal | options))
+    if plain.width < _MIN_WIDTH:  # a terminal of unknown width; rich would leave out columns
+        plain.width = 80
+    return plain

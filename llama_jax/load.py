@@ -1,4 +1,4 @@
-"""A causal model, its config and its tokenizer from whatever directory holds one."""
+"""Load a causal LM, its config and its tokenizer from any supported directory."""
 
 from pathlib import Path
 from typing import Any
@@ -12,10 +12,22 @@ from llama_jax.text.companions import tokenizer_home
 
 
 def load_model(directory: str | Path, dtype: Any = None) -> LlamaForCausalLM:
-    """The model of a Hugging Face or an Orbax directory, in `dtype` or (None, "auto") as stored.
+    """Load a model from a Hugging Face directory, an Orbax directory or a training run.
+
+    Args:
+        dtype: of the weights; None and "auto" keep the stored one.
 
     Raises:
-        ValueError: something else, saying what it is and what to do with it.
+        ValueError: anything else; the message says what it is and what to do.
+
+    >>> from flax import nnx
+    >>> from llama_jax import LlamaConfig
+    >>> config = LlamaConfig(
+    ...     vocab_size=32, hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2
+    ... )
+    >>> LlamaForCausalLM(config, rngs=nnx.Rngs(0)).save_pretrained("tiny")
+    >>> load_model("tiny").config.hidden_size
+    16
     """
     directory = _readable(directory)
     if is_orbax(directory):
@@ -26,17 +38,17 @@ def load_model(directory: str | Path, dtype: Any = None) -> LlamaForCausalLM:
 
 
 def load_config(directory: str | Path) -> LlamaConfig:
-    """The config of what `load_model` loads. Raises ValueError as it does."""
+    """The config of the model that `load_model` loads. Raises the same errors."""
     return LlamaConfig.from_pretrained(_home(_readable(directory)))
 
 
 def tokenizer_directory(directory: str | Path) -> Path:
-    """Where a directory has its tokenizer and templates: a run of `python -m train` in one of its own."""
+    """The directory of the tokenizer and chat templates; in a training run that is a subdirectory."""
     return tokenizer_home(_home(_readable(directory)))
 
 
 def companions_directory(directory: str | Path) -> Path:
-    """The directory with the companions (`llama_jax.text.companions`) of what `load_model` loads."""
+    """The directory of the companion files (`llama_jax.text.companions`) of a model."""
     return _home(_readable(directory))
 
 

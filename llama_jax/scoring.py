@@ -1,4 +1,4 @@
-"""Log-probabilities of given tokens; see `llama_jax.evaluation.scoring`, where this is from."""
+"""Log-probabilities of tokens. The public name of `llama_jax.evaluation.scoring`."""
 
 from llama_jax.evaluation.scoring import (
     TokenScores,

@@ -1,1 +1,1 @@
-"""Scores of given tokens, and how far one model is from another."""
+"""Evaluation: `scoring` gives log-probabilities of tokens, `divergence` compares two models on a text."""

@@ -1,4 +1,4 @@
-"""How far one causal model departs from another on given text."""
+"""How much two causal models differ on a text."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -14,7 +14,13 @@ from llama_jax.numerics.matmul import einsum, working_dtype
 
 
 class Divergence(NamedTuple):
-    """Over `tokens` predictions: the mean of KL(reference || other) in nats, and both perplexities."""
+    """Result of `divergence`.
+
+    Attributes:
+        tokens: number of predictions.
+        kl: mean of KL(reference || other) in nats.
+        reference_perplexity, perplexity: of the reference and of the other model.
+    """
 
     tokens: int
     kl: float
@@ -29,15 +35,26 @@ def divergence(
     *,
     window: int = 512,
 ) -> Divergence:
-    """Run both over a text, a window of tokens at a time, each begun anew.
+    """Compare two models on a text in windows of tokens; no window sees the tokens before it.
 
-    Holds the logits of a chunk of tokens, never those of a window.
+    Only the logits of one chunk of tokens are in memory at a time.
 
     Args:
-        tokens: at least two; a last window of a single token is left out.
+        tokens: at least two ids; a last window of a single token is left out.
+        window: tokens per window.
 
     Raises:
-        ValueError: too few tokens, ids outside the vocabulary, or more in a window than positions.
+        ValueError: too few tokens, or a window larger than max_position_embeddings.
+
+    >>> from flax import nnx
+    >>> from llama_jax import LlamaConfig
+    >>> config = LlamaConfig(
+    ...     vocab_size=32, hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2
+    ... )
+    >>> one, other = (LlamaForCausalLM(config, rngs=nnx.Rngs(seed)) for seed in (0, 1))
+    >>> result = divergence(one, other, range(20))
+    >>> result.tokens, result.kl > 0
+    (19, True)
     """
     limit = reference.config.max_position_embeddings
     if not 2 <= window <= limit:
@@ -58,7 +75,7 @@ def divergence(
 def _totals(
     reference: LlamaForCausalLM, other: LlamaForCausalLM, ids: Int[Array, "1 seq"]
 ) -> tuple[Float[Array, ""], ...]:
-    """Summed over all positions but the last: KL, and the -log p of the next token in both."""
+    """Sums over all positions but the last: KL, and -log p of the next token in both models."""
     models = reference, other
     heads = [model.head_weight for model in models]
     hidden = [model.model(ids[:, :-1]).last_hidden_state[0] for model in models]
@@ -77,8 +94,9 @@ def _totals(
         padded = jnp.pad(x, ((0, -count % chunk), *((0, 0),) * (x.ndim - 1)))
         return padded.reshape(-1, chunk, *x.shape[1:])
 
-    _, found = jax.lax.scan(of_chunk, None, (chunks(targets), [chunks(rows) for rows in hidden]))
-    return tuple(jnp.sum(each.reshape(-1)[:count]) for each in found)
+    inputs = chunks(targets), [chunks(rows) for rows in hidden]
+    _, per_token = jax.lax.scan(of_chunk, None, inputs)
+    return tuple(jnp.sum(values.reshape(-1)[:count]) for values in per_token)
 
 
 def _log_probs(

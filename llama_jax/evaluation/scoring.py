@@ -1,7 +1,7 @@
-"""Log-probabilities of given tokens: what evaluation harnesses ask of a model.
+"""Log-probabilities of tokens, as evaluation harnesses need them.
 
-Sequences are sorted by length and padded to a few lengths, so that few programs are compiled; the logits
-are formed a chunk of tokens at a time and never held for all of them.
+Sequences are sorted by length and padded to a few lengths, so that few programs are compiled. Logits exist
+for one chunk of tokens at a time.
 """
 
 import itertools
@@ -23,13 +23,19 @@ from llama_jax.text.incremental import common_length
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
-_SHORTEST = 16
+_MIN_LENGTH = 16
 
 
 class TokenScores(NamedTuple):
-    """Of each scored token, given all before it: its log-probability, and whether it is the likeliest.
+    """Scores of a sequence of tokens, each given all tokens before it.
 
-    Natural logarithms in float32 (float64 of a float64 model), both [tokens].
+    Attributes:
+        log_probs: natural log-probability of each token, in float32 (float64 for a float64 model).
+        greedy: whether the token is the most likely one.
+
+    >>> scores = TokenScores(np.log([0.5, 0.25]), np.array([True, False]))
+    >>> round(scores.total, 4), scores.is_greedy
+    (-2.0794, False)
     """
 
     log_probs: Float[np.ndarray, " tokens"]
@@ -42,42 +48,54 @@ class TokenScores(NamedTuple):
 
     @property
     def is_greedy(self) -> bool:
-        """Whether greedy decoding would have written these tokens."""
+        """Whether greedy decoding generates exactly these tokens."""
         return bool(self.greedy.all())
 
 
 def token_scores(
     model: LlamaForCausalLM, sequences: Sequence[Sequence[int]], *, batch_size: int = 8
 ) -> list[TokenScores]:
-    """Scores of every token but the first of each sequence, whatever the others beside it.
+    """Score every token but the first of each sequence.
+
+    The scores of a sequence do not depend on the sequences batched with it.
 
     Raises:
         ValueError: an empty sequence, ids outside the vocabulary, or more tokens than positions.
+
+    >>> from flax import nnx
+    >>> config = LlamaConfig(
+    ...     vocab_size=32, hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2
+    ... )
+    >>> model = LlamaForCausalLM(config, rngs=nnx.Rngs(0))
+    >>> long, short = token_scores(model, [[1, 5, 6, 7], [1, 8]])
+    >>> long.log_probs.shape, short.log_probs.shape
+    ((3,), (1,))
     """
     config = model.config
     arrays = [np.asarray(sequence, np.int32) for sequence in sequences]
-    for place, ids in enumerate(arrays):
-        _require_tokens(f"sequence {place}", ids, model)
+    for index, ids in enumerate(arrays):
+        _require_tokens(f"sequence {index}", ids, model)
     scores: list[TokenScores] = [
         TokenScores(np.empty(0, working_dtype(model.dtype)), np.empty(0, bool))
     ] * len(arrays)
     # the last token of a sequence is only a target
     lengths = [len(ids) - 1 for ids in arrays]
-    # its frequencies follow the longest position of a batch (those of `dynamic` only beyond the limit)
-    alike = config.rope["rope_type"] == "longrope"
-    for rows in _batches(lengths, batch_size, alike):
-        longest = lengths[rows[0]]
-        shape = _power_of_two(len(rows), batch_size), _bucket(longest)
+    # longrope's frequencies depend on the longest position in a batch (those of `dynamic` do only beyond
+    # max_position_embeddings, which is refused above)
+    same_length = config.rope["rope_type"] == "longrope"
+    for batch in _batches(lengths, batch_size, same_length):
+        longest = lengths[batch[0]]
+        shape = _power_of_two(len(batch), batch_size), _bucket(longest)
         inputs, targets = np.zeros(shape, np.int32), np.zeros(shape, np.int32)
-        for row, place in enumerate(rows):
-            inputs[row, : lengths[place]] = arrays[place][:-1]
-            targets[row, : lengths[place]] = arrays[place][1:]
+        for row, index in enumerate(batch):
+            inputs[row, : lengths[index]] = arrays[index][:-1]
+            targets[row, : lengths[index]] = arrays[index][1:]
         # padding must not be the longest position either
         positions = np.minimum(np.arange(shape[1], dtype=np.int32), longest - 1)[None]
         log_probs, greedy = map(np.asarray, _score(model, inputs, targets, positions))
-        for row, place in enumerate(rows):
-            kept = slice(lengths[place])
-            scores[place] = TokenScores(log_probs[row, kept], greedy[row, kept])
+        for row, index in enumerate(batch):
+            unpadded = slice(lengths[index])
+            scores[index] = TokenScores(log_probs[row, unpadded], greedy[row, unpadded])
     return scores
 
 
@@ -87,20 +105,34 @@ def loglikelihood(
     *,
     batch_size: int = 8,
 ) -> list[TokenScores]:
-    """Scores of each continuation's tokens after its context; `.total` and `.is_greedy` of each are
-    what lm-evaluation-harness calls loglikelihood.
+    """Score each continuation after its context.
+
+    `.total` and `.is_greedy` of a result are what lm-evaluation-harness calls loglikelihood.
+
+    Args:
+        pairs: ids of a context and of its continuation.
 
     Raises:
         ValueError: an empty context or continuation, or as `token_scores`.
+
+    >>> from flax import nnx
+    >>> config = LlamaConfig(
+    ...     vocab_size=32, hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2
+    ... )
+    >>> model = LlamaForCausalLM(config, rngs=nnx.Rngs(0))
+    >>> choices = loglikelihood(model, [([1, 4, 9], [5]), ([1, 4, 9], [6, 7])])
+    >>> [choice.log_probs.shape for choice in choices]
+    [(1,), (2,)]
     """
-    for place, (context, continuation) in enumerate(pairs):
+    for index, (context, continuation) in enumerate(pairs):
         for name, tokens in (("context", context), ("continuation", continuation)):
             if not len(tokens):
-                raise ValueError(f"{name} {place}: found no tokens, expected at least one")
-    whole = token_scores(model, [[*c, *t] for c, t in pairs], batch_size=batch_size)
+                raise ValueError(f"{name} {index}: found no tokens, expected at least one")
+    sequences = [[*context, *continuation] for context, continuation in pairs]
+    scored = token_scores(model, sequences, batch_size=batch_size)
     return [
-        TokenScores(scores.log_probs[-len(t) :], scores.greedy[-len(t) :])
-        for scores, (_, t) in zip(whole, pairs, strict=True)
+        TokenScores(scores.log_probs[-len(tokens) :], scores.greedy[-len(tokens) :])
+        for scores, (_, tokens) in zip(scored, pairs, strict=True)
     ]
 
 
@@ -112,17 +144,31 @@ def loglikelihood_rolling(
     max_length: int | None = None,
     batch_size: int = 8,
 ) -> list[TokenScores]:
-    """Scores of every token of texts of any length, each token once, in windows of `max_length`.
+    """Score every token of texts of any length once, in windows of `max_length`.
 
     The windows are those of lm-evaluation-harness: the first begins with the prefix token; each later one
-    scores as many new tokens as it has room for, the last one with as much context as fits.
+    scores as many new tokens as fit, the last one with as much context as fits.
 
     Args:
-        prefix_token_id: what the first token is given; default: the config's bos, else its first eos.
-        max_length: tokens the model sees at once; default: max_position_embeddings.
+        prefix_token_id: put before the first token; default: the config's bos, else its first eos.
+        max_length: tokens per window; default: max_position_embeddings.
 
     Raises:
         ValueError: no prefix token, an empty sequence, or as `token_scores`.
+
+    >>> from flax import nnx
+    >>> config = LlamaConfig(
+    ...     vocab_size=32,
+    ...     hidden_size=16,
+    ...     intermediate_size=32,
+    ...     num_hidden_layers=1,
+    ...     num_attention_heads=2,
+    ...     max_position_embeddings=8,
+    ... )
+    >>> model = LlamaForCausalLM(config, rngs=nnx.Rngs(0))
+    >>> (scores,) = loglikelihood_rolling(model, [range(20)], prefix_token_id=1)
+    >>> scores.log_probs.shape
+    (20,)
     """
     config = model.config
     length = config.max_position_embeddings if max_length is None else max_length
@@ -134,18 +180,25 @@ def loglikelihood_rolling(
     if prefix_token_id is None:
         prefix_token_id = prefix_token(config)
     if prefix_token_id is None:
-        raise ValueError("prefix_token_id: found no bos or eos in the config, expected a token")
+        raise ValueError("prefix_token_id: required, because the config has no bos or eos token")
     windows = [rolling_windows(sequence, prefix_token_id, length) for sequence in sequences]
-    pairs = [window for of_text in windows for window in of_text]
-    scored = iter(loglikelihood(model, pairs, batch_size=batch_size))
-    parts = [list(itertools.islice(scored, len(of_text))) for of_text in windows]
-    return [TokenScores(*map(np.concatenate, zip(*of_text, strict=True))) for of_text in parts]
+    scores = iter(loglikelihood(model, list(itertools.chain(*windows)), batch_size=batch_size))
+    by_sequence = [list(itertools.islice(scores, len(pairs))) for pairs in windows]
+    return [TokenScores(*map(np.concatenate, zip(*parts, strict=True))) for parts in by_sequence]
 
 
 def rolling_windows(
     tokens: Sequence[int], prefix: int, length: int
 ) -> list[tuple[Sequence[int], Sequence[int]]]:
-    """Pairs of context and continuation that score each of `tokens` once, `length` inputs at most."""
+    """Pairs of context and continuation that score each of `tokens` once.
+
+    Args:
+        prefix: the token before the first one.
+        length: tokens that the model sees at once.
+
+    >>> rolling_windows([10, 11, 12, 13, 14], prefix=1, length=2)
+    [([1], [10, 11]), ([11], [12, 13]), ([12, 13], [14])]
+    """
     if not len(tokens):
         raise ValueError("sequence: found no tokens, expected at least one")
     windows: list[tuple[Sequence[int], Sequence[int]]] = [([prefix], tokens[:length])]
@@ -158,29 +211,34 @@ def rolling_windows(
 def encode_pair(
     tokenizer: "Tokenizer", context: str, continuation: str, *, prefix_token_id: int | None = None
 ) -> tuple[list[int], list[int]]:
-    """Tokens of a context and of what follows, by the rule of lm-evaluation-harness.
+    """Tokens of a context and of its continuation, split as in lm-evaluation-harness.
 
-    Spaces at the end of the context go to the continuation, and both are encoded as one text, so that
-    the tokens are those that the model would have read. The context is as many of them as it has when
-    encoded alone; where a token spans the boundary, only those before it, so that none is lost. An empty
-    context takes the prefix token. The tokenizer's beginning of text comes once, its end not at all.
+    Spaces at the end of the context move to the continuation. Both are encoded as one text, so the tokens
+    are those that the model would see. The context's tokens are those that it has when encoded alone; a
+    token that spans the boundary belongs to the continuation. The beginning-of-text token comes once, the
+    end-of-text token is left out.
 
     Args:
-        prefix_token_id: what an empty context becomes, see `prefix_token`. If it is None, the context
-            of the result may be empty.
+        prefix_token_id: replaces an empty context, see `prefix_token`. If it is None, the context of the
+            result may be empty.
+
+    >>> from tokenizers import Tokenizer, models
+    >>> letters = Tokenizer(models.BPE({"a": 0, "b": 1, " ": 2}, []))
+    >>> encode_pair(letters, "ab ", "ba")
+    ([0, 1], [2, 1, 0])
     """
-    bare = context.rstrip()
-    continuation = context[len(bare) :] + continuation
-    before, whole = encode_text(tokenizer, bare + continuation)
+    stripped = context.rstrip()
+    continuation = context[len(stripped) :] + continuation
+    before, ids = encode_text(tokenizer, stripped + continuation)
     if not context and prefix_token_id is not None:
         before = []
-    shared = common_length(encode_text(tokenizer, bare).ids, whole)
-    first, rest = before + whole[:shared], whole[shared:]
-    if first or prefix_token_id is None:
-        return first, rest
-    if rest[:1] == [prefix_token_id]:
-        return rest[:1], rest[1:]
-    return [prefix_token_id], rest
+    shared = common_length(encode_text(tokenizer, stripped).ids, ids)
+    context_ids, continuation_ids = before + ids[:shared], ids[shared:]
+    if context_ids or prefix_token_id is None:
+        return context_ids, continuation_ids
+    if continuation_ids[:1] == [prefix_token_id]:
+        return continuation_ids[:1], continuation_ids[1:]
+    return [prefix_token_id], continuation_ids
 
 
 def prefix_token(
@@ -188,18 +246,21 @@ def prefix_token(
     tokenizer: "Tokenizer | None" = None,
     special_tokens: Mapping[str, str] | None = None,
 ) -> int | None:
-    """The token before a text that has nothing before it: bos, else eos, if any.
+    """The token to put before a text without a context: bos, else eos, else None.
 
-    The tokenizer's go before the config's, as in lm-evaluation-harness, which asks no config.
+    The tokenizer's tokens take precedence over the config's; lm-evaluation-harness uses only those.
 
     Args:
-        special_tokens: of the tokenizer, by name, see `llama_jax.text.tokenizer.special_tokens`.
+        special_tokens: the tokenizer's, by name; see `llama_jax.text.tokenizer.special_tokens`.
+
+    >>> prefix_token(LlamaConfig(bos_token_id=1, eos_token_id=2))
+    1
     """
     for name in ("bos_token", "eos_token"):
         text = (special_tokens or {}).get(name)
-        found = None if tokenizer is None or text is None else tokenizer.token_to_id(text)
-        if found is not None and found < config.vocab_size:
-            return found
+        token = None if tokenizer is None or text is None else tokenizer.token_to_id(text)
+        if token is not None and token < config.vocab_size:
+            return token
     bos = config.bos_token_id
     ids = [*(() if bos is None else (bos,)), *config.eos_token_ids]
     return next((i for i in ids if 0 <= i < config.vocab_size), None)
@@ -213,18 +274,18 @@ def token_log_probs(
 ) -> tuple[Float[Array, " tokens"], Bool[Array, " tokens"]]:
     """log softmax(hidden head^T) at each target, and whether the target has the largest logit.
 
-    Holds [chunk, vocab]. A likeliest token cannot be told from the loss alone; else `reduction="none"` of
-    `fused_linear_cross_entropy` would do.
+    Holds [chunk, vocab]. `fused_linear_cross_entropy` with reduction="none" gives the first, but not the
+    second.
     """
     working = working_dtype(hidden.dtype)
 
     def of_chunk(part: tuple[Array, Array]) -> tuple[Array, Array]:
         x, target = part
         logits = einsum("th,vh->tv", x, head, out_dtype=working)
-        chosen = jnp.take_along_axis(logits, target[:, None], axis=-1)[:, 0]
-        top = jnp.max(logits, axis=-1)
-        log_sum = jnp.log(jnp.sum(jnp.exp(logits - top[:, None]), axis=-1))
-        return (chosen - top) - log_sum, jax.lax.argmax(logits, 1, jnp.int32) == target
+        target_logit = jnp.take_along_axis(logits, target[:, None], axis=-1)[:, 0]
+        row_max = jnp.max(logits, axis=-1)
+        log_sum = jnp.log(jnp.sum(jnp.exp(logits - row_max[:, None]), axis=-1))
+        return (target_logit - row_max) - log_sum, jax.lax.argmax(logits, 1, jnp.int32) == target
 
     count = len(targets)
     chunk = min(chunk, count)
@@ -258,26 +319,27 @@ def _require_tokens(name: str, ids: np.ndarray, model: LlamaForCausalLM) -> None
             f"{name}: found {len(ids)} tokens, expected at most {limit + 1} for "
             f"max_position_embeddings={limit}"
         )
-    wrong = ids[(ids < 0) | (ids >= vocab)]
-    if wrong.size:
-        raise ValueError(f"{name}: found token {wrong[0]}, expected 0 to {vocab - 1}")
+    outside = ids[(ids < 0) | (ids >= vocab)]
+    if outside.size:
+        raise ValueError(f"{name}: found token {outside[0]}, expected 0 to {vocab - 1}")
 
 
-def _batches(lengths: Sequence[int], batch_size: int, alike: bool) -> Iterator[list[int]]:
-    """Places of the sequences that have anything to score, the longest first, a batch at a time.
+def _batches(lengths: Sequence[int], batch_size: int, same_length: bool) -> Iterator[list[int]]:
+    """Batches of the indices of sequences that have anything to score, the longest first.
 
-    alike: only sequences of one length together.
+    Args:
+        same_length: only batch sequences of equal length.
     """
-    places = sorted((p for p, n in enumerate(lengths) if n), key=lambda p: -lengths[p])
-    for _, group in itertools.groupby(places, key=lambda p: lengths[p] if alike else 0):
+    indices = sorted((i for i, n in enumerate(lengths) if n), key=lambda i: -lengths[i])
+    for _, group in itertools.groupby(indices, key=lambda i: lengths[i] if same_length else 0):
         members = list(group)
         for start in range(0, len(members), batch_size):
             yield members[start : start + batch_size]
 
 
 def _bucket(length: int) -> int:
-    """The next of 16, 24, 32, 48, 64, ...: at most a third is padding beyond the shortest."""
-    size = _SHORTEST
+    """The next of 16, 24, 32, 48, 64, ...; beyond 16, at most a third is padding."""
+    size = _MIN_LENGTH
     while size < length:
         if size * 3 // 2 >= length:
             return size * 3 // 2

@@ -1,1 +1,5 @@
-"""Files and directories: written whole or not at all, JSON, what a directory holds."""
+"""Files and directories.
+
+`staging` writes them beside their final name and renames them when complete, `json_object` reads JSON, and
+`foreign_weights` says what a directory holds that is not a checkpoint this library reads.
+"""

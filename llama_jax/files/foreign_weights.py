@@ -1,4 +1,4 @@
-"""What holds weights but is no checkpoint that is read here, in words that say what to do."""
+"""Recognize weights that this library does not read, and say what to do about them."""
 
 import json
 from collections.abc import Mapping
@@ -7,7 +7,7 @@ from typing import Any
 
 ADAPTER_CONFIG = "adapter_config.json"
 _CONVERT = "from a checkout of the repository: python -m convert"
-# (a pattern of file names, what a directory with one is). The first that matches is told.
+# a pattern of file names, and what a directory with such a file is; the first match counts
 _KINDS: tuple[tuple[str, str], ...] = (
     ("model_index.json", "a diffusers pipeline, not a language model"),
     (
@@ -22,7 +22,7 @@ _KINDS: tuple[tuple[str, str], ...] = (
     ),
     (
         "*.safetensors",
-        "{file} in place of model.safetensors; rename it if that is the whole model",
+        "{file} in place of model.safetensors; rename it if that is the complete model",
     ),
     ("flax_model*.msgpack", "Flax weights ({file}); load and save them with transformers 4"),
     ("tf_model*.h5", "TensorFlow weights ({file}); load and save them with transformers 4"),
@@ -40,7 +40,7 @@ _KINDS: tuple[tuple[str, str], ...] = (
         (
             pattern,
             "a file of another program ({file}); if it has a Llama's tensors under transformers' names, "
-            "rename it pytorch_model.bin, beside their config.json",
+            "rename it pytorch_model.bin and put it beside a config.json",
         )
         for pattern in ("*model*.pt*", "ckpt*.pt")
     ),
@@ -48,17 +48,17 @@ _KINDS: tuple[tuple[str, str], ...] = (
 
 
 def is_pointer(start: bytes) -> bool:
-    """Whether a file that begins so is Git LFS's note of a file, which a clone without LFS leaves."""
+    """Whether a file that begins like this is a Git LFS pointer, as in a clone without LFS."""
     return start.startswith(b"version https://git-lfs.github.com/")
 
 
-POINTER = "Git LFS's pointer, not the file itself; run `git lfs pull` there, or download it again"
+POINTER = "a Git LFS pointer, not the file itself; run `git lfs pull` there, or download it again"
 
 
 def describe(path: Path) -> str:
-    """What lies at `path` instead of a Hugging Face or Orbax checkpoint, and what to do about it.
+    """What `path` is instead of a Hugging Face or Orbax checkpoint, and what to do about it.
 
-    Never fails: what cannot be recognised is "no checkpoint".
+    Never raises; an unknown directory is "a directory without weights".
     """
     try:
         return _describe(path)
@@ -80,15 +80,15 @@ def _describe(path: Path) -> str:
     if (path / ADAPTER_CONFIG).exists() or any(path.glob("adapter_model.*")):
         return _adapter(path)
     if (path / "snapshots").is_dir():
-        found = sorted(each for each in (path / "snapshots").iterdir() if each.is_dir())
+        snapshots = sorted(entry for entry in (path / "snapshots").iterdir() if entry.is_dir())
         ref = path / "refs" / "main"
         if ref.is_file():
             name = ref.read_text("utf-8", errors="replace").strip()
-            found = [each for each in found if each.name == name] or found
-        if found:
-            return f"a cache folder of huggingface_hub; give its snapshot: {found[-1]}"
+            snapshots = [entry for entry in snapshots if entry.name == name] or snapshots
+        if snapshots:
+            return f"a cache folder of huggingface_hub; give its snapshot: {snapshots[-1]}"
         return "a cache folder of huggingface_hub without a snapshot; download the model again"
-    names = sorted(each.name for each in path.iterdir())
+    names = sorted(entry.name for entry in path.iterdir())
     if {"model.safetensors", "model.safetensors.index.json"} & set(names):
         return "weights without the config.json that goes with them"
     if (path / "config.json").is_file() and (path / "params").is_dir():
@@ -97,22 +97,22 @@ def _describe(path: Path) -> str:
             f"{_CONVERT} {path} DIR"
         )
     for pattern, kind in _KINDS:
-        if found := sorted(each for each in path.glob(pattern)):
-            return kind.format(file=found[0].name, path=path)
-    inside = [name for name in names if _looks_like_one(path / name)]
-    if inside:
-        # of a trainer's checkpoint-500, checkpoint-1000, ... the newest
-        last = max(inside, key=lambda name: (len(name), name))
-        count = "one" if len(inside) == 1 else f"{len(inside)}, such as"
-        return f"a folder of checkpoints, not one itself; give {count}: {path / last}"
-    if cached := [name for name in names if name.startswith("models--")]:
+        if files := sorted(path.glob(pattern)):
+            return kind.format(file=files[0].name, path=path)
+    checkpoints = [name for name in names if _is_checkpoint(path / name)]
+    if checkpoints:
+        # the newest of a trainer's checkpoint-500, checkpoint-1000, ...
+        newest = max(checkpoints, key=lambda name: (len(name), name))
+        one_of = "it" if len(checkpoints) == 1 else f"one of the {len(checkpoints)}"
+        return f"a folder of checkpoints, not one itself; give {one_of}: {path / newest}"
+    if models := [name for name in names if name.startswith("models--")]:
         return (
-            f"a cache of huggingface_hub; give a snapshot in it: {path / cached[0]}/snapshots/..."
+            f"a cache of huggingface_hub; give a snapshot in it: {path / models[0]}/snapshots/..."
         )
     return "a directory without weights" if names else "an empty directory"
 
 
-def _looks_like_one(path: Path) -> bool:
+def _is_checkpoint(path: Path) -> bool:
     return path.is_dir() and ((path / "config.json").is_file() or (path / ADAPTER_CONFIG).is_file())
 
 
@@ -125,13 +125,13 @@ def _adapter(path: Path) -> str:
         pass
     of = f" for {base}" if isinstance(base, str) and base else ""
     return (
-        f"a PEFT adapter{of}, not a whole model; merge the two with peft: "
+        f"a PEFT adapter{of}, not a complete model; merge the two with peft: "
         f"AutoPeftModelForCausalLM.from_pretrained({str(path)!r}).merge_and_unload()"
         ".save_pretrained(NEW_DIR)"
     )
 
 
-# methods whose weights transformers turns back into ordinary ones, and how
+# quantization methods that transformers can undo, and how
 _DEQUANTIZE = {
     **dict.fromkeys(("bitsandbytes", "higgs"), "from_pretrained(DIR).dequantize()"),
     "fp8": "from_pretrained(DIR, quantization_config=FineGrainedFP8Config(dequantize=True))",
@@ -144,52 +144,52 @@ _BITS = ("bits", "w_bit", "nbits", "num_bits", "weight_bits", "wbits")
 
 
 def quantization_refusal(fields: Mapping[str, Any]) -> str | None:
-    """Why the weights beside a config.json cannot be read, where another program quantised them."""
-    found = fields.get("quantization_config")
-    if found is None:
-        mlx = fields.get("quantization")  # MLX has a field of its own
+    """The error for a config.json of weights that another program quantized; None for other weights."""
+    config = fields.get("quantization_config")
+    if config is None:
+        mlx = fields.get("quantization")  # MLX uses another field
         if not (isinstance(mlx, Mapping) and "bits" in mlx):
             return None
-        found = mlx
-    if not isinstance(found, Mapping):
-        return f"quantization_config: found {_short(found)}, expected an object or null"
-    method = _method(found)
-    bits = _bits(found)
+        config = mlx
+    if not isinstance(config, Mapping):
+        return f"quantization_config: found {_short(config)}, expected an object or null"
+    method = _method(config)
+    bits = _bits(config)
     scheme = _short(method, quoted=False) + (f", {bits} bits" if bits is not None else "")
-    way = "use the original checkpoint that is not quantised"
+    remedy = "use the original, unquantized checkpoint"
     if isinstance(method, str) and method in _DEQUANTIZE:
-        how = _DEQUANTIZE[method]
-        way += (
-            f", or dequantise it with transformers: AutoModelForCausalLM.{how}, then "
+        remedy += (
+            f", or dequantize it with transformers: AutoModelForCausalLM.{_DEQUANTIZE[method]}, then "
             "save_pretrained(NEW_DIR)"
         )
     return (
-        f"quantization_config: the weights are quantised ({scheme}), which is not supported; {way}"
+        f"quantization_config: the weights are quantized ({scheme}), which is not supported; "
+        f"{remedy}"
     )
 
 
-def _method(found: Mapping[str, Any]) -> Any:
-    if found.get("load_in_4bit") or found.get("load_in_8bit"):
+def _method(config: Mapping[str, Any]) -> Any:
+    if config.get("load_in_4bit") or config.get("load_in_8bit"):
         return "bitsandbytes"
-    if found.get("quant_method") is not None:
-        return found["quant_method"]
-    return "MLX" if {"bits", "group_size"} <= found.keys() else "by an unnamed method"
+    if config.get("quant_method") is not None:
+        return config["quant_method"]
+    return "MLX" if {"bits", "group_size"} <= config.keys() else "by an unnamed method"
 
 
-def _bits(found: Mapping[str, Any], depth: int = 3) -> int | None:
-    """The bits of a weight, wherever the method keeps them."""
+def _bits(config: Mapping[str, Any], depth: int = 3) -> int | None:
+    """Bits per weight, wherever the method stores them."""
     for flag, width in (("load_in_4bit", 4), ("load_in_8bit", 8)):
-        if found.get(flag) is True:
+        if config.get(flag) is True:
             return width
     for name in _BITS:
-        if type(found.get(name)) is int:
-            return int(found[name])
-    inner = [value for value in found.values() if isinstance(value, Mapping) and depth]
+        if type(config.get(name)) is int:
+            return int(config[name])
+    inner = [value for value in config.values() if isinstance(value, Mapping) and depth]
     # compressed-tensors: config_groups.group_0.weights.num_bits; hqq: weight_quant_params.nbits
-    inner.sort(key=lambda each: "weights" not in each)
-    weights = [each["weights"] for each in inner if isinstance(each.get("weights"), Mapping)]
-    bits = (_bits(each, depth - 1) for each in weights + inner)
-    return next((each for each in bits if each is not None), None)
+    inner.sort(key=lambda group: "weights" not in group)
+    weights = [group["weights"] for group in inner if isinstance(group.get("weights"), Mapping)]
+    widths = (_bits(group, depth - 1) for group in weights + inner)
+    return next((width for width in widths if width is not None), None)
 
 
 def _short(value: Any, quoted: bool = True) -> str:

@@ -1,4 +1,4 @@
-"""Files and directories written beside what they replace and moved into place when complete."""
+"""Write files and directories beside their final name and rename them when complete."""
 
 import errno
 import fcntl
@@ -11,28 +11,28 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 @contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """Within, the error of a full disk names `path`: a `write` does not say of which file it is.
+    """Within, the error of a full disk names `path`.
 
-    What is written beside its place is called by the name that it would have had.
+    A failed `write` names no file, and the temporary file would mean nothing to the user.
     """
     try:
         yield
     except OSError as error:
-        if error.errno in _NO_ROOM:
+        if error.errno in _DISK_FULL:
             raise OSError(error.errno, error.strerror, str(path)) from None
         raise
 
 
 @contextmanager
 def staging_in(parent: Path, name: str) -> Iterator[Path]:
-    """An empty directory in `parent` for what will become `name`; what is left in it goes at the end.
+    """A temporary directory in `parent` for what will become `name`; it is removed at the end.
 
-    It is locked while it is used, so that what a killed process has left behind is known and removed.
+    It is locked while in use, so leftovers of killed processes can be recognized and removed.
     """
     for leftover in parent.glob(f".{glob.escape(name)}.*.partial"):
         abandoned = _lock(leftover)
@@ -56,20 +56,20 @@ def staged_directory(
 ) -> Iterator[Path]:
     """A temporary directory whose files become `directory` when the block ends without an error.
 
-    A new `directory` appears whole, by one rename, or not at all. Into an existing one the files are
-    moved one by one, config.json last. Either happens when all of them are on the disk.
+    A new `directory` appears by one rename. Into an existing one the files are moved one by one,
+    config.json last. All of them are flushed to disk first.
 
     Args:
-        into_existing: whether `directory` may exist; then the new files replace those of the same name
-            and the weights of an earlier save, and its other files are left alone.
-        stale: names of other files of an earlier save, which go where no new one takes their place.
+        into_existing: whether `directory` may exist. New files then replace those of the same name and the
+            weights of an earlier save; other files are left alone.
+        stale: names of further files of an earlier save, removed if they are not replaced.
 
     Raises:
-        FileExistsError: `directory` is there and must not be, or is no directory.
+        FileExistsError: `directory` exists and must not, or is not a directory.
     """
-    directory = directory.absolute()  # '.' has no name of its own
+    directory = directory.absolute()  # '.' has no name
     if into_existing and directory.is_dir():
-        # inside it: a mount point or a link may lie on another disk than its parent
+        # inside it, because a mount point or a link may be on another disk than its parent
         with staging_in(directory, directory.name) as staging:
             yield staging
             to_disk(staging)
@@ -80,7 +80,7 @@ def staged_directory(
             for name in set(stale) - set(names):
                 (directory / name).unlink(missing_ok=True)
         return
-    made = _make_parents(directory)
+    created = _make_parents(directory)
     try:
         with staging_in(directory.parent, directory.name) as staging:
             yield staging
@@ -88,13 +88,13 @@ def staged_directory(
             staging.chmod(0o777 & ~_umask())  # mkdtemp makes it private
             move(staging, directory)
     except BaseException:
-        for parent in made:
+        for parent in created:
             parent.rmdir()
         raise
 
 
 def move(staged: Path, final: Path) -> None:
-    """Rename what is complete. Raises FileExistsError where something has come to be there."""
+    """Rename a complete file or directory. Raises FileExistsError if the target exists by now."""
     if os.path.lexists(final):
         # rename would silently replace a file or an empty directory
         raise FileExistsError(f"{final}: exists, expected it to be absent")
@@ -102,9 +102,9 @@ def move(staged: Path, final: Path) -> None:
 
 
 def to_disk(path: Path) -> None:
-    """Wait until a file, or every file and directory below one, is on the disk."""
-    for each in (*path.rglob("*"), path) if path.is_dir() else (path,):
-        descriptor = os.open(each, os.O_RDONLY)
+    """Flush a file to disk, or a directory with everything in it."""
+    for entry in (*path.rglob("*"), path) if path.is_dir() else (path,):
+        descriptor = os.open(entry, os.O_RDONLY)
         try:
             os.fsync(descriptor)
         finally:
@@ -112,26 +112,34 @@ def to_disk(path: Path) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write UTF-8 as it is, and see it to the disk."""
+    """Write UTF-8 without changing line ends, and flush it to disk."""
     path.parent.mkdir(exist_ok=True)
     with writing(path), path.open("w", encoding="utf-8", newline="") as file:
         try:
             file.write(text)
             file.flush()
-            if path.is_file():  # no device and no pipe, which have nothing to wait for
+            if path.is_file():  # devices and pipes cannot be flushed
                 os.fsync(file.fileno())
         except OSError:
             if path.is_file():
-                path.unlink()  # half a file is worse than none
+                path.unlink()  # an incomplete file is worse than none
             raise
+
+
+def copy_file(source: Path, destination: Path) -> None:
+    """Copy a file; `destination` appears, or is replaced, once the copy is complete."""
+    destination.parent.mkdir(parents=True, exist_ok=True)
+    partial = destination.with_name(f"{destination.name}.partial")
+    shutil.copyfile(source, partial)
+    os.replace(partial, destination)
 
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A name beside `path` for what becomes `path` when the block ends, and goes where it fails.
+    """A temporary name beside `path`, renamed to `path` when the block ends without an error.
 
-    Where `path` is a link, the file it names is replaced. A device or a pipe is written as it is:
-    putting a file in its place would take it from everybody else.
+    If `path` is a link, the file it points to is replaced. A device or a pipe is written directly: a rename
+    would put a file in its place.
     """
     if path.is_dir():
         raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
@@ -146,7 +154,7 @@ def replacing(path: Path) -> Iterator[Path]:
             yield staged
         staged.replace(final)
     except OSError as error:
-        if error.filename in (staged, str(staged)):  # a name that the user did not choose
+        if error.filename in (staged, str(staged)):  # a name that the user does not know
             raise OSError(error.errno, error.strerror, str(path)) from None
         raise
     finally:
@@ -155,7 +163,7 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def _lock(directory: Path) -> int | None:
-    """An open, locked descriptor, or None where another process holds the lock."""
+    """An open, locked descriptor; None if another process holds the lock."""
     try:
         descriptor = os.open(directory, os.O_RDONLY)
     except OSError:
@@ -169,7 +177,7 @@ def _lock(directory: Path) -> int | None:
 
 
 def _make_parents(directory: Path) -> list[Path]:
-    """Make the missing parents; returns them, the innermost first."""
+    """Make the missing parents and return them, the innermost first."""
     missing = [parent for parent in directory.parents if not parent.exists()]
     directory.parent.mkdir(parents=True, exist_ok=True)
     return missing
@@ -181,12 +189,12 @@ def _umask() -> int:
     return mask
 
 
-_OURS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index\.json")
+_WEIGHT_FILE = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index\.json")
 
 
 def remove_stale(directory: Path, keep: Iterable[Path]) -> None:
     """Remove the weight files of an earlier save, except those in `keep`."""
     names = {path.name for path in keep}
     for path in directory.iterdir():
-        if _OURS.fullmatch(path.name) and path.name not in names:
+        if _WEIGHT_FILE.fullmatch(path.name) and path.name not in names:
             path.unlink()

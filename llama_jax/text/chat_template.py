@@ -1,7 +1,7 @@
 """Chat templates: messages to text, as transformers' `apply_chat_template` renders them.
 
-A template is a stranger's program. It runs in jinja2's immutable sandbox, which keeps it from Python, and
-in a process of its own (this file as a script), which keeps it from running forever or filling the memory.
+A template is untrusted code. It runs in jinja2's immutable sandbox, without access to Python, and in a
+child process (this file as a script) with limits on time and memory.
 """
 
 import json
@@ -11,20 +11,18 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-SECONDS, BYTES = 10, 1 << 30  # of computing and of memory
-_REFUSED = 3  # exit code of the child where the template is at fault
+SECONDS, BYTES = 10, 1 << 30  # limits on CPU time and memory
+_TEMPLATE_ERROR = 3  # exit code of the child process
 
 
 def find_chat_template(directory: str | Path) -> tuple[str, dict[str, str]]:
-    """The template of a Hugging Face directory, and the special tokens that it may name.
-
-    Of several templates the one called "default", see `chat_templates`.
+    """The default chat template of a Hugging Face directory, and the special tokens that it may use.
 
     Returns:
-        The template, and text by name (bos_token, ...): all the special tokens that transformers has.
+        The template, and the special tokens by name (bos_token, ...).
 
     Raises:
-        ValueError: there is none, or none is the default; files that are damaged.
+        ValueError: no template, or none called "default"; damaged files.
     """
     from llama_jax.text.tokenizer import special_tokens
     from llama_jax.text.tokenizer_files import read_files
@@ -37,7 +35,7 @@ def find_chat_template(directory: str | Path) -> tuple[str, dict[str, str]]:
         raise ValueError(f"{directory}: {error}") from None
     if not templates:
         raise ValueError(
-            f"{directory}: found no chat template, expected chat_template.jinja or one in "
+            f"{directory}: no chat template; expected chat_template.jinja, or chat_template in "
             "tokenizer_config.json"
         )
     if "default" not in templates:
@@ -49,42 +47,42 @@ def find_chat_template(directory: str | Path) -> tuple[str, dict[str, str]]:
 
 
 def chat_templates(files: Mapping[str, bytes]) -> dict[str, str]:
-    """The chat templates among the files of a directory, by name; a single one is called "default".
+    """Chat templates by name; a single one is called "default".
 
-    As in transformers, `chat_template.jinja` and `additional_chat_templates/NAME.jinja` go before
-    tokenizer_config.json; that goes before `chat_template.json`, which transformers has for processors.
+    As in transformers, `chat_template.jinja` and `additional_chat_templates/NAME.jinja` take precedence
+    over tokenizer_config.json, and that over `chat_template.json`, which transformers uses for processors.
 
     Args:
         files: content by relative path.
 
     Raises:
-        ValueError: templates that are no text, or JSON that is damaged.
+        ValueError: a template that is not text, or damaged JSON.
     """
     from llama_jax.text.companions import TEMPLATES
     from llama_jax.text.tokenizer_files import CONFIG, TEMPLATE, json_file
 
-    found = {}
+    templates = {}
     for name, content in files.items():
         if name == TEMPLATE:
-            found["default"] = _lines(name, content)
+            templates["default"] = _lines(name, content)
         elif name.startswith(f"{TEMPLATES}/") and name.endswith(".jinja"):
             short = name.removeprefix(f"{TEMPLATES}/").removesuffix(".jinja")
-            found[short] = _lines(name, content)
+            templates[short] = _lines(name, content)
     for name in (CONFIG, "chat_template.json"):
-        field: Any = None if found else json_file(files, name).get("chat_template")
+        field: Any = None if templates else json_file(files, name).get("chat_template")
         if isinstance(field, str):
-            found = {"default": field}
+            templates = {"default": field}
         elif isinstance(field, list) and all(isinstance(entry, dict) for entry in field):
             field = {entry.get("name"): entry.get("template") for entry in field}
-        if field is not None and not found:
+        if field is not None and not templates:
             pairs: Any = field.items() if isinstance(field, dict) else [(None, None)]
             if not all(isinstance(text, str) for pair in pairs for text in pair):
                 raise ValueError(
                     f"{name}: chat_template: found a {type(field).__name__}, expected text, or a "
                     "list of templates with their names"
                 )
-            found = dict(pairs)
-    return found
+            templates = dict(pairs)
+    return templates
 
 
 def _lines(name: str, content: bytes) -> str:
@@ -103,16 +101,21 @@ def render_chat(
     special_tokens: Mapping[str, str] | None = None,
     **variables: Any,
 ) -> str:
-    """The text of a conversation, special tokens included: encode it without adding any.
+    """The text of a conversation. It contains special tokens, so encode it without adding any.
 
     Args:
-        messages: of "role" and "content", and whatever else the template looks at; None counts as absent.
+        messages: each with "role" and "content", and whatever else the template uses; a value of None
+            counts as absent.
         special_tokens: text by name (bos_token, ...), see `find_chat_template`.
-        variables: tools, documents and others, as JSON has them.
+        variables: tools, documents and others, which must be JSON values.
 
     Raises:
-        ValueError: a template that is none, raises, reaches for Python, or takes too much time or memory;
-            jinja2 is not installed.
+        ValueError: the template is invalid, raises an error, accesses Python, or needs too much time or
+            memory; or jinja2 is not installed.
+
+    >>> template = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
+    >>> render_chat(template, [{"role": "user", "content": "Hi!"}])
+    '<user>Hi!'
     """
     values = {"tools": None, "documents": None} | dict(special_tokens or {}) | variables
     values |= {
@@ -131,28 +134,27 @@ def render_chat(
         )
     except subprocess.TimeoutExpired:
         child = None
-    if child is not None and child.returncode == _REFUSED:
+    if child is not None and child.returncode == _TEMPLATE_ERROR:
         raise ValueError(f"chat template: {child.stdout}")
     if child is None or child.returncode:
         raise ValueError(
-            f"chat template: found one that does not end, expected at most {SECONDS} s and "
-            f"{BYTES >> 20} MiB"
+            f"chat template: stopped, because it needs more than {SECONDS} s or {BYTES >> 20} MiB"
         )
     return json.loads(child.stdout)
 
 
 def _message(message: Mapping[str, Any]) -> dict[str, Any]:
-    """A message as transformers hands it over: without nulls, and its reasoning under each usual name."""
-    given = {key: value for key, value in message.items() if value is not None}
+    """A message as transformers passes it on: without nulls, reasoning under both usual names."""
+    fields = {key: value for key, value in message.items() if value is not None}
     names = ("reasoning_content", "thinking", "reasoning")
-    reasoning = next((given[name] for name in names if name in given), None)
+    reasoning = next((fields[name] for name in names if name in fields), None)
     if reasoning is None:
-        return given
-    return {"thinking": reasoning, **given, "reasoning_content": reasoning}
+        return fields
+    return {"thinking": reasoning, **fields, "reasoning_content": reasoning}
 
 
 def render_here(template: str, values: Mapping[str, Any]) -> str:
-    """What `render_chat` does, in this process and without limits. Raises jinja2's errors."""
+    """As `render_chat`, in this process and without limits. Raises jinja2's errors."""
     from datetime import datetime
 
     import jinja2
@@ -160,9 +162,9 @@ def render_here(template: str, values: Mapping[str, Any]) -> str:
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
     class Generation(Extension):
-        """`{% generation %}` marks what an assistant says; the text is that of its body."""
+        """`{% generation %}` marks what the assistant says; it renders its body."""
 
-        tags = {"generation"}  # noqa: RUF012  # jinja2 declares it so
+        tags = {"generation"}  # noqa: RUF012  # as jinja2 declares it
 
         def parse(self, parser: Any) -> Any:
             line = next(parser.stream).lineno
@@ -201,20 +203,20 @@ def _child() -> int:
 
     resource.setrlimit(resource.RLIMIT_AS, (BYTES, BYTES))
     resource.setrlimit(resource.RLIMIT_CPU, (SECONDS, SECONDS))
-    given = json.load(sys.stdin)
+    job = json.load(sys.stdin)
     try:
-        text = render_here(given["template"], given["values"])
+        text = render_here(job["template"], job["values"])
     except ImportError:
-        reason = "jinja2 is not installed, expected the extra: pip install 'llama-jax[generate]'"
+        reason = "jinja2 is not installed: pip install 'llama-jax[generate]'"
     except (MemoryError, RecursionError):
         return 1
-    except Exception as error:  # whatever a template may raise
+    except Exception as error:  # a template may raise anything
         reason = " ".join(str(error).split()) or type(error).__name__
     else:
         json.dump(text, sys.stdout)
         return 0
     sys.stdout.write(reason)
-    return _REFUSED
+    return _TEMPLATE_ERROR
 
 
 if __name__ == "__main__":

@@ -1,11 +1,12 @@
-"""The files beside a model's weights that travel with it: tokenizer, chat templates, generation config.
+"""The files that accompany a model's weights: tokenizer, chat templates, generation config.
 
-One list for every route: `train` (tokenize, run, export), `convert` and `quantize`.
+`train` (tokenize, run, export), `convert` and `quantize` all copy the files listed here.
 """
 
 import os
-import shutil
 from pathlib import Path
+
+from llama_jax.files.staging import copy_file
 
 GENERATION_CONFIG = "generation_config.json"
 TOKENIZER_FILES = (
@@ -25,7 +26,7 @@ RUN_TOKENIZER = "tokenizer"
 
 
 def tokenizer_home(directory: Path) -> Path:
-    """The directory of the tokenizer's files: a run has them in a folder of their own."""
+    """The directory of the tokenizer's files; in a training run that is a subdirectory."""
     inner = directory / RUN_TOKENIZER
     return inner if inner.is_dir() else directory
 
@@ -33,54 +34,45 @@ def tokenizer_home(directory: Path) -> Path:
 def companion_files(
     directory: Path, *, tokenizer: bool = True, generation: bool = True
 ) -> dict[str, Path]:
-    """Each companion of a model's directory, by the name it has in a Hugging Face directory.
+    """Paths of a model's companion files, by their names in a Hugging Face directory.
 
     Args:
-        directory: of Hugging Face, Orbax or Meta, or the folder of a run.
-        tokenizer: with the tokenizer and its chat templates.
-        generation: with generation_config.json.
+        directory: a Hugging Face, Orbax or Meta checkpoint, or a training run.
+        tokenizer: include the tokenizer and its chat templates.
+        generation: include generation_config.json.
 
     Returns:
-        Name to path, links that lead nowhere included.
+        Name to path; broken links are included.
     """
-    found: dict[str, Path] = {}
+    paths: dict[str, Path] = {}
     if generation:
-        found[GENERATION_CONFIG] = directory / GENERATION_CONFIG
+        paths[GENERATION_CONFIG] = directory / GENERATION_CONFIG
     if tokenizer:
         home = tokenizer_home(directory)
-        found |= {name: home / name for name in TOKENIZER_FILES}
+        paths |= {name: home / name for name in TOKENIZER_FILES}
         templates = sorted((home / TEMPLATES).glob("*.jinja"))
-        found |= {f"{TEMPLATES}/{path.name}": path for path in templates}
-    return {name: path for name, path in found.items() if os.path.lexists(path)}
+        paths |= {f"{TEMPLATES}/{path.name}": path for path in templates}
+    return {name: path for name, path in paths.items() if os.path.lexists(path)}
 
 
 def copy_companions(
     source: Path, directory: Path, *, tokenizer: bool = True, generation: bool = True
 ) -> list[str]:
-    """Copy the companions of `source` into `directory`, each complete or not at all.
+    """Copy the companion files of `source` into `directory`, each by a rename once it is complete.
 
-    Companions that `directory` has of another model, and `source` has not, are removed: they would be
-    read as if they belonged to it.
+    Companion files that are only in `directory` are removed: they belong to another model.
 
     Returns:
         The names, in the order of `companion_files`.
 
     Raises:
-        OSError: one that cannot be read or written.
+        OSError: a file cannot be read or written.
     """
-    wanted = companion_files(source, tokenizer=tokenizer, generation=generation)
-    for name, path in wanted.items():
+    copied = companion_files(source, tokenizer=tokenizer, generation=generation)
+    for name, path in copied.items():
         copy_file(path, directory / name)
-    there = companion_files(directory, tokenizer=tokenizer, generation=generation)
-    for name, path in there.items():
-        if name not in wanted and path == directory / name:
+    present = companion_files(directory, tokenizer=tokenizer, generation=generation)
+    for name, path in present.items():
+        if name not in copied and path == directory / name:
             path.unlink()
-    return list(wanted)
-
-
-def copy_file(source: Path, destination: Path) -> None:
-    """Copy a file and give it its name when it is complete."""
-    destination.parent.mkdir(parents=True, exist_ok=True)
-    partial = destination.with_name(f"{destination.name}.partial")
-    shutil.copyfile(source, partial)
-    os.replace(partial, destination)
+    return list(copied)

@@ -1,4 +1,4 @@
-"""Text to the token ids that a model is asked about: nothing cut off, filled up or appended."""
+"""Text to the token ids that are scored: not truncated, padded or ended."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,30 +9,35 @@ if TYPE_CHECKING:
 
 
 class EncodedText(NamedTuple):
-    """before: the special tokens that the tokenizer puts before `ids`, those of the text itself."""
+    """Token ids of a text.
+
+    Attributes:
+        before: special tokens that the tokenizer puts before a text.
+        ids: tokens of the text itself.
+    """
 
     before: list[int]
     ids: list[int]
 
 
 def encode_text(tokenizer: "Tokenizer", text: str) -> EncodedText:
-    """The tokens of a text that may go on.
+    """Encode a text without an end-of-text token.
 
-    What the tokenizer appends (an end of text) is left out: it would be scored, and end what goes on. What
-    it puts before (a beginning of text) is left out where the text begins with it anyway, as
-    lm-evaluation-harness does. Truncation and padding that the tokenizer has been told are ignored.
+    That token would be scored, and nothing could follow it. The beginning-of-text token is left out if
+    the text already begins with it, as in lm-evaluation-harness. Truncation and padding that are set on
+    the tokenizer are ignored.
     """
-    with _whole_texts(tokenizer):
+    with _full_length(tokenizer):
         ids = tokenizer.encode(text, add_special_tokens=False).ids
-        around = tokenizer.encode(text)
-    # without a token of the text, what goes before it and what goes after cannot be told apart
-    before = around.ids[: around.special_tokens_mask.index(0)] if ids else []
+        full = tokenizer.encode(text)
+    # for an empty text, tokens before and after it could not be told apart
+    before = full.ids[: full.special_tokens_mask.index(0)] if ids else []
     return EncodedText([] if ids[: len(before)] == before else before, ids)
 
 
 @contextmanager
-def _whole_texts(tokenizer: "Tokenizer") -> Iterator[None]:
-    """The tokenizer without truncation and padding, which it has again afterwards."""
+def _full_length(tokenizer: "Tokenizer") -> Iterator[None]:
+    """Within, the tokenizer neither truncates nor pads."""
     truncation, padding = tokenizer.truncation, tokenizer.padding
     tokenizer.no_truncation()
     tokenizer.no_padding()

@@ -1,4 +1,4 @@
-"""Decode token ids one at a time into exactly the text that decoding all of them at once gives."""
+"""Decode token ids one at a time, with the same text as decoding them all at once."""
 
 import json
 from collections.abc import Sequence
@@ -8,25 +8,25 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
 _REPLACEMENT = "\ufffd"
-# these join all tokens into one text; a decoder behind them sees text across tokens
+# these join all tokens into one text; decoders after them see text across tokens
 _JOINING = {"ByteLevel", "Fuse"}
-# decoders of single tokens, but for the first and the last of all, and runs of byte pieces
+# these decode tokens one by one, except the first, the last, and runs of byte pieces
 _PER_TOKEN = {"BPEDecoder", "ByteFallback", "CTC", "Metaspace", "Replace", "Strip", "WordPiece"}
-_LONGEST_PART = 3  # bytes of a UTF-8 character that is not complete
-_MOST = 64  # tokens without any text, after which more of them change nothing
+_MAX_PARTIAL = 3  # bytes of an incomplete UTF-8 character
+_MAX_WINDOW = 64  # tokens; after so many without text, more change nothing
 
 
 class IncrementalDecoder:
-    """The text of tokens that come one by one after a prompt.
+    """The text of generated tokens that follow a prompt.
 
-    The parts together are the text of prompt and tokens decoded at once, without what it has in common
-    with the prompt decoded alone. A part is given out only when no later token can change it: bytes of an
-    incomplete character wait, and so does a run of byte pieces (`<0xE2>`), which `tokenizers` shows as
-    U+FFFD throughout if any character in it is damaged. Only a short window of tokens is decoded again.
+    The returned parts add up to the text of prompt and tokens decoded together, without the prefix that it
+    shares with the prompt decoded alone. A part is returned once no later token can change it: bytes of an
+    incomplete character wait, and so does a run of byte pieces (`<0xE2>`), all of which `tokenizers` turns
+    into U+FFFD if any character in the run is invalid. Only a short window of tokens is decoded again.
 
     Args:
-        tokenizer: of any kind.
-        prompt: the tokens before the first one.
+        tokenizer: a `tokenizers.Tokenizer` of any kind.
+        prompt: tokens before the first generated one.
         skip_special_tokens: leave special tokens out of the text.
     """
 
@@ -37,24 +37,24 @@ class IncrementalDecoder:
         self._skip = skip_special_tokens
         self._skipped = special_pieces(tokenizer) if skip_special_tokens else frozenset()
         kinds = _decoder_kinds(tokenizer)
-        self._only_whole = kinds is None
+        self._all_at_once = kinds is None
         self._byte_level = kinds is not None and "ByteLevel" in kinds
         self._byte_fallback = kinds is not None and "ByteFallback" in kinds
         self._window = self._tail([token for token in prompt if self._piece(token) is not None])
-        self._known = self._decode(self._window)  # what is out already of the window's text
+        self._known = self._decode(self._window)  # the part of the window's text returned already
 
     def push(self, token: int) -> str:
-        """The text that is certain now and was not before."""
+        """Take a token; return the text that no later token can change."""
         piece = self._piece(token)
         if piece is None:
             return ""
         self._window.append(token)
-        if self._only_whole or (self._byte_fallback and _is_byte(piece)):
+        if self._all_at_once or (self._byte_fallback and _is_byte(piece)):
             return ""
         text = self._decode(self._window)
         certain = self._certain(text)
         if len(certain) < len(self._known) and certain != text:
-            return ""  # the prompt itself ends within a character
+            return ""  # the prompt ends inside a character
         new = self._beyond_known(certain)
         self._window = self._tail(self._window)
         self._known = self._decode(self._window)
@@ -63,37 +63,37 @@ class IncrementalDecoder:
         return new
 
     def undecided(self) -> str:
-        """What `finish` would give now of a run of byte pieces; nothing where the run is long."""
-        if not self._byte_fallback or len(self._window) > _MOST:
+        """What `finish` would return for a run of byte pieces; "" if the run is long."""
+        if not self._byte_fallback or len(self._window) > _MAX_WINDOW:
             return ""
         return self._beyond_known(self._decode(self._window))
 
     def finish(self) -> str:
-        """The rest, as it is when nothing follows. Nothing may be pushed afterwards."""
+        """Return the remaining text. No token may be pushed afterwards."""
         return self._beyond_known(self._decode(self._window))
 
     def _beyond_known(self, text: str) -> str:
         return text[common_length(text, self._known) :]
 
     def _certain(self, text: str) -> str:
-        """`text` without what may be the beginning of a character."""
+        """`text` without a possible beginning of a character."""
         return text.removesuffix(_REPLACEMENT) if self._byte_level else text
 
     def _tail(self, ids: list[int]) -> list[int]:
-        """As few of the last tokens as show all that follows in the same way as `ids` do.
+        """The shortest tail of `ids` after which later tokens decode as they do after `ids`.
 
-        That is what is not decided yet, and before it enough for a text: decoders treat the first token,
-        or spaces at the beginning, in another way.
+        It holds the tokens that are still undecided, and before them enough for some text, because decoders
+        treat the first token and leading spaces differently.
         """
-        if self._only_whole:
+        if self._all_at_once:
             return ids
         closed = len(ids)
         while closed and self._byte_fallback and _is_byte(self._piece(ids[closed - 1]) or ""):
             closed -= 1
         if self._byte_level:
-            closed = min(closed, max(0, len(ids) - _LONGEST_PART))
+            closed = min(closed, max(0, len(ids) - _MAX_PARTIAL))
         count = 1
-        while count < min(closed, _MOST) and not self._decode(ids[closed - count : closed]):
+        while count < min(closed, _MAX_WINDOW) and not self._decode(ids[closed - count : closed]):
             count = min(2 * count, closed)
         return ids[max(0, closed - count) :]
 
@@ -101,19 +101,19 @@ class IncrementalDecoder:
         return self._tokenizer.decode(ids, skip_special_tokens=self._skip)
 
     def _piece(self, token: int) -> str | None:
-        """The token's entry in the vocabulary; None if decoding passes it over."""
+        """The token's entry in the vocabulary; None if decoding skips it."""
         piece = self._tokenizer.id_to_token(token)
         return None if piece in self._skipped else piece
 
 
 def common_length(one: Sequence[Any], other: Sequence[Any]) -> int:
-    """How many items both begin with."""
+    """The length of the common prefix."""
     pairs = enumerate(zip(one, other, strict=False))
     return next((n for n, (a, b) in pairs if a != b), min(len(one), len(other)))
 
 
 def special_pieces(tokenizer: "Tokenizer") -> frozenset[str]:
-    """The special tokens, which decoding leaves out unless told otherwise."""
+    """Special tokens, which decoding skips by default."""
     added = tokenizer.get_added_tokens_decoder().values()
     return frozenset(token.content for token in added if token.special)
 
@@ -123,13 +123,13 @@ def _is_byte(piece: str) -> bool:
 
 
 def _decoder_kinds(tokenizer: "Tokenizer") -> set[str] | None:
-    """The kinds of decoders that run one after another; None if a later token may change any text."""
+    """The types of the decoders in sequence; None if a later token may change all of the text."""
     decoder = tokenizer.decoder
     if decoder is None:
         return set()
     try:
         steps = list(_steps(json.loads(decoder.__getstate__())))
-    except Exception:  # bare, from the library: a decoder written in Python has no JSON
+    except Exception:  # a bare one of `tokenizers`: a decoder written in Python has no JSON
         return None
     joined = False
     for kind in steps:

@@ -1,7 +1,7 @@
-r"""What a text file and its lines are, for every command: UTF-8, lines that end with \n, \r\n or \r.
+r"""Text files and their lines, the same for every command: UTF-8, lines that end with \n, \r\n or \r.
 
-As Python's own text files have it. Form feeds, U+0085, U+2028 and the like are characters within a line,
-unlike in `str.splitlines`. A byte order mark at the beginning is no part of the text.
+As in Python's text mode, and unlike `str.splitlines`, form feeds, U+0085, U+2028 and the like do not end
+a line. A byte order mark at the beginning is not part of the text.
 """
 
 import codecs
@@ -9,8 +9,8 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 MARK = "\ufeff"  # the byte order mark
-# the longer first: that of UTF-32 in little-endian order begins with that of UTF-16
-_OTHERS = (
+# UTF-32 first: its little-endian mark begins with that of UTF-16
+_OTHER_ENCODINGS = (
     (codecs.BOM_UTF32_LE, "UTF-32"),
     (codecs.BOM_UTF32_BE, "UTF-32"),
     (codecs.BOM_UTF16_LE, "UTF-16"),
@@ -19,7 +19,7 @@ _OTHERS = (
 
 
 def read_text(path: Path) -> str:
-    """The text of a file, line ends as they are.
+    """The text of a file with its line ends unchanged.
 
     Raises:
         ValueError: it is not UTF-8.
@@ -38,21 +38,25 @@ def read_lines(path: Path) -> list[str]:
 
 
 def split_lines(text: str) -> list[str]:
-    """The lines of a text without their ends; what follows the last end is a line if there is any."""
+    """The lines of a text without their ends; text after the last line end is a line too."""
     lines = text.replace("\r\n", "\n").replace("\r", "\n").split("\n")
     return lines if lines[-1] else lines[:-1]
 
 
 def byte_lines(stream: Iterable[bytes]) -> Iterator[bytes]:
-    r"""The lines of UTF-8 without their ends, out of what a binary file yields: pieces that end with \n."""
+    r"""The lines of a UTF-8 binary file without their ends; iterating over one only splits at \n."""
     for piece in stream:
         yield from piece.removesuffix(b"\n").removesuffix(b"\r").split(b"\r")
 
 
 def not_utf8(where: str, error: UnicodeDecodeError) -> str:
-    """The line that says so of a file, or of a line in it; it names the encoding that a mark tells."""
-    for mark, name in _OTHERS:
-        # the mark itself is what cannot be decoded, but for the zeros it may begin with
+    """The error message for text that is not UTF-8; a byte order mark names its encoding.
+
+    Args:
+        where: a file, or a line in one.
+    """
+    for mark, name in _OTHER_ENCODINGS:
+        # decoding fails at the mark itself, except for leading zeros
         if error.start <= 2 and error.object.startswith(mark):
             return f"{where}: found {name}, expected UTF-8: iconv -f {name} -t UTF-8 converts it"
     return f"{where}: found the byte 0x{error.object[error.start]:02x}, expected UTF-8"

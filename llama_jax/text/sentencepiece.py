@@ -1,8 +1,7 @@
-"""SentencePiece's `tokenizer.model` of the byte-pair kind, which Llama 1 and 2 have.
+"""SentencePiece's `tokenizer.model` with a byte-pair model, as in Llama 1 and 2.
 
-The file is a protobuf message `ModelProto` (google/sentencepiece, `sentencepiece_model.proto`). Of it
-count the pieces with their scores and types, and a few options. SentencePiece joins the two neighbours
-whose union scores highest.
+The file is a protobuf message `ModelProto` (google/sentencepiece, `sentencepiece_model.proto`): pieces
+with scores and types, and options. SentencePiece merges the two neighbors whose union scores highest.
 """
 
 from __future__ import annotations
@@ -16,12 +15,17 @@ from typing import Any, NamedTuple
 from llama_jax.text.tokenizer_json import Json, added_token, bpe, template, tokenizer_json
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
-SPACE = "\u2581"  # the visible one
+SPACE = "\u2581"  # stands for a space
 _BPE = 2  # trainer_spec.model_type
 
 
 class Model(NamedTuple):
-    """What a file holds: one of each for every id, and its options by their field numbers."""
+    """The content of a file.
+
+    Attributes:
+        tokens, scores, types: one entry per id.
+        trainer, normalizer: options by their field numbers in the protobuf message.
+    """
 
     tokens: list[str]
     scores: list[float]
@@ -30,7 +34,7 @@ class Model(NamedTuple):
     normalizer: dict[int, Any]
 
     def vocabulary(self) -> tuple[dict[str, int], list[tuple[str, str]]]:
-        """Ids and merges as transformers 5 derives them: every way to cut a piece into two, by its id."""
+        """Ids and merges as in transformers 5: every way to cut a piece into two, ordered by id."""
         ids = {token: i for i, token in enumerate(self.tokens)}
         cuts = [(token[:k], token[k:]) for token in ids for k in range(1, len(token))]
         merges = [cut for cut in cuts if cut[0] in ids and cut[1] in ids]
@@ -38,21 +42,24 @@ class Model(NamedTuple):
 
     def names(self) -> dict[str, str]:
         """The special tokens, by Hugging Face's names."""
-        places = {"unk": (40, 45, "<unk>"), "bos": (41, 46, "<s>"), "eos": (42, 47, "</s>")}
+        # the fields with the id and the text, and the text's default
+        fields = {"unk": (40, 45, "<unk>"), "bos": (41, 46, "<s>"), "eos": (42, 47, "</s>")}
         return {
-            f"{name}_token": self.trainer[text].decode() if self.trainer.get(text) else usual
-            for name, (place, text, usual) in places.items()
-            if _signed(self.trainer.get(place, 0)) >= 0
+            f"{name}_token": self.trainer[text_field].decode()
+            if self.trainer.get(text_field)
+            else default
+            for name, (id_field, text_field, default) in fields.items()
+            if _signed(self.trainer.get(id_field, 0)) >= 0
         }
 
-    def whole_tokens(self) -> list[tuple[str, bool]]:
-        """What is matched whole in the text, and whether it is special."""
+    def matched_tokens(self) -> list[tuple[str, bool]]:
+        """Tokens that are matched in the text as a unit, and whether each is special."""
         pairs = zip(self.tokens, self.types, strict=True)
         return [(t, type_ == CONTROL) for t, type_ in pairs if type_ in (CONTROL, USER_DEFINED)]
 
 
 class Pieces(NamedTuple):
-    """The vocabulary of a model like Llama's, and the ids of bos and eos (-1: none)."""
+    """The vocabulary of a Llama tokenizer, and the ids of bos and eos (-1: none)."""
 
     tokens: list[str]
     scores: list[float]
@@ -63,7 +70,7 @@ class Pieces(NamedTuple):
 
 
 def read_model(content: bytes) -> Model:
-    """A file of any kind of SentencePiece's. Raises ValueError for one that is not."""
+    """Parse a SentencePiece file of any model type. Raises ValueError for any other file."""
     tokens: list[str] = []
     scores: list[float] = []
     types: list[int] = []
@@ -85,36 +92,39 @@ def read_model(content: bytes) -> Model:
         texts = [normalizer.get(1, b""), normalizer.get(2, b"")]
         texts += [trainer.get(i, b"") for i in (45, 46, 47)]
         if not all(isinstance(number, int) for number in numbers):
-            raise TypeError("bytes for a number")
+            raise TypeError("found bytes, expected a number")
         for text in (texts[0], *texts[2:]):
             text.decode()
         texts[1].hex()
     except (AttributeError, IndexError, KeyError, TypeError, ValueError, struct.error):
-        raise ValueError("not SentencePiece's, or damaged") from None
+        raise ValueError("not a SentencePiece model, or damaged") from None
     if not tokens or len(set(tokens)) != len(tokens):
-        raise ValueError(f"{len(tokens)} pieces or some twice, expected a vocabulary")
+        raise ValueError(f"found {len(tokens)} pieces, expected a vocabulary without duplicates")
     return Model(tokens, scores, types, trainer, normalizer)
 
 
 def read_pieces(content: bytes) -> Pieces:
-    """The vocabulary of a file.
+    """The vocabulary of a Llama tokenizer.
 
-    Raises ValueError for a file that is not one, or does to text what Llama's do not: another model than
-    BPE, a normalisation, spaces removed.
+    Raises:
+        ValueError: not a SentencePiece file, or one that treats text in another way than Llama's do:
+            not BPE, with normalization, or with spaces removed.
     """
     model = read_model(content)
     trainer, normalizer, count = model.trainer, model.normalizer, len(model.tokens)
     _require_bpe(model)
     if normalizer.get(2) or normalizer.get(4, 1) or not normalizer.get(5, 1) or trainer.get(24):
         name = normalizer.get(1, b"identity").decode()
-        raise ValueError(f"it changes text ({name!r}), expected 'identity' with all spaces kept")
+        raise ValueError(
+            f"its normalization ({name!r}) changes text, expected 'identity' with all spaces kept"
+        )
     bos, eos = (i if i < count else -1 for i in (trainer.get(41, 1), trainer.get(42, 2)))
     return Pieces(model.tokens, model.scores, model.types, bos, eos, bool(normalizer.get(3, 1)))
 
 
 def _require_bpe(model: Model) -> None:
     if (kind := model.trainer.get(3, 1)) != _BPE:
-        raise ValueError(f"its model_type is {kind}, expected {_BPE}: BPE, as Llama's")
+        raise ValueError(f"its model_type is {kind}, expected {_BPE} (BPE)")
 
 
 def _signed(value: int) -> int:
@@ -122,14 +132,14 @@ def _signed(value: int) -> int:
 
 
 def sentencepiece_json(content: bytes, *, add_bos: bool = True, add_eos: bool = False) -> Json:
-    """The `tokenizer.json` of a `tokenizer.model`. Raises ValueError as `read_pieces`.
+    """The `tokenizer.json` equivalent to a `tokenizer.model`. Raises ValueError as `read_pieces`.
 
-    As in Hugging Face's, special tokens in the text are matched, unless `encode_special_tokens` is set on
-    the tokenizer; SentencePiece never matches them. User-defined pieces are matched as in SentencePiece:
-    after the space was put in front, which is put before the text alone.
+    As in Hugging Face, special tokens in the text are recognized unless `encode_special_tokens` is set on
+    the tokenizer; SentencePiece never recognizes them. User-defined pieces are matched as in SentencePiece,
+    after a space was put before the text.
     """
     pieces = read_pieces(content)
-    whole = {
+    user_defined = {
         t for t, type_ in zip(pieces.tokens, pieces.types, strict=True) if type_ == USER_DEFINED
     }
     unknown = pieces.types.index(UNKNOWN) if UNKNOWN in pieces.types else None
@@ -151,20 +161,20 @@ def sentencepiece_json(content: bytes, *, add_bos: bool = True, add_eos: bool = 
             pieces.scores,
             unknown=None if unknown is None else pieces.tokens[unknown],
             prefix=pieces.space_prefix,
-            whole=whole,
+            user_defined=user_defined,
         ),
     )
 
 
-def metaspace_parts(*, prefix: bool, everywhere: bool, strip: bool) -> Json:
-    """Normaliser, splitting and decoder as transformers 5 has them for Llama 2.
+def metaspace_parts(*, prefix: bool, after_added_tokens: bool, strip: bool) -> Json:
+    """Normalizer, pre-tokenizer and decoder that transformers 5 builds for Llama 2.
 
     Args:
-        prefix: put a space before a text that has none there.
-        everywhere: and before the text after each added token.
-        strip: take it away again when decoding.
+        prefix: put a space before a text that does not begin with one.
+        after_added_tokens: with `prefix`, also put one before the text after each added token.
+        strip: remove that space when decoding.
     """
-    scheme = ("always" if everywhere else "first") if prefix else "never"
+    scheme = ("always" if after_added_tokens else "first") if prefix else "never"
     return {
         "normalizer": None,
         "pre_tokenizer": {
@@ -177,22 +187,22 @@ def metaspace_parts(*, prefix: bool, everywhere: bool, strip: bool) -> Json:
     }
 
 
-def hugging_face_json(model: Model, placed: Mapping[int, str]) -> Json:
-    """What transformers 5 makes of a model whose class it does not know: no space in front.
+def hugging_face_json(model: Model, added_by_id: Mapping[int, str]) -> Json:
+    """The tokenizer that transformers 5 builds for a class it does not know: no space before the text.
 
     Args:
-        placed: texts of tokens by id, for which some files hold the place.
+        added_by_id: texts of added tokens, which replace pieces that some files keep free for them.
 
     Raises:
         ValueError: not byte-pair encoding.
     """
     _require_bpe(model)
     vocab, merges = model.vocabulary()
-    for i, text in placed.items():
+    for i, text in added_by_id.items():
         if i < len(model.tokens) and text not in vocab:
             del vocab[model.tokens[i]]
             vocab[text] = i
-    steps: list[Json] = [_VISIBLE]
+    steps: list[Json] = [_SHOW_SPACES]
     if charsmap := model.normalizer.get(2):
         encoded = base64.b64encode(charsmap).decode()
         steps.insert(0, {"type": "Precompiled", "precompiled_charsmap": encoded})
@@ -207,7 +217,7 @@ def hugging_face_json(model: Model, placed: Mapping[int, str]) -> Json:
             byte_fallback=fallback,
         ),
         normalizer={"type": "Sequence", "normalizers": steps},
-        decoder=_decoder() if fallback else {"type": "Sequence", "decoders": [_HIDDEN]},
+        decoder=_decoder() if fallback else {"type": "Sequence", "decoders": [_HIDE_SPACES]},
     )
 
 
@@ -218,27 +228,27 @@ def sentencepiece_parts(
     *,
     unknown: str | None,
     prefix: bool,
-    whole: Collection[str] = (),
+    user_defined: Collection[str] = (),
 ) -> Json:
-    """Normaliser, model and decoder: spaces made visible, one more in front, no splitting.
+    """Normalizer, model and decoder as in SentencePiece: a space before the text, then no splitting.
 
-    SentencePiece puts that space before the text even where it begins with one; so does the Prepend
-    normaliser, while the newer Metaspace pre-tokenizer does not.
+    SentencePiece puts that space before the text even if it begins with one. So does the Prepend
+    normalizer; the newer Metaspace pre-tokenizer does not.
 
     Args:
-        whole: added tokens that are matched after all this. The library puts each of them through it
-            too, and must find no space before it; so a text that is nothing else has none either.
+        user_defined: added tokens that are matched after normalization. `tokenizers` normalizes the tokens
+            too, which must not put a space before them; hence a text that is just such a token has none.
     """
     space: Json = {"type": "Prepend", "prepend": SPACE}
-    if whole:
-        choices = "|".join(map(re.escape, sorted(whole)))
+    if user_defined:
+        choices = "|".join(map(re.escape, sorted(user_defined)))
         space = {
             "type": "Replace",
             "pattern": {"Regex": rf"\A(?!(?:{choices})?\z)"},
             "content": SPACE,
         }
     return {
-        "normalizer": {"type": "Sequence", "normalizers": [space] * prefix + [_VISIBLE]},
+        "normalizer": {"type": "Sequence", "normalizers": [space] * prefix + [_SHOW_SPACES]},
         "pre_tokenizer": None,
         "decoder": _decoder(strip=prefix),
         "model": bpe(
@@ -251,12 +261,12 @@ def sentencepiece_parts(
     }
 
 
-_VISIBLE: Json = {"type": "Replace", "pattern": {"String": " "}, "content": SPACE}
-_HIDDEN: Json = {"type": "Replace", "pattern": {"String": SPACE}, "content": " "}
+_SHOW_SPACES: Json = {"type": "Replace", "pattern": {"String": " "}, "content": SPACE}
+_HIDE_SPACES: Json = {"type": "Replace", "pattern": {"String": SPACE}, "content": " "}
 
 
 def _decoder(*, strip: bool = False) -> Json:
-    steps: list[Json] = [_HIDDEN, {"type": "ByteFallback"}, {"type": "Fuse"}]
+    steps: list[Json] = [_HIDE_SPACES, {"type": "ByteFallback"}, {"type": "Fuse"}]
     steps += [{"type": "Strip", "content": " ", "start": 1, "stop": 0}] * strip
     return {"type": "Sequence", "decoders": steps}
 
@@ -264,11 +274,11 @@ def _decoder(*, strip: bool = False) -> Json:
 def merges_from_scores(
     tokens: Sequence[str], types: Sequence[int], scores: Sequence[float]
 ) -> list[tuple[str, str]]:
-    """SentencePiece joins the neighbours whose union scores highest; a merge list says the same.
+    """A list of merges equivalent to SentencePiece's scores.
 
-    Every way to cut a piece into two pieces is a merge, ordered by the piece's score; among the cuts
-    of equal score the one with the longer left part is first, as in Hugging Face's converter. Only
-    normal pieces are joined: the others are matched whole or stand for single bytes.
+    Every way to cut a piece into two pieces is a merge, ordered by the piece's score; among cuts of equal
+    score the one with the longer left part comes first, as in Hugging Face's converter. Only normal pieces
+    are merged: the others are matched as a unit or stand for single bytes.
     """
     normal = {
         t: i for i, (t, type_) in enumerate(zip(tokens, types, strict=True)) if type_ == NORMAL
@@ -283,7 +293,7 @@ def merges_from_scores(
 
 
 def _fields(message: bytes) -> Iterator[tuple[int, Any]]:
-    """The fields of a protobuf message: number, and an integer or bytes."""
+    """The fields of a protobuf message: field number, and an integer or bytes."""
     position = 0
 
     def varint() -> int:
@@ -296,7 +306,7 @@ def _fields(message: bytes) -> Iterator[tuple[int, Any]]:
             shift += 7
             if byte < 128:
                 return value
-        raise ValueError("a number of more than 64 bits")
+        raise ValueError("a varint of more than 64 bits")
 
     while position < len(message):
         key = varint()
@@ -306,6 +316,6 @@ def _fields(message: bytes) -> Iterator[tuple[int, Any]]:
             continue
         length = {1: 8, 2: varint() if kind == 2 else 0, 5: 4}[kind]
         if length > len(message) - position:
-            raise ValueError("a field ends beyond the message")
+            raise ValueError("a field extends beyond the message")
         yield key >> 3, message[position : position + length]
         position += length

@@ -1,8 +1,8 @@
-"""Llama 3's `tokenizer.model`: tiktoken's ranks, a line `BASE64 RANK` for each token.
+"""Llama 3's `tokenizer.model`: tiktoken's ranks, one line `BASE64 RANK` per token.
 
 Meta's `tokenizer.py` (github.com/meta-llama/llama-models) gives the regular expression that splits text
-and the 256 special tokens after the ranks. tiktoken joins the two neighbours whose union has the lowest
-rank, and takes a whole piece that has one.
+and the 256 special tokens after the ranks. tiktoken merges the two neighbors whose union has the lowest
+rank; a piece that is a token already is not split at all.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ SPLIT = (
 )
 _BYTE_PIECE = re.compile(r"<0x[0-9A-F]{2}>")
 _LINE = re.compile(rb"([A-Za-z0-9+/]+={0,2}) (\d{1,9})")
-# by place; those between are reserved, counted from 0, as in Hugging Face's tokenizer.json
+# by position; the others are reserved and numbered from 0, as in Hugging Face's tokenizer.json
 _NAMED_3_0 = {
     0: BEGIN,
     1: END,
@@ -40,9 +40,9 @@ _SPECIALS = 256
 
 
 def special_tokens(*, release_3_0: bool = False) -> list[str]:
-    """The tokens after the ranks, in order, by the names that Llama 3.1 gave them, or 3.0.
+    """The 256 tokens after the ranks, in order, with the names of Llama 3.1 or of 3.0.
 
-    The file is the same in both releases: which one it is, the model beside tells.
+    The file itself is the same in both releases, so the caller has to tell them apart.
     """
     reserved, named = iter(range(_SPECIALS)), _NAMED_3_0 if release_3_0 else _NAMED
     return [
@@ -51,14 +51,15 @@ def special_tokens(*, release_3_0: bool = False) -> list[str]:
 
 
 def is_tiktoken(content: bytes) -> bool:
-    """Whether a file looks like one, by its first line."""
+    """Whether a file looks like tiktoken ranks, judging by its first line."""
     return _LINE.fullmatch(content[:4096].split(b"\n", 1)[0].rstrip(b"\r")) is not None
 
 
 def read_ranks(content: bytes) -> dict[bytes, int]:
-    """Token -> rank, from 0 without gaps, every single byte among them.
+    """Token -> rank, counted from 0 without gaps; every single byte is a token.
 
-    Raises ValueError for anything else.
+    Raises:
+        ValueError: anything else.
     """
     ranks: dict[bytes, int] = {}
     for number, line in enumerate(content.split(b"\n"), start=1):
@@ -75,7 +76,8 @@ def read_ranks(content: bytes) -> dict[bytes, int]:
             raise ValueError(f"line {number} is {line[:40]!r}, expected base64") from None
         if not token or token in ranks or int(match[2]) != len(ranks):
             raise ValueError(
-                f"line {number} has rank {int(match[2])} or a token twice, expected {len(ranks)}"
+                f"line {number} has rank {int(match[2])} or repeats a token, expected a new one with rank "
+                f"{len(ranks)}"
             )
         ranks[token] = len(ranks)
     if len(missing := [i for i in range(256) if bytes([i]) not in ranks]):
@@ -97,8 +99,8 @@ def tiktoken_json(
 
     Args:
         release_3_0: see `special_tokens`.
-        cut_runs: cut as Meta's `tokenizer.py` does before tiktoken sees the text: every 400,000
-            characters, and where a run of 25,000 with or of 25,000 without white space goes on.
+        cut_runs: cut long texts as Meta's `tokenizer.py` does before tiktoken sees them: every 400,000
+            characters, and after 25,000 characters in a row with or without white space.
     """
     ranks = read_ranks(content)
     tokens = special_tokens(release_3_0=release_3_0)
@@ -111,22 +113,25 @@ def tiktoken_json(
     )
 
 
-def plain_tiktoken_json(content: bytes, placed: Mapping[int, str], extra: Sequence[str]) -> Json:
-    """What transformers 5 makes of a file of ranks, Llama 3's or not. Raises ValueError as `read_ranks`.
+def plain_tiktoken_json(
+    content: bytes, special_by_id: Mapping[int, str], extra: Sequence[str]
+) -> Json:
+    """The tokenizer that transformers 5 makes of any file of ranks. Raises ValueError as `read_ranks`.
 
     Args:
-        placed: the special tokens by id; the ids between get names too.
-        extra: further ones, after those.
+        special_by_id: special tokens; ids between them get reserved names.
+        extra: further special tokens, which follow those.
     """
     ranks = read_ranks(content)
-    last = max(placed, default=0)
-    if last > len(ranks) + _MOST_SPECIALS:
+    last = max(special_by_id, default=0)
+    if last > len(ranks) + _MAX_SPECIALS:
         raise ValueError(f"added_tokens_decoder has id {last} after {len(ranks)} ranks")
-    names = [placed.get(i, f"<|reserved_token_{i}|>") for i in range(len(ranks), last + 1)]
+    after_ranks = range(len(ranks), last + 1)
+    names = [special_by_id.get(i, f"<|reserved_token_{i}|>") for i in after_ranks]
     names = list(dict.fromkeys([*names, *extra]))
     vocab = {_text(token) for token in ranks}
-    fresh = [name for name in names if name not in vocab]
-    ids = {name: len(ranks) + i for i, name in enumerate(fresh)}
+    new = [name for name in names if name not in vocab]
+    ids = {name: len(ranks) + i for i, name in enumerate(new)}
     ids |= {name: ranks[bytes(map(_BYTES.__getitem__, name))] for name in names if name in vocab}
     return _byte_level(
         ranks,
@@ -135,7 +140,7 @@ def plain_tiktoken_json(content: bytes, placed: Mapping[int, str], extra: Sequen
     )
 
 
-_MOST_SPECIALS = 1 << 20  # more is a damaged file
+_MAX_SPECIALS = 1 << 20  # more means a damaged file
 _BYTE_LEVEL: Json = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
 
 
@@ -162,11 +167,12 @@ def _split(pattern: str, behavior: str) -> Json:
 
 
 def _run(inside: str) -> str:
-    """The first 25,000 of a run that goes on, and the next ones."""
+    """Matches 25,000 characters of a longer run, then the next 25,000, and so on."""
     return rf"(?:\G|(?<!{inside})){inside}{{25000}}(?={inside})"
 
 
-# Python's str.isspace; \G is where the last match ended; (a number must not be above 100,000)
+# The classes are Python's str.isspace. \G is where the last match ended. A repeat count must not exceed
+# 100,000, hence the nested one.
 _CUTS = (
     _split(r"(?:[\s\S]{1000}){400}", "Isolated"),
     _split(_run(r"[\s\x1c-\x1f]") + "|" + _run(r"[^\s\x1c-\x1f]"), "MergedWithPrevious"),
@@ -174,37 +180,59 @@ _CUTS = (
 
 
 def tiktoken_model(tokenizer: Mapping[str, Any]) -> bytes | None:
-    """The `tokenizer.model` of a `tokenizer.json` of Llama 3's form; None where it has another.
+    """The `tokenizer.model` of a `tokenizer.json` of Llama 3's form; None for any other.
 
-    The inverse of `tiktoken_json`: the same ranks and merges, split in the same way, and Llama 3's number
-    of special tokens after them.
+    The inverse of `tiktoken_json`: the same ranks and merges, the same splitting, and as many special
+    tokens after them as Llama 3 has.
     """
-    try:
-        vocab = tokenizer["model"]["vocab"]
-        tokens = sorted(vocab, key=vocab.__getitem__)
-        ranks = {bytes(map(_BYTES.__getitem__, token)): i for i, token in enumerate(tokens)}
-        content = b"".join(base64.b64encode(token) + b" %d\n" % i for token, i in ranks.items())
-        ours, theirs = tiktoken_json(content), dict(tokenizer)
-        made = [vocab["".join(_pair(merge))] for merge in theirs["model"]["merges"]]
-        same = (
-            made == sorted(made)
-            and ours["model"]["vocab"] == vocab
-            and {tuple(m) for m in ours["model"]["merges"]}
-            == set(map(_pair, theirs["model"]["merges"]))
-            and ours["model"]["ignore_merges"] == theirs["model"].get("ignore_merges")
-            and theirs["normalizer"] is None
-            and _splits(theirs["pre_tokenizer"]) == _splits(ours["pre_tokenizer"])
-            and [token["id"] for token in theirs["added_tokens"]]
-            == [token["id"] for token in ours["added_tokens"]]
-            and [token["content"] for token in theirs["added_tokens"]][:2] == [BEGIN, END]
-        )
-    except (AttributeError, KeyError, TypeError, ValueError):
+    vocab = _at(tokenizer, "model", "vocab")
+    if not isinstance(vocab, dict) or not all(type(i) is int for i in vocab.values()):
         return None
-    return content if same else None
+    tokens = sorted(vocab, key=vocab.__getitem__)
+    if not all(character in _BYTES for token in tokens for character in token):
+        return None
+    ranked = [bytes(map(_BYTES.__getitem__, token)) for token in tokens]
+    content = b"".join(base64.b64encode(token) + b" %d\n" % i for i, token in enumerate(ranked))
+    try:
+        llama_3 = tiktoken_json(content)
+    except ValueError:
+        return None  # not every byte has a token
+    if _encoding_rules(tokenizer) != _encoding_rules(llama_3):
+        return None
+    # the list of merges is in order of priority, which has to be that of the ranks
+    merged = [vocab["".join(pair)] for pair in map(_pair, tokenizer["model"]["merges"]) if pair]
+    return content if merged == sorted(merged) else None
+
+
+def _encoding_rules(tokenizer: Mapping[str, Any]) -> dict[str, Any]:
+    """What decides the ids of a text in a `tokenizer.json`, apart from the order of merges."""
+    added = _list(_at(tokenizer, "added_tokens"))
+    steps = _list(_at(tokenizer, "pre_tokenizer", "pretokenizers"))
+    split_fields = ("type", "pattern", "behavior", "invert", "add_prefix_space", "use_regex")
+    return {
+        "vocab": _at(tokenizer, "model", "vocab"),
+        "merges": set(map(_pair, _list(_at(tokenizer, "model", "merges")))),
+        "ignore_merges": _at(tokenizer, "model", "ignore_merges"),
+        "normalizer": _at(tokenizer, "normalizer"),
+        "splits": [[_at(step, field) for field in split_fields] for step in steps],
+        "added ids": [_at(token, "id") for token in added],
+        "begin and end": [_at(token, "content") for token in added][:2],
+    }
+
+
+def _at(value: Any, *keys: str) -> Any:
+    """The value at nested keys of JSON objects; None where there is none."""
+    for key in keys:
+        value = value.get(key) if isinstance(value, Mapping) else None
+    return value
+
+
+def _list(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else []
 
 
 def _merges(ranks: Mapping[bytes, int]) -> list[tuple[bytes, bytes]]:
-    """Every way to cut a token into two tokens, in the order of the ranks of what they make."""
+    """Every way to cut a token into two tokens, ordered by the rank of the merged token."""
     merges: list[tuple[bytes, bytes]] = []
     for token in ranks:
         cuts = [(token[:i], token[i:]) for i in range(1, len(token))]
@@ -213,18 +241,16 @@ def _merges(ranks: Mapping[bytes, int]) -> list[tuple[bytes, bytes]]:
     return merges
 
 
-def _pair(merge: Any) -> tuple[str, ...]:
-    return tuple(merge.split(" ")) if isinstance(merge, str) else tuple(merge)
-
-
-def _splits(pre_tokenizer: Json) -> list[tuple[Any, ...]]:
-    """What decides how text is split."""
-    keys = ("type", "pattern", "behavior", "invert", "add_prefix_space", "use_regex")
-    return [tuple(step.get(key) for key in keys) for step in pre_tokenizer["pretokenizers"]]
+def _pair(merge: Any) -> tuple[str, ...] | None:
+    """A merge as either form of tokenizer.json has it: "a b" or ["a", "b"]."""
+    parts = merge.split(" ") if isinstance(merge, str) else merge
+    if not isinstance(parts, list | tuple) or not all(isinstance(part, str) for part in parts):
+        return None
+    return tuple(parts)
 
 
 def _alphabet() -> list[str]:
-    """GPT-2's stand-ins for the 256 bytes: themselves where they can be seen."""
+    """GPT-2's characters for the 256 bytes: the byte's own character where it is visible."""
     visible = {*range(33, 127), *range(161, 173), *range(174, 256)}
     others = iter(range(256, 512))
     return [chr(i) if i in visible else chr(next(others)) for i in range(256)]
@@ -238,8 +264,8 @@ def _text(token: bytes) -> str:
     return "".join(map(_CHARACTERS.__getitem__, token))
 
 
-def bytes_shown(piece: str) -> str:
-    """A piece of GPT-2's stand-ins by its bytes, `<0xE2>` each; another as it is."""
+def show_bytes(piece: str) -> str:
+    """A piece of GPT-2's byte characters as `<0xE2>`, one per byte; any other piece unchanged."""
     if not all(character in _BYTES for character in piece):
         return piece
     if _BYTE_PIECE.fullmatch(piece):

@@ -1,4 +1,4 @@
-"""Text to token ids and back, by the checkpoint's own tokenizer in whichever form it has it."""
+"""Load the tokenizer of a checkpoint, whichever files it consists of."""
 
 from __future__ import annotations
 
@@ -36,23 +36,32 @@ if TYPE_CHECKING:
 
 
 def load_tokenizer(directory: str | Path) -> Tokenizer:
-    """The tokenizer of a directory, or of a file: `tokenizer.json`, or else `tokenizer.model`.
+    """Load the tokenizer in a directory: `tokenizer.json` or, without one, `tokenizer.model`.
 
-    With the files beside it that Hugging Face writes (see `text.tokenizer_files`), it gives the ids of
-    transformers' `AutoTokenizer`: the tokens added later, what goes around a text, whether a space goes
-    before it. A tokenizer.model alone gives those of Meta's code: of SentencePiece, or of tiktoken as
-    Meta's `tokenizer.py` calls it, with the beginning token. Special tokens in the text are matched, as
-    Hugging Face does; with `encode_special_tokens` set on the result they are text. Truncation, padding and
-    dropout that a file may hold are off.
+    In a Hugging Face directory it encodes as transformers' `AutoTokenizer` does: tokenizer_config.json and
+    the other files (see `text.tokenizer_files`) decide added tokens, the tokens around a text and whether a
+    space is put before it. A tokenizer.model alone encodes as Meta's code does, with SentencePiece or
+    tiktoken, and adds the beginning-of-text token.
+
+    Special tokens in a text are recognized, as in Hugging Face; set `encode_special_tokens` on the result
+    to treat them as text. Truncation, padding and dropout are off.
 
     Args:
-        directory: or a file; with one of the two names above, the files beside it count.
+        directory: or a tokenizer file. If that is called tokenizer.json or tokenizer.model, the other
+            files in its directory are read too.
 
     Returns:
         A `tokenizers.Tokenizer`.
 
     Raises:
-        ValueError: no such file, one that is damaged or of another kind, or tokenizers not installed.
+        ValueError: no tokenizer, a damaged one or an unknown kind, or tokenizers is not installed.
+
+    >>> from tokenizers import Tokenizer, models, pre_tokenizers
+    >>> words = Tokenizer(models.WordLevel({"?": 0, "hello": 1, "world": 2}, unk_token="?"))
+    >>> words.pre_tokenizer = pre_tokenizers.Whitespace()
+    >>> words.save("tokenizer.json")
+    >>> load_tokenizer(".").encode("hello new world").ids
+    [1, 0, 2]
     """
     path, files = _open(Path(directory))
     try:
@@ -62,36 +71,34 @@ def load_tokenizer(directory: str | Path) -> Tokenizer:
 
 
 def read_tokenizer(files: Mapping[str, bytes], *, as_written: bool = False) -> Tokenizer:
-    """The tokenizer that files make, see `load_tokenizer`.
+    """As `load_tokenizer`, from the contents of files.
 
     Args:
-        files: content by name, of a whole directory.
-        as_written: prepare text as tokenizer.json says, also where transformers 5 goes by the class that
-            tokenizer_config.json names.
+        files: content by name, of all files in a directory.
+        as_written: prepare text as tokenizer.json says even if transformers 5 would follow the class named
+            in tokenizer_config.json.
 
     Raises:
-        ValueError: files of no tokenizer, or damaged.
+        ValueError: not a tokenizer, or damaged.
     """
     try:
         import tokenizers  # noqa: F401
     except ImportError:
-        raise ValueError(
-            "tokenizers is not installed, expected the extra: pip install 'llama-jax[generate]'"
-        ) from None
+        raise ValueError("tokenizers is not installed: pip install 'llama-jax[generate]'") from None
     if is_bare(files):
-        around = read_settings(files)
+        settings = read_settings(files)
         content = model_json(
             files[MODEL],
-            add_bos=around.add_bos is not False,
-            add_eos=bool(around.add_eos),
+            add_bos=settings.add_bos is not False,
+            add_eos=bool(settings.add_eos),
             release_3_0=_is_llama_3_0(files),
             meta=True,
         )
-        return _made(content)
+        return _from_json(content)
     settings = complete_settings(files)
     if VOCABULARY not in files:
         tokenizer = _from_model(files[MODEL], settings)
-    elif as_written or settings.kind not in (LLAMA, CODE_LLAMA):
+    elif as_written or settings.tokenizer_class not in (LLAMA, CODE_LLAMA):
         tokenizer = _parsed(files[VOCABULARY])
     else:
         tokenizer = _rebuilt(files, settings)
@@ -100,10 +107,10 @@ def read_tokenizer(files: Mapping[str, bytes], *, as_written: bool = False) -> T
 
 
 def complete_settings(files: Mapping[str, bytes]) -> Settings:
-    """What the files beside a vocabulary say, with what the vocabulary's file says where they do not.
+    """The settings of `read_settings`, completed from the vocabulary file.
 
     Raises:
-        ValueError: files with values that no tokenizer has.
+        ValueError: a file has an impossible value.
     """
     settings = read_settings(files)
     extra, names = settings.extra, {}
@@ -113,25 +120,25 @@ def complete_settings(files: Mapping[str, bytes]) -> Settings:
             names = {"pad_token": padding["pad_token"]}
     elif MODEL in files and not is_tiktoken(files[MODEL]):
         model = read_model(files[MODEL])
-        if settings.kind not in (LLAMA, CODE_LLAMA):
+        if settings.tokenizer_class not in (LLAMA, CODE_LLAMA):
             names = model.names()
         if extra is None:
             extra = [
                 Token(text, normalized=False, special=special)
-                for text, special in model.whole_tokens()
+                for text, special in model.matched_tokens()
             ]
-    extra = settings.otherwise if extra is None else extra
-    names = {name: token for name, token in names.items() if name not in settings.unnamed}
+    extra = settings.legacy_extra if extra is None else extra
+    names = {name: token for name, token in names.items() if name not in settings.absent}
     named = names | settings.named
     order = dict.fromkeys([*(name for name in NAMED if name in named), *named])
     return settings._replace(named={name: named[name] for name in order}, extra=extra)
 
 
 def special_tokens(files: Mapping[str, bytes]) -> dict[str, str]:
-    """The special tokens that have a name (bos_token, ...), by name, as chat templates know them.
+    """Special tokens by name (bos_token, ...), as chat templates use them.
 
     Raises:
-        ValueError: files with values that no tokenizer has.
+        ValueError: a file has an impossible value.
     """
     return {name: str_of(token) for name, token in complete_settings(files).named.items()}
 
@@ -144,14 +151,14 @@ def model_json(
     release_3_0: bool = False,
     meta: bool = False,
 ) -> Json:
-    """The tokenizer.json of a `tokenizer.model` alone, of whichever form.
+    """The tokenizer.json equivalent to a `tokenizer.model` of SentencePiece or of tiktoken.
 
     Args:
-        release_3_0: Llama 3's special tokens by the names of its first release.
-        meta: cut long texts and long runs as Meta's `tokenizer.py` does, and Hugging Face does not.
+        release_3_0: name Llama 3's special tokens as its first release did.
+        meta: cut long texts as Meta's `tokenizer.py` does; Hugging Face does not.
 
     Raises:
-        ValueError: a file of neither form.
+        ValueError: neither format.
     """
     if is_tiktoken(content):
         return tiktoken_json(
@@ -161,7 +168,7 @@ def model_json(
 
 
 def _open(path: Path) -> tuple[Path, dict[str, bytes]]:
-    """The file that has the vocabulary, and all files by name."""
+    """The vocabulary file, and the content of all files by name."""
     if path.is_file():
         if path.name not in (VOCABULARY, MODEL):
             return path, {MODEL if path.suffix == ".model" else VOCABULARY: path.read_bytes()}
@@ -173,27 +180,27 @@ def _open(path: Path) -> tuple[Path, dict[str, bytes]]:
     for name in (VOCABULARY, MODEL):
         if name in files:
             return path / name, files
-    raise ValueError(f"{path / VOCABULARY}: not found, expected the checkpoint's tokenizer")
+    raise ValueError(f"{path / VOCABULARY}: file not found; a tokenizer is required")
 
 
 def _is_llama_3_0(files: Mapping[str, bytes]) -> bool:
-    """Whether the model beside is of Llama 3.0, which had other special tokens in the same file.
+    """Whether the model is Llama 3.0, whose special tokens differ from 3.1's for the same file.
 
-    The positions tell: from 3.1 on they are scaled.
+    Its rotary frequencies are not scaled, those of 3.1 are.
     """
     if "params.json" in files:
         return not json_file(files, "params.json").get("use_scaled_rope")
     if "config.json" in files:
         config = json_file(files, "config.json")
         rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
-        # transformers 5 writes the default out
+        # transformers 5 also writes the default
         plain = isinstance(rope, dict) and rope.get("rope_type", rope.get("type")) == "default"
         return not rope or plain
     return False
 
 
-def _made(content: Json) -> Tokenizer:
-    """A `Tokenizer` of a whole tokenizer.json. Raises ValueError for one that is not."""
+def _from_json(content: Json) -> Tokenizer:
+    """The `Tokenizer` of a complete tokenizer.json. Raises ValueError if it is not one."""
     return _parsed(json.dumps(content).encode())
 
 
@@ -213,41 +220,41 @@ def _parsed(content: bytes) -> Tokenizer:
         model.dropout = None
     unknown = getattr(model, "unk_token", None)
     if isinstance(model, BPE) and unknown and model.token_to_id(unknown) is None:
-        model.unk_token = None  # the library would raise at the first unknown character
+        model.unk_token = None  # tokenizers would raise at the first unknown character
     return tokenizer
 
 
 def _rebuilt(files: Mapping[str, bytes], settings: Settings) -> Tokenizer:
-    """Of a tokenizer.json the vocabulary and what goes around a text; the rest is the class's."""
+    """A tokenizer with the vocabulary and post-processor of tokenizer.json; the class decides the rest."""
     content = json_file(files, VOCABULARY)
     model = content.get("model")
     if not isinstance(model, dict):
-        raise ValueError("it has no model")
+        raise ValueError("no model in it")
     vocab, merges = model.get("vocab"), model.get("merges") or []
     if isinstance(vocab, list):
-        vocab = {each[0] if isinstance(each, list) else each: i for i, each in enumerate(vocab)}
+        vocab = {entry[0] if isinstance(entry, list) else entry: i for i, entry in enumerate(vocab)}
     if not isinstance(vocab, dict) or not isinstance(merges, list):
-        raise ValueError("its model has no vocabulary")
+        raise ValueError("no vocabulary in its model")
     merges = [merge.split(" ") if isinstance(merge, str) else merge for merge in merges]
-    return _made(
+    return _from_json(
         _llama_json(vocab, merges, settings) | {"post_processor": content.get("post_processor")}
     )
 
 
 def _from_model(content: bytes, settings: Settings) -> Tokenizer:
     if is_tiktoken(content):
-        # the splitting is part of the format, whatever the class
+        # how text is split belongs to the format, whatever the class
         texts = [str_of(token) for token in settings.extra or []]
-        return _made(plain_tiktoken_json(content, settings.placed, texts))
+        return _from_json(plain_tiktoken_json(content, settings.added_by_id, texts))
     model = read_model(content)
-    if settings.kind in (LLAMA, CODE_LLAMA):
-        return _made(_llama_json(*model.vocabulary(), settings))
-    return _made(hugging_face_json(model, settings.placed))
+    if settings.tokenizer_class in (LLAMA, CODE_LLAMA):
+        return _from_json(_llama_json(*model.vocabulary(), settings))
+    return _from_json(hugging_face_json(model, settings.added_by_id))
 
 
 def _llama_json(vocab: Any, merges: Any, settings: Settings) -> Json:
-    """What transformers 5 makes of a vocabulary for its class of Llama 2 or of Code Llama."""
-    code = settings.kind == CODE_LLAMA
+    """The tokenizer that transformers 5 builds for its Llama 2 and Code Llama classes."""
+    code = settings.tokenizer_class == CODE_LLAMA
     unknown = settings.named.get("unk_token") if code else None
     return tokenizer_json(
         added_tokens=[],
@@ -260,14 +267,14 @@ def _llama_json(vocab: Any, merges: Any, settings: Settings) -> Json:
         ),
         **metaspace_parts(
             prefix=settings.prefix_space,
-            everywhere=settings.legacy and not code,
+            after_added_tokens=settings.legacy and not code,
             strip=settings.prefix_space or code,
         ),
     )
 
 
 def _complete(tokenizer: Tokenizer, settings: Settings) -> None:
-    """Add what the files beside the vocabulary say."""
+    """Apply the settings of the files beside the vocabulary."""
     from tokenizers import AddedToken
 
     present = {
@@ -280,32 +287,27 @@ def _complete(tokenizer: Tokenizer, settings: Settings) -> None:
         if str_of(token) not in known and token not in tokens:
             tokens.append(token)
     named = {str_of(token) for token in settings.named.values()}
-    tokenizer.add_tokens(
-        [
-            AddedToken(token, special=True)
-            if isinstance(token, str)
-            else AddedToken(
-                **token._asdict() | {"special": token.special or token.content in named}
-            )
-            for token in tokens
-        ]
-    )
+
+    def with_flags(token: str | Token) -> AddedToken:
+        if isinstance(token, str):
+            return AddedToken(token, special=True)
+        special = token.special or token.content in named
+        return AddedToken(**token._replace(special=special)._asdict())
+
+    tokenizer.add_tokens([with_flags(token) for token in tokens])
     tokenizer.encode_special_tokens = settings.split_special
-    if (
-        settings.add_bos is None
-        and settings.add_eos is None
-        and tokenizer.post_processor is not None
-    ):
+    unset = settings.add_bos is None and settings.add_eos is None
+    if unset and tokenizer.post_processor is not None:
         return
     before, after = (
         [str_of(settings.named[name])] if add and name in settings.named else []
         for add, name in ((settings.add_bos, "bos_token"), (settings.add_eos, "eos_token"))
     )
     ids = {token: tokenizer.token_to_id(token) or 0 for token in [*before, *after]}
-    around = template(before, after, ids)
-    tokenizer.post_processor = None if around is None else _post_processor(around)
+    processor = template(before, after, ids)
+    tokenizer.post_processor = None if processor is None else _post_processor(processor)
 
 
 def _post_processor(content: Json) -> Any:
     empty = tokenizer_json(model=bpe({}, []), added_tokens=[], decoder=None, post_processor=content)
-    return _made(empty).post_processor
+    return _from_json(empty).post_processor

@@ -1,8 +1,8 @@
-"""The files of a tokenizer's directory, and what the JSON among them say, read as transformers 5 reads it.
+"""The JSON files of a tokenizer, read as transformers 5 reads them.
 
-A tokenizer is all of its files. Besides the vocabulary (`tokenizer.json` or `tokenizer.model`) the special
-tokens, the tokens added later and the way text is prepared stand in `tokenizer_config.json`, and in
-directories written before transformers 4.34 in `special_tokens_map.json` and `added_tokens.json`.
+Besides the vocabulary (`tokenizer.json` or `tokenizer.model`), `tokenizer_config.json` decides special
+tokens, added tokens and how text is prepared; in directories written before transformers 4.34 so do
+`special_tokens_map.json` and `added_tokens.json`.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from llama_jax.text.tokenizer_json import Json
 
 VOCABULARY, MODEL, CONFIG = "tokenizer.json", "tokenizer.model", "tokenizer_config.json"
 SPECIAL_MAP, ADDED, TEMPLATE = "special_tokens_map.json", "added_tokens.json", "chat_template.jinja"
-_NAMES = (*TOKENIZER_FILES, "config.json", "params.json")
+_FILES = (*TOKENIZER_FILES, "config.json", "params.json")
 STANDARD = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
 NAMED = tuple(f"{name}_token" for name in STANDARD)
 LLAMA, CODE_LLAMA = "LlamaTokenizer", "CodeLlamaTokenizer"
-_LLAMAS = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
-_CODE_LLAMAS = {
+_LLAMA_TOKENS = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+_CODE_LLAMA_TOKENS = {
     "prefix_token": "▁<PRE>",
     "middle_token": "▁<MID>",
     "suffix_token": "▁<SUF>",
@@ -31,14 +31,14 @@ _CODE_LLAMAS = {
 }
 _END = "<|endoftext|>"
 _DEFAULTS: dict[str, dict[str, str]] = {
-    LLAMA: _LLAMAS,
-    CODE_LLAMA: _LLAMAS | _CODE_LLAMAS,
+    LLAMA: _LLAMA_TOKENS,
+    CODE_LLAMA: _LLAMA_TOKENS | _CODE_LLAMA_TOKENS,
     "GPT2Tokenizer": {"bos_token": _END, "eos_token": _END, "unk_token": _END},
 }
 
 
 class Token(NamedTuple):
-    """A token that is matched whole in the text, as `tokenizers.AddedToken`."""
+    """A token that is matched in the text as a unit; the fields of `tokenizers.AddedToken`."""
 
     content: str
     single_word: bool = False
@@ -49,39 +49,44 @@ class Token(NamedTuple):
 
 
 class Settings(NamedTuple):
-    """What stands beside a vocabulary."""
+    """What the files beside a vocabulary say about it.
 
-    kind: str
-    """The class that transformers makes of it; "" for one that takes tokenizer.json as it is."""
+    Attributes:
+        tokenizer_class: the class in transformers; "" for one that uses tokenizer.json unchanged.
+        named: special tokens by name: bos_token and the like, and those of this model alone.
+        extra: special tokens without a name; None if tokenizer_config.json does not mention them.
+        legacy_extra: those of the older special_tokens_map.json, used if nothing else has any.
+        added: tokens to add to the vocabulary, in order of their ids.
+        added_by_id: the text of each of those.
+        absent: names of special tokens that the files set to null.
+        add_bos, add_eos: whether a text gets them; None leaves it to the vocabulary file.
+        legacy: also put a space before the text after each special token.
+        prefix_space: put a space before the text.
+        split_special: encode special tokens in a text as text.
+    """
+
+    tokenizer_class: str
     named: dict[str, str | Token]
-    """Special tokens by name: bos_token and the like, and those that only this model has."""
     extra: list[str | Token] | None
-    """Special tokens without a name; None where tokenizer_config.json does not speak of them."""
-    otherwise: list[str | Token]
-    """Those that the older special_tokens_map.json has, which count where nothing else has any."""
+    legacy_extra: list[str | Token]
     added: list[Token]
-    """Tokens to add to the vocabulary, in order."""
-    placed: dict[int, str]
-    """The text of each token that has a place in the files: `added` by id."""
-    unnamed: frozenset[str]
-    """Names of special tokens that the files say are absent."""
+    added_by_id: dict[int, str]
+    absent: frozenset[str]
     add_bos: bool | None
     add_eos: bool | None
     legacy: bool
-    """Whether a space goes before the text after each special token too."""
     prefix_space: bool
     split_special: bool
-    """Whether special tokens in a text are text."""
 
 
 def read_files(directory: str | Path) -> dict[str, bytes]:
-    """The files of a directory that a tokenizer and its chat templates consist of, by relative path.
+    """The files of a tokenizer and its chat templates: content by relative path.
 
     Raises:
-        ValueError: one that cannot be read.
+        ValueError: a file cannot be read.
     """
     directory = Path(directory)
-    paths = [directory / name for name in _NAMES]
+    paths = [directory / name for name in _FILES]
     paths += sorted((directory / TEMPLATES).glob("*.jinja"))
     files = {}
     for path in paths:
@@ -94,7 +99,7 @@ def read_files(directory: str | Path) -> dict[str, bytes]:
 
 
 def json_file(files: Mapping[str, bytes], name: str) -> Json:
-    """The object in a file; {} where there is none. Raises ValueError for anything else."""
+    """The JSON object in a file; {} without the file. Raises ValueError for any other content."""
     if name not in files:
         return {}
     try:
@@ -107,33 +112,33 @@ def json_file(files: Mapping[str, bytes], name: str) -> Json:
 
 
 def is_bare(files: Mapping[str, bytes]) -> bool:
-    """Whether there is a tokenizer.model as its maker published it, without Hugging Face's files.
+    """Whether there is a tokenizer.model without Hugging Face's files.
 
-    A tokenizer_config.json that says nothing but what goes around a text may lie beside it.
+    A tokenizer_config.json with no more than add_bos_token and add_eos_token may be present.
     """
-    around = {"add_bos_token", "add_eos_token"}
+    permitted = {"add_bos_token", "add_eos_token"}
     return (
         MODEL in files
         and not files.keys() & {VOCABULARY, SPECIAL_MAP, ADDED}
-        and json_file(files, CONFIG).keys() <= around
+        and json_file(files, CONFIG).keys() <= permitted
     )
 
 
 def read_settings(files: Mapping[str, bytes]) -> Settings:
-    """What the JSON files say. Raises ValueError for values that no tokenizer has."""
+    """Read the JSON files. Raises ValueError for impossible values."""
     options = json_file(files, CONFIG)
-    kind = _kind(files, options)
+    tokenizer_class = _tokenizer_class(files, options)
     flags = {
         name: _flag(options, name)
         for name in ("add_bos_token", "add_eos_token", "legacy", "add_prefix_space")
     }
-    # a tokenizer.json says itself what goes around a text
-    keep = VOCABULARY not in files
+    # a tokenizer.json has a post-processor of its own
+    use_flags = VOCABULARY not in files
     add_bos, add_eos = (
-        bool(flags[name]) if keep and name in options else None
+        bool(flags[name]) if use_flags and name in options else None
         for name in ("add_bos_token", "add_eos_token")
     )
-    if kind == CODE_LLAMA and add_bos is None:
+    if tokenizer_class == CODE_LLAMA and add_bos is None:
         add_bos = True
 
     values = {
@@ -141,46 +146,48 @@ def read_settings(files: Mapping[str, bytes]) -> Settings:
         for name, value in options.items()
         if name in NAMED or (name.endswith("_token") and _is_token(value))
     }
-    extra_name, own = "extra_special_tokens", {}
+    extra_name, model_specific = "extra_special_tokens", {}
     if "additional_special_tokens" in options and not options.get(extra_name):
         extra_name = "additional_special_tokens"
     value = options.get(extra_name)
     if isinstance(value, dict):
-        own = {name: _token(CONFIG, name, each) for name, each in value.items()}
+        model_specific = {name: _token(CONFIG, name, token) for name, token in value.items()}
     listed = extra_name in options and not isinstance(value, dict)
     extra = _tokens(CONFIG, extra_name, value) if listed else None
-    otherwise: list[str | Token] = []
+    legacy_extra: list[str | Token] = []
 
-    placed = options.get("added_tokens_decoder")
-    if placed is not None:
-        by_id = _by_id(placed)
+    decoder = options.get("added_tokens_decoder")
+    if decoder is not None:
+        by_id = _from_decoder(decoder)
     else:
         for name, value in json_file(files, SPECIAL_MAP).items():
             if name == "extra_special_tokens" and isinstance(value, dict):
-                own |= {key: _token(SPECIAL_MAP, key, each) for key, each in value.items()}
+                model_specific |= {
+                    key: _token(SPECIAL_MAP, key, token) for key, token in value.items()
+                }
             elif name == "extra_special_tokens":
                 extra = list(dict.fromkeys([*(extra or []), *_tokens(SPECIAL_MAP, name, value)]))
             elif name == "additional_special_tokens":
-                otherwise = _tokens(SPECIAL_MAP, name, value)
+                legacy_extra = _tokens(SPECIAL_MAP, name, value)
             elif name in NAMED or (name.endswith("_token") and _is_token(value)):
                 values[name] = _token(SPECIAL_MAP, name, value, special=True)
         special = [*(values.get(name) for name in NAMED), *(extra or [])]
-        by_id = _numbered(files, {str_of(token) for token in special if token})
-        by_id |= _added_tokens(files)
+        by_id = _from_added_tokens(files, {str_of(token) for token in special if token})
+        by_id |= _from_vocabulary(files)
     texts = {token.content: token for token in by_id.values()}
     values = {
         name: texts.get(str_of(value), value) if value is not None and name in NAMED else value
         for name, value in values.items()
     }
-    named = {**_DEFAULTS.get(kind, {}), **values, **own}
+    named = {**_DEFAULTS.get(tokenizer_class, {}), **values, **model_specific}
     return Settings(
-        kind=kind,
+        tokenizer_class=tokenizer_class,
         named={name: token for name, token in named.items() if token is not None},
         extra=extra,
-        otherwise=otherwise,
+        legacy_extra=legacy_extra,
         added=[by_id[i] for i in sorted(by_id)],
-        placed={i: token.content for i, token in by_id.items()},
-        unnamed=frozenset(name for name, value in named.items() if value is None),
+        added_by_id={i: token.content for i, token in by_id.items()},
+        absent=frozenset(name for name, value in named.items() if value is None),
         add_bos=add_bos,
         add_eos=add_eos,
         legacy=bool(flags["legacy"]),
@@ -194,19 +201,19 @@ def str_of(token: str | Token) -> str:
     return token.content if isinstance(token, Token) else token
 
 
-def _kind(files: Mapping[str, bytes], options: Json) -> str:
+def _tokenizer_class(files: Mapping[str, bytes], options: Json) -> str:
     name = options.get("tokenizer_class")
     if name is None:
         try:
             name = json_file(files, "config.json").get("tokenizer_class")
-        except ValueError:  # the model's, whose reader says it
+        except ValueError:  # reported by whoever reads the model's config
             return ""
     if name is None:
         return ""
     if not isinstance(name, str):
         raise ValueError(f"{CONFIG}: tokenizer_class: found {name!r}, expected the name of a class")
     name = name.removesuffix("Fast")
-    # some directories of Llama 3 name the class of Llama 2
+    # some Llama 3 directories name Llama 2's class
     if name == LLAMA and b'"ByteLevel"' in files.get(VOCABULARY, b""):
         return ""
     return name if name in _DEFAULTS else ""
@@ -224,7 +231,7 @@ def _is_token(value: Any) -> bool:
 
 
 def _token(file: str, name: str, value: Any, **flags: bool) -> str | Token | None:
-    """A token as files have them: its text, or an object of its text and flags."""
+    """A token in JSON: its text, or an object with its text and flags."""
     if value is None or isinstance(value, str):
         return value
     content = value.get("content") if isinstance(value, dict) else None
@@ -242,44 +249,46 @@ def _tokens(file: str, name: str, value: Any) -> list[str | Token]:
         return []
     if not isinstance(value, list):
         raise ValueError(f"{file}: {name}: found {_short(value)}, expected a list of tokens")
-    found = [_token(file, name, each) for each in value]
-    return [token for token in found if token is not None]
+    tokens = [_token(file, name, entry) for entry in value]
+    return [token for token in tokens if token is not None]
 
 
-def _by_id(placed: Any) -> dict[int, Token]:
-    where = "added_tokens_decoder"
-    if not isinstance(placed, dict):
-        raise ValueError(f"{CONFIG}: {where}: found {_short(placed)}, expected tokens by id")
-    found = {}
-    for i, value in placed.items():
-        token = _token(CONFIG, f"{where}: {i}", value)
+def _from_decoder(decoder: Any) -> dict[int, Token]:
+    """Added tokens by id: `added_tokens_decoder` of tokenizer_config.json."""
+    name = "added_tokens_decoder"
+    if not isinstance(decoder, dict):
+        raise ValueError(f"{CONFIG}: {name}: found {_short(decoder)}, expected tokens by id")
+    tokens = {}
+    for i, value in decoder.items():
+        token = _token(CONFIG, f"{name}: {i}", value)
         if not i.isdecimal() or token is None:
-            raise ValueError(f"{CONFIG}: {where}: found {i!r}, expected tokens by id")
-        # transformers has objects only
-        found[int(i)] = token if isinstance(token, Token) else Token(token)
-    return found
+            raise ValueError(f"{CONFIG}: {name}: found {i!r}, expected tokens by id")
+        # transformers only accepts objects here
+        tokens[int(i)] = token if isinstance(token, Token) else Token(token)
+    return tokens
 
 
-def _numbered(files: Mapping[str, bytes], special: set[str]) -> dict[int, Token]:
-    found = {}
+def _from_added_tokens(files: Mapping[str, bytes], special: set[str]) -> dict[int, Token]:
+    """Added tokens by id: added_tokens.json."""
+    tokens = {}
     for text, i in json_file(files, ADDED).items():
         if type(i) is not int or i < 0:
             raise ValueError(f"{ADDED}: {text!r}: found {_short(i)}, expected an id")
-        found[i] = Token(text, normalized=text not in special, special=text in special)
-    return found
+        tokens[i] = Token(text, normalized=text not in special, special=text in special)
+    return tokens
 
 
-def _added_tokens(files: Mapping[str, bytes]) -> dict[int, Token]:
-    """Those of a tokenizer.json, by id."""
-    found = json_file(files, VOCABULARY).get("added_tokens") or []
-    if not isinstance(found, list):
-        raise ValueError(f"{VOCABULARY}: added_tokens: found {_short(found)}, expected a list")
+def _from_vocabulary(files: Mapping[str, bytes]) -> dict[int, Token]:
+    """Added tokens by id: `added_tokens` of tokenizer.json."""
+    entries = json_file(files, VOCABULARY).get("added_tokens") or []
+    if not isinstance(entries, list):
+        raise ValueError(f"{VOCABULARY}: added_tokens: found {_short(entries)}, expected a list")
     tokens = {}
-    for value in found:
-        token = _token(VOCABULARY, "added_tokens", value)
-        if not isinstance(token, Token) or type(value.get("id")) is not int:
-            raise ValueError(f"{VOCABULARY}: added_tokens: found {_short(value)}, expected a token")
-        tokens[value["id"]] = token
+    for entry in entries:
+        token = _token(VOCABULARY, "added_tokens", entry)
+        if not isinstance(token, Token) or type(entry.get("id")) is not int:
+            raise ValueError(f"{VOCABULARY}: added_tokens: found {_short(entry)}, expected a token")
+        tokens[entry["id"]] = token
     return tokens
 
 

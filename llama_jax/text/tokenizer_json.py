@@ -1,4 +1,4 @@
-"""The parts of a `tokenizer.json` (huggingface/tokenizers) that other forms of tokenizer become."""
+"""Builders for the parts of a `tokenizer.json` (huggingface/tokenizers)."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def tokenizer_json(
     pre_tokenizer: Json | None = None,
     post_processor: Json | None = None,
 ) -> Json:
-    """A whole file."""
+    """The content of a complete file."""
     return {
         "version": "1.0",
         "truncation": None,
@@ -32,13 +32,13 @@ def tokenizer_json(
 
 
 def added_token(i: int, content: str, *, special: bool, normalized: bool = False) -> Json:
-    """A token matched whole in the text, before anything else is done to it, or after it was normalised."""
+    """A token that is matched before the text is normalized or, with `normalized`, afterwards."""
     flags = dict.fromkeys(["single_word", "lstrip", "rstrip"], False)
     return {"id": i, "content": content, **flags, "normalized": normalized, "special": special}
 
 
 def bpe(vocab: Mapping[str, int], merges: Sequence[tuple[str, str]], **options: Any) -> Json:
-    """A model that applies the first merge of the list for as long as there is one."""
+    """A byte-pair model: merges are applied in the order of the list."""
     return {
         "type": "BPE",
         "dropout": None,
@@ -55,7 +55,7 @@ def bpe(vocab: Mapping[str, int], merges: Sequence[tuple[str, str]], **options: 
 
 
 def template(before: Sequence[str], after: Sequence[str], ids: Mapping[str, int]) -> Json | None:
-    """A post-processor that puts tokens around each of one or two texts; None where there are none."""
+    """A post-processor that puts tokens around one text or each of two; None if there are no tokens."""
     if not before and not after:
         return None
 

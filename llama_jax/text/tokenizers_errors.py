@@ -1,4 +1,4 @@
-"""What huggingface/tokenizers raises for a file that it does not like: bare exceptions, Rust panics."""
+"""Errors of huggingface/tokenizers: bare exceptions and Rust panics."""
 
 import os
 import sys
@@ -7,21 +7,21 @@ from contextlib import contextmanager, suppress
 
 
 def is_of_tokenizers(error: BaseException) -> bool:
-    """Whether the library raised it: it has no exceptions of its own, and a panic is no Exception."""
+    """Whether the library raised it: it raises bare `Exception`, and a panic is a `BaseException`."""
     return type(error) is Exception or type(error).__module__ == "pyo3_runtime"
 
 
 @contextmanager
 def tokenizers_errors() -> Iterator[None]:
-    """Within, whatever the library raises is a ValueError, and a panic prints nothing.
+    """Within, whatever the library raises becomes a ValueError.
 
-    Rust tells of a panic on stderr, with a backtrace where RUST_BACKTRACE asks for one.
+    Rust reports a panic on stderr, with a backtrace if RUST_BACKTRACE is set; that output is discarded.
     """
     with suppress(OSError, ValueError, AttributeError):
         sys.stderr.flush()
-    kept = os.dup(2)
-    nowhere = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(nowhere, 2)
+    stderr = os.dup(2)
+    devnull = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(devnull, 2)
     try:
         yield
     except BaseException as error:
@@ -29,6 +29,6 @@ def tokenizers_errors() -> Iterator[None]:
             raise
         raise ValueError(str(error) or type(error).__name__) from None
     finally:
-        os.dup2(kept, 2)
-        os.close(kept)
-        os.close(nowhere)
+        os.dup2(stderr, 2)
+        os.close(stderr)
+        os.close(devnull)

@@ -8,8 +8,8 @@ from typing import Any
 from tokenizers import Tokenizer
 
 from llama_jax.files.json_object import read_json_object
-from llama_jax.files.staging import write_text
-from llama_jax.text.companions import companion_files, copy_companions, copy_file
+from llama_jax.files.staging import copy_file, write_text
+from llama_jax.text.companions import companion_files, copy_companions
 from train.data.special_ids import SpecialIds, model_ids
 
 TOKENIZER_CONFIG, SPECIAL_TOKENS_MAP = "tokenizer_config.json", "special_tokens_map.json"

@@ -226,7 +226,7 @@ DIRECTORIES = [
     ({"model-00001-of-00002.safetensors": ""}, "shards without their model.safetensors.index.json"),
     ({"snapshots/abc/config.json": "", "refs/main": "abc"}, "give its snapshot: {}/snapshots/abc"),
     ({"checkpoint-500/config.json": "", "checkpoint-1000/config.json": ""}, "{}/checkpoint-1000"),
-    ({"model/config.json": ""}, "give one: {}/model"),
+    ({"model/config.json": ""}, "give it: {}/model"),
     ({"models--a--b/snapshots/x/config.json": ""}, "a cache of huggingface_hub"),
     ({"model.safetensors": ""}, "without the config.json"),
     ({"notes.txt": ""}, "a directory without weights"),
@@ -284,7 +284,7 @@ def test_a_scheme_is_named_and_the_way_out(tmp_path, found, scheme, way):
     fields = CONFIG.to_dict() | {"quantization_config": found | {"padding": "x" * 5000}}
     with pytest.raises(ValueError) as error:
         LlamaConfig.from_dict(fields)
-    assert f"the weights are quantised ({scheme}" in str(error.value)
+    assert f"the weights are quantized ({scheme}" in str(error.value)
     assert way in str(error.value)
     assert len(str(error.value)) < 400
 

@@ -211,7 +211,7 @@ def test_ctrl_c_stops_the_answer_on_a_terminal(directory, tmp_path, capsys, monk
 
 def test_chat_without_a_template(directory, capsys, monkeypatch):
     assert chat(directory, monkeypatch, "hi\n") == 2
-    assert "found no chat template" in error_line(capsys)
+    assert "no chat template" in error_line(capsys)
 
 
 @pytest.mark.parametrize(

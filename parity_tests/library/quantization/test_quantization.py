@@ -243,7 +243,7 @@ def test_twice(model):
         ({"bits": 4, "group_size": 8}, "model.layers.0.mlp.down_proj.weight.zero: missing"),
         (
             {"quantized_by": "other", "quant_method": "awq"},
-            r"quantization_config: the weights are quantised \(awq, 8 bits\)",
+            r"quantization_config: the weights are quantized \(awq, 8 bits\)",
         ),
         (None, "found quantised weights"),
     ],

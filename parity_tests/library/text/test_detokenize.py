@@ -145,7 +145,7 @@ def test_the_token_that_ends_a_text_is_seen_by_stop_strings(with_special):
 
 
 def test_an_empty_stop_string(tokenizer):
-    with pytest.raises(ValueError, match="stops: found an empty text"):
+    with pytest.raises(ValueError, match="stops: a stop string is empty"):
         TextStream(tokenizer, [], ["a", ""])
 
 
