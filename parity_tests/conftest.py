@@ -1,7 +1,7 @@
-"""Settings of the whole suite: strict promotion, checked shapes, one thread of torch, JAX on the CPU.
+"""Settings for all tests: strict promotion, shape checks, one torch thread, JAX on the CPU.
 
-`--mutation NAME` breaks the library in one of the ways of `mutations.py` for the whole session. The
-suite must then go red; `test_mutations.py` proves it for each of them.
+`--mutation NAME` runs the session with one of the deliberate mistakes of `harness/mutations.py`. The suite
+must then fail.
 """
 
 import jax
@@ -9,15 +9,15 @@ import pytest
 import torch
 from jaxtyping import install_import_hook
 
-# An accidental float64 or a silent upcast is an error, not a slower and rounder answer.
+# An accidental float64 or a silent upcast is an error.
 jax.config.update("jax_numpy_dtype_promotion", "strict")
-# A row that meets a matrix by accident is one too.
+# So is an accidental broadcast of a vector over a matrix.
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_platforms", "cpu")
 torch.set_num_threads(1)
 
-# The shapes and dtypes in the annotations of the numerics are checked as the suite runs. Not those of
-# the public surface, which answers a wrong argument with an error of its own.
+# Shapes and dtypes in the annotations of these modules are checked in every call. Not those of the public
+# API, which raises its own errors for wrong arguments.
 CHECKED = (
     *(f"attention.{name}" for name in ("dispatch", "blocked", "cudnn", "plain", "splash")),
     *(
@@ -35,7 +35,7 @@ install_import_hook([f"llama_jax.{module}" for module in CHECKED], "beartype.bea
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
-        "--mutation", metavar="NAME", help="break the library in this way; the suite must go red"
+        "--mutation", metavar="NAME", help="run with this deliberate mistake; the suite must fail"
     )
 
 

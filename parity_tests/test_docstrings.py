@@ -52,5 +52,5 @@ def test_examples_run(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 def test_every_public_name_has_an_example(face: ModuleType, name: str) -> None:
     public = getattr(face, name)
     if not inspect.isclass(public) and not inspect.isfunction(public):
-        return  # a Literal's docstring is typing's own
+        return  # a Literal has the docstring of `typing`
     assert ">>> " in (inspect.getdoc(public) or "")

@@ -1,4 +1,4 @@
-"""The examples run as they are, on something small."""
+"""The examples run, on small inputs."""
 
 import importlib.util
 from collections.abc import Iterator
@@ -18,8 +18,8 @@ TEXT = "the quick brown fox jumps over the lazy dog and runs away from the old b
 
 
 @pytest.fixture(autouse=True)
-def as_in_the_readers_own_program():
-    """The suite's strictness is not asked of programs around the library."""
+def default_promotion():
+    """The strict settings of the suite are not meant for users' programs."""
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
         yield
 
@@ -33,7 +33,7 @@ def load(name: str) -> ModuleType:
     return module
 
 
-def test_each_is_short():
+def test_examples_are_short():
     for file in FOLDER.glob("*.py"):
         assert len(file.read_text().splitlines()) < 100, file.name
 
@@ -56,7 +56,7 @@ def test_your_own_training_loop():
 
 @pytest.fixture
 def compile_once(tmp_path: Path) -> Iterator[None]:
-    """A program that two examples have in common is compiled once."""
+    """Compile only once what two examples have in common."""
     before = jax.config.jax_persistent_cache_min_compile_time_secs
     jax.config.update("jax_compilation_cache_dir", str(tmp_path / "compiled"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
@@ -68,7 +68,7 @@ def compile_once(tmp_path: Path) -> Iterator[None]:
 
 
 def test_pretrain_then_continue_then_score(tmp_path, compile_once):
-    """One after the other: each takes what the one before has made."""
+    """Each example reads what the one before wrote."""
     texts = tmp_path / "texts"
     texts.mkdir()
     for number in range(20):

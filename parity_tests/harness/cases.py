@@ -1,9 +1,9 @@
-"""The matrix: every kind of Llama and every kind of input, as data.
+"""The test matrix: every kind of Llama and every kind of input, as data.
 
-A `Case` is a tiny Hugging Face config and a description of its inputs. `weights_of` and `inputs_of`
-make its numbers from a seed; all of them are float32 values, so that every precision starts from
-the same point. Nothing is trivial: norm weights are not one, biases are not zero, masks hide keys
-that would matter.
+A `Case` is a tiny Hugging Face config and a description of its inputs. `weights_of` and `inputs_of` draw
+its weights and inputs from a seed; all of them are float32 values, so that every precision starts from the
+same numbers. Nothing is trivial: norm weights are not one, biases are not zero, masks hide keys that would
+matter.
 """
 
 import dataclasses
@@ -25,13 +25,12 @@ Config = dict[str, Any]
 
 @dataclasses.dataclass(frozen=True)
 class Inputs:
-    """What to feed: one field per input of the model, None or 0 where it is not given.
+    """The arguments of a call of the model; None or 0 leaves one out.
 
     mask: zeros at the end, at the start, or anywhere. positions: `shifted` from zero by a different
     amount in each row, `far` past every context, `scattered` in no order. segments: several packed
-    documents, positions starting anew in each. labels: at `all` positions, at `some`, at none of
-    the first row (`one_row_empty`), or at `none` of the batch. keep: `logits_to_keep`, a number or
-    an `index`.
+    documents, with positions from zero in each. labels: at `all` positions, at `some`, at none of the
+    first row (`one_row_empty`), or at `none` of the batch. keep: `logits_to_keep`, a number or an `index`.
     """
 
     batch: int = 2
@@ -77,7 +76,7 @@ BASE: Config = {
 
 
 def case(name: str, inputs: Inputs | None = None, **changes: Any) -> Case:
-    """The base model with some fields changed. Naming `rope_parameters` drops v4's `rope_theta`."""
+    """The base model with some fields changed. `rope_parameters` replaces v4's `rope_theta`."""
     config = BASE | changes
     if "rope_parameters" in changes:
         del config["rope_theta"]
@@ -85,8 +84,11 @@ def case(name: str, inputs: Inputs | None = None, **changes: Any) -> Case:
 
 
 def scaled(kind: str, theta: float = 100.0, **fields: Any) -> Config:
-    """A rotary scaling in the v5 layout. The low base puts the pairs of a head of 16 on every side
-    of the wavelengths at which the scalings change, for contexts as short as these."""
+    """A rotary scaling in the v5 layout.
+
+    With the low base, the wavelengths of a head of 16 lie on both sides of those at which the scalings
+    change, even for contexts as short as these.
+    """
     return {
         "head_dim": 16,
         "rope_parameters": {"rope_type": kind, "rope_theta": theta} | fields,
@@ -118,7 +120,7 @@ HEADS = [
 
 FIELDS = [
     case("tied", tie_word_embeddings=True),
-    # transformers gives the padding token's embedding no gradient, wherever the token stands
+    # transformers gives the embedding of the padding token no gradient, at any position
     case("padding_token", pad_token_id=5),
     case("padding_token_negative_tied", pad_token_id=-1, tie_word_embeddings=True),
     case("attention_bias", attention_bias=True),
@@ -135,7 +137,7 @@ FIELDS = [
     ),
 ]
 
-# Cheap variations of the same line of code: the components prove these one by one.
+# Only tested one by one as components, and in the oracle: they differ in one line of code.
 MORE_ACTIVATIONS = [
     case(f"act_{name}", hidden_act=name)
     for name in (
@@ -264,43 +266,45 @@ assert len(BY_NAME) == len(MATRIX) + len(MORE_ACTIVATIONS), "two cases share a n
 
 
 def inputs_of(inputs: Inputs, config: Config, seed: int = 0) -> dict[str, Any]:
-    """The keyword arguments of a model's call, as numpy arrays (int64, float32) and ints.
+    """Keyword arguments for a call of the model: numpy arrays (int64, float32) and ints.
 
-    `segment_ids` is not one of Hugging Face's: `hf_inputs` puts it into a mask.
+    Hugging Face's model takes no `segment_ids`: `hf_inputs` makes a mask of them.
     """
     rng = np.random.default_rng([seed, 1])
     shape = batch, length = inputs.batch, inputs.length
     tokens = rng.integers(0, config["vocab_size"], shape)
-    made: dict[str, Any] = {}
+    arguments: dict[str, Any] = {}
     if inputs.embeds:
-        made["inputs_embeds"] = rng.normal(size=(*shape, config["hidden_size"])).astype("float32")
+        arguments["inputs_embeds"] = rng.normal(size=(*shape, config["hidden_size"])).astype(
+            "float32"
+        )
     else:
-        made["input_ids"] = tokens
+        arguments["input_ids"] = tokens
 
     steps = np.arange(length)
     if inputs.segments:
-        # Documents of different lengths in each row, each with positions from zero.
+        # Documents of different lengths in each row, with positions from zero in each.
         starts = (rng.random(shape) < 4 / length) | (steps == 0)
-        made["segment_ids"] = starts.cumsum(1)
+        arguments["segment_ids"] = starts.cumsum(1)
         last_start = np.maximum.accumulate(np.where(starts, steps, 0), axis=1)
-        made["position_ids"] = steps - last_start
+        arguments["position_ids"] = steps - last_start
     if inputs.positions == "shifted":
-        made["position_ids"] = steps + rng.integers(1, 9, (batch, 1))
+        arguments["position_ids"] = steps + rng.integers(1, 9, (batch, 1))
     if inputs.positions == "far":
-        made["position_ids"] = steps + 1000 + rng.integers(0, 100, (batch, 1))
+        arguments["position_ids"] = steps + 1000 + rng.integers(0, 100, (batch, 1))
     if inputs.positions == "scattered":
-        made["position_ids"] = rng.integers(0, 2 * length, shape)
+        arguments["position_ids"] = rng.integers(0, 2 * length, shape)
 
     if inputs.mask == "holes":
-        # The first row starts with holes, so that its first queries see nothing at all.
+        # The first row starts with masked tokens, so that its first queries see nothing at all.
         mask = rng.random(shape) < 0.7
         mask[0, : max(1, length // 4)] = False
-        made["attention_mask"] = mask.astype(np.int64)
+        arguments["attention_mask"] = mask.astype(np.int64)
     elif inputs.mask is not None:
-        # The first row is whole, the others are padded by different amounts.
+        # The first row is not padded, the others are, by different amounts.
         pad = rng.integers(1, max(2, length // 2 + 1), (batch, 1)) * (np.arange(batch)[:, None] > 0)
         keep = steps >= pad if inputs.mask == "left" else steps < length - pad
-        made["attention_mask"] = keep.astype(np.int64)
+        arguments["attention_mask"] = keep.astype(np.int64)
 
     if inputs.labels is not None:
         labels = rng.integers(0, config["vocab_size"], shape) if inputs.embeds else tokens.copy()
@@ -310,20 +314,20 @@ def inputs_of(inputs: Inputs, config: Config, seed: int = 0) -> dict[str, Any]:
             labels[0] = IGNORE
         if inputs.labels == "none":
             labels[:] = IGNORE
-        made["labels"] = labels
+        arguments["labels"] = labels
     if inputs.num_items is not None:
-        made["num_items_in_batch"] = inputs.num_items
+        arguments["num_items_in_batch"] = inputs.num_items
     if inputs.keep:
-        made["logits_to_keep"] = (
+        arguments["logits_to_keep"] = (
             np.sort(rng.choice(length, size=3, replace=False))
             if inputs.keep == "index"
             else inputs.keep
         )
-    return made
+    return arguments
 
 
 def torch_inputs(inputs: Mapping[str, Any]) -> dict[str, Any]:
-    """The same with torch tensors."""
+    """The same arguments with torch tensors."""
     return {
         key: torch.from_numpy(value) if isinstance(value, np.ndarray) else value
         for key, value in inputs.items()
@@ -337,9 +341,9 @@ def hf_config(config: Config) -> HFConfig:
 def weights_of(
     config: Config, seed: int = 0, model_class: type[PreTrainedModel] = HFLlama
 ) -> dict[str, torch.Tensor]:
-    """Random weights under Hugging Face's names, float32; `lm_head.weight` only where not tied.
+    """Random float32 weights by Hugging Face's names; no `lm_head.weight` if it is tied.
 
-    Names and shapes are read off Hugging Face's own model. Matrices have a standard deviation of
+    Names and shapes are those of Hugging Face's own model. Matrices have a standard deviation of
     1/sqrt(fan_in), norm weights are 1 +- 0.3, biases +- 0.3.
     """
     with torch.device("meta"):
@@ -378,39 +382,39 @@ def hf_model(
 
 
 def hf_inputs(inputs: Mapping[str, Any], attention: str = "sdpa") -> dict[str, Any]:
-    """The inputs as Hugging Face's model takes them: segments become part of a 4-d mask."""
-    given = torch_inputs(inputs)
-    segments = given.pop("segment_ids", None)
+    """The arguments that Hugging Face's model takes: segments become part of a 4-d mask."""
+    tensors = torch_inputs(inputs)
+    segments = tensors.pop("segment_ids", None)
     if segments is not None:
         length = segments.shape[1]
         visible = torch.ones(length, length, dtype=torch.bool).tril()
         visible = visible & (segments[:, None, :, None] == segments[:, None, None, :])
-        if "attention_mask" in given:
-            visible = visible & given["attention_mask"].bool()[:, None, None, :]
+        if "attention_mask" in tensors:
+            visible = visible & tensors["attention_mask"].bool()[:, None, None, :]
         if attention == "eager":
             lowest = torch.finfo(torch.float32).min
             visible = torch.zeros(visible.shape).masked_fill(~visible, lowest)
-        given["attention_mask"] = visible
-    elif "position_ids" in given and "attention_mask" not in given:
-        # Else Hugging Face guesses packed documents from jumps in the positions.
-        given["attention_mask"] = torch.ones_like(given["position_ids"])
-    return given
+        tensors["attention_mask"] = visible
+    elif "position_ids" in tensors and "attention_mask" not in tensors:
+        # Without a mask Hugging Face takes jumps in the positions for packed documents.
+        tensors["attention_mask"] = torch.ones_like(tensors["position_ids"])
+    return tensors
 
 
 def write_hf_directory(
     path: Path, config: Config, weights: Mapping[str, torch.Tensor], **save: Any
 ) -> Path:
-    """A Hugging Face directory as `save_pretrained` writes it, with `config` itself as config.json
-    (transformers would write every config in its own version's layout)."""
+    """Write a Hugging Face directory by `save_pretrained`, but with `config` itself as config.json:
+    transformers writes every config in the layout of its own version."""
     hf_model(config, weights).save_pretrained(path, **save)
     (path / "config.json").write_text(json.dumps(config, indent=2))
     return path
 
 
 def blind_rows(inputs: Mapping[str, Any]) -> np.ndarray | bool:
-    """The queries which see no key at all, bool [B, T]; False where there can be none.
+    """The queries that see no key at all, bool [B, T]; False without a mask.
 
-    Hugging Face's eager attention gives them the mean of all values, its sdpa gives zero.
+    For these, Hugging Face's eager attention returns the mean of all values, its sdpa zero.
     """
     mask = inputs.get("attention_mask")
     if mask is None:

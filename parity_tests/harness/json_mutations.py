@@ -1,4 +1,4 @@
-"""Files as other programs, other people and bad disks leave them: mutations of JSON and TOML."""
+"""Random mutations of JSON and TOML files: what other programs, people and bad disks leave."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ NESTED: list[Any] = [
 
 
 def mutated(content: bytes, rng: random.Random, dump: Callable[[Any], bytes], parsed: Any) -> bytes:
-    """One mutation of a file: of its bytes, or of the value `parsed` that `dump` writes."""
+    """One mutation: of the bytes `content`, or of the value `parsed`, which `dump` then writes."""
     if rng.random() < 0.2:
         return _bytes(content, rng)
     value = copy.deepcopy(parsed)
@@ -32,12 +32,12 @@ def mutated(content: bytes, rng: random.Random, dump: Callable[[Any], bytes], pa
 
 
 def dump_json(value: Any) -> bytes:
-    """With NaN, Infinity and lone surrogates, as Python writes them."""
+    """As Python writes it: also NaN, Infinity and lone surrogates."""
     return json.dumps(value).encode()
 
 
 def _bytes(content: bytes, rng: random.Random) -> bytes:
-    place = rng.randrange(len(content) + 1)
+    at = rng.randrange(len(content) + 1)
     nested = b"[" * 100_000 + b"]" * 100_000
     return rng.choice(
         [
@@ -45,11 +45,11 @@ def _bytes(content: bytes, rng: random.Random) -> bytes:
             b" \n",
             b"\xef\xbb\xbf" + content,
             content.decode("utf-8", "replace").encode("utf-16"),
-            content[:place],
-            content[:place] + b"\xff\xfe" + content[place:],
-            content[:place] + b"\x00" + content[place:],
+            content[:at],
+            content[:at] + b"\xff\xfe" + content[at:],
+            content[:at] + b"\x00" + content[at:],
             content + content,
-            content[:place] + bytes([rng.randrange(256)]) + content[place + 1 :],
+            content[:at] + bytes([rng.randrange(256)]) + content[at + 1 :],
             nested,
             b'{"a":' * 100_000 + b"1" + b"}" * 100_000,
             content.rstrip()[:-1] + b', "x": ' + nested + b"}",
@@ -61,52 +61,52 @@ def _bytes(content: bytes, rng: random.Random) -> bytes:
 
 
 def _paths(value: Any, path: Path = (), depth: int = 6) -> list[Path]:
-    """Of every node; of long lists and tables a few."""
-    found = [path]
+    """The paths of all nodes; of long lists and tables only of the first few."""
+    paths = [path]
     if depth and isinstance(value, dict):
         for key in list(value)[:60]:
-            found += _paths(value[key], (*path, key), depth - 1)
+            paths += _paths(value[key], (*path, key), depth - 1)
     elif depth and isinstance(value, list):
-        for place in range(min(len(value), 4)):
-            found += _paths(value[place], (*path, place), depth - 1)
-    return found
+        for index in range(min(len(value), 4)):
+            paths += _paths(value[index], (*path, index), depth - 1)
+    return paths
 
 
 def _value(value: Any, rng: random.Random) -> Any:
     paths = _paths(value)
-    # of all depths alike, or the longest list would take nearly every mutation
+    # first a depth, then a path of that depth: the longest list would take nearly every mutation
     depth = rng.choice(sorted({len(path) for path in paths}))
     path = rng.choice([path for path in paths if len(path) == depth])
     if not path:
         return _other(value, rng)
-    holder = value
+    parent = value
     for key in path[:-1]:
-        holder = holder[key]
+        parent = parent[key]
     last = path[-1]
     match rng.randrange(6):
         case 0:
-            del holder[last]
-        case 1 if isinstance(holder, dict):
-            holder[f"{last}_"] = holder.pop(last)
-        case 2 if isinstance(holder, dict):
-            holder["unknown"] = _other(holder[last], rng)
+            del parent[last]
+        case 1 if isinstance(parent, dict):
+            parent[f"{last}_"] = parent.pop(last)
+        case 2 if isinstance(parent, dict):
+            parent["unknown"] = _other(parent[last], rng)
         case 2:
-            holder.insert(last, holder[last])
+            parent.insert(last, parent[last])
         case _:
-            holder[last] = _other(holder[last], rng)
+            parent[last] = _other(parent[last], rng)
     return value
 
 
 def _other(value: Any, rng: random.Random) -> Any:
-    """Another value, near to it or not."""
-    near: list[Any] = [[value], {"x": value}, str(value)[:100]]
+    """Another value: a similar one, or one of another kind."""
+    similar: list[Any] = [[value], {"x": value}, str(value)[:100]]
     if isinstance(value, int | float) and not isinstance(value, bool):
-        near += [value + 1, -value, value * 2, value / 2, float(value), value * 10**6]
+        similar += [value + 1, -value, value * 2, value / 2, float(value), value * 10**6]
     if isinstance(value, str):
-        near += [value.upper(), value + "x", value[:-1], [*value[:50]]]
+        similar += [value.upper(), value + "x", value[:-1], [*value[:50]]]
     if isinstance(value, list):
-        near += [value * 2, value[:1], value[::-1], dict(enumerate(value[:50]))]
+        similar += [value * 2, value[:1], value[::-1], dict(enumerate(value[:50]))]
     if isinstance(value, dict):
-        near += [list(value)[:50], list(value.values())[:50], dict(list(value.items())[:1])]
-    palette = rng.choice([near, SCALARS, SCALARS, NESTED])
+        similar += [list(value)[:50], list(value.values())[:50], dict(list(value.items())[:1])]
+    palette = rng.choice([similar, SCALARS, SCALARS, NESTED])
     return copy.deepcopy(rng.choice(palette))

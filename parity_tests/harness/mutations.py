@@ -1,10 +1,10 @@
-"""Twelve ways to be wrong: each breaks the library the way a port of Llama has been broken somewhere.
+"""Twelve deliberate mistakes, each one that some port of Llama has made.
 
     with mutate("loss_without_shift"):
         ...
 
-A suite which stays green under one of these proves nothing. Where a mutation rewrites weights, it
-does so as they are loaded, so that the whole suite, conversion included, sees it.
+A suite that stays green under one of them proves nothing. Mutations of weights change them as they are
+loaded, so that every test that loads weights sees them.
 """
 
 import contextlib
@@ -24,7 +24,7 @@ Buffers = dict[tuple[str, ...], np.ndarray]
 
 
 class Mutation(NamedTuple):
-    """Where to patch, what to put there given what was there, and which module is then at fault."""
+    """`target.attribute` becomes `replacement(original)`; `begins_at` is the first module to drift."""
 
     target: Any
     attribute: str
@@ -34,7 +34,7 @@ class Mutation(NamedTuple):
 
 @contextlib.contextmanager
 def mutate(name: str) -> Iterator[None]:
-    """The library with one fault. What was compiled before, or under it, is forgotten."""
+    """Break the library in one way. Clears JAX's caches before and after."""
     mutation = MUTATIONS[name]
     wrong = mutation.replacement(getattr(mutation.target, mutation.attribute))
     with mock.patch.object(mutation.target, mutation.attribute, wrong):
@@ -45,7 +45,7 @@ def mutate(name: str) -> Iterator[None]:
             jax.clear_caches()
 
 
-# Faults in how weights are laid out: they are applied to what has been read, before it is a model.
+# Mistakes in the layout of weights, made between reading them and building the model.
 
 
 def while_loading(change: Callable[[Buffers, Any], None]) -> Callable[[Any], Any]:
@@ -60,18 +60,18 @@ def while_loading(change: Callable[[Buffers, Any], None]) -> Callable[[Any], Any
 
 
 def _ending(buffers: Buffers, *names: str) -> Iterator[np.ndarray]:
-    """The arrays of parameters called, say, ("q_proj", "weight"), in place."""
+    """The parameters of the modules with these names, to be changed in place."""
     for path, array in buffers.items():
         if path[-2] in names:
             yield array
 
 
 def no_permutation(buffers: Buffers, config: Any) -> None:
-    """The rows of q and k as the original Llama stores them: pairs next to each other."""
+    """The rows of q and k in the order of the original Llama: each pair side by side."""
     for array in _ending(buffers, "q_proj", "k_proj"):
         layer_count, rows = array.shape[:2]
-        dim, rest = config.head_size, array.shape[2:]
-        halves = array.reshape(layer_count, rows // dim, 2, dim // 2, *rest)
+        dim, columns = config.head_size, array.shape[2:]
+        halves = array.reshape(layer_count, rows // dim, 2, dim // 2, *columns)
         array[...] = halves.swapaxes(2, 3).reshape(array.shape)
 
 
@@ -81,36 +81,36 @@ def norms_swapped(buffers: Buffers, config: Any) -> None:
 
 
 def o_proj_transposed(buffers: Buffers, config: Any) -> None:
-    """[in, out] read as [out, in]: without an error for a square matrix, and reshaped for others."""
+    """[in, out] read as [out, in], which is no error for a square matrix; others are reshaped."""
     for path, array in buffers.items():
         if path[-2:] == ("o_proj", "weight"):
             array[...] = array.swapaxes(1, 2).reshape(array.shape)
 
 
-# Faults in the computation.
+# Mistakes in the computation.
 
 
 def theta_10000(cos_sin: Any) -> Any:
-    def wrong(positions: Any, rope: Any, *rest: Any) -> Any:
-        return cos_sin(positions, dict(rope) | {"rope_theta": 10000.0}, *rest)
+    def wrong(positions: Any, rope: Any, *args: Any) -> Any:
+        return cos_sin(positions, dict(rope) | {"rope_theta": 10000.0}, *args)
 
     return wrong
 
 
 def scaling_dropped(cos_sin: Any) -> Any:
-    def wrong(positions: Any, rope: Any, *rest: Any) -> Any:
+    def wrong(positions: Any, rope: Any, *args: Any) -> Any:
         plain = {"rope_type": "default", "rope_theta": rope["rope_theta"]}
-        return cos_sin(positions, plain, *rest)
+        return cos_sin(positions, plain, *args)
 
     return wrong
 
 
 def position_off_by_one(cos_sin: Any) -> Any:
-    """Every token but the first is one place too far. (If the first were too, nothing would change:
-    attention sees differences of positions.)"""
+    """Every token but the first is one position too far. (If the first were too, nothing would change:
+    attention only depends on differences of positions.)"""
 
-    def wrong(positions: Any, *rest: Any) -> Any:
-        return cos_sin(positions + (positions > 0).astype(positions.dtype), *rest)
+    def wrong(positions: Any, *args: Any) -> Any:
+        return cos_sin(positions + (positions > 0).astype(positions.dtype), *args)
 
     return wrong
 
@@ -120,12 +120,12 @@ def eps_1e_6(rms_norm: Any) -> Any:
 
 
 def tiled_kv_heads(attention: Any) -> Any:
-    """Query head h reads kv head h % K, not h // (N / K): `tile` where `repeat` was meant."""
+    """Query head h reads kv head h % K, not h // (N / K): `tile` in place of `repeat`."""
 
-    def wrong(query: Any, key: Any, value: Any, mask: Any, **rest: Any) -> Any:
+    def wrong(query: Any, key: Any, value: Any, mask: Any, **options: Any) -> Any:
         heads, kv_heads = query.shape[2], key.shape[2]
         order = np.arange(heads).reshape(heads // kv_heads, kv_heads).T.reshape(-1)
-        out, weights = attention(query[:, :, order], key, value, mask, **rest)
+        out, weights = attention(query[:, :, order], key, value, mask, **options)
         back = np.argsort(order)
         return out[:, :, back], None if weights is None else weights[:, back]
 
@@ -134,12 +134,12 @@ def tiled_kv_heads(attention: Any) -> Any:
 
 def mask_off_by_one(mask: Any) -> Any:
     """Every query sees one key of the future."""
-    return lambda query_slots, *rest: mask(query_slots + 1, *rest)
+    return lambda query_slots, *args: mask(query_slots + 1, *args)
 
 
 def bfloat16_cast(attention: Any) -> Any:
-    def wrong(*args: Any, **rest: Any) -> Any:
-        out, weights = attention(*args, **rest)
+    def wrong(*args: Any, **options: Any) -> Any:
+        out, weights = attention(*args, **options)
         return out.astype(jnp.bfloat16).astype(out.dtype), weights
 
     return wrong

@@ -1,9 +1,8 @@
-"""Three programs, one shape of answer: the oracle, Hugging Face's model, and ours.
+"""Run the oracle, Hugging Face's model and ours, with results of the same form.
 
-Each gives `Numbers`: "logits" (where there are those of start and end, side by side), "loss" where there
-are labels, and "grad NAME" for every parameter under its Hugging Face name, as numpy arrays. The gradient
-is of the loss or, without labels, of a projection of the logits, so that every logit has a cotangent of
-its own.
+Each returns `Numbers`, numpy arrays by name: "logits" (for question answering, start and end side by side),
+"loss" if there are labels, and "grad NAME" for every parameter by its Hugging Face name. The gradient is of
+the loss or, without labels, of a projection of the logits that gives each a different cotangent.
 """
 
 from collections.abc import Callable, Mapping
@@ -33,7 +32,7 @@ def _slope(xp: Any, logits: Any) -> Any:
 
 
 def _logits(xp: Any, out: Any) -> Any:
-    """The logits of an output; those of start and end side by side. xp is torch or jax.numpy."""
+    """The logits of an output; start and end logits side by side. xp is torch or jax.numpy."""
     return (
         out.logits if hasattr(out, "logits") else xp.stack([out.start_logits, out.end_logits], -1)
     )
@@ -43,7 +42,7 @@ def _logits(xp: Any, out: Any) -> Any:
 
 
 def torch_numbers(out: Any, parameters: Mapping[str, torch.Tensor]) -> Numbers:
-    """The answers of a torch program. A parameter which it did not use has a gradient of zeros."""
+    """The numbers of a torch model's output. Parameters without influence have gradients of zero."""
     logits = _logits(torch, out)
     results = {"logits": logits}
     scalar = (logits * _slope(torch, logits)).mean()
@@ -80,13 +79,13 @@ def hf_numbers(model: PreTrainedModel, inputs: Inputs) -> Numbers:
 def our_model(
     config: Config, weights: Weights, dtype: Any, model_class: type[Any] = LlamaForCausalLM
 ) -> Any:
-    """Our model with these weights. For float64 call it under `jax.enable_x64(True)`."""
+    """Our model with these weights. float64 needs `jax.enable_x64(True)` around the call."""
     tensors = {name: weight.detach().numpy() for name, weight in weights.items()}
     return huggingface.from_hf_tensors(model_class, LlamaConfig.from_dict(config), tensors, dtype)
 
 
 def our_inputs(inputs: Inputs, dtype: Any) -> tuple[dict[str, jax.Array], dict[str, int]]:
-    """The inputs as JAX arrays (int32, or `dtype`), and those which are plain ints."""
+    """The arrays of the inputs as JAX arrays (int32, or `dtype`), and their plain ints."""
     arrays = {
         name: jnp.asarray(value, dtype if value.dtype.kind == "f" else jnp.int32)
         for name, value in inputs.items()
@@ -95,8 +94,8 @@ def our_inputs(inputs: Inputs, dtype: Any) -> tuple[dict[str, jax.Array], dict[s
     return arrays, {name: value for name, value in inputs.items() if isinstance(value, int)}
 
 
-# Five times faster to compile. For float64, where rounding does not matter; what users compile, and
-# where it does, has no options.
+# Compiles five times faster. For float64, where rounding does not matter; elsewhere the suite compiles what
+# users compile, without options.
 FAST_COMPILE = {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}
 
 
@@ -120,7 +119,7 @@ def compiled(
 
 
 def our_numbers(model: Any, inputs: Inputs, run: Callable[..., Any] | None = None) -> Numbers:
-    """The answers of our model; `run` is its compiled function, where that is at hand already."""
+    """The numbers of our model. `run` is what `compiled` returned, to compile once for many inputs."""
     arrays, ints = our_inputs(inputs, model.dtype)
     run = run or compiled(ints, FAST_COMPILE if model.dtype == jnp.float64 else None)
     results, gradient = run(model, arrays)

@@ -1,4 +1,4 @@
-"""Tiny tokenizers of both of Meta's forms, and the strings that tokenizers get wrong."""
+"""Tiny tokenizers in both of Meta's formats, and strings that tokenizers get wrong."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ HARD = [
 
 @cache
 def sentencepiece_model(**options: Any) -> bytes:
-    """A tokenizer.model as Llama 1 and 2 have it: BPE, identity, byte fallback, digits split."""
+    """A tokenizer.model in the format of Llama 1 and 2: BPE with byte fallback and split digits."""
     out = io.BytesIO()
     fields = {
         "model_type": "bpe",
@@ -80,14 +80,14 @@ def tiktoken_ranks(count: int = 480) -> dict[bytes, int]:
 
 
 def tiktoken_model(count: int = 480) -> bytes:
-    """A tokenizer.model as Llama 3 has it."""
+    """A tokenizer.model in the format of Llama 3."""
     lines = (base64.b64encode(t) + b" %d\n" % rank for t, rank in tiktoken_ranks(count).items())
     return b"".join(lines)
 
 
 @cache
 def tiktoken_encoding(count: int = 480, *, release_3_0: bool = False) -> tiktoken.Encoding:
-    """The same as tiktoken runs it, with Meta's expression and special tokens."""
+    """The same as a tiktoken encoding, with Meta's pattern and special tokens."""
     ranks = tiktoken_ranks(count)
     specials = special_tokens(release_3_0=release_3_0)
     return tiktoken.Encoding(

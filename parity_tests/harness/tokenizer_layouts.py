@@ -1,4 +1,4 @@
-"""The directories that transformers 4.30 to 5 write for a Llama's tokenizer, and hard strings."""
+"""Tokenizer directories as transformers 4.30 to 5 write them for a Llama, and difficult strings."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _PLAIN_FLAGS = {"lstrip": False, "normalized": False, "rstrip": False, "single_w
 
 
 def flags(content: str, **others: bool) -> dict[str, Any]:
-    """A token as the files have it."""
+    """A token with its flags, as in the files."""
     return {"content": content, **_PLAIN_FLAGS, **others}
 
 
@@ -54,7 +54,7 @@ _NAMES = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
 
 
 def slow_4_30(model: dict[str, Any], *, added: bool, **options: Any) -> dict[str, Any]:
-    """tokenizer.model; the tokens added in added_tokens.json and special_tokens_map.json."""
+    """tokenizer.model, and added tokens in added_tokens.json and special_tokens_map.json."""
     named = {name: flags(token, normalized=True) for name, token in _NAMES.items()}
     config = {name: {"__type": "AddedToken", **token} for name, token in named.items()}
     files: dict[str, Any] = {
@@ -74,7 +74,7 @@ def slow_4_30(model: dict[str, Any], *, added: bool, **options: Any) -> dict[str
 
 
 def slow_4_36(model: dict[str, Any], *, added: bool, **options: Any) -> dict[str, Any]:
-    """tokenizer.model; all tokens in added_tokens_decoder of tokenizer_config.json."""
+    """tokenizer.model, and added tokens in added_tokens_decoder of tokenizer_config.json."""
     decoder = {i: flags(t, special=True) for i, t in enumerate(["<unk>", "<s>", "</s>"])}
     extra = {}
     if added:
@@ -87,14 +87,14 @@ def slow_4_36(model: dict[str, Any], *, added: bool, **options: Any) -> dict[str
             added_tokens_decoder={str(i): token for i, token in decoder.items()},
             **(_NAMES | extra | options),
         ),
-        # with added_tokens_decoder, these two do not count
+        # ignored, because there is an added_tokens_decoder
         "special_tokens_map.json": {"bos_token": "</s>"},
         "added_tokens.json": {"not this": 999},
     }
 
 
 def fast_4_36(model: dict[str, Any], *, added: bool, **options: Any) -> dict[str, Any]:
-    """The same with a tokenizer.json, which need not have all of the tokens."""
+    """The same with a tokenizer.json, which need not contain all added tokens."""
     files = slow_4_36(model, added=added, **options)
     content = model_json(files["tokenizer.model"])
     content["added_tokens"] = [
@@ -104,7 +104,7 @@ def fast_4_36(model: dict[str, Any], *, added: bool, **options: Any) -> dict[str
 
 
 def byte_level(*, kind: str, **options: Any) -> dict[str, Any]:
-    """Llama 3's: tokenizer.json says all but the tokens that were added later."""
+    """Llama 3's: tokenizer.json has everything except tokens that were added later."""
     names = {"bos_token": "<|begin_of_text|>", "eos_token": "<|end_of_text|>"}
     return {
         "tokenizer.json": model_json(tiktoken_model()),
@@ -167,7 +167,7 @@ LAYOUTS: dict[str, dict[str, Any]] = {
 
 
 def write_layout(directory: Path, files: dict[str, Any]) -> Path:
-    """The files, in a directory of a Llama."""
+    """Write the files, and a config.json of a Llama."""
     directory.mkdir(exist_ok=True)
     for name, content in ({"config.json": {"model_type": "llama"}} | files).items():
         if not isinstance(content, bytes):
@@ -178,7 +178,7 @@ def write_layout(directory: Path, files: dict[str, Any]) -> Path:
 
 
 def hard_strings(count: int) -> Iterator[str]:
-    """Always the same: tokens in text, all of Unicode, runs, near misses."""
+    """The same strings every time: tokens in text, any Unicode, runs, near misses of tokens."""
     tokens = ["<sep>", "▁▁▁", "<extra>", "foo bar", "zz", " zz ", "Word", "Words", "<pad>", "other"]
     tokens += ["<|im_start|>", "<|im_end|> ", "<s>", "</s>", "<unk>", "<late>", "early", "<image>"]
     choices, rng = [*HARD, *tokens, "the<sep>other"], random.Random(0)

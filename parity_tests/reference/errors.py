@@ -13,37 +13,36 @@ def to_numpy(x: Any) -> np.ndarray:
     return np.asarray(x, dtype=np.float64)
 
 
-def relative_error(got: Any, want: Any) -> float:
-    """max|got - want| / max|want|; 0 where both are all zeros, infinite where only `want` is.
+def relative_error(values: Any, reference: Any) -> float:
+    """max|values - reference| / max|reference|; 0 if both are all zeros, infinite if only `reference` is.
 
-    NaN anywhere in `got` gives NaN, which is below no tolerance.
+    NaN anywhere in `values` gives NaN, which is within no tolerance.
     """
-    got, want = to_numpy(got), to_numpy(want)
-    if got.shape != want.shape:
-        raise ValueError(f"shape {got.shape}, expected {want.shape}")
-    return _ratio(np.abs(got - want).max(initial=0.0), np.abs(want).max(initial=0.0))
+    values, reference = to_numpy(values), to_numpy(reference)
+    if values.shape != reference.shape:
+        raise ValueError(f"shape {values.shape}, expected {reference.shape}")
+    error, scale = np.abs(values - reference), np.abs(reference)
+    return _ratio(error.max(initial=0.0), scale.max(initial=0.0))
 
 
-def rms_error(got: Iterable[Any], want: Iterable[Any]) -> float:
-    """rms(got - want) / rms(want), each pooled over all the arrays given."""
-    pairs = [(to_numpy(g), to_numpy(w)) for g, w in zip(got, want, strict=True)]
-    for g, w in pairs:
-        if g.shape != w.shape:
-            raise ValueError(f"shape {g.shape}, expected {w.shape}")
-    error = sum(np.square(g - w).sum() for g, w in pairs)
-    scale = sum(np.square(w).sum() for _, w in pairs)
+def rms_error(values: Iterable[Any], reference: Iterable[Any]) -> float:
+    """rms(values - reference) / rms(reference), both pooled over all arrays."""
+    pairs = [(to_numpy(v), to_numpy(r)) for v, r in zip(values, reference, strict=True)]
+    for v, r in pairs:
+        if v.shape != r.shape:
+            raise ValueError(f"shape {v.shape}, expected {r.shape}")
+    error = sum(np.square(v - r).sum() for v, r in pairs)
+    scale = sum(np.square(r).sum() for _, r in pairs)
     return _ratio(np.sqrt(error), np.sqrt(scale))
 
 
-def worst(got: Mapping[str, Any], want: Mapping[str, Any]) -> tuple[float, str]:
-    """The largest relative error over named arrays, and its name. The names must be the same."""
-    if got.keys() != want.keys():
-        raise ValueError(f"names differ: {sorted(got.keys() ^ want.keys())}")
-    errors = {name: relative_error(got[name], want[name]) for name in want}
-    # NaN compares false with everything, so it is looked for first.
-    name = next((n for n, e in errors.items() if np.isnan(e)), None) or max(
-        errors, key=errors.__getitem__
-    )
+def worst(values: Mapping[str, Any], reference: Mapping[str, Any]) -> tuple[float, str]:
+    """The largest relative error of arrays by name, or NaN, and its name. Both must have the same names."""
+    if values.keys() != reference.keys():
+        raise ValueError(f"names differ: {sorted(values.keys() ^ reference.keys())}")
+    errors = {name: relative_error(values[name], reference[name]) for name in reference}
+    nan = [name for name, error in errors.items() if np.isnan(error)]  # which `max` would miss
+    name = nan[0] if nan else max(errors, key=errors.__getitem__)
     return errors[name], name
 
 

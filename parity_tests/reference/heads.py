@@ -1,7 +1,7 @@
-"""The reference's task heads: projections of the decoder's output onto few classes, and their losses.
+"""Task heads of the reference: projections of the decoder's output onto few classes, and their losses.
 
-Written from the documentation of Hugging Face's classes and from the definitions of the losses; like
-`oracle.py` they compute in one dtype throughout, and `test_task_heads.py` holds them to Hugging Face's.
+Written from the documentation of Hugging Face's classes and from the definitions of the losses. Like
+`oracle.py` they compute in one dtype throughout; `test_task_heads.py` compares them with Hugging Face's.
 """
 
 from typing import Any, NamedTuple
@@ -20,7 +20,7 @@ class HeadOutput(NamedTuple):
 
 
 def mean_cross_entropy(logits: Tensor, labels: Tensor, ignored: int) -> Tensor:
-    """-log of the label's probability, averaged over the labels that count; 0 for none."""
+    """Mean of -log p(label) over the labels that are not `ignored`; 0 if there are none."""
     counts = labels != ignored
     log_probabilities = logits - logits.logsumexp(-1, keepdim=True)
     chosen = log_probabilities.gather(-1, labels.where(counts, 0)[..., None])[..., 0]
@@ -36,13 +36,13 @@ def sequence_classification(
     dtype: torch.dtype = torch.float64,
     **inputs: Any,
 ) -> HeadOutput:
-    """The head on the rightmost token that is not padding; the loss by `problem_type` or by the labels."""
+    """The head on the last token that is not padding; `problem_type` or the labels' dtype sets the loss."""
     weights = {name: weight.to(dtype) for name, weight in weights.items()}
     hidden = decode(config, weights, input_ids=input_ids, **inputs).hidden_states[-1]
     last = [hidden.shape[1] - 1] * len(hidden)
     if input_ids is not None and config.get("pad_token_id") is not None:
         for row, ids in enumerate(input_ids.tolist()):
-            tokens = [place for place, token in enumerate(ids) if token != config["pad_token_id"]]
+            tokens = [i for i, token in enumerate(ids) if token != config["pad_token_id"]]
             last[row] = tokens[-1] if tokens else 0
     logits = linear(
         weights, "score", torch.stack([x[i] for x, i in zip(hidden, last, strict=True)])
@@ -52,8 +52,8 @@ def sequence_classification(
     count = logits.shape[-1]
     problem = config.get("problem_type")
     if problem is None:
-        whole = not labels.is_floating_point()
-        problem = "regression" if count == 1 else "single_label" if whole else "multi_label"
+        of_dtype = "multi_label" if labels.is_floating_point() else "single_label"
+        problem = "regression" if count == 1 else of_dtype
     if problem.startswith("single_label"):
         return HeadOutput(mean_cross_entropy(logits, labels.reshape(-1), IGNORE), logits)
     targets = labels.to(dtype).reshape(logits.shape)
@@ -71,7 +71,7 @@ def token_classification(
     dtype: torch.dtype = torch.float64,
     **inputs: Any,
 ) -> HeadOutput:
-    """The head on every token; labels [B, T] are not shifted."""
+    """The head on every token; labels [B, T] are of the same token, not of the next."""
     weights = {name: weight.to(dtype) for name, weight in weights.items()}
     logits = linear(weights, "score", decode(config, weights, **inputs).hidden_states[-1])
     loss = None if labels is None else mean_cross_entropy(logits, labels, IGNORE)
@@ -87,7 +87,7 @@ def question_answering(
     dtype: torch.dtype = torch.float64,
     **inputs: Any,
 ) -> HeadOutput:
-    """Start and end over the tokens. A position before the text is its first, one beyond does not count."""
+    """Logits of the answer's start and end. Positions below 0 count as 0; past the end they are ignored."""
     weights = {
         name.replace("transformer.", "model.", 1): weight.to(dtype)
         for name, weight in weights.items()
@@ -97,7 +97,7 @@ def question_answering(
         return HeadOutput(None, logits)
     length = logits.shape[1]
     losses = [
-        mean_cross_entropy(logits[..., side], places.reshape(-1).clamp(0, length), length)
-        for side, places in enumerate((start_positions, end_positions))
+        mean_cross_entropy(logits[..., side], positions.reshape(-1).clamp(0, length), length)
+        for side, positions in enumerate((start_positions, end_positions))
     ]
     return HeadOutput(sum(losses) / 2, logits)

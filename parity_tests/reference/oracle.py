@@ -1,10 +1,10 @@
 """The reference: a short, plain Llama in torch which computes in one dtype throughout.
 
-Hugging Face's model casts norms, softmax and rotary angles to float32 whatever its own dtype, so in
-float64 it carries float32's rounding and cannot say which of two float32 programs is nearer to the
-truth. This one can: with `dtype=torch.float64` no number in it has less than 53 bits. It is written
-from the papers and from the meaning of the fields of a Hugging Face `config.json`; `test_oracle.py`
-holds it to Hugging Face's model.
+Hugging Face's model casts norms, softmax and rotary angles to float32 whatever its own dtype. Even in
+float64 it has float32's rounding errors, and cannot tell which of two float32 programs is more accurate.
+This one can: with `dtype=torch.float64` every number in it has 53 bits. It is written from the papers and
+from the meaning of the fields of a Hugging Face `config.json`; `test_oracle.py` compares it with Hugging
+Face's model.
 
 Everything is a free function of tensors. A config is the dictionary read from `config.json`, in
 either layout (`rope_theta` + `rope_scaling`, or `rope_parameters`). Weights are a dictionary with
@@ -57,11 +57,11 @@ def _gelu_tanh(x: Tensor) -> Tensor:
 
 
 def _softplus(x: Tensor) -> Tensor:
-    # torch's own is linear above 20, which is off by 2e-9: too much for float64.
+    # torch's softplus is linear above 20, an error of 2e-9: too much for float64.
     return torch.logaddexp(x, torch.zeros_like(x))
 
 
-# Every name of transformers' ACT2FN that has no parameters of its own.
+# Every activation of transformers' ACT2FN without trainable parameters.
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu": _gelu,
     "gelu_python": _gelu,
@@ -92,7 +92,7 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 def embed(config: Config, table: Tensor, ids: Tensor) -> Tensor:
-    """Rows of the table [vocab, hidden]; as an input, the row of `pad_token_id` is a constant."""
+    """Rows of the table [vocab, hidden]. The row of `pad_token_id` gets no gradient, as in torch."""
     rows, pad = table[ids], config.get("pad_token_id")
     if pad is None:
         return rows
@@ -121,10 +121,10 @@ def rope_settings(config: Config) -> dict[str, Any]:
 def inverse_frequencies(
     config: Config, seq_len: int, dtype: torch.dtype = torch.float64
 ) -> tuple[Tensor, float]:
-    """The angle that each pair of features turns by per position, and the factor on cos and sin.
+    """The angle per position of each pair of features, and the factor on cos and sin.
 
-    `seq_len` is the longest position of the batch plus one; only `dynamic` and `longrope` look at
-    it. Returns ([D / 2] in `dtype`, factor).
+    `seq_len` is the largest position of the batch plus one; only `dynamic` and `longrope` depend on it.
+    Returns ([D / 2] in `dtype`, factor).
     """
     rope, dim = rope_settings(config), head_dim(config)
     kind, theta = rope["rope_type"], rope["rope_theta"]
@@ -138,10 +138,10 @@ def inverse_frequencies(
     if kind == "default":
         return 1.0 / powers(theta), 1.0
 
-    if kind == "linear":  # positions squeezed into the trained context
+    if kind == "linear":  # positions are compressed into the trained context
         return 1.0 / powers(theta) / rope["factor"], 1.0
 
-    if kind == "proportional":  # the slow end of the spectrum does not turn at all
+    if kind == "proportional":  # the pairs of lowest frequency do not turn at all
         share = rope["partial_rotary_factor"]
         turning = int((1.0 if share is None else share) * dim // 2)
         keep = torch.arange(dim // 2) < turning
@@ -167,7 +167,7 @@ def inverse_frequencies(
         inv_freq = 1.0 / powers(theta)
         turns = trained * inv_freq / (2 * math.pi)  # full turns within the trained context
         low, high = rope["low_freq_factor"], rope["high_freq_factor"]
-        # Few turns: interpolate by `factor`. Many: leave. Between: blend linearly in the turns.
+        # Few turns: interpolate by `factor`. Many: unchanged. Between: blend linearly in the turns.
         blend = ((turns - low) / (high - low)).clamp(0.0, 1.0)
         return (1 - blend) * inv_freq / rope["factor"] + blend * inv_freq, 1.0
 
@@ -177,12 +177,12 @@ def inverse_frequencies(
 def _yarn(
     config: Config, rope: Mapping[str, Any], dim: int, powers: Tensor
 ) -> tuple[Tensor, float]:
-    """YaRN, "NTK by parts": fast pairs are left, slow ones interpolated, with a ramp between."""
+    """YaRN, "NTK by parts": fast pairs stay, slow ones are interpolated, with a ramp between them."""
     trained = rope["original_max_position_embeddings"]
     factor = rope.get("factor") or config["max_position_embeddings"] / trained
 
     def pair_that_turns(times: float) -> float:
-        """The (fractional) pair which makes this many turns within the trained context."""
+        """The (fractional) index of the pair that makes this many turns within the trained context."""
         return dim * math.log(trained / (times * 2 * math.pi)) / (2 * math.log(rope["rope_theta"]))
 
     first = pair_that_turns(rope.get("beta_fast") or 32)
@@ -206,7 +206,7 @@ def _yarn(
 def cos_sin(
     config: Config, position_ids: Tensor, dtype: torch.dtype = torch.float64
 ) -> tuple[Tensor, Tensor]:
-    """cos and sin of every angle, [B, T, D], the same angles in both halves of D."""
+    """cos and sin of every angle, [B, T, D]; both halves of D have the same angles."""
     inv_freq, scale = inverse_frequencies(config, int(position_ids.max()) + 1, dtype)
     angles = position_ids[..., None].to(dtype) * inv_freq
     angles = torch.cat((angles, angles), dim=-1)
@@ -228,7 +228,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 
 def linear(weights: Weights, name: str, x: Tensor, slices: int = 1) -> Tensor:
-    """x @ W^T + b with W [out, in]; the sum over `in` in `slices` parts, as pretraining_tp asks."""
+    """x @ W^T + b with W [out, in]; the sum over `in` is split into `slices`, for `pretraining_tp`."""
     weight, bias = weights[f"{name}.weight"], weights.get(f"{name}.bias")
     parts = zip(x.chunk(slices, dim=-1), weight.chunk(slices, dim=-1), strict=True)
     y = sum((part @ w.T for part, w in parts), start=x.new_zeros(()))
@@ -238,13 +238,15 @@ def linear(weights: Weights, name: str, x: Tensor, slices: int = 1) -> Tensor:
 def attention(q: Tensor, k: Tensor, v: Tensor, visible: Tensor) -> tuple[Tensor, Tensor]:
     """Grouped-query attention. q [B, N, T, D], k and v [B, K, S, D], visible bool [B, 1, T, S].
 
-    Query head n reads key/value head n // (N / K). A query which sees no key gets zero.
+    Query head n reads key/value head n // (N / K). A query that sees no key returns zero.
     Returns the output [B, N, T, D] and the probabilities [B, N, T, S].
     """
     group = q.shape[1] // k.shape[1]
     k, v = k.repeat_interleave(group, dim=1), v.repeat_interleave(group, dim=1)
     scores = q @ k.transpose(-1, -2) / math.sqrt(q.shape[-1])
-    lowest = torch.finfo(q.dtype).min  # finite, so that an empty row is no NaN in the gradient
+    lowest = torch.finfo(
+        q.dtype
+    ).min  # finite, so that a row without keys gives no NaN in the gradient
     probabilities = torch.softmax(scores.masked_fill(~visible, lowest), dim=-1) * visible
     return probabilities @ v, probabilities
 
@@ -289,7 +291,7 @@ def decoder_layer(
     sin: Tensor,
     visible: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    """Pre-norm attention and MLP, each added to the stream. x [B, T, H] -> [B, T, H]."""
+    """Pre-norm attention and MLP, each added to the residual. x [B, T, H] -> [B, T, H]."""
     eps = config["rms_norm_eps"]
     normed = rms_norm(x, weights[f"{name}.input_layernorm.weight"], eps)
     mixed, probabilities = self_attention(
@@ -310,8 +312,8 @@ def visibility(
     attention_mask: Tensor | None = None,
     segment_ids: Tensor | None = None,
 ) -> Tensor:
-    """Which query sees which key, bool [B, 1, T, T]: no key after it, no key masked out by
-    `attention_mask` [B, T], no key of another segment of `segment_ids` [B, T]."""
+    """Which query sees which key, bool [B, 1, T, T]: no later key, none masked out by `attention_mask`
+    [B, T], none of another segment of `segment_ids` [B, T]."""
     visible = torch.ones(length, length, dtype=torch.bool).tril().expand(batch, 1, length, length)
     if attention_mask is not None:
         visible = visible & attention_mask.bool()[:, None, None, :]
@@ -326,9 +328,8 @@ def visibility(
 def causal_lm_loss(logits: Tensor, labels: Tensor, num_items_in_batch: int | None = None) -> Tensor:
     """Cross-entropy of each position's logits [B, T, V] against the next position's label [B, T].
 
-    Labels of -100 do not count. The sum is divided by `num_items_in_batch` where given, else by the
-    number of labels that count. No label at all gives 0, where torch gives NaN: a batch without
-    targets asks for nothing.
+    Labels of -100 are ignored. The sum is divided by `num_items_in_batch` or, if that is None, by the
+    number of labels that count. Without any such label the loss is 0, where torch's is NaN.
     """
     targets = torch.nn.functional.pad(labels, (0, 1), value=IGNORE)[:, 1:]
     counts = targets != IGNORE
@@ -358,8 +359,8 @@ def decode(
 ) -> Decoded:
     """Run the decoder in the dtype of the weights.
 
-    Give `input_ids` [B, T] or `inputs_embeds` [B, T, H]. `position_ids` [B, T] or [1, T] are
-    0 .. T-1 unless given, whatever the mask; they turn the heads and nothing else.
+    Needs `input_ids` [B, T] or `inputs_embeds` [B, T, H]. `position_ids` [B, T] or [1, T] default to
+    0 .. T-1 whatever the mask; they only set the rotary angles.
     """
     embedding = weights["model.embed_tokens.weight"]
     if inputs_embeds is None:
@@ -395,9 +396,9 @@ def oracle(
 ) -> OracleOutput:
     """Run the causal language model, every step of it in `dtype`.
 
-    `inputs` are those of `decode`. The output projection is `lm_head.weight`, or the embedding where
-    that is absent (tied). `logits_to_keep`: the last so many positions (0 is all), or an index of
-    positions; the loss sees all of them.
+    `inputs` are those of `decode`. The output projection is `lm_head.weight`, or the embedding if there is
+    none (tied). `logits_to_keep`: the number of last positions (0: all), or their indices; the loss always
+    includes all positions.
     """
     weights = {name: weight.to(dtype) for name, weight in weights.items()}
     hidden_states, attentions = decode(config, weights, **inputs)

@@ -1,4 +1,4 @@
-"""Run by `test_attention_sharded.py` in a process of eight host devices; prints one JSON line per case."""
+"""Attention on eight host devices against one. Run by `test_attention_sharded.py`; prints JSON lines."""
 
 import json
 import os
@@ -24,7 +24,7 @@ CASES = {
     "data8": ({"data": 8}, 4, 2),
     "tensor4": ({"tensor": 4}, 8, 4),
     "tensor4-kv2": ({"tensor": 4}, 8, 2),
-    "tensor4-heads6": ({"tensor": 4}, 6, 2),  # does not divide: every shard does all heads
+    "tensor4-heads6": ({"tensor": 4}, 6, 2),  # not divisible: every shard computes all heads
     "sequence4": ({"sequence": 4}, 4, 2),
     "fsdp2-sequence2-tensor2": ({"fsdp": 2, "sequence": 2, "tensor": 2}, 4, 2),
 }

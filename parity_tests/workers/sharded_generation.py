@@ -1,4 +1,4 @@
-"""Run by `test_generation.py` in a process of eight host devices: prints "same", or the tokens."""
+"""Generate on eight host devices; prints "same" or the tokens. Run by `test_generation.py`."""
 
 import os
 

@@ -1,5 +1,4 @@
-"""Run by `test_task_weights.py` in a process of four host devices: losses of the task models
-are those of one device."""
+"""Losses of the task models on four host devices against one. Run by `test_task_weights.py`."""
 
 import os
 
@@ -46,9 +45,9 @@ def main() -> None:
         },
     }
     mesh = jax.make_mesh((1, 2, 1, 2), MESH_AXES, axis_types=(AxisType.Auto,) * 4)
-    for model_class, given in targets.items():
+    for model_class, labels in targets.items():
         model = model_class(CONFIG, rngs=nnx.Rngs(0))
-        arrays = {name: jnp.asarray(value, jnp.int32) for name, value in given.items()}
+        arrays = {name: jnp.asarray(value, jnp.int32) for name, value in labels.items()}
         loss_of = jax.jit(lambda model, ids, arrays: model(ids, **arrays).loss)
         tokens = jnp.asarray(ids, jnp.int32)
         want = loss_of(model, tokens, arrays)
@@ -56,7 +55,7 @@ def main() -> None:
         shardings = parameter_shardings(model, mesh)
         placed = jax.device_put(nnx.to_pure_dict(params), shardings)
         split = [x.addressable_shards[0].data.size < x.size for x in jax.tree.leaves(placed)]
-        assert sum(split) >= len(split) - 1, "only a head's bias is whole on every device"
+        assert sum(split) >= len(split) - 1, "only the bias of a head is replicated"
         nnx.replace_by_pure_dict(params, placed)
         with jax.set_mesh(mesh):
             got = loss_of(nnx.merge(graphdef, params), tokens, arrays)

@@ -1,4 +1,4 @@
-"""Run by `test_loss_sharded.py` in a process of eight host devices; prints one JSON line per case."""
+"""The fused loss on eight host devices against one. Run by `test_loss_sharded.py`; prints JSON lines."""
 
 import itertools
 import json

@@ -1,4 +1,4 @@
-"""Run by `test_hf_params.py` in a process of eight host devices: a directory's weights over a mesh."""
+"""Load the weights of a directory over a mesh of eight host devices. Run by `test_hf_params.py`."""
 
 import os
 import sys
@@ -27,14 +27,14 @@ def main() -> None:
     flat, _ = jax.tree_util.tree_flatten_with_path(params)
     split = 0
     for path, leaf in flat:
-        whole = model
+        parameter = model
         for key in path:
-            whole = getattr(whole, key.key)
-        np.testing.assert_array_equal(np.asarray(leaf), np.asarray(whole[...]))
+            parameter = getattr(parameter, key.key)
+        np.testing.assert_array_equal(np.asarray(leaf), np.asarray(parameter[...]))
         split += leaf.addressable_shards[0].data.size < leaf.size
-    assert split == len(flat), "every weight is split over this mesh"
+    assert split == len(flat), "every weight must be split over this mesh"
 
-    # a batch placed by its rows is the batch
+    # so is a batch, placed by its rows
     shape = program.batch.input_ids.shape
     rows = rows_of_process(program.batch)
     assert rows == list(range(8))

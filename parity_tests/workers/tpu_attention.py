@@ -1,4 +1,4 @@
-"""Run by `test_attention_tpu.py`: compiles splash attention and a model for a TPU that is not there."""
+"""Compile Splash attention and a model for a TPU without having one. Run by `test_attention_tpu.py`."""
 
 import json
 
@@ -25,13 +25,13 @@ CASES = {
 
 
 def kernels(mesh, function, *arguments) -> int:
-    """How many kernels the compiled program calls."""
-    whole = NamedSharding(mesh, PartitionSpec())
-    given = jax.tree.map(
-        lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=whole), arguments
+    """The number of kernel calls in the compiled program."""
+    replicated = NamedSharding(mesh, PartitionSpec())
+    arguments = jax.tree.map(
+        lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=replicated), arguments
     )
     with jax.set_mesh(mesh):
-        return jax.jit(function).lower(*given).compile().as_text().count("tpu_custom_call")
+        return jax.jit(function).lower(*arguments).compile().as_text().count("tpu_custom_call")
 
 
 def main() -> None:
@@ -54,8 +54,8 @@ def main() -> None:
             for count in (heads, kv_heads, kv_heads)
         ]
         per_token = [jax.ShapeDtypeStruct((batch, seq), kind) for kind in (bool, jnp.int32)]
-        found = kernels(mesh_of(sizes), jax.grad(energy), operands, *per_token)
-        print(json.dumps({"case": name, "kernels": found}), flush=True)
+        count = kernels(mesh_of(sizes), jax.grad(energy), operands, *per_token)
+        print(json.dumps({"case": name, "kernels": count}), flush=True)
 
     config = LlamaConfig(
         vocab_size=256,
@@ -71,8 +71,8 @@ def main() -> None:
     def loss(model, ids):
         return model(ids, labels=ids, attention_implementation="splash").loss
 
-    found = kernels(mesh_of((2, 1, 2)), jax.grad(loss), model, ids)
-    print(json.dumps({"case": "model", "kernels": found}), flush=True)
+    count = kernels(mesh_of((2, 1, 2)), jax.grad(loss), model, ids)
+    print(json.dumps({"case": "model", "kernels": count}), flush=True)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The yardsticks themselves: an error that is not seen here is seen nowhere."""
+"""The error measures that every comparison uses."""
 
 import numpy as np
 import pytest
