@@ -15,9 +15,13 @@ _MAX_BYTES = 256 * 2**20  # the largest tokenizers have 20 MB
 
 
 def read_companions(directory: Path, *, tokenizer: bool) -> dict[str, bytes]:
-    """The files of a model's directory (of a run, too) that travel along, by name.
+    """The files beside the weights in a model's directory, or a run's, by name.
 
-    Raises ValueError for one that is damaged, too large, or a link out of the directory.
+    Args:
+        tokenizer: whether to read the tokenizer's files.
+
+    Raises:
+        ValueError: one that is damaged, too large, or a link out of the directory.
     """
     if tokenizer:
         require_inside(tokenizer_home(directory), TEMPLATES)
@@ -25,7 +29,7 @@ def read_companions(directory: Path, *, tokenizer: bool) -> dict[str, bytes]:
     for name, path in companion_files(directory, tokenizer=tokenizer).items():
         require_inside(path.parent if path.name == name else path.parents[1], name)
         if not path.is_file():
-            raise ValueError(f"{path}: not a file, expected one")
+            raise ValueError(f"{path}: not a regular file")
         if path.stat().st_size > _MAX_BYTES:
             raise ValueError(f"{path}: {path.stat().st_size} bytes, expected at most {_MAX_BYTES}")
         files[name] = path.read_bytes()
@@ -37,7 +41,7 @@ def read_companions(directory: Path, *, tokenizer: bool) -> dict[str, bytes]:
 
 
 def write_companions(directory: Path, files: Mapping[str, bytes]) -> None:
-    """Write them."""
+    """Write files by name, in subdirectories where the name has one."""
     for name, content in files.items():
         path = directory / name
         path.parent.mkdir(exist_ok=True)
@@ -45,9 +49,10 @@ def write_companions(directory: Path, files: Mapping[str, bytes]) -> None:
 
 
 def tokenizer_facts(files: Mapping[str, bytes]) -> dict[str, Any]:
-    """What `info` says of the tokenizer among files that were read; {} where there is none.
+    """What `info` shows of the tokenizer in `files`; {} where there is none.
 
-    Raises ValueError for files that no command could use.
+    Raises:
+        ValueError: files that no command could use.
     """
     from llama_jax.text.chat_template import chat_templates
     from llama_jax.text.tokenizer import read_tokenizer, special_tokens
@@ -59,18 +64,16 @@ def tokenizer_facts(files: Mapping[str, bytes]) -> dict[str, Any]:
         templates = chat_templates(files)
     except ValueError as error:
         raise ValueError(f"tokenizer: cannot be read ({error})") from None
-    return {
-        "tokenizer": {
-            "model": type(tokenizer.model).__name__,
-            "tokens": tokenizer.get_vocab_size(),
-            **{
-                key: named[key]
-                for key in ("bos_token", "eos_token", "pad_token", "unk_token")
-                if key in named
-            },
-            "chat_template": bool(templates),
-        }
+    facts: dict[str, Any] = {
+        "model": type(tokenizer.model).__name__,
+        "tokens": tokenizer.get_vocab_size(),
     }
+    facts |= {
+        key: named[key]
+        for key in ("bos_token", "eos_token", "pad_token", "unk_token")
+        if key in named
+    }
+    return {"tokenizer": facts | {"chat_template": bool(templates)}}
 
 
 def require_inside(directory: Path, name: str) -> None:
@@ -93,8 +96,8 @@ def _require_json_object(path: Path, content: bytes) -> None:
     try:
         value = json.loads(content)
     except (ValueError, RecursionError) as error:
-        fault = POINTER if is_pointer(content) else f"not valid JSON ({error})"
-        raise ValueError(f"{path}: {fault}") from None
+        problem = POINTER if is_pointer(content) else f"not valid JSON ({error})"
+        raise ValueError(f"{path}: {problem}") from None
     if not isinstance(value, dict):
         raise ValueError(f"{path}: found a {type(value).__name__}, expected a JSON object")
 
@@ -106,4 +109,6 @@ def _require_tokenizer(path: Path, content: bytes) -> None:
         with tokenizers_errors():
             Tokenizer.from_buffer(content)
     except ValueError as error:
-        raise ValueError(f"{path}: not a tokenizer ({error}); --no-tokenizer leaves it") from None
+        raise ValueError(
+            f"{path}: not a tokenizer ({error}); use --no-tokenizer to leave it out"
+        ) from None

@@ -17,7 +17,7 @@ from convert.estimate import seconds
 from convert.formats import huggingface, registry
 from convert.formats.registry import FORMATS
 from convert.proof import read_back
-from convert.verify_logits import Comparison, compare_logits, require_means
+from convert.verify_logits import Comparison, compare_logits, require_torch_and_memory
 from llama_jax.checkpoints.safetensors_write import TensorSpec
 from llama_jax.files.staging import move, staging_in, to_disk
 
@@ -125,7 +125,7 @@ def plan(
         raise ValueError(f"{target.parent}: no permission to write there")
     checkpoint = registry.read(path, tokenizer=tokenizer)
     if logits:
-        require_means(checkpoint)
+        require_torch_and_memory(checkpoint)
     chosen = dtype or checkpoint.dtype
     if dtype is None and chosen not in format_.DTYPE_NAMES:
         chosen = None

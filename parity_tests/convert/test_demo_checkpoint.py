@@ -56,7 +56,7 @@ def test_a_cached_file_of_another_checksum_is_refused(cache, capsys):
     cache.mkdir()
     (cache / demo_checkpoint.FILE).write_bytes(b"damaged")
     assert demo_checkpoint.main() == 2
-    assert "delete the file to fetch it again" in capsys.readouterr().err
+    assert "delete the file to download it again" in capsys.readouterr().err
 
 
 def test_no_network_says_which_file_to_put_where(cache, monkeypatch, capsys):
@@ -65,5 +65,5 @@ def test_no_network_says_which_file_to_put_where(cache, monkeypatch, capsys):
     assert demo_checkpoint.main() == 2
     message = capsys.readouterr().err
     assert "No matching distribution found" in message
-    assert f"put it at {cache / demo_checkpoint.FILE}" in message
+    assert f"to {cache / demo_checkpoint.FILE}" in message
     assert message.count("\n") == 1
