@@ -1,7 +1,8 @@
-"""Every pair of formats: seconds beside `cp` of the same bytes, and peak memory.
+"""Conversion between every pair of formats: time beside `cp` of the same bytes, and peak memory.
 
-A model of random bfloat16 values in the shape of a preset, in the temporary directory; every conversion is
-a process of its own and includes its proof. All pairs of an 8B model would take 80 GB of disk:
+The model has random bfloat16 values in the shape of a preset and is in the temporary directory; every
+conversion runs in a separate process and includes verification. All pairs of an 8B model would take 80 GB
+of disk, so name some:
 
 python -m benchmarks convert --preset llama-3.1-8b --pairs hf-orbax orbax-hf hf-gguf
 """
@@ -22,7 +23,8 @@ from llama_jax.cli.arguments import Parser
 from llama_jax.presets import PRESETS
 
 ROOT = Path(__file__).parents[1]
-# each source is made by an earlier pair
+FORMATS = ("hf", "orbax", "gguf", "meta")
+# a pair's source is Hugging Face's or the output of an earlier pair
 PAIRS = [
     *("hf-orbax", "hf-gguf", "hf-meta", "orbax-hf", "orbax-gguf", "orbax-meta"),
     *("gguf-hf", "gguf-orbax", "gguf-meta", "meta-hf", "meta-orbax", "meta-gguf"),
@@ -45,37 +47,51 @@ def main(arguments: Sequence[str] = ()) -> None:
         help="conversions to time, such as hf-gguf, in this order; default: all",
     )
     options = parser.parse_args(arguments)
+    require_sources(options.pairs)
     console = formatting.console(width=100)
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
-        made = {"hf": root / "hf"}
-        specs = write_random(PRESETS[options.preset], made["hf"])
+        checkpoints = {"hf": root / "hf"}
+        specs = write_random(PRESETS[options.preset], checkpoints["hf"])
         nbytes = sum(spec.nbytes for spec in specs)
         rows = []
         for pair in options.pairs:
-            source, target = pair.split("-")
-            # beside each other, for the disk and the machine change their pace
-            copied = copy_seconds(made["hf"], root / "copy")
-            out = root / f"{pair}.gguf" if target == "gguf" else root / pair
-            seconds, peak = convert(made[source], out, target)
-            rows.append((pair, seconds, copied, peak))
-            console.print(f"{pair}: {seconds:.1f} s, cp {copied:.1f} s, {peak / 1e6:.0f} MB")
-            if target in made:
-                remove(out)
+            source, _, target = pair.partition("-")
+            # right before the conversion, because the speed of disk and machine varies
+            cp_seconds = time_cp(checkpoints["hf"], root / "copy")
+            output = root / f"{pair}.gguf" if target == "gguf" else root / pair
+            seconds, peak = convert(checkpoints[source], output, target)
+            rows.append((pair, seconds, cp_seconds, peak))
+            console.print(f"{pair}: {seconds:.1f} s, cp {cp_seconds:.1f} s, {peak / 1e6:.0f} MB")
+            if target in checkpoints:
+                remove(output)
             else:
-                made[target] = out
+                checkpoints[target] = output
     table = Table(
-        title=f"{options.preset}, {nbytes / 1e9:.1f} GB of bfloat16, proof included",
+        title=f"{options.preset}, {nbytes / 1e9:.1f} GB of bfloat16, verification included",
         title_justify="left",
     )
     for column in ("from-to", "seconds", "/ cp", "peak MB"):
         table.add_column(column, justify="left" if column == "from-to" else "right")
-    for pair, seconds, copied, peak in rows:
-        table.add_row(pair, f"{seconds:.1f}", f"{seconds / copied:.2f}", f"{peak / 1e6:.0f}")
+    for pair, seconds, cp_seconds, peak in rows:
+        table.add_row(pair, f"{seconds:.1f}", f"{seconds / cp_seconds:.2f}", f"{peak / 1e6:.0f}")
     console.print(table)
 
 
-def copy_seconds(source: Path, target: Path) -> float:
+def require_sources(pairs: Sequence[str]) -> None:
+    """Raise ValueError where a pair is none, or its source is not there when it is needed."""
+    available = {"hf"}
+    for pair in pairs:
+        source, _, target = pair.partition("-")
+        if source not in FORMATS or target not in FORMATS:
+            raise ValueError(f"--pairs: found {pair!r}, expected FROM-TO of {', '.join(FORMATS)}")
+        if source not in available:
+            raise ValueError(f"--pairs: {pair} needs an earlier pair that writes {source}")
+        available.add(target)
+
+
+def time_cp(source: Path, target: Path) -> float:
+    """Seconds that `cp` takes."""
     start = time.perf_counter()
     subprocess.run(["cp", "-r", str(source), str(target)], check=True)
     seconds = time.perf_counter() - start
@@ -93,14 +109,14 @@ sys.exit(code)
 
 
 def convert(source: Path, target: Path, to: str) -> tuple[float, int]:
-    """Seconds, from the start of the program, and peak bytes of one conversion in its own process."""
+    """Seconds, from the start of the program, and peak bytes of one conversion in a separate process."""
     command = [sys.executable, "-c", _CHILD, str(source), str(target), "--to", to]
     start = time.perf_counter()
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    process = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     seconds = time.perf_counter() - start
-    if done.returncode:
-        raise SystemExit(done.stderr)
-    return seconds, int(done.stdout) * 1024
+    if process.returncode:
+        raise SystemExit(process.stderr)
+    return seconds, int(process.stdout) * 1024
 
 
 def remove(path: Path) -> None:

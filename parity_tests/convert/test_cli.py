@@ -22,7 +22,7 @@ import convert
 from convert.__main__ import main
 from convert.demo_checkpoint import FILE, cache_directory
 from llama_jax.cli.arguments import size_argument
-from parity_tests.convert.formats.gguf.test_gguf_tokenizer import byte_level_fields
+from parity_tests.convert.formats.gguf.test_tokenizer_read import byte_level_fields
 from parity_tests.convert.formats.gguf.tiny_gguf import same, tiny_gguf, tiny_model
 from parity_tests.harness.child_process import ROOT
 
@@ -71,8 +71,8 @@ def test_shards_and_dtype(source: Path, tmp_path: Path) -> None:
     index = json.loads((out / "model.safetensors.index.json").read_text())
     assert len(set(index["weight_map"].values())) > 1
     convert.convert(source, tmp_path / "whole", dtype="bfloat16")
-    found = {k: v for p in out.glob("*.safetensors") for k, v in load_file(p).items()}
-    assert same(found, load_file(tmp_path / "whole/model.safetensors")) == []
+    tensors = {k: v for p in out.glob("*.safetensors") for k, v in load_file(p).items()}
+    assert same(tensors, load_file(tmp_path / "whole/model.safetensors")) == []
     model = AutoModelForCausalLM.from_pretrained(out, dtype="auto")
     assert model.dtype == torch.bfloat16
 
@@ -99,7 +99,7 @@ def test_info_of_a_file_whose_tokenizer_is_unknown(tmp_path: Path) -> None:
     assert facts["parameters"] == sum(p.numel() for p in model.parameters())
 
 
-def test_users_mistakes(
+def test_user_mistakes(
     source: Path,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
@@ -127,7 +127,7 @@ def test_users_mistakes(
     assert sorted(p.name for p in tmp_path.iterdir()) == ["empty", "m.gguf", "text.gguf"]
 
 
-def test_a_fault_found_half_way_leaves_nothing(
+def test_an_error_half_way_leaves_nothing(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     bad = np.full(32, np.inf, np.float32)

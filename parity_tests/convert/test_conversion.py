@@ -85,8 +85,8 @@ def require_equal(directory: Path, model: Any) -> None:
         for name, tensor in model.state_dict().items()
         if not (name == "lm_head.weight" and model.config.tie_word_embeddings)
     }
-    found = weights(directory)
-    assert same(found, expected) == []
+    tensors = weights(directory)
+    assert same(tensors, expected) == []
     loaded, report = AutoModelForCausalLM.from_pretrained(
         directory, dtype="auto", output_loading_info=True
     )
@@ -104,9 +104,9 @@ def test_the_matrix_comes_back_bitwise(tmp_path: Path, through: str) -> None:
         model.save_pretrained(folder / "model", max_shard_size="20KB" if number % 2 else "5GB")
         convert.convert(folder / "model", place_of(folder, through), to=through)
         convert.convert(place_of(folder, through), folder / "back")
-        found = weights(folder / "back")
+        tensors = weights(folder / "back")
         expected = weights(folder / "model")
-        assert same(found, expected) == [], options
+        assert same(tensors, expected) == [], options
         fields = json.loads((folder / "back/config.json").read_text())
         assert fields["head_dim"] == options["head_dim"]
         assert fields["dtype"] == fields["torch_dtype"] == options["dtype"]
@@ -199,8 +199,8 @@ def test_orbax_restores_what_was_converted(tmp_path: Path) -> None:
         lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device), expected
     )
     with ocp.StandardCheckpointer() as checkpointer:
-        found = checkpointer.restore(tmp_path / "orbax/params", abstract)
-    jax.tree.map(np.testing.assert_array_equal, found, expected)
+        restored = checkpointer.restore(tmp_path / "orbax/params", abstract)
+    jax.tree.map(np.testing.assert_array_equal, restored, expected)
 
 
 def test_safetensors_alone_reads_it(tmp_path: Path) -> None:
@@ -266,12 +266,12 @@ def test_a_killed_conversion_leaves_no_destination_and_the_next_one_cleans_up(
     source = random_model(tmp_path / "model", 64)
     begin = time.monotonic()
     assert killed_at(120, source, tmp_path / "whole") == 0
-    whole = time.monotonic() - begin
+    full_time = time.monotonic() - begin
     expected = sizes(tmp_path / "whole")
     generator = random.Random(0)
     # the last one is given all the time it needs: other work may slow it down
     for moment in (0.5, 0.6, 0.7, 0.8, 0.9, 20.0):
-        code = killed_at(whole * moment * generator.uniform(0.9, 1.0), source, tmp_path / "out")
+        code = killed_at(full_time * moment * generator.uniform(0.9, 1.0), source, tmp_path / "out")
         assert code in (0, -signal.SIGKILL)
         if (tmp_path / "out").exists():
             assert sizes(tmp_path / "out") == expected

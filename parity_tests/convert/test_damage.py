@@ -1,11 +1,11 @@
-"""Damaged checkpoints of every format: one line of error, or nothing lost; never half a result."""
+"""Damaged checkpoints of every format: a one-line error or the same tensors, never a partial output."""
 
 from __future__ import annotations
 
 import random
 import resource
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -27,13 +27,13 @@ def sources(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """The same model in every format, by the names of SOURCES."""
     root = tmp_path_factory.mktemp("sources")
     tiny_model().save_pretrained(root / "model")
-    made = {}
+    sources = {}
     for name in FORMATS:
-        made[name] = root / f"{name}.gguf" if name == "gguf" else root / name
-        convert.convert(root / "model", made[name], to=name)
-    made["hf sharded"] = root / "hf sharded"
-    convert.convert(root / "model", made["hf sharded"], max_shard_size=20_000)
-    return made
+        sources[name] = root / f"{name}.gguf" if name == "gguf" else root / name
+        convert.convert(root / "model", sources[name], to=name)
+    sources["hf sharded"] = root / "hf sharded"
+    convert.convert(root / "model", sources["hf sharded"], max_shard_size=20_000)
+    return sources
 
 
 @pytest.fixture
@@ -46,12 +46,12 @@ def little_memory() -> Iterator[None]:
     resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
 
 
-def copied(source: Path, place: Path) -> Path:
+def copied(source: Path, folder: Path) -> Path:
     """A copy of a source, its record with it."""
     if source.is_dir():
-        return Path(shutil.copytree(source, place / source.name))
-    shutil.copy(source.with_name(f"{source.name}.{FILE}"), place)
-    return Path(shutil.copy(source, place))
+        return Path(shutil.copytree(source, folder / source.name))
+    shutil.copy(source.with_name(f"{source.name}.{FILE}"), folder)
+    return Path(shutil.copy(source, folder))
 
 
 def files_of(source: Path) -> list[Path]:
@@ -61,7 +61,7 @@ def files_of(source: Path) -> list[Path]:
     return [source, source.with_name(f"{source.name}.{FILE}")]
 
 
-def cut(path: Path, rng: random.Random) -> str:
+def truncate(path: Path, rng: random.Random) -> str:
     """Shorten a file by a random part."""
     size = path.stat().st_size
     left = rng.choice([0, rng.randrange(max(size, 1)), max(0, size - rng.randint(1, 64))])
@@ -103,46 +103,49 @@ def tensors_of(directory: Path) -> dict[str, np.ndarray]:
     }
 
 
-@pytest.mark.parametrize("damage", [cut, flip])
+@pytest.mark.parametrize("damage", [truncate, flip])
 @pytest.mark.parametrize("name", SOURCES)
 @pytest.mark.usefixtures("little_memory")
 def test_damage_is_an_error_or_changes_no_tensor(
-    sources: dict[str, Path], tmp_path: Path, name: str, damage: object
+    sources: dict[str, Path],
+    tmp_path: Path,
+    name: str,
+    damage: Callable[[Path, random.Random], str],
 ) -> None:
-    """With digests beside it, whatever is read is what was written."""
-    rng = random.Random(f"{name} {damage}")
+    """Whatever is read is what was written, for its digests are beside it."""
+    rng = random.Random(f"{name} {damage.__name__}")
     expected = tensors_of(sources["hf"])
     errors = 0
     for case in range(CASES):
-        place = tmp_path / str(case)
-        place.mkdir()
-        source = copied(sources[name], place)
-        what = damage(rng.choice(files_of(source)), rng)  # type: ignore[operator]
-        error = attempt(source, place / "out")
+        folder = tmp_path / str(case)
+        folder.mkdir()
+        source = copied(sources[name], folder)
+        what = damage(rng.choice(files_of(source)), rng)
+        error = attempt(source, folder / "out")
         errors += error is not None
         if error is None:
-            found = tensors_of(place / "out")
-            assert found.keys() == expected.keys(), what
+            tensors = tensors_of(folder / "out")
+            assert tensors.keys() == expected.keys(), what
             for tensor, values in expected.items():
-                assert np.array_equal(found[tensor].view("u4"), values.view("u4")), (what, tensor)
-        assert {path.name for path in place.iterdir()} <= {
+                assert np.array_equal(tensors[tensor].view("u4"), values.view("u4")), (what, tensor)
+        assert {path.name for path in folder.iterdir()} <= {
             source.name,
             f"{source.name}.{FILE}",
             "out",
         }, what
-        shutil.rmtree(place)
+        shutil.rmtree(folder)
     assert errors > CASES // 3
 
 
 @pytest.mark.parametrize("name", SOURCES)
-def test_a_cut_file_of_weights_is_found_without_digests(
+def test_a_truncated_weights_file_is_detected_without_digests(
     sources: dict[str, Path], tmp_path: Path, name: str
 ) -> None:
     rng = random.Random(name)
     for case in range(40):
-        place = tmp_path / str(case)
-        place.mkdir()
-        source = copied(sources[name], place)
+        folder = tmp_path / str(case)
+        folder.mkdir()
+        source = copied(sources[name], folder)
         record = next(path for path in files_of(source) if path.name.endswith(FILE))
         record.unlink()
         weights = [
@@ -153,6 +156,6 @@ def test_a_cut_file_of_weights_is_found_without_digests(
             and path.stat().st_size > 0
             and "_METADATA" not in path.name
         ]
-        what = cut(rng.choice(weights), rng)
-        assert attempt(source, place / "out") is not None, what
-        shutil.rmtree(place)
+        what = truncate(rng.choice(weights), rng)
+        assert attempt(source, folder / "out") is not None, what
+        shutil.rmtree(folder)

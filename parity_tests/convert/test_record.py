@@ -22,13 +22,13 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
     [None, 0, [], "x", {"a": None}, {"a": {}}, {"a": {"sha256": None}}, {"a": {"sha256": "zz"}}],
     ids=str,
 )
-def test_digests_that_are_none(directory: Path, tensors: Any) -> None:
+def test_damaged_records(directory: Path, tensors: Any) -> None:
     path = directory / FILE
     before = path.read_text()
     path.write_text(json.dumps(json.loads(before) | {"tensors": tensors}))
     try:
-        (fault, *_) = info(directory)["problems"]
+        (problem, *_) = info(directory)["problems"]
     finally:
         path.write_text(before)
-    assert "has no SHA-256 for each tensor" in fault
+    assert "has no SHA-256 for each tensor" in problem
     assert info(directory)["problems"] == []

@@ -117,7 +117,7 @@ def _dtype(type_: GGMLQuantizationType) -> np.dtype[Any]:
 def _readable(type_: GGMLQuantizationType) -> bool:
     if type_ in PLAIN_DTYPES:
         return True
-    try:  # the library's own table of what it can dequantise is private: ask it
+    try:  # the library's table of what it can dequantize is private: try it
         dequantize(np.zeros((1, GGML_QUANT_SIZES[type_][1]), np.uint8), type_)
     except NotImplementedError:
         return False

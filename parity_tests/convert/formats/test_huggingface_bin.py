@@ -24,13 +24,13 @@ def directory(path: Path, files: dict[str, Tensors], options: Any = None, **savi
     for file, tensors in files.items():
         torch.save(tensors, path / file, **saving)
     if list(files) != ["pytorch_model.bin"]:
-        places = {name: file for file, tensors in files.items() for name in tensors}
-        write_index(path, places)
+        files_by_name = {name: file for file, tensors in files.items() for name in tensors}
+        write_index(path, files_by_name)
     return path
 
 
-def write_index(path: Path, places: dict[str, str]) -> None:
-    index = {"metadata": {}, "weight_map": places}
+def write_index(path: Path, files_by_name: dict[str, str]) -> None:
+    index = {"metadata": {}, "weight_map": files_by_name}
     (path / "pytorch_model.bin.index.json").write_text(json.dumps(index))
 
 
@@ -49,7 +49,7 @@ def halves(tensors: Tensors) -> dict[str, Tensors]:
     }
 
 
-def fault(path: Path) -> str:
+def error_of(path: Path) -> str:
     with pytest.raises(ValueError) as caught:
         read(path)
     assert "\n" not in str(caught.value)
@@ -78,10 +78,10 @@ def test_a_tied_head_that_shares_the_embeddings_storage(tmp_path: Path) -> None:
     assert "a copy of the embedding, is left out" in info(source)["notes"][0]
     other = tensors | {"lm_head.weight": tensors["lm_head.weight"] + 1}
     torch.save(other, source / "pytorch_model.bin")
-    assert "lm_head.weight: differs from the embedding" in fault(source)
+    assert "lm_head.weight: differs from the embedding" in error_of(source)
 
 
-def test_a_file_of_the_old_form(tmp_path: Path) -> None:
+def test_a_file_from_before_torch_1_6(tmp_path: Path) -> None:
     files = {"pytorch_model.bin": weights()}
     saving = {"_use_new_zipfile_serialization": False}
     source = directory(tmp_path / "in", files, **saving)
@@ -98,7 +98,7 @@ def test_safetensors_are_preferred(tmp_path: Path) -> None:
     read(source)
 
 
-def test_every_fault_is_reported_at_once(tmp_path: Path) -> None:
+def test_every_problem_is_reported_at_once(tmp_path: Path) -> None:
     tensors = weights()
     norm = tensors.pop("model.norm.weight")
     tensors |= {
@@ -106,7 +106,7 @@ def test_every_fault_is_reported_at_once(tmp_path: Path) -> None:
         "model.layers.1.mlp.up_proj.weight": norm,
         "model.layers.1.input_layernorm.weight": norm.int(),
     }
-    message = fault(directory(tmp_path / "in", {"pytorch_model.bin": tensors}))
+    message = error_of(directory(tmp_path / "in", {"pytorch_model.bin": tensors}))
     for part in (
         "model.norm.weight: missing",
         "surplus: unexpected",
@@ -119,15 +119,17 @@ def test_every_fault_is_reported_at_once(tmp_path: Path) -> None:
 def test_tensors_in_two_files(tmp_path: Path) -> None:
     first, second = (files := halves(weights())).values()
     second["model.norm.weight"] = first["model.norm.weight"] = weights()["model.norm.weight"]
-    assert "model.norm.weight: in pytorch_model-00001" in fault(directory(tmp_path / "in", files))
+    assert "model.norm.weight: in pytorch_model-00001" in error_of(
+        directory(tmp_path / "in", files)
+    )
 
 
-def test_files_that_are_missing_or_cut(tmp_path: Path) -> None:
+def test_missing_and_truncated_files(tmp_path: Path) -> None:
     source = directory(tmp_path / "in", halves(weights()))
     first, second = sorted(source.glob("*.bin"))
     second.write_bytes(second.read_bytes()[:-100])
     first.unlink()
-    message = fault(source)
+    message = error_of(source)
     assert f"{first.name}: cannot be read (No such file or directory)" in message
     assert f"{second.name}: damaged" in message
     assert ": missing" not in message  # their tensors are accounted for
@@ -137,14 +139,14 @@ def test_files_that_are_missing_or_cut(tmp_path: Path) -> None:
 def test_an_index_stays_in_its_directory(tmp_path: Path, place: Any) -> None:
     source = directory(tmp_path / "in", halves(weights()))
     write_index(source, {"model.norm.weight": place})
-    assert "expected a file of the directory" in fault(source)
+    assert "expected a file of the directory" in error_of(source)
 
 
 def test_links_stay_in_the_directory(tmp_path: Path) -> None:
     source = directory(tmp_path / "in", {"pytorch_model.bin": weights()})
     (source / "pytorch_model.bin").rename(tmp_path / "elsewhere")
     (source / "pytorch_model.bin").symlink_to(tmp_path / "elsewhere")
-    assert "expected it to stay within" in fault(source)
+    assert "expected it to stay within" in error_of(source)
 
 
 def test_values_that_are_not_finite_leave_nothing(tmp_path: Path) -> None:

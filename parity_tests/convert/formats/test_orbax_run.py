@@ -14,7 +14,7 @@ from parity_tests.train.conftest import finished, tiny  # noqa: F401
 from train.__main__ import main
 
 
-def test_a_run_is_what_its_export_is(finished: Path, tmp_path: Path) -> None:  # noqa: F811
+def test_a_run_converts_to_what_it_exports(finished: Path, tmp_path: Path) -> None:  # noqa: F811
     assert main(["export", str(finished), str(tmp_path / "exported")]) == 0
     convert.convert(finished, tmp_path / "out")
     assert (
@@ -41,7 +41,7 @@ def test_an_earlier_step(finished: Path, tmp_path: Path) -> None:  # noqa: F811
     assert same(early, late) != []
 
 
-def test_damage_within_its_values_is_found(finished: Path, tmp_path: Path) -> None:  # noqa: F811
+def test_damaged_values_are_detected(finished: Path, tmp_path: Path) -> None:  # noqa: F811
     """By the fingerprints of the run: other facts than the values', as a changed value would have."""
     run = Path(shutil.copytree(finished, tmp_path / "run"))
     steps = sorted(int(p.name) for p in (run / "checkpoints").iterdir() if p.name.isdigit())

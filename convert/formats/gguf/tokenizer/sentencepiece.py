@@ -1,6 +1,6 @@
 """SentencePiece's scores, which GGUF keeps instead of merges: from its own file, or from the merges.
 
-SentencePiece joins the two neighbours whose union scores highest; byte-pair encoding as Hugging Face has it
+SentencePiece joins the two neighbors whose union scores highest; byte-pair encoding as Hugging Face has it
 applies the first merge of a list. They agree where all the merges that make a token stand together.
 """
 

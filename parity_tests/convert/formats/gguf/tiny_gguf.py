@@ -186,14 +186,14 @@ def tiny_gguf(path: Path, model: LlamaForCausalLM | None = None, **options: Any)
     return write_gguf(path, tensors, fields, **options)
 
 
-def same(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> list[str]:
+def same(tensors: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> list[str]:
     """Names whose tensors are not bitwise equal, or that only one side has."""
-    names: Iterable[str] = sorted(found.keys() | expected.keys())
+    names: Iterable[str] = sorted(tensors.keys() | expected.keys())
     return [
         name
         for name in names
-        if name not in found
+        if name not in tensors
         or name not in expected
-        or found[name].dtype != expected[name].dtype
-        or not torch.equal(found[name], expected[name])
+        or tensors[name].dtype != expected[name].dtype
+        or not torch.equal(tensors[name], expected[name])
     ]

@@ -1,4 +1,4 @@
-"""Meta's checkpoints in and out: every piece in its place, and nothing that the format cannot say."""
+"""Meta's checkpoints in and out: every shard merged, and models that the format cannot hold refused."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ from llama_jax.presets import PRESETS
 from parity_tests.convert.formats.gguf.tiny_gguf import same, tiny_model
 from parity_tests.convert.formats.meta.tiny_meta import (
     Tensors,
-    cut,
     meta_logits,
     meta_params,
     meta_tensors,
+    split_tensors,
     write_meta,
 )
 
@@ -59,8 +59,8 @@ def directory(
     path: Path, model: LlamaForCausalLM | None = None, count: int = 2, **extra: Any
 ) -> Path:
     model = model or tiny()
-    pieces = cut(meta_tensors(model), count, kv_heads=model.config.num_key_value_heads)
-    return write_meta(path, pieces, meta_params(model, **extra))
+    shards = split_tensors(meta_tensors(model), count, kv_heads=model.config.num_key_value_heads)
+    return write_meta(path, shards, meta_params(model, **extra))
 
 
 def hf_directory(path: Path, model: LlamaForCausalLM, dtype: torch.dtype = torch.float32) -> Path:
@@ -75,7 +75,7 @@ def weights(model: LlamaForCausalLM, dtype: torch.dtype = torch.float32) -> Tens
     return tensors
 
 
-def fault(path: Path) -> str:
+def error_of(path: Path) -> str:
     with pytest.raises(ValueError) as caught:
         read_all(path)
     assert "\n" not in str(caught.value)
@@ -88,9 +88,9 @@ def read_all(path: Path) -> dict[str, np.ndarray]:
     return {spec.name: checkpoint.load(spec.name) for spec in checkpoint.tensors}
 
 
-def change(path: Path, piece: int, update: Any) -> Path:
-    """Apply `update` to the tensors of one piece of a directory."""
-    file = path / f"consolidated.{piece:02d}.pth"
+def change(path: Path, shard: int, update: Any) -> Path:
+    """Apply `update` to the tensors of one shard of a directory."""
+    file = path / f"consolidated.{shard:02d}.pth"
     tensors = torch.load(file, weights_only=True)
     update(tensors)
     torch.save(tensors, file)
@@ -104,21 +104,21 @@ def change(path: Path, piece: int, update: Any) -> Path:
 @pytest.mark.parametrize("count", [1, 2, 4])
 @pytest.mark.parametrize("heads", list(HEADS))
 @pytest.mark.parametrize("tied", [True, False])
-def test_pieces_into_hugging_face(
+def test_shards_into_hugging_face(
     tmp_path: Path, tied: bool, heads: str, count: int, embedding_axis: int
 ) -> None:
     model = tiny(heads, tie_word_embeddings=tied)
     dtype = [torch.float32, torch.bfloat16, torch.float16][(count + embedding_axis) % 3]
     kv_heads = HEADS[heads][1]
-    pieces = cut(
+    shards = split_tensors(
         meta_tensors(model, dtype), count, kv_heads=kv_heads, embedding_axis=embedding_axis
     )
-    source = write_meta(tmp_path / "in", pieces, meta_params(model))
+    source = write_meta(tmp_path / "in", shards, meta_params(model))
     out = convert(source, tmp_path / "out")
     assert same(load_file(out / "model.safetensors"), weights(model, dtype)) == []
-    found = LlamaConfig.from_pretrained(out)
-    assert found.tie_word_embeddings is tied
-    assert (found.kv_heads, found.intermediate_size) == (kv_heads, 96)
+    converted = LlamaConfig.from_pretrained(out)
+    assert converted.tie_word_embeddings is tied
+    assert (converted.kv_heads, converted.intermediate_size) == (kv_heads, 96)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
@@ -131,8 +131,8 @@ def test_hugging_face_into_meta_and_back(
     source = hf_directory(tmp_path / "in", model, dtype)
     meta = convert(source, tmp_path / "meta", to="meta")
     for mapped in (True, False):
-        found = torch.load(meta / "consolidated.00.pth", weights_only=True, mmap=mapped)
-        assert same(found, meta_tensors(model, dtype)) == []
+        converted = torch.load(meta / "consolidated.00.pth", weights_only=True, mmap=mapped)
+        assert same(converted, meta_tensors(model, dtype)) == []
     back = convert(meta, tmp_path / "back")
     assert same(load_file(back / "model.safetensors"), weights(model, dtype)) == []
     ours, theirs = (LlamaConfig.from_pretrained(each) for each in (back, source))
@@ -141,7 +141,7 @@ def test_hugging_face_into_meta_and_back(
 
 @pytest.mark.parametrize("rope", [{"rope_type": "default", "rope_theta": 5e5}, LLAMA3])
 @pytest.mark.parametrize("heads", list(HEADS))
-def test_metas_own_computation_gives_the_same_logits(
+def test_metas_computation_gives_the_same_logits(
     tmp_path: Path, heads: str, rope: dict[str, Any]
 ) -> None:
     model = tiny(heads, rope_parameters=rope, max_position_embeddings=16384)
@@ -150,8 +150,8 @@ def test_metas_own_computation_gives_the_same_logits(
     params = json.loads((meta / "params.json").read_text())
     tensors = torch.load(meta / "consolidated.00.pth", weights_only=True)
     expected = model(ids[None]).logits[0].detach().double()
-    found = meta_logits(tensors, params, ids)
-    assert (found - expected).norm() < 1e-5 * expected.norm()
+    converted = meta_logits(tensors, params, ids)
+    assert (converted - expected).norm() < 1e-5 * expected.norm()
 
 
 def test_every_storage_is_aligned_checked_and_shared(tmp_path: Path) -> None:
@@ -167,19 +167,19 @@ def test_every_storage_is_aligned_checked_and_shared(tmp_path: Path) -> None:
         start = entry.header_offset
         lengths = [int.from_bytes(content[start + i : start + i + 2], "little") for i in (26, 28)]
         assert (start + 30 + sum(lengths)) % 64 == 0
-    found = torch.load(file, weights_only=True)
-    assert found["output.weight"].data_ptr() == found["tok_embeddings.weight"].data_ptr()
+    converted = torch.load(file, weights_only=True)
+    assert converted["output.weight"].data_ptr() == converted["tok_embeddings.weight"].data_ptr()
 
 
-def test_a_file_larger_than_a_zip_of_old(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_that_needs_zip64(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As beyond 4 GiB: sizes and offsets in zip64's fields."""
     monkeypatch.setattr(zipfile, "ZIP64_LIMIT", 100)
     model = tiny()
     meta = convert(hf_directory(tmp_path / "in", model), tmp_path / "meta", to="meta")
     assert b"PK\x06\x06" in (meta / "consolidated.00.pth").read_bytes()
     for mapped in (True, False):
-        found = torch.load(meta / "consolidated.00.pth", weights_only=True, mmap=mapped)
-        assert same(found, meta_tensors(model)) == []
+        converted = torch.load(meta / "consolidated.00.pth", weights_only=True, mmap=mapped)
+        assert same(converted, meta_tensors(model)) == []
 
 
 # --- params.json -------------------------------------------------------------------------------------
@@ -209,22 +209,22 @@ def test_published_params(name: str) -> None:
     preset = PRESETS[name]
     tied = preset.tie_word_embeddings
     size = preset.vocab_size
-    found, notes = config_of(PUBLISHED[name], vocab_size=size, tied=tied, config_json=None)
-    assert found == preset
+    converted, notes = config_of(PUBLISHED[name], vocab_size=size, tied=tied, config_json=None)
+    assert converted == preset
     assert any("max_position_embeddings" in note for note in notes)
     assert any("factor" in note for note in notes) is ("use_scaled_rope" in PUBLISHED[name])
 
 
 @pytest.mark.parametrize("name", [name for name in PRESETS if "smollm" not in name])
-def test_params_mean_the_config_they_were_made_of(name: str) -> None:
+def test_params_and_config_round_trip(name: str) -> None:
     preset = PRESETS[name]
-    found, notes = config_of(
+    converted, notes = config_of(
         params_of(preset),
         vocab_size=preset.vocab_size,
         tied=preset.tie_word_embeddings,
         config_json=preset,
     )
-    assert found == preset
+    assert converted == preset
     assert notes == []
 
 
@@ -235,7 +235,7 @@ def test_any_width_of_the_feed_forward_layers(half: int, width: int) -> None:
     assert intermediate_size(params_of(preset)) == width
 
 
-def test_what_params_do_not_say_is_beside(tmp_path: Path) -> None:
+def test_what_params_do_not_say_is_in_config_json(tmp_path: Path) -> None:
     """A factor other than 3.1's at another shape than 3.2's, and fields params.json has no key for."""
     rope = LLAMA3 | {"factor": 16.0}
     model = tiny(rope_parameters=rope, max_position_embeddings=4321, eos_token_id=[7, 9])
@@ -249,11 +249,11 @@ def test_what_params_do_not_say_is_beside(tmp_path: Path) -> None:
     assert any("max_position_embeddings" in note for note in bare.notes)
 
 
-def test_a_config_beside_that_contradicts(tmp_path: Path) -> None:
+def test_a_contradicting_config_json(tmp_path: Path) -> None:
     meta = convert(hf_directory(tmp_path / "in", tiny()), tmp_path / "meta", to="meta")
     fields = json.loads((meta / "config.json").read_text())
     (meta / "config.json").write_text(json.dumps(fields | {"rms_norm_eps": 0.01}))
-    assert "params.json and config.json differ: rms_norm_eps 1e-05, expected 0.01" in fault(meta)
+    assert "params.json and config.json differ: rms_norm_eps 1e-05, expected 0.01" in error_of(meta)
 
 
 @pytest.mark.parametrize(
@@ -273,19 +273,19 @@ def test_a_config_beside_that_contradicts(tmp_path: Path) -> None:
         ({"multiple_of": 1}, "layers.0.feed_forward.w1.weight: found shape [48, 32], expected [85, 32]"),
     ],
 )  # fmt: skip
-def test_params_that_are_wrong(tmp_path: Path, extra: dict[str, Any], message: str) -> None:
-    assert message in fault(directory(tmp_path / "in", **extra))
+def test_wrong_params(tmp_path: Path, extra: dict[str, Any], message: str) -> None:
+    assert message in error_of(directory(tmp_path / "in", **extra))
 
 
-def test_params_with_less_than_everything(tmp_path: Path) -> None:
+def test_params_with_missing_keys(tmp_path: Path) -> None:
     model = tiny("MHA")
     params = meta_params(model, vocab_size=-1, vision_chunk_size=-1, lora_args=None, max_seq_len=77)
     del params["n_kv_heads"], params["rope_theta"]
     for axis in (0, 1):
-        pieces = cut(meta_tensors(model), 4, kv_heads=4, embedding_axis=axis)
-        for piece in pieces:
-            piece["rope.freqs"] = torch.zeros(4)
-        config = read(write_meta(tmp_path / f"in{axis}", pieces, params)).config
+        shards = split_tensors(meta_tensors(model), 4, kv_heads=4, embedding_axis=axis)
+        for shard in shards:
+            shard["rope.freqs"] = torch.zeros(4)
+        config = read(write_meta(tmp_path / f"in{axis}", shards, params)).config
         assert config["vocab_size"] == 40
         assert config["num_key_value_heads"] == 4
         assert config["max_position_embeddings"] == 77
@@ -307,7 +307,7 @@ def test_params_with_less_than_everything(tmp_path: Path) -> None:
         ({"rope_parameters": LLAMA3 | {"original_max_position_embeddings": 99}}, "embeddings': 99"),
     ],
 )  # fmt: skip
-def test_a_model_that_meta_has_no_words_for(
+def test_a_model_that_metas_format_cannot_hold(
     tmp_path: Path, options: dict[str, Any], message: str
 ) -> None:
     source = hf_directory(tmp_path / "in", tiny(**options))
@@ -330,7 +330,7 @@ def test_without_torch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 # --- bad input ---------------------------------------------------------------------------------------
 
 
-def test_every_fault_is_reported_at_once(tmp_path: Path) -> None:
+def test_every_problem_is_reported_at_once(tmp_path: Path) -> None:
     def update(tensors: Tensors) -> None:
         del tensors["norm.weight"]
         tensors["surplus"] = torch.zeros(3)
@@ -338,7 +338,7 @@ def test_every_fault_is_reported_at_once(tmp_path: Path) -> None:
         tensors["layers.1.attention.wv.weight"] = tensors["layers.1.attention.wv.weight"].int()
 
     source = directory(tmp_path / "in")
-    message = fault(change(change(source, 0, update), 1, update))
+    message = error_of(change(change(source, 0, update), 1, update))
     for part in (
         "norm.weight: missing",
         "surplus: unexpected",
@@ -348,7 +348,7 @@ def test_every_fault_is_reported_at_once(tmp_path: Path) -> None:
         assert part in message
 
 
-def test_pieces_that_do_not_go_together(tmp_path: Path) -> None:
+def test_shards_that_do_not_match(tmp_path: Path) -> None:
     def missing(tensors: Tensors) -> None:
         del tensors["norm.weight"]
 
@@ -359,37 +359,37 @@ def test_pieces_that_do_not_go_together(tmp_path: Path) -> None:
         tensors["norm.weight"] = tensors["norm.weight"].half()
 
     source = directory(tmp_path / "in")
-    message = fault(change(source, 1, other))
+    message = error_of(change(source, 1, other))
     assert (
         "consolidated.01.pth: tensor norm.weight: differs from shard 0, expected a copy" in message
     )
-    assert "norm.weight: found F16[32] and F32[32]" in fault(change(source, 1, half))
-    assert "norm.weight: missing in shard 1" in fault(change(source, 1, missing))
+    assert "norm.weight: found F16[32] and F32[32]" in error_of(change(source, 1, half))
+    assert "norm.weight: missing in shard 1" in error_of(change(source, 1, missing))
     (source / "consolidated.01.pth").rename(source / "consolidated.02.pth")
-    assert "consolidated.01.pth: not found, expected shards 0 to 2" in fault(source)
+    assert "consolidated.01.pth: not found, expected shards 0 to 2" in error_of(source)
 
 
-def test_missing_params_and_links_out(tmp_path: Path) -> None:
+def test_missing_params_and_links_that_leave_the_directory(tmp_path: Path) -> None:
     source = directory(tmp_path / "in")
     (source / "params.json").rename(tmp_path / "params.json")
-    assert "params.json: not found" in fault(source)
+    assert "params.json: not found" in error_of(source)
     (source / "params.json").symlink_to(tmp_path / "params.json")
-    assert "expected it to stay within" in fault(source)
+    assert "expected it to stay within" in error_of(source)
     (source / "params.json").unlink()
     (tmp_path / "params.json").rename(source / "params.json")
     (source / "consolidated.01.pth").rename(tmp_path / "x.pth")
     (source / "consolidated.01.pth").symlink_to(tmp_path / "x.pth")
-    assert "expected it to stay within" in fault(source)
+    assert "expected it to stay within" in error_of(source)
 
 
-def test_a_directory_of_two_pieces_says_so(tmp_path: Path) -> None:
+def test_info_counts_shards(tmp_path: Path) -> None:
     facts = info(directory(tmp_path / "in"))
     assert facts["format"] == "Meta, 2 shards"
     assert facts["parameters"] == sum(t.numel() for t in weights(tiny()).values())
     assert facts["problems"] == []
 
 
-def test_cuts_and_flips_anywhere(tmp_path: Path) -> None:
+def test_truncations_and_bit_flips_anywhere(tmp_path: Path) -> None:
     """Of what we write every byte of a tensor is under a checksum: no flip gives another value."""
     meta = convert(hf_directory(tmp_path / "in", tiny()), tmp_path / "meta", to="meta")
     file = meta / "consolidated.00.pth"
@@ -397,18 +397,18 @@ def test_cuts_and_flips_anywhere(tmp_path: Path) -> None:
     rng = random.Random(0)
     for _ in range(60):
         file.write_bytes(content[: rng.randrange(len(content))])
-        fault(meta)
+        error_of(meta)
     refused = 0
     for _ in range(120):
         damaged = bytearray(content)
         damaged[rng.randrange(len(content))] ^= 1 << rng.randrange(8)
         file.write_bytes(damaged)
         try:
-            found = {name: torch.from_numpy(values) for name, values in read_all(meta).items()}
+            converted = {name: torch.from_numpy(values) for name, values in read_all(meta).items()}
         except ValueError as error:
             refused += 1
             assert "\n" not in str(error)
             assert "consolidated.00.pth" in str(error)
         else:
-            assert same(found, expected) == []
+            assert same(converted, expected) == []
     assert refused > 60

@@ -48,24 +48,26 @@ def meta_tensors(model: LlamaForCausalLM, dtype: torch.dtype = torch.float32) ->
     return result
 
 
-def cut(tensors: Tensors, pieces: int, *, kv_heads: int, embedding_axis: int = 0) -> list[Tensors]:
-    """What each of `pieces` model-parallel processes of Meta's code would save."""
-    result: list[Tensors] = [{} for _ in range(pieces)]
+def split_tensors(
+    tensors: Tensors, shards: int, *, kv_heads: int, embedding_axis: int = 0
+) -> list[Tensors]:
+    """What each model-parallel process of Meta's code would save."""
+    result: list[Tensors] = [{} for _ in range(shards)]
     for name, tensor in tensors.items():
         module = name.removesuffix(".weight").rpartition(".")[2]
         if module in ("wq", "w1", "w3", "output"):
-            parts = tensor.chunk(pieces, 0)
+            parts = tensor.chunk(shards, 0)
         elif module in ("wk", "wv"):
-            copies = max(1, pieces // kv_heads)
-            parts = [p for p in tensor.chunk(pieces // copies, 0) for _ in range(copies)]
+            copies = max(1, shards // kv_heads)
+            parts = [p for p in tensor.chunk(shards // copies, 0) for _ in range(copies)]
         elif module in ("wo", "w2"):
-            parts = tensor.chunk(pieces, 1)
+            parts = tensor.chunk(shards, 1)
         elif module == "tok_embeddings":
-            parts = tensor.chunk(pieces, embedding_axis)
+            parts = tensor.chunk(shards, embedding_axis)
         else:
-            parts = [tensor] * pieces
-        for piece, part in zip(result, parts, strict=True):
-            piece[name] = part.clone()
+            parts = [tensor] * shards
+        for shard, part in zip(result, parts, strict=True):
+            shard[name] = part.clone()
     return result
 
 
@@ -84,12 +86,12 @@ def meta_params(model: LlamaForCausalLM, **extra: Any) -> dict[str, Any]:
     } | extra
 
 
-def write_meta(path: Path, pieces: list[Tensors], params: dict[str, Any]) -> Path:
+def write_meta(path: Path, shards: list[Tensors], params: dict[str, Any]) -> Path:
     """A directory of Meta's."""
     path.mkdir()
     (path / "params.json").write_text(json.dumps(params))
-    for i, piece in enumerate(pieces):
-        torch.save(piece, path / f"consolidated.{i:02d}.pth")
+    for i, shard in enumerate(shards):
+        torch.save(shard, path / f"consolidated.{i:02d}.pth")
     return path
 
 

@@ -133,10 +133,10 @@ def split(text: str, patterns: list[str]) -> list[str]:
     return pieces
 
 
-def merge(piece: str, ranks: dict[tuple[str, str], int], whole: set[str]) -> list[str]:
+def merge(piece: str, ranks: dict[tuple[str, str], int], unmerged: set[str]) -> list[str]:
     """Plain BPE: join the pair of lowest rank, leftmost first, until there is none."""
     parts = [byte_alphabet()[b] for b in piece.encode()]
-    if "".join(parts) in whole:
+    if "".join(parts) in unmerged:
         return ["".join(parts)]
     while True:
         pairs = [(ranks.get(pair, len(ranks)), i) for i, pair in enumerate(pairwise(parts))]
@@ -163,7 +163,7 @@ def test_byte_level_ids_are_llama_cpps(tmp_path: Path, pre: str) -> None:
     ids = {token: i for i, token in enumerate(tokens)}
     merges = fields["tokenizer.ggml.merges"]
     ranks = {tuple(m.split(" ")): i for i, m in enumerate(merges)}
-    whole = set(tokens) if pre == "llama-bpe" else set()
+    unmerged = set(tokens) if pre == "llama-bpe" else set()
     special = regex.compile(
         "(" + "|".join(map(regex.escape, [*SPECIAL, "<think>", "</think>"])) + ")"
     )
@@ -174,7 +174,7 @@ def test_byte_level_ids_are_llama_cpps(tmp_path: Path, pre: str) -> None:
                 expected.append(ids[part])
             else:
                 for piece in split(part, LLAMA_CPP[pre]):
-                    expected += [ids[token] for token in merge(piece, ranks, whole)]
+                    expected += [ids[token] for token in merge(piece, ranks, unmerged)]
         assert tokenizer.encode(text).ids == expected, repr(text)
 
 
@@ -310,7 +310,7 @@ def test_without_the_space_prefix(tmp_path: Path) -> None:
 # --- chat templates, and what is refused -------------------------------------------------------------
 
 
-def test_chat_templates_travel(tmp_path: Path) -> None:
+def test_chat_templates_are_converted(tmp_path: Path) -> None:
     template = "{% for m in messages %}<|im_start|>{{ m['content'] }}{% endfor %}\n"
     tools = "tools: {{ tools }}"
     extra = {"chat_template": template, "chat_template.tool_use": tools}
@@ -343,7 +343,7 @@ def test_a_template_name_cannot_leave_the_directory(tmp_path: Path) -> None:
         ("ggml.pre", ["smollm"], r"tokenizer.ggml.pre is \['smollm'\], expected one of"),
     ],
 )
-def test_tokenizers_that_cannot_be_carried_over(
+def test_tokenizers_that_cannot_be_converted(
     tmp_path: Path, key: str, value: Any, message: str
 ) -> None:
     fields = byte_level_fields("smollm")
@@ -359,7 +359,7 @@ def test_tokenizers_that_cannot_be_carried_over(
     assert not (tmp_path / "weights/tokenizer.json").exists()
 
 
-def test_doubled_tokens_are_named(tmp_path: Path) -> None:
+def test_duplicate_tokens_are_named(tmp_path: Path) -> None:
     fields = byte_level_fields("smollm")
     fields["tokenizer.ggml.tokens"][-1] = "a"
     with pytest.raises(ValueError, match=r"tokens \d+ and \d+ are both 'a'"):

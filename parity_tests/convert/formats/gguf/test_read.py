@@ -34,7 +34,7 @@ from parity_tests.convert.formats.gguf.tiny_gguf import (
     write_gguf,
 )
 
-QUANTISABLE = [
+QUANTIZABLE = [
     Type.Q4_0,
     Type.Q4_1,
     Type.Q5_0,
@@ -44,7 +44,7 @@ QUANTISABLE = [
     Type.TQ2_0,
     Type.MXFP4,
 ]
-DEQUANTISABLE = [
+DEQUANTIZABLE = [
     Type.Q2_K, Type.Q3_K, Type.Q4_K, Type.Q5_K, Type.Q6_K, Type.NVFP4, Type.IQ2_XXS, Type.IQ2_XS,
     Type.IQ2_S, Type.IQ3_XXS, Type.IQ3_S, Type.IQ1_S, Type.IQ1_M, Type.IQ4_NL, Type.IQ4_XS,
 ]  # fmt: skip
@@ -78,16 +78,16 @@ def load(directory: Path) -> LlamaForCausalLM:
 def test_a_float32_file_is_the_model_it_came_from(tmp_path: Path, options: dict) -> None:
     model = tiny_model(**options)
     convert(tiny_gguf(tmp_path / "m.gguf", model), tmp_path / "out")
-    found = load(tmp_path / "out")
-    assert same(found.state_dict(), model.state_dict()) == []
-    assert torch.equal(logits(found), logits(model))
+    converted = load(tmp_path / "out")
+    assert same(converted.state_dict(), model.state_dict()) == []
+    assert torch.equal(logits(converted), logits(model))
     for field in (
         "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "head_dim",
         "num_attention_heads", "num_key_value_heads", "rms_norm_eps", "max_position_embeddings",
         "tie_word_embeddings", "attention_bias", "mlp_bias", "rope_parameters", "bos_token_id",
         "eos_token_id", "pad_token_id", "hidden_act",
     ):  # fmt: skip
-        assert getattr(found.config, field) == getattr(model.config, field), field
+        assert getattr(converted.config, field) == getattr(model.config, field), field
 
 
 def test_the_config_serves_both_majors_of_transformers(tmp_path: Path) -> None:
@@ -105,20 +105,20 @@ def test_the_config_serves_both_majors_of_transformers(tmp_path: Path) -> None:
 def test_half_precision_keeps_its_values(tmp_path: Path, type_: Type, dtype: torch.dtype) -> None:
     model = tiny_model().to(dtype).float()  # values that the type holds exactly
     convert(tiny_gguf(tmp_path / "m.gguf", model, type_=type_), tmp_path / "out")
-    found = load_file(tmp_path / "out/model.safetensors")
-    assert same(found, model.to(dtype).state_dict()) == []
+    converted = load_file(tmp_path / "out/model.safetensors")
+    assert same(converted, model.to(dtype).state_dict()) == []
 
 
 @pytest.mark.parametrize("dtype", list(DTYPES))
-def test_a_dtype_asked_for_is_what_torch_would_round_to(tmp_path: Path, dtype: str) -> None:
+def test_a_requested_dtype_rounds_as_torch_does(tmp_path: Path, dtype: str) -> None:
     model = tiny_model()
     convert(tiny_gguf(tmp_path / "m.gguf", model), tmp_path / "out", dtype=dtype)
-    found = load_file(tmp_path / "out/model.safetensors")
-    assert same(found, model.to(getattr(torch, dtype)).state_dict()) == []
+    converted = load_file(tmp_path / "out/model.safetensors")
+    assert same(converted, model.to(getattr(torch, dtype)).state_dict()) == []
 
 
-@pytest.mark.parametrize("type_", QUANTISABLE, ids=lambda t: t.name)
-def test_quantised_files_are_what_transformers_makes_of_them(tmp_path: Path, type_: Type) -> None:
+@pytest.mark.parametrize("type_", QUANTIZABLE, ids=lambda t: t.name)
+def test_quantized_files_are_read_as_transformers_reads_them(tmp_path: Path, type_: Type) -> None:
     sizes = {"hidden_size": 256, "intermediate_size": 256, "num_hidden_layers": 1}
     model = tiny_model(**sizes)
     path = tiny_gguf(tmp_path / "m.gguf", model, type_=type_)
@@ -127,8 +127,8 @@ def test_quantised_files_are_what_transformers_makes_of_them(tmp_path: Path, typ
     assert same(load_file(tmp_path / "out/model.safetensors"), expected) == []
 
 
-@pytest.mark.parametrize("type_", DEQUANTISABLE, ids=lambda t: t.name)
-def test_every_type_that_the_library_dequantises(tmp_path: Path, type_: Type) -> None:
+@pytest.mark.parametrize("type_", DEQUANTIZABLE, ids=lambda t: t.name)
+def test_every_type_that_the_library_dequantizes(tmp_path: Path, type_: Type) -> None:
     model = tiny_model(hidden_size=256, intermediate_size=256, num_hidden_layers=1)
     block, block_bytes = GGML_QUANT_SIZES[type_]
     random = np.random.default_rng(0)
@@ -140,29 +140,29 @@ def test_every_type_that_the_library_dequantises(tmp_path: Path, type_: Type) ->
             tensors[name] = (random.integers(0, 0x40, shape, dtype=np.uint8), type_)
     path = tiny_gguf(tmp_path / "m.gguf", model, tensors=tensors)
     convert(path, tmp_path / "out")
-    found = load_file(tmp_path / "out/model.safetensors")
+    converted = load_file(tmp_path / "out/model.safetensors")
     for name, gguf_name, heads in [
         ("model.layers.0.mlp.down_proj.weight", "blk.0.ffn_down.weight", 0),
         ("model.layers.0.self_attn.k_proj.weight", "blk.0.attn_k.weight", 2),
     ]:
         expected = dequantize(*tensors[gguf_name])
-        values = found[name].numpy()
+        values = converted[name].numpy()
         assert np.array_equal(permute(values, heads) if heads else values, expected)
         assert expected.std() > 0
 
 
-def test_large_matrices_are_dequantised_in_parts_without_a_seam(
+def test_large_matrices_are_dequantized_in_parts_without_a_seam(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = tiny_gguf(tmp_path / "m.gguf", type_=Type.Q8_0, model=tiny_model(intermediate_size=64))
-    whole = read(path)
-    expected = {spec.name: whole.load(spec.name) for spec in whole.tensors}
+    checkpoint = read(path)
+    expected = {spec.name: checkpoint.load(spec.name) for spec in checkpoint.tensors}
     monkeypatch.setattr("convert.formats.gguf.tensors._CHUNK", 32 * 7)
     for name, values in expected.items():
-        assert np.array_equal(whole.load(name), values), name
+        assert np.array_equal(checkpoint.load(name), values), name
 
 
-def test_types_the_library_cannot_dequantise_are_named(tmp_path: Path) -> None:
+def test_types_the_library_cannot_dequantize_are_named(tmp_path: Path) -> None:
     model = tiny_model()
     values = np.zeros((40, 32), np.float64)
     path = tiny_gguf(tmp_path / "m.gguf", model, tensors={"token_embd.weight": (values, Type.F64)})
@@ -170,7 +170,7 @@ def test_types_the_library_cannot_dequantise_are_named(tmp_path: Path) -> None:
         read(path)
 
 
-def test_what_the_metadata_leaves_out_is_as_in_llama_cpp(tmp_path: Path) -> None:
+def test_defaults_of_missing_metadata_are_those_of_llama_cpp(tmp_path: Path) -> None:
     missing = (
         "attention.head_count_kv", "attention.key_length", "attention.value_length",
         "rope.dimension_count", "rope.freq_base", "vocab_size",
@@ -236,9 +236,7 @@ def test_special_ids_that_are_no_tokens_are_ignored_with_a_note(tmp_path: Path, 
         ({"llama.rope.scaling.attn_factor": 2.0}, "attn_factor is 2.0, expected 1 without yarn or"),
     ],
 )
-def test_hyperparameters_that_cannot_be_are_named(
-    tmp_path: Path, fields: dict, message: str
-) -> None:
+def test_unsupported_hyperparameters_are_named(tmp_path: Path, fields: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         read(tiny_gguf(tmp_path / "m.gguf", fields=fields))
 
@@ -249,7 +247,7 @@ def test_another_architecture(tmp_path: Path) -> None:
         read(path)
 
 
-def test_all_faults_of_the_tensors_are_told_at_once(tmp_path: Path) -> None:
+def test_all_problems_of_the_tensors_are_reported_at_once(tmp_path: Path) -> None:
     tensors = {
         "blk.0.attn_q.weight": None,
         "blk.1.ffn_up.weight": np.zeros((47, 32), np.float32),
@@ -277,7 +275,7 @@ def test_values_that_are_not_finite_or_overflow(tmp_path: Path) -> None:
     convert(path, tmp_path / "out", dtype="bfloat16")
 
 
-def test_a_file_in_pieces(tmp_path: Path) -> None:
+def test_a_sharded_file(tmp_path: Path) -> None:
     model = tiny_model()
     tensors, fields = gguf_tensors(model), metadata(model)
     names = list(tensors)

@@ -1,4 +1,4 @@
-"""Ends of a generation that only their text tells, licences and sampling: into GGUF and out of it."""
+"""End tokens known by their text, licenses and sampling: into GGUF and out of it."""
 
 import json
 from pathlib import Path
@@ -64,7 +64,7 @@ def saved(directory: Path, generation: dict[str, Any]) -> Path:
     return directory
 
 
-def test_a_fourth_end_is_said_to_be_lost(tmp_path: Path) -> None:
+def test_a_note_says_that_a_fourth_end_token_is_lost(tmp_path: Path) -> None:
     source = saved(tmp_path / "in", {"eos_token_id": [2, 5, 7, 9]})
     notes = " ".join(plan(source, tmp_path / "m.gguf").notes)
     assert "llama.cpp will not stop at 9" in notes
@@ -75,7 +75,7 @@ def test_a_fourth_end_is_said_to_be_lost(tmp_path: Path) -> None:
 CARD = "---\nlicense: llama3.2\nlanguage:\n- en\n- no\nmodel_name: Tiny\n---\n# Tiny\n"
 
 
-def test_a_licence_and_languages_travel_both_ways(tmp_path: Path) -> None:
+def test_license_and_languages_are_converted_both_ways(tmp_path: Path) -> None:
     source = saved(tmp_path / "in", {"eos_token_id": 2})
     assert "license and languages are left out" in " ".join(plan(source, tmp_path / "x.gguf").notes)
     (source / "README.md").write_text(CARD)

@@ -26,7 +26,7 @@ LLAMA3 = [  # head_dim, theta, factor, low, high, original
 
 
 @pytest.mark.parametrize(("head_dim", "theta", "factor", "low", "high", "original"), LLAMA3)
-def test_llama3_constants_are_found_again(
+def test_llama3_constants_are_recovered(
     head_dim: int, theta: float, factor: float, low: float, high: float, original: int
 ) -> None:
     tensor = llama3_tensor(head_dim, theta, factor, low, high, original)
@@ -43,32 +43,37 @@ def test_llama3_constants_are_found_again(
 
 def test_a_common_multiple_of_the_constants_is_the_same_scaling() -> None:
     tensor = llama3_tensor(128, 500000.0, 8.0, 2.0, 8.0, 8192)
-    found = tensor_scaling(
+    parameters = tensor_scaling(
         tensor, head_dim=128, theta=500000.0, context_length=131072, attention_factor=1.0
     )
-    assert found["rope_type"] == "llama3"
-    assert found["low_freq_factor"] / found["original_max_position_embeddings"] == 2.0 / 8192
-    assert found["high_freq_factor"] / found["original_max_position_embeddings"] == 8.0 / 8192
+    assert parameters["rope_type"] == "llama3"
+    assert (
+        parameters["low_freq_factor"] / parameters["original_max_position_embeddings"] == 2.0 / 8192
+    )
+    assert (
+        parameters["high_freq_factor"] / parameters["original_max_position_embeddings"]
+        == 8.0 / 8192
+    )
 
 
-def test_a_tensor_that_llama3_cannot_make_is_kept_exactly() -> None:
+def test_a_tensor_that_is_not_llama3s_is_kept_exactly() -> None:
     tensor = np.linspace(1.0, 3.7, 8, dtype=np.float32)
-    found = tensor_scaling(
+    parameters = tensor_scaling(
         tensor, head_dim=16, theta=10000.0, context_length=512, attention_factor=1.0
     )
-    assert found["rope_type"] == "longrope"
-    assert found["short_factor"] == found["long_factor"]
-    assert np.array_equal(np.array(found["long_factor"], np.float32), tensor)
-    assert found["attention_factor"] == 1.0
+    assert parameters["rope_type"] == "longrope"
+    assert parameters["short_factor"] == parameters["long_factor"]
+    assert np.array_equal(np.array(parameters["long_factor"], np.float32), tensor)
+    assert parameters["attention_factor"] == 1.0
 
 
 def test_a_single_wrong_entry_is_not_rounded_away() -> None:
     tensor = llama3_tensor(128, 500000.0, 8.0, 1.0, 4.0, 8192)
     tensor[40] *= np.float32(1 + 1e-4)
-    found = tensor_scaling(
+    parameters = tensor_scaling(
         tensor, head_dim=128, theta=500000.0, context_length=131072, attention_factor=1.0
     )
-    assert found["rope_type"] == "longrope"
+    assert parameters["rope_type"] == "longrope"
 
 
 def test_trivial_tensors() -> None:
@@ -130,15 +135,15 @@ def test_scaled_models_give_the_same_logits(tmp_path: Path, rope: dict) -> None:
         ]:
             fields[f"llama.rope.scaling.{key}"] = rope.get(name)
         if "attention_factor" in rope:
-            own = 0.1 * np.log(rope["factor"]) + 1.0
-            fields["llama.rope.scaling.attn_factor"] = rope["attention_factor"] / own
+            mscale = 0.1 * np.log(rope["factor"]) + 1.0
+            fields["llama.rope.scaling.attn_factor"] = rope["attention_factor"] / mscale
     path = tiny_gguf(tmp_path / "m.gguf", model, fields=fields, tensors=tensors)
     convert(path, tmp_path / "out")
-    found = LlamaForCausalLM.from_pretrained(tmp_path / "out").eval()
-    assert torch.equal(found.model.rotary_emb.inv_freq, model.model.rotary_emb.inv_freq)
+    converted = LlamaForCausalLM.from_pretrained(tmp_path / "out").eval()
+    assert torch.equal(converted.model.rotary_emb.inv_freq, model.model.rotary_emb.inv_freq)
     ids = torch.arange(24).reshape(1, 24)
     with torch.no_grad():
-        torch.testing.assert_close(found(ids).logits, model(ids).logits, rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(converted(ids).logits, model(ids).logits, rtol=1e-6, atol=1e-6)
 
 
 def test_longrope_from_a_tensor_divides_by_it(tmp_path: Path) -> None:
@@ -180,7 +185,9 @@ def test_a_negative_factor_is_named(tmp_path: Path, kind: str) -> None:
         ),
     ],
 )
-def test_faults(tmp_path: Path, tensor: np.ndarray, fields: dict, message: str) -> None:
+def test_contradictions_are_errors(
+    tmp_path: Path, tensor: np.ndarray, fields: dict, message: str
+) -> None:
     path = tiny_gguf(tmp_path / "m.gguf", tensors={"rope_freqs.weight": tensor}, fields=fields)
     with pytest.raises(ValueError, match=message):
         read(path)

@@ -1,4 +1,4 @@
-"""What users and their disks get wrong: one line that names file, tensor and reason."""
+"""Mistakes of users and damage on disk: one line that names file, tensor and reason."""
 
 from __future__ import annotations
 
@@ -25,15 +25,15 @@ EMBEDDING = "model.embed_tokens.weight"
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def saved_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("whole") / "model"
     tiny_model().save_pretrained(directory)
     return directory
 
 
 @pytest.fixture
-def source(whole: Path, tmp_path: Path) -> Path:
-    return Path(shutil.copytree(whole, tmp_path / "model"))
+def source(saved_model: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(saved_model, tmp_path / "model"))
 
 
 @pytest.fixture
@@ -43,7 +43,7 @@ def sharded(tmp_path: Path) -> Path:
     return directory
 
 
-def fault_of(source: Path, **options: Any) -> str:
+def error_of(source: Path, **options: Any) -> str:
     """The one line that `convert` raises; nothing is left behind."""
     before = sorted(source.parent.iterdir())
     with pytest.raises(ValueError) as caught:
@@ -67,26 +67,26 @@ def change_tensors(source: Path, change: Callable[[dict[str, torch.Tensor]], obj
     save_file(tensors, source / "model.safetensors", {"format": "pt"})
 
 
-@pytest.mark.parametrize("place", ["../elsewhere.safetensors", "/etc/passwd", "a/../../b", ".."])
-def test_an_index_cannot_lead_out(sharded: Path, place: str) -> None:
+@pytest.mark.parametrize("file", ["../elsewhere.safetensors", "/etc/passwd", "a/../../b", ".."])
+def test_an_index_cannot_leave_the_directory(sharded: Path, file: str) -> None:
     index = sharded / "model.safetensors.index.json"
-    edit(index, lambda value: value["weight_map"].update({EMBEDDING: place}))
-    assert f"tensor {EMBEDDING} is said to be in {place!r}" in fault_of(sharded)
+    edit(index, lambda value: value["weight_map"].update({EMBEDDING: file}))
+    assert f"tensor {EMBEDDING} is said to be in {file!r}" in error_of(sharded)
 
 
 def test_an_index_of_a_missing_file(sharded: Path) -> None:
     name = sorted(sharded.glob("model-*.safetensors"))[1].name
     (sharded / name).unlink()
-    assert f"{name}: cannot be read (No such file" in fault_of(sharded)
+    assert f"{name}: cannot be read (No such file" in error_of(sharded)
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "config.json", "generation_config.json"])
-def test_links_cannot_lead_out(source: Path, tmp_path: Path, name: str) -> None:
+def test_links_cannot_leave_the_directory(source: Path, tmp_path: Path, name: str) -> None:
     aside = tmp_path / "aside"
     aside.mkdir()
     (source / name).rename(aside / name)
     (source / name).symlink_to(aside / name)
-    assert f"{source / name}: a link to {aside / name}, expected it to stay" in fault_of(source)
+    assert f"{source / name}: a link to {aside / name}, expected it to stay" in error_of(source)
 
 
 def test_the_cache_of_huggingface_hub_is_read(source: Path, tmp_path: Path) -> None:
@@ -120,11 +120,11 @@ def test_the_cache_of_huggingface_hub_is_read(source: Path, tmp_path: Path) -> N
         ),
     ],
 )
-def test_tensors_that_are_wrong(source: Path, change: Callable[..., object], message: str) -> None:
+def test_wrong_tensors(source: Path, change: Callable[..., object], message: str) -> None:
     change_tensors(source, change)
-    fault = fault_of(source)
-    assert message in fault
-    assert str(source) in fault
+    error = error_of(source)
+    assert message in error
+    assert str(source) in error
 
 
 def test_a_tensor_in_two_shards(sharded: Path) -> None:
@@ -132,28 +132,28 @@ def test_a_tensor_in_two_shards(sharded: Path) -> None:
     tensors = load_file(first)
     name = sorted(load_file(second))[0]
     save_file({**tensors, name: load_file(second)[name]}, first)
-    fault = fault_of(sharded)
-    assert f"{name}: in {first.name} and in {second.name}" in fault
+    error = error_of(sharded)
+    assert f"{name}: in {first.name} and in {second.name}" in error
 
 
-def test_values_changed_under_a_record(source: Path, tmp_path: Path) -> None:
+def test_values_changed_after_they_were_recorded(source: Path, tmp_path: Path) -> None:
     convert.convert(source, tmp_path / "kept")
     shutil.rmtree(source)
     change_tensors(tmp_path / "kept", lambda t: t["model.norm.weight"].neg_())
-    fault = fault_of(tmp_path / "kept")
-    assert "tensor model.norm.weight: its SHA-256 is not the one in" in fault
+    error = error_of(tmp_path / "kept")
+    assert "tensor model.norm.weight: its SHA-256 is not the one in" in error
     (tmp_path / "kept" / record.FILE).unlink()
     convert.convert(tmp_path / "kept", tmp_path / "out")
 
 
 def test_a_record_of_other_tensors(source: Path, tmp_path: Path) -> None:
     (source / record.FILE).write_text(json.dumps({"tensors": {"x": {"sha256": "0" * 64}}}))
-    assert "does not have the tensors of the weights beside it" in fault_of(source)
+    assert "does not have the tensors of the weights beside it" in error_of(source)
     (source / record.FILE).write_text("[]")
-    assert "found a JSON list, expected an object" in fault_of(source)
+    assert "found a JSON list, expected an object" in error_of(source)
 
 
-def test_values_that_do_not_arrive_are_seen(
+def test_the_proof_detects_swapped_tensors(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The proof can fail: a writer that swaps the two norms of a layer, whose shapes are the same."""
@@ -169,11 +169,11 @@ def test_values_that_do_not_arrive_are_seen(
         return write(directory, specs, lambda name: load(names.get(name, name)), **options)
 
     monkeypatch.setattr(huggingface, "write_safetensors", swapped)
-    assert "was read back with different values than were written" in fault_of(source)
+    assert "was read back with different values than were written" in error_of(source)
     convert.convert(source, tmp_path / "out", verify=False)
 
 
-def test_another_function_is_seen(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_proof_detects_another_config(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from convert.formats import directory
 
     def forgetful(path: Path, text: str) -> None:
@@ -181,34 +181,36 @@ def test_another_function_is_seen(source: Path, monkeypatch: pytest.MonkeyPatch)
         path.write_text(json.dumps(config))
 
     monkeypatch.setattr(directory, "write_text", forgetful)
-    assert "was read back with rope_parameters" in fault_of(source)
+    assert "was read back with rope_parameters" in error_of(source)
 
 
 @pytest.mark.parametrize("to", list(FORMATS))
-def test_a_destination_must_be_free_and_outside(source: Path, tmp_path: Path, to: str) -> None:
+def test_the_destination_must_be_new_and_outside_the_source(
+    source: Path, tmp_path: Path, to: str
+) -> None:
     (tmp_path / "taken").mkdir()
-    for place, message in (
+    for destination, message in (
         (tmp_path / "taken", "exists already"),
         (source / "inside", "is inside the source"),
         (tmp_path / "no/where", "not a directory; create it first"),
     ):
         with pytest.raises(ValueError, match=message):
-            convert.convert(source, place, to=to)
+            convert.convert(source, destination, to=to)
     link = tmp_path / "link"
     link.symlink_to(source)
     with pytest.raises(ValueError, match="is inside the source"):
         convert.convert(source, link / "inside", to=to)
 
 
-def test_a_place_without_permission(
+def test_a_directory_without_write_permission(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(os, "access", lambda *_: False)  # root may write anywhere
-    assert "no permission to write there" in fault_of(source)
+    assert "no permission to write there" in error_of(source)
 
 
 @pytest.mark.parametrize("to", list(FORMATS))
-def test_a_disk_that_fills_half_way(source: Path, tmp_path: Path, to: str) -> None:
+def test_a_disk_that_fills_up(source: Path, tmp_path: Path, to: str) -> None:
     """Files may not grow beyond a limit: what is written stops there, as on a full disk."""
     import subprocess
     import sys
@@ -231,14 +233,14 @@ def test_a_disk_that_fills_half_way(source: Path, tmp_path: Path, to: str) -> No
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
-def test_no_tokenizer_is_carried_that_is_none(source: Path, tmp_path: Path) -> None:
+def test_an_unreadable_tokenizer_json(source: Path, tmp_path: Path) -> None:
     (source / "tokenizer.json").write_text("{}")
-    assert "tokenizer.json: not a tokenizer" in fault_of(source)
+    assert "tokenizer.json: not a tokenizer" in error_of(source)
     convert.convert(source, tmp_path / "out", tokenizer=False)
     assert not (tmp_path / "out/tokenizer.json").exists()
 
 
-def test_info_tells_faults_and_what_can_be_said(source: Path) -> None:
+def test_info_lists_problems_beside_the_config(source: Path) -> None:
     change_tensors(source, lambda t: t.pop(EMBEDDING))
     facts = convert.info(source)
     assert facts["config"]["hidden_size"] == 32
@@ -269,26 +271,26 @@ def test_info_of_a_tokenizer(source: Path) -> None:
     assert "special_tokens_map.json: eos_token: found 5" in convert.info(source)["problems"][0]
 
 
-def test_dtypes_and_formats_that_are_none(source: Path) -> None:
-    assert "to is 'onnx', expected one of hf, orbax" in fault_of(source, to="onnx")
-    assert "dtype is 'int4', expected one of float32" in fault_of(source, dtype="int4")
-    assert "dtype is 'q8_0'" in fault_of(source, dtype="q8_0")
-    assert "max_shard_size is for Hugging Face only" in fault_of(
+def test_unknown_dtypes_and_formats(source: Path) -> None:
+    assert "to is 'onnx', expected one of hf, orbax" in error_of(source, to="onnx")
+    assert "dtype is 'int4', expected one of float32" in error_of(source, dtype="int4")
+    assert "dtype is 'q8_0'" in error_of(source, dtype="q8_0")
+    assert "max_shard_size is for Hugging Face only" in error_of(
         source, to="orbax", max_shard_size=7
     )
 
 
 def test_verification_needs_memory(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("convert.verify_logits.available_memory", lambda: 1000)
-    assert "--verify: 1000 bytes of memory are free" in fault_of(source, logits=True)
+    assert "--verify: 1000 bytes of memory are free" in error_of(source, logits=True)
 
 
 def test_logits_are_compared(source: Path, tmp_path: Path) -> None:
     todo = convert.plan(source, tmp_path / "out", to="orbax", logits=True)
-    found = convert.run(todo).logits
-    assert found is not None
-    assert found.tokens == 64
-    assert 0 < found.ours <= ROUNDING_RATIO * found.torch
+    comparison = convert.run(todo).logits
+    assert comparison is not None
+    assert comparison.tokens == 64
+    assert 0 < comparison.ours <= ROUNDING_RATIO * comparison.torch
     facts = json.loads((tmp_path / "out" / record.FILE).read_text())
     assert facts["logits"]["tokens"] == 64
 
@@ -302,4 +304,4 @@ def test_logits_that_differ_are_an_error(source: Path, monkeypatch: pytest.Monke
         "__getitem__",
         lambda self, name: np.asarray(self.checkpoint.load(name)) * np.float32(1.0001),
     )
-    assert "logits of what was written are" in fault_of(source, logits=True)
+    assert "the logits of the output are" in error_of(source, logits=True)

@@ -69,8 +69,8 @@ def fields(path: Path) -> dict[str, Any]:
 
 
 def tensors(path: Path) -> dict[str, tuple[GGMLQuantizationType, bytes]]:
-    found = GGUFReader(path).tensors
-    return {t.name: (t.tensor_type, np.ascontiguousarray(t.data).tobytes()) for t in found}
+    tensors = GGUFReader(path).tensors
+    return {t.name: (t.tensor_type, np.ascontiguousarray(t.data).tobytes()) for t in tensors}
 
 
 @settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
@@ -92,11 +92,11 @@ def test_hugging_face_to_gguf_and_back_is_bitwise(options: dict[str, Any], dtype
         home, model = Path(folder), tiny_model(num_hidden_layers=1, **options)
         saved(home / "in", model, dtype)
         convert(convert(home / "in", home / "m.gguf"), home / "out")
-        found = load_file(home / "out/model.safetensors")
+        tensors = load_file(home / "out/model.safetensors")
         expected = {n: t for n, t in model.state_dict().items() if n != "lm_head.weight"}
         if not options["tie_word_embeddings"]:
             expected["lm_head.weight"] = model.state_dict()["lm_head.weight"]
-        assert same(found, expected) == []
+        assert same(tensors, expected) == []
         config = json.loads((home / "out/config.json").read_text())
         for name, value in options.items():
             assert config[name] == value, name
@@ -104,15 +104,15 @@ def test_hugging_face_to_gguf_and_back_is_bitwise(options: dict[str, Any], dtype
 
 
 @pytest.mark.parametrize("kv_heads", [4, 2, 1])
-def test_the_gguf_library_finds_what_llama_cpps_converter_writes(
+def test_the_gguf_library_reads_what_llama_cpps_converter_would_write(
     tmp_path: Path, kv_heads: int
 ) -> None:
     model = tiny_model(num_key_value_heads=kv_heads, attention_bias=True, vocab_size=64)
     convert(saved(tmp_path / "in", model), tmp_path / "m.gguf", dtype="float16")
-    found = GGUFReader(tmp_path / "m.gguf").tensors
+    tensors = GGUFReader(tmp_path / "m.gguf").tensors
     expected = dict(model.float().state_dict())
-    assert {t.name for t in found} == {gguf_name(name) for name in expected}
-    for tensor in found:
+    assert {t.name for t in tensors} == {gguf_name(name) for name in expected}
+    for tensor in tensors:
         name = next(name for name in expected if gguf_name(name) == tensor.name)
         values = expected[name].numpy()
         heads = 4 if ".q_proj." in name else kv_heads if ".k_proj." in name else 0
@@ -127,7 +127,7 @@ def test_the_gguf_library_finds_what_llama_cpps_converter_writes(
 def test_metadata(tmp_path: Path, dtype: str) -> None:
     model = tiny_model(head_dim=12, rope_theta=500000.0, rms_norm_eps=1e-6)
     convert(saved(tmp_path / "in", model), tmp_path / "Tiny.gguf", dtype=dtype)
-    found = fields(tmp_path / "Tiny.gguf")
+    written = fields(tmp_path / "Tiny.gguf")
     file_type = {
         "float32": LlamaFileType.ALL_F32,
         "bfloat16": LlamaFileType.MOSTLY_BF16,
@@ -135,7 +135,7 @@ def test_metadata(tmp_path: Path, dtype: str) -> None:
         "q8_0": LlamaFileType.MOSTLY_Q8_0,
     }
     parameters = sum(p.numel() for p in model.parameters())
-    assert {k: v for k, v in found.items() if not k.startswith("GGUF.")} == {
+    assert {k: v for k, v in written.items() if not k.startswith("GGUF.")} == {
         "general.architecture": "llama",
         "general.type": "model",
         "general.name": "Tiny",
@@ -172,12 +172,12 @@ def test_metadata(tmp_path: Path, dtype: str) -> None:
 def test_transformers_own_loader_computes_the_same(tmp_path: Path, options: dict[str, Any]) -> None:
     model = tiny_model(**options)
     convert(saved(tmp_path / "in", model), tmp_path / "m.gguf")
-    found = load_gguf_checkpoint(tmp_path / "m.gguf", return_tensors=True, model_to_load=model)
-    theirs = LlamaForCausalLM(LlamaConfig(**found["config"])).eval()
-    missing, unexpected = theirs.load_state_dict(found["tensors"], strict=False)
+    loaded = load_gguf_checkpoint(tmp_path / "m.gguf", return_tensors=True, model_to_load=model)
+    loaded_model = LlamaForCausalLM(LlamaConfig(**loaded["config"])).eval()
+    missing, unexpected = loaded_model.load_state_dict(loaded["tensors"], strict=False)
     assert missing == (["lm_head.weight"] if options.get("tie_word_embeddings") else [])
     assert unexpected == []
-    assert torch.equal(logits(theirs), logits(model))
+    assert torch.equal(logits(loaded_model), logits(model))
 
 
 # --- q8_0 --------------------------------------------------------------------------------------------
@@ -188,7 +188,7 @@ def test_transformers_own_loader_computes_the_same(tmp_path: Path, options: dict
     arrays(np.float32, (3, 64), elements=st.floats(-1e6, 1e6, width=32)),
     st.integers(-120, 20),
 )
-def test_blocks_survive_being_read_and_quantised_again(values: np.ndarray, power: int) -> None:
+def test_blocks_survive_being_read_and_quantized_again(values: np.ndarray, power: int) -> None:
     values = np.ldexp(values, power).clip(-8e6, 8e6)
     once = dequantized("x", values)
     with np.errstate(all="ignore"):
@@ -197,7 +197,7 @@ def test_blocks_survive_being_read_and_quantised_again(values: np.ndarray, power
     again = quantized(once)
     assert np.array_equal(dequantize(again, GGMLQuantizationType.Q8_0), once)
     scales = blocks.reshape(-1, 34)[:, :2].copy().view(np.float16)[:, 0]
-    if (scales != 0).all():  # a block of zeros may be quantised to anything times zero
+    if (scales != 0).all():  # a block of zeros may be quantized to anything times zero
         assert np.array_equal(again, blocks)
 
 
@@ -223,9 +223,9 @@ def test_the_bytes_that_were_planned_are_written(tmp_path: Path) -> None:
     for dtype in (*DTYPES, "q8_0"):
         path = tmp_path / f"{dtype}.gguf"
         planned = plan(source, path, dtype=dtype).bytes_to_write
-        found = GGUFReader(convert(source, path, dtype=dtype)).tensors
-        assert planned == sum(t.n_bytes for t in found)
-        last = found[-1]
+        tensors = GGUFReader(convert(source, path, dtype=dtype)).tensors
+        assert planned == sum(t.n_bytes for t in tensors)
+        last = tensors[-1]
         assert path.stat().st_size == -(-(last.data_offset + last.n_bytes) // 32) * 32
 
 
@@ -270,11 +270,11 @@ def test_rope_comes_back(tmp_path: Path, rope: dict[str, Any]) -> None:
     saved(tmp_path / "in", model)
     # the proof compares the frequencies and the factor on cos and sin
     convert(tmp_path / "in", tmp_path / "m.gguf")
-    found = read(tmp_path / "m.gguf").config["rope_parameters"]
+    parameters = read(tmp_path / "m.gguf").config["rope_parameters"]
     if rope["rope_type"] == "llama3" and rope["original_max_position_embeddings"] == 8192:
-        assert found == rope
+        assert parameters == rope
     elif not worked_out:
-        assert found["rope_type"] == rope["rope_type"]
+        assert parameters["rope_type"] == rope["rope_type"]
     assert ("rope_freqs.weight" in tensors(tmp_path / "m.gguf")) == worked_out
     convert(tmp_path / "m.gguf", tmp_path / "out")
     back = LlamaForCausalLM.from_pretrained(tmp_path / "out").eval()
@@ -325,7 +325,7 @@ def test_a_config_that_llama_cpp_cannot_run(
     assert "\n" not in str(caught.value)
 
 
-def test_float64_matrices_want_a_dtype(tmp_path: Path) -> None:
+def test_float64_matrices_need_a_dtype(tmp_path: Path) -> None:
     source = read(tiny_gguf(tmp_path / "in.gguf"))
     wide = [replace(spec, dtype=np.dtype(np.float64)) for spec in source.tensors]
     wide_source = replace(source, tensors=tuple(wide))
@@ -334,9 +334,9 @@ def test_float64_matrices_want_a_dtype(tmp_path: Path) -> None:
     assert {spec.dtype for spec in target_specs(wide_source, "float32")} == {np.dtype(np.float32)}
 
 
-def test_names_and_licences_travel(tmp_path: Path) -> None:
-    given = {"general.name": "A Model", "general.license": "mit", "general.organization": "Us"}
-    convert(tiny_gguf(tmp_path / "in.gguf", fields=given), tmp_path / "m.gguf")
+def test_names_and_licenses_are_converted(tmp_path: Path) -> None:
+    metadata = {"general.name": "A Model", "general.license": "mit", "general.organization": "Us"}
+    convert(tiny_gguf(tmp_path / "in.gguf", fields=metadata), tmp_path / "m.gguf")
     facts = info(tmp_path / "m.gguf")
     assert (facts["name"], facts["license"], facts["organization"]) == ("A Model", "mit", "Us")
     assert (
@@ -349,7 +349,7 @@ def test_names_and_licences_travel(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("ends", [[2], [2, 5], [5, 2, 7]])
-def test_every_end_of_a_generation_and_its_sampling(tmp_path: Path, ends: list[int]) -> None:
+def test_all_end_tokens_and_the_sampling_are_converted(tmp_path: Path, ends: list[int]) -> None:
     saved(tmp_path / "in", tiny_model())
     generation = {
         "bos_token_id": 1,
@@ -362,10 +362,10 @@ def test_every_end_of_a_generation_and_its_sampling(tmp_path: Path, ends: list[i
     (tmp_path / "in/generation_config.json").write_text(json.dumps(generation))
     convert(tmp_path / "in", tmp_path / "m.gguf")
     convert(tmp_path / "m.gguf", tmp_path / "out")
-    found = json.loads((tmp_path / "out/generation_config.json").read_text())
-    stops = found.pop("eos_token_id")
+    converted = json.loads((tmp_path / "out/generation_config.json").read_text())
+    stops = converted.pop("eos_token_id")
     assert sorted([stops] if isinstance(stops, int) else stops) == sorted(ends)
-    assert found == {k: v for k, v in generation.items() if k != "eos_token_id"}
+    assert converted == {k: v for k, v in generation.items() if k != "eos_token_id"}
 
 
 @pytest.mark.slow

@@ -26,7 +26,7 @@ from convert.formats.gguf.tokenizer.pre_tokenizers import (
     pre_tokenizer_of,
 )
 from llama_jax.text.sentencepiece import BYTE, CONTROL, UNUSED, USER_DEFINED
-from parity_tests.convert.formats.gguf.test_gguf_tokenizer import (
+from parity_tests.convert.formats.gguf.test_tokenizer_read import (
     CORPUS,
     byte_level_fields,
     converted,
@@ -78,9 +78,9 @@ def same_ids(home: Path, original: Tokenizer, texts: list[str] | None = None) ->
     """Through GGUF and back; the metadata of the GGUF between."""
     convert(home, home.parent / "m.gguf")
     convert(home.parent / "m.gguf", home.parent / "out")
-    found = Tokenizer.from_file(str(home.parent / "out/tokenizer.json"))
+    converted = Tokenizer.from_file(str(home.parent / "out/tokenizer.json"))
     for text in texts or hard_strings():
-        assert found.encode(text).ids == original.encode(text).ids, repr(text)
+        assert converted.encode(text).ids == original.encode(text).ids, repr(text)
     return metadata(home.parent / "m.gguf")
 
 
@@ -88,14 +88,14 @@ def same_ids(home: Path, original: Tokenizer, texts: list[str] | None = None) ->
 
 
 @pytest.mark.parametrize("pre", NAMES.values())
-def test_every_splitting_is_recognised(tmp_path: Path, pre: str) -> None:
+def test_every_splitting_is_recognized(tmp_path: Path, pre: str) -> None:
     fields = byte_level_fields(pre)
     home = converted(tmp_path, fields)
     convert(home, tmp_path / "m.gguf")
-    found = metadata(tmp_path / "m.gguf")
-    assert PRE_TOKENIZERS[found["tokenizer.ggml.pre"]] == PRE_TOKENIZERS[pre]
+    written = metadata(tmp_path / "m.gguf")
+    assert PRE_TOKENIZERS[written["tokenizer.ggml.pre"]] == PRE_TOKENIZERS[pre]
     for key in ("model", "tokens", "token_type", "merges", "add_bos_token", "unknown_token_id"):
-        assert found[f"tokenizer.ggml.{key}"] == fields[f"tokenizer.ggml.{key}"], key
+        assert written[f"tokenizer.ggml.{key}"] == fields[f"tokenizer.ggml.{key}"], key
     convert(tmp_path / "m.gguf", tmp_path / "again")
     for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
         assert (tmp_path / "again" / name).read_text() == (home / name).read_text(), name
@@ -142,12 +142,12 @@ def test_llama_3s_own_file(tmp_path: Path) -> None:
     }
     rows = byte_level()[1]
     home = directory(tmp_path / "in", files, rows, eos_token_id=[0, 2])
-    found = same_ids(home, Tokenizer.from_str(json.dumps(content)))
-    assert found["tokenizer.ggml.pre"] == "llama-bpe"
-    assert found["tokenizer.ggml.add_bos_token"] is True
-    assert found["tokenizer.ggml.bos_token_id"] == 1
-    assert found["tokenizer.ggml.eos_token_id"] == 2
-    assert found["tokenizer.ggml.eot_token_id"] == 0
+    written = same_ids(home, Tokenizer.from_str(json.dumps(content)))
+    assert written["tokenizer.ggml.pre"] == "llama-bpe"
+    assert written["tokenizer.ggml.add_bos_token"] is True
+    assert written["tokenizer.ggml.bos_token_id"] == 1
+    assert written["tokenizer.ggml.eos_token_id"] == 2
+    assert written["tokenizer.ggml.eot_token_id"] == 0
 
 
 def test_a_tokenizer_trained_by_this_program(tmp_path: Path) -> None:
@@ -157,11 +157,11 @@ def test_a_tokenizer_trained_by_this_program(tmp_path: Path) -> None:
         "tokenizer_config.json": {"eos_token": EOS},
     }
     rows = tokenizer.get_vocab_size()
-    found = same_ids(directory(tmp_path / "in", files, rows + 3), tokenizer)
-    assert found["tokenizer.ggml.pre"] == "gpt-2"
-    assert found["tokenizer.ggml.tokens"][-3:] == [f"[PAD{rows + i}]" for i in range(3)]
-    assert found["tokenizer.ggml.token_type"][-3:] == [UNUSED] * 3
-    assert found["tokenizer.ggml.eos_token_id"] == tokenizer.token_to_id(EOS)
+    written = same_ids(directory(tmp_path / "in", files, rows + 3), tokenizer)
+    assert written["tokenizer.ggml.pre"] == "gpt-2"
+    assert written["tokenizer.ggml.tokens"][-3:] == [f"[PAD{rows + i}]" for i in range(3)]
+    assert written["tokenizer.ggml.token_type"][-3:] == [UNUSED] * 3
+    assert written["tokenizer.ggml.eos_token_id"] == tokenizer.token_to_id(EOS)
 
 
 # --- SentencePiece -----------------------------------------------------------------------------------
@@ -199,8 +199,8 @@ def score_joined(text: str, fields: Json) -> list[int]:
     result = []
     for part in parts:
         if part is not None:
-            whole = part in ids
-            result += [ids[part]] if whole else [ids[f"<0x{b:02X}>"] for b in part.encode()]
+            is_token = part in ids
+            result += [ids[part]] if is_token else [ids[f"<0x{b:02X}>"] for b in part.encode()]
     return result
 
 
@@ -216,14 +216,14 @@ def test_scores_join_as_merges_do(tmp_path: Path, with_model: bool, prefix: bool
     if with_model and prefix:
         (home / "tokenizer.model").write_bytes(trained_sentencepiece())
     original = Tokenizer.from_file(str(home / "tokenizer.json"))
-    found = same_ids(home, original)
+    written = same_ids(home, original)
     for key in ("tokens", "token_type", "add_space_prefix", "unknown_token_id"):
-        assert found[f"tokenizer.ggml.{key}"] == fields[f"tokenizer.ggml.{key}"], key
+        assert written[f"tokenizer.ggml.{key}"] == fields[f"tokenizer.ggml.{key}"], key
     if with_model and prefix:
-        assert found["tokenizer.ggml.scores"][3:] == fields["tokenizer.ggml.scores"][3:]
+        assert written["tokenizer.ggml.scores"][3:] == fields["tokenizer.ggml.scores"][3:]
     for text in plain_strings():
         ids = original.encode(text, add_special_tokens=False).ids
-        assert score_joined(text, found) == ids, repr(text)
+        assert score_joined(text, written) == ids, repr(text)
 
 
 def metaspace(scheme: str) -> Json:
@@ -256,8 +256,8 @@ def test_metaspace_without_a_prefix_is_the_same(tmp_path: Path) -> None:
     content = metaspace("never")
     content["decoder"]["decoders"].pop()
     home = directory(tmp_path / "in", {"tokenizer.json": content}, ROWS)
-    found = same_ids(home, Tokenizer.from_str(json.dumps(content)))
-    assert found["tokenizer.ggml.add_space_prefix"] is False
+    written = same_ids(home, Tokenizer.from_str(json.dumps(content)))
+    assert written["tokenizer.ggml.add_space_prefix"] is False
 
 
 def test_a_tokenizer_model_alone(tmp_path: Path) -> None:
@@ -274,19 +274,19 @@ def test_a_tokenizer_model_alone(tmp_path: Path) -> None:
     }
     home = directory(tmp_path / "in", files, ROWS + 8)
     convert(home, tmp_path / "m.gguf")
-    found = metadata(tmp_path / "m.gguf")
-    assert found["tokenizer.ggml.tokens"][ROWS:] == [
+    written = metadata(tmp_path / "m.gguf")
+    assert written["tokenizer.ggml.tokens"][ROWS:] == [
         "<|extra|>", "<|end|>", *(f"[PAD{i}]" for i in range(ROWS + 2, ROWS + 8)),
     ]  # fmt: skip
-    assert found["tokenizer.ggml.token_type"][ROWS:] == [USER_DEFINED, CONTROL, *[UNUSED] * 6]
-    assert found["tokenizer.ggml.token_type"].count(BYTE) == 256
-    assert (found["tokenizer.ggml.add_bos_token"], found["tokenizer.ggml.bos_token_id"]) == (
+    assert written["tokenizer.ggml.token_type"][ROWS:] == [USER_DEFINED, CONTROL, *[UNUSED] * 6]
+    assert written["tokenizer.ggml.token_type"].count(BYTE) == 256
+    assert (written["tokenizer.ggml.add_bos_token"], written["tokenizer.ggml.bos_token_id"]) == (
         True,
         1,
     )
     theirs = sentencepiece.SentencePieceProcessor(model_proto=trained_sentencepiece())
     for text in plain_strings():
-        assert score_joined(text, found) == theirs.encode(text), repr(text)
+        assert score_joined(text, written) == theirs.encode(text), repr(text)
 
 
 # --- around the vocabulary ---------------------------------------------------------------------------
@@ -300,10 +300,10 @@ def test_chat_templates(tmp_path: Path) -> None:
     }
     home = directory(tmp_path / "in", files, byte_level()[1])
     convert(home, tmp_path / "m.gguf")
-    found = metadata(tmp_path / "m.gguf")
-    assert found["tokenizer.chat_template"] == "a"
-    assert found["tokenizer.chat_template.tool_use"] == "b"
-    assert found["tokenizer.chat_templates"] == ["tool_use"]
+    written = metadata(tmp_path / "m.gguf")
+    assert written["tokenizer.chat_template"] == "a"
+    assert written["tokenizer.chat_template.tool_use"] == "b"
+    assert written["tokenizer.chat_templates"] == ["tool_use"]
     (home / "chat_template.jinja").write_text("of its own")
     convert(home, tmp_path / "n.gguf")
     assert metadata(tmp_path / "n.gguf")["tokenizer.chat_template"] == "of its own"
@@ -313,11 +313,11 @@ def test_without_a_tokenizer(tmp_path: Path) -> None:
     files = {"tokenizer.json": json.loads(byte_level()[0])}
     home = directory(tmp_path / "in", files, byte_level()[1])
     convert(home, tmp_path / "m.gguf", tokenizer=False)
-    found = metadata(tmp_path / "m.gguf")
-    assert [key for key in found if key.startswith("tokenizer.")] == [
+    written = metadata(tmp_path / "m.gguf")
+    assert [key for key in written if key.startswith("tokenizer.")] == [
         "tokenizer.ggml.model", "tokenizer.ggml.bos_token_id", "tokenizer.ggml.eos_token_id",
     ]  # fmt: skip
-    assert found["tokenizer.ggml.model"] == "none"
+    assert written["tokenizer.ggml.model"] == "none"
     convert(tmp_path / "m.gguf", tmp_path / "out")
     assert not (tmp_path / "out/tokenizer.json").exists()
 
@@ -386,7 +386,9 @@ def test_what_gguf_cannot_express(tmp_path: Path, case: str) -> None:
         ({"tokenizer.json": changed()}, 40, r"ids up to \d+, expected less than vocab_size 40"),
     ],
 )  # fmt: skip
-def test_files_that_do_not_fit(tmp_path: Path, files: Json, rows: int, message: str) -> None:
+def test_files_that_do_not_match_the_model(
+    tmp_path: Path, files: Json, rows: int, message: str
+) -> None:
     home = directory(tmp_path / "in", files, rows)
     with pytest.raises(ValueError, match=message):
         plan(home, tmp_path / "m.gguf")
@@ -418,10 +420,10 @@ def test_the_real_checkpoint(tmp_path: Path) -> None:
     for text in hard_strings():
         assert back(text).input_ids == original(text).input_ids, repr(text)
     assert back.chat_template == original.chat_template
-    found = metadata(tmp_path / "m.gguf")
+    written = metadata(tmp_path / "m.gguf")
     source = metadata(cache_directory() / "SmolLM2-135M-Instruct.Q4_1.gguf")
     for key in ("pre", "tokens", "token_type", "merges", "bos_token_id", "eos_token_id"):
-        assert found[f"tokenizer.ggml.{key}"] == source[f"tokenizer.ggml.{key}"], key
+        assert written[f"tokenizer.ggml.{key}"] == source[f"tokenizer.ggml.{key}"], key
 
 
 def test_tokens_that_only_the_files_beside_have(tmp_path: Path) -> None:
@@ -434,7 +436,7 @@ def test_tokens_that_only_the_files_beside_have(tmp_path: Path) -> None:
     }
     home = directory(tmp_path / "in", files, rows + 3)
     convert(home, tmp_path / "m.gguf")
-    found = metadata(tmp_path / "m.gguf")
-    assert found["tokenizer.ggml.tokens"][rows:] == ["early one", "<|late|>", f"[PAD{rows + 2}]"]
-    assert found["tokenizer.ggml.token_type"][rows:] == [USER_DEFINED, CONTROL, UNUSED]
-    assert found["tokenizer.ggml.padding_token_id"] == rows + 1
+    written = metadata(tmp_path / "m.gguf")
+    assert written["tokenizer.ggml.tokens"][rows:] == ["early one", "<|late|>", f"[PAD{rows + 2}]"]
+    assert written["tokenizer.ggml.token_type"][rows:] == [USER_DEFINED, CONTROL, UNUSED]
+    assert written["tokenizer.ggml.padding_token_id"] == rows + 1

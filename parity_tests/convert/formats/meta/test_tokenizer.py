@@ -14,7 +14,7 @@ from convert import convert, info
 from convert.formats.meta import read
 from llama_jax.config import LlamaConfig
 from llama_jax.text.tokenizer import load_tokenizer, model_json
-from parity_tests.convert.formats.gguf.test_gguf_tokenizer import byte_level_fields
+from parity_tests.convert.formats.gguf.test_tokenizer_read import byte_level_fields
 from parity_tests.convert.formats.gguf.tiny_gguf import tiny_gguf, tiny_model
 from parity_tests.convert.formats.meta.tiny_meta import meta_params, meta_tensors, write_meta
 from parity_tests.harness.tiny_tokenizers import (
@@ -89,14 +89,14 @@ def test_into_gguf(tmp_path: Path) -> None:
             assert ours.encode(text).ids == theirs.encode(text).ids
 
 
-def test_ranks_are_made_of_a_tokenizer_json_of_llama_3(tmp_path: Path) -> None:
+def test_ranks_are_recovered_from_llama_3s_tokenizer_json(tmp_path: Path) -> None:
     files = {"tokenizer.json": model_json(tiktoken_model())}
     source = hf_directory(tmp_path / "in", TOKENS["tiktoken"], files)
     out = convert(source, tmp_path / "out", to="meta")
     assert (out / "tokenizer.model").read_bytes() == tiktoken_model()
 
 
-def test_a_tokenizer_that_meta_has_no_form_for_is_carried(tmp_path: Path) -> None:
+def test_a_tokenizer_that_metas_format_cannot_hold_is_copied(tmp_path: Path) -> None:
     fields = byte_level_fields("smollm")
     model = tiny_model(vocab_size=len(fields["tokenizer.ggml.tokens"]))
     source = convert(tiny_gguf(tmp_path / "m.gguf", model, fields=fields), tmp_path / "hf")
@@ -107,7 +107,7 @@ def test_a_tokenizer_that_meta_has_no_form_for_is_carried(tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("form", list(CONTENT))
-def test_a_tokenizer_that_is_none(tmp_path: Path, form: str) -> None:
+def test_a_damaged_tokenizer(tmp_path: Path, form: str) -> None:
     source = meta_directory(tmp_path / "in", form, CONTENT[form]()[:-50])
     with pytest.raises(
         ValueError, match=r"tokenizer.model: .*; use --no-tokenizer to leave it out$"

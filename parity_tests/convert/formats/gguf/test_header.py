@@ -15,14 +15,14 @@ from gguf import GGUFReader
 
 from convert import convert
 from convert.formats.gguf.header import read_header
-from parity_tests.convert.formats.gguf.test_gguf_tokenizer import byte_level_fields
+from parity_tests.convert.formats.gguf.test_tokenizer_read import byte_level_fields
 from parity_tests.convert.formats.gguf.tiny_gguf import F16, tiny_gguf, tiny_model
 
 SECONDS, MEMORY = 5.0, 64 * 2**20  # allowed to a damaged file of a hundred kilobytes
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def intact(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("gguf") / "whole.gguf"
     fields = byte_level_fields("smollm")
     model = tiny_model(vocab_size=len(fields["tokenizer.ggml.tokens"]))
@@ -30,9 +30,9 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny_gguf(path, model, type_=F16, fields=fields | extra)
 
 
-def test_the_header_is_what_the_gguf_library_reads(whole: Path) -> None:
-    header = read_header(whole)
-    reader = GGUFReader(whole)
+def test_the_header_is_what_the_gguf_library_reads(intact: Path) -> None:
+    header = read_header(intact)
+    reader = GGUFReader(intact)
     fields = {k: f.contents() for k, f in reader.fields.items() if not k.startswith("GGUF.")}
     assert header.metadata == fields
     assert len(header.tensors) == len(reader.tensors)
@@ -56,15 +56,15 @@ def attempt(path: Path, destination: Path) -> str | None:
     tracemalloc.stop()
     assert time.monotonic() - started < SECONDS
     assert peak < MEMORY, f"{peak} bytes allocated"
-    made = {p.name for p in destination.parent.iterdir()} - {path.name}
-    assert made == (set() if refusal is not None else {destination.name})
+    created = {p.name for p in destination.parent.iterdir()} - {path.name}
+    assert created == (set() if refusal is not None else {destination.name})
     assert refusal is None or ("\n" not in refusal and str(path) in refusal)
     shutil.rmtree(destination, ignore_errors=True)
     return refusal
 
 
-def test_a_file_cut_short_anywhere_is_refused(whole: Path, tmp_path: Path) -> None:
-    data = whole.read_bytes()
+def test_a_file_cut_short_anywhere_is_refused(intact: Path, tmp_path: Path) -> None:
+    data = intact.read_bytes()
     damaged = tmp_path / "m.gguf"
     cuts = random.Random(0).sample(range(len(data) - 32), 150)
     for cut in [0, 1, 4, 23, 24, *cuts]:
@@ -74,9 +74,9 @@ def test_a_file_cut_short_anywhere_is_refused(whole: Path, tmp_path: Path) -> No
             read_header(damaged)  # found out before any tensor is read
 
 
-def test_flipped_bytes_in_the_header_are_errors_or_harmless(whole: Path, tmp_path: Path) -> None:
-    data = whole.read_bytes()
-    end = min(t.offset for t in read_header(whole).tensors.values())
+def test_flipped_bytes_in_the_header_are_errors_or_harmless(intact: Path, tmp_path: Path) -> None:
+    data = intact.read_bytes()
+    end = min(t.offset for t in read_header(intact).tensors.values())
     damaged = tmp_path / "m.gguf"
     rng = random.Random(1)
     refused = 0
@@ -89,8 +89,8 @@ def test_flipped_bytes_in_the_header_are_errors_or_harmless(whole: Path, tmp_pat
     assert refused > 100
 
 
-def test_every_byte_of_the_counts_and_lengths_may_be_anything(whole: Path, tmp_path: Path) -> None:
-    data = whole.read_bytes()
+def test_every_byte_of_the_counts_and_lengths_may_be_anything(intact: Path, tmp_path: Path) -> None:
+    data = intact.read_bytes()
     damaged = tmp_path / "m.gguf"
     at = data.index(b"tokenizer.ggml.tokens") + len(b"tokenizer.ggml.tokens") + 4 + 4
     for position in (8, 16, 24, at):  # tensors, metadata entries, a key's length, an array's
@@ -102,8 +102,8 @@ def test_every_byte_of_the_counts_and_lengths_may_be_anything(whole: Path, tmp_p
             assert "cannot fit in the" in refusal or "expected at most" in refusal
 
 
-def test_a_tensor_cannot_be_pointed_at_another_ones_data(whole: Path, tmp_path: Path) -> None:
-    data = bytearray(whole.read_bytes())
+def test_a_tensor_cannot_be_pointed_at_another_ones_data(intact: Path, tmp_path: Path) -> None:
+    data = bytearray(intact.read_bytes())
     name = b"blk.1.attn_output.weight"
     at = data.index(name) + len(name) + 4 + 2 * 8 + 4
     data[at : at + 8] = struct.pack("<Q", 0)
@@ -138,7 +138,7 @@ def test_an_empty_array_and_an_empty_string_are_allowed(tmp_path: Path) -> None:
     assert read_header(path).metadata == {"a": [], "b": ""}
 
 
-def test_float32_scalars_remember_that_they_are(whole: Path) -> None:
-    eps = read_header(whole).metadata["llama.attention.layer_norm_rms_epsilon"]
+def test_float32_scalars_remember_that_they_are(intact: Path) -> None:
+    eps = read_header(intact).metadata["llama.attention.layer_norm_rms_epsilon"]
     assert isinstance(eps, np.float32)
     assert str(eps) == "1e-05"
