@@ -1,4 +1,4 @@
-"""What tests of runs share: tiny data, a finished run, and a store of compiled programs."""
+"""Fixtures of tests of runs: tiny data, a finished run, and a cache of compiled programs."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,7 +18,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Tiny:
 
 @pytest.fixture(scope="module")
 def compile_once(tiny: Tiny) -> Iterator[None]:
-    """Runs in this process compile each program once, and share it with processes of their own."""
+    """Compile each program once, in this process and its child processes."""
     before = jax.config.jax_persistent_cache_min_compile_time_secs
     jax.config.update("jax_compilation_cache_dir", str(tiny.cache))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
@@ -31,7 +31,7 @@ def compile_once(tiny: Tiny) -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def finished(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of 12 steps that nothing disturbed, checkpoints of steps 9 and 12. Copy it before use."""
+    """An uninterrupted run of 12 steps with checkpoints of steps 9 and 12. Copy it before use."""
     out = tmp_path_factory.mktemp("finished") / "run"
     assert main(run_flags(tiny, out)) == 0
     return out

@@ -1,4 +1,4 @@
-"""Tiny runs of the real program: data, a model, the flags, and what a run left behind."""
+"""Tiny runs of the real program: data, a model, flags, and the contents of a run's folder."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ CONFIG: dict[str, Any] = {
 
 
 class Tiny(NamedTuple):
-    """data: a directory of tokens. config: a config.json. cache: of compiled programs."""
+    """data: a token directory. config: a config.json. cache: for compiled programs."""
 
     data: Path
     config: Path
@@ -55,7 +55,7 @@ def make_tiny(directory: Path) -> Tiny:
     documents = []
     for _ in range(300):
         start, length = rng.integers(3, VOCAB), rng.integers(1, 40)
-        # words that follow each other, so that there is something to learn
+        # each token determines the next, so that there is something to learn
         documents.append([int(3 + (start + 5 * n) % (VOCAB - 3)) for n in range(length)] + [eos])
     shards = [documents[:130], documents[130:260]]
     data = token_directory(directory / "data", shards, [documents[260:]], vocab_size=VOCAB)
@@ -65,7 +65,7 @@ def make_tiny(directory: Path) -> Tiny:
 
 
 def run_flags(tiny: Tiny, out: Path, **changes: Any) -> list[str]:
-    """`run` and its flags; `changes` by their names in run.toml, `__` for the dot."""
+    """`run` and its flags; `changes` are named as in run.toml, with `__` for the dot."""
     values = {
         "out": out,
         "data": tiny.data,
@@ -90,20 +90,20 @@ def run_flags(tiny: Tiny, out: Path, **changes: Any) -> list[str]:
 
 
 def environment(cache: Path | None, devices: int = 1) -> dict[str, str]:
-    """Of a process of our own; `cache` is where compiled programs are kept."""
-    kept = {
+    """The environment of a child process; `cache` is where compiled programs are kept."""
+    inherited = {
         name: value for name, value in os.environ.items() if not name.startswith(("JAX", "XLA"))
     }
-    made = {"JAX_PLATFORMS": "cpu", "COLUMNS": "200"}
-    if devices > 1:  # a program for several compiles twice as fast like this
-        made["XLA_FLAGS"] = (
+    added = {"JAX_PLATFORMS": "cpu", "COLUMNS": "200"}
+    if devices > 1:  # programs for several devices compile twice as fast like this
+        added["XLA_FLAGS"] = (
             f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0 "
             "--xla_cpu_use_fusion_emitters=false"
         )
     if cache is not None:
-        made["JAX_COMPILATION_CACHE_DIR"] = str(cache)
-        made["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
-    return kept | made
+        added["JAX_COMPILATION_CACHE_DIR"] = str(cache)
+        added["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+    return inherited | added
 
 
 def start(arguments: Sequence[str], env: Mapping[str, str]) -> subprocess.Popen[str]:
@@ -118,7 +118,7 @@ def start(arguments: Sequence[str], env: Mapping[str, str]) -> subprocess.Popen[
 
 
 def finish(process: subprocess.Popen[str], code: int = 0) -> str:
-    """What it wrote to stderr, when it has ended with `code`."""
+    """Wait for the process, which must end with `code`; returns its stderr."""
     out, err = process.communicate(timeout=300)
     assert process.returncode == code, err
     assert out == ""
@@ -126,9 +126,9 @@ def finish(process: subprocess.Popen[str], code: int = 0) -> str:
 
 
 def state_of(run: Path, step: int) -> list[np.ndarray]:
-    """Parameters and optimizer state of a checkpoint, as it was saved."""
+    """Parameters and optimizer state of a checkpoint."""
     options = tyro.cli(RunOptions, args=flags_of(run / RUN_FILE))
-    options = dataclasses.replace(options, mesh=MeshOptions())  # that of the devices here
+    options = dataclasses.replace(options, mesh=MeshOptions())  # for the devices of this process
     program = run_program(options, LlamaConfig.from_pretrained(run))
     manager = checkpoints.open_manager(run, keep_last=1, keep_every=None, read_only=True)
     restored = checkpoints.restore(manager, program.params, program.opt_state, step)
@@ -143,7 +143,7 @@ def same_bits(one: Sequence[np.ndarray], other: Sequence[np.ndarray]) -> bool:
     )
 
 
-def figures_of(run: Path) -> list[dict[str, Any]]:
+def metrics_of(run: Path) -> list[dict[str, Any]]:
     """metrics.jsonl without what depends on the clock."""
     return [
         {name: value for name, value in line.items() if name not in TIMES}
@@ -153,5 +153,5 @@ def figures_of(run: Path) -> list[dict[str, Any]]:
 
 def saved_steps(run: Path) -> list[int]:
     return sorted(
-        int(each.name) for each in (run / checkpoints.FOLDER).iterdir() if each.name.isdigit()
+        int(path.name) for path in (run / checkpoints.FOLDER).iterdir() if path.name.isdigit()
     )

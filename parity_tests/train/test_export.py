@@ -1,4 +1,4 @@
-"""What leaves a run: a directory that transformers loads whole and that has the loss the run reported."""
+"""Exports: transformers loads every tensor, and the loss is the one that the run reported."""
 
 import json
 import shutil
@@ -15,18 +15,18 @@ from train.monitoring.metrics_log import read_metrics
 
 def test_pytorch_has_the_loss_the_run_reported(finished, tmp_path, capsys):
     assert main(["export", str(finished), str(tmp_path / "hf"), "--verify"]) == 0
-    said = capsys.readouterr().err
+    err = capsys.readouterr().err
     reported = [
         line["validation_loss"] for line in read_metrics(finished) if "validation_loss" in line
     ]
-    assert f"reported by the run {reported[-1]:.6f}" in said
+    assert f"reported by the run {reported[-1]:.6f}" in err
     assert (tmp_path / "hf" / "tokenizer.json").is_file()
     _, report = AutoModelForCausalLM.from_pretrained(tmp_path / "hf", output_loading_info=True)
     assert not any(report.values())
 
 
 def test_a_loss_that_differs_is_refused(finished, tmp_path, capsys):
-    """The check can fail: the run's report is changed in its fourth digit."""
+    """The check can fail: here the reported loss is changed in its fourth digit."""
     run = shutil.copytree(finished, tmp_path / "run")
     lines = read_metrics(run)
     for line in lines:
@@ -51,16 +51,16 @@ def test_eval_of_a_run_and_of_its_export_agree(finished, tmp_path, tiny, capsys)
     capsys.readouterr()
     common = ["--sequence-length", "16", "--batch-size", "4"]
     losses = []
-    for target, more in ((finished, []), (tmp_path / "hf", ["--data", str(tiny.data)])):
-        assert main(["eval", str(target), *more, *common]) == 0
+    for target, extra in ((finished, []), (tmp_path / "hf", ["--data", str(tiny.data)])):
+        assert main(["eval", str(target), *extra, *common]) == 0
         losses.append(float(capsys.readouterr().out.split()[1]))
     assert losses[0] == losses[1]
 
 
-def test_eval_refuses_what_it_cannot_judge(finished, tmp_path, tiny, capsys):
+def test_eval_refuses_missing_data_and_other_tokenizers(finished, tmp_path, tiny, capsys):
     assert main(["export", str(finished), str(tmp_path / "hf")]) == 0
     assert main(["eval", str(tmp_path / "hf")]) == 2
-    assert "data: found none" in capsys.readouterr().err
+    assert "is not a run folder (no run.toml), so --data is required" in capsys.readouterr().err
     other = shutil.copytree(tmp_path / "hf", tmp_path / "other")
     vocabulary = json.loads((other / "tokenizer.json").read_text())
     vocabulary["model"]["vocab"]["a new word"] = 63 + 1
@@ -69,9 +69,9 @@ def test_eval_refuses_what_it_cannot_judge(finished, tmp_path, tiny, capsys):
     assert "found a tokenizer with digest " in capsys.readouterr().err
 
 
-def test_the_denominator_of_an_evaluation_is_its_valid_tokens(finished, tiny):
-    """Batches of any size have one loss: windows of padding count for nothing."""
-    found = [
+def test_the_loss_is_per_valid_token(finished, tiny):
+    """The loss does not depend on the batch size: padding does not count."""
+    evaluations = [
         evaluate_target(
             finished,
             (str(tiny.data),),
@@ -84,12 +84,12 @@ def test_the_denominator_of_an_evaluation_is_its_valid_tokens(finished, tiny):
         )
         for size in (1, 7)
     ]
-    assert found[0].num_tokens == found[1].num_tokens
-    np.testing.assert_allclose(found[0].loss, found[1].loss, rtol=1e-6)
+    assert evaluations[0].num_tokens == evaluations[1].num_tokens
+    np.testing.assert_allclose(evaluations[0].loss, evaluations[1].loss, rtol=1e-6)
 
 
-def test_weights_to_start_from(finished, tmp_path, tiny, capsys):
-    """A run that starts from an export begins with its loss, and checks the weights."""
+def test_a_run_from_initial_weights(finished, tmp_path, tiny, capsys):
+    """A run that starts from an export starts with its loss, and checks the weights first."""
     assert main(["export", str(finished), str(tmp_path / "hf")]) == 0
     flags = ["--model.init-from", str(tmp_path / "hf"), "--data", str(tiny.data), "--steps", "1"]
     flags += ["--sequence-length", "16", "--optimizer.learning-rate", "0", "--evaluation.batches=2"]
@@ -107,8 +107,8 @@ def test_weights_to_start_from(finished, tmp_path, tiny, capsys):
     assert "model.norm.weight: missing" in capsys.readouterr().err
 
 
-def test_a_run_that_could_not_be_begun_any_more(finished, tmp_path, capsys):
-    """Computed in float16, by a schedule that did not fit: no training, but its weights can be had."""
+def test_a_run_that_this_version_would_refuse(finished, tmp_path, capsys):
+    """In float16, with a schedule that does not fit: it cannot be resumed, but it can be exported."""
     run = shutil.copytree(finished, tmp_path / "run")
     text = (run / "run.toml").read_text()
     old = text.replace('compute_dtype = "float32"', 'compute_dtype = "float16"')
@@ -128,7 +128,7 @@ def test_a_run_that_could_not_be_begun_any_more(finished, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("target", ["nothing", "file"])
-def test_export_into_what_cannot_be_written(finished, tmp_path, target, capsys):
+def test_export_from_nothing_or_to_a_file(finished, tmp_path, target, capsys):
     (tmp_path / "file").write_text("")
     if target == "nothing":
         assert main(["export", str(tmp_path / "nothing"), str(tmp_path / "hf")]) == 2

@@ -1,11 +1,11 @@
-"""metrics.jsonl: lines cut off, lines of steps that will be run again."""
+"""metrics.jsonl: truncated lines, and lines of steps that will run again; the picture."""
 
 from pathlib import Path
 
 from train.monitoring.metrics_log import FILE, draw_loss, open_metrics, read_metrics, write_line
 
 
-def test_a_line_cut_off_is_left_out_and_later_steps_are_cut(tmp_path: Path) -> None:
+def test_a_truncated_line_and_later_steps_are_dropped(tmp_path: Path) -> None:
     assert read_metrics(tmp_path) == []
     with open_metrics(tmp_path, 0) as file:
         for step in range(1, 6):
@@ -21,17 +21,17 @@ def test_a_line_cut_off_is_left_out_and_later_steps_are_cut(tmp_path: Path) -> N
         {"step": 4, "validation_loss": 4.5},
         {"step": 5, "loss": 50.0},
     ]
-    assert [each.name for each in tmp_path.iterdir()] == [FILE]
+    assert [path.name for path in tmp_path.iterdir()] == [FILE]
 
 
-def test_a_line_is_in_the_file_when_it_is_written(tmp_path: Path) -> None:
+def test_a_line_is_flushed(tmp_path: Path) -> None:
     with open_metrics(tmp_path, 0) as file:
         write_line(file, {"step": 1})
         assert read_metrics(tmp_path) == [{"step": 1}]
 
 
 def test_the_picture(tmp_path: Path) -> None:
-    draw_loss(tmp_path)  # of nothing
+    draw_loss(tmp_path)  # without metrics
     with open_metrics(tmp_path, 0) as file:
         write_line(file, {"step": 1, "loss": 2.0})
         write_line(file, {"step": 1, "validation_loss": 2.0})

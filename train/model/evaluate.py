@@ -1,4 +1,4 @@
-"""Validation loss: of a run on the way, or of a Hugging Face directory."""
+"""Validation loss, during a run, of a run's checkpoint or of a Hugging Face directory."""
 
 import dataclasses
 import itertools
@@ -22,6 +22,7 @@ from train.program.build import Program
 
 Source = tuple[Path, float]
 
+# tokens of a window for a Hugging Face directory whose model has more positions
 LONGEST = 2048
 
 
@@ -33,7 +34,7 @@ class Evaluation(NamedTuple):
 
     @property
     def perplexity(self) -> float:
-        """exp(loss); infinite where that overflows."""
+        """exp(loss); infinite if that overflows."""
         return math.exp(self.loss) if self.loss < 700 else math.inf
 
 
@@ -45,7 +46,7 @@ def validation_windows(sources: Sequence[Source], length: int, vocab_size: int) 
 
 
 def evaluate(program: Program, params: Any, sources: Sequence[Source], *, limit: int) -> Evaluation:
-    """The loss over the first `limit` batches of the validation split, over all of them for 0.
+    """The loss over the first `limit` batches of the validation split; over all of them if 0.
 
     Raises:
         ValueError: a source without a validation split.
@@ -53,8 +54,8 @@ def evaluate(program: Program, params: Any, sources: Sequence[Source], *, limit:
     _, _, length = program.batch.input_ids.shape
     dataset = validation_windows(sources, length, program.config.vocab_size)
     total, count = 0.0, 0
-    with closing(placed_batches(program.batch, dataset)) as read:
-        for batch in itertools.islice(read, limit or None):
+    with closing(placed_batches(program.batch, dataset)) as batches:
+        for batch in itertools.islice(batches, limit or None):
             loss, tokens = jax.device_get(program.evaluate(params, batch))
             total += float(loss)
             count += int(tokens)
@@ -76,14 +77,16 @@ def evaluate_target(
 
     Args:
         data: token directories; () for those of the run.
-        options: of the run; None where `target` is a Hugging Face directory.
+        options: of the run; None if `target` is a Hugging Face directory.
         limit: batches; 0 for all.
+        step: of the run's checkpoint; None for the newest.
+        dtype: of the computation, and for a directory of the parameters too.
 
     Raises:
-        ValueError: no data for a directory that is no run; data of another tokenizer; and what
-            `restore_run`, `load_params` and `evaluate` refuse.
+        ValueError: no data for a directory that is not a run; data with another tokenizer; as
+            `restore_run`, `load_params` and `evaluate`.
     """
-    own = options is not None and not data
+    data_of_run = options is not None and not data
     if options is not None:
         data = data or options.data
         options = dataclasses.replace(
@@ -96,13 +99,13 @@ def evaluate_target(
         _, program, params = restore_run(target, options, step)
     else:
         if not data:
-            raise ValueError(f"data: found none, expected some, for {target} is no run ({FILE})")
+            raise ValueError(f"{target} is not a run folder (no {FILE}), so --data is required")
         longest = min(LlamaConfig.from_pretrained(target).max_position_embeddings, LONGEST)
         program, params = load_directory(
             target, dtype, batch_size=batch_size, sequence_length=sequence_length or longest
         )
     sources = find_sources(data)
-    if own:
+    if data_of_run:
         require_identity(target, sources, "restore it, or name other data with --data")
     common_index(sources)
     require_same_tokenizer(tokenizer_home(target), sources[0][0])

@@ -1,4 +1,4 @@
-"""A trained model as a Hugging Face directory, tokenizer included, and PyTorch's word on it."""
+"""Export a trained model as a Hugging Face directory with its tokenizer, and verify the export."""
 
 import itertools
 from contextlib import closing
@@ -23,7 +23,7 @@ from train.program.build import model_of
 
 
 class Verification(NamedTuple):
-    """Losses per token of the same windows; None where the run reported none at that step."""
+    """Losses per token over the same windows; `reported` is None if the run did not evaluate that step."""
 
     reported: float | None
     ours: float
@@ -32,9 +32,9 @@ class Verification(NamedTuple):
 
 
 def export_model(model: LlamaForCausalLM, directory: Path, run: Path) -> None:
-    """Write the model and what goes with it in the folder of the run; every process must call it.
+    """Write the model and the run's tokenizer and generation config; every process must call it.
 
-    Weights that lie on several processes' devices are gathered on each host.
+    Weights that are spread over several processes are gathered on each host.
     """
     if jax.process_count() > 1:
         model = jax.tree.map(
@@ -51,15 +51,15 @@ def export_run(
     """Write a checkpoint of the run as a Hugging Face directory; returns its step.
 
     Args:
-        dtype: of the weights that are written; None keeps the parameters'.
+        dtype: of the weights that are written; None for that of the parameters.
 
     Raises:
-        ValueError: as `restore_run`; a directory that is there as a file, or that is a run.
+        ValueError: as `restore_run`; `directory` is a file or a run.
     """
     if directory.exists() and not directory.is_dir():
-        raise ValueError(f"{directory}: found a file, expected a directory or a free name")
+        raise ValueError(f"{directory}: is a file; choose another directory to export to")
     if (directory / FILE).exists():
-        raise ValueError(f"{directory}: found a run, expected another directory to export to")
+        raise ValueError(f"{directory}: contains a run; choose another directory to export to")
     chosen, program, params = restore_run(folder, options, step)
     if dtype is not None:
         params = jax.tree.map(lambda leaf: leaf.astype(jnp.dtype(dtype)), params)
@@ -70,23 +70,24 @@ def export_run(
 def verify_export(
     folder: Path, options: RunOptions, directory: Path, *, step: int, dtype: Any
 ) -> Verification:
-    """Evaluate the exported directory here and in PyTorch, on the run's own validation windows.
+    """Compute the loss of the exported directory here and in PyTorch, on the run's validation windows.
 
     Args:
-        dtype: of the weights that were written, None for the parameters'.
+        dtype: of the weights that were written; None for that of the parameters.
 
     Raises:
-        ValueError: transformers cannot load it whole; PyTorch's loss is not ours, or not what the run
-            reported at that step.
+        ValueError: transformers finds missing or extra tensors; PyTorch's loss differs from ours, or from
+            what the run reported at that step.
     """
     sources = find_sources(options.data)
     require_identity(folder, sources, "restore it, or export without --verify")
-    rows, limit, length = options.batch_size, options.evaluation.batches, options.sequence_length
+    rows, length = options.batch_size, options.sequence_length
+    batch_count = options.evaluation.batches
     program, params = load_directory(directory, "float32", batch_size=rows, sequence_length=length)
-    ours = evaluate(program, params, sources, limit=limit)
+    ours = evaluate(program, params, sources, limit=batch_count)
     dataset = validation_windows(sources, length, program.config.vocab_size)
-    with closing(batches(dataset, batch_size=rows, rows=range(rows))) as read:
-        theirs, count = torch_loss(directory, itertools.islice(read, limit or None))
+    with closing(batches(dataset, batch_size=rows, rows=range(rows))) as torch_batches:
+        theirs, count = torch_loss(directory, itertools.islice(torch_batches, batch_count or None))
     lines = read_metrics(folder)
     reported = next(
         (
@@ -96,18 +97,17 @@ def verify_export(
         ),
         None,
     )
-    found = Verification(reported, ours.loss, theirs, count)
-    roundings = [options.model.compute_dtype, dtype or options.model.parameter_dtype]
-    for name, value, rounded in (
+    run_dtypes = [options.model.compute_dtype, dtype or options.model.parameter_dtype]
+    for name, value, dtypes in (
         ("this library's", ours.loss, ["float32"]),
-        ("the run's", reported, roundings),
+        ("the run's", reported, run_dtypes),
     ):
         if value is None:
             continue
-        apart, most = relative_difference(value, theirs), max(map(tolerance, rounded))
-        if not apart <= most:
+        difference, limit = relative_difference(value, theirs), max(map(tolerance, dtypes))
+        if not difference <= limit:
             raise ValueError(
-                f"{directory}: {name} loss {value} and PyTorch's {theirs} are {apart:.1e} apart, "
-                f"expected at most {most:.1e}"
+                f"{directory}: {name} loss {value} and PyTorch's {theirs} differ by {difference:.1e}, "
+                f"expected at most {limit:.1e}"
             )
-    return found
+    return Verification(reported, ours.loss, theirs, count)

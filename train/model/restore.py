@@ -1,4 +1,4 @@
-"""A trained model from where it lies, on one device: a run's checkpoint, or a Hugging Face directory."""
+"""Load a trained model on one device: from a run's checkpoint or a Hugging Face directory."""
 
 import dataclasses
 from contextlib import closing
@@ -16,16 +16,19 @@ from train.program.build import Program, run_program
 
 
 def restore_run(folder: Path, options: RunOptions, step: int | None) -> tuple[int, Any, Any]:
-    """(step, program, params) of a run's checkpoint, the newest for None, on one device.
+    """(step, program, params) of a run's checkpoint on one device.
+
+    Args:
+        step: None for the newest checkpoint.
 
     Raises:
         ValueError: no checkpoint, or none of that step.
     """
     config = LlamaConfig.from_pretrained(folder)
-    # nothing is trained here: whatever the run's schedule was, its weights can be had
-    nothing = RunOptions()
+    # nothing is trained, so a schedule that this version refuses must not be in the way
+    defaults = RunOptions()
     options = dataclasses.replace(
-        options, mesh=MeshOptions(), optimizer=nothing.optimizer, steps=nothing.steps
+        options, mesh=MeshOptions(), optimizer=defaults.optimizer, steps=defaults.steps
     )
     program = run_program(options, config, jax.devices()[:1])
     with closing(
@@ -33,7 +36,7 @@ def restore_run(folder: Path, options: RunOptions, step: int | None) -> tuple[in
     ) as manager:
         steps = sorted(manager.all_steps())
         if not steps:
-            raise ValueError(f"{folder}: found no checkpoint, expected one")
+            raise ValueError(f"{folder}: has no checkpoint yet")
         chosen = steps[-1] if step is None else step
         if chosen not in steps:
             raise ValueError(f"step: found {chosen}, expected one of {', '.join(map(str, steps))}")

@@ -1,4 +1,4 @@
-"""A sample of the model's text."""
+"""Generate a sample of text."""
 
 from pathlib import Path
 

@@ -24,7 +24,7 @@ from parity_tests.train.runs import (
     ROOT,
     Tiny,
     environment,
-    figures_of,
+    metrics_of,
     run_flags,
     same_bits,
     saved_steps,
@@ -112,14 +112,14 @@ def same_tokens(tokens: dict[int, np.ndarray], reference: dict[int, np.ndarray])
 
 
 def losses(run: Path) -> list[float]:
-    return [line["loss"] for line in figures_of(run) if "loss" in line]
+    return [line["loss"] for line in metrics_of(run) if "loss" in line]
 
 
 def difference(one: Path, other: Path) -> float:
     """The largest relative difference of any metric of any step or evaluation."""
-    rows = zip(figures_of(one), figures_of(other), strict=True)
+    rows = zip(metrics_of(one), metrics_of(other), strict=True)
     pairs = [(a, b) for a, b in rows if a.keys() == b.keys()]
-    assert len(pairs) == len(figures_of(one))
+    assert len(pairs) == len(metrics_of(one))
     return max(
         abs(a[name] - b[name]) / max(abs(b[name]), 1e-300)
         for a, b in pairs
@@ -224,7 +224,7 @@ def test_resumed_on_the_same_layout_bit_for_bit(
 ) -> None:
     run = full_run(name, "float32", 50)
     copy = resumed_copy(tiny, run, LAYOUTS[name], tmp_path, steps_done=24)
-    assert figures_of(copy) == figures_of(run)
+    assert metrics_of(copy) == metrics_of(run)
     assert same_bits(state_of(copy, 50), state_of(run, 50))
 
 
@@ -246,7 +246,7 @@ def test_a_signal_to_one_of_two_processes_ends_both(
     assert 9 <= last < 50
     expected = full_run("two-processes-fsdp4-tensor2", "float32", 50)
     copy = resumed_copy(tiny, run, layout, tmp_path / "copy", steps_done=last)
-    assert figures_of(copy) == figures_of(expected)
+    assert metrics_of(copy) == metrics_of(expected)
     assert same_bits(state_of(copy, 50), state_of(expected, 50))
 
 

@@ -21,7 +21,7 @@ from parity_tests.harness.child_process import output_lines
 from parity_tests.reference.errors import relative_error, worst
 from parity_tests.train.program.optimizer_definitions import DEFINITIONS, trajectory
 from parity_tests.train.program.test_optimizer import named
-from parity_tests.train.runs import Tiny, figures_of, run_flags, same_bits, state_of
+from parity_tests.train.runs import Tiny, metrics_of, run_flags, same_bits, state_of
 from train.__main__ import main
 from train.checkpoints import FOLDER
 from train.options import Optimizer
@@ -324,7 +324,7 @@ def test_a_resumed_run_is_bit_for_bit_the_same(name: Optimizer, tiny: Tiny, tmp_
     shutil.rmtree(copy / FOLDER / "6")
     assert main(["resume", str(copy)]) == 0
     assert same_bits(state_of(copy, 6), state_of(full, 6))
-    assert figures_of(copy) == figures_of(full)
+    assert metrics_of(copy) == metrics_of(full)
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""`python -m train` that also writes down which tokens each step was given: RECORD.npz ARGUMENT..."""
+"""`python -m train` that also records the tokens of each step: RECORD.npz ARGUMENT..."""
 
 import sys
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Checkpoints on their own: fingerprints, what is refused, what is kept."""
+"""Checkpoints: fingerprints, what is refused, what is kept."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ from train.program.optimizer import decay_mask, make_optimizer
 
 
 def prints(*arrays: Any) -> list[int]:
-    return [int(each) for each in fingerprints([jnp.asarray(a) for a in arrays])]
+    return [int(number) for number in fingerprints([jnp.asarray(a) for a in arrays])]
 
 
 @settings(max_examples=40, deadline=None)
 @given(st.data())
-def test_two_values_that_change_places_are_noticed(data: st.DataObject) -> None:
-    """Values that differ in one bit, at places any power of two apart."""
+def test_two_swapped_values_are_noticed(data: st.DataObject) -> None:
+    """Values that differ in one bit, at indices any power of two apart."""
     values = np.ones(1024, np.float32).reshape(2, 512)
     first, second = data.draw(st.lists(st.integers(0, 1023), min_size=2, max_size=2, unique=True))
     values.flat[first] = 2.0 ** data.draw(st.integers(1, 8))
@@ -43,11 +43,11 @@ def test_two_values_that_change_places_are_noticed(data: st.DataObject) -> None:
 
 
 @settings(max_examples=40, deadline=None)
-@given(place=st.integers(0, 23), bit=st.integers(0, 31))
-def test_a_flipped_bit_is_noticed(place: int, bit: int) -> None:
+@given(index=st.integers(0, 23), bit=st.integers(0, 31))
+def test_a_flipped_bit_is_noticed(index: int, bit: int) -> None:
     values = np.random.default_rng(0).normal(size=(2, 3, 4)).astype(np.float32)
     flipped = values.copy()
-    flipped.view(np.uint32).flat[place] ^= np.uint32(1 << bit)
+    flipped.view(np.uint32).flat[index] ^= np.uint32(1 << bit)
     assert prints(values) != prints(flipped)
 
 
@@ -88,7 +88,7 @@ def test_numbers_that_are_not_finite_are_not_saved(value: float, tmp_path: Path)
     manager.close()
 
 
-def test_what_is_kept(tmp_path: Path) -> None:
+def test_which_checkpoints_are_kept(tmp_path: Path) -> None:
     manager = open_manager(tmp_path, keep_last=2, keep_every=4)
     for step in range(1, 11):
         save(manager, step, *tree(float(step)), {})
@@ -118,7 +118,7 @@ def old_adafactor(rate: Any) -> Any:
 
 
 def old_muon(rate: Any) -> Any:
-    """With Nesterov's momentum for AdamW's share too."""
+    """With Nesterov momentum for the parameters of AdamW, too."""
 
     def numbers(path: Any, leaf: Any) -> Any:
         return optax.contrib.MuonDimensionNumbers(2, 1) if leaf.ndim == 3 else None
@@ -155,7 +155,7 @@ def old_lion(rate: Any) -> Any:
 def test_the_optimizer_state_of_another_version(
     name: Any, rule: Any, same: bool, tmp_path: Path
 ) -> None:
-    """Is no damage, for which one would go back to an older checkpoint: one line says what to do."""
+    """Is an error that says what to do, not damage that falls back to an older checkpoint."""
     params = {"model": {"layers": {"w": jnp.ones((2, 3, 4))}, "norm": {"weight": jnp.ones(3)}}}
     rate = optax.constant_schedule(1e-3)
     old = optax.chain(optax.clip_by_global_norm(1.0), rule(rate)).init(params)
@@ -179,13 +179,13 @@ def test_the_optimizer_state_of_another_version(
     )
 
 
-def test_nothing_saved(tmp_path: Path) -> None:
+def test_no_checkpoint(tmp_path: Path) -> None:
     manager = open_manager(tmp_path, keep_last=2, keep_every=None)
     assert restore(manager, *tree(0.0)) is None
     manager.close()
 
 
-def test_rows_add_up_to_the_whole() -> None:
+def test_fingerprints_of_rows_add_up() -> None:
     values = jnp.asarray(np.random.default_rng(0).normal(size=(5, 3, 4)).astype(np.float32))
     rows = [int(fingerprint(values[row : row + 1], row)) for row in range(5)]
     assert sum(rows) % 2**32 == int(fingerprint(values))
@@ -195,7 +195,7 @@ def test_rows_add_up_to_the_whole() -> None:
 def test_a_large_stack_is_stored_layer_by_layer(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """So that a converter holds a layer of it, not the whole."""
+    """So that a converter needs memory for one layer of it only."""
     monkeypatch.setattr("train.checkpoints.CHUNK_BYTES", 2**10)
     params = {"model": {"layers": {"w": jnp.ones((8, 32, 16))}}}
     with closing(open_manager(tmp_path, keep_last=1, keep_every=None)) as manager:

@@ -1,4 +1,4 @@
-"""What goes with a model's weights: its special tokens and the files beside it, over every route."""
+"""Special tokens and the files beside the weights, through training, export and conversion."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class Trained(NamedTuple):
 
 
 def bpe(directory: Path, *, bos: bool) -> Path:
-    """A byte-level BPE whose tokenizer.json puts `<s>` before a text, or has none; nothing else beside."""
+    """A bare tokenizer.json: a byte-level BPE that puts `<s>` before a text, or has no `<s>`."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -60,8 +60,8 @@ def bpe(directory: Path, *, bos: bool) -> Path:
 
 
 def flags(tiny: Tiny, out: Path, data: Path, **changes: Any) -> list[str]:
-    few = {"steps": 1, "optimizer__warmup_steps": 0, "evaluation__every": 0}
-    return run_flags(tiny, out, data=data, **(few | changes))
+    defaults = {"steps": 1, "optimizer__warmup_steps": 0, "evaluation__every": 0}
+    return run_flags(tiny, out, data=data, **(defaults | changes))
 
 
 def make_trained(home: Path, tiny: Tiny, *, bos: bool) -> Trained:
@@ -71,7 +71,7 @@ def make_trained(home: Path, tiny: Tiny, *, bos: bool) -> Trained:
     data = home / "data"
     tokenize([source], tokenizer, data, validation_fraction=0)
     config = home / "config.json"
-    # of a model that had other special tokens: those of the data go before
+    # the config has other special tokens; those of the data take precedence
     config.write_text(
         json.dumps(CONFIG | {"vocab_size": VOCAB, "bos_token_id": 9, "eos_token_id": 8})
     )
@@ -95,8 +95,8 @@ def trained(request: pytest.FixtureRequest) -> Trained:
     return request.getfixturevalue(request.param)
 
 
-def test_special_tokens_are_one_from_text_to_export(trained: Trained) -> None:
-    """What the tokenizer puts before a text begins it; without any, GPT-2's convention."""
+def test_special_tokens_agree_from_text_to_export(trained: Trained) -> None:
+    """The beginning token is what the tokenizer puts before a text; without one, the end token."""
     plain = Tokenizer.from_file(str(trained.tokenizer / "tokenizer.json"))
     added = plain.encode("a").ids[0] if plain.token_to_id("<s>") is not None else None
     index = read_index(trained.data)
@@ -114,8 +114,11 @@ def test_special_tokens_are_one_from_text_to_export(trained: Trained) -> None:
 def test_transformers_generates_from_an_export(trained: Trained) -> None:
     model = AutoModelForCausalLM.from_pretrained(trained.export)
     tokenizer = AutoTokenizer.from_pretrained(trained.export)
-    found, config = model.generation_config, model.config
-    assert (found.bos_token_id, found.eos_token_id) == (config.bos_token_id, config.eos_token_id)
+    generation, config = model.generation_config, model.config
+    assert (generation.bos_token_id, generation.eos_token_id) == (
+        config.bos_token_id,
+        config.eos_token_id,
+    )
     ids = tokenizer("the other", return_tensors="pt")
     with torch.no_grad():
         out = model.generate(**ids, max_new_tokens=4, do_sample=False, pad_token_id=0)
@@ -124,7 +127,7 @@ def test_transformers_generates_from_an_export(trained: Trained) -> None:
 
 
 def test_rolling_scores_begin_with_the_tokenizers_bos(trained: Trained) -> None:
-    """lm-evaluation-harness: the prefix is the tokenizer's bos, else its eos; here from a run itself."""
+    """As in lm-evaluation-harness the prefix is the tokenizer's bos, else its eos; also from a run."""
     tokenizer = AutoTokenizer.from_pretrained(trained.export)
     model = AutoModelForCausalLM.from_pretrained(trained.export)
     prefix = (
@@ -151,7 +154,7 @@ FILES = {
 
 @pytest.fixture(scope="module")
 def begun(with_bos: Trained, tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run from a checkpoint that has every companion, on data tokenized from a bare tokenizer.json."""
+    """A run from a checkpoint with all companion files, on data of a bare tokenizer.json."""
     home = tmp_path_factory.mktemp("begun")
     start = Path(shutil.copytree(with_bos.export, home / "start"))
     for name, content in FILES.items():
@@ -165,7 +168,7 @@ def contents(directory: Path) -> dict[str, bytes]:
     return {name: path.read_bytes() for name, path in companion_files(directory).items()}
 
 
-def test_a_run_carries_what_it_began_with(begun: Path, tmp_path: Path) -> None:
+def test_a_run_passes_on_the_files_it_began_with(begun: Path, tmp_path: Path) -> None:
     expected = contents(begun.parent / "start")
     assert expected.keys() >= {*FILES, "tokenizer.json", "tokenizer_config.json"}
     assert contents(begun) == expected
@@ -177,10 +180,10 @@ def test_a_run_carries_what_it_began_with(begun: Path, tmp_path: Path) -> None:
     quantize = ["quantize", "--model", str(begun), "--out", str(tmp_path / "quantized")]
     assert library(quantize) == 0
     for name in ("hf", "to-hf", "to-orbax", "again", "quantized"):
-        found = contents(tmp_path / name)
-        generation = json.loads(found.pop("generation_config.json"))
+        files = contents(tmp_path / name)
+        generation = json.loads(files.pop("generation_config.json"))
         assert generation | GENERATION == generation
-        assert found == {k: v for k, v in expected.items() if k != "generation_config.json"}
+        assert files == {k: v for k, v in expected.items() if k != "generation_config.json"}
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "hf").generation_config
     assert (theirs.eos_token_id, theirs.do_sample, theirs.top_p) == ([0, 2], True, 0.9)
     assert AutoTokenizer.from_pretrained(tmp_path / "hf").apply_chat_template(
@@ -188,7 +191,7 @@ def test_a_run_carries_what_it_began_with(begun: Path, tmp_path: Path) -> None:
     ) == "the<|end|>"  # fmt: skip
 
 
-def test_a_gguf_of_a_run_ends_and_draws_as_it_does(begun: Path, tmp_path: Path) -> None:
+def test_a_gguf_of_a_run_keeps_its_generation_config(begun: Path, tmp_path: Path) -> None:
     convert.convert(begun, tmp_path / "a.gguf")
     convert.convert(tmp_path / "a.gguf", tmp_path / "back")
     generation = json.loads((tmp_path / "back" / "generation_config.json").read_text())
@@ -197,8 +200,8 @@ def test_a_gguf_of_a_run_ends_and_draws_as_it_does(begun: Path, tmp_path: Path) 
     assert generation["top_p"] == pytest.approx(0.9)
 
 
-def test_companions_of_another_model_do_not_stay(tmp_path: Path) -> None:
-    """They would be read as if they were the new one's; other files are left alone."""
+def test_companions_of_another_model_are_removed(tmp_path: Path) -> None:
+    """They would be taken for those of the new model; other files are left alone."""
     old, new = tmp_path / "old", tmp_path / "new"
     for directory, names in ((old, [*FILES, "notes.md"]), (new, ["tokenizer.json"])):
         for name in names:
@@ -209,7 +212,7 @@ def test_companions_of_another_model_do_not_stay(tmp_path: Path) -> None:
     assert (old / "notes.md").exists()
 
 
-def test_weights_that_do_not_fit_are_told_before_there_is_a_run(
+def test_weights_that_do_not_fit_are_refused_before_there_is_a_run(
     with_bos: Trained, tiny: Tiny, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     start = Path(shutil.copytree(with_bos.export, tmp_path / "start"))
@@ -221,7 +224,7 @@ def test_weights_that_do_not_fit_are_told_before_there_is_a_run(
     assert not (tmp_path / "run").exists()
 
 
-def test_data_that_ends_otherwise_than_the_checkpoint_is_told(
+def test_a_warning_if_data_and_checkpoint_end_texts_differently(
     with_bos: Trained, tiny: Tiny, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     start = Path(shutil.copytree(with_bos.export, tmp_path / "start"))

@@ -1,4 +1,4 @@
-"""What goes wrong around a run: one line, exit code 2, and nothing lost."""
+"""Errors around a run: one line, exit code 2, and nothing lost."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from parity_tests.train.corpus import as_version_1, token_directory
 from parity_tests.train.runs import (
     CONFIG,
     Tiny,
-    figures_of,
+    metrics_of,
     run_flags,
     same_bits,
     saved_steps,
@@ -42,19 +42,19 @@ pytestmark = [
 
 
 @pytest.fixture(autouse=True)
-def _nothing_left_for_other_tests() -> Iterator[None]:
+def _collect_garbage() -> Iterator[None]:
     yield
     gc.collect()
 
 
 @pytest.fixture
 def run(finished: Path, tmp_path: Path) -> Path:
-    """A finished run of 12 steps of one's own, checkpoints of steps 9 and 12."""
+    """A copy of the finished run: 12 steps, checkpoints of steps 9 and 12."""
     return Path(shutil.copytree(finished, tmp_path / "run"))
 
 
 def error_of(arguments: list[str], capfd: pytest.CaptureFixture[str]) -> str:
-    """The line of a command that fails; what a run says of itself before it is no error."""
+    """The error of a command that fails; lines that a run prints before it are allowed."""
     capfd.readouterr()
     assert main(arguments) == 2
     out, err = capfd.readouterr()
@@ -66,7 +66,7 @@ def error_of(arguments: list[str], capfd: pytest.CaptureFixture[str]) -> str:
 
 
 @pytest.mark.parametrize("name", ["run[final]", "a[!b]/run", "a\\b"])
-def test_a_place_that_orbax_cannot_read_again(
+def test_a_path_that_orbax_cannot_read_from(
     tiny: Tiny, tmp_path: Path, capfd: pytest.CaptureFixture[str], name: str
 ) -> None:
     error = error_of(run_flags(tiny, tmp_path / name), capfd)
@@ -78,9 +78,9 @@ def test_a_place_that_orbax_cannot_read_again(
 
 
 def largest(folder: Path) -> Path:
-    """The file that holds the numbers."""
+    """The file with the arrays."""
     return max(
-        (each for each in folder.rglob("*") if each.is_file()), key=lambda f: f.stat().st_size
+        (path for path in folder.rglob("*") if path.is_file()), key=lambda f: f.stat().st_size
     )
 
 
@@ -96,7 +96,7 @@ def delete(checkpoint: Path) -> None:
 def flip(checkpoint: Path) -> None:
     file = largest(checkpoint / "params")
     content = np.fromfile(file, np.uint8)
-    # one bit alone may fall where nothing is read: Orbax's file holds more than the numbers
+    # a single bit might be in a part that is not read: Orbax's file holds more than the arrays
     content[::256] ^= 0x10
     content.tofile(file)
 
@@ -115,7 +115,7 @@ DAMAGES: list[Callable[[Path], None]] = [truncate, delete, flip, without_facts, 
 
 
 @pytest.mark.parametrize("damage", DAMAGES, ids=lambda damage: damage.__name__)
-def test_a_damaged_checkpoint_is_passed_over_and_saved_again(
+def test_a_damaged_checkpoint_is_skipped_and_saved_again(
     damage: Callable[[Path], None],
     run: Path,
     finished: Path,
@@ -127,13 +127,13 @@ def test_a_damaged_checkpoint_is_passed_over_and_saved_again(
     assert re.search(warning, capfd.readouterr().err)
     assert saved_steps(run) == [9, 12]
     assert same_bits(state_of(run, 12), state_of(finished, 12))
-    assert figures_of(run) == figures_of(finished)
+    assert metrics_of(run) == metrics_of(finished)
 
 
-def test_newer_damaged_checkpoints_do_not_push_out_the_whole_ones(
+def test_damaged_checkpoints_do_not_displace_intact_ones(
     run: Path, finished: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Steps that come before the damaged one are saved, and kept, as any others."""
+    """Steps before the damaged one are saved and kept like any others."""
     delete(run / FOLDER / "12")
     assert main(["resume", str(run), "--checkpoint.every=1"]) == 0
     assert "step 12 is damaged" in capfd.readouterr().err
@@ -144,14 +144,14 @@ def test_newer_damaged_checkpoints_do_not_push_out_the_whole_ones(
 def test_all_checkpoints_damaged(run: Path, capfd: pytest.CaptureFixture[str]) -> None:
     for step in (9, 12):
         truncate(run / FOLDER / str(step))
-    before = figures_of(run)
+    before = metrics_of(run)
     assert error_of(["resume", str(run)], capfd) == (f"{run / FOLDER}: all checkpoints are damaged")
-    assert figures_of(run) == before
+    assert metrics_of(run) == before
     assert saved_steps(run) == [9, 12]
 
 
 def test_a_full_disk(run: Path, finished: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    """No file may grow beyond what the small ones need: writing arrays fails as on a full disk."""
+    """Files may not grow beyond what the small ones need, so writing arrays fails as on a full disk."""
     shutil.rmtree(run / FOLDER / "12")
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (40_000, limits[1]))
@@ -164,10 +164,10 @@ def test_a_full_disk(run: Path, finished: Path, capfd: pytest.CaptureFixture[str
     assert saved_steps(run) == [9]
     assert main(["resume", str(run)]) == 0
     assert same_bits(state_of(run, 12), state_of(finished, 12))
-    assert figures_of(run) == figures_of(finished)
+    assert metrics_of(run) == metrics_of(finished)
 
 
-def test_another_model(
+def test_a_changed_model_config(
     run: Path, tiny: Tiny, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     config = json.loads((run / "config.json").read_text())
@@ -176,7 +176,7 @@ def test_another_model(
         f"{run / FOLDER}: the checkpoint of step 12 is of another model than config.json: "
         "intermediate_size: found 40, expected 48"
     )
-    # of the same shapes, and yet another
+    # another model of the same shapes
     (run / "config.json").write_text(json.dumps(config | {"rms_norm_eps": 1e-6}))
     assert "rms_norm_eps: found 1e-06, expected 1e-05" in error_of(["resume", str(run)], capfd)
     # no config at all
@@ -191,7 +191,7 @@ def test_another_model(
 def test_a_loss_that_is_not_finite(
     rate: float, tiny: Tiny, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """Warmup from a rate that is none: the first steps are sound, and their checkpoints."""
+    """Warmup starts low, so the first steps are finite, and so are their checkpoints."""
     out = tmp_path / "run"
     flags = run_flags(
         tiny, out, optimizer__learning_rate=rate, checkpoint__every=1, evaluation__every=0
@@ -226,14 +226,16 @@ def test_damaged_data(tiny: Tiny, tmp_path: Path, capfd: pytest.CaptureFixture[s
     message = error_of(flags, capfd)
     assert message.startswith(f"{shard}: found contents with digest ")
     assert not (tmp_path / "run").exists()
-    # an index of version 1 knows no digests: what is read tells
+    # an index of version 1 has no digests; the error comes from reading
     as_version_1(data)
     message = error_of(flags, capfd)
     assert message.startswith(f"{shard}, token ")
     assert message.endswith("found id 65535, expected less than the model's vocab_size 64")
 
 
-def test_no_validation_data(tiny: Tiny, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_an_empty_validation_split(
+    tiny: Tiny, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     data = token_directory(tmp_path / "data", [[[5] * 400]], vocab_size=64)
     shutil.copyfile(tiny.data / "tokenizer.json", data / "tokenizer.json")
     message = error_of(run_flags(tiny, tmp_path / "run", data=data), capfd)
@@ -242,14 +244,14 @@ def test_no_validation_data(tiny: Tiny, tmp_path: Path, capfd: pytest.CaptureFix
     assert not (tmp_path / "run").exists()
 
 
-def test_a_folder_that_holds_a_run(run: Path, tiny: Tiny, capfd: Any) -> None:
+def test_begin_in_a_folder_with_a_run(run: Path, tiny: Tiny, capfd: Any) -> None:
     before = (run / "run.toml").read_bytes()
     assert error_of(run_flags(tiny, run), capfd) == (
         f"{run}: already contains a run; choose another --out, or resume it with "
         f"`python -m train resume {run}`"
     )
     assert (run / "run.toml").read_bytes() == before
-    # its options lost, its checkpoints are not a new run's to start from, or to overwrite
+    # without its run.toml, a new run neither starts from its checkpoints nor overwrites them
     (run / "run.toml").unlink()
     assert error_of(run_flags(tiny, run), capfd) == (
         f"{run}: already contains checkpoints; choose another --out"
@@ -257,13 +259,13 @@ def test_a_folder_that_holds_a_run(run: Path, tiny: Tiny, capfd: Any) -> None:
     assert saved_steps(run) == [9, 12]
 
 
-def test_a_folder_that_holds_none(tmp_path: Path, capfd: Any) -> None:
+def test_resume_a_folder_without_a_run(tmp_path: Path, capfd: Any) -> None:
     expected = f"{tmp_path}: found no run.toml, expected the folder of a run"
     assert error_of(["resume", str(tmp_path)], capfd) == expected
 
 
 @pytest.mark.parametrize(
-    ("flag", "found"),
+    ("flag", "change"),
     [
         ("--seed=1", "seed: found 1, expected 0"),
         ("--model.preset=tiny-1m", "model.preset: found tiny-1m, expected tiny-4m"),
@@ -274,16 +276,16 @@ def test_a_folder_that_holds_none(tmp_path: Path, capfd: Any) -> None:
         ("--model.parameter-dtype=bfloat16", "found bfloat16, expected float32"),
     ],
 )
-def test_another_run(flag: str, found: str, finished: Path, capfd: Any) -> None:
+def test_options_that_cannot_change(flag: str, change: str, finished: Path, capfd: Any) -> None:
     message = error_of(["resume", str(finished), flag], capfd)
     assert message.startswith(f"{finished}: these options cannot change on resume: ")
-    assert found in message
+    assert change in message
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"mesh__data": 3}, "mesh: found data 3 x fsdp 1 x sequence 1 x tensor 1 = 3, expected 1 devices"),
+        ({"mesh__data": 3}, "mesh: found data 3 x fsdp 1 x sequence 1 x tensor 1 = 3, expected 1, the "),
         ({"mesh__tensor": 0}, "mesh.tensor: found 0, expected at least 1, or -1 for what is left"),
         ({"mesh__tensor": -1}, "mesh: found -1 for data and tensor, expected it once"),
         ({"steps": 0}, "steps: found 0, expected at least 1"),
@@ -300,14 +302,14 @@ def test_another_run(flag: str, found: str, finished: Path, capfd: Any) -> None:
     ],
     ids=str,
 )  # fmt: skip
-def test_options(
+def test_wrong_options(
     changes: dict[str, Any], message: str, tiny: Tiny, tmp_path: Path, capfd: Any
 ) -> None:
     assert message in error_of(run_flags(tiny, tmp_path / "run", **changes), capfd)
     assert not (tmp_path / "run").exists()
 
 
-def test_a_vocabulary_too_small(tiny: Tiny, tmp_path: Path, capfd: Any) -> None:
+def test_a_vocabulary_that_is_too_small(tiny: Tiny, tmp_path: Path, capfd: Any) -> None:
     config = tmp_path / "config.json"
     config.write_text(json.dumps(CONFIG | {"vocab_size": 63}))
     message = error_of(run_flags(tiny, tmp_path / "run", model__config=config), capfd)
@@ -318,7 +320,7 @@ def test_a_vocabulary_too_small(tiny: Tiny, tmp_path: Path, capfd: Any) -> None:
 
 
 def other_data(tiny: Tiny, directory: Path) -> Path:
-    """Of the same names, sizes, documents and vocabulary: two ids in it have changed places."""
+    """Data with the same names, sizes, documents and vocabulary, in which two ids are swapped."""
     data = Path(shutil.copytree(tiny.data, directory))
     shard = data / "train-00000.tokens"
     ids = np.fromfile(shard, "<u2")
@@ -327,8 +329,8 @@ def other_data(tiny: Tiny, directory: Path) -> Path:
     return data
 
 
-def with_true_digest(data: Path) -> None:
-    """The index of a directory, as whoever had tokenized it so would have written it."""
+def update_digest(data: Path) -> None:
+    """Give the index the digest of the changed shard, as if it had been tokenized like this."""
     path = data / "index.json"
     index = json.loads(path.read_text())
     contents = [(data / f"train-00000.{end}").read_bytes() for end in ("tokens", "ends")]
@@ -339,7 +341,7 @@ def with_true_digest(data: Path) -> None:
 def test_data_replaced_before_resume(
     tiny: Tiny, run: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """Another directory in the place of the run's: whatever its name and size, it is not that data."""
+    """Other data at the path of the run's data, with the same names and sizes, is refused."""
     data = other_data(tiny, tmp_path / "data")
     options = (run / "run.toml").read_text()
     (run / "run.toml").write_text(options.replace(str(tiny.data), str(data)))
@@ -348,7 +350,7 @@ def test_data_replaced_before_resume(
         message = error_of(arguments, capfd)
         assert message.startswith(f"{shard}: found contents with digest ")
         assert message.endswith("by the index: restore the file, or tokenize again")
-    with_true_digest(data)
+    update_digest(data)
     digest = r"found data with digest [0-9a-f]{12}, expected [0-9a-f]{12}, that of "
     for arguments, remedy in (
         (["resume", str(run)], "restore it, or begin a new run"),
@@ -366,7 +368,7 @@ def test_data_replaced_before_resume(
 def test_data_moved_before_resume(
     tiny: Tiny, run: Path, finished: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """Its digest says that it is the same; other data, or another weight, makes another run."""
+    """The digest shows that it is the same data; other data, or another weight, is refused."""
     shutil.rmtree(run / FOLDER / "12")
     options = (run / "run.toml").read_text()
     (run / "run.toml").write_text(options.replace(str(tiny.data), str(tmp_path / "gone")))
@@ -374,22 +376,22 @@ def test_data_moved_before_resume(
         f"{tmp_path / 'gone'}: not found, expected the data of {run}: restore it, or pass the path that it "
         "was moved to with --data"
     )
-    place = str(shutil.copytree(tiny.data, tmp_path / "lang=en"))
+    moved = str(shutil.copytree(tiny.data, tmp_path / "lang=en"))
     assert f"{run}: these options cannot change on resume: data: found " in error_of(
-        ["resume", str(run), "--data", f"{place}=2", place], capfd
+        ["resume", str(run), "--data", f"{moved}=2", moved], capfd
     )
     other = other_data(tiny, tmp_path / "other")
-    with_true_digest(other)
+    update_digest(other)
     assert "found data with digest" in error_of(["resume", str(run), "--data", str(other)], capfd)
-    assert main(["resume", str(run), "--data", place]) == 0
+    assert main(["resume", str(run), "--data", moved]) == 0
     assert same_bits(state_of(run, 12), state_of(finished, 12))
     assert main(["resume", str(run)]) == 0
 
 
-def test_a_run_that_knows_no_digest_goes_on(
+def test_a_run_without_recorded_digests_can_be_resumed(
     tiny: Tiny, run: Path, finished: Path, tmp_path: Path
 ) -> None:
-    """As runs and directories of tokens were before there were any."""
+    """Runs and token directories of earlier versions had none."""
     (run / "data.json").unlink()
     shutil.rmtree(run / FOLDER / "12")
     data = as_version_1(Path(shutil.copytree(tiny.data, tmp_path / "data")))
@@ -406,22 +408,22 @@ def test_directories_with_an_equals_sign(tiny: Tiny, tmp_path: Path, capfd: Any)
     assert find_sources([f"{data}=3"]) == [(data, 3.0)]
     assert find_sources([str(two), f"{two}=0.5"]) == [(two, 1.0), (two, 0.5)]
     assert find_sources([f"{tiny.data}=1e1"]) == [(tiny.data, 10.0)]
-    for weight, told in (
+    for weight, expected in (
         ("x", "and 'x' after the = is not a weight: expected PATH or PATH=WEIGHT"),
         ("", "and '' after the = is not a weight: expected PATH or PATH=WEIGHT"),
         ("-1", "data: found weight '-1', expected a positive number"),
         ("nan", "data: found weight 'nan', expected a positive number"),
     ):
         message = error_of(run_flags(tiny, tmp_path / "run", data=f"{tiny.data}={weight}"), capfd)
-        assert message.endswith(told)
+        assert message.endswith(expected)
     assert not (tmp_path / "run").exists()
 
 
 # one process, more steps ----------------------------------------------------------------------------
 
 
-def test_a_run_that_is_running_is_not_resumed(run: Path, tmp_path: Path, capfd: Any) -> None:
-    """The lock ends with its process, however that ends; reading needs none."""
+def test_a_running_run_cannot_be_resumed(run: Path, tmp_path: Path, capfd: Any) -> None:
+    """The lock ends with its process, however that ends; reading needs no lock."""
     code = (
         "import sys; from pathlib import Path; from train.run.lock import locked\n"
         "with locked(Path(sys.argv[1])):\n    print('held', flush=True); sys.stdin.read()"
@@ -443,44 +445,44 @@ def test_a_run_that_is_running_is_not_resumed(run: Path, tmp_path: Path, capfd: 
 
 
 @pytest.mark.parametrize("schedule", ["constant", pytest.param("wsd", marks=pytest.mark.slow)])
-def test_more_steps_are_as_if_asked_for_at_first(
+def test_added_steps_are_as_if_planned_from_the_start(
     schedule: str, tiny: Tiny, tmp_path: Path, capfd: Any
 ) -> None:
-    """Before the decay of wsd begins; then it has done what cannot be undone."""
+    """Possible with wsd only before its decay begins."""
     changes: dict[str, Any] = {"optimizer__schedule": schedule, "evaluation__every": 0}
     changes |= {"checkpoint__every": 2, "checkpoint__keep_last": 9}
     if schedule == "wsd":
         changes["optimizer__decay_fraction"] = 0.34
-    for name, steps in (("run", 6), ("whole", 9)):
+    for name, steps in (("run", 6), ("full", 9)):
         assert main(run_flags(tiny, tmp_path / name, steps=steps, **changes)) == 0
-    run, whole = tmp_path / "run", tmp_path / "whole"
+    run, full = tmp_path / "run", tmp_path / "full"
     if schedule == "wsd":
         message = error_of(["resume", str(run), "--steps=9"], capfd)
         assert (
             "steps: found 9, expected 6: the wsd schedule has already lowered the learning rate"
             in message
         )
-        shutil.rmtree(run / FOLDER / "6")  # two steps of decay ago
+        shutil.rmtree(run / FOLDER / "6")  # back to before the decay
     assert main(["resume", str(run), "--steps=9"]) == 0
     assert "steps = 9" in (run / "run.toml").read_text()
-    assert same_bits(state_of(run, 9), state_of(whole, 9))
-    assert figures_of(run) == figures_of(whole)
+    assert same_bits(state_of(run, 9), state_of(full, 9))
+    assert metrics_of(run) == metrics_of(full)
     message = error_of(["resume", str(run), "--steps=5"], capfd)
     assert "steps: found 5, expected 9, or any number from 9, the steps that are done" in message
 
 
-def test_export_into_a_run_or_from_none(
+def test_export_to_a_run_or_without_one(
     run: Path, finished: Path, tmp_path: Path, capfd: Any
 ) -> None:
     assert error_of(["export", str(run), str(run)], capfd) == (
-        f"{run}: found a run, expected another directory to export to"
+        f"{run}: contains a run; choose another directory to export to"
     )
     for command in (["export", str(tmp_path), str(tmp_path / "hf")], ["resume", str(tmp_path)]):
         expected = f"{tmp_path}: found no run.toml, expected the folder of a run"
         assert error_of(command, capfd) == expected
     (tmp_path / "file").write_text("")
     assert error_of(["export", str(run), str(tmp_path / "file")], capfd) == (
-        f"{tmp_path}/file: found a file, expected a directory or a free name"
+        f"{tmp_path}/file: is a file; choose another directory to export to"
     )
 
 

@@ -1,4 +1,4 @@
-"""Runs that are killed or asked to stop, at any moment, end as the run that was not."""
+"""Runs that are killed or stopped at any moment, and resumed, end like an uninterrupted run."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ import pytest
 from parity_tests.train.runs import (
     Tiny,
     environment,
-    figures_of,
     finish,
+    metrics_of,
     run_flags,
     same_bits,
     saved_steps,
@@ -28,20 +28,20 @@ from train.monitoring.metrics_log import FILE as METRICS
 from train.options import FILE
 
 STEPS = 60
-# saves and evaluations take longer than steps, so most moments lie in them
+# saves and evaluations take longer than steps, so most kills hit those
 OPTIONS = {"steps": STEPS, "checkpoint__every": 4, "evaluation__every": 6}
 
 
 @pytest.fixture(scope="module")
-def whole(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The run never killed."""
-    out = tmp_path_factory.mktemp("whole") / "run"
+def full_run(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The uninterrupted run."""
+    out = tmp_path_factory.mktemp("full") / "run"
     finish(start(run_flags(tiny, out, **OPTIONS), environment(tiny.cache)))
     return out
 
 
 def arguments(tiny: Tiny, run: Path) -> list[str]:
-    """Begin the run, or go on where there is one."""
+    """Begin the run, or resume it if there is one."""
     return ["resume", str(run)] if (run / FILE).exists() else run_flags(tiny, run, **OPTIONS)
 
 
@@ -52,24 +52,24 @@ def lines(run: Path) -> int:
 
 def saves(run: Path) -> set[str]:
     folder = run / FOLDER
-    return {each.name for each in folder.iterdir()} if folder.exists() else set()
+    return {path.name for path in folder.iterdir()} if folder.exists() else set()
 
 
 def when_compiling(run: Path, chance: random.Random) -> Callable[[], bool]:
-    """Some time after the folder is there; before that nothing is lost."""
+    """Some time after the folder is created; before that there is nothing to lose."""
     begun = time.monotonic()
     delay = chance.uniform(0.2, 2.0)
     return lambda: (run / FILE).exists() and time.monotonic() - begun > delay
 
 
 def when_stepping(run: Path, chance: random.Random) -> Callable[[], bool]:
-    """Some lines further: in a step, or in an evaluation."""
-    before, more = lines(run), chance.randint(5, 25)
-    return lambda: lines(run) < before or lines(run) >= before + more
+    """After some more lines of metrics: in a step or in an evaluation."""
+    before, added = lines(run), chance.randint(5, 25)
+    return lambda: lines(run) < before or lines(run) >= before + added
 
 
 def when_saving(run: Path, chance: random.Random) -> Callable[[], bool]:
-    """A checkpoint has just begun to be written."""
+    """Just after a checkpoint has begun to be written."""
     before, begun = saves(run), lines(run)
     return lambda: lines(run) != begun and bool(saves(run) - before)
 
@@ -78,7 +78,7 @@ MOMENTS = {"compiling": when_compiling, "stepping": when_stepping, "saving": whe
 
 
 def kill(tiny: Tiny, run: Path, kind: str, chance: random.Random) -> bool:
-    """Go on and kill it at such a moment; whether it was killed before it ended."""
+    """Start or resume the run, kill it at such a moment; returns whether it was killed before it ended."""
     process = start(arguments(tiny, run), environment(None if kind == "compiling" else tiny.cache))
     moment = MOMENTS[kind](run, chance)
     while process.poll() is None and not moment():
@@ -90,33 +90,33 @@ def kill(tiny: Tiny, run: Path, kind: str, chance: random.Random) -> bool:
     return process.returncode != 0
 
 
-def same_run(run: Path, whole: Path) -> None:
-    assert figures_of(run) == figures_of(whole)
-    assert saved_steps(run) == saved_steps(whole)
-    assert same_bits(state_of(run, STEPS), state_of(whole, STEPS))
+def same_run(run: Path, full_run: Path) -> None:
+    assert metrics_of(run) == metrics_of(full_run)
+    assert saved_steps(run) == saved_steps(full_run)
+    assert same_bits(state_of(run, STEPS), state_of(full_run, STEPS))
 
 
 @pytest.mark.parametrize("kills", [3, pytest.param(20, marks=pytest.mark.slow)])
-def test_killed_at_random_moments(tiny: Tiny, whole: Path, tmp_path: Path, kills: int) -> None:
+def test_killed_at_random_moments(tiny: Tiny, full_run: Path, tmp_path: Path, kills: int) -> None:
     chance = random.Random(kills)
     run, done, seen = tmp_path / "run", 0, []
     for kind in itertools.islice(itertools.cycle(("stepping", "saving", "compiling")), kills):
         if not kill(tiny, run, kind, chance):
-            shutil.rmtree(run)  # it came to its end: another one
+            shutil.rmtree(run)  # it finished: start another one
         else:
             done += 1
         seen.append((kind, saved_steps(run) if (run / FOLDER).exists() else []))
     print(f"{done} kills: {seen}")
     assert done >= kills * 0.6
     finish(start(arguments(tiny, run), environment(tiny.cache)))
-    same_run(run, whole)
+    same_run(run, full_run)
 
 
 @pytest.mark.parametrize(
     "number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)]
 )
-def test_a_signal_saves_and_ends(
-    tiny: Tiny, whole: Path, tmp_path: Path, number: signal.Signals
+def test_a_signal_saves_and_stops(
+    tiny: Tiny, full_run: Path, tmp_path: Path, number: signal.Signals
 ) -> None:
     run = tmp_path / "run"
     process = start(run_flags(tiny, run, **OPTIONS), environment(tiny.cache))
@@ -128,13 +128,12 @@ def test_a_signal_saves_and_ends(
     assert f"stopped after step {last}, saved; resume with: python -m train resume {run}" in err
     assert last < STEPS
     finish(start(["resume", str(run)], environment(tiny.cache)))
-    same = figures_of(whole)
-    assert figures_of(run) == same
-    assert same_bits(state_of(run, STEPS), state_of(whole, STEPS))
+    assert metrics_of(run) == metrics_of(full_run)
+    assert same_bits(state_of(run, STEPS), state_of(full_run, STEPS))
 
 
 @pytest.mark.slow
-def test_ctrl_c_while_compiling(tiny: Tiny, whole: Path, tmp_path: Path) -> None:
+def test_ctrl_c_while_compiling(tiny: Tiny, full_run: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     process = start(run_flags(tiny, run, **OPTIONS), environment(None))
     while not (run / METRICS).exists() and process.poll() is None:
@@ -144,6 +143,6 @@ def test_ctrl_c_while_compiling(tiny: Tiny, whole: Path, tmp_path: Path) -> None
     process.send_signal(signal.SIGINT)
     err = finish(process)
     assert "Traceback" not in err
-    assert saved_steps(run)[0] <= 2  # the signal is seen a step later, which holds up nothing
+    assert saved_steps(run)[0] <= 2  # the signal is seen a step later, so that no step waits for it
     finish(start(["resume", str(run)], environment(tiny.cache)))
-    same_run(run, whole)
+    same_run(run, full_run)

@@ -1,4 +1,4 @@
-"""Options: TOML and flags say the same, and what a resumed run may change."""
+"""Options: TOML and flags are equivalent; ranges; which options may change on resume."""
 
 from __future__ import annotations
 
@@ -37,10 +37,10 @@ def values(hint: Any) -> st.SearchStrategy[Any]:
         return LEAVES[hint]
     if get_origin(hint) is tuple:
         return st.lists(values(get_args(hint)[0]), min_size=1, max_size=3).map(tuple)
-    kinds = [each for each in get_args(hint) if each is not type(None)]
+    types = [option for option in get_args(hint) if option is not type(None)]
     if str(get_origin(hint)) == "typing.Literal":
-        return st.sampled_from(kinds)
-    return st.one_of(st.none(), *(values(each) for each in kinds))
+        return st.sampled_from(types)
+    return st.one_of(st.none(), *(values(option) for option in types))
 
 
 def read(text: str, path: Path) -> RunOptions:
@@ -48,7 +48,7 @@ def read(text: str, path: Path) -> RunOptions:
     return tyro.cli(RunOptions, args=flags_of(path))
 
 
-# no shrinking: every example is parsed by tyro anew, which takes its time
+# no shrinking, as tyro takes long to parse an example
 @settings(max_examples=15, deadline=None, phases=[Phase.explicit, Phase.generate])
 @given(options=values(RunOptions))
 def test_options_survive_toml_and_flags(
@@ -58,15 +58,14 @@ def test_options_survive_toml_and_flags(
     assert read(to_toml(options), path) == options
 
 
-def test_no_clip_stays_no_clip(tmp_path: Path) -> None:
-    """None where it is not the default."""
+def test_no_clipping_in_toml(tmp_path: Path) -> None:
+    """None, where it is not the default."""
     optimizer = dataclasses.replace(RunOptions().optimizer, clip_norm=None)
     options = dataclasses.replace(RunOptions(), optimizer=optimizer)
     assert read(to_toml(options), tmp_path / "a.toml").optimizer.clip_norm is None
 
 
-def test_no_clip_on_the_command_line() -> None:
-    """As its error says it."""
+def test_no_clipping_on_the_command_line() -> None:
     assert tyro.cli(RunOptions, args=["--optimizer.clip-norm", "None"]).optimizer.clip_norm is None
 
 
@@ -74,8 +73,8 @@ def test_defaults_and_other_spellings(tmp_path: Path) -> None:
     path = tmp_path / "a.toml"
     assert read("", path) == RunOptions()
     assert read(to_toml(RunOptions()), path) == RunOptions()
-    wanted = dataclasses.replace(RunOptions(), batch_size=4)
-    assert read("batch-size = 4", path) == read("batch_size = 4", path) == wanted
+    expected = dataclasses.replace(RunOptions(), batch_size=4)
+    assert read("batch-size = 4", path) == read("batch_size = 4", path) == expected
 
 
 @pytest.mark.parametrize(
@@ -87,7 +86,7 @@ def test_defaults_and_other_spellings(tmp_path: Path) -> None:
         ("steps = ", "not valid TOML ("),
     ],
 )
-def test_mistakes_in_toml(text: str, message: str, tmp_path: Path) -> None:
+def test_errors_in_toml(text: str, message: str, tmp_path: Path) -> None:
     path = tmp_path / "a.toml"
     path.write_text(text)
     with pytest.raises(ValueError) as caught:
@@ -96,12 +95,12 @@ def test_mistakes_in_toml(text: str, message: str, tmp_path: Path) -> None:
 
 
 def leaves(options: Any, prefix: str = "") -> list[str]:
-    found = []
+    names = []
     for field in dataclasses.fields(options):
         value = getattr(options, field.name)
         name = prefix + field.name
-        found += leaves(value, name + ".") if dataclasses.is_dataclass(value) else [name]
-    return found
+        names += leaves(value, name + ".") if dataclasses.is_dataclass(value) else [name]
+    return names
 
 
 def changed(options: Any, name: str) -> Any:
@@ -111,8 +110,8 @@ def changed(options: Any, name: str) -> Any:
 
 
 @pytest.mark.parametrize("name", leaves(RunOptions()))
-def test_what_a_resumed_run_may_change(name: str) -> None:
-    free = any(name == each or name.startswith(each + ".") for each in FREE_ON_RESUME)
+def test_which_options_may_change_on_resume(name: str) -> None:
+    free = any(name == prefix or name.startswith(prefix + ".") for prefix in FREE_ON_RESUME)
     changes = fixed_options_changed(RunOptions(), changed(RunOptions(), name))
     if free:
         assert changes == []
@@ -121,13 +120,13 @@ def test_what_a_resumed_run_may_change(name: str) -> None:
         assert message.startswith(f"{name.replace('_', '-')}: found something else, expected ")
 
 
-def test_nothing_changed() -> None:
+def test_no_change() -> None:
     assert fixed_options_changed(RunOptions(), RunOptions()) == []
     validate(RunOptions())
 
 
 def options_with(name: str, value: Any) -> RunOptions:
-    """The defaults but for one option, and for what makes use of it."""
+    """The defaults except for one option, and for the schedule that uses it."""
     users: dict[str, dict[str, Any]] = {"decay_fraction": {"schedule": "wsd"}}
     part, _, field = name.rpartition(".")
     options = RunOptions()
@@ -145,8 +144,8 @@ BETAS = ("optimizer.beta1", "optimizer.beta2")
 FRACTIONS = ("optimizer.final_fraction", "optimizer.decay_fraction")
 
 
-def test_every_number_has_a_rule() -> None:
-    """But those that are checked where they are used: the mesh against devices, the seed by the data."""
+def test_every_number_has_a_range() -> None:
+    """Except those checked where they are used: the mesh against devices, the seed by the data."""
     hints = {"": RunOptions, **{f"{name}.": type(getattr(RunOptions(), name)) for name in (
         "model", "optimizer", "mesh", "distributed", "checkpoint", "evaluation", "log")}}  # fmt: skip
     floats = {
@@ -160,7 +159,7 @@ def test_every_number_has_a_rule() -> None:
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf"), -1.0, -1e-9])
 @pytest.mark.parametrize("name", [*NOT_NEGATIVE, *POSITIVE, *BETAS, *FRACTIONS])
-def test_numbers_that_are_none(name: str, value: float) -> None:
+def test_numbers_out_of_range(name: str, value: float) -> None:
     with pytest.raises(ValueError) as caught:
         validate(options_with(name, value))
     assert str(caught.value).startswith(f"{name.replace('_', '-')}: found {value}, expected ")
@@ -196,8 +195,7 @@ def test_ends_of_ranges(name: str, wrong: tuple[Any, ...], right: tuple[Any, ...
         validate(options_with(name, value))
 
 
-def test_an_eps_for_float64() -> None:
-    """Its range is that of the parameters' dtype."""
+def test_the_range_of_eps_is_that_of_the_parameters_dtype() -> None:
     options = options_with("optimizer.eps", 1e-100)
     with pytest.raises(
         ValueError, match=r"optimizer\.eps: found 1e-100, expected a finite number above 0"
@@ -210,14 +208,14 @@ def test_an_eps_for_float64() -> None:
 @pytest.mark.parametrize(
     ("user", "name", "value"),
     [
-        *(("lion", each, 0.5) for each in ("eps",)),
-        *(("sgd", each, 0.5) for each in ("beta2", "eps")),
-        *(("adafactor", each, 0.5) for each in ("beta1", "beta2", "eps")),
+        ("lion", "eps", 0.5),
+        *(("sgd", name, 0.5) for name in ("beta2", "eps")),
+        *(("adafactor", name, 0.5) for name in ("beta1", "beta2", "eps")),
         *((schedule, "decay_fraction", 0.5) for schedule in ("cosine", "linear", "constant")),
         ("constant", "final_fraction", 0.5),
     ],
 )
-def test_an_option_that_nothing_uses(user: str, name: str, value: float) -> None:
+def test_an_option_that_is_not_used(user: str, name: str, value: float) -> None:
     kind = "name" if user in get_args(Optimizer) else "schedule"
     default = getattr(OptimizerOptions(), name)
     options = OptimizerOptions(**{kind: user, name: value})
@@ -232,14 +230,14 @@ def test_an_option_that_nothing_uses(user: str, name: str, value: float) -> None
 
 @pytest.mark.parametrize("name", ["parameter_dtype", "compute_dtype"])
 def test_float16_is_not_for_training(name: str, tmp_path: Path) -> None:
-    """By flag, from TOML and in a plan; the others are."""
+    """By flag, from TOML and in a plan; the other dtypes are accepted."""
     flag = name.replace("_", "-")
-    found = f"^model.{flag}: found float16, expected bfloat16, float32 or float64: "
+    message = f"^model.{flag}: found float16, expected bfloat16, float32 or float64: "
     options = options_with(f"model.{name}", "float16")
-    for each in (options, read(to_toml(options), tmp_path / "a.toml")):
-        with pytest.raises(ValueError, match=found):
-            validate(each)
-    with pytest.raises(ValueError, match=found):
+    for refused in (options, read(to_toml(options), tmp_path / "a.toml")):
+        with pytest.raises(ValueError, match=message):
+            validate(refused)
+    with pytest.raises(ValueError, match=message):
         run_plan(options, topology=None, host_devices=1, limit=None, json_file=None)
     for dtype in ("float32", "bfloat16", "float64"):
         validate(options_with(f"model.{name}", dtype))
