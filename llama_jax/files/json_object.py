@@ -23,7 +23,7 @@ def read_json_object(path: Path) -> dict[str, Any]:
         content = path.read_bytes()
         value = json.loads(content)
     except FileNotFoundError:
-        raise ValueError(f"{path}: file not found") from None
+        raise ValueError(f"{path}: not found") from None
     except OSError as error:
         raise ValueError(f"{path}: cannot be read ({error.strerror})") from None
     except (ValueError, RecursionError) as error:  # UnicodeDecodeError is a ValueError too

@@ -180,7 +180,7 @@ def _open(path: Path) -> tuple[Path, dict[str, bytes]]:
     for name in (VOCABULARY, MODEL):
         if name in files:
             return path / name, files
-    raise ValueError(f"{path / VOCABULARY}: file not found; a tokenizer is required")
+    raise ValueError(f"{path / VOCABULARY}: not found, expected a tokenizer")
 
 
 def _is_llama_3_0(files: Mapping[str, bytes]) -> bool:

@@ -261,5 +261,5 @@ def test_cuts_and_flips_anywhere(form: str) -> None:
 
 
 def test_nothing_there(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"tokenizer\.json: file not found; a tokenizer"):
+    with pytest.raises(ValueError, match=r"tokenizer\.json: not found, expected a tokenizer"):
         load_tokenizer(tmp_path)

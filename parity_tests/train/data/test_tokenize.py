@@ -189,7 +189,7 @@ def test_wrong_arguments(tmp_path: Path) -> None:
         )
     assert error_of(shard_tokens=0) == "shard_tokens: found 0, expected at least 1"
     assert error_of(tokenizer=tmp_path) == (
-        f"{tmp_path}/tokenizer.json: file not found; a tokenizer is required"
+        f"{tmp_path}/tokenizer.json: not found, expected a tokenizer"
     )
     assert error_of(tokenizer=source).startswith(f"{source}: not a tokenizer (")
     assert error_of(eos="<end>") == "--eos: found '<end>', expected a token of the tokenizer"
