@@ -40,10 +40,14 @@ def size(text: str | int) -> int:
     raise ValueError(f"found {text!r}, expected a size such as 500MB, 5GB or 2GiB")
 
 
-def report(title: str, faults: list[str], limit: int = 20) -> str:
-    """All faults as one line, the first `limit` of them in full."""
-    shown = "; ".join(faults[:limit])
-    more = f"; and {len(faults) - limit} more" if len(faults) > limit else ""
+def summarize(title: str, problems: list[str], limit: int = 20) -> str:
+    """A title and a list of problems as one line; of more than `limit`, the number of the others.
+
+    >>> summarize("model.safetensors", ["a: missing", "b: missing", "c: missing"], limit=2)
+    'model.safetensors: a: missing; b: missing; and 1 more'
+    """
+    shown = "; ".join(problems[:limit])
+    more = f"; and {len(problems) - limit} more" if len(problems) > limit else ""
     return f"{title}: {shown}{more}"
 
 

@@ -12,18 +12,19 @@ import numpy as np
 from convert.checkpoint import Checkpoint, common_dtype
 from convert.companions import write_companions
 from convert.model_card import card_facts
-from llama_jax.checkpoints.fit import Rows, Weights, fit
 from llama_jax.checkpoints.huggingface import ignored_notes
+from llama_jax.checkpoints.match import match_checkpoint
 from llama_jax.checkpoints.safetensors_read import FLOAT_DTYPES, StoredTensor
 from llama_jax.checkpoints.safetensors_write import TensorSpec
+from llama_jax.checkpoints.weight_files import ReadRows, StoredWeights
 from llama_jax.config import LlamaConfig
 from llama_jax.files.staging import write_text
-from llama_jax.formatting import report
+from llama_jax.formatting import summarize
 from llama_jax.models.causal_lm import LlamaForCausalLM
 
 
 def model_tensors(
-    path: Path, config: LlamaConfig, weights: Weights, rows: Rows
+    path: Path, config: LlamaConfig, weights: StoredWeights, rows: ReadRows
 ) -> tuple[dict[str, StoredTensor], list[str]]:
     """The stored tensors that make up the model, by Hugging Face's names in the model's order; and notes.
 
@@ -34,15 +35,15 @@ def model_tensors(
     Raises:
         ValueError: with every problem: tensors that are missing, unexpected or misshapen.
     """
-    match = fit(LlamaForCausalLM, config, weights, path, "float32", rows)
-    if match.faults:
-        raise ValueError(report(str(path), match.faults))
+    match = match_checkpoint(LlamaForCausalLM, config, weights, path, "float32", rows)
+    if match.problems:
+        raise ValueError(summarize(str(path), match.problems))
     notes = []
     if match.wrappers:
         notes.append(f"{match.wrappers} is removed from the tensors' names")
-    if match.tied is not None:
+    if match.tied_copy is not None:
         notes.append("lm_head.weight, a copy of the embedding, is left out: the head is tied")
-    return {name: match.stored[name] for name in match.table}, notes
+    return {name: match.tensors[name] for name in match.table}, notes
 
 
 def checkpoint_of(
@@ -83,7 +84,7 @@ def spec_of(name: str, tensor: StoredTensor) -> TensorSpec:
     return TensorSpec(name, FLOAT_DTYPES[tensor.dtype], tensor.shape)
 
 
-def rows_by_loading(load: Callable[[StoredTensor], np.ndarray]) -> Rows:
+def rows_by_loading(load: Callable[[StoredTensor], np.ndarray]) -> ReadRows:
     """What reads rows of tensors that can only be loaded complete; each is loaded once and kept."""
     loaded: dict[str, np.ndarray] = {}
 

@@ -18,9 +18,15 @@ from convert.formats.directory import (
 )
 from convert.formats.plain import DTYPE_NAMES, cast_rule, losses, stored_bytes, target_specs
 from convert.formats.torch_files import OLD_FORM_NOTE, TorchFile, open_torch_file
-from llama_jax.checkpoints.fit import Rows, Weights, open_weights, read_index, read_rows
 from llama_jax.checkpoints.safetensors_read import FLOAT_DTYPES, StoredTensor, read_tensor
 from llama_jax.checkpoints.safetensors_write import INDEX_FILE, SINGLE_FILE, write_safetensors
+from llama_jax.checkpoints.weight_files import (
+    ReadRows,
+    StoredWeights,
+    open_weights,
+    read_index,
+    read_rows,
+)
 from llama_jax.config import LlamaConfig
 
 __all__ = [
@@ -99,7 +105,9 @@ def write(
     write_config_and_companions(checkpoint, path)
 
 
-def _open(path: Path) -> tuple[Weights, Callable[[StoredTensor], np.ndarray], Rows, list[str]]:
+def _open(
+    path: Path,
+) -> tuple[StoredWeights, Callable[[StoredTensor], np.ndarray], ReadRows, list[str]]:
     """The headers of the weight files, what reads a tensor of theirs, or rows of one, and notes."""
     single, index = (SINGLE_FILE, INDEX_FILE)
     if not any((path / name).exists() for name in (SINGLE_FILE, INDEX_FILE)):

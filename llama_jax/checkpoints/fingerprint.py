@@ -1,4 +1,4 @@
-"""One number for an array's values and their places, which no sharding changes and parts add up to."""
+"""A checksum of an array that does not depend on its sharding; those of its parts add up to it."""
 
 from typing import Any
 
@@ -7,22 +7,31 @@ import jax.numpy as jnp
 
 
 def fingerprint(leaf: Any, start: int | jax.Array = 0) -> Any:
-    """A uint32: the sum, modulo 2**32, over every value's bits mixed with its place.
+    """The sum, modulo 2**32, over all values of a hash of the value's bits and its position.
 
-    Each step of the mixing can be undone, so that one changed value always shows.
+    The hash is a permutation for a fixed position, so a single changed value always changes the sum.
 
     Args:
-        leaf: an array, or the rows of one from `start` on: the numbers of all rows add up to the whole's.
+        leaf: an array, or some of its rows.
+        start: index of the first row; the sums of all rows add up to the array's.
+
+    Returns:
+        A uint32 scalar.
+
+    >>> array = jnp.arange(6.0).reshape(3, 2)
+    >>> parts = fingerprint(array[:1]) + fingerprint(array[1:], start=1)
+    >>> (fingerprint(array) == parts).item()
+    True
     """
     width = leaf.dtype.itemsize * 8
     bits = jax.lax.bitcast_convert_type(leaf, jnp.dtype(f"uint{min(width, 32)}"))
-    # mixed with the place, so that values which change places show
+    # mixed with the position, so that swapped values change the sum
     mixed = jnp.uint32(0)
     for axis in range(bits.ndim):
-        place = jax.lax.broadcasted_iota(jnp.uint32, bits.shape, axis)
+        position = jax.lax.broadcasted_iota(jnp.uint32, bits.shape, axis)
         if axis == 0:
-            place = place + jnp.asarray(start).astype(jnp.uint32)
-        mixed = _mix(mixed ^ (place + jnp.uint32(axis)))
+            position = position + jnp.asarray(start).astype(jnp.uint32)
+        mixed = _mix(mixed ^ (position + jnp.uint32(axis)))
     return jnp.sum(_mix(bits.astype(jnp.uint32) ^ mixed), dtype=jnp.uint32)
 
 

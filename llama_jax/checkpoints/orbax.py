@@ -1,4 +1,4 @@
-"""Causal models out of Orbax directories: runs of `python -m train`, or `python -m convert --to orbax`."""
+"""Load models from Orbax directories: runs of `python -m train`, or written by `python -m convert`."""
 
 import logging
 import os
@@ -12,11 +12,12 @@ import numpy as np
 import orbax.checkpoint as ocp
 from flax import nnx
 
-from llama_jax.checkpoints.fit import OTHER_HEAD, asked_dtype, equal, require_float, widest
+from llama_jax.checkpoints.dtypes import requested_dtype, require_float, widest
 from llama_jax.checkpoints.huggingface import warn_ignored
+from llama_jax.checkpoints.match import OTHER_HEAD, same_values
 from llama_jax.checkpoints.safetensors_read import all_finite
 from llama_jax.config import LlamaConfig
-from llama_jax.formatting import first_line, report
+from llama_jax.formatting import first_line, summarize
 
 Model = TypeVar("Model", bound=nnx.Module)
 
@@ -25,12 +26,12 @@ CHECKPOINTS = "checkpoints"
 
 
 def is_orbax(path: Path) -> bool:
-    """Whether it looks like one: converted weights, a run, or one step of a run."""
+    """Whether a path looks like an Orbax directory: converted weights, a run, or one step of a run."""
     return (path / PARAMS).is_dir() or (path / CHECKPOINTS).is_dir()
 
 
 def require_utf8(path: Path) -> None:
-    """Raise ValueError for a path that Orbax cannot be told, for it is not UTF-8."""
+    """Raise ValueError for a path that is not UTF-8, which Orbax requires."""
     try:
         os.path.abspath(path).encode()
     except UnicodeEncodeError:
@@ -40,10 +41,10 @@ def require_utf8(path: Path) -> None:
 
 
 def locate(path: Path) -> tuple[Path, Path]:
-    """The directory of config.json, and the parameters' checkpoint; of a run, the newest step's.
+    """The directories of config.json and of the parameters; for a run, those of the newest step.
 
     Raises:
-        ValueError: a run without a checkpoint; a path that is not UTF-8.
+        ValueError: a run without a checkpoint, or a path that is not UTF-8.
     """
     require_utf8(path)
     if path.parent.name == CHECKPOINTS and path.name.isdigit():
@@ -62,7 +63,7 @@ def locate(path: Path) -> tuple[Path, Path]:
 
 @contextmanager
 def quiet_orbax() -> Iterator[None]:
-    """Without what Orbax warns of that is as it should be: nothing to merge, no metadata of its own."""
+    """Within, Orbax does not warn about missing metadata and the like, which is as intended."""
     logger = logging.getLogger("absl")
     level = logger.level
     logger.setLevel(logging.ERROR)
@@ -73,40 +74,40 @@ def quiet_orbax() -> Iterator[None]:
 
 
 def load_orbax(model_class: Callable[..., Model], path: Path, dtype: Any = None) -> Model:
-    """The model, on one device.
+    """Load a model onto one device.
 
     Args:
-        model_class: `LlamaForCausalLM`, or another class taking `(config, rngs=, dtype=)`.
+        model_class: `LlamaForCausalLM` or another class that takes `(config, rngs=, dtype=)`.
         dtype: of the weights: JAX's, its name, or torch's; None and "auto" keep the stored one (the widest,
-            where several are mixed).
+            if there are several).
 
     Raises:
-        ValueError: another dtype, no checkpoint, one that is damaged, or of another model than config.json.
+        ValueError: an impossible dtype; no checkpoint, a damaged one, or one of another config.json.
     """
     home, params = locate(path)
     config = LlamaConfig.from_pretrained(home)
-    dtype = asked_dtype(dtype)
+    dtype = requested_dtype(dtype)
     if dtype is not None:
         dtype = require_float(dtype)
-    stored = _stored(params)
+    stored = _stored_tree(params)
     if dtype is None:
         dtype = require_float(widest({np.dtype(leaf.dtype) for leaf in jax.tree.leaves(stored)}))
     device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    with _faults_as_ours(params), quiet_orbax(), ocp.StandardCheckpointer() as checkpointer:
+    with _one_line_errors(params), quiet_orbax(), ocp.StandardCheckpointer() as checkpointer:
         abstract = nnx.eval_shape(lambda: model_class(config, rngs=nnx.Rngs(0), dtype=dtype))
         graphdef, state = nnx.split(abstract)
-        wanted = nnx.to_pure_dict(state)
+        target = nnx.to_pure_dict(state)
         if config.tie_word_embeddings and "lm_head" in stored:
-            # the copy of a tied head that some exporters write as well
-            wanted["lm_head"] = {"weight": wanted["model"]["embed_tokens"]["weight"]}
-        if faults := _misfits(stored, wanted):
-            raise ValueError(report(f"{len(faults)} faults", faults))
-        wanted = jax.tree.map(
-            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device), wanted
+            # a copy of the tied head, which some exporters write
+            target["lm_head"] = {"weight": target["model"]["embed_tokens"]["weight"]}
+        if problems := _compare_shapes(stored, target):
+            raise ValueError(summarize(f"{len(problems)} problems", problems))
+        target = jax.tree.map(
+            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device), target
         )
-        restored = checkpointer.restore(params.absolute(), wanted)
-        if faults := _bad_values(restored, config):
-            raise ValueError(report(f"{len(faults)} faults", faults))
+        restored = checkpointer.restore(params.absolute(), target)
+        if problems := _check_values(restored, config):
+            raise ValueError(summarize(f"{len(problems)} problems", problems))
     if config.tie_word_embeddings:
         restored.pop("lm_head", None)
     warn_ignored(config, home)
@@ -115,8 +116,8 @@ def load_orbax(model_class: Callable[..., Model], path: Path, dtype: Any = None)
 
 
 @contextmanager
-def _faults_as_ours(params: Path) -> Iterator[None]:
-    """One line about the checkpoint for whatever Orbax and TensorStore raise."""
+def _one_line_errors(params: Path) -> Iterator[None]:
+    """Within, any error of Orbax or TensorStore becomes a ValueError of one line."""
     try:
         yield
     except Exception as error:
@@ -125,39 +126,40 @@ def _faults_as_ours(params: Path) -> Iterator[None]:
         ) from None
 
 
-def _stored(params: Path) -> Any:
-    """The tree of the arrays that are stored, without their values."""
-    with _faults_as_ours(params), quiet_orbax(), ocp.StandardCheckpointer() as checkpointer:
+def _stored_tree(params: Path) -> Any:
+    """The tree of the stored arrays, without their values."""
+    with _one_line_errors(params), quiet_orbax(), ocp.StandardCheckpointer() as checkpointer:
         return checkpointer.metadata(params.absolute()).item_metadata.tree
 
 
-def flat_params(tree: Any) -> dict[str, Any]:
-    """Leaves by their names, parts joined by dots."""
+def _named_leaves(tree: Any) -> dict[str, Any]:
+    """Leaves by their paths, joined by dots."""
     leaves = jax.tree_util.tree_leaves_with_path(tree)
     return {".".join(str(part.key) for part in path): leaf for path, leaf in leaves}
 
 
-def _misfits(stored: Any, wanted: Any) -> list[str]:
-    """Arrays that are missing, unexpected or of another shape than the model's."""
-    found, expected = flat_params(stored), flat_params(wanted)
-    faults = [f"{name}: missing" for name in expected if name not in found]
-    faults += [f"{name}: unexpected" for name in found if name not in expected]
-    for name in found.keys() & expected.keys():
-        one, other = list(found[name].shape), list(expected[name].shape)
-        if one != other:
-            faults.append(f"{name}: found shape {one}, expected {other}")
-    return sorted(faults)
+def _compare_shapes(stored: Any, target: Any) -> list[str]:
+    """Arrays that are missing, unexpected or of another shape than in the model."""
+    arrays, params = _named_leaves(stored), _named_leaves(target)
+    problems = [f"{name}: missing" for name in params if name not in arrays]
+    problems += [f"{name}: unexpected" for name in arrays if name not in params]
+    for name in arrays.keys() & params.keys():
+        shape, expected = list(arrays[name].shape), list(params[name].shape)
+        if shape != expected:
+            problems.append(f"{name}: found shape {shape}, expected {expected}")
+    return sorted(problems)
 
 
-def _bad_values(restored: Any, config: LlamaConfig) -> list[str]:
-    """Arrays that are not finite, and a tied head that is not the embedding."""
-    arrays = flat_params(restored)
-    faults = [
+def _check_values(restored: Any, config: LlamaConfig) -> list[str]:
+    """Arrays that are not finite, and a tied head that differs from the embedding."""
+    arrays = _named_leaves(restored)
+    problems = [
         f"{name}: holds non-finite values as {array.dtype}"
         for name, array in arrays.items()
         if not all_finite(np.asarray(array))
     ]
-    if config.tie_word_embeddings and "lm_head.weight" in arrays and not faults:
-        pair = ("lm_head.weight", "model.embed_tokens.weight")
-        faults += [] if equal(*(np.asarray(arrays[name]) for name in pair)) else [OTHER_HEAD]
-    return faults
+    if config.tie_word_embeddings and "lm_head.weight" in arrays and not problems:
+        names = ("lm_head.weight", "model.embed_tokens.weight")
+        if not same_values(*(np.asarray(arrays[name]) for name in names)):
+            problems.append(OTHER_HEAD)
+    return problems

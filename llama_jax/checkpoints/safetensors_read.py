@@ -1,8 +1,8 @@
-"""Reading safetensors files in place: headers checked in full, data read straight into a given array.
+"""Read safetensors files: the header is checked completely, data is read straight into an array.
 
-The `safetensors` library maps files into memory, where their pages count twice against RAM once the
-values are copied out. Here bytes go from the file into their final place, a few MB at a time, and are
-checked for non-finite values while they are still in the processor's cache.
+The `safetensors` library maps files into memory, whose pages count twice against RAM once the values are
+copied out. Here bytes go from the file into the destination array, a few MB at a time, and are checked for
+non-finite values while they are in the processor's cache.
 """
 
 import json
@@ -23,19 +23,19 @@ FLOAT_DTYPES: dict[str, np.dtype] = {
     "F16": np.dtype(np.float16),
     "BF16": np.dtype(ml_dtypes.bfloat16),
 }
-# of quantised weights
+# of quantized weights
 CODE_DTYPES: dict[str, np.dtype] = {"I8": np.dtype(np.int8), "U8": np.dtype(np.uint8)}
 _ITEM_SIZES = {"BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "I16": 2, "U16": 2}
 _ITEM_SIZES |= {"F8_E8M0": 1, "F8_E4M3FNUZ": 1, "F8_E5M2FNUZ": 1, "C64": 8}
 _ITEM_SIZES |= {"F16": 2, "BF16": 2, "I32": 4, "U32": 4, "F32": 4, "I64": 8, "U64": 8, "F64": 8}
 
 _MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library
-_CHUNK_BYTES = 1 << 22  # small enough to be checked while still in the processor's cache
+_CHUNK_BYTES = 1 << 22  # small enough to stay in the processor's cache
 
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """Where a tensor lies: `nbytes` at `offset` of `path`, row-major, little-endian."""
+    """A tensor in a file: `nbytes` at `offset`, row-major, little-endian."""
 
     path: Path
     name: str
@@ -46,10 +46,10 @@ class StoredTensor:
 
 
 def read_header(path: Path) -> list[StoredTensor]:
-    """Every tensor of one file, in the order of the header.
+    """The tensors of one file, in the order of the header.
 
     Raises:
-        ValueError: not a safetensors file, or one cut short, or a header that contradicts itself.
+        ValueError: not a safetensors file, a truncated one, or an inconsistent header.
     """
     try:
         with path.open("rb") as file:
@@ -63,8 +63,8 @@ def read_header(path: Path) -> list[StoredTensor]:
                 if is_pointer(file.read(64)):
                     raise ValueError(f"{path.name}: {POINTER}")
                 raise ValueError(
-                    f"{path.name}: the header should take {length} bytes, found {size - 8}: "
-                    "truncated, or not a safetensors file"
+                    f"{path.name}: found {size - 8} bytes, expected {length} of the header: truncated, or "
+                    "not a safetensors file"
                 )
             text = file.read(length)
     except OSError as error:
@@ -81,54 +81,60 @@ def read_header(path: Path) -> list[StoredTensor]:
     end = start
     for tensor in sorted(tensors, key=lambda tensor: (tensor.offset, tensor.nbytes)):
         if tensor.offset != end:
-            raise ValueError(f"{path.name}: tensor {tensor.name} overlaps another or leaves a hole")
+            raise ValueError(f"{path.name}: tensor {tensor.name} overlaps another or leaves a gap")
         end += tensor.nbytes
     if end != size:
         cut = [tensor.name for tensor in tensors if tensor.offset + tensor.nbytes > size]
-        fault = f"truncated, {len(cut)} tensors from {cut[0]} on" if cut else "trailing bytes"
-        raise ValueError(f"{path.name}: found {size} bytes, expected {end}: {fault}")
+        problem = f"truncated, {len(cut)} tensors from {cut[0]} on" if cut else "trailing bytes"
+        raise ValueError(f"{path.name}: found {size} bytes, expected {end}: {problem}")
     return tensors
 
 
 def read_tensor(tensor: StoredTensor, out: np.ndarray) -> bool:
-    """Read a tensor of floats or codes into `out`, C-contiguous, casting floats to its dtype.
+    """Read a tensor of floats or codes into `out`, casting floats to its dtype.
 
-    Returns whether every value is finite, after the cast: an overflow counts.
+    Args:
+        out: C-contiguous, of the tensor's shape.
+
+    Returns:
+        Whether every value is finite after the cast; an overflow is not.
 
     Raises:
-        ValueError: the file ends early (it changed since its header was read), or cannot be read.
+        ValueError: the file ends early, because it changed since its header was read.
+        OSError: the file cannot be read.
     """
     source = (FLOAT_DTYPES | CODE_DTYPES)[tensor.dtype]
     assert tensor.dtype in FLOAT_DTYPES or source == out.dtype, "codes are never cast"
     target = out.reshape(-1)
-    assert np.shares_memory(target, out), "a reshape that copies would lose what is read"
+    assert np.shares_memory(target, out), "out has to be contiguous"
     step = _CHUNK_BYTES // max(source.itemsize, target.itemsize)
     scratch = None if source == target.dtype else np.empty(min(step, target.size), source)
     finite = True
     with open(tensor.path, "rb", buffering=0) as file:
         for begin in range(0, target.size, step):
             part = target[begin : begin + step]
-            place = part if scratch is None else scratch[: part.size]
-            _read_exactly(file.fileno(), place, tensor, begin * source.itemsize)
+            values = part if scratch is None else scratch[: part.size]
+            _read_exactly(file.fileno(), values, tensor, begin * source.itemsize)
             if scratch is not None:
                 with np.errstate(over="ignore", invalid="ignore"):
-                    part[...] = place.astype(target.dtype)
+                    part[...] = values.astype(target.dtype)
             finite = (tensor.dtype in CODE_DTYPES or all_finite(part)) and finite
     return finite
 
 
 def read_slice(tensor: StoredTensor, index: tuple[slice, ...], out: np.ndarray) -> bool:
-    """Read `tensor[index]` into `out`, casting to its dtype: a part of what `read_tensor` reads.
+    """Read `tensor[index]` into `out`, casting to its dtype.
 
-    Only the rows (of the first axis) that are asked for are read, a few MB at a time.
+    Only the requested rows of the first axis are read, a few MB at a time.
 
     Args:
-        index: one slice for each axis, of step 1.
+        index: one slice of step 1 per axis.
 
-    Returns whether every value is finite, after the cast.
+    Returns:
+        Whether every value is finite after the cast.
 
     Raises:
-        ValueError: as `read_tensor`.
+        ValueError, OSError: as `read_tensor`.
     """
     source = FLOAT_DTYPES[tensor.dtype]
     rows, rest = range(*index[0].indices(tensor.shape[0])), index[1:]
@@ -160,24 +166,24 @@ def _read_exactly(descriptor: int, out: np.ndarray, tensor: StoredTensor, skip: 
 
 def all_finite(values: np.ndarray) -> bool:
     """Whether a floating-point array of any dtype has no NaN and no infinity."""
-    # As an integer, a positive float grows with its value and inf, then nan, come after all finite
-    # ones; a negative float is the same with the sign bit on, where unsigned integers go on growing.
-    # Two maxima read each value twice and write nothing: several times faster than np.isfinite.
+    # Read as integers, positive floats are ordered by value, followed by inf and nan. Negative floats have
+    # the sign bit set, so they are ordered in the same way as unsigned integers. Two maxima read each value
+    # twice and write nothing, which is several times faster than np.isfinite.
     if not values.size:
         return True
     size = values.dtype.itemsize
     infinity = int(np.array(np.inf, values.dtype).view(f"i{size}"))
     minus_infinity = int(np.array(-np.inf, values.dtype).view(f"u{size}"))
-    highest, lowest = values.view(f"i{size}").max(), values.view(f"u{size}").max()
-    return int(highest) < infinity and int(lowest) < minus_infinity
+    signed_max, unsigned_max = values.view(f"i{size}").max(), values.view(f"u{size}").max()
+    return int(signed_max) < infinity and int(unsigned_max) < minus_infinity
 
 
 def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     keys = dict(pairs)
     if len(keys) != len(pairs):
         names = [name for name, _ in pairs]
-        twice = next(name for name in names if names.count(name) > 1)
-        raise ValueError(f"{twice!r} is there twice")
+        duplicate = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"duplicate key {duplicate!r}")
     return keys
 
 
@@ -185,10 +191,10 @@ def _parse_entry(path: Path, name: str, entry: Any, start: int) -> StoredTensor:
     try:
         dtype, shape, (begin, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
         numbers = (*shape, begin, end)
-        sane = all(type(number) is int and 0 <= number < 1 << 62 for number in numbers)
-        nbytes = math.prod(shape) * _ITEM_SIZES[dtype] if sane else -1
+        valid = all(type(number) is int and 0 <= number < 1 << 62 for number in numbers)
+        nbytes = math.prod(shape) * _ITEM_SIZES[dtype] if valid else -1
     except (KeyError, TypeError, ValueError):
-        sane = False
-    if not sane or end - begin != nbytes:
+        valid = False
+    if not valid or end - begin != nbytes:
         raise ValueError(f"{path.name}: the header's entry of tensor {name!r} is damaged")
     return StoredTensor(path, name, dtype, shape, start + begin, nbytes)

@@ -1,12 +1,12 @@
-"""Safetensors files: tensors streamed to disk one at a time.
+"""Write safetensors files, one tensor at a time.
 
 The format (https://github.com/huggingface/safetensors, "Format"): eight bytes with the header's
 length N as little-endian uint64; N bytes of JSON, padded with spaces so that the data begins at a
-multiple of eight; then the tensors' bytes, C order, little-endian, without gaps. A model larger than
-one file is a row of such files with `model.safetensors.index.json`, which says what lies where.
+multiple of eight; then the tensors' bytes, C order, little-endian, without gaps. A large model is split
+into several such files, and `model.safetensors.index.json` says which tensor is in which file.
 
-The `safetensors` library writes from a dict of all tensors at once. A converter cannot hold that, so
-the writing is done here: shapes and dtypes are stated first, the values are asked for one by one.
+The `safetensors` library writes a dict of all tensors, which a converter cannot hold in memory. Here names,
+shapes and dtypes come first, and values are requested one tensor at a time.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from typing import Any, BinaryIO
 import ml_dtypes
 import numpy as np
 
-from llama_jax.files.staging import remove_stale
+from llama_jax.files.staging import remove_stale, staging_in
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -50,12 +50,12 @@ DTYPE_NAMES: dict[np.dtype[Any], str] = {
     ]
 }
 
-_CHUNK = 64 * 2**20  # bytes per write: large enough to be fast, small enough to show progress
+_CHUNK_BYTES = 64 * 2**20  # per write: large enough to be fast, small enough to show progress
 
 
 @dataclass(frozen=True)
 class TensorSpec:
-    """What a tensor will be, before its values are read: name, dtype, shape."""
+    """Name, dtype and shape of a tensor, known before its values are read."""
 
     name: str
     dtype: np.dtype[Any]
@@ -63,35 +63,45 @@ class TensorSpec:
 
     @property
     def size(self) -> int:
-        """How many numbers."""
+        """Number of values."""
         return math.prod(self.shape)
 
     @property
     def nbytes(self) -> int:
-        """How many bytes of data."""
+        """Bytes of data."""
         return self.size * self.dtype.itemsize
 
 
 def plan_shards(
     specs: Sequence[TensorSpec], max_shard_size: int = 5_000_000_000
 ) -> dict[str, list[TensorSpec]]:
-    """File name -> its tensors, in the given order; no file above `max_shard_size` bytes of data.
+    """File name -> its tensors, in the order of `specs`, at most `max_shard_size` bytes of data per file.
 
-    A single tensor larger than that has a file of its own, as in Hugging Face's own sharding.
-    Raises ValueError for a size that is not positive, a name given twice, a dtype the format lacks.
+    A single tensor larger than that gets its own file, as in Hugging Face.
+
+    Raises:
+        ValueError: a size that is not positive, a duplicate or reserved name, an unsupported dtype.
+
+    >>> specs = [TensorSpec(name, np.dtype(np.float32), (10,)) for name in "abc"]
+    >>> for file, tensors in plan_shards(specs, max_shard_size=80).items():
+    ...     print(file, [spec.name for spec in tensors])
+    model-00001-of-00002.safetensors ['a', 'b']
+    model-00002-of-00002.safetensors ['c']
     """
     if max_shard_size <= 0:
-        raise ValueError(f"max_shard_size is {max_shard_size}, expected a positive number of bytes")
-    faults = []
+        raise ValueError(
+            f"max_shard_size: found {max_shard_size}, expected a positive number of bytes"
+        )
+    problems = []
     seen: set[str] = set()
     for spec in specs:
         if spec.name in seen or spec.name == "__metadata__":
-            faults.append(f"tensor name {spec.name!r} is given twice or reserved")
+            problems.append(f"tensor name {spec.name!r} is duplicate or reserved")
         if np.dtype(spec.dtype) not in DTYPE_NAMES:
-            faults.append(f"tensor {spec.name}: safetensors has no dtype {spec.dtype}")
+            problems.append(f"tensor {spec.name}: safetensors has no dtype {spec.dtype}")
         seen.add(spec.name)
-    if faults:
-        raise ValueError("; ".join(faults))
+    if problems:
+        raise ValueError("; ".join(problems))
 
     shards: list[list[TensorSpec]] = [[]]
     filled = 0
@@ -115,48 +125,45 @@ def write_safetensors(
     max_shard_size: int = 5_000_000_000,
     progress: Callable[[int], None] | None = None,
 ) -> list[Path]:
-    """Write `specs` into `directory`, asking `load(name)` for each tensor's values when it is due.
+    """Write `specs` into `directory`, calling `load(name)` for each tensor's values when it is due.
 
-    One file, `model.safetensors`, or several with an index when the data exceeds `max_shard_size`
-    bytes. Tensors are asked for in the given order and one at a time, so no more than one is alive.
-    `progress` is told the number of bytes just written.
+    Writes `model.safetensors`, or several files with an index if the data exceeds `max_shard_size` bytes.
+    Values are requested in order and one at a time, so no more than one tensor is in memory.
 
-    Every file is written beside its final name and renamed only when all are complete, so a failure leaves
-    `directory` as it was; files of an earlier, differently sharded save are removed afterwards, because a
-    reader would mix the two. Returns the paths written, the index last. They may not be on the disk yet:
-    see `staging.to_disk`.
+    The files are renamed into `directory` once all are complete, so a failure leaves it unchanged; weight
+    files of an earlier save are removed afterwards, because a reader would mix the two. Files may not be
+    flushed to disk yet, see `staging.to_disk`.
 
-    Raises ValueError for a tensor whose values have another dtype or shape than its spec, and for
-    what `plan_shards` refuses.
+    Args:
+        progress: called with the number of bytes just written.
+
+    Returns:
+        The written files, the index last.
+
+    Raises:
+        ValueError: values of another dtype or shape than their spec, or as `plan_shards`.
     """
     directory = Path(directory)
     shards = plan_shards(specs, max_shard_size)
-    temporary: dict[Path, Path] = {}
-    try:
+    with staging_in(directory, SINGLE_FILE) as staging:
         for name, members in shards.items():
-            temporary[directory / name] = path = directory / f".{name}.{os.getpid()}.tmp"
-            with path.open("wb") as file:
+            with (staging / name).open("wb") as file:
                 file.write(_header(members))
                 for spec in members:
                     _write_tensor(file, spec, load(spec.name), progress)
+        names = list(shards)
         if len(shards) > 1:
             index = {
                 "metadata": {"total_size": sum(spec.nbytes for spec in specs)},
                 "weight_map": {s.name: file for file, members in shards.items() for s in members},
             }
-            temporary[directory / INDEX_FILE] = path = (
-                directory / f".{INDEX_FILE}.{os.getpid()}.tmp"
-            )
-            with path.open("wb") as file:
-                file.write((json.dumps(index, indent=2) + "\n").encode())
-        for final, path in temporary.items():
-            os.replace(path, final)
-    except BaseException:
-        for path in temporary.values():
-            path.unlink(missing_ok=True)
-        raise
-    remove_stale(directory, keep=temporary)
-    return list(temporary)
+            (staging / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n")
+            names.append(INDEX_FILE)
+        for name in names:
+            os.replace(staging / name, directory / name)
+    written = [directory / name for name in names]
+    remove_stale(directory, keep=written)
+    return written
 
 
 def _header(specs: Iterable[TensorSpec]) -> bytes:
@@ -188,7 +195,7 @@ def _write_tensor(
         )
     # A byte view writes straight from the array; bfloat16 has no buffer protocol of its own.
     view = np.ascontiguousarray(values).reshape(-1).view(np.uint8).data
-    for start in range(0, len(view), _CHUNK):
-        written = file.write(view[start : start + _CHUNK])
+    for start in range(0, len(view), _CHUNK_BYTES):
+        written = file.write(view[start : start + _CHUNK_BYTES])
         if progress is not None:
             progress(written)

@@ -6,14 +6,14 @@ from typing import Any, Self
 from flax import nnx
 
 from llama_jax.checkpoints import huggingface
-from llama_jax.checkpoints.fit import asked_dtype
+from llama_jax.checkpoints.dtypes import requested_dtype
 from llama_jax.config import LlamaConfig
 from llama_jax.inputs.keys import require_rngs
 
 
 def _one_dtype(dtype: Any, torch_dtype: Any) -> Any:
     """What both say; None where neither asks for one."""
-    first, second = map(asked_dtype, (dtype, torch_dtype))
+    first, second = map(requested_dtype, (dtype, torch_dtype))
     if None not in (first, second) and str(first) != str(second):
         raise ValueError(f"dtype: found {first} beside torch_dtype {second}, expected one of them")
     return second if first is None else first

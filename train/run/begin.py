@@ -5,9 +5,10 @@ from contextlib import ExitStack
 
 import jax
 
-from llama_jax.checkpoints.fit import fit, open_weights
+from llama_jax.checkpoints.match import match_checkpoint
+from llama_jax.checkpoints.weight_files import open_weights
 from llama_jax.config import LlamaConfig
-from llama_jax.formatting import report
+from llama_jax.formatting import summarize
 from llama_jax.generation.config import read_generation_config
 from llama_jax.models.causal_lm import LlamaForCausalLM
 from train.checkpoints import require_safe_path
@@ -69,9 +70,9 @@ def _require_initial_weights(options: RunOptions, config: LlamaConfig, index: In
     directory = options.model.init_from
     assert directory is not None
     dtype = options.model.parameter_dtype
-    weights = fit(LlamaForCausalLM, config, open_weights(directory), directory, dtype)
-    if problems := [*weights.faults, *(f"{name}: missing" for name in weights.new)]:
-        raise ValueError(report(f"{directory}: {len(problems)} problems", problems))
+    match = match_checkpoint(LlamaForCausalLM, config, open_weights(directory), directory, dtype)
+    if problems := [*match.problems, *(f"{name}: missing" for name in match.missing_head)]:
+        raise ValueError(summarize(f"{directory}: {len(problems)} problems", problems))
     eos_ids = read_generation_config(directory, config).eos_token_ids
     if eos_ids and index.eos_id is not None and index.eos_id not in eos_ids:
         warnings.warn(

@@ -29,7 +29,7 @@ from convert.formats.gguf.tokenizer.read import TokenizerFiles, tokenizer_files
 from convert.model_card import FILE as CARD
 from convert.model_card import card_of
 from llama_jax.config import LlamaConfig
-from llama_jax.formatting import report
+from llama_jax.formatting import summarize
 
 
 def recognizes(path: Path) -> bool:
@@ -144,4 +144,4 @@ def _facts(header: GgufHeader) -> dict[str, Any]:
 
 def _raise(path: Path, problems: list[str]) -> None:
     if problems:
-        raise ValueError(report(str(path), problems))
+        raise ValueError(summarize(str(path), problems))

@@ -18,7 +18,7 @@ from convert.formats.torch_files import OLD_FORM_NOTE, TorchFile, open_torch_fil
 from convert.same_function import config_differences
 from llama_jax.config import LlamaConfig
 from llama_jax.files.json_object import read_json_object
-from llama_jax.formatting import report
+from llama_jax.formatting import summarize
 
 _SHARD = re.compile(r"consolidated\.(\d\d+)\.pth")
 _IGNORED = "rope.freqs"  # a buffer of Llama 1 and 2; it follows from the params
@@ -146,7 +146,7 @@ def _merged_tensors(
     known = {tensor.name for tensor in expected.values()}
     problems += [f"{name}: unexpected" for name in sorted(stored - known)]
     if problems:
-        raise ValueError(report(str(path), problems))
+        raise ValueError(summarize(str(path), problems))
     return tensors
 
 

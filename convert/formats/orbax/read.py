@@ -13,9 +13,9 @@ from convert.companions import read_companions, require_inside
 from convert.formats.directory import checkpoint_of, model_tensors, rows_by_loading, spec_of
 from convert.formats.orbax.arrays import Slot, StoredArray, open_arrays
 from llama_jax.checkpoints.fingerprint import fingerprint
-from llama_jax.checkpoints.fit import Weights
 from llama_jax.checkpoints.orbax import locate
 from llama_jax.checkpoints.safetensors_read import FLOAT_DTYPES, StoredTensor, read_tensor
+from llama_jax.checkpoints.weight_files import StoredWeights
 from llama_jax.config import LlamaConfig
 from llama_jax.formatting import first_line
 
@@ -65,7 +65,7 @@ class _Reader:
         # fingerprints of the layers read so far, by array
         self._layers: dict[str, dict[int, int]] = {array.name: {} for array in arrays}
 
-    def weights(self) -> Weights:
+    def weights(self) -> StoredWeights:
         """Every tensor that can be read, and what is wrong with the others."""
         stored: dict[str, StoredTensor] = {}
         problems: list[str] = []
@@ -81,7 +81,7 @@ class _Reader:
             for number, name in enumerate(names):
                 file = array.layer_file(number) or array.directory
                 stored[name] = StoredTensor(file, name, array.dtype, shape, 0, nbytes)
-        return Weights(stored, problems, unreadable)
+        return StoredWeights(stored, problems, unreadable)
 
     def load(self, name: str) -> np.ndarray:
         """The values of a tensor.

@@ -21,7 +21,7 @@ from convert.checkpoint import DTYPES, Checkpoint
 from convert.formats import plain
 from convert.formats.directory import write_config_and_companions
 from convert.formats.orbax.arrays import chunk_name, chunk_shape, file_store, slot_of
-from llama_jax.checkpoints.fit import widest
+from llama_jax.checkpoints.dtypes import widest
 from llama_jax.checkpoints.orbax import PARAMS, quiet_orbax
 from llama_jax.checkpoints.safetensors_write import TensorSpec
 

@@ -168,7 +168,7 @@ def test_quantised_weights_that_config_json_is_silent_of(saved, tmp_path, part):
     name = f"model.layers.0.mlp.up_proj.{part}"
     directory = copied(saved[False], tmp_path / "q", **{name: np.zeros(2, np.int32)})
     for loader in ("from_pretrained", "convert"):
-        with pytest.raises(ValueError, match=r"quantised by another program \(.*original") as error:
+        with pytest.raises(ValueError, match=r"quantized by another program \(.*original") as error:
             LOADERS[loader](directory)
         assert name in str(error.value)
 

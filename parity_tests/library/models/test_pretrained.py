@@ -9,7 +9,7 @@ from flax import nnx
 from llama_jax import LlamaConfig, LlamaForCausalLM, LlamaForTokenClassification
 
 # of the heads that the directory has not
-pytestmark = pytest.mark.filterwarnings("ignore:.*newly initialised")
+pytestmark = pytest.mark.filterwarnings("ignore:.*randomly initialized")
 
 TINY = LlamaConfig(
     vocab_size=11,

@@ -90,7 +90,7 @@ def test_a_causal_checkpoint_gets_a_new_head(tmp_path: Path, model_class: Any, t
     config = CONFIG | {"tie_word_embeddings": tied, "initializer_range": 0.5}
     source = write_hf_directory(tmp_path / "causal", config, weights_of(config))
     with pytest.warns(
-        UserWarning, match=r"newly initialised .*(score|qa_outputs)\.weight"
+        UserWarning, match=r"randomly initialized .*(score|qa_outputs)\.weight"
     ) as caught:
         model = model_class.from_pretrained(source)
     assert len(caught) == 1
@@ -102,7 +102,7 @@ def test_a_causal_checkpoint_gets_a_new_head(tmp_path: Path, model_class: Any, t
     assert not hasattr(head, "bias") or not np.asarray(head.bias[...]).any()
 
     def drawn(seed: int) -> np.ndarray:
-        with pytest.warns(UserWarning, match="newly initialised"):
+        with pytest.warns(UserWarning, match="randomly initialized"):
             model = model_class.from_pretrained(source, rngs=nnx.Rngs(seed))
         return np.asarray((getattr(model, "score", None) or model.qa_outputs).weight[...])
 
@@ -116,7 +116,7 @@ def test_a_tied_copy_of_the_head_is_still_compared(tmp_path: Path) -> None:
     tensors = load_file(source / "model.safetensors")
     embedding = tensors["model.embed_tokens.weight"]
     save_file(tensors | {"lm_head.weight": embedding.clone()}, source / "model.safetensors")
-    with pytest.warns(UserWarning, match="newly initialised"):
+    with pytest.warns(UserWarning, match="randomly initialized"):
         LlamaForQuestionAnswering.from_pretrained(source)
     save_file(tensors | {"lm_head.weight": embedding + 1}, source / "model.safetensors")
     with pytest.raises(ValueError, match=r"lm_head.weight: differs from the embedding"):
@@ -128,7 +128,7 @@ def test_the_bare_decoder_and_a_head_take_each_others_weights(
     tmp_path: Path, model_class: Any
 ) -> None:
     bare = hf_directory(tmp_path / "bare", LlamaModel)
-    with pytest.warns(UserWarning, match="newly initialised"):
+    with pytest.warns(UserWarning, match="randomly initialized"):
         model = model_class.from_pretrained(bare)
     assert same(decoder_of(model), decoder_of(LlamaModel.from_pretrained(bare)))
     task = hf_directory(tmp_path / "task", model_class)
@@ -139,11 +139,11 @@ def test_the_bare_decoder_and_a_head_take_each_others_weights(
 def test_another_heads_checkpoint(tmp_path: Path) -> None:
     """Only what is not there is new; as in transformers, a score of the same shape is kept."""
     source = hf_directory(tmp_path / "task", LlamaForSequenceClassification)
-    with pytest.warns(UserWarning, match="newly initialised score.bias, of which"):
+    with pytest.warns(UserWarning, match="randomly initialized score.bias, missing"):
         model = LlamaForTokenClassification.from_pretrained(source)
     old = LlamaForSequenceClassification.from_pretrained(source)
     assert np.array_equal(model.score.weight[...], old.score.weight[...])
-    with pytest.warns(UserWarning, match="newly initialised qa_outputs.bias, qa_outputs.weight"):
+    with pytest.warns(UserWarning, match="randomly initialized qa_outputs.bias, qa_outputs.weight"):
         LlamaForQuestionAnswering.from_pretrained(source)
 
 
@@ -166,7 +166,7 @@ def test_a_decoder_with_a_hole_is_refused_by_every_class(tmp_path: Path) -> None
 
 def test_as_many_labels_as_asked_for(tmp_path: Path) -> None:
     causal = write_hf_directory(tmp_path / "causal", CONFIG, weights_of(CONFIG))
-    with pytest.warns(UserWarning, match="newly initialised"):
+    with pytest.warns(UserWarning, match="randomly initialized"):
         model = LlamaForSequenceClassification.from_pretrained(causal, num_labels=7)
     assert model.score.weight.shape[0] == model.config.num_labels == 7
     model.save_pretrained(tmp_path / "seven")

@@ -245,7 +245,7 @@ def test_twice(model):
             {"quantized_by": "other", "quant_method": "awq"},
             r"quantization_config: the weights are quantized \(awq, 8 bits\)",
         ),
-        (None, "found quantised weights"),
+        (None, "found quantized weights"),
     ],
 )
 def test_a_config_that_does_not_fit(tmp_path, model, change, message):

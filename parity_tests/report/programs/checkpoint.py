@@ -8,9 +8,11 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from llama_jax import LlamaConfig, LlamaForCausalLM
-from llama_jax.checkpoints import huggingface
+from llama_jax.checkpoints.match import match_checkpoint
 from llama_jax.checkpoints.safetensors_read import StoredTensor, read_tensor
+from llama_jax.checkpoints.weight_files import open_weights
 from llama_jax.files.json_object import read_json_object
+from llama_jax.formatting import summarize
 
 Tensors = dict[str, np.ndarray]
 
@@ -37,10 +39,10 @@ class Checkpoint(NamedTuple):
 def open_checkpoint(directory: Path) -> Checkpoint:
     """Raises ValueError, in one line: not a Llama, or tensors missing, unexpected or of wrong shapes."""
     config = LlamaConfig.from_pretrained(directory)
-    weights = huggingface.open_weights(directory)
-    fit = huggingface.fit(LlamaForCausalLM, config, weights, directory)
-    if fit.faults:
-        raise ValueError(huggingface.report(f"{directory}: {len(fit.faults)} problems", fit.faults))
+    match = match_checkpoint(LlamaForCausalLM, config, open_weights(directory), directory)
+    if match.problems:
+        title = f"{directory}: {len(match.problems)} problems"
+        raise ValueError(summarize(title, match.problems))
     # transformers' defaults; not for rotary fields, which each program must read by itself
     defaults = {
         field.name: getattr(config, field.name)
@@ -48,7 +50,7 @@ def open_checkpoint(directory: Path) -> Checkpoint:
         if field.name not in ("rope_parameters", "extra_fields")
     }
     fields = defaults | read_json_object(directory / "config.json")
-    return Checkpoint(directory, fields, config, fit.stored)
+    return Checkpoint(directory, fields, config, match.tensors)
 
 
 def read(checkpoint: Checkpoint, name: str, dtype: Any) -> np.ndarray:
@@ -80,4 +82,4 @@ def require_same_shapes(one: Checkpoint, other: Checkpoint) -> None:
     ]
     if differences:
         title = f"{one.directory} and {other.directory}: {len(differences)} tensors differ in shape"
-        raise ValueError(huggingface.report(title, differences, limit=3))
+        raise ValueError(summarize(title, differences, limit=3))

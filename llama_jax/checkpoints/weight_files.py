@@ -1,0 +1,145 @@
+"""The headers of a directory's weight files, and which of its tensors can be read."""
+
+import os
+import re
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from llama_jax.checkpoints.names import is_buffer, is_code
+from llama_jax.checkpoints.safetensors_read import (
+    CODE_DTYPES,
+    FLOAT_DTYPES,
+    StoredTensor,
+    read_header,
+    read_slice,
+)
+from llama_jax.checkpoints.safetensors_write import INDEX_FILE, SINGLE_FILE
+from llama_jax.files.foreign_weights import describe
+from llama_jax.files.json_object import read_json_object
+
+# what GPTQ, AWQ, bitsandbytes, compressed-tensors, fp8 and MLX store instead of, or beside, a weight
+_QUANTIZED_PARTS = re.compile(
+    r"\.(qweight|qzeros|g_idx|scales|SCB|weight_format|weight\.(absmax|quant_(map|state)\b.*)"
+    r"|weight_(scale|scale_inv|scale_2|packed|shape|zero_point))$"
+)
+
+ReadRows = Callable[[StoredTensor, int, int], np.ndarray]
+"""Reads part of a tensor in its stored dtype: read_rows(tensor, start, stop)."""
+
+
+class StoredWeights(NamedTuple):
+    """The tensors of a checkpoint, before they are compared with a model.
+
+    Attributes:
+        tensors: by name.
+        problems: what is wrong with the files.
+        unreadable: names of tensors in damaged files, which are not to be reported as missing too.
+    """
+
+    tensors: dict[str, StoredTensor]
+    problems: list[str]
+    unreadable: set[str]
+
+
+def open_weights(
+    directory: Path,
+    single: str = SINGLE_FILE,
+    index: str = INDEX_FILE,
+    read_header: Callable[[Path], Iterable[StoredTensor]] = read_header,
+) -> StoredWeights:
+    """Read the headers of a directory's weight files.
+
+    Args:
+        single: name of a file with all tensors.
+        index: name of the index of several files.
+        read_header: lists the tensors of one file; the default is for safetensors.
+
+    Raises:
+        ValueError: no such files, the only one cannot be read, or the weights are quantized.
+    """
+    if (directory / single).exists():
+        file_of: dict[str, str] = {}
+        files = [single]
+    elif (directory / index).exists():
+        file_of = read_index(directory / index)
+        files = sorted(set(file_of.values()))
+    else:
+        raise ValueError(
+            f"{directory}: expected weights in {single} or {index}; it is {describe(directory)}"
+        )
+    weights = StoredWeights({}, [], set())
+    for file in files:
+        try:
+            tensors = read_header(directory / file)
+        except ValueError as error:
+            if not file_of:
+                raise ValueError(f"{directory}: {error}") from None
+            weights.problems.append(str(error))
+            weights.unreadable.update(
+                name for name, stored_in in file_of.items() if stored_in == file
+            )
+            continue
+        for tensor in tensors:
+            _add(tensor, weights, directory)
+    return weights
+
+
+def _add(tensor: StoredTensor, weights: StoredWeights, directory: Path) -> None:
+    """Add a tensor, or the reason why it cannot be used."""
+    name = tensor.name
+    if is_buffer(name):
+        return
+    if _QUANTIZED_PARTS.search(name):
+        raise ValueError(
+            f"{directory}: the weights are quantized by another program ({name}), which is not "
+            "supported; use the original, unquantized checkpoint"
+        )
+    permitted = CODE_DTYPES if is_code(name) else FLOAT_DTYPES
+    if (other := weights.tensors.get(name)) is not None:
+        weights.problems.append(f"{name}: in {other.path.name} and in {tensor.path.name}")
+    elif tensor.dtype not in permitted:
+        weights.problems.append(
+            f"{name}: found dtype {tensor.dtype}, expected {', '.join(permitted)}"
+        )
+        weights.unreadable.add(name)
+    else:
+        weights.tensors[name] = tensor
+
+
+def read_index(path: Path) -> dict[str, str]:
+    """Tensor name -> name of a file in the same directory.
+
+    Raises:
+        ValueError: not an index, or a file outside the directory.
+    """
+    weight_map = read_json_object(path).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise ValueError(f"{path}: no weight_map, which lists the tensors and their files")
+    for name, file in weight_map.items():
+        if not _is_file_name(file):
+            raise ValueError(
+                f"{path}: tensor {name[:200]} is said to be in {repr(file)[:200]}, expected a file of "
+                "the directory"
+            )
+    return weight_map
+
+
+def _is_file_name(name: Any) -> bool:
+    if not isinstance(name, str) or name in ("", ".", "..") or "\0" in name or len(name) > 255:
+        return False
+    try:
+        os.fsencode(name)
+    except UnicodeEncodeError:
+        return False
+    return Path(name).name == name
+
+
+def read_rows(tensor: StoredTensor, start: int, stop: int) -> np.ndarray:
+    """Rows of a tensor in a safetensors file, in its stored dtype."""
+    stop = min(stop, tensor.shape[0])
+    values = np.empty((stop - start, *tensor.shape[1:]), FLOAT_DTYPES[tensor.dtype])
+    read_slice(tensor, (slice(start, stop), *(slice(n) for n in tensor.shape[1:])), values)
+    return values
