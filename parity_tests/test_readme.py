@@ -51,7 +51,7 @@ TEXTS = ["The capital of France is Paris, and the river there is the Seine."] * 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What the names in README.md stand for: SRC and DIR, a checkpoint, and corpus/."""
+    """The files that README.md and the guides name: the checkpoints SRC and DIR, and corpus/."""
     folder = tmp_path_factory.mktemp("readme")
     pieces = ["<|endoftext|>", *sorted(pre_tokenizers.ByteLevel.alphabet()), "Th"]
     vocab = {piece: token for token, piece in enumerate(pieces)}
@@ -87,17 +87,17 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_the_readme_fits_a_screen_or_two():
+def test_readme_is_short():
     assert len(README.splitlines()) <= 130
 
 
 def run_as_reader(code: str) -> None:
-    """Readers' programs, and optax in them, need not be as strict as the suite."""
+    """Run code without the strict promotion rules of the suite, which optax does not follow either."""
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
         exec(compile(code, "documentation", "exec"), {})
 
 
-def test_the_quickstart(folder, monkeypatch, capsys):
+def test_quickstart(folder, monkeypatch, capsys):
     monkeypatch.chdir(folder)
     (code,) = code_blocks(README, "python")
     run_as_reader(code)
@@ -106,8 +106,8 @@ def test_the_quickstart(folder, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize("command", commands(README), ids=lambda command: "-".join(command[2:4]))
-def test_the_commands(command, folder, monkeypatch):
-    """In their order: what one writes a later one reads."""
+def test_commands(command, folder, monkeypatch):
+    """In the order of the README: some read what an earlier one wrote."""
     monkeypatch.chdir(folder)
     monkeypatch.setattr("sys.stdin", io.StringIO("Hello\n"))
     assert command[:2] == ["python", "-m"]
@@ -116,12 +116,12 @@ def test_the_commands(command, folder, monkeypatch):
         if importlib.util.find_spec("libtpu") is None:
             pytest.skip("libtpu is not installed: pip install '.[plan]'")
         arguments = [*arguments[:3], "--model.preset", "tiny-4m", "--batch-size", "64"]
-    more = SMALL.get(f"{program} {arguments[0]}", "").split()
+    small = SMALL.get(f"{program} {arguments[0]}", "").split()
     main = importlib.import_module(f"{program}.__main__").main
-    assert main([*arguments, *more]) == 0
+    assert main([*arguments, *small]) == 0
 
 
-def test_the_links_lead_somewhere():
+def test_links_in_the_readme():
     for target in re.findall(r"\]\(([^)#]+)", README):
         assert (ROOT / target).exists(), target
 
