@@ -1,6 +1,5 @@
 """Run the report under every mutation: each must fail, and the module that it breaks must be named."""
 
-import io
 import tempfile
 from pathlib import Path
 from typing import NamedTuple
@@ -40,15 +39,7 @@ def write_case(directory: Path) -> tuple[Path, Path]:
 
 def quiet_report(checkpoint: Path, tokens: Path, program: MakeProgram = JaxProgram) -> Report:
     """In float32 with gradients; prints nothing."""
-    return report(
-        checkpoint,
-        against=None,
-        tokens=tokens,
-        dtype="fp32",
-        with_backward=True,
-        console=Console(file=io.StringIO()),
-        program=program,
-    )
+    return report(checkpoint, tokens=tokens, with_backward=True, program=program)
 
 
 def caught_by(report: Report) -> Caught:

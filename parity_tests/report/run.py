@@ -70,11 +70,11 @@ class Report(NamedTuple):
 def report(
     directory: Path,
     *,
-    against: Path | None,
-    tokens: Path | None,
-    dtype: str,
-    with_backward: bool,
-    console: Console,
+    against: Path | None = None,
+    tokens: Path | None = None,
+    dtype: str = "fp32",
+    with_backward: bool = False,
+    console: Console | None = None,
     program: MakeProgram = JaxProgram,
 ) -> Report:
     """Compare a program with transformers on the checkpoint in `directory`.
@@ -83,13 +83,18 @@ def report(
     float64 oracle on the weights of `directory`, rounded to `dtype`.
 
     Args:
-        program: any class with the methods of `Program`; llama_jax's unless you bring your own.
+        against: another checkpoint of the same shapes.
+        tokens: a file of token ids; default: a text in this repository.
+        dtype: of weights and computation, `fp32` or `bf16`.
+        with_backward: compare gradients too.
+        console: for the estimate and the progress; default: silent.
+        program: a class with the methods of `Program`; default: llama_jax's.
 
     Raises:
         ValueError: a directory that is no Llama or that transformers refuses, shapes that differ between
             the two, no tokenizer, or token ids that do not fit.
     """
-    begin = time.perf_counter()
+    begin, console = time.perf_counter(), console or Console(quiet=True)
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     checkpoint, compute = open_checkpoint(directory), DTYPES[dtype]

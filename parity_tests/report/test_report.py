@@ -157,7 +157,7 @@ def test_two_checkpoints_of_different_shapes(files: Files, copy: Path, capsys) -
 def test_no_tokenizer(files: Files, capsys) -> None:
     assert main(["report", str(files[0])]) == 2
     line = error_line(capsys)
-    assert "tokenizer.json: not found" in line
+    assert "tokenizer.json: file not found" in line
     assert "give token ids with --tokens FILE" in line
 
 
@@ -190,7 +190,7 @@ def test_an_output_path_that_cannot_be_written_is_refused_at_once(
     files: Files, tmp_path: Path, capsys
 ):
     assert run(files, "--html", tmp_path / "absent" / "report.html") == 2
-    assert "its directory is not there" in error_line(capsys)
+    assert "absent: directory does not exist" in error_line(capsys)
 
 
 def test_torch_is_not_installed(files: Files, monkeypatch: pytest.MonkeyPatch, capsys) -> None:

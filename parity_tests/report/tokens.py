@@ -21,7 +21,7 @@ def bundled_tokens(checkpoint: Checkpoint) -> np.ndarray:
     try:
         tokenizer = load_tokenizer(checkpoint.directory)
     except ValueError as error:
-        raise ValueError(f"{error}; give token ids with --tokens FILE") from None
+        raise ValueError(f"{error}; or give token ids with --tokens FILE") from None
     ids = tokenizer.encode(read_text(_TEXT)).ids[:LENGTH]
     return _checked(np.asarray(ids), checkpoint, str(_TEXT))
 

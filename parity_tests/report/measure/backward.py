@@ -56,7 +56,7 @@ def backward(
         cotangents, gradients = zip(*results, strict=True)
         cotangent = cotangents[-1].to(dtype)
         for name in _in_backward_order(gradients[0]):
-            add(f"model.layers.{layer}.{name}", [each[name] for each in gradients])
+            add(f"model.layers.{layer}.{name}", [of_program[name] for of_program in gradients])
         advance()
     embedding = [program.embed_vjp(ids, cotangent) for program in programs]
     if EMBEDDING in head_gradients[0]:  # tied: it is the head's weight too

@@ -47,13 +47,13 @@ def test_layer_by_layer_is_the_whole_model(name: str, tmp_path: Path) -> None:
     checkpoint = open_checkpoint(write_hf_directory(tmp_path / "hf", config, weights))
     ids = np.random.default_rng(0).integers(0, config["vocab_size"], (1, LENGTH))
     inputs, layers = {"input_ids": ids, "labels": ids}, config["num_hidden_layers"]
-    for make, whole, bar in (
+    for make, full_model, bar in (
         (OracleProgram, oracle_numbers(config, weights, inputs), 1e-13),
         (TorchProgram, hf_numbers(hf_model(config, weights), inputs), 3e-6),
         (JaxProgram, our_numbers(our_model(config, weights, np.float32), inputs), 3e-6),
     ):
         program = make(checkpoint, FLOAT32)
-        error, number = worst(streamed_numbers(program, ids, layers), whole)
+        error, number = worst(streamed_numbers(program, ids, layers), full_model)
         assert error <= bar, f"{program.name}, {number}: {error:.1e}"
 
 
