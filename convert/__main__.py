@@ -51,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         options = (parser.commands["info"] if info else parser).parse_args(arguments[info:])
         return _info(options) if info else _convert(options)
 
-    return run_program(command, interrupted="interrupted: nothing was written")
+    return run_program(command, interrupted="interrupted: nothing was written", extra="convert")
 
 
 def _parser() -> Parser:

@@ -55,8 +55,9 @@ def _add_info(program: Parser) -> None:
     )
     parser.add_argument(
         "model",
+        nargs="?",
         metavar="PRESET|DIR",
-        help="name of a preset such as llama-3.1-8b, or a directory with a config.json",
+        help="name of a preset, or a directory with a config.json; without it, presets are listed",
     )
     parser.add_argument(
         "--batch", type=positive, default=1, metavar="B", help="sequences in a batch"
@@ -73,6 +74,9 @@ def _info(options: argparse.Namespace) -> None:
     from llama_jax import PRESETS, LlamaConfig
     from llama_jax.inspection.architecture import show
 
+    if options.model is None:
+        print("\n".join(PRESETS))
+        return
     if options.model in PRESETS:
         config = PRESETS[options.model]
     elif Path(options.model).is_dir():

@@ -1,278 +1,354 @@
-"""The command line: `python -m train COMMAND`. A command is a function here; tyro reads its signature."""
+"""`python -m train run|resume|export|eval|plan|tokenize`."""
 
 from llama_jax.cli.startup import end_on_interrupt
 
 if __name__ == "__main__":
     end_on_interrupt()
 
+import argparse
 import logging
 import sys
 import time
-from collections.abc import Callable, Sequence
-from functools import partial, wraps
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import get_args
 
-import tyro
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
-
+from llama_jax.cli.arguments import Parser, program_parser
 from llama_jax.cli.program import leave, run_program
 from llama_jax.formatting import console, printable
-from train.data.documents import source_files
-from train.data.tokenize import tokenize as run_tokenize
-from train.flags import parse_flags
-from train.option_checks import require_counts
+from train.flags import OnOff, add_options, parse_options, with_options
 from train.options import FILE, PLANNED, Dtype, RunOptions
-from train.options_toml import flags_of
 
-_CONSOLE = console(stderr=True, soft_wrap=True)
-
-Command = Callable[[], None]
+_TOML = "TOML file with options, such as a run's run.toml; those on the command line override it"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; returns the exit code: 0 done, 2 the user's fault, 130 interrupted.
+    """Run one command and return the exit code: 0 done, 2 an error in one line, 130 interrupted.
 
-    A run that SIGTERM or a first SIGINT stops has saved and is not interrupted: 0.
+    A run that is stopped by SIGTERM or a first SIGINT has saved a checkpoint; its exit code is 0.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
-    # Orbax explains its defaults through it
+    # Orbax logs its defaults
     logging.getLogger("absl").setLevel(logging.ERROR)
-    # a run begun is gone on with by `resume`, as it says when it stops
-    goes_on = arguments[:1] in (["tokenize"], ["resume"])
+    continues = arguments[:1] in (["tokenize"], ["resume"])
+
+    def command() -> None:
+        options = _parser().parse_args(arguments)
+        options.command(options)
+
     return run_program(
-        lambda: _parsed(_with_saved_flags(arguments))(),
-        interrupted="interrupted" + ": the same command goes on from here" * goes_on,
+        command,
+        interrupted="interrupted: run the same command to continue" if continues else "interrupted",
+        extra="train",
     )
 
 
-def _parsed(arguments: list[str]) -> Command:
-    """The command that the arguments ask for, with its options. Raises ValueError."""
-
-    def later(function: Callable[..., None]) -> Callable[..., Command]:
-        return wraps(function)(lambda *args, **options: partial(function, *args, **options))
-
-    commands = {name: later(function) for name, function in COMMANDS.items()}
-    return parse_flags(
-        lambda: tyro.extras.subcommand_cli_from_dict(
-            commands, prog="python -m train", args=arguments
-        )
+def _parser() -> Parser:
+    program = program_parser(
+        "python -m train", "Pretrain a Llama, evaluate and export it, and plan a run."
     )
+    _add_run(program)
+    _add_resume(program)
+    _add_export(program)
+    _add_evaluate(program)
+    _add_plan(program)
+    _add_tokenize(program)
+    return program
 
 
-def _with_saved_flags(arguments: list[str]) -> list[str]:
-    """Flags from a file put before those given: `run` and `plan --toml FILE`, `resume RUN`'s run.toml."""
-    if arguments[:1] in (["run"], ["plan"]) and "--toml" in arguments:
-        place = arguments.index("--toml")
-        if place + 1 == len(arguments):
-            raise ValueError("--toml: found nothing, expected a file")
-        file = Path(arguments[place + 1])
-        return [arguments[0], *flags_of(file), *arguments[1:place], *arguments[place + 2 :]]
-    if arguments[:1] == ["resume"] and len(arguments) > 1 and not arguments[1].startswith("-"):
-        folder = Path(arguments[1])
-        _require_run(folder)
-        return ["resume", str(folder), *flags_of(folder / FILE), *arguments[2:]]
-    return arguments
+def _add_run(program: Parser) -> None:
+    parser = program.add_command("run", _run, help="pretrain a model")
+    parser.add_argument("--toml", type=Path, metavar="FILE", help=_TOML)
+    add_options(parser, RunOptions())
 
 
-def run(options: Annotated[RunOptions, tyro.conf.arg(name="")]) -> None:
-    """Pretrain. Flags can also come from a file, `--toml FILE`; a run's folder has one, run.toml."""
+def _run(arguments: argparse.Namespace) -> None:
     from train.run.begin import begin
 
-    begin(options)
+    begin(_options(RunOptions(), arguments))
 
 
-def resume(
-    folder: Annotated[Path, tyro.conf.Positional],
-    /,
-    options: Annotated[RunOptions, tyro.conf.arg(name="")],
-) -> None:
-    """Resume a run. Of its options only those that do not change the result may be overridden, and steps.
+def _options(defaults: RunOptions, arguments: argparse.Namespace) -> RunOptions:
+    """The options of `run` and `plan`: defaults, then those of --toml, then those of the command line."""
+    from train.options_toml import flags_of
 
-    Args:
-        folder: of the run
-    """
-    from train.run import resume as run_resume
-
-    run_resume.resume(folder, _saved_options(folder), options)
+    if arguments.toml is not None:
+        defaults = parse_options(defaults, flags_of(arguments.toml), arguments.toml)
+    return with_options(defaults, arguments)
 
 
-def export(
-    folder: Annotated[Path, tyro.conf.Positional],
-    directory: Annotated[Path, tyro.conf.Positional],
-    /,
-    step: int | None = None,
-    dtype: Dtype | None = None,
-    verify: bool = False,
-) -> None:
-    """Write a run's model as a Hugging Face directory, tokenizer included.
+def _add_resume(program: Parser) -> None:
+    parser = program.add_command(
+        "resume",
+        _resume,
+        help="resume a run",
+        description="Resume a run from its newest checkpoint. Its options come from its run.toml; only "
+        "those that do not change the result (mesh, logging, remat, ...) and the number of steps may be "
+        "overridden.",
+    )
+    parser.add_argument("folder", type=Path, metavar="RUN", help="folder of the run")
+    add_options(parser, RunOptions(), show_defaults=False)
 
-    Args:
-        folder: of the run
-        directory: to write
-        step: of the checkpoint; default: the newest
-        dtype: of the weights; default: the parameters'
-        verify: have transformers load it whole, and PyTorch compute the loss the run reported
-    """
+
+def _resume(arguments: argparse.Namespace) -> None:
+    saved = _saved_options(arguments.folder)
+
+    from train.run.resume import resume
+
+    resume(arguments.folder, saved, with_options(saved, arguments))
+
+
+def _add_export(program: Parser) -> None:
+    parser = program.add_command(
+        "export",
+        _export,
+        help="write the model of a run as a Hugging Face directory, with its tokenizer",
+    )
+    parser.add_argument("folder", type=Path, metavar="RUN", help="folder of the run")
+    parser.add_argument("directory", type=Path, metavar="DIR", help="directory to write")
+    _add_checkpoint(parser)
+    parser.add_argument(
+        "--dtype", choices=get_args(Dtype), help="dtype to write; default: that of the parameters"
+    )
+    parser.add_argument(
+        "--verify",
+        action=OnOff,
+        default=False,
+        help="load the directory with transformers, and compare PyTorch's validation loss with the run's",
+    )
+
+
+def _add_checkpoint(parser: Parser) -> None:
+    parser.add_argument(
+        "--step", type=int, metavar="N", help="checkpoint of the run; default: the newest"
+    )
+
+
+def _export(arguments: argparse.Namespace) -> None:
     from train.model.export import export_run, verify_export
 
+    folder, directory, dtype = arguments.folder, arguments.directory, arguments.dtype
+    say = console(stderr=True, soft_wrap=True)
     options = _saved_options(folder)
-    exported = export_run(folder, options, directory, step=step, dtype=dtype)
-    _CONSOLE.print(f"written: {printable(str(directory))}, step {exported}")
-    if verify:
-        found = verify_export(folder, options, directory, step=exported, dtype=dtype)
-        reported = "none at that step" if found.reported is None else f"{found.reported:.6f}"
-        _CONSOLE.print(
-            f"validation loss over {found.num_tokens:,} tokens: PyTorch {found.torch:.6f}, here "
-            f"{found.ours:.6f}, reported by the run {reported}"
+    step = export_run(folder, options, directory, step=arguments.step, dtype=dtype)
+    say.print(f"written: {printable(str(directory))}, step {step}")
+    if arguments.verify:
+        loss = verify_export(folder, options, directory, step=step, dtype=dtype)
+        reported = "none at that step" if loss.reported is None else f"{loss.reported:.6f}"
+        say.print(
+            f"validation loss over {loss.num_tokens:,} tokens: PyTorch {loss.torch:.6f}, here "
+            f"{loss.ours:.6f}, reported by the run {reported}"
         )
 
 
-def evaluate(
-    target: Annotated[Path, tyro.conf.Positional],
-    /,
-    data: tuple[str, ...] = (),
-    batches: int = 0,
-    batch_size: int = 8,
-    sequence_length: int | None = None,
-    step: int | None = None,
-    dtype: Dtype = "float32",
-) -> None:
-    """Loss and perplexity of a run or a Hugging Face directory over validation tokens.
+def _add_evaluate(program: Parser) -> None:
+    parser = program.add_command(
+        "eval",
+        _evaluate,
+        help="compute the validation loss and perplexity of a run or a Hugging Face directory",
+    )
+    parser.add_argument(
+        "target", type=Path, metavar="RUN|DIR", help="folder of a run, or a Hugging Face directory"
+    )
+    parser.add_argument(
+        "--data",
+        nargs="*",
+        default=(),
+        metavar="DIR",
+        help="token directories; default: those of the run",
+    )
+    parser.add_argument(
+        "--batches", type=int, default=0, metavar="N", help="batches to evaluate; 0: all of them"
+    )
+    parser.add_argument("--batch-size", type=int, default=8, metavar="N", help="rows per batch")
+    parser.add_argument(
+        "--sequence-length",
+        type=int,
+        metavar="N",
+        help="tokens per row; default: the run's, or the model's up to 2048",
+    )
+    _add_checkpoint(parser)
+    parser.add_argument(
+        "--dtype",
+        choices=get_args(Dtype),
+        default="float32",
+        help="dtype of the parameters and of the computation",
+    )
 
-    Args:
-        target: the folder of a run, or a Hugging Face directory
-        data: token directories; default: the run's
-        batches: how many; 0: all
-        batch_size: rows of a batch
-        sequence_length: tokens of a row; default: the run's, or the model's up to 2048
-        step: of the run's checkpoint; default: the newest
-        dtype: of parameters and computation
-    """
+
+def _evaluate(arguments: argparse.Namespace) -> None:
     from train.model.evaluate import evaluate_target
 
-    found = evaluate_target(
+    target = arguments.target
+    loss = evaluate_target(
         target,
-        data,
+        tuple(arguments.data),
         _saved_options(target) if (target / FILE).is_file() else None,
-        limit=batches,
-        batch_size=batch_size,
-        sequence_length=sequence_length,
-        step=step,
-        dtype=dtype,
+        limit=arguments.batches,
+        batch_size=arguments.batch_size,
+        sequence_length=arguments.sequence_length,
+        step=arguments.step,
+        dtype=arguments.dtype,
     )
-    print(f"loss {found.loss:.6f}  perplexity {found.perplexity:.4f}  tokens {found.num_tokens:,}")
+    print(f"loss {loss.loss:.6f}  perplexity {loss.perplexity:.4f}  tokens {loss.num_tokens:,}")
 
 
 def _saved_options(folder: Path) -> RunOptions:
-    """What the run.toml of a run says, which may be a run that cannot be begun any more.
+    """The options in the run.toml of a run, which need not be ones that a run can still begin with.
 
     Raises:
-        ValueError: there is none, or one with counts that no run has.
+        ValueError: no run.toml, or one with wrong values.
     """
-    _require_run(folder)
-    options = parse_flags(lambda: tyro.cli(RunOptions, args=flags_of(folder / FILE)))
+    from train.option_checks import require_counts
+    from train.options_toml import flags_of
+
+    file = folder / FILE
+    if not file.is_file():
+        raise ValueError(f"{folder}: not the folder of a run: it has no {FILE}")
+    options = parse_options(RunOptions(), flags_of(file), file)
     require_counts(options)
     return options
 
 
-def _require_run(folder: Path) -> None:
-    if not (folder / FILE).is_file():
-        raise ValueError(f"{folder}: found no {FILE}, expected the folder of a run")
+def _add_plan(program: Parser) -> None:
+    parser = program.add_command(
+        "plan",
+        _plan,
+        help="estimate memory, communication and time of a step on devices that you need not have",
+    )
+    parser.add_argument(
+        "--topology",
+        metavar="TEXT",
+        help="TPUs to compile for, such as v5p:4x4x4 or v6e:16x16 (pip install 'llama-jax[plan]')",
+    )
+    parser.add_argument(
+        "--host-devices",
+        type=int,
+        metavar="N",
+        help="compile for this many devices of the host's CPU instead",
+    )
+    parser.add_argument(
+        "--search",
+        action=OnOff,
+        default=False,
+        help="try meshes and remat policies, the most promising first, and rank them",
+    )
+    parser.add_argument(
+        "--limit", type=int, default=6, metavar="N", help="how many of them the search compiles"
+    )
+    parser.add_argument(
+        "--json",
+        type=Path,
+        metavar="FILE",
+        help="also write the plan, or all ranked plans, as JSON",
+    )
+    parser.add_argument("--toml", type=Path, metavar="FILE", help=_TOML)
+    add_options(parser, PLANNED)
 
 
-def plan(
-    options: Annotated[RunOptions, tyro.conf.arg(name="")] = PLANNED,
-    topology: str | None = None,
-    host_devices: int | None = None,
-    search: bool = False,
-    limit: int = 6,
-    json: Path | None = None,
-) -> None:
-    """Compile the step of `run` for devices that nobody here need own: memory, collectives, time.
+def _plan(arguments: argparse.Namespace) -> None:
+    from train.plan.command import run_plan
 
-    Args:
-        topology: TPUs to compile for, such as v5p:4x4x4 or v6e:16x16 (pip install 'llama-jax[plan]')
-        host_devices: compile for so many devices of this host's CPU instead
-        search: try meshes and recomputations, the likeliest first, and rank them
-        limit: configurations that the search compiles
-        json: a file for the figures; of the search, all plans, the best first
-    """
-    from train.plan import command
-
-    command.run_plan(
-        options,
-        topology=topology,
-        host_devices=host_devices,
-        limit=limit if search else None,
-        json_file=json,
+    run_plan(
+        _options(PLANNED, arguments),
+        topology=arguments.topology,
+        host_devices=arguments.host_devices,
+        limit=arguments.limit if arguments.search else None,
+        json_file=arguments.json,
     )
 
 
-def tokenize(
-    sources: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="SRC...")],
-    /,
-    tokenizer: Path,
-    out: Path,
-    text_field: str = "text",
-    validation_fraction: float = 0.005,
-    shard_tokens: int = 1 << 25,
-    eos: str | None = None,
-) -> None:
-    """Turn text into the token files that training reads; interrupted, the same command goes on.
+def _add_tokenize(program: Parser) -> None:
+    parser = program.add_command(
+        "tokenize",
+        _tokenize,
+        help="turn text into token files for training",
+        description="Turn text into token files for training. After an interruption, run the same command "
+        "to continue.",
+    )
+    parser.add_argument(
+        "sources",
+        nargs="+",
+        metavar="SRC",
+        help="files, directories or globs of text, .jsonl or .parquet; text may be compressed (.gz, .zst)",
+    )
+    parser.add_argument(
+        "--tokenizer",
+        type=Path,
+        required=True,
+        metavar="PATH",
+        help="tokenizer.json or tokenizer.model, or a directory that has one",
+    )
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="directory to write")
+    parser.add_argument(
+        "--text-field",
+        default="text",
+        metavar="NAME",
+        help="field of JSON lines, or column of Parquet, that holds the text",
+    )
+    parser.add_argument(
+        "--validation-fraction",
+        type=float,
+        default=0.005,
+        metavar="X",
+        help="fraction of the documents to hold out for validation",
+    )
+    parser.add_argument(
+        "--shard-tokens",
+        type=int,
+        default=1 << 25,
+        metavar="N",
+        help="tokens per shard; a shard is held in memory",
+    )
+    parser.add_argument(
+        "--eos",
+        metavar="TOKEN",
+        help="end-of-text token; default: the one named by the tokenizer's files",
+    )
 
-    Args:
-        sources: files, directories or globs of text, .jsonl or .parquet, compressed (.gz, .zst) or not
-        tokenizer: a tokenizer.json or tokenizer.model, or the directory that has one
-        out: the directory to write
-        text_field: the field of JSON lines, the column of Parquet
-        validation_fraction: how much of the documents is kept from training
-        shard_tokens: tokens of a shard, which is held in memory
-        eos: the end-of-text token, if not the one that the files beside the tokenizer name
-    """
-    total = sum(file.stat().st_size for source in sources for file in source_files(source))
+
+def _tokenize(arguments: argparse.Namespace) -> None:
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+
+    from train.data import tokenize
+    from train.data.documents import source_files
+
+    say = console(stderr=True, soft_wrap=True)
+    total = sum(
+        file.stat().st_size for source in arguments.sources for file in source_files(source)
+    )
     speed = TextColumn("{task.fields[tokens]:,} tokens, {task.fields[rate]:,.0f}/s")
     columns = (BarColumn(), DownloadColumn(), speed, TimeRemainingColumn())
-    begun = time.monotonic()
+    begin = time.monotonic()
     notes: list[str] = []
-    with Progress(*columns, console=_CONSOLE) as progress:
-        # once to know the files by their contents, then to tokenize them
+    with Progress(*columns, console=say) as progress:
+        # the files are read twice: to identify them by their contents, then to tokenize them
         bar = progress.add_task("tokenizing", total=2 * total, tokens=0, rate=0)
 
         def report(read: int, tokens: int) -> None:
-            rate = tokens / (time.monotonic() - begun)
+            rate = tokens / (time.monotonic() - begin)
             progress.update(bar, completed=total + read, tokens=tokens, rate=rate)
 
-        index = run_tokenize(
-            sources,
-            tokenizer,
-            out,
-            text_field=text_field,
-            validation_fraction=validation_fraction,
-            shard_tokens=shard_tokens,
-            eos=eos,
+        index = tokenize.tokenize(
+            arguments.sources,
+            arguments.tokenizer,
+            arguments.out,
+            text_field=arguments.text_field,
+            validation_fraction=arguments.validation_fraction,
+            shard_tokens=arguments.shard_tokens,
+            eos=arguments.eos,
             report=report,
             identified=lambda count: progress.advance(bar, count),
             note=notes.append,
         )
         progress.update(bar, completed=2 * total)
     for split, shards in index.splits.items():
-        documents, tokens = sum(s.documents for s in shards), sum(s.tokens for s in shards)
-        _CONSOLE.print(f"{split}: {tokens:,} tokens of {documents:,} documents")
+        documents = sum(shard.documents for shard in shards)
+        tokens = sum(shard.tokens for shard in shards)
+        say.print(f"{split}: {tokens:,} tokens of {documents:,} documents")
     for line in notes:
-        _CONSOLE.print(f"note: {line}")
-    _CONSOLE.print(f"written: {printable(str(out))}")
-
-
-# name on the command line: the function
-COMMANDS: dict[str, Callable[..., Any]] = {
-    "run": run,
-    "resume": resume,
-    "export": export,
-    "eval": evaluate,
-    "plan": plan,
-    "tokenize": tokenize,
-}
+        say.print(f"note: {line}")
+    say.print(f"written: {printable(str(arguments.out))}")
 
 
 if __name__ == "__main__":

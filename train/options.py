@@ -1,4 +1,4 @@
-"""The options of a run, as dataclasses. tyro turns them into flags, and their docstrings into help."""
+"""The options of a run, as dataclasses. `train.flags` makes flags of them, and help of their docstrings."""
 
 import dataclasses
 import math
@@ -6,8 +6,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
-from llama_jax.attention.dispatch import Implementation
-from llama_jax.numerics.remat import Remat
+from llama_jax.attention.implementation import Implementation
+from llama_jax.numerics.remat_policy import Remat
 
 FILE = "run.toml"
 
@@ -45,6 +45,7 @@ class OptimizerOptions:
     """The optimizer, the learning-rate schedule and regularization."""
 
     name: Optimizer = "adamw"
+    """optimizer"""
     learning_rate: float = 3e-3
     """peak learning rate"""
     schedule: Schedule = "cosine"
@@ -152,7 +153,7 @@ class RunOptions:
     micro_batches: int = 1
     """split the batch into this many parts, run one after the other; gradients are summed"""
     seed: int = 0
-    """of the initial weights, the order of the data and dropout"""
+    """seed of the initial weights, the order of the data and dropout"""
     export_every: int = 0
     """steps between exports to Hugging Face directories in the run's folder; 0: none"""
     model: ModelOptions = field(default_factory=ModelOptions)

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
@@ -12,13 +12,12 @@ from jaxtyping import Array, Float, Key
 
 from llama_jax.attention.blocked import blocked_attention
 from llama_jax.attention.cudnn import cudnn_attention, cudnn_misfit
+from llama_jax.attention.implementation import Implementation
 from llama_jax.attention.masks import AttentionMask, dense_mask, slots_of
 from llama_jax.attention.plain import dot_product_attention
 from llama_jax.attention.splash import splash_attention, splash_kernel, splash_misfit
 from llama_jax.numerics.backend import target_platform
 from llama_jax.sharding import BATCH_AXES, SEQUENCE_AXIS, TENSOR_AXIS, MeshAxes, mesh_axes
-
-Implementation = Literal["plain", "blocked", "cudnn", "splash"]
 
 # Up to so many tokens the scores are small, and holding them is the faster way.
 PLAIN_LENGTH = 128

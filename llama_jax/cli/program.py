@@ -66,12 +66,10 @@ def run_program(
         except KeyboardInterrupt:
             code = INTERRUPTED
             _say(interrupted)
-        except ImportError as error:
+        except ModuleNotFoundError as error:
             if extra is None or error.name is None:
                 raise
-            _say_error(
-                f"{error.name} is not installed, expected the extra: pip install 'llama-jax[{extra}]'"
-            )
+            _say_error(f"{error.name} is not installed; in the checkout: pip install '.[{extra}]'")
         except (
             ValueError,
             OSError,

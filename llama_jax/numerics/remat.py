@@ -1,11 +1,11 @@
 """What a layer keeps for its backward pass, and what it computes again (arXiv:1604.06174)."""
 
 from collections.abc import Callable
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import jax
 
-Remat = Literal["none", "dots", "full"]
+from llama_jax.numerics.remat_policy import Remat
 
 # Names are given where the values are rounded: policies that look for products would keep their float32
 # sums, twice the size of what is wanted in bfloat16.

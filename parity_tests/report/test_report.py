@@ -201,10 +201,7 @@ def test_torch_is_not_installed(files: Files, monkeypatch: pytest.MonkeyPatch, c
     )
     monkeypatch.delitem(__import__("sys").modules, "parity_tests.report.run", raising=False)
     assert run(files) == 2
-    assert (
-        "torch is not installed, expected the extra: pip install 'llama-jax[parity]'"
-        in error_line(capsys)
-    )
+    assert "torch is not installed; in the checkout: pip install '.[parity]'" in error_line(capsys)
 
 
 _CHROMIUM = next(

@@ -13,12 +13,12 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-import tyro
 
 from llama_jax.config import LlamaConfig
 from parity_tests.harness.child_process import ROOT
 from parity_tests.train.corpus import EOS, token_directory, word_tokenizer
 from train import checkpoints
+from train.flags import parse_options
 from train.monitoring.metrics_log import TIMES, read_metrics
 from train.options import FILE as RUN_FILE
 from train.options import MeshOptions, RunOptions
@@ -127,7 +127,7 @@ def finish(process: subprocess.Popen[str], code: int = 0) -> str:
 
 def state_of(run: Path, step: int) -> list[np.ndarray]:
     """Parameters and optimizer state of a checkpoint."""
-    options = tyro.cli(RunOptions, args=flags_of(run / RUN_FILE))
+    options = parse_options(RunOptions(), flags_of(run / RUN_FILE), run / RUN_FILE)
     options = dataclasses.replace(options, mesh=MeshOptions())  # for the devices of this process
     program = run_program(options, LlamaConfig.from_pretrained(run))
     manager = checkpoints.open_manager(run, keep_last=1, keep_every=None, read_only=True)

@@ -11,7 +11,6 @@ import pytest
 
 from parity_tests.harness.child_process import ROOT
 from parity_tests.train.corpus import word_tokenizer
-from train import __main__ as program
 from train.__main__ import main
 from train.data.token_shards import open_tokens, read_index
 
@@ -57,19 +56,23 @@ def test_a_mistake_is_one_line(
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        (["tokenize"], "Missing from python -m train tokenize: --tokenizer PATH --out PATH"),
-        (["tokenise"], "Unrecognized options: tokenise"),
-        ([], "Expected one of {run, resume, export, eval, plan, tokenize}"),
-        (["tokenize", "a", "--out"], "Missing value for argument '--out'. Expected 1 values"),
+        (["tokenize"], "the following arguments are required: SRC, --tokenizer, --out"),
         (
-            ["run", "--steps", "x"],
-            "Error parsing --steps: invalid literal for int() with base 10: 'x'",
+            ["tokenise"],
+            "COMMAND: found 'tokenise', expected one of run, resume, export, eval, plan, tokenize",
         ),
-        (["run", "--stepps", "3"], "Unrecognized options: --stepps, 3"),
+        ([], "the following arguments are required: COMMAND"),
+        (["tokenize", "a", "--out"], "--out: expected one argument"),
+        (["run", "--steps", "x"], "--steps: found 'x', expected an integer"),
+        (
+            ["run", "--optimizer.clip-norm", "x"],
+            "--optimizer.clip-norm: found 'x', expected a number",
+        ),
+        (["run", "--stepps", "3"], "unknown option --stepps (did you mean --steps?)"),
+        (["run", "--remat", "full"], "unknown option --remat (did you mean --model.remat?)"),
         (
             ["run", "--model.remat", "[/b]"],
-            "invalid choice '[/b]' for argument '--model.remat'. "
-            "Expected one of ('none', 'dots', 'full')",
+            "--model.remat: found '[/b]', expected one of none, dots, full",
         ),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
@@ -82,7 +85,10 @@ def test_unknown_arguments_are_one_line(
 ) -> None:
     monkeypatch.setenv("COLUMNS", "40")
     assert main(wrong) == 2
-    assert capsys.readouterr() == ("", f"error: {message}; see --help\n")
+    program = (
+        "python -m train" if wrong[:1] in ([], ["tokenise"]) else f"python -m train {wrong[0]}"
+    )
+    assert capsys.readouterr() == ("", f"error: {message}; see {program} --help\n")
 
 
 def test_an_interrupt_says_how_to_go_on(
@@ -91,9 +97,9 @@ def test_an_interrupt_says_how_to_go_on(
     def interrupted(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(program, "run_tokenize", interrupted)
+    monkeypatch.setattr("train.data.tokenize.tokenize", interrupted)
     assert main(arguments) == 130
-    assert capsys.readouterr().err.endswith("interrupted: the same command goes on from here\n")
+    assert capsys.readouterr().err.endswith("interrupted: run the same command to continue\n")
 
 
 def test_as_a_program(arguments: list[str], tmp_path: Path) -> None:

@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
 
 import pytest
-import tyro
-from hypothesis import Phase, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from train.flags import parse_options
 from train.option_checks import validate
 from train.options import Optimizer, OptimizerOptions, RunOptions
 from train.options_toml import flags_of, to_toml
@@ -45,11 +45,10 @@ def values(hint: Any) -> st.SearchStrategy[Any]:
 
 def read(text: str, path: Path) -> RunOptions:
     path.write_text(text, "utf-8")
-    return tyro.cli(RunOptions, args=flags_of(path))
+    return parse_options(RunOptions(), flags_of(path), path)
 
 
-# no shrinking, as tyro takes long to parse an example
-@settings(max_examples=15, deadline=None, phases=[Phase.explicit, Phase.generate])
+@settings(max_examples=50, deadline=None)
 @given(options=values(RunOptions))
 def test_options_survive_toml_and_flags(
     options: RunOptions, tmp_path_factory: pytest.TempPathFactory
@@ -66,7 +65,8 @@ def test_no_clipping_in_toml(tmp_path: Path) -> None:
 
 
 def test_no_clipping_on_the_command_line() -> None:
-    assert tyro.cli(RunOptions, args=["--optimizer.clip-norm", "None"]).optimizer.clip_norm is None
+    flags = ["--optimizer.clip-norm", "None"]
+    assert parse_options(RunOptions(), flags, Path("x")).optimizer.clip_norm is None
 
 
 def test_defaults_and_other_spellings(tmp_path: Path) -> None:

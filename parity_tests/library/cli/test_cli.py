@@ -9,7 +9,7 @@ import pytest
 from flax import nnx
 from tokenizers import Tokenizer, models, pre_tokenizers
 
-from llama_jax import LlamaConfig, LlamaForCausalLM
+from llama_jax import PRESETS, LlamaConfig, LlamaForCausalLM
 from llama_jax.__main__ import main
 from llama_jax.cli import text as text_commands
 from llama_jax.cli.arguments import Parser, some_text
@@ -299,6 +299,11 @@ def test_info_of_a_directory(directory, capsys):
     assert "model.layers.[0-1].self_attn.q_proj.weight" in capsys.readouterr().out
 
 
+def test_info_lists_the_presets(capsys):
+    assert main(["info"]) == 0
+    assert capsys.readouterr().out.split() == list(PRESETS)
+
+
 def test_info_of_neither(capsys):
     assert main(["info", "llama-9"]) == 2
     assert "neither a directory nor a preset, expected one of llama-7b" in error_line(capsys)
@@ -311,7 +316,7 @@ def test_a_count_that_is_none(directory, capsys, value):
 
 
 @pytest.mark.parametrize(
-    "arguments", [[], ["chatter"], ["chat"], ["info"], ["generate", "--model", "x"]]
+    "arguments", [[], ["chatter"], ["chat"], ["mask"], ["generate", "--model", "x"]]
 )
 def test_arguments_that_make_no_command(capsys, arguments):
     assert main(arguments) == 2

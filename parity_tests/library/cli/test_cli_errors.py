@@ -96,7 +96,7 @@ def test_a_mistake_of_ours_is_a_traceback() -> None:
 def test_an_extra_that_is_missing(capfd: pytest.CaptureFixture[str]) -> None:
     error = ModuleNotFoundError("No module named 'torch'", name="torch")
     assert run_program(raising(error), extra="parity") == 2
-    assert "torch is not installed, expected the extra: pip install 'llama-jax[parity]'" in (
+    assert "torch is not installed; in the checkout: pip install '.[parity]'" in (
         capfd.readouterr().err
     )
     with pytest.raises(ModuleNotFoundError):

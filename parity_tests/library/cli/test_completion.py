@@ -12,9 +12,11 @@ from benchmarks.__main__ import main as benchmarks
 from convert.__main__ import main as convert
 from llama_jax.__main__ import main as llama_jax
 from parity_tests.__main__ import main as parity_tests
+from train.__main__ import main as train
 
 PROGRAMS = {
     "llama_jax": llama_jax,
+    "train": train,
     "convert": convert,
     "parity_tests": parity_tests,
     "benchmarks": benchmarks,
@@ -60,6 +62,10 @@ def completed(script: Path, line: str) -> list[str]:
         ("python -m llama_jax quantize --model ", []),  # names of files
         ("llama-jax score --ro", ["--rolling"]),
         ("llama-jax in", ["info"]),
+        ("python -m train run --model.re", ["--model.remat"]),
+        ("python -m train run --model.attention b", ["blocked"]),
+        ("python -m train resume RUN --log.no", ["--log.no-tensorboard"]),
+        ("python -m train run --toml ", []),
         ("python -m convert SRC DST --to m", ["meta"]),
         ("python -m convert in", ["info"]),
         ("python -m convert ", []),
