@@ -14,8 +14,8 @@ if TYPE_CHECKING:
 CONSOLE_SCRIPT = "llama-jax"
 
 _ZSH = """\
-autoload -U +X compinit && compinit
-autoload -U +X bashcompinit && bashcompinit
+type compdef > /dev/null || { autoload -U +X compinit && compinit }
+type complete > /dev/null || { autoload -U +X bashcompinit && bashcompinit }
 """
 
 _SCRIPT = """\
