@@ -19,6 +19,7 @@ from llama_jax.cli.arguments import Parser, integer, number
 
 Options = TypeVar("Options")
 
+_CHECKED: dict[Any, Callable[[str], Any]] = {int: integer, float: number}
 _METAVARS = {int: "N", float: "X", str: "TEXT", Path: "PATH"}
 
 
@@ -123,7 +124,7 @@ def _kind(hint: Any) -> dict[str, Any]:
 
 def _or_none(kind: Callable[[str], Any]) -> Callable[[str], Any]:
     """`kind`, or None for the text "None"."""
-    parse = {int: integer, float: number}.get(kind, kind)
+    parse = _CHECKED.get(kind, kind)
     return lambda text: None if text == "None" else parse(text)
 
 
@@ -139,11 +140,15 @@ def _with_options(options: Any, parsed: dict[str, Any], prefix: str) -> Any:
 
 
 @cache
+def _module(name: str) -> ast.Module:
+    return ast.parse(inspect.getsource(sys.modules[name]))
+
+
 def _docstrings(dataclass: type) -> dict[str, str]:
     """The string below each field, which Python itself drops."""
     (definition,) = (
         node
-        for node in ast.parse(inspect.getsource(sys.modules[dataclass.__module__])).body
+        for node in _module(dataclass.__module__).body
         if isinstance(node, ast.ClassDef) and node.name == dataclass.__name__
     )
     texts = {}
