@@ -14,15 +14,15 @@ install: .venv/installed
 	touch $@
 
 demo: install
-	$(BIN)/python -m parity_tests.demo
-	$(BIN)/python -m train.demo
+	$(BIN)/python -m examples.demo.convert_and_compare
+	$(BIN)/python -m examples.demo.pretrain
 
 test: install
 	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -m 'not slow and not checkpoint'
 
 # also compiles for TPUs if libtpu is installed: pip install '.[plan]'
 test-all: install
-	$(BIN)/python -m convert.demo_checkpoint
+	$(BIN)/python -m parity_tests.harness.demo_checkpoint
 	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 
 lint: install

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import convert
-from convert import demo_checkpoint
+from parity_tests.harness import demo_checkpoint
 
 
 @contextmanager

@@ -20,11 +20,11 @@ from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 
 import convert
 from convert.__main__ import main
-from convert.demo_checkpoint import FILE, cache_directory
 from llama_jax.cli.arguments import size_argument
 from parity_tests.convert.formats.gguf.test_tokenizer_read import byte_level_fields
 from parity_tests.convert.formats.gguf.tiny_gguf import same, tiny_gguf, tiny_model
 from parity_tests.harness.child_process import ROOT
+from parity_tests.harness.demo_checkpoint import FILE, cache_directory
 
 
 @pytest.fixture

@@ -11,8 +11,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from convert import convert, demo_checkpoint
+from convert import convert
 from parity_tests.__main__ import main
+from parity_tests.harness import demo_checkpoint
 from parity_tests.harness.mutations import MUTATIONS, mutate
 from parity_tests.report.measure.metrics import first_to_drift
 from parity_tests.report.mutate import caught_by, quiet_report, write_case

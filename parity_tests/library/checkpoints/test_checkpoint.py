@@ -1,19 +1,22 @@
 """The real checkpoint: converted, run by both, equal to the oracle's rule and in its greedy tokens."""
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
 import transformers
 
 import convert
-from convert import demo_checkpoint
 from llama_jax import PRESETS, LlamaForCausalLM
 from llama_jax.evaluation.scoring import token_scores
 from llama_jax.files.json_object import read_json_object
 from llama_jax.inspection.architecture import parameter_count
 from llama_jax.text.tokenizer import load_tokenizer
-from parity_tests.demo import compare, load_torch
+from parity_tests.harness import demo_checkpoint
 from parity_tests.reference.errors import rms_error
+from parity_tests.reference.oracle import oracle
+from parity_tests.reference.tolerances import ROUNDING_RATIO
 
 pytestmark = pytest.mark.checkpoint
 
@@ -28,7 +31,8 @@ def directory(tmp_path_factory):
 @pytest.fixture(scope="module")
 def both(directory):
     torch.set_num_threads(2)
-    return LlamaForCausalLM.from_pretrained(directory), load_torch(directory)
+    theirs = transformers.LlamaForCausalLM.from_pretrained(directory, dtype=torch.float32)
+    return LlamaForCausalLM.from_pretrained(directory), theirs.eval()
 
 
 def test_it_is_the_preset(both):
@@ -45,10 +49,18 @@ def test_it_is_the_preset(both):
         assert getattr(ours.config, field) == getattr(preset, field)
 
 
-def test_logits_on_real_text(directory, both, capsys):
+def test_logits_on_real_text(directory, both):
+    ours, theirs = both
     text = " ".join((transformers.LlamaModel.__doc__ or "", str(transformers.LlamaConfig.__doc__)))
     ids = np.asarray([load_tokenizer(directory).encode(text).ids[:256]])
-    assert compare(*both, read_json_object(directory / "config.json"), ids)
+    tokens = torch.from_numpy(ids)
+    logits = jax.jit(lambda model, ids: model(ids).logits)(ours, jnp.asarray(ids, jnp.int32))
+    with torch.no_grad():
+        weights = {name: value.double() for name, value in theirs.named_parameters()}
+        config = read_json_object(directory / "config.json")
+        exact = oracle(config, weights, input_ids=tokens).logits
+        torch_logits = theirs(tokens).logits
+    assert rms_error([logits], [exact]) <= ROUNDING_RATIO * rms_error([torch_logits], [exact])
 
 
 def test_greedy_tokens_with_and_without_left_padding(directory, both):

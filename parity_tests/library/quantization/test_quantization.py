@@ -13,7 +13,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import convert
-from convert import demo_checkpoint
 from llama_jax import (
     LlamaConfig,
     LlamaForCausalLM,
@@ -38,6 +37,7 @@ from llama_jax.quantization.weight import (
     quantize_int8,
 )
 from llama_jax.text.tokenizer import load_tokenizer
+from parity_tests.harness import demo_checkpoint
 from parity_tests.harness.child_process import ROOT
 
 CONFIG = LlamaConfig(

@@ -18,7 +18,6 @@ from tokenizers import Tokenizer
 from transformers import AutoTokenizer
 
 from convert import convert, plan
-from convert.demo_checkpoint import cache_directory
 from convert.formats.gguf.tokenizer.pre_tokenizers import (
     PRE_TOKENIZERS,
     TRIALS,
@@ -35,6 +34,7 @@ from parity_tests.convert.formats.gguf.test_tokenizer_read import (
     trained_sentencepiece,
 )
 from parity_tests.convert.formats.gguf.tiny_gguf import tiny_model
+from parity_tests.harness.demo_checkpoint import cache_directory
 from train.data.stdlib import EOS, _train_bpe
 
 Json = dict[str, Any]

@@ -1,6 +1,6 @@
-"""The second half of `make demo`: a model pretrained from nothing, killed, resumed, exported, verified.
+"""Second half of `make demo`: pretrain a tiny model, kill the run, resume it, export and verify the model.
 
-Everything is done by the commands a user has. Exit code 0 when PyTorch computes the loss the run reported.
+It only calls `python -m train`. The exit code is 0 if PyTorch computes the loss that the run reported.
 """
 
 from llama_jax.cli.startup import end_on_interrupt
@@ -30,7 +30,8 @@ def main() -> int:
     for directory in (RUN, EXPORTED):
         shutil.rmtree(directory, ignore_errors=True)
     console.print(
-        "\n6. pretraining from nothing on the source of Python's standard library", style="bold"
+        "\n6. pretraining from scratch on the source code of Python's standard library",
+        style="bold",
     )
     begin = train(
         "run",
@@ -40,7 +41,7 @@ def main() -> int:
     while begin.poll() is None and reached() < KILLED_AFTER:
         time.sleep(0.2)
     if begin.poll() is not None:
-        return begin.returncode or 1  # it should not have ended yet
+        return begin.returncode or 1  # it ended before it could be killed
     begin.send_signal(signal.SIGKILL)
     begin.wait()
     console.print(f"\n7. killed after step {reached()}; resumed from its checkpoint", style="bold")
@@ -60,7 +61,7 @@ def train(*arguments: str) -> subprocess.Popen[bytes]:
 
 
 def reached() -> int:
-    """The last step that is in the run's metrics."""
+    """The last step in the run's metrics."""
     lines = read_metrics(RUN)
     return lines[-1]["step"] if lines else 0
 

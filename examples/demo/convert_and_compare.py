@@ -1,7 +1,7 @@
-"""`make demo`: a real checkpoint, converted, run in JAX and in PyTorch, compared, and put to use.
+"""First half of `make demo`: convert a real checkpoint, compare it with PyTorch, and generate text.
 
-Exit code 0 when the two are the same function by the derived tolerance and write the same tokens, 1
-when they are not, 2 when the checkpoint cannot be had.
+The exit code is 0 if the error against float64 is within the tolerance and both generate the same tokens, 1
+if not, and 2 if the checkpoint cannot be downloaded.
 """
 
 from llama_jax.cli.startup import end_on_interrupt
@@ -23,12 +23,14 @@ import transformers
 from rich.table import Table
 
 import convert
-from convert import demo_checkpoint
 from llama_jax import LlamaForCausalLM, formatting
 from llama_jax.cli import program
 from llama_jax.files.json_object import read_json_object
 from llama_jax.text.tokenizer import load_tokenizer
-from parity_tests.__main__ import main as command
+from parity_tests.__main__ import main as parity_tests
+from parity_tests.harness import demo_checkpoint
+from parity_tests.harness.child_process import ROOT
+from parity_tests.reference.errors import rms_error
 from parity_tests.reference.oracle import oracle
 from parity_tests.reference.tolerances import ROUNDING_RATIO
 
@@ -44,7 +46,7 @@ console = formatting.console()
 
 
 def main() -> int:
-    """Run the demo from the download to the text."""
+    """Download, convert, compare, generate, report."""
     step("1. checkpoint")
     gguf = demo_checkpoint.fetch()
     console.print(f"{gguf.name}: {gguf.stat().st_size / 1e6:.0f} MB, sha256 verified")
@@ -61,7 +63,7 @@ def main() -> int:
     console.print(f"{count:,} parameters")
 
     tokenizer = load_tokenizer(directory)
-    text = (Path(__file__).resolve().parent.parent / "LICENSE").read_text()
+    text = (ROOT / "LICENSE").read_text()
     ids = np.asarray([tokenizer.encode(text).ids[:CONTEXT]])
     same = compare(ours, theirs, read_json_object(directory / "config.json"), ids)
 
@@ -71,7 +73,7 @@ def main() -> int:
 
     step("5. the parity report: every module and gradient")
     page = directory.parent / "parity.html"
-    same = command(["report", str(directory), "--backward", "--html", str(page)]) == 0 and same
+    same = parity_tests(["report", str(directory), "--backward", "--html", str(page)]) == 0 and same
 
     verdict = "the same function" if same else "NOT the same function"
     console.print(f"\nllama_jax and PyTorch are {verdict} on this checkpoint.")
@@ -81,7 +83,7 @@ def main() -> int:
 
 
 def compare(ours: LlamaForCausalLM, theirs: Any, config: dict[str, Any], ids: np.ndarray) -> bool:
-    """Logits and loss of both against the float64 oracle. Prints the table."""
+    """Print logit errors and losses against the float64 oracle; returns whether ours are within the bar."""
     forward = jax.jit(lambda model, ids: model(ids, labels=ids))
     out = forward(ours, jnp.asarray(ids, jnp.int32))
     tokens = torch.from_numpy(ids)
@@ -90,7 +92,6 @@ def compare(ours: LlamaForCausalLM, theirs: Any, config: dict[str, Any], ids: np
         weights = {name: value.double() for name, value in theirs.named_parameters()}
         exact = oracle(config, weights, input_ids=tokens, labels=tokens)
     truth = exact.logits.numpy()
-    scale = rms(truth)
     table = Table(title=f"{ids.shape[1]} tokens of real text against the float64 oracle")
     for column in ("", "loss", "rms logit error (relative)", "top-1 agreement"):
         table.add_column(column, justify="right")
@@ -99,7 +100,7 @@ def compare(ours: LlamaForCausalLM, theirs: Any, config: dict[str, Any], ids: np
         ("llama_jax", np.asarray(out.logits), float(out.loss)),
         ("PyTorch", reference.logits.numpy(), float(reference.loss)),
     ):
-        errors.append(rms(logits - truth) / scale)
+        errors.append(rms_error([logits], [truth]))
         agreement = (logits.argmax(-1) == truth.argmax(-1)).mean()
         table.add_row(name, f"{loss:.7f}", f"{errors[-1]:.2e}", f"{agreement:.2%}")
     table.add_row("oracle", f"{float(exact.loss):.7f}", "0", "")
@@ -110,7 +111,7 @@ def compare(ours: LlamaForCausalLM, theirs: Any, config: dict[str, Any], ids: np
 
 
 def continue_both(ours: LlamaForCausalLM, theirs: Any, tokenizer: Any, prompt: str) -> bool:
-    """Greedy continuations of both; prints the text, the speeds, and returns whether they agree."""
+    """Print a greedy continuation and the speed of both; returns whether their tokens are identical."""
     ids = np.asarray([tokenizer.encode(prompt).ids])
 
     def by_jax() -> np.ndarray:
@@ -146,11 +147,6 @@ def load_torch(directory: Path) -> Any:
     transformers.logging.disable_progress_bar()
     model = transformers.LlamaForCausalLM.from_pretrained(directory, dtype=torch.float32)
     return model.eval()
-
-
-def rms(values: np.ndarray) -> float:
-    """Root of the mean square."""
-    return float(np.sqrt(np.mean(np.square(values, dtype=np.float64))))
 
 
 def step(title: str) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from convert import demo_checkpoint
+from parity_tests.harness import demo_checkpoint
 
 CONTENT = b"not really a checkpoint"
 

@@ -1,0 +1,1 @@
+"""`make demo`: first `convert_and_compare`, then `pretrain`."""
