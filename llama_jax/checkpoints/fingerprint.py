@@ -1,18 +1,20 @@
 """A checksum of an array that does not depend on its sharding; those of its parts add up to it."""
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Shaped, UInt32
 
 
-def fingerprint(leaf: Any, start: int | jax.Array = 0) -> Any:
+def fingerprint(
+    array: Shaped[Array | np.ndarray, "..."], start: int | Array = 0
+) -> UInt32[Array, ""]:
     """The sum, modulo 2**32, over all values of a hash of the value's bits and its position.
 
     The hash is a permutation for a fixed position, so a single changed value always changes the sum.
 
     Args:
-        leaf: an array, or some of its rows.
+        array: an array, or some of its rows.
         start: index of the first row; the sums of all rows add up to the array's.
 
     Returns:
@@ -23,10 +25,10 @@ def fingerprint(leaf: Any, start: int | jax.Array = 0) -> Any:
     >>> (fingerprint(array) == parts).item()
     True
     """
-    width = leaf.dtype.itemsize * 8
-    bits = jax.lax.bitcast_convert_type(leaf, jnp.dtype(f"uint{min(width, 32)}"))
+    width = array.dtype.itemsize * 8
+    bits = jax.lax.bitcast_convert_type(array, jnp.dtype(f"uint{min(width, 32)}"))
     # mixed with the position, so that swapped values change the sum
-    mixed = jnp.uint32(0)
+    mixed: Array = jnp.uint32(0)
     for axis in range(bits.ndim):
         position = jax.lax.broadcasted_iota(jnp.uint32, bits.shape, axis)
         if axis == 0:
@@ -35,7 +37,7 @@ def fingerprint(leaf: Any, start: int | jax.Array = 0) -> Any:
     return jnp.sum(_mix(bits.astype(jnp.uint32) ^ mixed), dtype=jnp.uint32)
 
 
-def _mix(x: Any) -> Any:
+def _mix(x: UInt32[Array, "..."]) -> UInt32[Array, "..."]:
     """The finalizer of MurmurHash3, a permutation of the 32-bit integers."""
     for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):
         x = (x ^ (x >> jnp.uint32(shift))) * jnp.uint32(factor)

@@ -11,6 +11,7 @@ from typing import Any
 import jax
 import numpy as np
 from flax import nnx
+from jax.typing import DTypeLike
 from jaxtyping import Array, Key
 
 from llama_jax.checkpoints.match import Model, abstract_model, compare_shapes, match_checkpoint
@@ -50,7 +51,7 @@ def from_hf_tensors(
     model_class: Callable[..., Model],
     config: LlamaConfig,
     tensors: Mapping[str, np.ndarray],
-    dtype: Any,
+    dtype: DTypeLike,
 ) -> Model:
     """A model of `tensors`, which have Hugging Face names, cast to `dtype`.
 
@@ -74,7 +75,7 @@ def load(
     model_class: Callable[..., Model],
     config: LlamaConfig,
     directory: str | Path,
-    dtype: Any = None,
+    dtype: DTypeLike | None = None,
     rngs: nnx.Rngs | None = None,
 ) -> Model:
     """Load a model from a directory of safetensors; each tensor is read straight into its parameter.
@@ -258,7 +259,7 @@ def _quantized(model_class: Callable[..., Model], directory: Path) -> Callable[.
 def _initial(
     model_class: Callable[..., nnx.Module],
     config: LlamaConfig,
-    dtype: Any,
+    dtype: DTypeLike,
     key: Key[Array, ""],
     paths: Sequence[ParamPath],
 ) -> dict[ParamPath, Array]:
@@ -275,7 +276,7 @@ def _allocate(abstract: nnx.Module) -> dict[ParamPath, np.ndarray]:
     return {path: _aligned(leaf.shape, leaf.dtype) for path, leaf in flat_params(abstract).items()}
 
 
-def _aligned(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
+def _aligned(shape: tuple[int, ...], dtype: np.dtype[Any]) -> np.ndarray:
     """Uninitialized memory on a 64-byte boundary, which JAX on the CPU adopts without a copy."""
     nbytes = int(np.prod(shape)) * np.dtype(dtype).itemsize
     raw = np.empty(nbytes + 64, np.uint8)

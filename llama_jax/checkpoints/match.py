@@ -7,6 +7,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 from flax import nnx
+from jax.typing import DTypeLike
 
 from llama_jax.checkpoints.dtypes import require_float, widest
 from llama_jax.checkpoints.names import (
@@ -68,7 +69,7 @@ def match_checkpoint(
     config: LlamaConfig,
     weights: StoredWeights,
     directory: Path,
-    dtype: Any = None,
+    dtype: DTypeLike | None = None,
     rows: ReadRows = read_rows,
 ) -> CheckpointMatch:
     """Compare the tensors of a checkpoint with the model of `config`. All readers use this check.
@@ -141,7 +142,9 @@ def match_checkpoint(
     )
 
 
-def abstract_model(model_class: Callable[..., Model], config: LlamaConfig, dtype: Any) -> Model:
+def abstract_model(
+    model_class: Callable[..., Model], config: LlamaConfig, dtype: DTypeLike
+) -> Model:
     """The model's shapes and dtypes, without memory for its parameters."""
     return nnx.eval_shape(lambda: model_class(config, rngs=nnx.Rngs(0), dtype=dtype))
 

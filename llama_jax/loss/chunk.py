@@ -21,7 +21,7 @@ class Block(NamedTuple):
         logits: the projection scaled, biased and capped; -inf in padding columns.
         softcap_slope: derivative of the softcap, if there is one.
         in_vocab: false for padding columns; None where there are none.
-        label_columns: the column of each label, outside [0, V) where another shard has it.
+        label_columns: the column of each label, outside [0, V) if another shard has it.
         valid: whether the label is not ignored.
     """
 

@@ -26,8 +26,8 @@ class Tokens(NamedTuple):
     """One entry per token.
 
     Attributes:
-        weights: multiplies each token's loss or, where only gradients are formed, its gradient; None is 1.
-        logsumexp: of each token's logits, from an earlier pass; None where it is not known yet.
+        weights: factor on each token's loss or, when gradients are formed, on its gradient; None is 1.
+        logsumexp: of each token's logits, from an earlier pass; None before that pass.
     """
 
     hidden: Float[Array, "*tokens hidden"]

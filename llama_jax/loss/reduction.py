@@ -1,4 +1,4 @@
-"""From one loss per token to the losses that the caller asked for."""
+"""Reduce one loss per token to the requested losses."""
 
 from typing import NamedTuple
 

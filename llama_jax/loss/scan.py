@@ -28,7 +28,7 @@ def losses_and_gradients(
     shards = options.shards
     if shards is None:
         return local(tokens, head)
-    # specs stand in the place of arrays, hence Any
+    # Any, because specs replace arrays in the same structures
     per_token: Any = PartitionSpec(*shards.token_spec)
     hidden_spec: Any = PartitionSpec(*shards.token_spec, None)
     per_column: Any = PartitionSpec(shards.vocab)
@@ -41,13 +41,11 @@ def losses_and_gradients(
     scale_spec: Any = per_column if scale_by_column else PartitionSpec()
     # a vocabulary that the shards do not divide is padded with columns that do not count
     missing = -options.vocab % shards.vocab_size
-    padded = Head(
-        kernel=pad(head.kernel, options.vocab_axis, missing),
-        bias=None if head.bias is None else pad(head.bias, 0, missing),
-        scale=head.scale
-        if head.scale is None or not scale_by_column
-        else pad(head.scale, 0, missing),
-    )
+    padded = head._replace(kernel=pad(head.kernel, options.vocab_axis, missing))
+    if head.bias is not None:
+        padded = padded._replace(bias=pad(head.bias, 0, missing))
+    if head.scale is not None and scale_by_column:
+        padded = padded._replace(scale=pad(head.scale, 0, missing))
     token_specs = Tokens(
         hidden=hidden_spec,
         labels=per_token,

@@ -44,13 +44,12 @@ class Model(NamedTuple):
         """The special tokens, by Hugging Face's names."""
         # the fields with the id and the text, and the text's default
         fields = {"unk": (40, 45, "<unk>"), "bos": (41, 46, "<s>"), "eos": (42, 47, "</s>")}
-        return {
-            f"{name}_token": self.trainer[text_field].decode()
-            if self.trainer.get(text_field)
-            else default
-            for name, (id_field, text_field, default) in fields.items()
-            if _signed(self.trainer.get(id_field, 0)) >= 0
-        }
+        names = {}
+        for name, (id_field, text_field, default) in fields.items():
+            if _signed(self.trainer.get(id_field, 0)) >= 0:
+                text = self.trainer.get(text_field)
+                names[f"{name}_token"] = text.decode() if text else default
+        return names
 
     def matched_tokens(self) -> list[tuple[str, bool]]:
         """Tokens that are matched in the text as a unit, and whether each is special."""

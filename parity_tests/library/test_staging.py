@@ -1,4 +1,4 @@
-"""What `replacing` puts where its path is: a file, never in the place of something that is none."""
+"""`replacing` only replaces files."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def write(path: Path) -> None:
         write_text(staged, "new")
 
 
-def test_a_pipe_is_written_and_stays(tmp_path: Path) -> None:
+def test_a_pipe_is_written_and_remains(tmp_path: Path) -> None:
     path = tmp_path / "pipe"
     os.mkfifo(path)
     reader = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
@@ -28,7 +28,7 @@ def test_a_pipe_is_written_and_stays(tmp_path: Path) -> None:
     assert [*tmp_path.iterdir()] == [path]
 
 
-def test_a_pipe_that_nobody_reads_to_its_end_stays(tmp_path: Path) -> None:
+def test_a_pipe_remains_if_its_reader_stops_early(tmp_path: Path) -> None:
     path = tmp_path / "pipe"
     os.mkfifo(path)
     reader = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
@@ -39,7 +39,7 @@ def test_a_pipe_that_nobody_reads_to_its_end_stays(tmp_path: Path) -> None:
     assert stat.S_ISFIFO(path.lstat().st_mode)
 
 
-def test_a_link_stays_and_its_file_is_replaced(tmp_path: Path) -> None:
+def test_a_link_remains_and_its_target_is_replaced(tmp_path: Path) -> None:
     (tmp_path / "there").mkdir()
     file, link = tmp_path / "there" / "file", tmp_path / "link"
     file.write_text("old")
@@ -55,7 +55,7 @@ def test_a_link_stays_and_its_file_is_replaced(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["", "folder", "nothing/x", "file/x"])
-def test_an_error_names_the_path_that_was_asked_for(tmp_path: Path, name: str) -> None:
+def test_errors_name_the_final_path(tmp_path: Path, name: str) -> None:
     (tmp_path / "folder").mkdir()
     (tmp_path / "file").write_text("old")
     path = tmp_path / name

@@ -1,4 +1,4 @@
-"""Directories that other programs wrote: read where they are unambiguous, else one line that helps."""
+"""Directories written by other programs: read if unambiguous, else an error that says what to do."""
 
 import json
 from pathlib import Path
@@ -74,7 +74,7 @@ LOADERS = {
 
 
 @pytest.mark.parametrize("loader", LOADERS)
-def test_every_loader_compares_a_tied_head_that_is_stored_as_well(saved, tmp_path, loader):
+def test_every_loader_checks_a_stored_copy_of_a_tied_head(saved, tmp_path, loader):
     embedding = safetensors.numpy.load_file(saved[True] / SINGLE_FILE)["model.embed_tokens.weight"]
     same = copied(saved[True], tmp_path / "same", **{"lm_head.weight": embedding.copy()})
     LOADERS[loader](same)
@@ -90,7 +90,7 @@ def test_every_loader_compares_a_tied_head_that_is_stored_as_well(saved, tmp_pat
         assert "set tie_word_embeddings to false in config.json" in str(error.value)
 
 
-def test_an_orbax_directory_is_checked_alike(saved, tmp_path):
+def test_an_orbax_directory_is_checked_in_the_same_way(saved, tmp_path):
     convert(saved[False], tmp_path / "o", to="orbax")
     fields = json.loads((tmp_path / "o" / "config.json").read_text())
     (tmp_path / "o" / "config.json").write_text(json.dumps(fields | {"tie_word_embeddings": True}))
@@ -105,46 +105,50 @@ WRAPPERS = ["_orig_mod.", "module.", "module._orig_mod.", "model.", "base_model.
 
 @pytest.mark.parametrize("loader", ["from_pretrained", "load_params", "convert"])
 @pytest.mark.parametrize("wrapper", WRAPPERS)
-def test_what_wraps_every_name_is_taken_off(saved, tmp_path, wrapper, loader):
+def test_a_common_prefix_is_removed(saved, tmp_path, wrapper, loader):
     before = safetensors.numpy.load_file(saved[False] / SINGLE_FILE)
     (tmp_path / "w").mkdir()
     (tmp_path / "w/config.json").write_bytes((saved[False] / "config.json").read_bytes())
     named = {wrapper + name: values for name, values in before.items()}
     safetensors.numpy.save_file(named, tmp_path / "w" / SINGLE_FILE)
-    found = LOADERS[loader](tmp_path / "w")
+    loaded = LOADERS[loader](tmp_path / "w")
     if loader == "convert":
         assert any(wrapper.split(".")[0] in note for note in info(tmp_path / "w")["notes"])
-        after = safetensors.numpy.load_file(found / SINGLE_FILE)
+        after = safetensors.numpy.load_file(loaded / SINGLE_FILE)
         assert after.keys() == before.keys()
     else:
-        params = nnx.to_pure_dict(nnx.state(found)) if loader == "from_pretrained" else found
+        params = nnx.to_pure_dict(nnx.state(loaded)) if loader == "from_pretrained" else loaded
         weight = params["model"]["embed_tokens"]["weight"]
         np.testing.assert_array_equal(weight, before["model.embed_tokens.weight"])
 
 
-def test_wrappers_within_names(saved, tmp_path):
+def test_wrappers_inside_names(saved, tmp_path):
     """FSDP and activation checkpointing name the layers that they wrap."""
     before = safetensors.numpy.load_file(saved[True] / SINGLE_FILE)
     wrapped = {
-        name.replace("layers.0.", "layers.0._fsdp_wrapped_module._checkpoint_wrapped_module."): each
-        for name, each in before.items()
+        name.replace(
+            "layers.0.", "layers.0._fsdp_wrapped_module._checkpoint_wrapped_module."
+        ): tensor
+        for name, tensor in before.items()
     }
     safetensors.numpy.save_file(wrapped, copied(saved[True], tmp_path / "w") / SINGLE_FILE)
     LlamaForCausalLM.from_pretrained(tmp_path / "w")
 
 
-def test_a_prefix_that_some_names_have_is_said(saved, tmp_path):
+def test_a_prefix_of_some_names_is_reported(saved, tmp_path):
     directory = copied(saved[False], tmp_path / "w")
     tensors = safetensors.numpy.load_file(directory / SINGLE_FILE)
-    mixed = {("module." if "layers" in name else "") + name: each for name, each in tensors.items()}
+    mixed = {
+        ("module." if "layers" in name else "") + name: tensor for name, tensor in tensors.items()
+    }
     safetensors.numpy.save_file(mixed, directory / SINGLE_FILE)
     with pytest.raises(ValueError, match=r"some names begin with 'module\.' and others do not"):
         LlamaForCausalLM.from_pretrained(directory)
 
 
 @pytest.mark.parametrize("loader", LOADERS)
-def test_an_adapter_in_files_of_its_own_is_not_applied_in_silence(saved, tmp_path, loader):
-    """transformers applies it where peft is installed, and loads the model alone where it is not."""
+def test_an_adapter_in_separate_files_is_not_ignored_silently(saved, tmp_path, loader):
+    """transformers applies it if peft is installed, and otherwise loads the model without it."""
     directory = copied(saved[False], tmp_path / "a")
     (directory / "adapter_config.json").write_text('{"peft_type": "LORA"}')
     (directory / "adapter_model.safetensors").write_bytes(b"")
@@ -164,7 +168,7 @@ PARTS = [
 
 
 @pytest.mark.parametrize("part", PARTS)
-def test_quantised_weights_that_config_json_is_silent_of(saved, tmp_path, part):
+def test_quantized_weights_that_config_json_does_not_mention(saved, tmp_path, part):
     name = f"model.layers.0.mlp.up_proj.{part}"
     directory = copied(saved[False], tmp_path / "q", **{name: np.zeros(2, np.int32)})
     for loader in ("from_pretrained", "convert"):
@@ -237,7 +241,7 @@ DIRECTORIES = [
 
 
 @pytest.mark.parametrize(("files", "message"), DIRECTORIES, ids=[m[:24] for _, m in DIRECTORIES])
-def test_directories_that_are_no_checkpoint(tmp_path, files, message):
+def test_directories_that_are_not_checkpoints(tmp_path, files, message):
     for name, content in files.items():
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(content)
@@ -279,24 +283,26 @@ SCHEMES = [
 ]
 
 
-@pytest.mark.parametrize(("found", "scheme", "way"), SCHEMES, ids=[s for _, s, _ in SCHEMES])
-def test_a_scheme_is_named_and_the_way_out(tmp_path, found, scheme, way):
-    fields = CONFIG.to_dict() | {"quantization_config": found | {"padding": "x" * 5000}}
+@pytest.mark.parametrize(
+    ("quantization", "scheme", "remedy"), SCHEMES, ids=[s for _, s, _ in SCHEMES]
+)
+def test_the_quantization_method_and_a_remedy_are_named(tmp_path, quantization, scheme, remedy):
+    fields = CONFIG.to_dict() | {"quantization_config": quantization | {"padding": "x" * 5000}}
     with pytest.raises(ValueError) as error:
         LlamaConfig.from_dict(fields)
     assert f"the weights are quantized ({scheme}" in str(error.value)
-    assert way in str(error.value)
+    assert remedy in str(error.value)
     assert len(str(error.value)) < 400
 
 
-def test_mlxs_own_field():
+def test_mlxs_field():
     assert "MLX, 4 bits" in str(
         quantization_refusal({"quantization": {"bits": 4, "group_size": 64}})
     )
     assert quantization_refusal({"quantization": "none"}) is None
 
 
-def test_info_of_a_quantised_checkpoint_fails(saved, tmp_path, capsys):
+def test_info_of_a_quantized_checkpoint_fails(saved, tmp_path, capsys):
     directory = copied(saved[False], tmp_path / "q")
     assert convert_main(["info", str(directory)]) == 0
     fields = CONFIG.to_dict() | {"quantization_config": {"quant_method": "awq", "bits": 4}}
@@ -309,8 +315,8 @@ def test_info_of_a_quantised_checkpoint_fails(saved, tmp_path, capsys):
 @pytest.mark.parametrize(
     "cls", [transformers.AutoModelForCausalLM, transformers.LlamaForCausalLM], ids=["auto", "llama"]
 )
-def test_transformers_refuses_our_quantised_weights(saved, tmp_path, cls):
-    """It would make new weights in place of those whose names it does not know."""
+def test_transformers_refuses_our_quantized_weights(saved, tmp_path, cls):
+    """It would initialize weights whose names it does not know."""
     quantize(LlamaForCausalLM.from_pretrained(saved[False]), 8).save_pretrained(tmp_path / "q")
     with pytest.raises(ValueError, match="quant_method"):
         cls.from_pretrained(tmp_path / "q")
@@ -321,7 +327,7 @@ def test_transformers_refuses_our_quantised_weights(saved, tmp_path, cls):
     LlamaForCausalLM.from_pretrained(tmp_path / "q")
 
 
-def test_saving_over_another_model_removes_what_describes_it(saved, tmp_path):
+def test_saving_over_another_model_removes_its_other_files(saved, tmp_path):
     model = LlamaForCausalLM.from_pretrained(saved[False])
     convert(saved[True], tmp_path / "d")
     for name in ("generation_config.json", "adapter_config.json"):
@@ -341,7 +347,7 @@ def test_saving_over_another_model_removes_what_describes_it(saved, tmp_path):
 IGNORED = {"sliding_window": 4, "final_logit_softcapping": 30.0, "qk_norm": True}
 
 
-def test_fields_that_transformers_ignores_are_ignored_with_a_warning(saved, tmp_path):
+def test_fields_that_transformers_ignores_cause_a_warning(saved, tmp_path):
     plain = transformers.LlamaForCausalLM.from_pretrained(saved[False])
     directory = copied(saved[False], tmp_path / "f")
     fields = json.loads((directory / "config.json").read_text())

@@ -1,4 +1,4 @@
-"""Weights read by slices: each device gets its part of what `huggingface.load` reads whole."""
+"""Weights read in slices: each device gets its part of what `huggingface.load` reads completely."""
 
 import ml_dtypes
 import numpy as np
@@ -42,20 +42,20 @@ def test_each_device_reads_its_part(directory):
     ends=st.lists(st.tuples(st.integers(0, 9), st.integers(0, 9)), min_size=3, max_size=3),
     dtype=st.sampled_from([np.float32, np.float16, ml_dtypes.bfloat16]),
 )
-def test_any_slice_is_numpys(tmp_path_factory, shape, ends, dtype):
-    whole = np.random.default_rng(0).normal(size=shape).astype(dtype)
+def test_any_slice_equals_numpys(tmp_path_factory, shape, ends, dtype):
+    array = np.random.default_rng(0).normal(size=shape).astype(dtype)
     path = tmp_path_factory.getbasetemp() / "slices.safetensors"
-    save_file({"a": np.zeros(3, np.float32), "x": whole}, path)
+    save_file({"a": np.zeros(3, np.float32), "x": array}, path)
     (tensor,) = [tensor for tensor in read_header(path) if tensor.name == "x"]
     index = tuple(slice(*sorted(pair)) for pair in ends[: len(shape)])
-    index = tuple(slice(*each.indices(n)) for each, n in zip(index, shape, strict=True))
-    out = np.empty(whole[index].shape, np.float32)
+    index = tuple(slice(*part.indices(n)) for part, n in zip(index, shape, strict=True))
+    out = np.empty(array[index].shape, np.float32)
     assert read_slice(tensor, index, out)
-    np.testing.assert_array_equal(out, whole[index].astype(np.float32))
+    np.testing.assert_array_equal(out, array[index].astype(np.float32))
 
 
 @pytest.mark.parametrize("damage", ["nan", "missing", "shape"])
-def test_a_fault_is_named(directory, tmp_path, damage):
+def test_problems_are_named(directory, tmp_path, damage):
     name = "model.layers.1.mlp.up_proj.weight"
     tensors = dict(load_file(directory / "model.safetensors"))
     if damage == "nan":

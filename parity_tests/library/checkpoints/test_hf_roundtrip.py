@@ -1,4 +1,4 @@
-"""A Hugging Face directory goes through ours and comes out the same, bit for bit."""
+"""A Hugging Face directory survives loading and saving, bit for bit."""
 
 import json
 import math
@@ -35,11 +35,11 @@ CASES = [
 
 def tensors_in(directory: Path) -> dict[str, torch.Tensor]:
     """Every tensor of the directory's safetensors files."""
-    found = {}
+    tensors = {}
     for path in sorted(directory.glob("*.safetensors")):
         with safe_open(path, framework="pt") as file:
-            found |= {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    return found
+            tensors |= {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    return tensors
 
 
 def bits(tensor: torch.Tensor) -> torch.Tensor:
@@ -56,7 +56,7 @@ def written(tmp_path: Path, case: Case, dtype: torch.dtype) -> Path:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("case", CASES, ids=repr)
-def test_every_bit_survives(tmp_path: Path, case: Case, dtype: torch.dtype) -> None:
+def test_the_round_trip_is_bitwise(tmp_path: Path, case: Case, dtype: torch.dtype) -> None:
     source = written(tmp_path, case, dtype)
     LlamaForCausalLM.from_pretrained(source).save_pretrained(tmp_path / "ours")
     before, after = tensors_in(source), tensors_in(tmp_path / "ours")
@@ -67,8 +67,8 @@ def test_every_bit_survives(tmp_path: Path, case: Case, dtype: torch.dtype) -> N
 
 
 @pytest.mark.parametrize("case", CASES, ids=repr)
-def test_hugging_face_reads_what_we_write(tmp_path: Path, case: Case) -> None:
-    """Strictly: not a tensor missing, not one over, and the same function."""
+def test_transformers_reads_the_directory(tmp_path: Path, case: Case) -> None:
+    """No tensor is missing or unexpected, and the model is the same function."""
     source = written(tmp_path, case, torch.float32)
     LlamaForCausalLM.from_pretrained(source).save_pretrained(tmp_path / "ours")
     before = HFLlama.from_pretrained(source)
@@ -81,7 +81,7 @@ def test_hugging_face_reads_what_we_write(tmp_path: Path, case: Case) -> None:
 
 
 def meaning(config: HFConfig) -> dict[str, Any]:
-    """What of a config decides the model."""
+    """The fields of a config that decide the model."""
     fields = config.to_dict()
     for name in ("architectures", "dtype", "torch_dtype", "transformers_version", "_name_or_path"):
         fields.pop(name, None)
@@ -100,7 +100,7 @@ def newer_layout(fields: dict[str, Any]) -> dict[str, Any]:
 
 @pytest.mark.parametrize("case", [*CASES, *ROPES], ids=repr)
 def test_both_layouts_mean_the_same_model(case: Case) -> None:
-    """An old reader which finds only the new field takes a theta of 10000 without a word."""
+    """An old reader that only sees the new field would silently use a theta of 10000."""
     want = meaning(HFConfig.from_dict(dict(case.config)))
     ours = json.loads(json.dumps(LlamaConfig.from_dict(case.config).to_dict()))
     for layout in (dict, older_layout, newer_layout):
@@ -139,8 +139,8 @@ def test_transformers_4_reads_the_same_longrope(factor: float | None) -> None:
         by_version_4 = math.sqrt(1 + math.log(ratio) / math.log(trained))
     assert trained == 16
     assert by_version_4 == longrope_attention_factor(config.rope, 64)
-    wanted = factor or 64 / 16
-    assert by_version_4 == math.sqrt(1 + math.log(wanted) / math.log(16))
+    expected_factor = factor or 64 / 16
+    assert by_version_4 == math.sqrt(1 + math.log(expected_factor) / math.log(16))
 
 
 @pytest.mark.parametrize("case", [*CASES, *ROPES], ids=repr)

@@ -1,4 +1,4 @@
-"""Loading holds one model and little more: the law that lets a checkpoint of half of RAM be read."""
+"""Loading needs the memory of one model and little more."""
 
 from dataclasses import replace
 
@@ -10,7 +10,7 @@ from benchmarks.random_checkpoint import write_random
 
 @pytest.mark.slow
 def test_peak_memory_of_loading_a_bfloat16_directory(tmp_path):
-    """Peak RSS <= model bytes + 2 x the largest tensor + the allowance, in a process of its own.
+    """Peak RSS <= model bytes + 2 x the largest tensor + the allowance, in a separate process.
 
     The model is large enough that holding it twice would break the law.
     """

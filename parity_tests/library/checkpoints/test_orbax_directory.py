@@ -1,4 +1,4 @@
-"""Causal models out of Orbax directories."""
+"""Loading models from Orbax directories."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptio
 
 
 @pytest.fixture(autouse=True)
-def _nothing_left_for_other_tests() -> Iterator[None]:
+def _collect_garbage() -> Iterator[None]:
     yield
     gc.collect()
 
@@ -43,25 +43,25 @@ def require_same(one: LlamaForCausalLM, other: LlamaForCausalLM) -> None:
 def test_converted_weights(tmp_path: Path, dtype: str | None) -> None:
     tiny_model(tie_word_embeddings=False).save_pretrained(tmp_path / "hf")
     convert.convert(tmp_path / "hf", tmp_path / "orbax", to="orbax")
-    found = load_model(tmp_path / "orbax", dtype)
-    assert found.dtype == jnp.dtype(dtype or "float32")
-    require_same(found, LlamaForCausalLM.from_pretrained(tmp_path / "hf", dtype=dtype))
+    model = load_model(tmp_path / "orbax", dtype)
+    assert model.dtype == jnp.dtype(dtype or "float32")
+    require_same(model, LlamaForCausalLM.from_pretrained(tmp_path / "hf", dtype=dtype))
 
 
 def test_dtypes_are_those_of_a_hugging_face_directory(tmp_path: Path) -> None:
     tiny_model().save_pretrained(tmp_path / "hf")
     convert.convert(tmp_path / "hf", tmp_path / "orbax", to="orbax", dtype="bfloat16")
-    for asked, expected in [
+    for dtype, expected in [
         ("auto", "bfloat16"),
         ("torch.float16", "float16"),
         ("half", "float16"),
     ]:
-        assert load_model(tmp_path / "orbax", asked).dtype == jnp.dtype(expected)
-    for asked in ("int8", "bf16", "bool", 5, "float64"):
+        assert load_model(tmp_path / "orbax", dtype).dtype == jnp.dtype(expected)
+    for dtype in ("int8", "bf16", "bool", 5, "float64"):
         with pytest.raises(ValueError) as theirs:
-            load_model(tmp_path / "hf", asked)
+            load_model(tmp_path / "hf", dtype)
         with pytest.raises(ValueError) as ours:
-            load_model(tmp_path / "orbax", asked)
+            load_model(tmp_path / "orbax", dtype)
         assert str(ours.value) == str(theirs.value)
         assert str(ours.value).startswith("dtype: found ")
     convert.convert(tmp_path / "hf", tmp_path / "wide", to="orbax", dtype="float64")
@@ -76,7 +76,7 @@ def test_dtypes_are_those_of_a_hugging_face_directory(tmp_path: Path) -> None:
         load_model(tmp_path / "hf" / "model.safetensors")
 
 
-def test_a_run_and_a_step_of_it(finished: Path, tmp_path: Path) -> None:  # noqa: F811
+def test_a_run_and_one_of_its_steps(finished: Path, tmp_path: Path) -> None:  # noqa: F811
     convert.convert(finished, tmp_path / "hf")
     expected = LlamaForCausalLM.from_pretrained(tmp_path / "hf")
     newest = max(int(p.name) for p in (finished / "checkpoints").iterdir() if p.name.isdigit())
@@ -85,7 +85,7 @@ def test_a_run_and_a_step_of_it(finished: Path, tmp_path: Path) -> None:  # noqa
     assert load_tokenizer(tokenizer_directory(finished)).get_vocab_size() > 0
 
 
-def test_every_command_takes_a_run(finished: Path, tmp_path: Path, capsys) -> None:  # noqa: F811
+def test_every_command_accepts_a_run(finished: Path, tmp_path: Path, capsys) -> None:  # noqa: F811
     step = max(path for path in (finished / "checkpoints").iterdir() if path.name.isdigit())
     for model in map(str, (finished, step)):
         out = str(tmp_path / Path(model).name)
@@ -98,7 +98,7 @@ def test_every_command_takes_a_run(finished: Path, tmp_path: Path, capsys) -> No
             assert main(command) == 0, capsys.readouterr().err
 
 
-def test_what_is_damaged_is_one_line(tmp_path: Path) -> None:
+def test_a_damaged_checkpoint(tmp_path: Path) -> None:
     tiny_model().save_pretrained(tmp_path / "hf")
     convert.convert(tmp_path / "hf", tmp_path / "orbax", to="orbax")
     chunk = next((tmp_path / "orbax/params/model.norm.weight").glob("0*"))
@@ -112,7 +112,7 @@ def test_what_is_damaged_is_one_line(tmp_path: Path) -> None:
         load_model(tmp_path / "orbax")
 
 
-def test_another_model_than_its_config(tmp_path: Path) -> None:
+def test_a_config_of_another_model(tmp_path: Path) -> None:
     tiny_model().save_pretrained(tmp_path / "hf")
     convert.convert(tmp_path / "hf", tmp_path / "orbax", to="orbax")
     tiny_model(hidden_size=64).config.save_pretrained(tmp_path / "orbax")

@@ -1,4 +1,4 @@
-"""Safetensors written a tensor at a time are what the safetensors library would have written."""
+"""Safetensors written one tensor at a time equal what the safetensors library writes."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def specs_of(values: dict[str, np.ndarray]) -> list[TensorSpec]:
 
 
 @pytest.mark.parametrize("dtype", list(DTYPE_NAMES), ids=str)
-def test_every_dtype_and_odd_shapes_come_back(tmp_path: Path, dtype: np.dtype) -> None:
+def test_every_dtype_and_odd_shapes_round_trip(tmp_path: Path, dtype: np.dtype) -> None:
     bits = np.random.default_rng(0).integers(0, 2, 30)
     values = {
         "matrix": bits.reshape(5, 6).astype(dtype),
@@ -41,11 +41,11 @@ def test_every_dtype_and_odd_shapes_come_back(tmp_path: Path, dtype: np.dtype) -
     (path,) = write_safetensors(tmp_path, specs_of(values), values.__getitem__)
     assert path == tmp_path / "model.safetensors"
     if not dtype.name.startswith("float8"):  # the library's NumPy side has no float8
-        found = load_file(path)
-        assert found.keys() == values.keys()
+        loaded = load_file(path)
+        assert loaded.keys() == values.keys()
         for name, array in values.items():
-            assert found[name].dtype == dtype
-            assert np.array_equal(found[name], array)
+            assert loaded[name].dtype == dtype
+            assert np.array_equal(loaded[name], array)
     with safe_open(path, "np") as file:
         assert file.metadata() == {"format": "pt"}
         assert file.get_slice("matrix").get_dtype() == DTYPE_NAMES[dtype]
@@ -71,8 +71,8 @@ def test_views_are_written_in_their_own_order(tmp_path: Path) -> None:
         "b": base.astype(ml_dtypes.bfloat16).T,
     }
     (path,) = write_safetensors(tmp_path, specs_of(values), values.__getitem__)
-    found = load_file(path)
-    assert all(np.array_equal(found[name], array) for name, array in values.items())
+    loaded = load_file(path)
+    assert all(np.array_equal(loaded[name], array) for name, array in values.items())
 
 
 def test_shards_with_an_index(tmp_path: Path) -> None:
@@ -89,21 +89,21 @@ def test_shards_with_an_index(tmp_path: Path) -> None:
     ]
 
 
-def test_tensors_are_asked_for_once_in_order_and_progress_adds_up(tmp_path: Path) -> None:
+def test_tensors_are_requested_once_in_order_and_progress_adds_up(tmp_path: Path) -> None:
     values = arrays()
-    asked: list[str] = []
+    requested: list[str] = []
     written: list[int] = []
 
     def load(name: str) -> np.ndarray:
-        asked.append(name)
+        requested.append(name)
         return values[name]
 
     write_safetensors(tmp_path, specs_of(values), load, max_shard_size=200, progress=written.append)
-    assert asked == list(values)
+    assert requested == list(values)
     assert sum(written) == sum(a.nbytes for a in values.values())
 
 
-def test_files_of_an_earlier_save_do_not_stay_behind(tmp_path: Path) -> None:
+def test_files_of_an_earlier_save_are_removed(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{}")
     (tmp_path / "other-model.safetensors").write_text("not ours")
     values = arrays()
@@ -153,7 +153,7 @@ def test_values_must_match_their_spec(tmp_path: Path, array: np.ndarray, message
     assert list(tmp_path.iterdir()) == []
 
 
-def test_what_cannot_be_written_is_said_at_once(tmp_path: Path) -> None:
+def test_all_problems_are_reported_before_writing(tmp_path: Path) -> None:
     good = TensorSpec("x", np.dtype(np.float32), (1,))
     bad = TensorSpec("y", np.dtype(np.complex128), (1,))
     with pytest.raises(

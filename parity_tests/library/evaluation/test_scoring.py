@@ -1,4 +1,4 @@
-"""Log-probabilities of given tokens: exact, as good as PyTorch's, and the same in any company."""
+"""Log-probabilities of tokens: exact in float64, as accurate as PyTorch's, independent of the batch."""
 
 import json
 import shutil
@@ -47,15 +47,15 @@ def texts(seed: int, lengths: tuple[int, ...]) -> list[list[int]]:
 
 
 def log_probs_of(logits: torch.Tensor, ids: list[int]) -> np.ndarray:
-    """By torch's own log_softmax, of each token but the first, from the logits of all but the last."""
+    """torch's log_softmax of each token but the first, from the logits of all but the last."""
     chosen = torch.log_softmax(logits[0], -1).gather(-1, torch.tensor(ids[1:])[:, None])
     return chosen[:, 0].detach().numpy()
 
 
 @pytest.mark.parametrize("name", ["tied", "rope_longrope_long"])
 @pytest.mark.parametrize("batch_size", [1, 3])
-def test_float64_in_any_batch(name: str, batch_size: int) -> None:
-    """Neither padding nor neighbours nor their order changes a score, where rope looks at lengths too."""
+def test_float64_scores_in_any_batch(name: str, batch_size: int) -> None:
+    """Scores depend neither on padding nor on the batch, even if rope depends on lengths."""
     config = BY_NAME[name].config | {"num_hidden_layers": 1, "max_position_embeddings": 64}
     sequences = texts(0, (5, 20, 2, 12, 20, 16))
     weights = weights_of(config)
@@ -70,7 +70,7 @@ def test_float64_in_any_batch(name: str, batch_size: int) -> None:
         assert scores.greedy.tolist() == (logits[0].argmax(-1) == torch.tensor(ids[1:])).tolist()
 
 
-def test_float32_is_as_exact_as_log_softmax() -> None:
+def test_float32_is_as_accurate_as_log_softmax() -> None:
     ours, theirs, exact = [], [], []
     for seed in range(8):
         weights = weights_of(CONFIG, seed)
@@ -91,7 +91,7 @@ def model() -> LlamaForCausalLM:
     return our_model(CONFIG, weights_of(CONFIG), jnp.float32)
 
 
-def test_what_the_model_would_write_is_greedy(model: LlamaForCausalLM) -> None:
+def test_greedily_generated_tokens_are_greedy(model: LlamaForCausalLM) -> None:
     (context,) = texts(1, (6,))
     written = model.generate(np.array([context]), max_new_tokens=5, eos_token_id=[])[0, 6:].tolist()
     other = [*written[:-1], (written[-1] + 1) % CONFIG["vocab_size"]]
@@ -103,10 +103,10 @@ def test_what_the_model_would_write_is_greedy(model: LlamaForCausalLM) -> None:
     assert likeliest.total == pytest.approx(likeliest.log_probs.sum(), rel=1e-6)
 
 
-def test_a_continuation_is_the_end_of_the_whole(model: LlamaForCausalLM) -> None:
+def test_a_continuation_is_scored_like_the_end_of_the_sequence(model: LlamaForCausalLM) -> None:
     pairs = [(ids[:cut], ids[cut:]) for ids, cut in zip(texts(2, (9, 20)), (1, 15), strict=True)]
-    whole = token_scores(model, [c + t for c, t in pairs])
-    for (_, target), got, want in zip(pairs, loglikelihood(model, pairs), whole, strict=True):
+    complete = token_scores(model, [c + t for c, t in pairs])
+    for (_, target), got, want in zip(pairs, loglikelihood(model, pairs), complete, strict=True):
         assert np.array_equal(got.log_probs, want.log_probs[-len(target) :])
 
 
@@ -117,14 +117,14 @@ def test_rolling_windows_score_each_token_once(count: int, length: int) -> None:
     windows = rolling_windows(tokens, 7, length)
     assert [token for _, target in windows for token in target] == tokens
     assert windows[0][0] == [7]
-    for place, (context, target) in enumerate(windows):
+    for index, (context, target) in enumerate(windows):
         assert len(context) + len(target) - 1 <= length  # the last token is not fed
-        if place:
+        if index:
             # what is seen comes right before what is scored, and fills the window
             assert context + target == tokens[target[-1] - 100 - length : target[-1] - 99]
 
 
-def test_rolling_is_the_text_after_its_prefix(model: LlamaForCausalLM) -> None:
+def test_a_short_text_is_scored_after_the_prefix(model: LlamaForCausalLM) -> None:
     short, long = texts(3, (10, 50))
     got = loglikelihood_rolling(model, [short, long], prefix_token_id=4, max_length=16)
     assert np.allclose(got[0].log_probs, token_scores(model, [[4, *short]])[0].log_probs, atol=1e-5)
@@ -135,7 +135,7 @@ def test_rolling_is_the_text_after_its_prefix(model: LlamaForCausalLM) -> None:
     assert by_config[0].total == pytest.approx(token_scores(model, [[1, *short]])[0].total, 1e-5)
 
 
-def test_no_logits_of_all_tokens_are_held() -> None:
+def test_logits_of_all_tokens_never_exist() -> None:
     tokens, vocab, chunk = 4096, 1024, 128
     shapes = [(tokens, 8), (vocab, 8)]
     hidden, head = (jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes)
@@ -153,7 +153,7 @@ def test_few_programs_are_compiled(model: LlamaForCausalLM) -> None:
 
 @settings(deadline=None)
 @given(st.integers(1, 100_000))
-def test_a_bucket_is_at_most_half_as_much_again(length: int) -> None:
+def test_padding_is_at_most_half_the_length(length: int) -> None:
     assert length <= _bucket(length) <= max(16, length * 3 / 2)
 
 
@@ -172,7 +172,7 @@ def test_a_bucket_is_at_most_half_as_much_again(length: int) -> None:
         ),
     ],
 )
-def test_requests_that_make_no_sense(model: LlamaForCausalLM, call: Any, message: str) -> None:
+def test_bad_requests(model: LlamaForCausalLM, call: Any, message: str) -> None:
     with pytest.raises(ValueError) as caught:
         call(model)
     assert message in str(caught.value)
@@ -186,8 +186,8 @@ def harness_pair(encode: Any, context: str, continuation: str) -> tuple[list[int
     spaces = len(context) - len(context.rstrip())
     if spaces:
         context, continuation = context[:-spaces], context[-spaces:] + continuation
-    whole, first = encode(context + continuation), encode(context)
-    return first, whole[len(first) :]
+    complete, first = encode(context + continuation), encode(context)
+    return first, complete[len(first) :]
 
 
 def harness_windows(
@@ -205,7 +205,7 @@ def harness_windows(
 
 
 @pytest.mark.parametrize("length", [1, 2, 3, 7, 16])
-def test_rolling_windows_are_those_of_the_harness(length: int) -> None:
+def test_rolling_windows_match_lm_evaluation_harness(length: int) -> None:
     for count in range(1, 50):
         tokens = list(range(100, 100 + count))
         assert rolling_windows(tokens, 7, length) == harness_windows(tokens, 7, length)
@@ -227,7 +227,7 @@ SPECIAL = {"sentencepiece": ("<s>", "</s>"), "tiktoken": ("<|begin_of_text|>", "
 
 @pytest.mark.parametrize("name", SPECIAL)
 @pytest.mark.parametrize("bos", [True, False])
-def test_pairs_are_those_of_the_harness(name: str, bos: bool) -> None:
+def test_pairs_match_lm_evaluation_harness(name: str, bos: bool) -> None:
     first = SPECIAL[name][0] if bos else ""
     tokenizer, ending = tiny(name, first), tiny(name, first, SPECIAL[name][1])
     theirs = PreTrainedTokenizerFast(tokenizer_object=tiny(name, first), bos_token=first or None)
@@ -235,15 +235,15 @@ def test_pairs_are_those_of_the_harness(name: str, bos: bool) -> None:
     for text in dict.fromkeys(CORPUS):
         for cut in range(1, len(text)):
             context, continuation = text[:cut], text[cut:]
-            found = encode_pair(tokenizer, context, continuation)
-            assert [*found[0], *found[1]] == theirs.encode(text)
-            assert encode_pair(ending, context, continuation) == found
+            pair = encode_pair(tokenizer, context, continuation)
+            assert [*pair[0], *pair[1]] == theirs.encode(text)
+            assert encode_pair(ending, context, continuation) == pair
             expected = harness_pair(theirs.encode, context, continuation)
             if [*expected[0], *expected[1]] == theirs.encode(text):
                 same += 1
-                assert found == expected
+                assert pair == expected
             else:  # its rule loses a token that spans the boundary
-                assert len(found[1]) > len(expected[1])
+                assert len(pair[1]) > len(expected[1])
     assert same > 100
 
 
@@ -251,15 +251,15 @@ def test_pairs_are_those_of_the_harness(name: str, bos: bool) -> None:
 def test_a_token_that_spans_the_boundary_is_scored(name: str) -> None:
     bos = SPECIAL[name][0]
     tokenizer, with_bos = tiny(name), tiny(name, bos)
-    whole = tokenizer.encode("the cat").ids
+    complete = tokenizer.encode("the cat").ids
     prefix = tokenizer.token_to_id(bos)
-    assert encode_pair(tokenizer, "t", "he cat", prefix_token_id=5) == ([5], whole)
-    assert encode_pair(tokenizer, "t", "he cat") == ([], whole)
-    assert encode_pair(with_bos, "t", "he cat") == ([prefix], whole)
+    assert encode_pair(tokenizer, "t", "he cat", prefix_token_id=5) == ([5], complete)
+    assert encode_pair(tokenizer, "t", "he cat") == ([], complete)
+    assert encode_pair(with_bos, "t", "he cat") == ([prefix], complete)
 
 
 @pytest.mark.parametrize("name", SPECIAL)
-def test_an_empty_context_takes_the_prefix_token(name: str) -> None:
+def test_an_empty_context_becomes_the_prefix_token(name: str) -> None:
     bos, eos = SPECIAL[name]
     for tokenizer in (tiny(name), tiny(name, bos), tiny(name, bos, eos)):
         ids = tokenizer.encode("the cat", add_special_tokens=False).ids
@@ -277,7 +277,7 @@ def test_an_empty_context_takes_the_prefix_token(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", SPECIAL)
-def test_what_a_tokenizer_adds_comes_once_and_only_before(name: str) -> None:
+def test_special_tokens_are_added_once_and_only_before(name: str) -> None:
     bos, eos = SPECIAL[name]
     tokenizer = tiny(name, bos, eos)
     first, last = map(tokenizer.token_to_id, (bos, eos))
@@ -291,7 +291,7 @@ def test_what_a_tokenizer_adds_comes_once_and_only_before(name: str) -> None:
     assert encode_pair(tokenizer, "the", f" cat{eos}")[1][-1] == last
 
 
-def test_truncation_and_padding_are_not_heeded() -> None:
+def test_truncation_and_padding_are_ignored() -> None:
     tokenizer = tiny("tiktoken", "<|begin_of_text|>", "<|end_of_text|>")
     expected = encode_pair(tokenizer, "the capital of", " France is Paris")
     tokenizer.enable_truncation(4, stride=1, direction="left")
@@ -301,7 +301,7 @@ def test_truncation_and_padding_are_not_heeded() -> None:
     assert (tokenizer.truncation, tokenizer.padding) == told
 
 
-def test_the_prefix_token_is_bos_or_else_eos() -> None:
+def test_the_prefix_token_is_bos_else_eos() -> None:
     for ids, expected in (
         ({"bos_token_id": 4, "eos_token_id": 5}, 4),
         ({"eos_token_id": [6, 5]}, 6),
@@ -319,7 +319,9 @@ def test_the_prefix_token_is_bos_or_else_eos() -> None:
         ({}, 4),
     ],
 )
-def test_the_prefix_token_is_the_tokenizers(special_tokens: dict[str, str], expected: int) -> None:
+def test_the_tokenizers_prefix_token_takes_precedence(
+    special_tokens: dict[str, str], expected: int
+) -> None:
     """As HFLM.prefix_token_id: the tokenizer's bos, else its eos; the config only has to help out."""
     tokenizer = Tokenizer(models.WordLevel({"<unk>": 0, "<s>": 1, "</s>": 2}, unk_token="<unk>"))
     config = LlamaConfig(bos_token_id=4, eos_token_id=5)
@@ -385,9 +387,9 @@ def test_score_after_a_context(directory: Path, capsys: pytest.CaptureFixture[st
     assert score(directory, "--context", "the capital of", "--text", " France is", "--json") == 0
     after = json.loads(capsys.readouterr().out)
     assert score(directory, "--text", "the capital of France is", "--json") == 0
-    whole = json.loads(capsys.readouterr().out)
+    complete = json.loads(capsys.readouterr().out)
     assert after["tokens"] == ["France", "is"]
-    assert np.allclose(after["log_probs"], whole["log_probs"][-2:], atol=1e-5)
+    assert np.allclose(after["log_probs"], complete["log_probs"][-2:], atol=1e-5)
 
 
 def test_score_of_a_long_text(directory: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -429,7 +431,7 @@ def test_spaces_before_a_continuation_belong_to_it() -> None:
         (["--text", "a b", "--batch-size", "0"], "--batch-size: found '0'"),
     ],
 )
-def test_score_of_nonsense(
+def test_score_with_bad_options(
     directory: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
 ) -> None:
     assert score(directory, *arguments) == 2
@@ -448,7 +450,7 @@ def test_score_of_nonsense(
         (b"\xff", "UTF-8"),
     ],
 )
-def test_a_file_of_nonsense(
+def test_score_of_a_bad_file(
     directory: Path,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
@@ -460,7 +462,7 @@ def test_a_file_of_nonsense(
     assert message in capsys.readouterr().err
 
 
-def test_score_with_no_directory(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_score_without_a_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert score(tmp_path / "absent", "--text", "a b") == 2
     assert capsys.readouterr().err.endswith("absent: no such directory\n")
 

@@ -1,4 +1,4 @@
-"""Templates render as in transformers; what they must not do is one line."""
+"""Templates render as in transformers; a forbidden operation is an error of one line."""
 
 import json
 
@@ -36,7 +36,7 @@ TOKENS = {"bos_token": "<s>", "eos_token": "</s>"}
 
 @pytest.mark.parametrize("prompted", [False, True])
 @pytest.mark.parametrize("name", TEMPLATES)
-def test_as_transformers_renders_it(name, prompted):
+def test_rendering_matches_transformers(name, prompted):
     words = Tokenizer(models.WordLevel({"<s>": 0, "</s>": 1}, unk_token="<s>"))
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, **TOKENS)
     want = tokenizer.apply_chat_template(
@@ -62,7 +62,7 @@ def test_as_transformers_renders_it(name, prompted):
         ("{% for i in range(10**9) %}{% endfor %}", "Range too big"),
     ],
 )
-def test_a_template_at_fault(template, message):
+def test_a_bad_template(template, message):
     with pytest.raises(ValueError) as error:
         render_chat(template, MESSAGES)
     assert message in str(error.value)
@@ -77,13 +77,13 @@ def test_a_template_at_fault(template, message):
         "{% set n = namespace(s='a') %}{% for i in range(60) %}{% set n.s = n.s ~ n.s %}{% endfor %}",
     ],
 )
-def test_a_template_without_end(template, monkeypatch):
+def test_an_endless_template(template, monkeypatch):
     monkeypatch.setattr("llama_jax.text.chat_template.SECONDS", 0.5)
     with pytest.raises(ValueError, match="stopped, because it needs more than"):
         render_chat(template, MESSAGES)
 
 
-def test_where_a_template_is_found(tmp_path):
+def test_find_chat_template(tmp_path):
     with pytest.raises(ValueError, match="no chat template"):
         find_chat_template(tmp_path)
     named = [{"name": "tool", "template": "t"}, {"name": "default", "template": "d"}]

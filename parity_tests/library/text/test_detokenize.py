@@ -1,4 +1,4 @@
-"""Text as it comes: whole characters, and nothing of a stop string."""
+"""Streamed text: complete characters, and no part of a stop string."""
 
 import re
 
@@ -19,7 +19,7 @@ from parity_tests.harness.tiny_tokenizers import (
 
 @pytest.fixture(scope="module")
 def tokenizer() -> Tokenizer:
-    """Bytes, one a token: most characters take several."""
+    """One byte per token, so most characters take several tokens."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     made = Tokenizer(models.BPE({letter: i for i, letter in enumerate(alphabet)}, []))
     made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
@@ -38,7 +38,7 @@ texts = st.text(st.sampled_from("ab é🙂漢\n"), max_size=40)
 
 @settings(max_examples=60, deadline=None, derandomize=True)
 @given(texts)
-def test_never_half_a_character(tokenizer, text):
+def test_no_partial_characters(tokenizer, text):
     parts, _ = parts_of(tokenizer, text)
     assert "".join(parts) == text
     assert not any("\ufffd" in part for part in parts)
@@ -46,18 +46,18 @@ def test_never_half_a_character(tokenizer, text):
 
 @settings(max_examples=60, deadline=None, derandomize=True)
 @given(texts, st.lists(st.text(st.sampled_from("ab é"), min_size=1, max_size=3), max_size=3))
-def test_ends_before_the_first_stop_string(tokenizer, text, stops):
-    found = [text.find(stop) for stop in stops if stop in text]
+def test_the_text_ends_before_the_first_stop_string(tokenizer, text, stops):
+    positions = [text.find(stop) for stop in stops if stop in text]
     parts, stream = parts_of(tokenizer, text, stops)
-    assert stream.stopped == bool(found)
+    assert stream.stopped == bool(positions)
     got = "".join(parts)
     assert not any(stop in got for stop in stops)
     assert text.startswith(got)
-    if not found:
+    if not positions:
         assert got == text
 
 
-def test_half_a_character_at_the_very_end_is_shown(tokenizer):
+def test_a_partial_character_at_the_end_becomes_a_replacement_character(tokenizer):
     stream = TextStream(tokenizer, [])
     assert [stream.push(token) for token in tokenizer.encode("🙂").ids[:2]] == ["", ""]
     assert stream.finish() == "\ufffd"
@@ -85,7 +85,7 @@ def with_special(request, tokenizer) -> Tokenizer:
 
 
 def until(tokenizer, text, stops, prompt="a"):
-    """The text, and how many tokens it took to stop."""
+    """The text, and the number of tokens before it stopped."""
     stream, parts = TextStream(tokenizer, tokenizer.encode(prompt).ids, stops), []
     ids = tokenizer.encode(text).ids
     for count, token in enumerate(ids, 1):
@@ -116,16 +116,16 @@ def until(tokenizer, text, stops, prompt="a"):
         ("abcd", ["bc", "abcd", "b"], "a", "ab"),
     ],
 )
-def test_a_stop_string_may_name_special_tokens(with_special, text, stops, shown, read):
+def test_a_stop_string_may_contain_special_tokens(with_special, text, stops, shown, read):
     assert until(with_special, text, stops) == (shown, read)
 
 
-def test_stop_strings_of_the_prompt_do_not_count(with_special):
+def test_stop_strings_in_the_prompt_are_ignored(with_special):
     assert until(with_special, f"ab{END}", [END], prompt=f"a{END}") == ("ab", f"ab{END}")
     assert until(with_special, "ab", [END, f"{END}a"], prompt=f"a{END}") == ("ab", None)
 
 
-def test_a_stop_string_within_a_token():
+def test_a_stop_string_inside_a_token():
     tokenizer = Tokenizer(models.WordLevel({"the": 0, "##ater": 1, "way": 2}))
     tokenizer.decoder = decoders.WordPiece()
     stream = TextStream(tokenizer, [0], ["at", "y"])
@@ -134,7 +134,7 @@ def test_a_stop_string_within_a_token():
     assert (stream.push(2), stream.stopped) == (" wa", True)
 
 
-def test_the_token_that_ends_a_text_is_seen_by_stop_strings(with_special):
+def test_a_stop_string_may_contain_the_token_that_ends_the_text(with_special):
     end = with_special.token_to_id(END)
     stream = TextStream(with_special, [], [f"b{END}"])
     parts = [stream.push(token) for token in with_special.encode("ab").ids]
@@ -149,23 +149,23 @@ def test_an_empty_stop_string(tokenizer):
         TextStream(tokenizer, [], ["a", ""])
 
 
-def test_texts_of_single_tokens_make_up_the_text(tmp_path):
-    """As SentencePiece and tiktoken have them: with their spaces, bytes where there is no character."""
+def test_the_texts_of_single_tokens_add_up_to_the_text(tmp_path):
+    """With their spaces, and as bytes where a token is not a character."""
     (tmp_path / "tokenizer.model").write_bytes(sentencepiece_model())
     text = "the quick  brown ☃ fox"
-    found = load_tokenizer(tmp_path / "tokenizer.model")
+    tokenizer = load_tokenizer(tmp_path / "tokenizer.model")
     pieces = SentencePieceProcessor(model_proto=sentencepiece_model()).encode(text, out_type=str)
     expected = [piece.replace("▁", " ") for piece in pieces]
     assert "<0xE2>" in expected
-    assert token_texts(found, found.encode(text, add_special_tokens=False).ids) == expected
-    assert token_texts(found, [1]) == ["<s>"]
+    assert token_texts(tokenizer, tokenizer.encode(text, add_special_tokens=False).ids) == expected
+    assert token_texts(tokenizer, [1]) == ["<s>"]
 
     (tmp_path / "tokenizer.model").write_bytes(tiktoken_model())
-    found = load_tokenizer(tmp_path / "tokenizer.model")
+    tokenizer = load_tokenizer(tmp_path / "tokenizer.model")
     pieces = [
         tiktoken_encoding().decode_single_token_bytes(i) for i in tiktoken_encoding().encode(text)
     ]
-    shown = token_texts(found, found.encode(text, add_special_tokens=False).ids)
-    parts = [re.sub("<0x(..)>", lambda m: chr(int(m[1], 16)), each) for each in shown]
+    shown = token_texts(tokenizer, tokenizer.encode(text, add_special_tokens=False).ids)
+    parts = [re.sub("<0x(..)>", lambda m: chr(int(m[1], 16)), text) for text in shown]
     assert [part.encode("latin-1") for part in parts] == pieces
     assert "<0xE2>" in "".join(shown)

@@ -1,4 +1,4 @@
-"""Tokens one at a time give the text of all at once, whatever decodes them."""
+"""Decoding tokens one at a time gives the same text as all at once, with any decoder."""
 
 import json
 from collections.abc import Sequence
@@ -69,12 +69,12 @@ DECODERS = {
     "end of word": decoders.BPEDecoder(),
     "ctc": decoders.CTC(),
     "none": None,
-    "text after it is whole": decoders.Sequence([_FUSE, decoders.Replace(Regex(" +"), "_")]),
+    "text after it is joined": decoders.Sequence([_FUSE, decoders.Replace(Regex(" +"), "_")]),
 }
 
 
 def byte_letters() -> dict[int, str]:
-    """How byte-level tokenizers write each byte, as `tokenizers` itself says it."""
+    """The character of each byte in byte-level tokenizers, according to `tokenizers`."""
     level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     letters = {}
     for character in map(chr, [*range(0x80), *range(0x80, 0x800), 0x800, 0x10000]):
@@ -123,26 +123,26 @@ def ids_and_cut(draw: st.DrawFn, size: int) -> tuple[list[int], int]:
 
 @pytest.mark.parametrize("skip", [True, False])
 @pytest.mark.parametrize("name", TOKENIZERS)
-def test_parts_are_the_whole(name: str, skip: bool) -> None:
+def test_the_parts_add_up_to_the_text(name: str, skip: bool) -> None:
     tokenizer = TOKENIZERS[name]
 
     @settings(max_examples=150, deadline=None, derandomize=True, database=None)
-    @given(ids_and_cut(tokenizer.get_vocab_size() + 1))  # one id too many, which is no token
+    @given(ids_and_cut(tokenizer.get_vocab_size() + 1))  # includes one id that is not a token
     def check(case: tuple[list[int], int]) -> None:
         ids, cut = case
         parts = parts_of(tokenizer, ids[:cut], ids[cut:], skip_special_tokens=skip)
         before = tokenizer.decode(ids[:cut], skip_special_tokens=skip)
-        whole = tokenizer.decode(ids, skip_special_tokens=skip)
+        text = tokenizer.decode(ids, skip_special_tokens=skip)
         # a prompt may end within a character, which is then part of what is new
-        shared = path.commonprefix((before, whole))  # noqa: RUF071
-        assert shared + "".join(parts) == whole
+        shared = path.commonprefix((before, text))  # noqa: RUF071
+        assert shared + "".join(parts) == text
 
     check()
 
 
 @pytest.mark.parametrize("name", ["sentencepiece", "tiktoken"])
 @pytest.mark.parametrize("text", ["ไทยไทยไทยไทย", "🙂👨‍👩‍👧", "a\ufffdb\ufffd", *HARD])
-def test_a_text_comes_back(name: str, text: str) -> None:
+def test_a_text_round_trips(name: str, text: str) -> None:
     tokenizer = TOKENIZERS[name]
     for prompt in ("", "so: ", "ไ"):
         first = tokenizer.encode(prompt).ids
@@ -158,14 +158,14 @@ def test_a_text_comes_back(name: str, text: str) -> None:
         ("tiktoken", "the other 🙂, mississippi"),
     ],
 )
-def test_no_later_than_the_library_streams(name: str, text: str) -> None:
+def test_text_is_not_later_than_from_decode_stream(name: str, text: str) -> None:
     tokenizer = TOKENIZERS[name]
     decoder, theirs = IncrementalDecoder(tokenizer, []), decoders.DecodeStream([], True)
     for token in tokenizer.encode(text).ids:
         assert decoder.push(token) == (theirs.step(tokenizer, token) or "")
 
 
-def test_a_character_comes_with_its_last_byte() -> None:
+def test_a_character_is_returned_with_its_last_byte() -> None:
     tokenizer = TOKENIZERS["tiktoken"]
     ids = tokenizer.encode("🙂🙂", add_special_tokens=False).ids
     parts = parts_of(tokenizer, [], ids)
@@ -216,7 +216,7 @@ def test_work_does_not_grow_with_the_text(name: str, pieces: list[str | int]) ->
         assert parts[-1] in ("", "\ufffd")
 
 
-def test_the_text_of_a_continuation() -> None:
+def test_continuation_text() -> None:
     tokenizer = TOKENIZERS["llama 2"]
     a, e0, b9, x84 = map(tokenizer.token_to_id, ("▁a", "<0xE0>", "<0xB9>", "<0x84>"))
     assert continuation_text(tokenizer, [], [a, a]) == "a a"

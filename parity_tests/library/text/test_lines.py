@@ -1,4 +1,4 @@
-"""Lines of text files: as Python's own text files have them, for every command that reads any."""
+"""Every command splits text files into lines as Python's text mode does."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ TEXTS = st.lists(st.sampled_from([*ENDS, *OTHERS]), max_size=12).map("".join)
 
 
 def pythons(path: Path) -> list[str]:
-    """The lines that Python's text files have."""
+    """Lines as Python's text mode reads them."""
     with path.open(encoding="utf-8-sig") as file:
         return [line.removesuffix("\n") for line in file]
 
 
 @given(text=TEXTS, marked=st.booleans())
-def test_lines_are_those_of_pythons_text_files(
+def test_lines_match_pythons_text_mode(
     text: str, marked: bool, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     path = tmp_path_factory.mktemp("lines") / "a.txt"
@@ -46,7 +46,7 @@ def test_lines_are_those_of_pythons_text_files(
     assert inner[len(expected) :] in ([], [""])  # what follows an old Macintosh's last line
 
 
-def test_every_command_has_the_same_lines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_command_splits_lines_alike(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     text = "\ufeffone\u2028still\r\ntwo\x0cstill\rthree\x85still\nfour\x0bstill"
     expected = ["one\u2028still", "two\x0cstill", "three\x85still", "four\x0bstill"]
     path = tmp_path / "a.txt"
@@ -65,7 +65,7 @@ def test_every_command_has_the_same_lines(tmp_path: Path, monkeypatch: pytest.Mo
     assert list(read_documents([tmp_path / "a.JSONL"])) == expected
 
 
-def test_ids_and_options_behind_a_mark(tmp_path: Path) -> None:
+def test_ids_and_options_after_a_byte_order_mark(tmp_path: Path) -> None:
     path = tmp_path / "ids.txt"
     path.write_bytes(b"\xef\xbb\xbf1, 2\r\n3\x0c4")
     config = argparse.Namespace(vocab_size=10, max_position_embeddings=8)
@@ -94,7 +94,7 @@ def test_other_encodings_are_named(encoding: str, name: str, tmp_path: Path) -> 
     assert str(caught.value) == f"{path}{', line 1' * (name == 'a.jsonl')}: {told}"
 
 
-def test_other_bytes_are_named(tmp_path: Path) -> None:
+def test_invalid_bytes_are_named(tmp_path: Path) -> None:
     path = tmp_path / "a.txt"
     path.write_bytes(b"abc\n\xe9")
     with pytest.raises(ValueError, match=r"a\.txt: found the byte 0xe9, expected UTF-8$"):

@@ -1,4 +1,4 @@
-"""Tokenizers in each of their forms: the ids are those of the form's own library."""
+"""Each tokenizer format gives the ids of its reference library."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def test_sentencepiece_on_any_string(text: str) -> None:
     require_sentencepieces_ids(sentencepiece_model(), text)
 
 
-def test_sentencepieces_special_tokens_in_text_are_matched_as_by_hugging_face() -> None:
+def test_special_tokens_in_text_are_recognized_as_by_hugging_face() -> None:
     assert made(sentencepiece_model()).encode("<s>a</s>").ids[:2] == [1, 1]
     assert made(sentencepiece_model()).encode("<s>a</s>").ids[-1] == 2
 
@@ -90,7 +90,7 @@ def test_sentencepieces_special_tokens_in_text_are_matched_as_by_hugging_face() 
         ({"remove_extra_whitespaces": True}, "its normalization ('identity') changes text"),
     ],
 )
-def test_sentencepiece_models_unlike_llamas(
+def test_sentencepiece_models_that_are_not_like_llamas(
     tmp_path: Path, options: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(ValueError, match=f"not a tokenizer .*{re.escape(message)}"):
@@ -122,7 +122,7 @@ def test_tiktoken_on_any_string(text: str) -> None:
     require_tiktokens_ids(text)
 
 
-def test_a_whole_piece_is_one_token_whether_merges_lead_to_it_or_not() -> None:
+def test_a_piece_in_the_vocabulary_is_one_token_even_without_merges() -> None:
     ranks = [bytes([i]) for i in range(256)] + [b" zebra"]
     content = b"".join(base64.b64encode(t) + b" %d\n" % i for i, t in enumerate(ranks))
     assert made(content).encode("a zebra").ids == [257, ord("a"), 256]
@@ -139,7 +139,7 @@ def test_llama_3s_special_tokens() -> None:
     assert ids["<|reserved_special_token_247|>"] == 128255
 
 
-def test_tokenizer_json_back_into_ranks() -> None:
+def test_tokenizer_json_to_ranks() -> None:
     tokenizer = tiktoken_json(tiktoken_model())
     assert model_of(tokenizer) == tiktoken_model()
     for key, value in [
@@ -167,7 +167,7 @@ def test_tokenizer_json_back_into_ranks() -> None:
         ),
     ],
 )
-def test_ranks_that_are_damaged(tmp_path: Path, change: Any, message: str) -> None:
+def test_damaged_ranks(tmp_path: Path, change: Any, message: str) -> None:
     content = b"\n".join(change(tiktoken_model().splitlines()))
     with pytest.raises(ValueError, match=f"not a tokenizer .*{re.escape(message)}"):
         loaded(tmp_path, content)
@@ -179,7 +179,7 @@ def test_ranks_that_are_damaged(tmp_path: Path, change: Any, message: str) -> No
 @pytest.mark.parametrize("form", list(FORMS))
 @pytest.mark.parametrize("bos", [True, False, None])
 @pytest.mark.parametrize("eos", [True, False, None])
-def test_bos_and_eos_as_the_config_beside_says(
+def test_tokenizer_config_decides_bos_and_eos(
     tmp_path: Path, form: str, bos: bool | None, eos: bool | None
 ) -> None:
     content = FORMS[form]()
@@ -189,19 +189,21 @@ def test_bos_and_eos_as_the_config_beside_says(
     ours = loaded(tmp_path, content, **options)
     before, after = [base] * (bos is not False), [base + 1] * bool(eos)
     plain = ours.encode("ab", add_special_tokens=False)
-    found = ours.encode("ab")
-    assert found.ids == before + plain.ids + after
-    assert found.special_tokens_mask == [1] * len(before) + [0] * len(plain.ids) + [1] * len(after)
-    assert ours.encode("ab", "ab").ids == found.ids * 2
+    encoding = ours.encode("ab")
+    assert encoding.ids == before + plain.ids + after
+    assert encoding.special_tokens_mask == [1] * len(before) + [0] * len(plain.ids) + [1] * len(
+        after
+    )
+    assert ours.encode("ab", "ab").ids == encoding.ids * 2
 
 
 @pytest.mark.parametrize("bos", [True, False])
 @pytest.mark.parametrize("eos", [True, False])
-@pytest.mark.parametrize("own", [True, False])
-def test_a_tokenizer_json_obeys_the_config_beside_as_in_hugging_face(
-    tmp_path: Path, bos: bool, eos: bool, own: bool
+@pytest.mark.parametrize("template", [True, False])
+def test_a_tokenizer_json_follows_tokenizer_config_as_in_hugging_face(
+    tmp_path: Path, bos: bool, eos: bool, template: bool
 ) -> None:
-    content = model_json(tiktoken_model(), add_bos=own)
+    content = model_json(tiktoken_model(), add_bos=template)
     (tmp_path / "tokenizer.json").write_text(json.dumps(content))
     options = {
         "tokenizer_class": "PreTrainedTokenizerFast",
@@ -214,13 +216,13 @@ def test_a_tokenizer_json_obeys_the_config_beside_as_in_hugging_face(
     theirs = AutoTokenizer.from_pretrained(tmp_path)
     ours = load_tokenizer(tmp_path)
     for text in HARD:
-        found, expected = ours.encode(text), theirs(text, return_special_tokens_mask=True)
-        assert found.ids == expected.input_ids
-        assert found.special_tokens_mask == expected.special_tokens_mask
+        encoding, expected = ours.encode(text), theirs(text, return_special_tokens_mask=True)
+        assert encoding.ids == expected.input_ids
+        assert encoding.special_tokens_mask == expected.special_tokens_mask
 
 
 @pytest.mark.parametrize("form", list(FORMS))
-def test_hugging_face_reads_what_is_made(tmp_path: Path, form: str) -> None:
+def test_hugging_face_reads_the_tokenizer_json(tmp_path: Path, form: str) -> None:
     (tmp_path / "tokenizer.json").write_text(json.dumps(model_json(FORMS[form]())))
     options = {"tokenizer_class": "PreTrainedTokenizerFast"}
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(options))
@@ -229,7 +231,7 @@ def test_hugging_face_reads_what_is_made(tmp_path: Path, form: str) -> None:
         assert ours.encode(text).ids == theirs(text).input_ids
 
 
-def test_tokenizer_json_comes_first(tmp_path: Path) -> None:
+def test_tokenizer_json_takes_precedence(tmp_path: Path) -> None:
     (tmp_path / "tokenizer.model").write_bytes(b"no matter")
     (tmp_path / "tokenizer.json").write_text(json.dumps(model_json(sentencepiece_model())))
     assert load_tokenizer(tmp_path).get_vocab_size() == 600
@@ -238,14 +240,14 @@ def test_tokenizer_json_comes_first(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "content", [b"", b"hello", b"\x00" * 50, b"{}", b"\xff" * 9, b"\n\x03\n\x01a"]
 )
-def test_files_that_are_no_tokenizer(tmp_path: Path, content: bytes) -> None:
+def test_files_that_are_not_tokenizers(tmp_path: Path, content: bytes) -> None:
     with pytest.raises(ValueError, match=r"tokenizer\.model: not a tokenizer \(.*\)$") as caught:
         loaded(tmp_path, content)
     assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("form", list(FORMS))
-def test_cuts_and_flips_anywhere(form: str) -> None:
+def test_truncated_and_flipped_bytes(form: str) -> None:
     content = FORMS[form]()
     rng = random.Random(0)
     for trial in range(300):
@@ -260,6 +262,6 @@ def test_cuts_and_flips_anywhere(form: str) -> None:
             assert "\n" not in str(error)
 
 
-def test_nothing_there(tmp_path: Path) -> None:
+def test_no_tokenizer(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"tokenizer\.json: not found, expected a tokenizer"):
         load_tokenizer(tmp_path)

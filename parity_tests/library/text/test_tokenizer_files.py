@@ -1,4 +1,4 @@
-"""A tokenizer is all of its files: on every layout it gives what transformers' AutoTokenizer gives."""
+"""Every layout of tokenizer files gives the ids of transformers' AutoTokenizer."""
 
 from __future__ import annotations
 
@@ -49,20 +49,20 @@ def require_transformers_tokenizer(directory: Path, count: int) -> None:
     for text in hard_strings(min(count, 20)):
         messages = [{"role": "user", "content": text, "name": None}]
         rendered = theirs.apply_chat_template(messages, tokenize=False)
-        found = render_chat(template, messages, add_generation_prompt=False, special_tokens=tokens)
-        assert found == rendered
+        text = render_chat(template, messages, add_generation_prompt=False, special_tokens=tokens)
+        assert text == rendered
         if count < 1000:
-            break  # each is a process of its own
+            break  # each call starts a process
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
-def test_every_layout(tmp_path: Path, name: str) -> None:
+def test_each_layout(tmp_path: Path, name: str) -> None:
     require_transformers_tokenizer(write_layout(tmp_path, LAYOUTS[name]), 150)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", LAYOUTS)
-def test_every_layout_on_many_strings(tmp_path: Path, name: str) -> None:
+def test_each_layout_on_many_strings(tmp_path: Path, name: str) -> None:
     require_transformers_tokenizer(write_layout(tmp_path, LAYOUTS[name]), 1000)
 
 
@@ -77,10 +77,10 @@ def test_truncation_padding_and_dropout_are_off(tmp_path: Path) -> None:
         assert tokenizer.encode(text, add_special_tokens=False).ids == expected
 
 
-def test_a_class_that_transformers_5_rebuilds_wrongly(tmp_path: Path) -> None:
+def test_a_class_that_transformers_5_rebuilds_differently(tmp_path: Path) -> None:
     """SmolLM's: as huggingface/tokenizers and transformers 4 read it, digits split from spaces.
 
-    transformers 5 puts GPT-2's splitting in the place of the file's.
+    transformers 5 uses GPT-2's splitting instead of the file's.
     """
     content = model_json(tiktoken_model())
     digits = {"type": "Digits", "individual_digits": True}
@@ -130,7 +130,7 @@ def test_sentencepieces_user_defined_pieces(tmp_path: Path) -> None:
         ({}, "<|finetune_right_pad_id|>"),
     ],
 )
-def test_llama_3s_release_is_told_by_the_model_beside(
+def test_the_config_tells_llama_3_0_from_3_1(
     tmp_path: Path, beside: dict[str, Any], place_4: str
 ) -> None:
     (tmp_path / "tokenizer.model").write_bytes(tiktoken_model())
@@ -167,17 +167,17 @@ def pieces_as_meta_cuts(text: str, most: int = 25_000) -> list[str]:
     [" " * 30_000, "a" + " " * 25_000 + "b", "x " + "the" * 8_400, "\n" * 25_001 + " end", "hi"],
     ids=["spaces", "exactly", "letters", "lines", "short"],
 )
-def test_long_runs_are_cut_as_metas_code_does(tmp_path: Path, text: str) -> None:
+def test_long_runs_are_cut_as_in_metas_code(tmp_path: Path, text: str) -> None:
     (tmp_path / "tokenizer.model").write_bytes(tiktoken_model())
-    found = load_tokenizer(tmp_path).encode(text, add_special_tokens=False).ids
+    ids = load_tokenizer(tmp_path).encode(text, add_special_tokens=False).ids
     encoding = tiktoken_encoding()
-    assert found == [i for piece in pieces_as_meta_cuts(text) for i in encoding.encode(piece)]
+    assert ids == [i for piece in pieces_as_meta_cuts(text) for i in encoding.encode(piece)]
 
 
 # --- chat templates and mistakes ---------------------------------------------------------------------
 
 
-def test_special_tokens_of_the_map_alone_reach_the_template(tmp_path: Path) -> None:
+def test_special_tokens_map_reaches_the_chat_template(tmp_path: Path) -> None:
     files = byte_level(kind="PreTrainedTokenizerFast")
     files["tokenizer_config.json"] = {"tokenizer_class": "PreTrainedTokenizerFast"}
     files["special_tokens_map.json"] = {"bos_token": "<s>", "eos_token": flags("</s>")}
@@ -215,7 +215,7 @@ def test_named_templates(tmp_path: Path) -> None:
         ({"split_special_tokens": 1}, "split_special_tokens: found 1"),
     ],
 )
-def test_values_that_no_tokenizer_has(tmp_path: Path, change: Any, message: str) -> None:
+def test_impossible_values(tmp_path: Path, change: Any, message: str) -> None:
     files = slow_4_36(DEFINED, added=False)
     if isinstance(change, dict):
         change = files["tokenizer_config.json"] | change

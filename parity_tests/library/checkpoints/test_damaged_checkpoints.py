@@ -1,4 +1,4 @@
-"""A damaged checkpoint is one error that names every fault; a good one is read in place."""
+"""A damaged checkpoint is one error that names every problem; a failed save leaves no files."""
 
 import json
 import os
@@ -57,14 +57,14 @@ def rewrite(directory: Path, tensors: dict[str, np.ndarray]) -> None:
     safetensors.numpy.save_file(tensors, directory / SINGLE)
 
 
-def fault(directory: Path) -> str:
+def error_of(directory: Path) -> str:
     with pytest.raises(ValueError) as caught:
         LlamaForCausalLM.from_pretrained(directory)
     assert "\n" not in str(caught.value)
     return str(caught.value)
 
 
-def test_every_fault_is_reported_at_once(directory):
+def test_all_problems_are_in_one_error(directory):
     tensors = tensors_of(directory)
     del tensors["model.norm.weight"]
     tensors["surplus"] = np.zeros(3, np.float32)
@@ -73,7 +73,7 @@ def test_every_fault_is_reported_at_once(directory):
     tensors["lm_head.weight"][0, 0] = -np.inf
     tensors["model.layers.1.input_layernorm.weight"] = np.ones(16, np.int32)
     rewrite(directory, tensors)
-    message = fault(directory)
+    message = error_of(directory)
     assert message.startswith(f"{directory}: 6 problems: ")
     for part in (
         "model.norm.weight: missing",
@@ -87,31 +87,31 @@ def test_every_fault_is_reported_at_once(directory):
 
 
 @pytest.mark.parametrize("cut", [0, 4, 8, 9, 200, -4097, -1])
-def test_a_file_cut_short(directory, cut):
+def test_a_truncated_file(directory, cut):
     content = (directory / SINGLE).read_bytes()
     (directory / SINGLE).write_bytes(content[:cut])
-    assert SINGLE in fault(directory)
+    assert SINGLE in error_of(directory)
 
 
-def test_a_cut_shard_names_its_first_lost_tensor_and_the_other_faults(sharded):
+def test_a_truncated_shard_and_a_missing_one(sharded):
     first, second, *_ = sorted(sharded.glob("*.safetensors"))
     second.write_bytes(second.read_bytes()[:-10])
     first.unlink()
-    message = fault(sharded)
+    message = error_of(sharded)
     assert f"{first.name}: cannot be read (No such file or directory)" in message
     assert f"{second.name}: found" in message
     assert "truncated, 1 tensors from" in message
-    assert "missing" not in message  # their tensors are accounted for
+    assert "missing" not in message  # the files explain it
 
 
 def test_bytes_after_the_end(directory):
     with (directory / SINGLE).open("ab") as file:
         file.write(b"more")
-    assert "trailing bytes" in fault(directory)
+    assert "trailing bytes" in error_of(directory)
 
 
-def test_every_byte_of_the_header_may_be_damaged(directory):
-    """A flipped header byte is an error, or harmless; never a traceback of another kind."""
+def test_flipped_bits_in_the_header(directory):
+    """Each is a ValueError or harmless."""
     path = directory / SINGLE
     content = path.read_bytes()
     length = int.from_bytes(content[:8], "little")
@@ -143,7 +143,7 @@ def test_every_byte_of_the_header_may_be_damaged(directory):
         [],
     ],
 )
-def test_a_header_that_contradicts_itself(tmp_path, header):
+def test_an_inconsistent_header(tmp_path, header):
     text = json.dumps(header).encode()
     path = tmp_path / "x.safetensors"
     path.write_bytes(len(text).to_bytes(8, "little") + text + b"\0" * 4)
@@ -151,7 +151,7 @@ def test_a_header_that_contradicts_itself(tmp_path, header):
         read_header(path)
 
 
-def test_a_name_twice_in_one_header(tmp_path):
+def test_a_duplicate_name_in_a_header(tmp_path):
     entry = '"a": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}'
     text = f"{{{entry}, {entry}}}".encode()
     path = tmp_path / "x.safetensors"
@@ -165,11 +165,11 @@ def test_a_tensor_in_two_shards(sharded):
     both = safetensors.numpy.load_file(first) | safetensors.numpy.load_file(second)
     safetensors.numpy.save_file(both, second)
     name = next(iter(safetensors.numpy.load_file(first)))
-    assert f"{name}: in {first.name} and in {second.name}" in fault(sharded)
+    assert f"{name}: in {first.name} and in {second.name}" in error_of(sharded)
 
 
 @pytest.mark.parametrize(
-    "place",
+    "file",
     [
         "../outside.safetensors",
         "/etc/passwd",
@@ -182,43 +182,43 @@ def test_a_tensor_in_two_shards(sharded):
         {},
     ],
 )
-def test_an_index_that_leaves_the_directory(sharded, place):
+def test_an_index_that_leaves_the_directory(sharded, file):
     index = json.loads((sharded / INDEX).read_text())
-    index["weight_map"]["model.norm.weight"] = place
+    index["weight_map"]["model.norm.weight"] = file
     (sharded / INDEX).write_text(json.dumps(index))
-    assert f"said to be in {place!r}, expected a file of the directory" in fault(sharded)
+    assert f"said to be in {file!r}, expected a file of the directory" in error_of(sharded)
 
 
 @pytest.mark.parametrize("index", [{}, {"weight_map": {}}, {"weight_map": {"a": 3}}])
-def test_an_index_without_sense(sharded, index):
+def test_a_bad_index(sharded, index):
     (sharded / INDEX).write_text(json.dumps(index))
-    assert INDEX in fault(sharded)
+    assert INDEX in error_of(sharded)
 
 
 def test_no_weights(directory):
     (directory / SINGLE).unlink()
-    assert "expected weights" in fault(directory)
+    assert "expected weights" in error_of(directory)
 
 
 def test_no_config(directory):
     (directory / "config.json").unlink()
-    assert "config.json: not found" in fault(directory)
+    assert "config.json: not found" in error_of(directory)
 
 
 @pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16, np.float32, np.float64])
-def test_non_finite_values_are_found_in_every_dtype(directory, dtype):
+def test_non_finite_values_of_every_dtype(directory, dtype):
     tensors = {name: array.astype(dtype) for name, array in tensors_of(directory).items()}
-    wanted = jnp.float32 if dtype == np.float64 else None
+    load_dtype = jnp.float32 if dtype == np.float64 else None
     rewrite(directory, tensors)
-    LlamaForCausalLM.from_pretrained(directory, dtype=wanted)
+    LlamaForCausalLM.from_pretrained(directory, dtype=load_dtype)
     for value in (np.nan, -np.nan, np.inf, -np.inf):
         tensors["lm_head.weight"][-1, -1] = value
         rewrite(directory, tensors)
         with pytest.raises(ValueError, match=r"lm_head.weight: holds non-finite values"):
-            LlamaForCausalLM.from_pretrained(directory, dtype=wanted)
+            LlamaForCausalLM.from_pretrained(directory, dtype=load_dtype)
 
 
-def test_a_cast_that_overflows_is_a_fault(directory):
+def test_a_cast_that_overflows(directory):
     tensors = tensors_of(directory)
     tensors["model.norm.weight"][0] = 1e6
     rewrite(directory, tensors)
@@ -232,7 +232,7 @@ def test_float64_needs_x64(directory):
         LlamaForCausalLM.from_pretrained(directory, dtype=jnp.float64)
 
 
-def test_mixed_dtypes_are_widened_never_narrowed(directory):
+def test_mixed_dtypes_are_widened(directory):
     tensors = tensors_of(directory)
     tensors["model.norm.weight"] = tensors["model.norm.weight"].astype(np.float16)
     tensors["lm_head.weight"] = tensors["lm_head.weight"].astype(ml_dtypes.bfloat16)
@@ -244,10 +244,10 @@ def test_mixed_dtypes_are_widened_never_narrowed(directory):
     ("field", "value"),
     [("hidden_size", 1 << 40), ("num_hidden_layers", 1 << 40), ("vocab_size", 1 << 50)],
 )
-def test_an_absurd_size_is_an_error_before_memory_is_taken(directory, field, value):
+def test_an_absurd_size_is_an_error_before_memory_is_allocated(directory, field, value):
     fields = json.loads((directory / "config.json").read_text())
     (directory / "config.json").write_text(json.dumps(fields | {field: value}))
-    assert "expected" in fault(directory)
+    assert "expected" in error_of(directory)
 
 
 @pytest.mark.parametrize("dtype", ["int8", "float33", jnp.complex64])
@@ -256,7 +256,7 @@ def test_a_dtype_that_weights_cannot_have(directory, dtype):
         LlamaForCausalLM.from_pretrained(directory, dtype=dtype)
 
 
-def test_old_rotary_buffers_are_passed_over(directory):
+def test_old_rotary_buffers_are_ignored(directory):
     tensors = tensors_of(directory)
     tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = np.ones(2, np.float32)
     tensors["model.layers.0.self_attn.rotary_emb.cos_cached"] = np.ones(2, np.float32)
@@ -271,7 +271,7 @@ def tied_directory(tmp_path: Path) -> Path:
     return tmp_path / "tied"
 
 
-def test_a_tied_head_that_is_stored_as_well(tmp_path):
+def test_a_stored_copy_of_a_tied_head(tmp_path):
     directory = tied_directory(tmp_path)
     tensors = tensors_of(directory)
     tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].copy()
@@ -279,10 +279,10 @@ def test_a_tied_head_that_is_stored_as_well(tmp_path):
     LlamaForCausalLM.from_pretrained(directory)
     tensors["lm_head.weight"][0, 0] += 1
     rewrite(directory, tensors)
-    assert "lm_head.weight: differs from the embedding" in fault(directory)
+    assert "lm_head.weight: differs from the embedding" in error_of(directory)
 
 
-def test_a_tied_model_stored_under_the_name_of_its_head(tmp_path):
+def test_a_tied_embedding_stored_under_the_heads_name(tmp_path):
     directory = tied_directory(tmp_path)
     tensors = tensors_of(directory)
     before = LlamaForCausalLM.from_pretrained(directory)
@@ -303,7 +303,7 @@ def test_a_bare_decoder_lacks_the_prefix(tmp_path):
     assert (before(ids).logits == after(ids).logits).all()
 
 
-def test_saving_replaces_an_earlier_save_and_nothing_else(sharded):
+def test_saving_only_replaces_an_earlier_save(sharded):
     (sharded / "tokenizer.json").write_text("{}")
     model = LlamaForCausalLM.from_pretrained(sharded)
     model.save_pretrained(sharded)
@@ -311,7 +311,7 @@ def test_saving_replaces_an_earlier_save_and_nothing_else(sharded):
     LlamaForCausalLM.from_pretrained(sharded)
 
 
-def test_a_save_that_fails_leaves_nothing(tmp_path, monkeypatch):
+def test_a_failed_save_leaves_no_files(tmp_path, monkeypatch):
     model = LlamaForCausalLM(CONFIG, rngs=nnx.Rngs(0))
 
     def no_space(*_: object, **__: object) -> None:
@@ -323,8 +323,8 @@ def test_a_save_that_fails_leaves_nothing(tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_save_goes_into_a_link_to_another_disk(tmp_path):
-    """As a mounted volume: its parent lies elsewhere, so it is staged inside."""
+def test_saving_into_a_link_to_another_disk(tmp_path):
+    """Like a mounted volume; files are staged inside it, because its parent is on another disk."""
     elsewhere = Path(tempfile.mkdtemp(dir="/dev/shm" if os.path.isdir("/dev/shm") else None))
     try:
         (tmp_path / "link").symlink_to(elsewhere)
@@ -336,21 +336,21 @@ def test_a_save_goes_into_a_link_to_another_disk(tmp_path):
         shutil.rmtree(elsewhere)
 
 
-def test_a_failed_save_takes_its_parents_with_it(tmp_path):
+def test_a_failed_save_removes_the_parents_it_made(tmp_path):
     with pytest.raises(ValueError, match="boom"), staged(tmp_path / "a" / "b" / "c"):
         raise ValueError("boom")
     assert list(tmp_path.iterdir()) == []
 
 
-def test_saves_beside_each_other_do_not_meet(tmp_path):
+def test_concurrent_saves_use_different_staging_directories(tmp_path):
     (tmp_path / "model").mkdir()
     with staged(tmp_path / "model") as one, staged(tmp_path / "model") as other:
         assert one != other
     assert list((tmp_path / "model").iterdir()) == []
 
 
-def test_loading_takes_the_bytes_over_without_a_copy(directory):
-    """JAX on the CPU adopts 64-byte aligned memory: what makes the peak one model, not two."""
+def test_loading_does_not_copy_the_buffers(directory):
+    """JAX on the CPU adopts memory on 64-byte boundaries, so the peak is one model instead of two."""
     buffer = huggingface._aligned((1000,), np.float32)
     import jax
 
