@@ -129,9 +129,8 @@ def write_text(path: Path, text: str) -> None:
 def copy_file(source: Path, destination: Path) -> None:
     """Copy a file; `destination` appears, or is replaced, once the copy is complete."""
     destination.parent.mkdir(parents=True, exist_ok=True)
-    partial = destination.with_name(f"{destination.name}.partial")
-    shutil.copyfile(source, partial)
-    os.replace(partial, destination)
+    with replacing(destination) as staged:
+        shutil.copyfile(source, staged)
 
 
 @contextmanager

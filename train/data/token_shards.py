@@ -110,8 +110,8 @@ def write_shard(
 def write_index(directory: Path, index: Index) -> None:
     """Write or replace index.json atomically."""
     text = json.dumps(dataclasses.asdict(index), indent=2)
-    write_text(directory / f"{INDEX_FILE}.partial", text + "\n")
-    os.replace(directory / f"{INDEX_FILE}.partial", directory / INDEX_FILE)
+    with replacing(directory / INDEX_FILE) as staged:
+        write_text(staged, text + "\n")
 
 
 def read_index(directory: Path) -> Index:

@@ -217,7 +217,7 @@ def _begin_or_continue(out: Path, index: Index, existing: Index | None) -> Index
                     "remove it, choose another --out, or use the same arguments"
                 )
         return existing
-    leftover = f"{INDEX_FILE}.partial"
+    leftover = f".{INDEX_FILE}.partial"
     if out.exists() and not out.is_dir():
         raise ValueError(f"{out}: is a file, expected a directory")
     if out.exists() and any(path.name != leftover for path in out.iterdir()):

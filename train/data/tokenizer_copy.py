@@ -1,14 +1,13 @@
 """The tokenizer's files in a token directory."""
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
 from tokenizers import Tokenizer
 
 from llama_jax.files.json_object import read_json_object
-from llama_jax.files.staging import copy_file, write_text
+from llama_jax.files.staging import copy_file, replacing, write_text
 from llama_jax.text.companions import companion_files, copy_companions
 from train.data.special_ids import SpecialIds, model_ids
 
@@ -56,6 +55,5 @@ def _token_names(out: Path, tokenizer_json: str, special: SpecialIds) -> dict[st
 
 
 def _write_json(path: Path, fields: dict[str, Any]) -> None:
-    partial = path.with_name(f"{path.name}.partial")
-    write_text(partial, json.dumps(fields, indent=2, ensure_ascii=False) + "\n")
-    os.replace(partial, path)
+    with replacing(path) as staged:
+        write_text(staged, json.dumps(fields, indent=2, ensure_ascii=False) + "\n")
