@@ -28,8 +28,8 @@ def introduce(
     """
     config, mesh = program.config, program.mesh
     display.say(
-        f"{parameter_count(config):,} parameters, {options.model.compute_dtype} over "
-        f"{options.model.parameter_dtype}; mesh {in_words(mesh.shape)} on {jax.devices()[0].device_kind}; "
+        f"{parameter_count(config):,} {options.model.parameter_dtype} parameters, computed in "
+        f"{options.model.compute_dtype}; mesh {in_words(mesh.shape)} on {jax.devices()[0].device_kind}; "
         f"{options.batch_size} x {options.sequence_length} tokens a step"
     )
     flops = 3 * forward_flops_per_token(config, options.sequence_length)

@@ -45,7 +45,8 @@ def run_plan(
     model, micro_batches = options.model, options.micro_batches
     split = f" in {micro_batches} micro-batches" if micro_batches > 1 else ""
     console.print(
-        f"{parameter_count(config):,} parameters, {model.compute_dtype} over {model.parameter_dtype}; "
+        f"{parameter_count(config):,} {model.parameter_dtype} parameters, computed in "
+        f"{model.compute_dtype}; "
         f"{options.batch_size} x {options.sequence_length} tokens a step{split}; "
         f"{len(devices)} x {devices[0].device_kind}"
     )

@@ -1,0 +1,1 @@
+"""Tests of `train.program`; `sharded_optimizer` runs with eight host devices."""

@@ -1,0 +1,1 @@
+"""Tests of `train.run`; `recorded_run` is `python -m train` that records its tokens."""
