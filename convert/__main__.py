@@ -13,6 +13,7 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from convert.formats.registry import FORMATS
 from llama_jax.cli.arguments import Parser, program_parser, size_argument
 from llama_jax.cli.program import leave, run_program
 from llama_jax.formatting import console, printable
@@ -22,18 +23,12 @@ if TYPE_CHECKING:
 
     from convert import Plan, Report
 
-# those of convert.formats.registry, which imports all formats
-FORMATS = ("hf", "orbax", "gguf", "meta")
-DTYPES = ("float32", "bfloat16", "float16", "float64", "q8_0")
-
-_EPILOG = """\
+_LAYOUTS = "\n".join(f"  {entry.title:<14}{entry.layout}" for entry in FORMATS.values())
+_EPILOG = f"""\
 python -m convert info SRC shows what is in a checkpoint and writes nothing.
 
 The format of SRC is detected:
-  Hugging Face  a directory with *.safetensors or pytorch_model*.bin
-  Orbax         a run of python -m train, one of its checkpoints/STEP, or a directory made with --to orbax
-  GGUF          a file of the llama architecture, quantized or not; of a split file, any piece
-  Meta          a directory with params.json and consolidated.*.pth
+{_LAYOUTS}
 
 DST must not exist. It is a directory, or for GGUF a file, and appears only when it is complete and \
 verified. conversion.json, written with it, holds the SHA-256 of every tensor; converting DST checks them.
@@ -65,13 +60,13 @@ def _parser() -> Parser:
     parser.add_argument("destination", metavar="DST", help="directory or file to write")
     parser.add_argument(
         "--to",
-        choices=FORMATS,
+        choices=list(FORMATS),
         help="format of DST; default: gguf if DST ends in .gguf, else hf",
     )
     parser.add_argument(
         "--dtype",
         type=_dtype_name,
-        choices=DTYPES,
+        choices=list(dict.fromkeys(dtype for entry in FORMATS.values() for dtype in entry.dtypes)),
         help="dtype to write; default: the source's dtype, or float32 if it is quantized. F32, BF16, F16 "
         "and Q8_0 are accepted as well; q8_0 is for GGUF only, which keeps vectors in float32",
     )
@@ -174,7 +169,6 @@ def _print_plan(todo: Plan, say: Console) -> None:
     from rich.text import Text
 
     from convert.estimate import available_memory
-    from convert.formats.registry import FORMATS
 
     checkpoint = todo.checkpoint
     stored = ", ".join(checkpoint.facts.get("stored", {}))
@@ -184,7 +178,7 @@ def _print_plan(todo: Plan, say: Console) -> None:
     )
     memory, available = todo.peak_memory, available_memory()
     say.print(
-        f"to {FORMATS[todo.to].TITLE}, {todo.dtype or 'dtypes as stored'}: "
+        f"to {FORMATS[todo.to].title}, {todo.dtype or 'dtypes as stored'}: "
         f"{_bytes(todo.bytes_to_write)} of disk, at most {_bytes(memory)} of memory, "
         f"about {max(1, round(todo.seconds))} s"
     )

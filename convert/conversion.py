@@ -46,12 +46,13 @@ class Plan:
     @property
     def notes(self) -> list[str]:
         """What the user should know before it begins."""
-        return [*self.checkpoint.notes, *FORMATS[self.to].losses(self.checkpoint)]
+        return [*self.checkpoint.notes, *FORMATS[self.to].module.losses(self.checkpoint)]
 
     @property
     def bytes_to_write(self) -> int:
         """Bytes of all tensors in the output."""
-        return sum(FORMATS[self.to].stored_bytes(spec, self.dtype) for spec in self.specs)
+        stored_bytes = FORMATS[self.to].module.stored_bytes
+        return sum(stored_bytes(spec, self.dtype) for spec in self.specs)
 
     @property
     def peak_memory(self) -> int:
@@ -104,14 +105,15 @@ def plan(
     to = to or ("gguf" if target.suffix == ".gguf" else "hf")
     if to not in FORMATS:
         raise ValueError(f"to is {to!r}, expected one of {', '.join(FORMATS)}")
-    format_ = FORMATS[to]
+    target_format = FORMATS[to]
     dtype = None if dtype is None else dtype_name(str(dtype))
-    if dtype is not None and dtype not in format_.DTYPE_NAMES:
+    if dtype is not None and dtype not in target_format.dtypes:
         raise ValueError(
-            f"dtype is {dtype!r}, expected one of {', '.join(format_.DTYPE_NAMES)} for {format_.TITLE}"
+            f"dtype is {dtype!r}, expected one of {', '.join(target_format.dtypes)} "
+            f"for {target_format.title}"
         )
     if max_shard_size is not None and to != "hf":
-        raise ValueError(f"max_shard_size is for Hugging Face only, not for {format_.TITLE}")
+        raise ValueError(f"max_shard_size is for Hugging Face only, not for {target_format.title}")
     if max_shard_size is not None and max_shard_size <= 0:
         raise ValueError(f"max_shard_size is {max_shard_size}, expected a positive number of bytes")
     path = Path(source)
@@ -127,7 +129,7 @@ def plan(
     if logits:
         require_torch_and_memory(checkpoint)
     chosen = dtype or checkpoint.dtype
-    if dtype is None and chosen not in format_.DTYPE_NAMES:
+    if dtype is None and chosen not in target_format.dtypes:
         chosen = None
     result = Plan(
         source=path,
@@ -135,7 +137,7 @@ def plan(
         destination=target,
         to=to,
         dtype=chosen,
-        specs=tuple(format_.target_specs(checkpoint, chosen)),
+        specs=tuple(target_format.module.target_specs(checkpoint, chosen)),
         max_shard_size=max_shard_size or DEFAULT_SHARD,
         verify=verify,
         logits=logits,
@@ -158,25 +160,25 @@ def run(plan: Plan, progress: Callable[[int], None] | None = None) -> Report:
             that is not read back as it was written.
         OSError: the disk is full or broken.
     """
-    format_ = FORMATS[plan.to]
+    target_format = FORMATS[plan.to].module
     progress = progress or (lambda count: None)
-    cast_rule = format_.cast_rule(plan.dtype)
+    cast_rule = target_format.cast_rule(plan.dtype)
     options: dict[str, Any] = {"max_shard_size": plan.max_shard_size} if plan.to == "hf" else {}
     source = replace(plan.checkpoint, dtype=plan.dtype)
     with staging_in(plan.destination.parent, plan.destination.name) as staging:
         output = staging / plan.destination.name
         with record.recording(plan.source, source, plan.specs, cast_rule) as (checkpoint, futures):
-            format_.write(checkpoint, output, progress, **options)
+            target_format.write(checkpoint, output, progress, **options)
             records = {name: future.result() for name, future in futures.items()}
         if plan.verify:
-            read_back(format_.read, output, checkpoint.config, records, progress)
+            read_back(target_format.read, output, checkpoint.config, records, progress)
         comparison = None
         if plan.logits:
-            written = format_.read(output, tokenizer=False)
+            written = target_format.read(output, tokenizer=False)
             comparison = compare_logits(plan.source, plan.checkpoint, written, cast_rule)
         facts = {
             "source": plan.checkpoint.format,
-            "target": format_.TITLE,
+            "target": FORMATS[plan.to].title,
             "dtype": plan.dtype,
             "parameters": plan.checkpoint.parameters,
             "verified": plan.verify,
@@ -259,7 +261,7 @@ def info(source: str | os.PathLike[str]) -> dict[str, Any]:
             if str(second) != problems[0]:
                 problems.append(str(second))
             return {
-                "format": registry.recognize(path).TITLE,
+                "format": registry.recognize(path).title,
                 "config": registry.config_of(path),
                 "notes": [],
                 "problems": problems,

@@ -16,7 +16,7 @@ from convert.formats.directory import (
     spec_of,
     write_config_and_companions,
 )
-from convert.formats.plain import DTYPE_NAMES, cast_rule, losses, stored_bytes, target_specs
+from convert.formats.plain import cast_rule, losses, stored_bytes, target_specs
 from convert.formats.torch_files import OLD_FORM_NOTE, TorchFile, open_torch_file
 from llama_jax.checkpoints.safetensors_read import FLOAT_DTYPES, StoredTensor, read_tensor
 from llama_jax.checkpoints.safetensors_write import INDEX_FILE, SINGLE_FILE, write_safetensors
@@ -30,9 +30,6 @@ from llama_jax.checkpoints.weight_files import (
 from llama_jax.config import LlamaConfig
 
 __all__ = [
-    "DTYPE_NAMES",
-    "LAYOUT",
-    "TITLE",
     "cast_rule",
     "losses",
     "read",
@@ -42,8 +39,6 @@ __all__ = [
     "write",
 ]
 
-TITLE = "Hugging Face"
-LAYOUT = "a directory with *.safetensors or pytorch_model*.bin"
 DEFAULT_SHARD = 5_000_000_000
 _BIN_FILES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
 
@@ -71,7 +66,7 @@ def read(path: Path, *, tokenizer: bool = True) -> Checkpoint:
     stored, more_notes = model_tensors(path, config, weights, rows)
     return checkpoint_of(
         path,
-        title=TITLE,
+        title="Hugging Face",
         config=config,
         tensors=[spec_of(name, tensor) for name, tensor in stored.items()],
         load=lambda name: load(stored[name]),

@@ -1,12 +1,10 @@
-"""What a format says of itself if it stores every tensor under one dtype, without loss or quantization."""
+"""The functions of a format that stores every tensor as it is, in any dtype."""
 
 from __future__ import annotations
 
 from convert.casting import CastRule, cast
 from convert.checkpoint import DTYPES, Checkpoint
 from llama_jax.checkpoints.safetensors_write import TensorSpec
-
-DTYPE_NAMES: tuple[str, ...] = tuple(DTYPES)
 
 
 def target_specs(checkpoint: Checkpoint, dtype: str | None) -> list[TensorSpec]:

@@ -1,47 +1,37 @@
 """The checkpoint formats there are, and which of them a path is.
 
-To add a format, write a module or package beside this file that provides everything in `Format`, and add it
-to `FORMATS`. `--to`, detection, `info`, the proof and the tests of every pair of formats follow from there.
-What such a module can build on:
+To add a format, write a module or package beside this file that provides the functions of `Format`, and add
+it to `FORMATS`. The command line, detection, `info`, verification and the tests of every pair of formats
+follow from there. What such a module can build on:
 
 - `convert.checkpoint.Checkpoint`: what `read` returns and `write` takes; Hugging Face's names and shapes
-- `plain`: everything but `read` and `write`, for a format that stores each tensor as it is, in one dtype
+- `plain`: all functions but `read`, `recognizes` and `write`, for formats that store each tensor as it is
 - `llama_tensors`: the model's names and shapes, renaming, and the order of rows under RoPE
-- `directory`: reading and writing the config.json, tokenizer and model card beside the weights
-- `convert.companions`: the tokenizer's files
+- `directory`: the config.json, tokenizer and model card in a directory beside the weights
+- `convert.companions`: the files of a tokenizer
 
-`huggingface.py` is the shortest example, `gguf/` the one that shares least with Hugging Face.
+`huggingface.py` is the shortest example, `gguf/` the one that has least in common with Hugging Face.
+
+Formats are imported when they are used, for they import large libraries and `--help` needs none.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from pathlib import Path
-from typing import Any, Protocol
+import importlib
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
-from convert.casting import CastRule
-from convert.checkpoint import Checkpoint
-from convert.formats import gguf, huggingface, meta, orbax
-from convert.record import read_digests
-from llama_jax.checkpoints.safetensors_write import TensorSpec
-from llama_jax.config import LlamaConfig
-from llama_jax.files.foreign_weights import describe
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+    from convert.casting import CastRule
+    from convert.checkpoint import Checkpoint
+    from llama_jax.checkpoints.safetensors_write import TensorSpec
 
 
 class Format(Protocol):
-    """What the module of a format provides."""
-
-    @property
-    def TITLE(self) -> str:  # noqa: N802
-        """Its name, for people."""
-
-    @property
-    def LAYOUT(self) -> str:  # noqa: N802
-        """What a checkpoint in it looks like on disk, in a few words, for people."""
-
-    @property
-    def DTYPE_NAMES(self) -> tuple[str, ...]:  # noqa: N802
-        """What `--dtype` may be when it is written."""
+    """The functions that the module of a format provides."""
 
     def recognizes(self, path: Path, /) -> bool:
         """Whether a path looks like one, at a glance."""
@@ -82,20 +72,72 @@ class Format(Protocol):
         """
 
 
-FORMATS: dict[str, Format] = {"hf": huggingface, "orbax": orbax, "gguf": gguf, "meta": meta}
+@dataclass(frozen=True)
+class Entry:
+    """One format of the registry."""
+
+    title: str
+    """Its name, for people."""
+    layout: str
+    """What a checkpoint in it looks like on disk, in a few words, for people."""
+    dtypes: tuple[str, ...]
+    """What `--dtype` may be when it is written."""
+    module_name: str
+
+    @property
+    def module(self) -> Format:
+        """Its functions."""
+        return cast("Format", importlib.import_module(self.module_name))
+
+
+_PLAIN_DTYPES = ("float32", "bfloat16", "float16", "float64")
+
+FORMATS: dict[str, Entry] = {
+    "hf": Entry(
+        "Hugging Face",
+        "a directory with *.safetensors or pytorch_model*.bin",
+        _PLAIN_DTYPES,
+        "convert.formats.huggingface",
+    ),
+    "orbax": Entry(
+        "Orbax",
+        "a run of python -m train, one of its checkpoints/STEP, or a directory made with --to orbax",
+        _PLAIN_DTYPES,
+        "convert.formats.orbax",
+    ),
+    "gguf": Entry(
+        "GGUF",
+        "a file of the llama architecture, quantized or not; of a split file, any piece",
+        ("float32", "bfloat16", "float16", "q8_0"),
+        "convert.formats.gguf",
+    ),
+    "meta": Entry(
+        "Meta",
+        "a directory with params.json and consolidated.*.pth",
+        _PLAIN_DTYPES,
+        "convert.formats.meta",
+    ),
+}
 """By what `--to` calls them."""
 
+if TYPE_CHECKING:
+    from convert.formats import gguf, huggingface, meta, orbax
 
-def recognize(path: Path) -> Format:
+    _PROVIDE_ALL_FUNCTIONS: list[Format] = [huggingface, orbax, gguf, meta]
+
+
+def recognize(path: Path) -> Entry:
     """The format of a path. Raises ValueError where it is none."""
+    from llama_jax.files.foreign_weights import describe
+
     if not path.exists():
         raise ValueError(f"{path}: not found")
-    for format_ in FORMATS.values():
-        if format_.recognizes(path):
-            return format_
-    found = describe(path) if path.is_dir() else "not a checkpoint by itself (try its directory)"
-    layouts = "; ".join(f"{format_.TITLE} ({format_.LAYOUT})" for format_ in FORMATS.values())
-    raise ValueError(f"{path}: {found}; expected one of: {layouts}")
+    for entry in FORMATS.values():
+        if entry.module.recognizes(path):
+            return entry
+    what = describe(path) if path.is_dir() else "not a checkpoint by itself (try its directory)"
+    layouts = "; ".join(f"{entry.title} ({entry.layout})" for entry in FORMATS.values())
+    raise ValueError(f"{path}: {what}; expected one of: {layouts}")
 
 
 def read(path: Path, *, tokenizer: bool = True) -> Checkpoint:
@@ -104,12 +146,16 @@ def read(path: Path, *, tokenizer: bool = True) -> Checkpoint:
     Raises:
         ValueError: one line with everything that is wrong.
     """
-    checkpoint = recognize(path).read(path, tokenizer=tokenizer)
+    from convert.record import read_digests
+
+    checkpoint = recognize(path).module.read(path, tokenizer=tokenizer)
     return read_digests(path, checkpoint)
 
 
 def config_of(path: Path) -> dict[str, Any]:
     """The config.json of a directory whose weights cannot be read; {} if it cannot be read either."""
+    from llama_jax.config import LlamaConfig
+
     try:
         return LlamaConfig.from_pretrained(path).to_dict()
     except ValueError:

@@ -7,14 +7,7 @@ Llama is defined by llama.cpp, in its `llama` architecture and its `convert_hf_t
 from convert.formats.gguf.read import read, recognizes
 from convert.formats.gguf.write import cast_rule, losses, stored_bytes, target_specs, write
 
-TITLE = "GGUF"
-LAYOUT = "a file of the llama architecture, quantized or not; if it is sharded, any shard"
-DTYPE_NAMES: tuple[str, ...] = ("float32", "bfloat16", "float16", "q8_0")
-
 __all__ = [
-    "DTYPE_NAMES",
-    "LAYOUT",
-    "TITLE",
     "cast_rule",
     "losses",
     "read",

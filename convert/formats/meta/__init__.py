@@ -6,15 +6,9 @@ which Meta's code does not look at.
 
 from convert.formats.meta.read import read, recognizes
 from convert.formats.meta.write import losses, target_specs, write
-from convert.formats.plain import DTYPE_NAMES, cast_rule, stored_bytes
-
-TITLE = "Meta"
-LAYOUT = "a directory with params.json and consolidated.*.pth"
+from convert.formats.plain import cast_rule, stored_bytes
 
 __all__ = [
-    "DTYPE_NAMES",
-    "LAYOUT",
-    "TITLE",
     "cast_rule",
     "losses",
     "read",

@@ -7,18 +7,10 @@ model's own: each holds a tensor, or the stack of all layers' tensors.
 
 from convert.formats.orbax.read import read
 from convert.formats.orbax.write import target_specs, write
-from convert.formats.plain import DTYPE_NAMES, cast_rule, losses, stored_bytes
+from convert.formats.plain import cast_rule, losses, stored_bytes
 from llama_jax.checkpoints.orbax import is_orbax as recognizes
 
-TITLE = "Orbax"
-LAYOUT = (
-    "a run of python -m train, one of its checkpoints/STEP, or a directory made with --to orbax"
-)
-
 __all__ = [
-    "DTYPE_NAMES",
-    "LAYOUT",
-    "TITLE",
     "cast_rule",
     "losses",
     "read",

@@ -13,6 +13,7 @@ from collections.abc import Callable
 import pytest
 
 from convert import __main__ as convert
+from convert.checkpoint import DTYPES
 from convert.formats import registry
 from llama_jax.cli.arguments import Parser
 from parity_tests.harness.child_process import ROOT
@@ -199,9 +200,9 @@ def test_every_argument_is_described(name: str, parser: Parser) -> None:
 
 
 def test_the_choices_of_convert_are_those_of_the_formats() -> None:
-    assert tuple(registry.FORMATS) == convert.FORMATS
-    names = dict.fromkeys(name for f in registry.FORMATS.values() for name in f.DTYPE_NAMES)
-    assert tuple(names) == convert.DTYPES
+    choices = {action.dest: action.choices for action in convert._parser()._actions}
+    assert choices["to"] == list(registry.FORMATS)
+    assert set(choices["dtype"]) == {*DTYPES, "q8_0"}
 
 
 @pytest.mark.parametrize("command", ["llama_jax", "train", "parity_tests", *COMMANDS])
