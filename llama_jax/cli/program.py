@@ -1,7 +1,7 @@
-"""How every command-line program here begins and ends: exit codes, errors, signals, the terminal.
+"""The frame of every command-line program: exit codes, one-line errors, signals, broken terminals.
 
-A program is `run_program(command)`. What it prints goes through `print`, or through `console()` where it
-has tables, progress or colours: rich would take `[b]` and `:smile:` in a path for markup of ours.
+A program is `run_program(command)`. It prints with `print`, or with `console()` for tables, progress bars
+and colors: rich's own console would take `[b]` and `:smile:` in a path for markup.
 """
 
 import errno
@@ -20,11 +20,13 @@ from typing import Any, NoReturn, TextIO
 from llama_jax.formatting import console, printable
 from llama_jax.text.tokenizers_errors import is_of_tokenizers
 
-MISTAKE = 2
+ERROR = 2
 INTERRUPTED = 128 + signal.SIGINT
-BROKEN_PIPE = 128 + signal.SIGPIPE  # what a shell reports of a program that the signal ends
+BROKEN_PIPE = 128 + signal.SIGPIPE  # as a shell reports a program that the signal ended
 
 _LONGEST = 2000  # characters of an error
+# errors of the user, the machine or the input; any other is a bug of ours, and shown with its traceback
+_REPORTED = (ValueError, OSError, MemoryError, OverflowError, RecursionError, Warning)
 _OUT_OF_MEMORY = ("RESOURCE_EXHAUSTED", "OUT_OF_MEMORY", "ut of memory")
 
 
@@ -37,66 +39,62 @@ def run_program(
     """Run `command` and return the exit code of the program.
 
     Args:
-        command: does all the work, parsing of arguments included; returns an exit code, None for 0.
-        interrupted: the line that answers Ctrl-C and SIGTERM.
-        extra: of this package, which installs what `command` imports.
+        command: does all the work, including parsing; returns an exit code, or None for 0.
+        interrupted: the line to print after Ctrl-C or SIGTERM.
+        extra: the extra of this package that installs what `command` imports.
 
     Returns:
-        What `command` does; 2 for an error, said in one line on stderr; 130 where it was interrupted;
-        141 where nobody reads its output any more.
+        What `command` returns; 2 after an error, which is printed as one line on stderr; 130 after an
+        interrupt; 141 if nobody reads the output any more.
 
     Raises:
-        SystemExit: `command` did, as argparse does after --help.
+        SystemExit: as `command` raises it, for example after --help.
     """
-    _mend_standard_streams()
-    # matplotlib works where it cannot keep its fonts, but says so at length
+    _repair_standard_streams()
+    # matplotlib works without a writable directory for its font cache, but warns at length
     logging.getLogger("matplotlib").setLevel(logging.ERROR)
-    ended: SystemExit | None = None
-    code = MISTAKE
-    with _signals(), _short_warnings():
+    system_exit: SystemExit | None = None
+    code = ERROR
+    with _short_warnings():
         try:
-            try:
-                code = command() or 0
-            except SystemExit as exit_:
-                ended = exit_
-            if sys.stdout is not None:
-                sys.stdout.flush()  # here, where it can still be answered
+            # around the command alone: a second interrupt ends the program while this one is reported
+            with _signals():
+                try:
+                    code = command() or 0
+                except SystemExit as request:
+                    system_exit = request
+                if sys.stdout is not None:
+                    sys.stdout.flush()  # here, where an error can still be reported
         except BrokenPipeError:
-            code, ended = BROKEN_PIPE, None
+            code, system_exit = BROKEN_PIPE, None
         except KeyboardInterrupt:
-            code = INTERRUPTED
-            _say(interrupted)
+            code, system_exit = INTERRUPTED, None
+            _print_line(interrupted)
         except ModuleNotFoundError as error:
             if extra is None or error.name is None:
                 raise
-            _say_error(f"{error.name} is not installed; in the checkout: pip install '.[{extra}]'")
-        except (
-            ValueError,
-            OSError,
-            MemoryError,
-            OverflowError,
-            RecursionError,
-            Warning,
-        ) as error:
-            code, ended = MISTAKE, None
-            broken = _broken_output(error)
-            _say_error(one_line(error if broken is None else broken))
+            _print_error(
+                f"{error.name} is not installed; in the checkout: pip install '.[{extra}]'"
+            )
+        except _REPORTED as error:
+            code, system_exit = ERROR, None
+            _print_error(one_line(_stdout_error(error) or error))
         except BaseException as error:
             if not (is_of_tokenizers(error) or _is_of_a_backend(error)):
                 raise
-            _say_error(one_line(error))
+            _print_error(one_line(error))
     for stream in (sys.stdout, sys.stderr):
-        _settle(stream)
-    if ended is not None:
-        raise ended
+        _flush_or_drop(stream)
+    if system_exit is not None:
+        raise system_exit
     return code
 
 
 def leave(code: int) -> NoReturn:
-    """End the process with what `run_program` returned.
+    """End the process with the exit code of `run_program`.
 
-    After an interruption without Python's own shutdown: it takes XLA's threads apart while they still
-    compute, and ends in a crash now and then.
+    After an interrupt this skips Python's own shutdown, which sometimes crashes: it tears down XLA's
+    threads while they are still computing.
     """
     if code == INTERRUPTED:
         os._exit(code)  # the streams are flushed
@@ -104,9 +102,10 @@ def leave(code: int) -> NoReturn:
 
 
 def one_line(error: BaseException) -> str:
-    """What an error says, on one line; control characters of paths and texts in it are escaped.
+    """The message of an error on one line, with control characters escaped.
 
-    A backend's error is called lack of memory only where it is that, and else is told as it is.
+    >>> one_line(ValueError("no such file: a\nb"))
+    'no such file: a\\nb'
     """
     text = str(error).strip()
     backend = _is_of_a_backend(error)
@@ -124,7 +123,7 @@ def one_line(error: BaseException) -> str:
         names = [name for name in (error.filename, error.filename2) if name is not None]
         text = ": ".join([*(os.fsdecode(n) if isinstance(n, bytes) else str(n) for n in names),
                           error.strerror])  # fmt: skip
-    if len(text) > _LONGEST:  # as where a value that fills the file is shown
+    if len(text) > _LONGEST:  # it may quote a value that fills the file
         text = f"{text[: _LONGEST - 200]} ... {text[-200:]}"
     return printable(text or type(error).__name__)
 
@@ -136,7 +135,7 @@ def _is_of_a_backend(error: BaseException) -> bool:
 
 
 def json_line(value: Any) -> str:
-    """`value` as JSON on one line, non-ASCII characters as they are where stdout can have them."""
+    """`value` as JSON on one line; non-ASCII characters are escaped only if stdout cannot encode them."""
     line = json.dumps(value, ensure_ascii=False)
     try:
         line.encode(getattr(sys.stdout, "encoding", None) or "utf-8")
@@ -149,12 +148,12 @@ def _first(text: str) -> str:
     return text.splitlines()[0] if text else ""
 
 
-def _say(line: str) -> None:
-    with suppress(OSError, ValueError, AttributeError):  # nobody may be there to hear it
+def _print_line(line: str) -> None:
+    with suppress(OSError, ValueError, AttributeError):  # stderr may be closed
         print(line, file=sys.stderr)
 
 
-def _say_error(line: str) -> None:
+def _print_error(line: str) -> None:
     from rich.text import Text
 
     with suppress(OSError, ValueError, AttributeError):
@@ -162,22 +161,22 @@ def _say_error(line: str) -> None:
         console(stderr=True).print(text, soft_wrap=True)
 
 
-def _broken_output(error: Exception) -> OSError | None:
-    """The error of writing to stdout, where `error` may be that, under its name."""
+def _stdout_error(error: Exception) -> OSError | None:
+    """`error` with the name of the stream, if it is the failure to write to stdout."""
     if not isinstance(error, OSError) or error.filename is not None or sys.stdout is None:
         return None
     try:
-        sys.stdout.flush()  # what could not be written is still in its buffer
+        sys.stdout.flush()  # fails again, as the buffer still has what could not be written
     except OSError as again:
         return OSError(again.errno, again.strerror, "standard output")
     if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-        # a print that flushes keeps nothing; of a file, `staging.writing` would have said the name
+        # a print that flushes leaves nothing in the buffer; errors of files have a name
         return OSError(error.errno, error.strerror, "standard output")
     return None
 
 
-def _settle(stream: TextIO | None) -> None:
-    """Flush a stream; what cannot be written is dropped, or Python would complain of it at the end."""
+def _flush_or_drop(stream: TextIO | None) -> None:
+    """Flush a stream, and drop what cannot be written: Python would complain about it at exit."""
     if stream is None:
         return
     try:
@@ -187,12 +186,12 @@ def _settle(stream: TextIO | None) -> None:
             os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
-def _mend_standard_streams() -> None:
-    """Streams that were closed are empty; text that the encoding lacks is escaped, not an error."""
+def _repair_standard_streams() -> None:
+    """Replace closed streams by empty ones, and escape characters that the encoding lacks."""
     for descriptor in range(3):
         try:
             os.fstat(descriptor)
-        except OSError:  # or the next file to be opened would be taken for it
+        except OSError:  # the next file to be opened would get this number
             os.open(os.devnull, os.O_RDWR)
     if sys.stdin is None:
         sys.stdin = open(os.devnull)  # noqa: SIM115
@@ -258,10 +257,10 @@ def _send_again(number: int) -> None:
 
 @contextmanager
 def _short_warnings() -> Iterator[None]:
-    """A UserWarning is a line on stderr, whatever Python was told to do with warnings."""
+    """Print every UserWarning as one line on stderr, whatever PYTHONWARNINGS says."""
 
     def show(message: Warning | str, *_: Any, **__: Any) -> None:
-        _say(f"warning: {printable(str(message))}")
+        _print_line(f"warning: {printable(str(message))}")
 
     with warnings.catch_warnings():
         warnings.simplefilter("always", UserWarning)
