@@ -104,8 +104,8 @@ def leave(code: int) -> NoReturn:
 def one_line(error: BaseException) -> str:
     """The message of an error on one line, with control characters escaped.
 
-    >>> one_line(ValueError("no such file: a\nb"))
-    'no such file: a\\nb'
+    >>> print(one_line(ValueError("two\\nlines")))
+    two\\nlines
     """
     text = str(error).strip()
     backend = _is_of_a_backend(error)
