@@ -96,8 +96,8 @@ def question_answering(
     if start_positions is None or end_positions is None:
         return HeadOutput(None, logits)
     length = logits.shape[1]
-    losses = [
+    start_loss, end_loss = (
         mean_cross_entropy(logits[..., side], positions.reshape(-1).clamp(0, length), length)
         for side, positions in enumerate((start_positions, end_positions))
-    ]
-    return HeadOutput(sum(losses) / 2, logits)
+    )
+    return HeadOutput((start_loss + end_loss) / 2, logits)

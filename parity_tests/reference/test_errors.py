@@ -1,5 +1,7 @@
 """The error measures that every comparison uses."""
 
+from collections.abc import Callable
+
 import numpy as np
 import pytest
 
@@ -15,7 +17,7 @@ def test_rms_error_is_pooled_over_arrays() -> None:
 
 
 @pytest.mark.parametrize("error", [relative_error, lambda a, b: rms_error([a], [b])])
-def test_what_is_zero_must_be_zero(error) -> None:
+def test_what_is_zero_must_be_zero(error: Callable[..., float]) -> None:
     assert error(np.zeros(3), np.zeros(3)) == 0.0
     assert error(np.full(3, 1e-30), np.zeros(3)) == np.inf
 

@@ -57,7 +57,7 @@ def rows(attention: torch.Tensor, seen: torch.Tensor) -> torch.Tensor:
 def without_blind_targets(inputs: dict[str, Any]) -> dict[str, Any]:
     """Ignore labels whose query sees no key: eager attention differs there."""
     blind = blind_rows(inputs)
-    if blind is False or "labels" not in inputs:
+    if isinstance(blind, bool) or "labels" not in inputs:
         return inputs
     labels = inputs["labels"].copy()
     labels[:, 1:][blind[:, :-1]] = IGNORE

@@ -22,7 +22,7 @@ from parity_tests.report.measure.outputs import Outputs, outputs
 from parity_tests.report.programs.checkpoint import open_checkpoint, require_same_shapes
 from parity_tests.report.programs.jax_layers import JaxProgram
 from parity_tests.report.programs.oracle_layers import OracleProgram
-from parity_tests.report.programs.program import CanGenerate, MakeProgram, Programs
+from parity_tests.report.programs.program import CanGenerate, MakeProgram, Program, Programs
 from parity_tests.report.programs.tensors import torch_dtype
 from parity_tests.report.programs.torch_layers import TorchProgram
 from parity_tests.report.tokens import bundled_tokens, read_tokens
@@ -98,6 +98,8 @@ def report(
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     checkpoint, compute = open_checkpoint(directory), DTYPES[dtype]
+    ours: Program
+    theirs: Program
     if against is None:
         ours, theirs = program(checkpoint, compute), TorchProgram(checkpoint, compute)
         names = ours.name, theirs.name
@@ -129,7 +131,9 @@ def report(
             backward_dtype = torch_dtype(compute)
             parameters = backward(programs, backward_ids, layers, backward_dtype, eps, advance)
     fits = model_bytes(config, compute.itemsize) <= total_memory() / 4
-    generate = fits and isinstance(ours, CanGenerate) and isinstance(theirs, CanGenerate)
+    tokens_in_common = None
+    if fits and isinstance(ours, CanGenerate) and isinstance(theirs, CanGenerate):
+        tokens_in_common = greedy(ours, theirs, ids)
     return Report(
         title=str(directory),
         ours=names[0],
@@ -142,7 +146,7 @@ def report(
         outputs=out,
         parameters=parameters,
         checks=checks(modules, out, parameters, eps),
-        greedy=greedy(ours, theirs, ids) if generate else None,
+        greedy=tokens_in_common,
         seconds=time.perf_counter() - begin,
         peak=1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss,
     )

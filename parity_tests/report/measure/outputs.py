@@ -75,7 +75,8 @@ def outputs(programs: Programs, hidden: Sequence[Tensor], ids: np.ndarray, eps: 
         )
         logit_errors.append(_joined([block["errors"] for block in of_program]))
     comparison = Comparison("lm_head", logit_errors[0], logit_errors[1], eps)
-    return Outputs(comparison, *predictions, margin=np.concatenate(margins))
+    ours, theirs, oracle = predictions
+    return Outputs(comparison, ours, theirs, oracle, np.concatenate(margins))
 
 
 def _block(

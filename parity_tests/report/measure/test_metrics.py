@@ -42,7 +42,7 @@ def test_blocks_of_rows_make_no_difference(monkeypatch: pytest.MonkeyPatch) -> N
     at_once = errors(values, reference, EPS, 37)
     monkeypatch.setattr("parity_tests.report.measure.metrics._BLOCK", 20)
     for in_blocks, expected in zip(errors(values, reference, EPS, 37), at_once, strict=True):
-        np.testing.assert_allclose(in_blocks, expected, rtol=1e-12)
+        np.testing.assert_allclose(np.asarray(in_blocks), np.asarray(expected), rtol=1e-12)
 
 
 def test_a_huge_row_does_not_decide() -> None:

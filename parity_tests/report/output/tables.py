@@ -1,7 +1,7 @@
 """The report as tables for a terminal, and as JSON."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from rich.box import SIMPLE_HEAD
@@ -20,7 +20,7 @@ from parity_tests.report.measure.metrics import (
 from parity_tests.report.measure.outputs import disagreements, ties
 from parity_tests.report.run import Report
 
-Rows = list[tuple[str, ...]]
+Rows = Sequence[tuple[str, ...]]
 
 GROUP_COLUMNS = (
     *("", "rms\nours", "theirs", "ratio", "max\nours", "theirs", "ULPs\nours", "theirs"),
@@ -194,7 +194,7 @@ def _table(title: str | None, columns: Iterable[str], rows: Rows) -> Table:
         title=title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False
     )
     for index, column in enumerate(columns):
-        justify = "right" if index else "left"
+        justify: Literal["left", "right"] = "right" if index else "left"
         table.add_column(column, justify=justify, overflow="fold", no_wrap=not index)
     for name, *cells in rows:
         short = name.replace("model.", "").replace("layers.*.", "").removesuffix(".weight")

@@ -101,7 +101,11 @@ class TorchProgram:
         hidden, norm, head = hidden.detach().requires_grad_(), self._norm(), self._head()
         labels = torch.from_numpy(ids)
         loss = ForCausalLMLoss(head(norm(hidden)), labels, self.config.vocab_size)
-        return gradients(loss, hidden, {NORM: norm.weight, self.checkpoint.head: head.weight})
+        weights = {
+            NORM: norm.get_parameter("weight"),
+            self.checkpoint.head: head.get_parameter("weight"),
+        }
+        return gradients(loss, hidden, weights)
 
     def layer_vjp(self, index: int, hidden: Tensor, cotangent: Tensor) -> tuple[Tensor, Gradients]:
         hidden, module = hidden.detach().requires_grad_(), self._layer(index)
@@ -110,7 +114,8 @@ class TorchProgram:
 
     def embed_vjp(self, ids: np.ndarray, cotangent: Tensor) -> Tensor:
         module = self._embedding()
-        (gradient,) = torch.autograd.grad(module(torch.from_numpy(ids)), module.weight, cotangent)
+        weight, rows = module.get_parameter("weight"), module(torch.from_numpy(ids))
+        (gradient,) = torch.autograd.grad(rows, weight, cotangent)
         return gradient
 
     def generate(self, prompt: np.ndarray, new_tokens: int) -> np.ndarray:
