@@ -84,7 +84,7 @@ def partition_spec(
 def parameter_shardings(model: nnx.Module, mesh: Mesh) -> dict[str, Any]:
     """The sharding of every parameter of `model` (abstract or real), as a tree of plain dicts."""
 
-    def sharding(variable: nnx.Variable) -> NamedSharding:
+    def sharding(variable: nnx.Variable[Any]) -> NamedSharding:
         axes = variable.get_metadata("axes")
         return NamedSharding(mesh, partition_spec(axes, variable.get_value().shape, mesh.shape))
 

@@ -1,7 +1,7 @@
-"""The key/value cache: a plain pytree of static shape, passed in and returned."""
+"""The key/value cache: a pytree of static shape that a forward pass takes and returns."""
 
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 
 import jax
 import jax.numpy as jnp
@@ -14,20 +14,19 @@ from llama_jax.sharding import constrain
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
-class Int8Store:
-    """Keys (or values) in 8 bits: `values` times `scales`, one scale for each token and head."""
+class Int8Vectors:
+    """Keys (or values) in 8 bits: `values` times `scales`, one scale per token and head."""
 
     values: Int8[Array, "*slots dim"]
     scales: Float[Array, "*slots"]
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """As of the array it stands for."""
+        """The shape of the array it stands for."""
         return self.values.shape
 
 
-# [layers, batch, capacity, kv_heads, dim], or [batch * kv_heads, capacity, dim] for each layer
-Store = Any
+Vectors = Float[Array, "*slots dim"] | Int8Vectors
 
 
 @jax.tree_util.register_dataclass
@@ -35,13 +34,31 @@ Store = Any
 class KVCache:
     """Rotated keys and values of the tokens seen so far.
 
-    keys, values: one slot per token, `capacity` slots, [layers, batch, capacity, kv_heads, dim] as an array
-    or an `Int8Store`. is_token: False in slots of padding. segments: the packed segment of each slot.
-    length: how many slots are written, equal for every row.
+    Attributes:
+        keys, values: one slot per token, [layers, batch, capacity, kv_heads, dim]; of `unstack_cache`, one
+            [batch * kv_heads, capacity, dim] per layer.
+        is_token: False for padding.
+        segments: the packed segment of each slot.
+        length: how many slots are in use, the same for every row.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> from flax import nnx
+        >>> from llama_jax import LlamaConfig, LlamaModel, init_cache
+        >>> config = LlamaConfig(
+        ...     vocab_size=32, hidden_size=8, intermediate_size=16, num_hidden_layers=2,
+        ...     num_attention_heads=2,
+        ... )
+        >>> model = LlamaModel(config, rngs=nnx.Rngs(0))
+        >>> cache = init_cache(config, batch=1, capacity=16, dtype=jnp.float32)
+        >>> cache = model(jnp.array([[5, 6, 7]]), cache=cache).cache
+        >>> cache = model(jnp.array([[8]]), cache=cache).cache
+        >>> int(cache.length), cache.capacity
+        (4, 16)
     """
 
-    keys: Store
-    values: Store
+    keys: Vectors | tuple[Vectors, ...]
+    values: Vectors | tuple[Vectors, ...]
     is_token: Bool[Array, "batch capacity"]
     segments: Int[Array, "batch capacity"]
     length: Int[Array, ""]
@@ -52,24 +69,99 @@ class KVCache:
         return self.is_token.shape[1]
 
 
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class LayerCache:
+    """One layer of a `KVCache`: `keys` and `values` of all layers, this one's index and the next slot."""
+
+    keys: Vectors
+    values: Vectors
+    layer: Int[Array, ""]
+    start: Int[Array, ""]
+
+    def update(
+        self,
+        key: Float[Array, "batch seq kv_heads dim"],
+        value: Float[Array, "batch seq kv_heads dim"],
+    ) -> tuple[
+        "LayerCache",
+        Float[Array, "batch capacity kv_heads dim"],
+        Float[Array, "batch capacity kv_heads dim"],
+    ]:
+        """Write this call's keys and values; return the cache and all of the layer's keys and values."""
+        zero = jnp.zeros((), jnp.int32)
+        start = (self.layer, zero, self.start, zero, zero)
+
+        def stacked(new: Array) -> Array:
+            return new[None]
+
+        def of_layer(cached: Array) -> Array:
+            return jax.lax.dynamic_index_in_dim(cached, self.layer, axis=0, keepdims=False)
+
+        keys, layer_keys = _write(self.keys, key, start, stacked, of_layer)
+        values, layer_values = _write(self.values, value, start, stacked, of_layer)
+        return replace(self, keys=keys, values=values), layer_keys, layer_values
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class UnstackedLayerCache:
+    """`LayerCache` for arrays of one layer, [batch * kv_heads, capacity, dim] (`unstack_cache`)."""
+
+    keys: Vectors
+    values: Vectors
+    start: Int[Array, ""]
+
+    def update(
+        self,
+        key: Float[Array, "batch seq kv_heads dim"],
+        value: Float[Array, "batch seq kv_heads dim"],
+    ) -> tuple[
+        "UnstackedLayerCache",
+        Float[Array, "batch capacity kv_heads dim"],
+        Float[Array, "batch capacity kv_heads dim"],
+    ]:
+        """As `LayerCache.update`."""
+        batch, _, heads, _ = key.shape
+        zero = jnp.zeros((), jnp.int32)
+        start = (zero, self.start, zero)
+
+        def heads_first(new: Array) -> Array:
+            return jnp.moveaxis(new, 2, 1).reshape(batch * heads, new.shape[1], *new.shape[3:])
+
+        def tokens_first(cached: Array) -> Array:
+            return jnp.moveaxis(cached.reshape(batch, heads, *cached.shape[1:]), 1, 2)
+
+        keys, layer_keys = _write(self.keys, key, start, heads_first, tokens_first)
+        values, layer_values = _write(self.values, value, start, heads_first, tokens_first)
+        return replace(self, keys=keys, values=values), layer_keys, layer_values
+
+
 def init_cache(config: LlamaConfig, batch: int, capacity: int, dtype: DTypeLike) -> KVCache:
     """An empty cache for `batch` rows of at most `capacity` tokens.
 
-    Takes 2 * layers * batch * capacity * kv_heads * head_dim elements of `dtype`; for int8 also a float32
-    scale for each head_dim of them.
+    It takes 2 * layers * batch * capacity * kv_heads * head_dim elements of `dtype`; for int8, plus one
+    float32 scale per head_dim elements.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> from llama_jax import PRESETS, init_cache
+        >>> cache = init_cache(PRESETS["tiny-4m"], batch=1, capacity=32, dtype=jnp.bfloat16)
+        >>> cache.keys.shape
+        (4, 1, 32, 2, 64)
     """
     shape = (config.num_hidden_layers, batch, capacity, config.kv_heads, config.head_size)
     axes = ("layers", "batch", "hidden", "kv_heads", "hidden")
 
-    def store() -> Store:
+    def empty() -> Vectors:
         zeros = constrain(jnp.zeros(shape, dtype), *axes)
         if jnp.dtype(dtype) != jnp.int8:
             return zeros
-        return Int8Store(zeros, constrain(jnp.zeros(shape[:-1], jnp.float32), *axes[:-1]))
+        return Int8Vectors(zeros, constrain(jnp.zeros(shape[:-1], jnp.float32), *axes[:-1]))
 
     return KVCache(
-        keys=store(),
-        values=store(),
+        keys=empty(),
+        values=empty(),
         is_token=jnp.zeros((batch, capacity), bool),
         segments=jnp.zeros((batch, capacity), jnp.int32),
         length=jnp.zeros((), jnp.int32),
@@ -77,33 +169,33 @@ def init_cache(config: LlamaConfig, batch: int, capacity: int, dtype: DTypeLike)
 
 
 def unstack_cache(cache: KVCache) -> KVCache:
-    """The cache with a store for each layer, [batch * kv_heads, capacity, dim], for unstacked layers.
+    """The cache with one [batch * kv_heads, capacity, dim] per layer, for unstacked layers.
 
-    A loop then writes each of them in place, and their products need no transpose.
+    A loop then updates each of them in place, and their matmuls need no transpose.
     """
 
-    def rows(layer: Array) -> Array:
+    def heads_first(layer: Array) -> Array:
         return jnp.moveaxis(layer, 2, 1).reshape(-1, layer.shape[1], *layer.shape[3:])
 
-    def layers(store: Store) -> tuple[Store, ...]:
-        count = store.shape[0]
-        return tuple(jax.tree.map(lambda a, i=i: rows(a[i]), store) for i in range(count))
+    def unstack(stacked: Vectors | tuple[Vectors, ...]) -> tuple[Vectors, ...]:
+        assert not isinstance(stacked, tuple)
+        count = stacked.shape[0]
+        return tuple(
+            jax.tree.map(lambda array, i=i: heads_first(array[i]), stacked) for i in range(count)
+        )
 
-    return KVCache(
-        layers(cache.keys), layers(cache.values), cache.is_token, cache.segments, cache.length
-    )
+    return replace(cache, keys=unstack(cache.keys), values=unstack(cache.values))
 
 
-def extend_cache(
+def reserve(
     cache: KVCache,
     is_token: Bool[Array, "batch seq"],
     segments: Int[Array, "batch seq"],
 ) -> KVCache:
-    """The cache with `seq` further slots taken; their keys and values are written layer by layer."""
+    """The cache with the next `seq` slots in use; each layer writes its keys and values into them."""
     start = (jnp.zeros((), jnp.int32), cache.length)
-    return KVCache(
-        keys=cache.keys,
-        values=cache.values,
+    return replace(
+        cache,
         is_token=jax.lax.dynamic_update_slice(cache.is_token, is_token, start),
         segments=jax.lax.dynamic_update_slice(cache.segments, segments, start),
         length=cache.length + is_token.shape[1],
@@ -116,49 +208,37 @@ def last_segment(cache: KVCache) -> Int[Array, "batch 1"]:
     return jax.lax.dynamic_index_in_dim(cache.segments, newest, axis=1)
 
 
-def write_layer(
-    store: Store,
-    layer: Int[Array, ""] | None,
-    start: Int[Array, ""],
+def _write(
+    cached: Vectors,
     new: Float[Array, "batch seq kv_heads dim"],
-) -> tuple[Store, Float[Array, "batch capacity kv_heads dim"]]:
-    """Write one layer's new keys (or values) at `start`; returns the store and that layer of it.
+    start: tuple[Array, ...],
+    to_cache: Callable[[Array], Array],
+    from_cache: Callable[[Array], Array],
+) -> tuple[Vectors, Float[Array, "batch capacity kv_heads dim"]]:
+    """Write `new` at `start`; returns all that is cached, and this layer's vectors out of it.
 
     Args:
-        store: of all layers or, where `layer` is None, of this one (`unstack_cache`).
+        to_cache, from_cache: between the layout of a layer, [batch, seq, kv_heads, ...], and the cache's.
     """
-    quantized = isinstance(store, Int8Store)
-    parts: Any = quantize(new) if quantized else new.astype(store.dtype)
-    batch, seq, heads = new.shape[:3]
-    zero = jnp.zeros((), jnp.int32)
+    entries: Vectors
+    entries = quantize_vectors(new) if isinstance(cached, Int8Vectors) else new.astype(cached.dtype)
 
-    def write(old: Array, part: Array) -> Array:
-        place: tuple[Array, ...]
-        if layer is None:
-            part = jnp.moveaxis(part, 2, 1).reshape(batch * heads, seq, *part.shape[3:])
-            place = (zero, start, zero)
-        else:
-            part, place = part[None], (layer, zero, start, zero, zero)
-        return jax.lax.dynamic_update_slice(old, part, place[: old.ndim])
+    def write(old: Array, entry: Array) -> Array:
+        return jax.lax.dynamic_update_slice(old, to_cache(entry), start[: old.ndim])
 
-    def read(whole: Array) -> Array:
-        if layer is None:
-            return jnp.moveaxis(whole.reshape(batch, heads, *whole.shape[1:]), 1, 2)
-        return jax.lax.dynamic_index_in_dim(whole, layer, axis=0, keepdims=False)
-
-    store = jax.tree.map(write, store, parts)
-    found = jax.tree.map(read, store)
-    return store, dequantize(found) if quantized else found
+    cached = jax.tree.map(write, cached, entries)
+    layer = jax.tree.map(from_cache, cached)
+    return cached, dequantize_vectors(layer) if isinstance(layer, Int8Vectors) else layer
 
 
-def quantize(x: Float[Array, "*slots dim"]) -> Int8Store:
-    """To 8 bits, symmetric, the largest of each vector at 127."""
+def quantize_vectors(x: Float[Array, "*slots dim"]) -> Int8Vectors:
+    """Symmetric 8 bits, the largest element of each vector at 127."""
     wide = x.astype(jnp.float32)
     scales = jnp.max(jnp.abs(wide), axis=-1) / 127
     values = jnp.round(wide / jnp.where(scales == 0, 1, scales)[..., None])
-    return Int8Store(values.astype(jnp.int8), scales)
+    return Int8Vectors(values.astype(jnp.int8), scales)
 
 
-def dequantize(store: Int8Store) -> Float[Array, "*slots dim"]:
-    """The float32 vectors that the store stands for."""
-    return store.values.astype(jnp.float32) * store.scales[..., None]
+def dequantize_vectors(vectors: Int8Vectors) -> Float[Array, "*slots dim"]:
+    """The vectors in float32."""
+    return vectors.values.astype(jnp.float32) * vectors.scales[..., None]

@@ -12,7 +12,7 @@ from jaxtyping import Bool, Int
 from llama_jax.attention.cache import KVCache
 from llama_jax.attention.masks import dense_mask
 from llama_jax.files.staging import replacing
-from llama_jax.models.decoder import mask_of_call
+from llama_jax.models.decoder import mask_and_cache
 
 if TYPE_CHECKING:
     from rich.text import Text
@@ -38,7 +38,7 @@ def visible_keys(
     *,
     cached: int = 0,
 ) -> Bool[np.ndarray, "batch queries keys"]:
-    """Which of `seq` keys each query sees, by the model's own mask (`mask_of_call`, `dense_mask`).
+    """Which of `seq` keys each query sees, by the model's own mask (`mask_and_cache`, `dense_mask`).
 
     Args:
         is_token: False for padding.
@@ -66,9 +66,9 @@ def visible_keys(
             segments=jnp.zeros((batch, seq), jnp.int32),
             length=jnp.zeros((), jnp.int32),
         )
-        _, cache = mask_of_call(batch, cached, tokens[:, :cached], segments[:, :cached], empty)
+        _, cache = mask_and_cache(batch, cached, tokens[:, :cached], segments[:, :cached], empty)
     queries = seq - cached
-    mask, _ = mask_of_call(batch, queries, tokens[:, cached:], segments[:, cached:], cache)
+    mask, _ = mask_and_cache(batch, queries, tokens[:, cached:], segments[:, cached:], cache)
     return np.asarray(dense_mask(mask, queries, seq))[:, 0]
 
 

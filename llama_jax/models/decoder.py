@@ -1,8 +1,9 @@
-"""LlamaModel: embed, scan over the stacked layers, final norm."""
+"""LlamaModel: the embedding, a scan over the stacked layers, the final norm."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple, TypedDict
 
 import jax
 import jax.numpy as jnp
@@ -10,16 +11,22 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, Key
 
-from llama_jax.attention.cache import KVCache, extend_cache, last_segment
+from llama_jax.attention.cache import (
+    KVCache,
+    LayerCache,
+    UnstackedLayerCache,
+    last_segment,
+    reserve,
+)
 from llama_jax.attention.dispatch import Implementation
 from llama_jax.attention.masks import AttentionMask
 from llama_jax.config import LlamaConfig
 from llama_jax.inputs.ids import require_ids
 from llama_jax.inputs.keys import as_key
 from llama_jax.inputs.positions import as_array, known_value
-from llama_jax.models.layers import DecoderLayer, RMSNorm, parameter
+from llama_jax.models.layers import DecoderLayer, LayerCall, RMSNorm, parameter
 from llama_jax.models.pretrained import PretrainedModel
-from llama_jax.numerics.remat import Remat, rematerialised
+from llama_jax.numerics.remat import Remat, checkpointed
 from llama_jax.numerics.rope import rope_cos_sin
 from llama_jax.numerics.scalars import is_integer, plain_number
 from llama_jax.sharding import RESIDUAL_AXES, constrain
@@ -33,10 +40,24 @@ Embeddings = Float[Array, "batch seq hidden"] | Float[np.ndarray, "batch seq hid
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class ModelOutput:
-    """What `LlamaModel` returns; fields not asked for are None.
+    """What `LlamaModel` returns. Optional fields are None unless requested.
 
-    hidden_states: layers + 1 arrays: the embeddings, the output of every layer but the last, and
-    `last_hidden_state` (the last layer's output after the final norm), as transformers returns them.
+    Attributes:
+        hidden_states: layers + 1 arrays, as transformers returns them: the embeddings, the output of every
+            layer but the last, and `last_hidden_state`, which is after the final norm.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> from flax import nnx
+        >>> from llama_jax import LlamaConfig, LlamaModel
+        >>> config = LlamaConfig(
+        ...     vocab_size=32, hidden_size=8, intermediate_size=16, num_hidden_layers=2,
+        ...     num_attention_heads=2,
+        ... )
+        >>> model = LlamaModel(config, rngs=nnx.Rngs(0))
+        >>> out = model(jnp.array([[5, 6, 7]]), output_hidden_states=True)
+        >>> len(out.hidden_states), out.attentions
+        (3, None)
     """
 
     last_hidden_state: Float[Array, "batch seq hidden"]
@@ -49,8 +70,8 @@ class Embedding(nnx.Module):
     """The token embedding table [vocab, hidden]."""
 
     def __init__(self, config: LlamaConfig, *, dtype: jnp.dtype, rngs: nnx.Rngs):
-        # torch's `padding_idx`, which transformers sets: that row gets no gradient as an input. Negative
-        # ids count from the end there; ids beyond the vocabulary, which torch refuses, mean none here.
+        # transformers sets torch's `padding_idx`: that row gets no gradient as an input. A negative id
+        # counts from the end; one outside the vocabulary, which torch refuses, means none here.
         pad, vocab = config.pad_token_id, config.vocab_size
         self.padding_id = pad % vocab if pad is not None and -vocab <= pad < vocab else None
         shape = (config.vocab_size, config.hidden_size)
@@ -61,7 +82,7 @@ class Embedding(nnx.Module):
         """Rows of the table; NaN for an id outside the vocabulary, never another token's row."""
 
         def take(table: Array) -> Array:
-            # fills with NaN; the integers of a quantised table with some code, its scales with NaN
+            # fills with NaN; of a quantized table, the codes with some integer and the scales with NaN
             return table.at[input_ids].get(mode="fill", wrap_negative_indices=False)
 
         rows = jax.tree.map(take, self.weight)[...]
@@ -71,16 +92,41 @@ class Embedding(nnx.Module):
         return jnp.where(padding, jax.lax.stop_gradient(rows), rows)
 
 
+class DecoderOptions(TypedDict, total=False):
+    """Keyword arguments of `LlamaModel.__call__` that models with a head pass on to it."""
+
+    cache: KVCache | None
+    output_hidden_states: bool
+    output_attentions: bool
+    dropout_key: Key[Array, ""] | None
+    attention_implementation: Implementation | None
+    remat: Remat
+    scan_unroll: int
+
+
 class LlamaModel(PretrainedModel):
-    """The decoder without a head. Layers are stacked on a leading axis and run with one scan."""
+    """The decoder without a head. Layers are stacked on a leading axis and run with one scan.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> from flax import nnx
+        >>> from llama_jax import LlamaConfig, LlamaModel
+        >>> config = LlamaConfig(
+        ...     vocab_size=32, hidden_size=8, intermediate_size=16, num_hidden_layers=2,
+        ...     num_attention_heads=2,
+        ... )
+        >>> model = LlamaModel(config, rngs=nnx.Rngs(0))
+        >>> model(jnp.array([[5, 6, 7]])).last_hidden_state.shape
+        (1, 3, 8)
+    """
 
     def __init__(self, config: LlamaConfig, *, rngs: nnx.Rngs, dtype: Any = jnp.float32):
         dtype = jnp.dtype(dtype)
         self.config = config
         self.embed_tokens = Embedding(config, dtype=dtype, rngs=rngs)
         stack = (config.num_hidden_layers,)
-        # or a list of single layers, where decoding unstacks them
-        self.layers: DecoderLayer | nnx.List = DecoderLayer(
+        # a list of single layers where decoding unstacks them (`generation.unstacked`)
+        self.layers: DecoderLayer | nnx.List[DecoderLayer] = DecoderLayer(
             config, stack=stack, dtype=dtype, rngs=rngs
         )
         eps = config.rms_norm_eps
@@ -88,7 +134,7 @@ class LlamaModel(PretrainedModel):
 
     @property
     def dtype(self) -> jnp.dtype:
-        """dtype of the weights, which is the dtype of the computation."""
+        """dtype of the weights and of the computation."""
         return self.embed_tokens.weight.dtype
 
     def __call__(
@@ -110,38 +156,39 @@ class LlamaModel(PretrainedModel):
         """Run the decoder.
 
         Args:
-            input_ids: token ids; exactly one of `input_ids` and `inputs_embeds`.
-            attention_mask: [batch, seq], 1 for tokens and 0 for padding, on either side or between.
-                With a cache it speaks of this call's tokens; the cache remembers earlier ones.
-            inputs_embeds: given instead of ids, cast to the model's dtype.
-            position_ids: rotary positions, [batch, seq] or [1, seq]; default: counted from 0, or from
-                the cache's length. They never change who attends to whom: positions that start anew
-                do not pack (transformers infers packing from them when it runs without a cache).
-            segment_ids: packed documents; tokens attend only within their own segment. With a cache and
-                without segment_ids, a row goes on in its last segment.
-            cache: earlier keys and values; the returned cache holds this call's as well. Too little room
-                for `seq` more tokens is an error outside jit and NaN under it.
+            input_ids: token ids; pass either these or `inputs_embeds`.
+            attention_mask: [batch, seq], 1 for tokens and 0 for padding, which may be on either side or in
+                between. With a cache it covers this call's tokens; the cache remembers earlier ones.
+            position_ids: rotary positions, [batch, seq] or [1, seq]; default: counted from 0, or from the
+                cache's length. They never change who attends to whom: positions that restart do not pack
+                documents (transformers infers packing from them when it runs without a cache).
+            inputs_embeds: embeddings in place of ids, cast to the model's dtype.
+            segment_ids: packed documents; tokens attend only within their segment. Without them, a call
+                with a cache continues each row's last segment.
+            cache: earlier keys and values; the returned cache has this call's as well. If `seq` more tokens
+                do not fit, the result is an error outside jit and NaN under it.
+            output_hidden_states: return the hidden states of every layer.
+            output_attentions: return the attention weights; needs the "plain" implementation.
             dropout_key: turns attention dropout on (training).
-            attention_implementation: see `attention`; None is the fastest.
-            remat: what the backward pass keeps of a layer and what it computes again, see `remat.py`.
-            scan_unroll: how many layers one turn of the loop over them holds; more compile longer and
-                can run faster.
+            attention_implementation: see `attention`; None picks the fastest.
+            remat: what the backward pass keeps of a layer and what it recomputes, see `numerics.remat`.
+            scan_unroll: layers per iteration of the scan; more compile longer and can run faster.
 
         Raises:
-            ValueError: shapes that do not fit, ids outside the vocabulary or a full cache (the latter
-                two only where the values are known, outside jit).
+            ValueError: shapes that do not match, ids outside the vocabulary or a full cache (the last two
+                only outside jit, where values are known).
         """
         if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError("expected exactly one of input_ids and inputs_embeds")
-        given = as_array(input_ids if inputs_embeds is None else inputs_embeds)
+            raise ValueError("pass exactly one of input_ids and inputs_embeds")
+        tokens = as_array(input_ids if inputs_embeds is None else inputs_embeds)
         if inputs_embeds is None:
-            require_ids("input_ids", given, self.config.vocab_size)
-        elif given.ndim != 3 or given.shape[2] != self.config.hidden_size or 0 in given.shape:
+            require_ids("input_ids", tokens, self.config.vocab_size)
+        elif tokens.ndim != 3 or tokens.shape[2] != self.config.hidden_size or 0 in tokens.shape:
             raise ValueError(
-                f"inputs_embeds: found shape {given.shape}, expected [batch, seq, "
+                f"inputs_embeds: found shape {tokens.shape}, expected [batch, seq, "
                 f"{self.config.hidden_size}] of at least one"
             )
-        batch, seq = given.shape[:2]
+        batch, seq = tokens.shape[:2]
         attention_mask, segment_ids, position_ids = map(
             as_array, (attention_mask, segment_ids, position_ids)
         )
@@ -157,58 +204,59 @@ class LlamaModel(PretrainedModel):
             raise ValueError(f"scan_unroll: found {scan_unroll!r}, expected a positive integer")
         if cache is not None:
             _require_room(cache, self.config, batch, seq)
-        return _decode(
-            self,
-            jnp.asarray(given) if inputs_embeds is None else jnp.asarray(given, self.dtype),
+        inputs = _Inputs(
+            jnp.asarray(tokens) if inputs_embeds is None else jnp.asarray(tokens, self.dtype),
             None if attention_mask is None else jnp.asarray(attention_mask, bool),
             None if position_ids is None else jnp.asarray(position_ids),
             None if segment_ids is None else jnp.asarray(segment_ids, jnp.int32),
-            cache,
-            as_key("dropout_key", dropout_key),
-            output_hidden_states=bool(output_hidden_states),
-            output_attentions=bool(output_attentions),
-            attention_implementation=attention_implementation,
-            remat=remat,
-            scan_unroll=scan_unroll,
         )
+        options = _Options(
+            bool(output_hidden_states),
+            bool(output_attentions),
+            attention_implementation,
+            remat,
+            scan_unroll,
+        )
+        return _forward(self, inputs, cache, as_key("dropout_key", dropout_key), options)
 
 
-# Compiled as a whole, so that a call outside jit costs one dispatch and compiles once per shape; within
-# a caller's jit it is inlined.
-@partial(
-    jax.jit,
-    static_argnames=(
-        "output_hidden_states",
-        "output_attentions",
-        "attention_implementation",
-        "remat",
-        "scan_unroll",
-    ),
-)
-def _decode(
+class _Inputs(NamedTuple):
+    """Checked arrays of one call."""
+
+    tokens: Array  # ids [batch, seq] or embeddings [batch, seq, hidden]
+    is_token: Bool[Array, "batch seq"] | None
+    position_ids: Int[Array, "_ seq"] | None
+    segment_ids: Int[Array, "batch seq"] | None
+
+
+class _Options(NamedTuple):
+    """What a compiled forward pass is specialized on."""
+
+    output_hidden_states: bool
+    output_attentions: bool
+    attention_implementation: Implementation | None
+    remat: Remat
+    scan_unroll: int
+
+
+# Jitted as a whole, so that a call outside jit is one dispatch and compiles once per shape; within a
+# caller's jit it is inlined.
+@partial(jax.jit, static_argnames="options")
+def _forward(
     model: LlamaModel,
-    given: Array,
-    is_token: Bool[Array, "batch seq"] | None,
-    position_ids: Int[Array, "_ seq"] | None,
-    segment_ids: Int[Array, "batch seq"] | None,
+    inputs: _Inputs,
     cache: KVCache | None,
     dropout_key: Key[Array, ""] | None,
-    *,
-    output_hidden_states: bool,
-    output_attentions: bool,
-    attention_implementation: Implementation | None,
-    remat: Remat,
-    scan_unroll: int,
+    options: _Options,
 ) -> ModelOutput:
-    """The forward pass on checked arguments; `given` are ids [batch, seq] or embeddings."""
     config = model.config
-    x = model.embed_tokens(given) if given.ndim == 2 else given
-    x = constrain(x, *RESIDUAL_AXES)
+    is_ids = inputs.tokens.ndim == 2
+    x = constrain(model.embed_tokens(inputs.tokens) if is_ids else inputs.tokens, *RESIDUAL_AXES)
     batch, seq = x.shape[:2]
     start = jnp.zeros((), jnp.int32) if cache is None else cache.length
-    slots = start + jnp.arange(seq, dtype=jnp.int32)
+    position_ids = inputs.position_ids
     if position_ids is None:
-        position_ids = slots[None]
+        position_ids = (start + jnp.arange(seq, dtype=jnp.int32))[None]
     cos, sin = rope_cos_sin(
         jnp.broadcast_to(position_ids, (batch, seq)),
         config.rope,
@@ -216,67 +264,104 @@ def _decode(
         config.max_position_embeddings,
         x.dtype,
     )
-    mask, cache = mask_of_call(batch, seq, is_token, segment_ids, cache)
-    layer_count = config.num_hidden_layers
-    dropout_keys = None if dropout_key is None else jax.random.split(dropout_key, layer_count)
-
-    def run_layer(carry, layer_inputs):
-        x, store = carry
-        layer, index, key = layer_inputs
-        y, weights, store = layer(
-            x,
-            cos,
-            sin,
-            mask,
-            store,
-            index,
-            start,
-            key,
-            attention_implementation,
-            output_attentions,
-        )
-        return (y, store), (x if output_hidden_states else None, weights)
-
-    indices = jnp.arange(layer_count, dtype=jnp.int32)
+    mask, cache = mask_and_cache(batch, seq, inputs.is_token, inputs.segment_ids, cache)
+    call = LayerCall(cos, sin, mask, options.attention_implementation, options.output_attentions)
     if isinstance(model.layers, DecoderLayer):
-        store = None if cache is None else (cache.keys, cache.values)
-        (x, store), (inputs, weights) = jax.lax.scan(
-            rematerialised(run_layer, remat, in_loop=scan_unroll < layer_count),
-            (x, store),
-            (model.layers, indices, dropout_keys),
-            unroll=scan_unroll,
+        ran = _scan_layers(
+            model.layers, config.num_hidden_layers, x, call, cache, start, dropout_key, options
         )
     else:
         assert cache is not None, "unstacked layers are for decoding"
-        outcomes: list[Any] = []
-        stores: list[Any] = []
-        for layer, *of_layer in zip(model.layers, cache.keys, cache.values, strict=True):
-            (x, of_layer), outcome = run_layer((x, tuple(of_layer)), (layer, None, None))
-            outcomes.append(outcome)
-            stores.append(of_layer)
-        inputs, weights = zip(*outcomes, strict=True)
-        store = tuple(k for k, _ in stores), tuple(v for _, v in stores)
-    if cache is not None and store is not None:
-        cache = replace(cache, keys=store[0], values=store[1])
-        # beyond the capacity, the update above has gone to other tokens' slots
+        ran = _decode_layers(model.layers, x, call, cache, start)
+    x, cache = ran.x, ran.cache
+    if cache is not None:
+        # beyond the capacity, `update` has overwritten other tokens' slots
         x = jnp.where(cache.length <= cache.capacity, x, jnp.nan)
     x = model.norm(x)
     return ModelOutput(
         last_hidden_state=x,
         cache=cache,
-        hidden_states=(*inputs, x) if output_hidden_states else None,
-        attentions=tuple(weights) if output_attentions else None,
+        hidden_states=(*ran.inputs, x) if options.output_hidden_states else None,
+        attentions=tuple(ran.attentions) if options.output_attentions else None,
     )
 
 
-def mask_of_call(
+class _RanLayers(NamedTuple):
+    """The output of all layers; the input and the attention weights of each, if requested."""
+
+    x: Array
+    cache: KVCache | None
+    inputs: Any
+    attentions: Any
+
+
+def _scan_layers(
+    layers: DecoderLayer,
+    count: int,
+    x: Float[Array, "batch seq hidden"],
+    call: LayerCall,
+    cache: KVCache | None,
+    start: Int[Array, ""],
+    dropout_key: Key[Array, ""] | None,
+    options: _Options,
+) -> _RanLayers:
+    """Run the stacked `layers`, one after the other."""
+
+    def run_layer(carry: Any, layer_inputs: Any) -> Any:
+        x, stored = carry
+        layer, index, key = layer_inputs
+        layer_cache = None
+        if stored is not None:
+            keys, values = stored
+            layer_cache = LayerCache(keys, values, index, start)
+        out = layer(x, call, layer_cache, key)
+        stored = None if out.cache is None else (out.cache.keys, out.cache.values)
+        layer_input = x if options.output_hidden_states else None
+        return (out.hidden, stored), (layer_input, out.attention_weights)
+
+    dropout_keys = None if dropout_key is None else jax.random.split(dropout_key, count)
+    stored: Any = None if cache is None else (cache.keys, cache.values)
+    (x, stored), (inputs, weights) = jax.lax.scan(
+        checkpointed(run_layer, options.remat, in_scan=options.scan_unroll < count),
+        (x, stored),
+        (layers, jnp.arange(count, dtype=jnp.int32), dropout_keys),
+        unroll=options.scan_unroll,
+    )
+    if cache is not None:
+        cache = replace(cache, keys=stored[0], values=stored[1])
+    return _RanLayers(x, cache, inputs, weights)
+
+
+def _decode_layers(
+    layers: Iterable[DecoderLayer],
+    x: Float[Array, "batch seq hidden"],
+    call: LayerCall,
+    cache: KVCache,
+    start: Int[Array, ""],
+) -> _RanLayers:
+    """Run unstacked `layers` with a cache of `unstack_cache`."""
+    assert isinstance(cache.keys, tuple)
+    assert isinstance(cache.values, tuple)
+    inputs, weights, caches = [], [], []
+    for layer, keys, values in zip(layers, cache.keys, cache.values, strict=True):
+        inputs.append(x)
+        x, layer_cache, layer_weights = layer(x, call, UnstackedLayerCache(keys, values, start))
+        assert layer_cache is not None
+        caches.append(layer_cache)
+        weights.append(layer_weights)
+    all_keys = tuple(layer_cache.keys for layer_cache in caches)
+    all_values = tuple(layer_cache.values for layer_cache in caches)
+    return _RanLayers(x, replace(cache, keys=all_keys, values=all_values), inputs, weights)
+
+
+def mask_and_cache(
     batch: int,
     seq: int,
     is_token: Bool[Array, "batch seq"] | None,
     segment_ids: Int[Array, "batch seq"] | None,
     cache: KVCache | None,
 ) -> tuple[AttentionMask, KVCache | None]:
-    """Who sees whom in a call of `seq` tokens a row, and the cache with their slots taken.
+    """The mask of a call with `seq` tokens per row, and the cache with slots reserved for them.
 
     The keys are this call's tokens or, with a cache, its slots.
     """
@@ -286,21 +371,20 @@ def mask_of_call(
     if segment_ids is None:
         segment_ids = jnp.broadcast_to(last_segment(cache), (batch, seq))
     is_token = jnp.ones((batch, seq), bool) if is_token is None else is_token
-    cache = extend_cache(cache, is_token, segment_ids)
+    cache = reserve(cache, is_token, segment_ids)
     keys = jnp.arange(cache.capacity, dtype=jnp.int32)
     return AttentionMask(queries, keys, cache.is_token, segment_ids, cache.segments), cache
 
 
 def _require_room(cache: KVCache, config: LlamaConfig, batch: int, seq: int) -> None:
     expected = (config.num_hidden_layers, batch, cache.capacity, config.kv_heads, config.head_size)
-    stacked = not isinstance(cache.keys, tuple)
-    if stacked and (cache.keys.shape != expected or cache.values.shape != expected):
-        raise ValueError(f"cache: found keys {cache.keys.shape}, expected {expected}")
+    for name, stored in (("keys", cache.keys), ("values", cache.values)):
+        if not isinstance(stored, tuple) and stored.shape != expected:
+            raise ValueError(f"cache: found {name} {stored.shape}, expected {expected}")
     if seq > cache.capacity:
-        raise ValueError(f"cache: {cache.capacity} slots, expected room for {seq} tokens")
+        raise ValueError(f"cache: {cache.capacity} slots are too few for {seq} tokens")
     length = known_value(cache.length)
     if length is not None and int(length) + seq > cache.capacity:
         raise ValueError(
-            f"cache: {length} of {cache.capacity} slots are taken, expected room for "
-            f"{seq} more tokens"
+            f"cache: {length} of {cache.capacity} slots are in use; no room for {seq} more tokens"
         )

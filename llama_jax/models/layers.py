@@ -1,22 +1,23 @@
-"""RMSNorm, Linear, Attention, MLP, DecoderLayer: modules that hold weights around free functions.
+"""RMSNorm, Linear, Attention, MLP, DecoderLayer: modules that hold weights for free functions.
 
 Every parameter is declared once, by `parameter`: shape, logical axes and initializer together. Weights
-have the layout of PyTorch, [out, in], and the names of transformers, so that a checkpoint is read without
-a transpose. `stack` is the leading shape of stacked layers, () for a single one.
+have PyTorch's layout, [out, in], and transformers' names, so a checkpoint is read without a transpose.
+`stack` is the leading shape of stacked layers, () for a single one.
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
-from jaxtyping import Array, Float, Int, Key
+from jaxtyping import Array, Float, Key
 
-from llama_jax.attention.cache import Store, write_layer
-from llama_jax.attention.dispatch import attention
+from llama_jax.attention.cache import LayerCache, UnstackedLayerCache
+from llama_jax.attention.dispatch import Implementation, attention
 from llama_jax.attention.masks import AttentionMask
 from llama_jax.config import LlamaConfig
 from llama_jax.inputs.keys import require_rngs
@@ -34,10 +35,10 @@ def parameter(
     axes: tuple[str, ...],
     init: Initializer,
     dtype: jnp.dtype,
-) -> nnx.Param:
-    """One declaration: initial value from `init`, logical axis names kept as metadata `axes`.
+) -> nnx.Param[Array]:
+    """A parameter with its initial value from `init` and its logical axes as metadata `axes`.
 
-    Leading dimensions of stacked layers need no names of their own: they are all 'layers'.
+    `axes` names the last dimensions of `shape`; those before it, of stacked layers, are all "layers".
     """
     require_rngs(rngs)
     stacked = ("layers",) * (len(shape) - len(axes))
@@ -49,8 +50,8 @@ def rms_norm(
 ) -> Float[Array, "*batch hidden"]:
     """x / sqrt(mean(x^2) + eps) * weight (arXiv:1910.07467).
 
-    Statistics in float32 (float64 for float64); the product with the weight after casting back, which is
-    transformers' order.
+    Statistics are float32 (float64 for float64); the weight is applied after casting back, in transformers'
+    order.
     """
     wide = x.astype(working_dtype(x.dtype))
     normed = wide * jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + eps)
@@ -60,7 +61,7 @@ def rms_norm(
 def _for_every_token(
     parameter: Float[Array, " last"], x: Float[Array, "*batch last"]
 ) -> Float[Array, "*batch last"]:
-    """Broadcast so that the gradient is summed in float32, not in the dtype of x."""
+    """`parameter` broadcast to x so that its gradient is summed in float32, not in the dtype of x."""
     wide = jnp.broadcast_to(parameter.astype(working_dtype(x.dtype)), x.shape)
     return wide.astype(x.dtype)
 
@@ -71,10 +72,10 @@ def linear(
     bias: Float[Array, " out"] | None,
 ) -> Float[Array, "*batch out"]:
     """x weight^T + bias, accumulated in float32 and rounded once, after the bias."""
-    # One axis of tokens is what products are fastest with on a CPU, backward most of all; but merged, a
-    # sequence that is split over devices would be gathered.
-    split = mesh_axes().present(SEQUENCE_AXIS)
-    tokens = x if split else x.reshape(-1, x.shape[-1])
+    # CPU matmuls are fastest with a single axis of tokens, most of all in the backward pass; but merging
+    # the axes would gather a sequence that is split over devices.
+    is_split = mesh_axes().present(SEQUENCE_AXIS)
+    tokens = x if is_split else x.reshape(-1, x.shape[-1])
     batch = "abcdefgh"[: tokens.ndim - 1]
     blocked = x.shape[-2:-1] != (1,)  # not a step of decoding
     spec = f"{batch}i,oi->{batch}o"
@@ -85,7 +86,7 @@ def linear(
         out = einsum(spec, tokens, weight, out_dtype=working, blocked=blocked)
         out = out + jnp.broadcast_to(bias.astype(working), out.shape)
     out = out.astype(x.dtype).reshape(*x.shape[:-1], weight.shape[0])
-    return checkpoint_name(out, "projection")  # for `remat`
+    return checkpoint_name(out, "projection")  # kept by remat="dots"
 
 
 def sliced_linear(
@@ -94,9 +95,9 @@ def sliced_linear(
     bias: Float[Array, " out"] | None,
     slices: int,
 ) -> Float[Array, "*batch out"]:
-    """`linear` as a sum over `slices` of the input dimension, each rounded, in their order.
+    """`linear` as a sum over `slices` of the input dimension, in order, each rounded.
 
-    This is what `pretraining_tp` > 1 asks for: the summation order of a tensor-parallel pretraining.
+    This is what `pretraining_tp` > 1 means: the summation order of tensor-parallel pretraining.
     """
     size = -(-x.shape[-1] // slices)
     starts = range(0, x.shape[-1], size)
@@ -105,6 +106,33 @@ def sliced_linear(
         part = slice(start, start + size)
         total = total + linear(x[..., part], weight[:, part], None)
     return total if bias is None else total + _for_every_token(bias, total)
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class LayerCall:
+    """What all layers of one forward pass share.
+
+    Attributes:
+        cos, sin: of the rotation angles of each position, see `rope_cos_sin`.
+        mask: who attends to whom.
+        attention_implementation: see `attention`.
+        output_attentions: return the attention weights.
+    """
+
+    cos: Float[Array, "batch seq half"]
+    sin: Float[Array, "batch seq half"]
+    mask: AttentionMask
+    attention_implementation: Implementation | None = field(default=None, metadata={"static": True})
+    output_attentions: bool = field(default=False, metadata={"static": True})
+
+
+class LayerOutput(NamedTuple):
+    """Hidden states, the updated cache, and attention weights if `LayerCall` asks for them."""
+
+    hidden: Float[Array, "batch seq hidden"]
+    cache: LayerCache | UnstackedLayerCache | None
+    attention_weights: Float[Array, "batch heads seq k"] | None
 
 
 class RMSNorm(nnx.Module):
@@ -118,12 +146,12 @@ class RMSNorm(nnx.Module):
         self.weight = parameter(rngs, (*stack, size), ("embed",), ones, dtype)
 
     def __call__(self, x: Float[Array, "*batch hidden"]) -> Float[Array, "*batch hidden"]:
-        """Normalise the last axis."""
+        """Normalize the last axis."""
         return rms_norm(x, self.weight[...], self.eps)
 
 
 class Linear(nnx.Module):
-    """`linear`, its weight and, where asked for, its bias. `slices` > 1: `sliced_linear`."""
+    """`linear`, or with `slices` > 1 `sliced_linear`, with its weight and optional bias."""
 
     def __init__(
         self,
@@ -163,7 +191,7 @@ def _projection(
     axes: tuple[str, str],
     slices: int = 1,
 ) -> Linear:
-    """A projection of a decoder layer: what all seven have in common first, for `partial`."""
+    """A projection of a decoder layer. What all seven share comes first, for `partial`."""
     return Linear(
         in_features,
         out_features,
@@ -178,7 +206,7 @@ def _projection(
 
 
 class Attention(nnx.Module):
-    """Rotary grouped-query self-attention with its four projections."""
+    """Grouped-query self-attention with rotary embeddings and four projections."""
 
     def __init__(
         self, config: LlamaConfig, *, stack: tuple[int, ...], dtype: jnp.dtype, rngs: nnx.Rngs
@@ -198,53 +226,32 @@ class Attention(nnx.Module):
     def __call__(
         self,
         x: Float[Array, "batch seq hidden"],
-        cos: Float[Array, "batch seq half"],
-        sin: Float[Array, "batch seq half"],
-        mask: AttentionMask,
-        store: tuple[Store, Store] | None,
-        layer: Int[Array, ""] | None,
-        start: Int[Array, ""],
-        dropout_key: Key[Array, ""] | None,
-        implementation: str | None = None,
-        output_weights: bool = False,
-    ) -> tuple[
-        Float[Array, "batch seq hidden"],
-        Float[Array, "batch heads seq k"] | None,
-        tuple[Store, Store] | None,
-    ]:
-        """Attend over this call's keys or, where `store` holds cached ones, over the cache.
-
-        Args:
-            store: keys and values of the cache, of all layers or, with `layer` None, of this one; or None.
-            layer, start: where in the store this call's keys and values are written.
-            implementation, output_weights: see `attention`.
-
-        Returns:
-            Output, attention weights where asked for, and the store with the new keys and values in it.
-        """
-        split = (*x.shape[:2], -1, self.head_dim)
-        query = rotate(self.q_proj(x).reshape(split), cos, sin)
-        key = rotate(self.k_proj(x).reshape(split), cos, sin)
-        value = self.v_proj(x).reshape(split)
+        call: LayerCall,
+        cache: LayerCache | UnstackedLayerCache | None = None,
+        dropout_key: Key[Array, ""] | None = None,
+    ) -> LayerOutput:
+        """Attend to this call's keys or, with a cache, to all that it holds."""
+        by_head = (*x.shape[:2], -1, self.head_dim)
+        query = rotate(self.q_proj(x).reshape(by_head), call.cos, call.sin)
+        key = rotate(self.k_proj(x).reshape(by_head), call.cos, call.sin)
+        value = self.v_proj(x).reshape(by_head)
         query = constrain(query, "batch", "sequence", "heads", "hidden")
         key = constrain(key, "batch", "sequence", "kv_heads", "hidden")
         value = constrain(value, "batch", "sequence", "kv_heads", "hidden")
-        if store is not None:
-            keys, key = write_layer(store[0], layer, start, key)
-            values, value = write_layer(store[1], layer, start, value)
-            store = keys, values
+        if cache is not None:
+            cache, key, value = cache.update(key, value)
             key, value = key.astype(query.dtype), value.astype(query.dtype)
         out, weights = attention(
             query,
             key,
             value,
-            mask,
-            implementation=implementation,
+            call.mask,
+            implementation=call.attention_implementation,
             dropout_rate=self.dropout_rate,
             dropout_key=dropout_key,
-            output_weights=output_weights,
+            output_weights=call.output_attentions,
         )
-        return self.o_proj(out.reshape(*x.shape[:2], -1)), weights, store
+        return LayerOutput(self.o_proj(out.reshape(*x.shape[:2], -1)), cache, weights)
 
 
 class MLP(nnx.Module):
@@ -286,33 +293,12 @@ class DecoderLayer(nnx.Module):
     def __call__(
         self,
         x: Float[Array, "batch seq hidden"],
-        cos: Float[Array, "batch seq half"],
-        sin: Float[Array, "batch seq half"],
-        mask: AttentionMask,
-        store: tuple[Store, Store] | None,
-        layer: Int[Array, ""] | None,
-        start: Int[Array, ""],
-        dropout_key: Key[Array, ""] | None,
-        implementation: str | None = None,
-        output_weights: bool = False,
-    ) -> tuple[
-        Float[Array, "batch seq hidden"],
-        Float[Array, "batch heads seq k"] | None,
-        tuple[Store, Store] | None,
-    ]:
-        """As `Attention.__call__`, with the two residual branches around it."""
-        attended, weights, store = self.self_attn(
-            self.input_layernorm(x),
-            cos,
-            sin,
-            mask,
-            store,
-            layer,
-            start,
-            dropout_key,
-            implementation,
-            output_weights,
-        )
+        call: LayerCall,
+        cache: LayerCache | UnstackedLayerCache | None = None,
+        dropout_key: Key[Array, ""] | None = None,
+    ) -> LayerOutput:
+        """`Attention` and `MLP`, each behind a norm and with a residual connection around it."""
+        attended, cache, weights = self.self_attn(self.input_layernorm(x), call, cache, dropout_key)
         x = constrain(x + attended, *RESIDUAL_AXES)
         x = x + self.mlp(self.post_attention_layernorm(x))
-        return constrain(x, *RESIDUAL_AXES), weights, store
+        return LayerOutput(constrain(x, *RESIDUAL_AXES), cache, weights)

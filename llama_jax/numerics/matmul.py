@@ -161,8 +161,9 @@ def _half_precision_cpu_einsum(
     order_b = batch + (columns + contracted if is_last else contracted + columns)
     a, b = _transpose(a, subscripts.a, order_a), _transpose(b, subscripts.b, order_b)
     a, b = jax.lax.optimization_barrier((a, b))
-    contracting = tuple(
-        [order.index(index) for index in contracted] for order in (order_a, order_b)
+    contracting = (
+        [order_a.index(index) for index in contracted],
+        [order_b.index(index) for index in contracted],
     )
     leading = list(range(len(batch)))
     out = jax.lax.dot_general(a, b, (contracting, (leading, leading)), preferred_element_type=dtype)

@@ -1,4 +1,4 @@
-"""What a layer keeps for its backward pass, and what it computes again (arXiv:1604.06174)."""
+"""Rematerialization: what a layer keeps for its backward pass and what it recomputes (arXiv:1604.06174)."""
 
 from collections.abc import Callable
 from typing import Any, get_args
@@ -7,24 +7,25 @@ import jax
 
 from llama_jax.numerics.remat_policy import Remat
 
-# Names are given where the values are rounded: policies that look for products would keep their float32
-# sums, twice the size of what is wanted in bfloat16.
-KEPT_BY_DOTS = ("projection", "attention")
+# Values are named where they have been rounded: a policy that saves matmuls would save their float32 sums,
+# twice the size of the bfloat16 result.
+SAVED_BY_DOTS = ("projection", "attention")
 
 
-def rematerialised(function: Callable[..., Any], remat: Remat, in_loop: bool) -> Callable[..., Any]:
-    """`function`, a layer, with its residuals chosen.
+def checkpointed(
+    function: Callable[..., Any], remat: Remat, *, in_scan: bool
+) -> Callable[..., Any]:
+    """`function`, a layer, under `jax.checkpoint` with the policy of that name.
 
-    "none" keeps everything; "dots" keeps the outputs of the products (projections, attention) and computes
-    again what is cheap (norms, activations, rotations); "full" keeps the inputs alone, and costs a
-    second forward pass.
+    "none" saves everything. "dots" saves the outputs of projections and attention, and recomputes what is
+    cheap: norms, activations, rotations. "full" saves the inputs alone and costs a second forward pass.
 
     Args:
-        in_loop: a loop's forward and backward pass are apart anyway; elsewhere the compiler must be kept
-            from finding that the same is computed twice.
+        in_scan: inside a scan XLA cannot merge the recomputation with the forward pass; elsewhere
+            `prevent_cse` keeps it from doing so.
 
     Raises:
-        ValueError: another name.
+        ValueError: an unknown name.
     """
     if remat not in get_args(Remat):
         raise ValueError(f"remat: found {remat!r}, expected one of {', '.join(get_args(Remat))}")
@@ -34,6 +35,6 @@ def rematerialised(function: Callable[..., Any], remat: Remat, in_loop: bool) ->
     policy = (
         policies.nothing_saveable
         if remat == "full"
-        else policies.save_only_these_names(*KEPT_BY_DOTS)
+        else policies.save_only_these_names(*SAVED_BY_DOTS)
     )
-    return jax.checkpoint(function, policy=policy, prevent_cse=not in_loop)
+    return jax.checkpoint(function, policy=policy, prevent_cse=not in_scan)

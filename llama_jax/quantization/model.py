@@ -138,10 +138,10 @@ def _matrices(model: nnx.Module) -> list[Any]:
     ]
 
 
-def _matrix_axes(weight: nnx.Param) -> tuple[str, ...]:
+def _matrix_axes(weight: nnx.Param[Any]) -> tuple[str, ...]:
     return tuple(axis for axis in weight.get_metadata("axes") if axis != "layers")
 
 
-def _is_projection(weight: nnx.Param) -> bool:
+def _is_projection(weight: nnx.Param[Any]) -> bool:
     """Not the embedding or the language-model head, on which the output depends most."""
     return "vocab" not in _matrix_axes(weight)

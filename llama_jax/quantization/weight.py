@@ -32,7 +32,7 @@ class QuantizedWeight(nnx.Module):
     of the weight.
     """
 
-    def __init__(self, weight: nnx.Param, bits: int, group_size: int | None):
+    def __init__(self, weight: nnx.Param[Array], bits: int, group_size: int | None):
         """`group_size`: how many columns share a scale; None, in 8 bits only: all of a row."""
         self.axes = weight.get_metadata("axes")
         self.bits, self.group_size = bits, group_size

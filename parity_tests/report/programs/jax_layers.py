@@ -162,8 +162,7 @@ def layer_steps(
 def _call_layer(
     layer: layers.DecoderLayer, x: jax.Array, cos: jax.Array, sin: jax.Array, mask: AttentionMask
 ) -> jax.Array:
-    zero = jnp.int32(0)
-    return layer(x, cos, sin, mask, None, zero, zero, None)[0]
+    return layer(x, layers.LayerCall(cos, sin, mask)).hidden
 
 
 @jax.jit
