@@ -198,7 +198,7 @@ def _scores(keys: Array, mask: AttentionMask, block: _Blocks) -> tuple[Array, Ar
 
 
 def _groups(size: int, query: Array, key: Array, mask: AttentionMask) -> list[_Group]:
-    """Groups of blocks by their frontiers; with explicit slots, unknown here, every block sees every key."""
+    """Blocks grouped by frontier; with explicit slots, which are traced, every block sees every key."""
     count, keys = -(-query.shape[1] // size), key.shape[1]
     if mask.query_slots is not None:
         return [_Group(0, count, keys)]

@@ -26,7 +26,7 @@ class Int8Vectors:
         return self.values.shape
 
 
-Vectors = Float[Array, "*slots dim"] | Int8Vectors
+Vectors = Float[Array, "..."] | Int8Vectors
 
 
 @jax.tree_util.register_dataclass

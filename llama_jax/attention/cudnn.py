@@ -13,21 +13,21 @@ def cudnn_attention(
     value: Float[Array, "batch k kv_heads dim"],
     mask: AttentionMask,
 ) -> Float[Array, "batch q heads dim"]:
-    """Causal attention by `jax.nn.dot_product_attention`; only where `cudnn_misfit` finds nothing."""
+    """Causal attention by `jax.nn.dot_product_attention`; only where `cudnn_misfit` returns None."""
     return jax.nn.dot_product_attention(query, key, value, is_causal=True, implementation="cudnn")
 
 
 def cudnn_misfit(
     query: Float[Array, "batch q heads dim"], mask: AttentionMask, sequence_shards: int
 ) -> str | None:
-    """Why it cannot do this, or None: what it is given is causal, in half precision, and whole."""
+    """Why cuDNN cannot do this, or None: it does full causal sequences in half precision."""
     dim = query.shape[3]
     if query.dtype not in (jnp.bfloat16, jnp.float16):
         return f"{query.dtype}, expected bfloat16 or float16"
-    if dim % 8 or dim > 128:  # 256 from Hopper on, which cannot be known here
+    if dim % 8 or dim > 128:  # 256 from Hopper on, but the GPU is not known here
         return f"head_dim {dim}, expected a multiple of 8 up to 128"
     if sequence_shards > 1 or mask.query_slots is not None:
-        return "a part of the sequence, expected all of it"
+        return "a part of the sequence, expected the full sequence"
     if mask.key_is_token is not None or mask.query_segments is not None:
-        return "padding or segments, expected neither: it takes them as a [q, k] bias only"
+        return "padding or segments, expected neither: cuDNN takes them only as a [q, k] bias"
     return None

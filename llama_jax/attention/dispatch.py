@@ -1,4 +1,4 @@
-"""Grouped-query attention: which implementation, and on which shard."""
+"""Grouped-query attention: picks an implementation and runs it on every shard of a mesh."""
 
 import math
 from collections.abc import Callable
@@ -19,7 +19,7 @@ from llama_jax.attention.splash import splash_attention, splash_kernel, splash_m
 from llama_jax.numerics.backend import target_platform
 from llama_jax.sharding import BATCH_AXES, SEQUENCE_AXIS, TENSOR_AXIS, MeshAxes, mesh_axes
 
-# Up to so many tokens the scores are small, and holding them is the faster way.
+# Up to this many tokens the scores are small, and it is faster to hold them.
 PLAIN_LENGTH = 128
 
 _Misfit = Callable[[Array, AttentionMask, int], str | None]
@@ -40,21 +40,23 @@ def attention(
 ) -> tuple[Float[Array, "batch q heads dim"], Float[Array, "batch heads q k"] | None]:
     """softmax(query key^T / sqrt(dim)) value, head h attending to kv head h // (heads / kv_heads).
 
-    A query that sees nothing yields zeros. Under an ambient mesh the batch is split over data and fsdp,
-    the heads over tensor and the queries over sequence, where they divide; every shard holds all keys.
+    A query that sees no key yields zeros. Under an ambient mesh the batch is split over data and fsdp, the
+    heads over tensor and the queries over sequence, where they divide; every shard holds all keys.
 
     Args:
-        implementation: "plain" holds the scores, and alone does weights and dropout; "blocked" never holds
-            those of the whole sequence; "cudnn" and "splash" are kernels for GPU and TPU, without caches.
-            None takes what is fastest on the target platform and fits. All but "plain" are differentiable
-            once, in reverse.
-        dropout_rate: of the attention weights, applied only where a `dropout_key` is given.
+        mask: who attends to whom.
+        implementation: "plain" holds the scores, and is the only one with weights and dropout; "blocked"
+            never holds the scores of the full sequence; "cudnn" and "splash" are kernels for GPU and TPU,
+            without caches. None picks the fastest that can do this on the target platform. All but "plain"
+            are differentiable once, in reverse mode.
+        dropout_rate: of the attention weights, applied only with a `dropout_key`.
+        output_weights: return the attention weights.
 
     Returns:
-        The output and, where asked for, the attention weights (after dropout).
+        The output, and the attention weights (after dropout) or None.
 
     Raises:
-        ValueError: an implementation that is not there, or does not do what is asked.
+        ValueError: an unknown implementation, or one that cannot do this.
     """
     axes = mesh_axes()
     dropout = dropout_key is not None and dropout_rate > 0
@@ -76,14 +78,14 @@ def attention(
 def choose_implementation(
     implementation: str | None, query: Any, mask: AttentionMask, needs_weights: bool
 ) -> str:
-    """The implementation asked for, if it fits; else the best that does.
+    """The requested implementation, or for None the fastest that can do this.
 
     Args:
-        query: [batch, q, heads, dim], real or abstract, as the arrays of `mask`.
-        needs_weights: attention weights, or dropout of them, are asked for.
+        query: [batch, q, heads, dim], real or abstract, as are the arrays of `mask`.
+        needs_weights: the weights are returned or have dropout.
 
     Raises:
-        ValueError: as `attention`.
+        ValueError: an unknown implementation, or one that cannot do this.
     """
     sequence_shards = mesh_axes().size(SEQUENCE_AXIS)
 
@@ -91,7 +93,7 @@ def choose_implementation(
         if name == "plain":
             return None
         if needs_weights:
-            return "attention weights or their dropout, expected neither"
+            return "attention weights or dropout of them, expected neither"
         return _MISFITS[name](query, mask, sequence_shards) if name in _MISFITS else None
 
     if implementation is not None:
@@ -122,7 +124,7 @@ class _Shards(NamedTuple):
 
 
 def _find_shards(axes: MeshAxes, query: Array, key: Array) -> _Shards:
-    """Axes that do not divide what they would split are left out: every shard does all of it."""
+    """The axes that divide what they split; over the others every shard repeats the work."""
     batch, q, heads, _ = query.shape
     split = {}
     for dimension, size in (("batch", batch), ("sequence", q), ("heads", heads)):
@@ -136,36 +138,36 @@ def _find_shards(axes: MeshAxes, query: Array, key: Array) -> _Shards:
 
 
 def _over_shards(run: Callable[..., Array], shards: _Shards, *operands: Any) -> Array:
-    """`run(*operands)`, which end in query, key, value and mask, on every shard.
+    """`run(*operands)` on every shard; the operands end with query, key, value and mask.
 
-    Kernels and loops over blocks are opaque to the compiler's partitioner, which would gather their
-    operands whole or refuse them.
+    Kernels and loops over blocks are opaque to XLA's partitioner, which would gather their operands or
+    reject them.
     """
     axes = shards.axes
     batch, sequence, heads = (names or None for names in shards[1:])
     if not axes.free:
         return run(*operands)
     *kernel, query, key, value, mask = operands
-    # where there are fewer kv heads than shards, neighbours hold the same one
+    # with fewer kv heads than shards, neighbors hold copies of the same one
     parts = math.lcm(key.shape[2], axes.size(*shards.heads)) // key.shape[2]
     if parts > 1:
         key, value = jnp.repeat(key, parts, axis=2), jnp.repeat(value, parts, axis=2)
     if sequence:
         query_slots, key_slots = slots_of(mask, query.shape[1], key.shape[1])
         mask = mask._replace(query_slots=query_slots, key_slots=key_slots)
-    of_fields = (P(sequence), P(), P(batch), P(batch, sequence), P(batch))
-    of_mask: Any = type(mask)(
-        *(None if field is None else spec for field, spec in zip(mask, of_fields, strict=True))
+    field_specs = (P(sequence), P(), P(batch), P(batch, sequence), P(batch))
+    mask_specs: Any = type(mask)(
+        *(None if field is None else spec for field, spec in zip(mask, field_specs, strict=True))
     )
-    of_query, of_key = P(batch, sequence, heads), P(batch, None, heads)
-    of_kernel = [
+    query_spec, key_spec = P(batch, sequence, heads), P(batch, None, heads)
+    kernel_specs = [
         k.manual_sharding_spec(NamedSharding(axes.mesh, P(heads, sequence))) for k in kernel
     ]
     return jax.shard_map(
         run,
         mesh=axes.mesh,
-        in_specs=(*of_kernel, of_query, of_key, of_key, of_mask),
-        out_specs=of_query,
-        axis_names=set(axes.free),  # a kernel refuses any that is left, even of size 1
+        in_specs=(*kernel_specs, query_spec, key_spec, key_spec, mask_specs),
+        out_specs=query_spec,
+        axis_names=set(axes.free),  # kernels reject a remaining one, even of size 1
         check_vma=False,
     )(*kernel, query, key, value, mask)

@@ -1,4 +1,4 @@
-"""Who may attend to whom: described as data, and as booleans for a block of queries and keys."""
+"""Who may attend to whom: as compact data, and as booleans for a block of queries and keys."""
 
 from typing import NamedTuple
 
@@ -8,12 +8,14 @@ from jaxtyping import Array, Bool, Int
 
 
 class AttentionMask(NamedTuple):
-    """What decides whether a query sees a key; its size grows with the sequence, not with its square.
+    """What decides whether a query sees a key, in memory linear in the sequence length.
 
-    query_slots, key_slots: places in the sequence (or cache), not positions. None for both where queries
-    and keys are the same tokens in their order, 0, 1, 2, ...: then what lies beyond a block is known when
-    the program is traced. key_is_token: False for padding; None for none. query_segments, key_segments:
-    packed documents; None for both where there is one a row.
+    Attributes:
+        query_slots, key_slots: indices into the sequence (or cache), not rotary positions. None for both if
+            queries and keys are the same tokens, 0, 1, 2, ...: then it is known at trace time what lies
+            beyond a block.
+        key_is_token: False for padding; None if there is none.
+        query_segments, key_segments: packed documents; None for both if there is one per row.
     """
 
     query_slots: Int[Array, " q"] | None = None
@@ -30,9 +32,9 @@ def attention_mask(
     query_segments: Int[Array, "batch q"] | None,
     key_segments: Int[Array, "batch k"] | None,
 ) -> Bool[Array, "b_or_1 1 q k"]:
-    """True where a query sees a key: causal, the key is a token, and both belong to one segment.
+    """True where a query sees a key: causal, the key is a token, and both are of the same segment.
 
-    The result has a batch axis of 1 where nothing depends on the row.
+    The batch axis is 1 if nothing depends on the row.
     """
     mask = (key_slots[None, :] <= query_slots[:, None])[None, None]
     if key_is_token is not None:
@@ -44,27 +46,29 @@ def attention_mask(
 
 
 def slots_of(mask: AttentionMask, q: int, k: int) -> tuple[Int[Array, " {q}"], Int[Array, " {k}"]]:
-    """The slots of `q` queries and `k` keys, written out."""
+    """The slots of `q` queries and `k` keys as arrays."""
     if mask.query_slots is not None and mask.key_slots is not None:
         return mask.query_slots, mask.key_slots
     return jnp.arange(q, dtype=jnp.int32), jnp.arange(k, dtype=jnp.int32)
 
 
 def dense_mask(mask: AttentionMask, q: int, k: int) -> Bool[Array, "b_or_1 1 q k"]:
-    """All of `attention_mask`, for programs that hold the scores anyway."""
+    """The full `attention_mask`, for implementations that hold the scores anyway."""
     return attention_mask(*slots_of(mask, q, k), *mask[2:])
 
 
 def sees_something(mask: AttentionMask, q: int, k: int, block: int) -> Bool[Array, "b_or_1 q"]:
-    """Whether a query sees any key at all, formed for `block` queries at a time."""
+    """Whether a query sees any key at all, computed for `block` queries at a time."""
     query_slots, key_slots = slots_of(mask, q, k)
     segments = mask.query_segments
 
-    def seen(query: tuple[Array, Array | None]) -> Array:
-        slot, own = query
-        own = None if own is None else own[:, None]
-        visible = attention_mask(slot[None], key_slots, mask.key_is_token, own, mask.key_segments)
+    def sees_any(query: tuple[Array, Array | None]) -> Array:
+        slot, segment = query
+        segment = None if segment is None else segment[:, None]
+        visible = attention_mask(
+            slot[None], key_slots, mask.key_is_token, segment, mask.key_segments
+        )
         return jnp.any(visible, axis=(1, 2, 3))
 
     per_query = (query_slots, None if segments is None else segments.T)
-    return jax.lax.map(seen, per_query, batch_size=block).T
+    return jax.lax.map(sees_any, per_query, batch_size=block).T

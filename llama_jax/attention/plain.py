@@ -1,4 +1,4 @@
-"""Attention that holds the scores: the formula itself, with its weights and dropout of them."""
+"""Attention that holds the scores: the plain formula, which can return and drop its weights."""
 
 import jax
 import jax.numpy as jnp
@@ -18,13 +18,13 @@ def dot_product_attention(
 ) -> tuple[Float[Array, "batch q heads dim"], Float[Array, "batch heads q k"]]:
     """softmax(query key^T / sqrt(dim)) value, head h attending to kv head h // (heads / kv_heads).
 
-    Scores and softmax are float32 (float64 for float64), the weights are cast back to the query's dtype
-    before the second product. A query that may see nothing yields zeros, as in transformers' `sdpa`;
-    its `eager` averages over every key instead, future ones included.
+    Scores and softmax are float32 (float64 for float64); the weights are cast back to the query's dtype
+    before the second matmul. A query that sees no key yields zeros, as in transformers' `sdpa`; its `eager`
+    averages over all keys instead, future ones included.
 
     Args:
         mask: True where the query sees the key.
-        dropout_rate: of the attention weights, applied only where a `dropout_key` is given.
+        dropout_rate: of the attention weights, applied only with a `dropout_key`.
 
     Returns:
         The output and the attention weights (after dropout), as transformers returns them.
@@ -35,10 +35,10 @@ def dot_product_attention(
     grouped = query.reshape(batch, q, kv_heads, heads // kv_heads, dim)
     scores = einsum("bqngd,bknd->bngqk", grouped, key, out_dtype=working) * dim**-0.5
     visible = mask[:, :, None]  # one axis for kv heads, one for the heads of a group
-    # the lowest finite number, not -inf: a row that sees nothing must not become NaN on its way to zero
+    # the lowest finite number, not -inf: a row that sees no key must not turn into NaN
     scores = jnp.where(visible, scores, jnp.finfo(working).min)
     weights = jnp.where(visible, jax.nn.softmax(scores, axis=-1), 0).astype(query.dtype)
-    weights = checkpoint_name(weights, "attention")  # for `remat`
+    weights = checkpoint_name(weights, "attention")  # saved by remat="dots"
     if dropout_key is not None and dropout_rate > 0:
         kept = jax.random.bernoulli(dropout_key, 1 - dropout_rate, weights.shape)
         scale = 1 / (1 - dropout_rate) if dropout_rate < 1 else 0.0

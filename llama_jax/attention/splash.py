@@ -1,4 +1,4 @@
-"""JAX's splash attention, a Pallas kernel for TPUs: blocks that nothing sees are never visited."""
+"""JAX's splash attention, a Pallas kernel for TPUs that skips masked blocks."""
 
 from typing import Any
 
@@ -21,10 +21,9 @@ def splash_attention(
     value: Float[Array, "batch k kv_heads dim"],
     mask: AttentionMask,
 ) -> Float[Array, "batch q heads dim"]:
-    """Attention by `kernel`, of `splash_kernel`; only where `splash_misfit` finds nothing.
+    """Attention by a `kernel` from `splash_kernel`; only where `splash_misfit` returns None.
 
-    The kernel takes queries that are scaled already: that product is rounded to their dtype, exactly where
-    sqrt(dim) is a power of two.
+    The kernel takes scaled queries. Scaling rounds them, unless sqrt(dim) is a power of 2.
     """
     batch, q, _, dim = query.shape
     k = key.shape[1]
@@ -32,18 +31,20 @@ def splash_attention(
     by_head = [array.swapaxes(1, 2) for array in (scaled, key, value)]
     out = jax.vmap(kernel)(*by_head, _segment_ids(mask, batch, q, k)).swapaxes(1, 2)
     if mask.key_is_token is not None:
-        seen = sees_something(mask, q, k, block=_LANES)
-        out = jnp.where(seen[:, :, None, None], out, 0)  # the kernel averages over what it masks
+        sees_any = sees_something(mask, q, k, block=_LANES)
+        # the kernel averages over the keys of a row that sees none
+        out = jnp.where(sees_any[:, :, None, None], out, 0)
     return out
 
 
 def splash_kernel(
     q: int, k: int, heads: int, head_shards: int = 1, q_shards: int = 1, interpret: bool = False
 ) -> Any:
-    """The causal kernel of `q` queries and `k` keys, which are split over so many shards.
+    """The causal kernel for `q` queries and `k` keys.
 
     Args:
-        interpret: run it as plain JAX, on any backend.
+        head_shards, q_shards: how many shards the heads and the queries are split over.
+        interpret: run the kernel as plain JAX, on any backend.
     """
     block_q, block_k = (_block(size) for size in (q // q_shards, k))
     return splash.make_splash_mha(
@@ -59,7 +60,7 @@ def splash_kernel(
         ),
         head_shards=head_shards,
         q_seq_shards=q_shards,
-        residual_checkpoint_name="attention",  # for `remat`
+        residual_checkpoint_name="attention",  # saved by remat="dots"
         interpret=interpret,
     )
 
@@ -67,26 +68,26 @@ def splash_kernel(
 def splash_misfit(
     query: Float[Array, "batch q heads dim"], mask: AttentionMask, sequence_shards: int
 ) -> str | None:
-    """Why it cannot do this, or None: whole lanes of queries, in bfloat16 or float32, and no cache."""
+    """Why splash cannot do this, or None: it does full sequences in multiples of 128, without a cache."""
     seq = query.shape[1]
     if query.dtype not in (jnp.bfloat16, jnp.float32):
         return f"{query.dtype}, expected bfloat16 or float32"
     if mask.query_slots is not None:
-        return "a part of the sequence, expected all of it"
+        return "a part of the sequence, expected the full sequence"
     if seq % (sequence_shards * _LANES):
         return f"{seq} tokens, expected a multiple of {_LANES} on each of {sequence_shards} shards"
     return None
 
 
 def visited_share(q: int, q_shards: int = 1) -> float:
-    """The part of its blocks that the causal kernel of `q` queries and keys visits, of all shards."""
+    """The fraction of blocks that the causal kernel of `q` queries and keys visits, over all shards."""
     block_q, block_k = _block(q // q_shards), _block(q)
     visited = sum(-(-end // block_k) for end in range(block_q, q + 1, block_q))
     return visited / ((q // block_q) * (q // block_k))
 
 
 def _block(size: int) -> int:
-    """The largest power of two that divides `size` whole lanes, up to a limit."""
+    """The largest power of two that divides `size`, up to a limit."""
     block = _LARGEST_BLOCK
     while size % block:
         block //= 2
@@ -94,7 +95,7 @@ def _block(size: int) -> int:
 
 
 def _segment_ids(mask: AttentionMask, batch: int, q: int, k: int) -> Any:
-    """Packed segments, with padding as a segment of its own among the keys; None for neither."""
+    """Segments, with padding as a segment among the keys; None without segments and padding."""
     if mask.key_is_token is None and mask.query_segments is None:
         return None
     queries: Int[Array, "batch q"] = jnp.zeros((batch, q), jnp.int32)

@@ -1,20 +1,24 @@
-"""`generation_config.json`: what ends a generation, and how its tokens are chosen unless told otherwise.
+"""`generation_config.json`: the tokens that end a generation, and the defaults of sampling.
 
-The files are other people's, so they are read as transformers reads them: null is absent, `do_sample` is
-whatever counts as true in Python, and what only drawing uses is not looked at where nothing is drawn.
+Files are read as transformers reads them: null means absent, `do_sample` is anything that is true in
+Python, and options of sampling are ignored without it.
 """
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from llama_jax.config import LlamaConfig, require_tokens
 from llama_jax.files.json_object import read_json_object
+from llama_jax.generation.sampling import LogitsProcessor, Sampling
+from llama_jax.numerics.scalars import plain_number
 
-# fields that only drawing uses, and the values under which they do nothing
-_OF_SAMPLING: dict[str, tuple[Any, ...]] = {
+DEFAULT_TOP_K = 50  # transformers' own
+
+# fields that only sampling uses, and the values under which they do nothing
+_SAMPLING_ONLY: dict[str, tuple[Any, ...]] = {
     "temperature": (1.0,),
     "top_k": (50, 0),
     "top_p": (1.0,),
@@ -24,7 +28,7 @@ _OF_SAMPLING: dict[str, tuple[Any, ...]] = {
     "eta_cutoff": (0.0,),
     "top_h": (),
 }
-# fields that steer which tokens are chosen and are not implemented, and the values that leave it alone
+# fields that change which tokens are chosen and are not implemented, and the values under which they do not
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "bad_words_ids": ([],),
     "begin_suppress_tokens": ([],),
@@ -55,9 +59,20 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
 
 @dataclass(frozen=True)
 class GenerationConfig:
-    """A `generation_config.json`: what ends and pads a generation, and fields kept to be written back.
+    """A `generation_config.json`: the defaults of `generate`.
 
-    outside: end tokens of the files that the vocabulary has not, such as -1; none can end a text.
+    Attributes:
+        eos_token_ids: the tokens that end a generation.
+        pad_token_id: what rows that have ended are filled with.
+        fields: all fields of the file; they are written back by `save_pretrained`.
+        outside: end tokens of the file outside the vocabulary, such as -1; they never end a generation.
+
+    Examples:
+        >>> from llama_jax import PRESETS, GenerationConfig
+        >>> fields = {"do_sample": True, "temperature": 0.6, "eos_token_id": [2, 7]}
+        >>> config = GenerationConfig.from_dict(fields, PRESETS["tiny-4m"])
+        >>> config.eos_token_ids, config.sampling().temperature
+        ((2, 7), 0.6)
     """
 
     eos_token_ids: tuple[int, ...] = ()
@@ -67,10 +82,10 @@ class GenerationConfig:
 
     @classmethod
     def from_dict(cls, fields: Mapping[str, Any], config: LlamaConfig) -> "GenerationConfig":
-        """Read the ids from `fields`, or from the model's config where the file leaves them out.
+        """Read the ids from `fields`, or from the model's `config` where they are absent.
 
         Raises:
-            ValueError: an id that is none.
+            ValueError: an id that is not an integer.
         """
         eos = token_ids(fields.get("eos_token_id"))
         eos = config.eos_token_ids if eos is None else eos
@@ -78,43 +93,82 @@ class GenerationConfig:
         pad = config.pad_token_id if pad is None else pad
         require_tokens("generation_config.json: eos_token_id", eos, several=True)
         require_tokens("generation_config.json: pad_token_id", pad, several=False)
-        ends = (eos,) if isinstance(eos, int) else tuple(eos)
-        inside = tuple(end for end in ends if 0 <= end < config.vocab_size)
-        outside = tuple(end for end in ends if end not in inside)
+        ids = (eos,) if isinstance(eos, int) else tuple(eos)
+        inside = tuple(token for token in ids if 0 <= token < config.vocab_size)
+        outside = tuple(token for token in ids if token not in inside)
         if pad is not None and not 0 <= pad < config.vocab_size:
-            pad = None  # Llama 1's files have -1 where there is none
+            pad = None  # Llama 1's files have -1 for no padding token
         return cls(inside, pad, dict(fields), outside)
 
     @property
     def do_sample(self) -> bool:
-        """Whether tokens are drawn unless a call says otherwise."""
+        """Whether tokens are sampled by default."""
         return bool(self.fields.get("do_sample"))
 
-    def default(self, name: str, otherwise: Any) -> Any:
-        """The field, or `otherwise` where the file leaves it out."""
-        found: Any = self.fields.get(name)
-        if name == "top_k" and type(found) in (bool, float) and found == 0:
-            found = 0
-        if name == "top_p" and isinstance(found, int | float) and not isinstance(found, bool):
-            # above 1 keeps everything, and 0 the likeliest token alone, as any number close to it
-            found = 1.0 if found > 1 else 1e-30 if found == 0 else found
-        return otherwise if found is None else found
+    def default(self, name: str, otherwise: Any = None) -> Any:
+        """The field `name` in the range that `Sampling` takes, or `otherwise` if it is absent."""
+        value: Any = self.fields.get(name)
+        if name == "top_k" and type(value) in (bool, float) and value == 0:
+            return 0
+        if name == "top_p" and isinstance(value, int | float) and not isinstance(value, bool):
+            # above 1 keeps everything; 0 keeps the likeliest token alone, as does any number close to it
+            return 1.0 if value > 1 else 1e-30 if value == 0 else value
+        return otherwise if value is None else value
+
+    def sampling(
+        self,
+        *,
+        do_sample: bool | None = None,
+        temperature: float | None = None,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        min_p: float | None = None,
+        repetition_penalty: float | None = None,
+        logits_processors: Sequence[LogitsProcessor] = (),
+    ) -> Sampling:
+        """How tokens are chosen: an argument that is None comes from the file, else from transformers.
+
+        Raises:
+            ValueError: `do_sample` is not a bool.
+        """
+        if do_sample is None:
+            do_sample = self.do_sample
+        else:
+            do_sample = plain_number(do_sample)
+            if not isinstance(do_sample, bool):
+                raise ValueError(f"do_sample: found {do_sample!r}, expected True or False")
+        if do_sample:  # without it, the fields of the file may hold anything
+            temperature = self.default("temperature") if temperature is None else temperature
+            top_k = self.default("top_k", DEFAULT_TOP_K) if top_k is None else top_k
+            top_p = self.default("top_p") if top_p is None else top_p
+            min_p = self.default("min_p") if min_p is None else min_p
+        if repetition_penalty is None:
+            repetition_penalty = self.default("repetition_penalty")
+        return Sampling(
+            do_sample=do_sample,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            min_p=min_p,
+            repetition_penalty=repetition_penalty,
+            processors=tuple(logits_processors),
+        )
 
     @property
-    def idle(self) -> dict[str, Any]:
-        """What the file says of drawing although it does not draw."""
-        return {} if self.do_sample else self._beyond(_OF_SAMPLING)
+    def unused(self) -> dict[str, Any]:
+        """Options of sampling in a file without `do_sample`."""
+        return {} if self.do_sample else self._set_fields(_SAMPLING_ONLY)
 
     @property
-    def unheeded(self) -> dict[str, Any]:
-        """Fields that change the tokens in transformers and are not implemented here."""
-        found = self._beyond(_NEUTRAL)
+    def unimplemented(self) -> dict[str, Any]:
+        """Fields that change which tokens transformers chooses and that are not implemented here."""
+        fields = self._set_fields(_NEUTRAL)
         if not self.do_sample:
-            found = {name: value for name, value in found.items() if name not in _OF_SAMPLING}
-        return found
+            fields = {name: value for name, value in fields.items() if name not in _SAMPLING_ONLY}
+        return fields
 
-    def _beyond(self, neutral: Mapping[str, tuple[Any, ...]]) -> dict[str, Any]:
-        """The fields with another value than null and the neutral ones."""
+    def _set_fields(self, neutral: Mapping[str, tuple[Any, ...]]) -> dict[str, Any]:
+        """The fields whose value is neither null nor a neutral one."""
         return {
             name: self.fields[name]
             for name, values in neutral.items()
@@ -123,9 +177,9 @@ class GenerationConfig:
 
 
 def token_ids(value: Any) -> Any:
-    """A token id, or several, as integers: transformers takes 2.0 and true for 2 and 1 here."""
+    """One or several token ids as integers; transformers accepts 2.0 and true for 2 and 1."""
     if isinstance(value, list):
-        return [token_ids(each) for each in value]
+        return [token_ids(token) for token in value]
     if isinstance(value, bool) or (isinstance(value, float) and value.is_integer()):
         return int(value)
     return value
@@ -135,19 +189,24 @@ GENERATION_FILE = "generation_config.json"
 
 
 def read_generation_config(directory: Path, config: LlamaConfig) -> GenerationConfig:
-    """What the directory's generation_config.json says, or the model's config where there is none."""
+    """The directory's generation_config.json, with the ids of the model's `config` as defaults.
+
+    Warns:
+        UserWarning: end tokens outside the vocabulary; options of sampling without `do_sample`.
+    """
     path = directory / GENERATION_FILE
-    found = GenerationConfig.from_dict(read_json_object(path) if path.exists() else {}, config)
-    if found.outside:
+    fields = read_json_object(path) if path.exists() else {}
+    generation_config = GenerationConfig.from_dict(fields, config)
+    if generation_config.outside:
         warnings.warn(
-            f"{directory}: eos_token_id: found {list(found.outside)} outside the vocabulary of "
-            f"{config.vocab_size}; no text ends there",
+            f"{directory}: eos_token_id: found {list(generation_config.outside)} outside the vocabulary "
+            f"of {config.vocab_size}; ignored",
             stacklevel=2,
         )
-    if found.idle:
-        idle = ", ".join(found.idle)
+    if generation_config.unused:
+        names = ", ".join(generation_config.unused)
         warnings.warn(
-            f"{path}: {idle} without do_sample: tokens are chosen greedily, as in transformers",
+            f"{path}: {names} without do_sample: tokens are chosen greedily, as in transformers",
             stacklevel=2,
         )
-    return found
+    return generation_config

@@ -1,6 +1,6 @@
-"""Choosing the next token: filters of logits, as free functions, and their composition.
+"""Choosing the next token: filters of logits as free functions, and their composition.
 
-Each filter gives what transformers' processor of that name gives on the same logits.
+Each filter equals the transformers class that its docstring names.
 """
 
 from collections.abc import Callable
@@ -14,9 +14,9 @@ from jaxtyping import Array, Bool, Float, Int, Key
 from llama_jax.numerics.scalars import is_integer, is_number, plain_number
 
 # (input_ids [batch, slots], logits [batch, vocab], lengths [batch]) -> logits [batch, vocab]. The tokens
-# of row r so far, prompt first, are input_ids[r, : lengths[r]]: no padding of the prompt is among them, and
-# what lies beyond means nothing. Shapes are static and may be larger than asked for; lengths are traced. A
-# row that has ended goes on with padding tokens, as in transformers.
+# of row r so far, prompt first, are input_ids[r, : lengths[r]], without the padding of the prompt; what
+# follows is arbitrary. Shapes are static and may be larger than needed; lengths are traced. A row that has
+# ended continues with padding tokens, as in transformers.
 LogitsProcessor = Callable[[Array, Array, Array], Array]
 
 
@@ -36,8 +36,8 @@ def top_k_filter(logits: Float[Array, "batch vocab"], top_k: int) -> Float[Array
 def top_p_filter(
     logits: Float[Array, "batch vocab"], top_p: Float[Array, ""]
 ) -> Float[Array, "batch vocab"]:
-    """`TopPLogitsWarper`: -inf but for the fewest tokens that hold `top_p` together (arXiv:1904.09751)."""
-    order = jnp.argsort(logits, axis=-1, stable=True)  # the least probable first
+    """`TopPLogitsWarper`: -inf outside the smallest set of probability `top_p` (arXiv:1904.09751)."""
+    order = jnp.argsort(logits, axis=-1, stable=True)  # least probable first
     probabilities = jax.nn.softmax(jnp.take_along_axis(logits, order, axis=-1), axis=-1)
     removed = jnp.cumsum(probabilities, axis=-1) <= 1 - top_p
     removed = removed.at[:, -1].set(False)
@@ -58,10 +58,10 @@ def min_p_filter(
 def repetition_filter(
     logits: Float[Array, "batch vocab"], seen: Bool[Array, "batch vocab"], penalty: Float[Array, ""]
 ) -> Float[Array, "batch vocab"]:
-    """`RepetitionPenaltyLogitsProcessor`: tokens seen divided by `penalty`, or times it below zero.
+    """`RepetitionPenaltyLogitsProcessor`: logits of seen tokens / `penalty`, negative ones * `penalty`.
 
-    arXiv:1909.05858. `seen` holds the tokens of the prompt and all since, but not its padding, which
-    transformers counts: a row is continued as it would be alone.
+    arXiv:1909.05858. `seen` marks the tokens of the prompt and of the continuation, without the padding,
+    which transformers counts: here a padded row continues as it would alone.
     """
     penalized = jnp.where(logits < 0, logits * penalty, logits / penalty)
     return jnp.where(seen, penalized, logits)
@@ -74,11 +74,11 @@ def _static() -> Any:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Sampling:
-    """How tokens are chosen; None leaves a filter out. Numbers are traced: another costs no compilation.
+    """How tokens are chosen; None leaves out a filter. Numbers are traced: a new one does not recompile.
 
-    do_sample: draw from the distribution, else take the likeliest; then temperature, top_k, top_p and min_p
-    do nothing. processors: applied after the repetition penalty and before the temperature, which is
-    transformers' order.
+    Attributes:
+        do_sample: sample, else take the likeliest token and ignore temperature, top_k, top_p and min_p.
+        processors: applied after the repetition penalty and before the temperature, in transformers' order.
     """
 
     do_sample: bool = field(default=False, metadata={"static": True})
@@ -91,11 +91,11 @@ class Sampling:
 
 
 def checked(sampling: Sampling) -> Sampling:
-    """The same without filters that do nothing, its numbers as arrays.
+    """`sampling` without filters that do nothing, its numbers as arrays.
 
     Raises:
-        ValueError: temperature that is not positive, top_k below 0, top_p outside (0, 1], min_p outside
-            [0, 1], a repetition penalty that is not positive, or one of them not a number.
+        ValueError: a temperature or repetition penalty that is not positive, top_k below 0, top_p outside
+            (0, 1], min_p outside [0, 1], or one of them not a number.
     """
     top_k = plain_number(sampling.top_k)
     if top_k is not None and (not is_integer(top_k) or top_k < 0):
@@ -113,8 +113,7 @@ def checked(sampling: Sampling) -> Sampling:
             continue
         if not is_number(value) or not fits(value):
             raise ValueError(f"{name}: found {value!r}, expected {expected}")
-        drawn_only = name != "repetition_penalty"
-        used = value != neutral and (sampling.do_sample or not drawn_only)
+        used = value != neutral and (sampling.do_sample or name == "repetition_penalty")
         arrays[name] = jnp.asarray(value, jnp.float32) if used else None
     return replace(sampling, top_k=top_k if top_k and sampling.do_sample else None, **arrays)
 
@@ -129,8 +128,8 @@ def filtered(
     """`logits` after every filter of `sampling`, in transformers' order.
 
     Args:
-        input_ids, lengths: what `LogitsProcessor` takes; ids are None where there is no processor.
-        seen: which tokens the repetition penalty is for; None without one.
+        input_ids, lengths: see `LogitsProcessor`; ids are None without processors.
+        seen: the tokens that the repetition penalty applies to; None without one.
     """
 
     def number(value: Array) -> Array:
@@ -156,7 +155,7 @@ def filtered(
 def choose(
     sampling: Sampling, scores: Float[Array, "batch vocab"], key: Key[Array, ""] | None
 ) -> Int[Array, " batch"]:
-    """A token of each row: drawn, or the likeliest."""
+    """A token for each row: sampled, or the likeliest."""
     if sampling.do_sample:
         assert key is not None
         return jax.random.categorical(key, scores, axis=-1).astype(jnp.int32)

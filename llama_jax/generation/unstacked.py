@@ -1,7 +1,8 @@
-"""The layers of a model one by one, for decoding on a CPU.
+"""A model with its layers as a list, for decoding on a CPU.
 
-XLA's CPU backend copies a layer's weights out of the stacked ones before it multiplies with them. With many
-tokens that is nothing; with one, it doubles and more what is read. Arrays of their own are read in place.
+XLA's CPU backend copies a layer's weights out of the stacked array before it multiplies with them.
+Negligible for many tokens; for a single one it more than doubles the memory traffic. Separate arrays are
+read in place.
 """
 
 from typing import Any
@@ -14,14 +15,14 @@ from llama_jax.numerics.backend import target_platform
 from llama_jax.sharding import mesh_axes
 
 
-def wants_unstacked(model: Any) -> bool:
-    """Whether `model`'s parameters lie whole on one CPU."""
+def can_unstack(model: Any) -> bool:
+    """Whether all parameters of `model` are on a single CPU device."""
     leaf = jax.tree.leaves(model)[0]
     return target_platform() == "cpu" and not mesh_axes().sizes and len(leaf.devices()) == 1
 
 
 def unstack_layers(model: Any) -> Any:
-    """A causal model whose layers are a list, for `unstack_cache`; its weights are views, not copies."""
+    """A causal model whose layers are a list, for `unstack_cache`; its weights are views of `model`'s."""
     structure, state = nnx.split(model.model.layers)
     copy = nnx.merge(*nnx.split(model))
     count = model.config.num_hidden_layers
@@ -33,8 +34,8 @@ def unstack_layers(model: Any) -> Any:
 
 
 def _views(stacked: jax.Array) -> list[jax.Array]:
-    # an array object of its own: numpy's view would stay with the caller's, and keep it from being donated
+    # new JAX arrays: numpy views would reference the caller's arrays and keep them from being donated
     (shard,) = stacked.addressable_shards
-    # committed where the caller's is: a state that changes between calls would compile anew
+    # committed if the caller's are: if that changed between calls, they would compile again
     device = next(iter(stacked.devices())) if stacked.committed else None
     return [jax.device_put(part, device, may_alias=True) for part in np.asarray(shard.data)]

@@ -19,7 +19,7 @@ from llama_jax.checkpoints import huggingface
 from llama_jax.config import LlamaConfig
 from llama_jax.generation import loop
 from llama_jax.generation.config import GENERATION_FILE, GenerationConfig, read_generation_config
-from llama_jax.generation.loop import GenerateOutput
+from llama_jax.generation.loop import GenerateOutput, Request
 from llama_jax.generation.sampling import LogitsProcessor, Sampling
 from llama_jax.inputs.labels import require_labels
 from llama_jax.inputs.positions import as_array, keep_positions
@@ -29,7 +29,7 @@ from llama_jax.models.layers import Linear
 from llama_jax.models.pretrained import PretrainedModel
 from llama_jax.numerics.matmul import einsum, working_dtype
 from llama_jax.numerics.remat import Remat
-from llama_jax.numerics.scalars import integers, plain_number
+from llama_jax.numerics.scalars import integers
 
 
 @jax.tree_util.register_dataclass
@@ -147,53 +147,6 @@ class LlamaForCausalLM(PretrainedModel):
         attention_mask: Array | np.ndarray | None = None,
         *,
         max_new_tokens: int,
-        key: Key[Array, ""] | None = None,
-        cache_capacity: int | None = None,
-        cache_dtype: DTypeLike | None = None,
-        output_scores: bool = False,
-        **choices: Any,
-    ) -> Int[Array, "batch total"] | GenerateOutput:
-        """The prompt and its continuation. See `generation.generate`, and `choices` for the others.
-
-        Further arguments, left out, come from generation_config.json, then from transformers' defaults:
-        do_sample, temperature, top_k, top_p, min_p, repetition_penalty, logits_processors, eos_token_id
-        (one or several), pad_token_id. A processor is what `sampling.LogitsProcessor` says.
-        """
-        return loop.generate(
-            self,
-            *_as_arrays(input_ids, attention_mask),
-            max_new_tokens=max_new_tokens,
-            key=key,
-            cache_capacity=cache_capacity,
-            cache_dtype=cache_dtype,
-            output_scores=output_scores,
-            **self._choices(**choices),
-        )
-
-    def stream(
-        self,
-        input_ids: Tokens,
-        attention_mask: Array | np.ndarray | None = None,
-        *,
-        max_new_tokens: int,
-        key: Key[Array, ""] | None = None,
-        cache_capacity: int | None = None,
-        cache_dtype: DTypeLike | None = None,
-        **choices: Any,
-    ) -> Iterator[np.ndarray]:
-        """The new tokens of `generate`, [batch] at a time, as they come."""
-        return loop.stream(
-            self,
-            *_as_arrays(input_ids, attention_mask),
-            max_new_tokens=max_new_tokens,
-            key=key,
-            cache_capacity=cache_capacity,
-            cache_dtype=cache_dtype,
-            **self._choices(**choices),
-        )
-
-    def _choices(
-        self,
         do_sample: bool | None = None,
         temperature: float | None = None,
         top_k: int | None = None,
@@ -203,35 +156,156 @@ class LlamaForCausalLM(PretrainedModel):
         logits_processors: Sequence[LogitsProcessor] = (),
         eos_token_id: int | Sequence[int] | None = None,
         pad_token_id: int | None = None,
-    ) -> dict[str, Any]:
-        """What chooses and ends, with the checkpoint's defaults, then transformers' own."""
-        config = self.generation_config
-        if config.unheeded:
-            warnings.warn(f"{GENERATION_FILE}: {config.unheeded} is not implemented", stacklevel=3)
+        key: Key[Array, ""] | None = None,
+        cache_capacity: int | None = None,
+        cache_dtype: DTypeLike | None = None,
+        output_scores: bool = False,
+    ) -> Int[Array, "batch total"] | GenerateOutput:
+        """Continue every prompt, as `transformers.generate` does; returns prompts and continuations.
 
-        draws = config.do_sample if do_sample is None else _flag("do_sample", do_sample)
+        A row ends with its first end-of-sequence token and is filled with `pad_token_id` until every row
+        has ended or `max_new_tokens` are reached. Options that are None come from `generation_config`,
+        which `from_pretrained` reads, and if it lacks them from transformers' defaults.
 
-        def either(given: Any, name: str, otherwise: Any) -> Any:
-            return config.default(name, otherwise) if given is None else given
+        It cannot be called under jit: it compiles its own programs, once per bucket of shapes.
 
-        def drawn(given: Any, name: str, otherwise: Any) -> Any:
-            # the file's value may be anything where nothing is drawn
-            return either(given, name, otherwise) if draws else given
+        Args:
+            input_ids: [batch, prompt]; prompts of different lengths are padded on the left.
+            attention_mask: [batch, prompt], 1 for tokens and 0 for padding; None if there is no padding.
+            max_new_tokens: upper limit of new tokens per row.
+            do_sample: sample the next token; False takes the likeliest one. Default: the checkpoint's, or
+                False.
+            temperature: divides the logits, > 0. Default: the checkpoint's, or 1. This and the next three
+                apply only when sampling.
+            top_k: sample from the `top_k` likeliest tokens; 0 turns it off. Default: the checkpoint's, or
+                50.
+            top_p: sample from the smallest set of tokens with this probability, in (0, 1]. Default: the
+                checkpoint's, or 1.
+            min_p: drop tokens below this fraction of the largest probability, in [0, 1]. Default: the
+                checkpoint's, or 0.
+            repetition_penalty: divides positive logits of tokens that occurred before, and multiplies
+                negative ones, > 0. Default: the checkpoint's, or 1.
+            logits_processors: your own filters, applied after the repetition penalty and before the
+                temperature; see `generation.sampling.LogitsProcessor`.
+            eos_token_id: the token, or tokens, that end a row; () for none. Default: the checkpoint's.
+            pad_token_id: fills rows that have ended. Default: the checkpoint's, or the first
+                end-of-sequence token, or 0.
+            key: PRNG key, needed for sampling; the same key gives the same tokens.
+            cache_capacity: slots of the key/value cache. Default: as many as needed.
+            cache_dtype: of the key/value cache; int8 stores a scale per token and head. Default: the
+                model's.
+            output_scores: return `GenerateOutput` instead of the tokens alone.
 
-        sampling = Sampling(
-            do_sample=draws,
-            temperature=drawn(temperature, "temperature", None),
-            top_k=drawn(top_k, "top_k", 50),
-            top_p=drawn(top_p, "top_p", None),
-            min_p=drawn(min_p, "min_p", None),
-            repetition_penalty=either(repetition_penalty, "repetition_penalty", None),
-            processors=tuple(logits_processors),
+        Returns:
+            int32 [batch, prompt + new], or `GenerateOutput`.
+
+        Raises:
+            ValueError: an empty prompt, an id outside the vocabulary, a mask of another shape, a cache that
+                is too small, an option out of range, or sampling without a key.
+            TypeError: an unknown keyword.
+
+        Warns:
+            UserWarning: padding on the right; more tokens than `max_position_embeddings`; fields of the
+                checkpoint's generation config that are not implemented.
+
+        Examples:
+            >>> import jax
+            >>> import jax.numpy as jnp
+            >>> from flax import nnx
+            >>> from llama_jax import LlamaConfig, LlamaForCausalLM
+            >>> config = LlamaConfig(
+            ...     vocab_size=32, hidden_size=8, intermediate_size=16, num_hidden_layers=2,
+            ...     num_attention_heads=2,
+            ... )
+            >>> model = LlamaForCausalLM(config, rngs=nnx.Rngs(0))
+            >>> prompt = jnp.array([[5, 6, 7]])
+            >>> model.generate(prompt, max_new_tokens=4, eos_token_id=()).shape
+            (1, 7)
+            >>> key = jax.random.key(0)
+            >>> model.generate(
+            ...     prompt, max_new_tokens=4, do_sample=True, temperature=0.7, eos_token_id=(), key=key
+            ... ).shape
+            (1, 7)
+        """
+        request = self._request(
+            self.generation_config.sampling(
+                do_sample=do_sample,
+                temperature=temperature,
+                top_k=top_k,
+                top_p=top_p,
+                min_p=min_p,
+                repetition_penalty=repetition_penalty,
+                logits_processors=logits_processors,
+            ),
+            max_new_tokens=max_new_tokens,
+            eos_token_id=eos_token_id,
+            pad_token_id=pad_token_id,
+            key=key,
+            cache_capacity=cache_capacity,
+            cache_dtype=cache_dtype,
+            output_scores=output_scores,
         )
-        ends = config.eos_token_ids
-        if eos_token_id is not None:
-            ends = integers(eos_token_id)
-        pad = config.pad_token_id if pad_token_id is None else pad_token_id
-        return {"sampling": sampling, "eos_token_ids": ends, "pad_token_id": pad}
+        return loop.generate(self, *_as_arrays(input_ids, attention_mask), request)
+
+    def stream(
+        self,
+        input_ids: Tokens,
+        attention_mask: Array | np.ndarray | None = None,
+        *,
+        max_new_tokens: int,
+        do_sample: bool | None = None,
+        temperature: float | None = None,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        min_p: float | None = None,
+        repetition_penalty: float | None = None,
+        logits_processors: Sequence[LogitsProcessor] = (),
+        eos_token_id: int | Sequence[int] | None = None,
+        pad_token_id: int | None = None,
+        key: Key[Array, ""] | None = None,
+        cache_capacity: int | None = None,
+        cache_dtype: DTypeLike | None = None,
+    ) -> Iterator[np.ndarray]:
+        """The new tokens of `generate`, int32 [batch] at a time, as they come. Same arguments."""
+        request = self._request(
+            self.generation_config.sampling(
+                do_sample=do_sample,
+                temperature=temperature,
+                top_k=top_k,
+                top_p=top_p,
+                min_p=min_p,
+                repetition_penalty=repetition_penalty,
+                logits_processors=logits_processors,
+            ),
+            max_new_tokens=max_new_tokens,
+            eos_token_id=eos_token_id,
+            pad_token_id=pad_token_id,
+            key=key,
+            cache_capacity=cache_capacity,
+            cache_dtype=cache_dtype,
+        )
+        return loop.stream(self, *_as_arrays(input_ids, attention_mask), request)
+
+    def _request(
+        self,
+        sampling: Sampling,
+        *,
+        eos_token_id: int | Sequence[int] | None,
+        pad_token_id: int | None,
+        **options: Any,
+    ) -> Request:
+        """The arguments of `generate` with the checkpoint's defaults."""
+        config = self.generation_config
+        if config.unimplemented:
+            warnings.warn(
+                f"{GENERATION_FILE}: {config.unimplemented} is not implemented", stacklevel=3
+            )
+        return Request(
+            sampling=sampling,
+            eos_token_ids=config.eos_token_ids if eos_token_id is None else integers(eos_token_id),
+            pad_token_id=config.pad_token_id if pad_token_id is None else pad_token_id,
+            **options,
+        )
 
     @classmethod
     def from_pretrained(
@@ -257,13 +331,6 @@ class LlamaForCausalLM(PretrainedModel):
         huggingface.save(
             self, self.config, directory, max_shard_size=max_shard_size, json_files=files
         )
-
-
-def _flag(name: str, value: Any) -> bool:
-    value = plain_number(value)
-    if not isinstance(value, bool):
-        raise ValueError(f"{name}: found {value!r}, expected True or False")
-    return value
 
 
 def _as_arrays(ids: Any, mask: Any) -> tuple[Array, Array | None]:

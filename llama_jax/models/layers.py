@@ -86,7 +86,7 @@ def linear(
         out = einsum(spec, tokens, weight, out_dtype=working, blocked=blocked)
         out = out + jnp.broadcast_to(bias.astype(working), out.shape)
     out = out.astype(x.dtype).reshape(*x.shape[:-1], weight.shape[0])
-    return checkpoint_name(out, "projection")  # kept by remat="dots"
+    return checkpoint_name(out, "projection")  # saved by remat="dots"
 
 
 def sliced_linear(

@@ -62,14 +62,14 @@ def test_generate_continues_the_prompt(directory, capsys):
 def test_generate_beyond_the_trained_context_warns(directory, capsys):
     assert generate(directory, "--max-new-tokens", "20") == 0
     captured = capsys.readouterr()
-    assert "warning: 5 prompt tokens and 20 new ones go beyond max_position_embeddings=16" in (
+    assert "warning: 5 prompt tokens and 20 new ones exceed max_position_embeddings=16" in (
         captured.err
     )
 
 
 def test_generate_beyond_the_cache_is_an_error(directory, capsys):
     assert generate(directory, "--max-new-tokens", "8", "--cache-size", "11") == 2
-    assert "expected a cache of at least 12 slots, found 11" in error_line(capsys)
+    assert "cache_capacity: found 11, expected at least 12" in error_line(capsys)
 
 
 def test_generate_from_nothing(directory, capsys):

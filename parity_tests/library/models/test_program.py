@@ -242,7 +242,7 @@ def test_dropout_of_everything_has_finite_gradients():
 
 def test_what_generation_does_not_heed_is_said():
     model = model_of(eos_token_id=None)
-    with pytest.warns(UserWarning, match="expected it on the left"):
+    with pytest.warns(UserWarning, match="pad prompts on the left"):
         model.generate(IDS, jnp.ones_like(IDS).at[0, -1].set(0), max_new_tokens=2)
     steered = jax.tree.map(lambda leaf: leaf, model)
     steered.generation_config = GenerationConfig.from_dict(

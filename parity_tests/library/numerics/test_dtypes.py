@@ -84,7 +84,7 @@ def generates(dtype, heads, batch, stacked, cache_dtype, monkeypatch, head_dim=8
 
         reference = widened(dequantize(model))
     if stacked:
-        monkeypatch.setattr(loop, "wants_unstacked", lambda model: False)
+        monkeypatch.setattr(loop, "can_unstack", lambda model: False)
     ids, mask = prompt_of(batch)
     out = model.generate(ids, mask, max_new_tokens=NEW, cache_dtype=cache_dtype, output_scores=True)
     assert out.scores.dtype == jnp.float32
