@@ -1,9 +1,9 @@
 """LlamaConfig: every field of a Hugging Face Llama `config.json`, read from and written to both layouts.
 
-transformers v4 spells rotary embeddings as `rope_theta` + `rope_scaling` (with `type` or `rope_type`),
-v5 as one dictionary `rope_parameters`. Here there is one form, `rope_parameters`; both are read, both
-are written, and a file whose two layouts contradict each other is refused, because the two majors of
-transformers would then run two different models.
+transformers v4 has rotary embeddings as `rope_theta` + `rope_scaling` (with `type` or `rope_type`), v5 as
+one dictionary `rope_parameters`. Here there is only `rope_parameters`; both layouts are read and written,
+and a file in which they contradict each other is an error, because the two versions of transformers would
+run two different models.
 """
 
 import dataclasses
@@ -24,25 +24,24 @@ from llama_jax.numerics.scalars import is_integer, is_number, plain_numbers
 
 _ARCHITECTURES = ["LlamaForCausalLM"]
 _TRAINED_CONTEXT_TYPES = ("llama3", "yarn", "longrope")  # of original_max_position_embeddings
-_DEFAULT_LABELS = 2  # transformers writes no label names where there are as many
-# Marks a `quantization_config` of ours: how weights are stored, not what they are. It takes the place of
-# `quant_method`, without which transformers refuses the directory; a name there that it does not know
-# would be a warning, and a model of new weights.
+_DEFAULT_LABELS = 2  # for this many, transformers writes no label names
+# Marks a `quantization_config` of this library. There is deliberately no `quant_method`: without one,
+# transformers refuses to load the directory; an unknown one is only a warning, and random weights.
 QUANTIZED_BY = {"quantized_by": "llama_jax"}
-_FORMERLY = {"quant_method": "llama_jax"}
-_LONGEST_MESSAGE = 600
+_QUANTIZED_BY_OLD = {"quant_method": "llama_jax"}
+_MAX_MESSAGE = 600
 DEFAULT_ROPE_THETA = 10000.0  # transformers' own default for Llama when no theta is given
 
-# Fields that change what transformers' Llama computes and are not implemented here, with the values that
-# leave it unchanged.
+# Fields that change what transformers' Llama computes and are not implemented here, with the values that do
+# not change it.
 _UNIMPLEMENTED: dict[str, tuple[Any, ...]] = {
     "is_causal": (None, True),
     "is_encoder_decoder": (None, False),
     "per_layer_config": (None, {}),
     "token_classification_bias": (True,),
 }
-# Fields of other architectures that transformers' Llama does not look at, and so neither do we; with the
-# values that mean nothing anywhere. A file with another value was perhaps meant for another program.
+# Fields of other architectures, which transformers' Llama ignores and so do we, with their neutral
+# values. A file with another value may be meant for another program.
 _IGNORED: dict[str, tuple[Any, ...]] = {
     "add_cross_attention": (None, False),
     "alibi": (None, False),
@@ -83,17 +82,31 @@ _IGNORED: dict[str, tuple[Any, ...]] = {
 
 @dataclass(frozen=True)
 class LlamaConfig:
-    """The architecture of one Llama.
+    """The architecture of a Llama.
 
     Fields, names and defaults are those of `transformers.LlamaConfig`. `num_key_value_heads` and
-    `head_dim` are filled in when None. `rope_parameters` holds `rope_type`, `rope_theta` and the
-    constants of that type. `num_labels`, `id2label` and `label2id` are filled in from one another; they,
-    `problem_type` and `classifier_dropout` are for the classification heads. `extra_fields` are the
-    fields of the file that do not concern the mathematics (`torch_dtype`, `architectures`, ...); they are
-    kept and written back.
+    `head_dim` are filled in if None. `rope_parameters` holds `rope_type`, `rope_theta` and the parameters
+    of that type. `num_labels`, `id2label` and `label2id` are filled in from one another; they,
+    `problem_type` and `classifier_dropout` are for the classification heads. `extra_fields` are fields of
+    the file that do not change the mathematics (`torch_dtype`, `architectures`, ...); they are written
+    back.
 
     Raises:
-        ValueError: a field of the wrong type or range, naming it, the value and what was expected.
+        ValueError: a field of the wrong type or out of range.
+
+    Examples:
+        >>> from llama_jax import LlamaConfig
+        >>> config = LlamaConfig(
+        ...     vocab_size=512, hidden_size=64, intermediate_size=128, num_hidden_layers=2,
+        ...     num_attention_heads=4, num_key_value_heads=2,
+        ... )
+        >>> config.head_dim, config.rope_parameters
+        (16, {'rope_type': 'default', 'rope_theta': 10000.0})
+        >>> LlamaConfig.from_dict(config.to_dict()) == config
+        True
+        >>> LlamaConfig(num_attention_heads=3)
+        Traceback (most recent call last):
+        ValueError: hidden_size: found 4096, expected a multiple of num_attention_heads=3 (or a head_dim)
     """
 
     vocab_size: int = 32000
@@ -129,8 +142,8 @@ class LlamaConfig:
         def fill(name: str, value: Any) -> None:
             object.__setattr__(self, name, value)  # the dataclass is frozen from here on
 
-        for each in dataclasses.fields(self):
-            fill(each.name, plain_numbers(getattr(self, each.name)))
+        for declared in dataclasses.fields(self):
+            fill(declared.name, plain_numbers(getattr(self, declared.name)))
         for name in ("vocab_size", "hidden_size", "intermediate_size", "num_attention_heads"):
             _require_positive_int(name, getattr(self, name))
         _require_positive_int("max_position_embeddings", self.max_position_embeddings)
@@ -176,7 +189,7 @@ class LlamaConfig:
             fill("eos_token_id", tuple(self.eos_token_id))
         for name, value in _merge_labels(self.num_labels, self.id2label, self.label2id).items():
             fill(name, value)
-        # which ones there are is for the loss to say, which alone looks at it
+        # the loss, which alone uses it, checks the name
         if not isinstance(self.problem_type, str | None):
             raise ValueError(f"problem_type: found {self.problem_type!r}, expected a name or null")
         if self.problem_type == "single_label_classification" and self.num_labels == 1:
@@ -190,11 +203,11 @@ class LlamaConfig:
             rope.setdefault("original_max_position_embeddings", self.max_position_embeddings)
         validate_rope_parameters(rope, self.head_size, self.max_position_embeddings)
         if rope["rope_type"] == "yarn" and "factor" not in rope:
-            # transformers wants the key, and computes this where it is null
+            # transformers requires the key, and computes this if it is null
             context = rope["original_max_position_embeddings"]
             rope["factor"] = self.max_position_embeddings / context
         if rope["rope_type"] == "longrope" and "factor" in rope:
-            # transformers 4 would derive it from max_position_embeddings instead of the factor
+            # transformers 4 would derive it from max_position_embeddings instead
             rope["attention_factor"] = longrope_attention_factor(rope, self.max_position_embeddings)
         fill("rope_parameters", rope)
         fill("extra_fields", dict(self.extra_fields))
@@ -202,17 +215,17 @@ class LlamaConfig:
 
     @property
     def ignored(self) -> dict[str, Any]:
-        """Fields that other programs may obey, and transformers' Llama and this one do not."""
+        """Fields that may matter to other programs but are ignored by transformers' Llama and here."""
         fields = self.extra_fields
         if not fields.get("use_sliding_window", True):
             fields = {name: value for name, value in fields.items() if name != "sliding_window"}
-        found = {
+        ignored = {
             name: fields[name]
             for name, neutral in _IGNORED.items()
             if name in fields and fields[name] not in neutral
         }
         constants = unknown_constants(self.rope).items()
-        return found | {f"rope_parameters.{name}": value for name, value in constants}
+        return ignored | {f"rope_parameters.{name}": value for name, value in constants}
 
     @property
     def head_size(self) -> int:
@@ -249,11 +262,11 @@ class LlamaConfig:
 
     @classmethod
     def from_dict(cls, fields: Mapping[str, Any]) -> "LlamaConfig":
-        """The config that a parsed `config.json` of either layout describes.
+        """The config of a parsed `config.json` in either layout.
 
         Raises:
-            ValueError: another architecture, contradicting rope layouts, a field that would change
-                the mathematics and is not implemented, or a value out of range.
+            ValueError: another architecture, contradictory rope layouts, a field that changes the
+                mathematics and is not implemented, or a value out of range.
         """
         fields = dict(fields)
         _require_llama(fields)
@@ -262,13 +275,13 @@ class LlamaConfig:
         known = {name: fields.pop(name) for name in names & fields.keys()}
         fields.pop("model_type", None)
         if our_quantization(fields) is not None:
-            del fields["quantization_config"]  # `quantization.py` reads it
+            del fields["quantization_config"]  # see `quantization.model.read_quantization`
         if fields.get("architectures") == _ARCHITECTURES:
             del fields["architectures"]
         return cls(**known, rope_parameters=rope, extra_fields=fields)
 
     def to_dict(self) -> dict[str, Any]:
-        """The `config.json` content: both rope layouts, so that both majors of transformers agree."""
+        """The content of `config.json`, with both rope layouts for both versions of transformers."""
         fields: dict[str, Any] = {"architectures": list(_ARCHITECTURES), "model_type": "llama"}
         fields |= self.extra_fields
         omitted = {"rope_parameters", "extra_fields", "num_labels"}
@@ -295,12 +308,13 @@ class LlamaConfig:
         """Read `directory/config.json`, with `changes` to its fields.
 
         Args:
-            changes: fields as the file has them; a new `num_labels` drops the names of the old ones, and
-                one of rope replaces what the file says of it in either layout.
+            directory: of a Hugging Face checkpoint.
+            changes: fields to override. A new `num_labels` drops the label names; a field of rope replaces
+                both layouts of it.
 
         Raises:
-            TypeError: a change of what is no field.
-            ValueError: no such directory or file, broken JSON, or whatever `from_dict` refuses.
+            TypeError: a keyword that is not a field.
+            ValueError: no such directory or file, invalid JSON, or as `from_dict`.
         """
         unknown = changes.keys() - _CHANGEABLE
         if unknown:
@@ -321,31 +335,33 @@ class LlamaConfig:
             return cls.from_dict(fields | changes)
         except ValueError as error:
             message = str(error)
-            if len(message) > _LONGEST_MESSAGE:  # a value that it shows may be of any size
-                message = f"{message[:_LONGEST_MESSAGE]}..."
+            if len(message) > _MAX_MESSAGE:  # it may show a value of any size
+                message = f"{message[:_MAX_MESSAGE]}..."
             raise ValueError(f"{path}: {message}") from None
 
 
 _ROPE = {"rope_theta", "rope_scaling", "rope_parameters"}
-_CHANGEABLE = {each.name for each in dataclasses.fields(LlamaConfig)} - {"extra_fields"} | _ROPE
+_CHANGEABLE = {declared.name for declared in dataclasses.fields(LlamaConfig)} - {
+    "extra_fields"
+} | _ROPE
 
 
 def _with_rope(fields: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
-    """`fields` without what `changes` replace: all constants by new ones, or the theta alone."""
+    """`fields` without the rope parameters that `changes` replace: all of them, or the theta alone."""
     fields = dict(fields)
     rope = _merge_rope_layouts(fields)
     theta = rope.pop("rope_theta", None)
     if not {"rope_scaling", "rope_parameters"} & changes.keys():
         return fields | {"rope_scaling": rope}
     named = [changes.get(layout) for layout in ("rope_scaling", "rope_parameters")]
-    if theta is None or any(isinstance(each, Mapping) and "rope_theta" in each for each in named):
+    if theta is None or any(isinstance(rope, Mapping) and "rope_theta" in rope for rope in named):
         return fields
     return fields | {"rope_theta": theta}
 
 
-def _require_positive_int(name: str, value: Any, most: int = 2**31 - 1) -> None:
-    if not is_integer(value) or not 1 <= value <= most:
-        raise ValueError(f"{name}: found {value!r}, expected a positive integer up to {most}")
+def _require_positive_int(name: str, value: Any, maximum: int = 2**31 - 1) -> None:
+    if not is_integer(value) or not 1 <= value <= maximum:
+        raise ValueError(f"{name}: found {value!r}, expected a positive integer up to {maximum}")
 
 
 def _require_number(name: str, value: Any, low: float, high: float) -> None:
@@ -367,7 +383,7 @@ def _label_names(count: int) -> dict[int, str]:
 
 
 def _merge_labels(num_labels: Any, id2label: Any, label2id: Any) -> dict[str, Any]:
-    """The number of labels and their names both ways, from what is given of them."""
+    """The number of labels and the mappings both ways, filled in from one another."""
     if num_labels is not None and (not is_integer(num_labels) or not 0 <= num_labels <= 2**20):
         raise ValueError(f"num_labels: found {num_labels!r}, expected a number up to {2**20}")
     if id2label is None:
@@ -402,15 +418,12 @@ def _require_llama(fields: Mapping[str, Any]) -> None:
 
 def our_quantization(fields: Mapping[str, Any]) -> Mapping[str, Any] | None:
     """`quantization_config` of a parsed config.json if this library wrote it, else None."""
-    found = fields.get("quantization_config")
-    if not isinstance(found, Mapping):
+    quantization = fields.get("quantization_config")
+    if not isinstance(quantization, Mapping):
         return None
-    marks = (QUANTIZED_BY, _FORMERLY)
-    return found if any(mark.items() <= _hashable(found).items() for mark in marks) else None
-
-
-def _hashable(fields: Mapping[str, Any]) -> dict[str, str]:
-    return {name: value for name, value in fields.items() if isinstance(value, str)}
+    marks = (QUANTIZED_BY, _QUANTIZED_BY_OLD)
+    strings = {name: value for name, value in quantization.items() if isinstance(value, str)}
+    return quantization if any(mark.items() <= strings.items() for mark in marks) else None
 
 
 def _refuse_unimplemented(fields: Mapping[str, Any]) -> None:
@@ -428,11 +441,11 @@ def _refuse_unimplemented(fields: Mapping[str, Any]) -> None:
 
 
 def _merge_rope_layouts(fields: dict[str, Any]) -> dict[str, Any]:
-    """Take both spellings of the rotary embedding out of `fields` and return the one they mean."""
+    """Take both layouts of the rotary embedding out of `fields` and return the parameters."""
     layouts: dict[str, dict[str, Any]] = {}
     for layout in ("rope_scaling", "rope_parameters"):
         value = fields.pop(layout, None)
-        if not value:  # null and {}; transformers takes 0, false and [] so as well
+        if not value:  # null and {}; transformers treats 0, false and [] the same
             continue
         if not isinstance(value, Mapping):
             raise ValueError(f"{layout}: found {value!r}, expected an object or null")
@@ -440,12 +453,12 @@ def _merge_rope_layouts(fields: dict[str, Any]) -> dict[str, Any]:
         legacy_type = rope.pop("type", None)
         rope.setdefault("rope_type", legacy_type or "default")
         layouts[layout] = rope
-    given = "rope_theta" in fields
+    has_theta = "rope_theta" in fields
     theta = fields.pop("rope_theta", None)
     thetas = {name: rope["rope_theta"] for name, rope in layouts.items() if "rope_theta" in rope}
     if theta is not None:
         thetas["rope_theta"] = theta
-    if given and not thetas:
+    if has_theta and not thetas:
         raise ValueError("rope_theta: found null, expected a positive number")
     if any(value != next(iter(thetas.values())) for value in thetas.values()):
         raise ValueError(
@@ -464,7 +477,7 @@ def _merge_rope_layouts(fields: dict[str, Any]) -> dict[str, Any]:
     rope = candidates[0] if candidates else {"rope_type": "default"}
     if thetas:
         rope["rope_theta"] = next(iter(thetas.values()))
-    # Phi-3 style files keep two rope constants outside the dictionary; transformers reads them too.
+    # Phi-3 style files have two rope parameters outside the dictionary; transformers reads them, too.
     for name in ("original_max_position_embeddings", "partial_rotary_factor"):
         outside = fields.get(name)
         if outside is None:
@@ -473,9 +486,10 @@ def _merge_rope_layouts(fields: dict[str, Any]) -> dict[str, Any]:
             continue
         if rope.setdefault(name, outside) != outside:
             raise ValueError(
-                f"{name}: found {outside} beside {rope[name]} in the rope parameters, expected "
-                "one value"
+                f"{name}: found {outside} and {rope[name]} in the rope parameters, expected one value"
             )
     if rope["rope_type"] == "longrope":
-        fields.pop("original_max_position_embeddings", None)  # written back from the rope constants
+        fields.pop(
+            "original_max_position_embeddings", None
+        )  # written back from the rope parameters
     return rope

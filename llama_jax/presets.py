@@ -1,6 +1,6 @@
-"""Configurations by name: the published text models, from their Hugging Face repositories, and small ones.
+"""Configurations by name: published text models, from their Hugging Face repositories, and small ones.
 
-Base and instruct variants share an architecture; token ids are those of the base models.
+Base and instruct models share an architecture; token ids are those of the base models.
 """
 
 from llama_jax.config import LlamaConfig
@@ -113,7 +113,7 @@ def _smollm2(
     )
 
 
-# To pretrain from nothing; `python -m train` gives them the vocabulary of its data.
+# For pretraining from scratch; `python -m train` sets the vocabulary size of its data.
 SMALL: dict[str, LlamaConfig] = {
     "tiny-4m": _small(256, 704, 4, 4, 2, 4096, tied=True),
     "small-56m": _small(512, 1376, 8, 8, 4, 32000, tied=False),

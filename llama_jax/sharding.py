@@ -1,7 +1,7 @@
-"""Mesh axes, and which dimension of a parameter or an activation goes over which of them.
+"""Mesh axes, and which dimensions of parameters and activations are split over which of them.
 
-A mesh may have any of the four axes; what it lacks is not split. The model knows nothing of it but
-`constrain`, which does nothing without an ambient mesh (`jax.set_mesh`).
+A mesh may have any of the four axes. The model knows of it only through `constrain`, which does nothing
+without an ambient mesh (`jax.set_mesh`).
 """
 
 import math
@@ -18,9 +18,9 @@ SEQUENCE_AXIS = "sequence"
 TENSOR_AXIS = "tensor"
 MESH_AXES = (*BATCH_AXES, SEQUENCE_AXIS, TENSOR_AXIS)
 
-# Logical axes, as parameters declare them (`layers.parameter`) and activations name them. The first
-# mesh axis is the outermost. Weights are split over fsdp and sequence alike (ZeRO: every device that
-# sees other tokens can hold another part), over tensor as in Megatron-LM (arXiv:1909.08053).
+# Logical axes of parameters (`layers.parameter`) and activations, and the mesh axes that split them,
+# outermost first. Weights are split over both fsdp and sequence (ZeRO: devices with different tokens can
+# hold different parts), and over tensor as in Megatron-LM (arXiv:1909.08053).
 RULES: dict[str, tuple[str, ...]] = {
     "layers": (),
     "embed": ("fsdp", SEQUENCE_AXIS),
@@ -38,23 +38,23 @@ RESIDUAL_AXES = ("batch", "sequence", "hidden")
 
 
 class MeshAxes(NamedTuple):
-    """A mesh, those of its axes that are ours to use, and the sizes of those that split anything."""
+    """A mesh, those of its axes that are not manual, and the sizes of those larger than 1."""
 
     mesh: Any
     free: tuple[str, ...]
     sizes: dict[str, int]
 
     def present(self, *names: str) -> tuple[str, ...]:
-        """Those of `names` that split anything."""
+        """Those of `names` with a size larger than 1."""
         return tuple(name for name in names if name in self.sizes)
 
     def size(self, *names: str) -> int:
-        """Into how many parts `names` split together."""
+        """The product of the sizes of `names`."""
         return math.prod(self.sizes.get(name, 1) for name in names)
 
 
 def mesh_axes(mesh: Any = None) -> MeshAxes:
-    """The axes of `mesh` or of the ambient mesh (`jax.set_mesh`), but those of a caller's `shard_map`."""
+    """The axes of `mesh` or of the ambient mesh (`jax.set_mesh`), without those of a `shard_map`."""
     mesh = jax.sharding.get_abstract_mesh() if mesh is None else mesh
     kinds = zip(mesh.axis_names, mesh.axis_types, strict=True)
     free = tuple(name for name, kind in kinds if kind != AxisType.Manual)
@@ -64,25 +64,25 @@ def mesh_axes(mesh: Any = None) -> MeshAxes:
 def partition_spec(
     axes: tuple[str, ...], shape: tuple[int, ...], sizes: Mapping[str, int]
 ) -> PartitionSpec:
-    """The spec of an array whose dimensions have the logical names `axes`, over mesh axes of `sizes`.
+    """The spec of an array with the logical `axes`, on a mesh whose axes have `sizes`.
 
-    A mesh axis that does not divide its dimension is left out: that dimension is replicated over it.
+    A mesh axis that does not divide the dimension is left out: the dimension is replicated over it.
     """
     assert len(axes) == len(shape), f"{axes} for shape {shape}"
     spec: list[tuple[str, ...] | str | None] = []
     for name, size in zip(axes, shape, strict=True):
-        taken: list[str] = []
+        used: list[str] = []
         for axis in RULES[name]:
             parts = sizes.get(axis, 1)
             if parts > 1 and size % parts == 0:
-                taken.append(axis)
+                used.append(axis)
                 size //= parts
-        spec.append(tuple(taken) if len(taken) > 1 else taken[0] if taken else None)
+        spec.append(tuple(used) if len(used) > 1 else used[0] if used else None)
     return PartitionSpec(*spec)
 
 
 def parameter_shardings(model: nnx.Module, mesh: Mesh) -> dict[str, Any]:
-    """The sharding of every parameter of `model` (abstract or real), as a tree of plain dicts."""
+    """The shardings of all parameters of `model` (abstract or real), as nested dicts."""
 
     def sharding(variable: nnx.Variable[Any]) -> NamedSharding:
         axes = variable.get_metadata("axes")
@@ -94,8 +94,8 @@ def parameter_shardings(model: nnx.Module, mesh: Mesh) -> dict[str, Any]:
 
 
 def constrain(x: Shaped[Array, "..."], *axes: str) -> Shaped[Array, "..."]:
-    """`x` with its dimensions split as their logical names say; `x` itself without an ambient mesh."""
-    axes_of_mesh = mesh_axes()
-    if not axes_of_mesh.sizes:
+    """`x`, split as its logical axes say; unchanged without an ambient mesh."""
+    sizes = mesh_axes().sizes
+    if not sizes:
         return x
-    return jax.lax.with_sharding_constraint(x, partition_spec(axes, x.shape, axes_of_mesh.sizes))
+    return jax.lax.with_sharding_constraint(x, partition_spec(axes, x.shape, sizes))

@@ -35,8 +35,9 @@ class KVCache:
     """Rotated keys and values of the tokens seen so far.
 
     Attributes:
-        keys, values: one slot per token, [layers, batch, capacity, kv_heads, dim]; of `unstack_cache`, one
+        keys: one slot per token, [layers, batch, capacity, kv_heads, dim]; of `unstack_cache`, one
             [batch * kv_heads, capacity, dim] per layer.
+        values: as `keys`.
         is_token: False for padding.
         segments: the packed segment of each slot.
         length: how many slots are in use, the same for every row.

@@ -1,4 +1,4 @@
-"""PRNG keys as callers have them: typed ones, raw ones, and what is taken for one."""
+"""Validation of PRNG keys, typed and raw, and of flax's `Rngs`."""
 
 from typing import Any
 
@@ -15,11 +15,11 @@ def as_key(name: str, key: Any) -> Key[Array, ""] | None:
     """One typed key, or None.
 
     Args:
-        name: of the argument, for the message.
-        key: of `jax.random.key`, or the raw uint32 array of `jax.random.PRNGKey`, as numpy has it too.
+        name: of the argument, for the error message.
+        key: of `jax.random.key`, or the raw uint32 array of `jax.random.PRNGKey`, also as numpy.
 
     Raises:
-        ValueError: a seed, several keys or anything else.
+        ValueError: an array of keys, a seed or anything else.
     """
     if key is None:
         return None
@@ -37,7 +37,7 @@ def as_key(name: str, key: Any) -> Key[Array, ""] | None:
 
 
 def require_rngs(rngs: Any) -> None:
-    """Raise ValueError unless `rngs` is flax's."""
+    """Raise ValueError unless `rngs` is a `flax.nnx.Rngs`."""
     if not isinstance(rngs, nnx.Rngs):
         shown = repr(rngs).split("\n")[0]
         raise ValueError(f"rngs: found {shown}, expected flax.nnx.Rngs such as nnx.Rngs(0)")

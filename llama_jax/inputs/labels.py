@@ -1,4 +1,4 @@
-"""What labels must be."""
+"""Validation of label arrays."""
 
 import jax.numpy as jnp
 import numpy as np
@@ -11,7 +11,7 @@ from llama_jax.loss import IGNORE_INDEX
 def require_labels(labels: Array | np.ndarray, shape: tuple[int, ...], classes: int) -> None:
     """Raise ValueError unless `labels` are integers of `shape`, below `classes` or IGNORE_INDEX.
 
-    Under jit only dtype and shape are known; the losses answer NaN to a label out of range.
+    Under jit only dtype and shape are known; there, the loss of a label out of range is NaN.
     """
     if labels.shape != shape or not jnp.issubdtype(labels.dtype, jnp.integer):
         raise ValueError(

@@ -1,4 +1,4 @@
-"""Choosing positions: HF's `logits_to_keep`."""
+"""Arrays as callers pass them, and the positions of `logits_to_keep`."""
 
 from typing import Any
 
@@ -12,12 +12,12 @@ from llama_jax.numerics.scalars import is_integer, plain_number
 
 
 def as_array(value: Any) -> Any:
-    """Lists as numpy arrays, everything else as it is."""
+    """Lists and tuples as numpy arrays, anything else unchanged."""
     return np.asarray(value) if isinstance(value, list | tuple) else value
 
 
 def known_value(value: Any) -> np.ndarray | None:
-    """The value as numpy, or None where it is known only when the program runs (under jit, grad)."""
+    """The value as numpy, or None if it is traced (under jit or grad)."""
     return None if isinstance(value, jax.core.Tracer) else np.asarray(value)
 
 
@@ -37,10 +37,10 @@ def keep_positions(values: Array, logits_to_keep: int | Array | np.ndarray) -> A
     known = known_value(logits_to_keep)
     if known is not None and ((known < -seq) | (known >= seq)).any():
         raise ValueError(f"logits_to_keep: found {known.tolist()}, expected {-seq} to {seq - 1}")
-    # under jit, a position that is not there is NaN, or a label that makes the loss NaN
-    nothing = jnp.nan if jnp.issubdtype(values.dtype, jnp.floating) else IGNORE_INDEX - 1
+    # under jit, an index out of range gives NaN, or a label that makes the loss NaN
+    invalid = jnp.nan if jnp.issubdtype(values.dtype, jnp.floating) else IGNORE_INDEX - 1
     if indices.ndim == 1:
-        return values.at[:, indices].get(mode="fill", fill_value=nothing)
-    return jax.vmap(lambda row, kept: row.at[kept].get(mode="fill", fill_value=nothing))(
+        return values.at[:, indices].get(mode="fill", fill_value=invalid)
+    return jax.vmap(lambda row, kept: row.at[kept].get(mode="fill", fill_value=invalid))(
         values, indices
     )

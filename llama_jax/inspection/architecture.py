@@ -1,4 +1,4 @@
-"""What an architecture costs: parameters, FLOPs, bytes and shapes, from its config alone."""
+"""Parameters, FLOPs, bytes and shapes of an architecture, from its config alone."""
 
 import math
 from dataclasses import dataclass
@@ -23,12 +23,12 @@ class Tensor:
 
     @property
     def parameters(self) -> int:
-        """How many numbers it holds."""
+        """Number of elements."""
         return math.prod(self.shape)
 
 
 def tensors(config: LlamaConfig) -> list[Tensor]:
-    """Every tensor of the causal model in forward order, by abstract evaluation."""
+    """All tensors of the causal model in forward order, without allocating them."""
     model = nnx.eval_shape(lambda: LlamaForCausalLM(config, rngs=nnx.Rngs(0), dtype=jnp.float32))
     shapes = {path: leaf.get_value().shape for path, leaf in nnx.to_flat_state(nnx.state(model))}
     found = [
@@ -47,15 +47,15 @@ def tensors(config: LlamaConfig) -> list[Tensor]:
 
 
 def parameter_count(config: LlamaConfig) -> int:
-    """All parameters of the causal model; a tied head is counted once."""
+    """Number of parameters of the causal model; a tied head is counted once."""
     return sum(tensor.parameters for tensor in tensors(config))
 
 
 def forward_flops_per_token(config: LlamaConfig, seq: int) -> int:
     """Multiply-adds counted as two, averaged over a causal sequence of `seq` tokens.
 
-    2 * (weights of every projection and the head) + 4 * layers * heads * head_dim * (seq + 1) / 2; the
-    embedding is a lookup, norms, softmax and activations are left out. Backward is twice this.
+    2 * (weights of all projections and the head) + 4 * layers * heads * head_dim * (seq + 1) / 2. The
+    embedding is a lookup; norms, softmax and activations are not counted. Backward is twice as much.
     """
     matrices = sum(
         tensor.parameters
@@ -69,7 +69,7 @@ def forward_flops_per_token(config: LlamaConfig, seq: int) -> int:
 
 
 def cache_bytes_per_token(config: LlamaConfig, itemsize: int) -> int:
-    """Bytes of keys and values that one token takes in every layer."""
+    """Bytes of a token's keys and values in all layers."""
     return 2 * config.num_hidden_layers * config.kv_heads * config.head_size * itemsize
 
 

@@ -1,4 +1,4 @@
-"""Pictures of the attention mask: which token sees which, drawn from the mask that the model uses."""
+"""Pictures of the attention mask that the model uses: which token sees which."""
 
 import warnings
 from collections.abc import Sequence
@@ -24,7 +24,7 @@ _LABELLED = 64  # tokens up to which a PNG names them
 
 
 class MaskPicture(NamedTuple):
-    """One row of a batch: where a query (a line) sees a key (a column), and their tokens' texts."""
+    """The mask of one row of a batch, queries as lines and keys as columns, and the tokens' texts."""
 
     title: str
     visible: Bool[np.ndarray, "queries keys"]
@@ -38,15 +38,15 @@ def visible_keys(
     *,
     cached: int = 0,
 ) -> Bool[np.ndarray, "batch queries keys"]:
-    """Which of `seq` keys each query sees, by the model's own mask (`mask_and_cache`, `dense_mask`).
+    """Which of `seq` keys each query sees, from the model's mask (`mask_and_cache`, `dense_mask`).
 
     Args:
         is_token: False for padding.
-        segment_ids: packed documents; None for one a row.
-        cached: the first so many tokens are in the key/value cache: keys, but no queries.
+        segment_ids: packed documents; None for one per row.
+        cached: treat this many tokens as already cached: they are keys, but not queries.
 
     Raises:
-        ValueError: nothing left to ask, or segments of another shape.
+        ValueError: all tokens are cached, or segments of another shape.
     """
     batch, seq = is_token.shape
     if not 0 <= cached < seq:
@@ -58,10 +58,10 @@ def visible_keys(
     tokens, segments = jnp.asarray(is_token), jnp.asarray(segment_ids, jnp.int32)
     cache = None
     if cached:
-        nothing = jnp.zeros((0, batch, seq, 0, 0))  # a mask looks at neither keys nor values
+        no_layers = jnp.zeros((0, batch, seq, 0, 0))  # the mask depends on neither keys nor values
         empty = KVCache(
-            keys=nothing,
-            values=nothing,
+            keys=no_layers,
+            values=no_layers,
             is_token=jnp.zeros((batch, seq), bool),
             segments=jnp.zeros((batch, seq), jnp.int32),
             length=jnp.zeros((), jnp.int32),
@@ -79,15 +79,15 @@ def mask_pictures(
     padding_side: str = "right",
     cached: int = 0,
 ) -> list[MaskPicture]:
-    """Pictures of a batch of tokenized texts: one of each row, padded to the longest; or of one packed row.
+    """Pictures of a batch of tokenized texts: of each row, padded to the longest, or of one packed row.
 
     Raises:
         ValueError: a text without tokens, or as `visible_keys`.
     """
     if not texts or not all(map(len, texts)):
-        raise ValueError("text: found no tokens, expected at least one")
+        raise ValueError("text: no tokens, expected at least one")
     if packed:
-        segments = [place for place, text in enumerate(texts) for _ in text]
+        segments = [index for index, text in enumerate(texts) for _ in text]
         rows = [[token for text in texts for token in text]]
         is_token, segment_ids = np.ones((1, len(segments)), bool), np.array([segments], np.int32)
         kind = f"{len(texts)} packed texts"
@@ -96,21 +96,21 @@ def mask_pictures(
         padding = [[PADDING] * (longest - len(text)) for text in texts]
         left = padding_side == "left"
         rows = [[*p, *t] if left else [*t, *p] for t, p in zip(texts, padding, strict=True)]
-        places = np.arange(longest)
+        slots = np.arange(longest)
         lengths = np.array([[len(text)] for text in texts])
-        is_token = places >= longest - lengths if left else places < lengths
+        is_token = slots >= longest - lengths if left else slots < lengths
         segment_ids = None
         kind = "causal" if is_token.all() else f"causal, padded on the {padding_side}"
     kind += f", {cached} cached" if cached else ""
     visible = visible_keys(is_token, segment_ids, cached=cached)
     return [
-        MaskPicture(f"{kind}, row {number}" if len(rows) > 1 else kind, seen, row[cached:], row)
-        for number, (seen, row) in enumerate(zip(visible, rows, strict=True), 1)
+        MaskPicture(f"{kind}, row {number}" if len(rows) > 1 else kind, mask, row[cached:], row)
+        for number, (mask, row) in enumerate(zip(visible, rows, strict=True), 1)
     ]
 
 
 def draw_text(picture: MaskPicture, width: int) -> "Text":
-    """The picture in `width` columns of a terminal; of what does not fit, the middle is left out."""
+    """The picture in `width` columns of a terminal; if it is wider, the middle is left out."""
     from rich.cells import set_cell_size
     from rich.text import Text
 
@@ -126,9 +126,9 @@ def draw_text(picture: MaskPicture, width: int) -> "Text":
     for line in range(height):
         drawn.append(" " * margin)
         for name in names:
-            # from the bottom up, so that a name stands on its column
-            place = line - (height - len(name))
-            drawn.append(set_cell_size(name[place] if place >= 0 else " ", 2))
+            # aligned at the bottom, above its column
+            index = line - (height - len(name))
+            drawn.append(set_cell_size(name[index] if index >= 0 else " ", 2))
         drawn.append("\n")
     first = len(picture.keys) - len(picture.queries)
     for query in queries:
@@ -148,7 +148,7 @@ def draw_text(picture: MaskPicture, width: int) -> "Text":
 
 
 def draw_png(pictures: Sequence[MaskPicture], path: Path) -> None:
-    """All pictures, one below the other, whole. Raises ValueError where matplotlib is not installed."""
+    """All pictures, one below the other. Raises ValueError if matplotlib is not installed."""
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
@@ -184,13 +184,13 @@ def draw_png(pictures: Sequence[MaskPicture], path: Path) -> None:
 
 
 def _shown(text: str, limit: int | None = None) -> str:
-    """A token on one line, with its spaces to be seen, and no longer than `limit`."""
+    """A token on one line, with visible spaces, cut to `limit` characters."""
     shown = repr(text)[1:-1].replace(" ", "▁") or "''"
     return shown if limit is None or len(shown) <= limit else shown[: limit - 1] + "…"
 
 
 def _window(count: int, room: int) -> list[int | None]:
-    """As many of `count` places as there is room for: the first and the last, None between them."""
+    """Indices of `count` items that fit in `room`: the first and the last, with None between them."""
     if count <= room:
         return list(range(count))
     head = room // 2

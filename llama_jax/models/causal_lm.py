@@ -4,7 +4,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +15,6 @@ from jaxtyping import Array, Float, Int, Key
 
 from llama_jax.attention.cache import KVCache
 from llama_jax.attention.dispatch import Implementation
-from llama_jax.checkpoints import huggingface
 from llama_jax.config import LlamaConfig
 from llama_jax.generation import loop
 from llama_jax.generation.config import GENERATION_FILE, GenerationConfig, read_generation_config
@@ -35,7 +34,28 @@ from llama_jax.numerics.scalars import integers
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class CausalLMOutput:
-    """What `LlamaForCausalLM` returns; fields not asked for are None."""
+    """What `LlamaForCausalLM` returns. Optional fields are None unless requested.
+
+    Attributes:
+        loss: with `labels`.
+        cache: with `cache`, extended by this call's keys and values.
+        hidden_states: with `output_hidden_states`, see `ModelOutput`.
+        attentions: with `output_attentions`, the weights of each layer.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> from flax import nnx
+        >>> from llama_jax import LlamaConfig, LlamaForCausalLM
+        >>> config = LlamaConfig(
+        ...     vocab_size=32, hidden_size=8, intermediate_size=16, num_hidden_layers=2,
+        ...     num_attention_heads=2
+        ... )
+        >>> model = LlamaForCausalLM(config, rngs=nnx.Rngs(0))
+        >>> ids = jnp.array([[5, 6, 7]])
+        >>> out = model(ids, labels=ids)
+        >>> out.logits.shape, out.loss.shape, out.cache
+        ((1, 3, 32), (), None)
+    """
 
     logits: Float[Array, "batch kept vocab"]
     loss: Float[Array, ""] | None = None
@@ -45,10 +65,31 @@ class CausalLMOutput:
 
 
 class LlamaForCausalLM(PretrainedModel):
-    """Llama with its language-model head, tied to the embedding where the config says so.
+    """Llama with a language-model head, tied to the embedding if the config says so.
 
-    A pytree: `jax.jit(lambda model, ids: model(ids).logits)` and `jax.grad` work on it directly. The
-    dtype of the weights is the dtype of the computation.
+    The model is a pytree: `jax.jit(lambda model, ids: model(ids).logits)`, `jax.grad` and optax work on it
+    directly. The dtype of the weights is the dtype of the computation.
+
+    Examples:
+        >>> import jax
+        >>> import jax.numpy as jnp
+        >>> from flax import nnx
+        >>> from llama_jax import LlamaConfig, LlamaForCausalLM
+        >>> config = LlamaConfig(
+        ...     vocab_size=32, hidden_size=8, intermediate_size=16, num_hidden_layers=2,
+        ...     num_attention_heads=2
+        ... )
+        >>> model = LlamaForCausalLM(config, rngs=nnx.Rngs(0))
+        >>> ids = jnp.array([[5, 6, 7]])
+        >>> model(ids).logits.shape
+        (1, 3, 32)
+        >>> gradient = jax.grad(lambda model: model(ids, labels=ids).loss)(model)
+        >>> gradient.model.embed_tokens.weight.shape
+        (32, 8)
+        >>> model.save_pretrained("tiny")
+        >>> loaded = LlamaForCausalLM.from_pretrained("tiny", dtype=jnp.bfloat16)
+        >>> loaded.dtype
+        dtype(bfloat16)
     """
 
     def __init__(self, config: LlamaConfig, *, rngs: nnx.Rngs, dtype: Any = jnp.float32):
@@ -75,7 +116,7 @@ class LlamaForCausalLM(PretrainedModel):
 
     @property
     def head_weight(self) -> Float[Array, "vocab hidden"]:
-        """The projection onto the vocabulary: `lm_head`'s weight, or the embedding where tied."""
+        """The projection onto the vocabulary: of `lm_head`, or the embedding if tied."""
         tied = self.config.tie_word_embeddings
         return (self.model.embed_tokens if tied else self.lm_head).weight[...]
 
@@ -101,11 +142,14 @@ class LlamaForCausalLM(PretrainedModel):
         """Logits and, with `labels`, the loss. See `LlamaModel.__call__` for the other arguments.
 
         Args:
-            labels: [batch, seq], not shifted: position t is scored against labels[t + 1]; -100 is
-                ignored. The loss is taken from float32 logits.
-            num_items_in_batch: divides the summed loss; None divides by the valid labels.
-            logits_to_keep: 0 keeps every position, N the last N, an integer array [kept] or
-                [batch, kept] those positions; the loss is of the kept positions too.
+            labels: [batch, seq], not shifted: position t predicts labels[t + 1]; -100 is ignored. The
+                loss is computed from float32 logits.
+            num_items_in_batch: divides the summed loss; default: the number of valid labels.
+            logits_to_keep: 0 keeps all positions, N the last N, an integer array [kept] or [batch, kept]
+                those positions. The loss is of the kept positions, too.
+
+        Raises:
+            ValueError: labels of another shape, dtype or range, or as `LlamaModel.__call__`.
         """
         decoded = self.model(
             input_ids,
@@ -124,13 +168,13 @@ class LlamaForCausalLM(PretrainedModel):
         hidden = keep_positions(decoded.last_hidden_state, logits_to_keep)
         head = self.head_weight
         working = working_dtype(hidden.dtype)
-        blocked = hidden.shape[1] > 1  # not a step of decoding
+        blocked = hidden.shape[1] > 1  # not a decoding step
         logits = einsum("bsh,vh->bsv", hidden, head, out_dtype=working, blocked=blocked)
         loss = None
         if labels is not None:
             labels = as_array(labels)
-            expected = decoded.last_hidden_state.shape[:2]
-            require_labels(labels, expected, self.config.vocab_size)
+            batch_and_seq = decoded.last_hidden_state.shape[:2]
+            require_labels(labels, batch_and_seq, self.config.vocab_size)
             kept = keep_positions(shift_labels(jnp.asarray(labels)), logits_to_keep)
             loss = causal_lm_loss(hidden, head, kept, num_items_in_batch)
         return CausalLMOutput(
@@ -307,30 +351,12 @@ class LlamaForCausalLM(PretrainedModel):
             **options,
         )
 
-    @classmethod
-    def from_pretrained(
-        cls,
-        directory: str | Path,
-        dtype: Any = None,
-        *,
-        torch_dtype: Any = None,
-        rngs: nnx.Rngs | None = None,
-        **config_changes: Any,
-    ) -> Self:
-        """As `PretrainedModel.from_pretrained`, with the directory's generation_config.json."""
-        model = super().from_pretrained(
-            directory, dtype, torch_dtype=torch_dtype, rngs=rngs, **config_changes
-        )
-        model.generation_config = read_generation_config(Path(directory), model.config)
-        return model
+    def _read_json_files(self, directory: Path) -> None:
+        self.generation_config = read_generation_config(directory, self.config)
 
-    def save_pretrained(self, directory: str | Path, *, max_shard_size: int | str = "5GB") -> None:
-        """Write a Hugging Face directory that both majors of transformers load. See `huggingface.save`."""
+    def _json_files(self) -> dict[str, Any]:
         fields = self.generation_config.fields
-        files = {GENERATION_FILE: fields} if fields else {}
-        huggingface.save(
-            self, self.config, directory, max_shard_size=max_shard_size, json_files=files
-        )
+        return {GENERATION_FILE: fields} if fields else {}
 
 
 def _as_arrays(ids: Any, mask: Any) -> tuple[Array, Array | None]:
@@ -343,7 +369,7 @@ def causal_lm_loss(
     labels: Int[Array, "batch kept"],
     num_items_in_batch: Any,
 ) -> Float[Array, ""]:
-    """The loss of shifted labels, never holding the logits: per valid label, or per given item."""
+    """The loss of shifted labels without holding the logits, averaged over valid labels or items."""
     if num_items_in_batch is None:
         return fused_linear_cross_entropy(hidden, head, labels, vocab_axis=0).loss
     items = jnp.asarray(num_items_in_batch)

@@ -1,7 +1,8 @@
-"""Language-model heads that return logits or a loss, after OLMo-core's `LMHead`, with its faults mended.
+"""Language-model heads that return logits or a loss, after OLMo-core's `LMHead`.
 
-The names, defaults and semantics are those of `olmo_core.nn.lm_head`, but: a z-loss multiplier of 0.0 is
-off; with reduction "none" the z-loss of ignored labels is zero; the normalized head is fused too.
+Names, defaults and semantics are those of `olmo_core.nn.lm_head`, with three differences: a z-loss
+multiplier of 0.0 turns it off; with reduction "none" the z-loss of ignored labels is zero; the normalized
+head has a fused loss, too.
 """
 
 import math
@@ -22,7 +23,24 @@ LossImplementation = Literal["default", "fused_linear"]
 
 
 class LMOutputWithLoss(NamedTuple):
-    """Logits where asked for; `loss` = `ce_loss` + `z_loss`, the latter two for looking at only."""
+    """What an `LMHead` returns with labels.
+
+    Attributes:
+        logits: None unless `return_logits`.
+        loss: `ce_loss` + `z_loss`.
+        ce_loss: the cross-entropy, without a gradient.
+        z_loss: the z-loss, without a gradient; None if it is off.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> from flax import nnx
+        >>> from llama_jax import LMHead
+        >>> head = LMHead(d_model=8, vocab_size=32, rngs=nnx.Rngs(0))
+        >>> labels = jnp.array([[1, 2, -100]])
+        >>> out = head(jnp.zeros((1, 3, 8)), labels=labels, z_loss_multiplier=1e-4)
+        >>> out.logits.shape, out.loss.shape
+        ((1, 3, 32), ())
+    """
 
     logits: Float[Array, "batch kept vocab"] | None
     loss: Float[Array, "..."]
@@ -37,17 +55,29 @@ class RMSNormConfig:
     eps: float = 1e-5
 
     def num_params(self, d_model: int) -> int:
-        """One weight a feature."""
+        """One weight per feature."""
         return d_model
 
 
 @dataclass(frozen=True)
 class LMHeadConfig:
-    """What head to build.
+    """Which head to build.
 
-    name: "default" or "normalized" (nGPT, arXiv:2410.01131). layer_norm: applied to every position before
-    the projection; "default" only. bias: None means True for "default" and False for "normalized",
-    where True is an error. loss_implementation: "fused_linear" never holds the logits of a loss.
+    Attributes:
+        name: "default" or "normalized" (nGPT, arXiv:2410.01131).
+        layer_norm: applied to every position before the projection; "default" only.
+        bias: None is True for "default" and False for "normalized", for which True is an error.
+        dtype: of the weights.
+        loss_implementation: "fused_linear" computes the loss without holding the logits.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> from flax import nnx
+        >>> from llama_jax import LMHeadConfig
+        >>> config = LMHeadConfig(name="normalized", loss_implementation="fused_linear")
+        >>> head = config.build(d_model=8, vocab_size=32, rngs=nnx.Rngs(0))
+        >>> head(jnp.zeros((1, 3, 8))).shape
+        (1, 3, 32)
     """
 
     name: Literal["default", "normalized"] = "default"
@@ -86,7 +116,7 @@ class LMHeadConfig:
     def build(
         self, *, d_model: int, vocab_size: int, rngs: nnx.Rngs, stddev: float = 0.02
     ) -> "LMHead":
-        """The head, its projection drawn with `stddev` (and normalised, for "normalized")."""
+        """The head with a random projection of `stddev`, its rows normalized for "normalized"."""
         dtype = jnp.dtype(self.dtype)
         if self.name == "normalized":
             return NormalizedLMHead(
@@ -110,7 +140,16 @@ class LMHeadConfig:
 
 
 class LMHead(nnx.Module):
-    """norm(x) weight^T + bias; weight [vocab, d_model]."""
+    """Logits norm(x) weight^T + bias, with weight [vocab, d_model], or their loss.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> from flax import nnx
+        >>> from llama_jax import LMHead
+        >>> head = LMHead(d_model=8, vocab_size=32, bias=False, rngs=nnx.Rngs(0))
+        >>> head(jnp.zeros((1, 3, 8))).shape
+        (1, 3, 32)
+    """
 
     def __init__(
         self,
@@ -148,20 +187,22 @@ class LMHead(nnx.Module):
         """Logits [batch, kept, vocab] without labels, else `LMOutputWithLoss`. Labels are not shifted.
 
         Args:
-            return_logits: None returns them beside a loss for "default" and not for "fused_linear"; True
-                always does, materialising [batch, kept, vocab]; False needs labels.
-            logits_to_keep: 0 for all positions, N for the last N of x and labels, or positions [kept] or
-                [batch, kept] of both. The norm is applied before.
+            labels: token ids; `ignore_index` is ignored.
+            loss_reduction: see `fused_linear_cross_entropy`, as for the next two.
+            return_logits: with labels, whether to return the logits, too. Default: True for the "default"
+                loss and False for "fused_linear", which otherwise never holds [batch, kept, vocab].
+            logits_to_keep: 0 for all positions, N for the last N of x and labels, or an index array [kept]
+                or [batch, kept] for both. The norm comes first.
 
         Raises:
-            ValueError: `return_logits=False` without labels, or what the loss refuses.
+            ValueError: `return_logits=False` without labels, or as `fused_linear_cross_entropy`.
         """
         hidden = keep_positions(self.norm(x) if hasattr(self, "norm") else x, logits_to_keep)
         bias = self.bias[...] if hasattr(self, "bias") else None
         weight, scale = self.weight[...], self.scale()
         if labels is None:
             if return_logits is False:
-                raise ValueError("return_logits: found False, expected labels to be given with it")
+                raise ValueError("return_logits: found False without labels; pass labels, too")
             return _logits(hidden, weight, bias, scale)
         fused = self.loss_implementation == "fused_linear"
         out = fused_linear_cross_entropy(
@@ -177,25 +218,34 @@ class LMHead(nnx.Module):
             mode="auto" if fused else "reference",
             vocab_axis=0,
         )
-        wanted = not fused if return_logits is None else return_logits
+        if return_logits is None:
+            return_logits = not fused
         return LMOutputWithLoss(
-            logits=_logits(hidden, weight, bias, scale) if wanted else None,
+            logits=_logits(hidden, weight, bias, scale) if return_logits else None,
             loss=out.loss,
             ce_loss=out.ce_loss,
             z_loss=out.z_loss if z_loss_multiplier else None,
         )
 
     def scale(self) -> Array | None:
-        """What multiplies the projection, a scalar a column; None for nothing."""
+        """A factor per column of the logits, or None."""
         return None
 
 
 class NormalizedLMHead(LMHead):
     """nGPT's head: logits = (sz * sqrt(d_model)) * (x weight^T), no norm, no bias.
 
-    `sz` [vocab] starts at 1 / sqrt(d_model), so that the effective scale starts at 1. Rows of the weight
-    have length 1: at the start, and again after each optimizer step when the caller puts
-    `normalize_rows(head.weight)` back.
+    `sz` [vocab] starts at 1 / sqrt(d_model), so the effective scale starts at 1. Rows of the weight start
+    with length 1; after each optimizer step the caller replaces the weight by `normalize_rows(weight)`.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> from flax import nnx
+        >>> from llama_jax import NormalizedLMHead, normalize_rows
+        >>> head = NormalizedLMHead(d_model=8, vocab_size=32, rngs=nnx.Rngs(0))
+        >>> head(jnp.zeros((1, 3, 8))).shape
+        (1, 3, 32)
+        >>> head.weight[...] = normalize_rows(head.weight[...])  # after an optimizer step
     """
 
     def __init__(
@@ -220,13 +270,20 @@ class NormalizedLMHead(LMHead):
         self.sz = parameter(rngs, (vocab_size,), ("vocab",), start, dtype)
 
     def scale(self) -> Array:
-        """sz * sqrt(d_model), one a column."""
+        """sz * sqrt(d_model), a factor per column."""
         sz = self.sz[...]
         return sz.astype(working_dtype(sz.dtype)) * math.sqrt(self.weight.shape[-1])
 
 
 def normalize_rows(weight: Float[Array, "rows size"]) -> Float[Array, "rows size"]:
-    """Each row divided by its length, computed in float32 (float64 for float64)."""
+    """Each row divided by its length, computed in float32 (float64 for float64).
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> from llama_jax import normalize_rows
+        >>> normalize_rows(jnp.array([[3.0, 4.0]])).tolist()
+        [[0.6000000238418579, 0.800000011920929]]
+    """
     wide = weight.astype(working_dtype(weight.dtype))
     return (wide / jnp.linalg.norm(wide, axis=-1, keepdims=True)).astype(weight.dtype)
 

@@ -1,4 +1,4 @@
-"""PretrainedModel: what every Llama does with a Hugging Face directory."""
+"""PretrainedModel: loading from and saving to a Hugging Face directory."""
 
 from pathlib import Path
 from typing import Any, Self
@@ -11,16 +11,8 @@ from llama_jax.config import LlamaConfig
 from llama_jax.inputs.keys import require_rngs
 
 
-def _one_dtype(dtype: Any, torch_dtype: Any) -> Any:
-    """What both say; None where neither asks for one."""
-    first, second = map(requested_dtype, (dtype, torch_dtype))
-    if None not in (first, second) and str(first) != str(second):
-        raise ValueError(f"dtype: found {first} beside torch_dtype {second}, expected one of them")
-    return second if first is None else first
-
-
 class PretrainedModel(nnx.Module):
-    """A module of `(config, rngs=, dtype=)` whose parameters have transformers' names."""
+    """A module made from `(config, rngs=, dtype=)` whose parameters have transformers' names."""
 
     config: LlamaConfig
 
@@ -34,24 +26,57 @@ class PretrainedModel(nnx.Module):
         rngs: nnx.Rngs | None = None,
         **config_changes: Any,
     ) -> Self:
-        """Load a Hugging Face directory. See `huggingface.load`.
+        """Load a Hugging Face directory, see `checkpoints.huggingface.load`.
 
         Args:
-            dtype: of the weights: JAX's, its name, or torch's; None and "auto" keep the stored one.
-            torch_dtype: the same under transformers' old name.
-            rngs: of the weights of a task's head that the directory has not; None is `nnx.Rngs(0)`.
-            config_changes: fields of config.json to change, such as `num_labels`.
+            directory: with config.json and safetensors files.
+            dtype: of the weights: a dtype of JAX or torch, or its name; None and "auto" keep the
+                stored one.
+            torch_dtype: transformers' old name for `dtype`.
+            rngs: seeds for task-head weights that the checkpoint lacks; default: `nnx.Rngs(0)`.
+            config_changes: fields of config.json to override, such as `num_labels`.
 
         Raises:
-            ValueError: two dtypes that differ, or as `huggingface.load`.
-            TypeError: a keyword that is no field of `LlamaConfig`.
+            ValueError: `dtype` and `torch_dtype` differ, or as `checkpoints.huggingface.load`.
+            TypeError: a keyword that is not a field of `LlamaConfig`.
         """
         dtype = _one_dtype(dtype, torch_dtype)
         if rngs is not None:
             require_rngs(rngs)
         config = LlamaConfig.from_pretrained(directory, **config_changes)
-        return huggingface.load(cls, config, directory, dtype, rngs)
+        model = huggingface.load(cls, config, directory, dtype, rngs)
+        model._read_json_files(Path(directory))
+        return model
 
     def save_pretrained(self, directory: str | Path, *, max_shard_size: int | str = "5GB") -> None:
-        """Write a Hugging Face directory that both majors of transformers load. See `huggingface.save`."""
-        huggingface.save(self, self.config, directory, max_shard_size=max_shard_size)
+        """Write a Hugging Face directory, see `checkpoints.huggingface.save`.
+
+        Args:
+            directory: new or empty.
+            max_shard_size: upper limit of a file of weights, in bytes or as "5GB".
+
+        Raises:
+            ValueError: as `checkpoints.huggingface.save`.
+        """
+        huggingface.save(
+            self,
+            self.config,
+            directory,
+            max_shard_size=max_shard_size,
+            json_files=self._json_files(),
+        )
+
+    def _read_json_files(self, directory: Path) -> None:
+        """Take what the class keeps of the directory's further JSON files."""
+
+    def _json_files(self) -> dict[str, Any]:
+        """Further JSON files to save, by name."""
+        return {}
+
+
+def _one_dtype(dtype: Any, torch_dtype: Any) -> Any:
+    """The dtype that either argument requests, or None."""
+    first, second = map(requested_dtype, (dtype, torch_dtype))
+    if None not in (first, second) and str(first) != str(second):
+        raise ValueError(f"dtype: found {first} and torch_dtype {second}, expected only one")
+    return second if first is None else first

@@ -1,7 +1,7 @@
-"""LlamaForSequenceClassification: one prediction a sequence, read off its last token."""
+"""LlamaForSequenceClassification: one prediction per sequence, from its last token."""
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Unpack
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +13,7 @@ from llama_jax.attention.cache import KVCache
 from llama_jax.config import LlamaConfig
 from llama_jax.inputs.labels import require_labels
 from llama_jax.inputs.positions import as_array
-from llama_jax.models.decoder import Embeddings, LlamaModel, Positions, Tokens
+from llama_jax.models.decoder import DecoderOptions, Embeddings, LlamaModel, Positions, Tokens
 from llama_jax.models.layers import Linear
 from llama_jax.models.pretrained import PretrainedModel
 from llama_jax.models.task_head import classification_loss, task_head, wide_logits
@@ -24,7 +24,21 @@ _PROBLEM_TYPES = ("regression", "single_label_classification", "multi_label_clas
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class SequenceClassifierOutput:
-    """What `LlamaForSequenceClassification` returns; fields not asked for are None."""
+    """What `LlamaForSequenceClassification` returns; see `CausalLMOutput` for the optional fields.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> from flax import nnx
+        >>> from llama_jax import LlamaConfig, LlamaForSequenceClassification
+        >>> config = LlamaConfig(
+        ...     vocab_size=32, hidden_size=8, intermediate_size=16, num_hidden_layers=2,
+        ...     num_attention_heads=2, num_labels=3
+        ... )
+        >>> model = LlamaForSequenceClassification(config, rngs=nnx.Rngs(0))
+        >>> out = model(jnp.array([[5, 6, 7]]), labels=jnp.array([2]))
+        >>> out.logits.shape, out.loss.shape
+        ((1, 3), ())
+    """
 
     logits: Float[Array, "batch labels"]
     loss: Float[Array, ""] | None = None
@@ -34,7 +48,21 @@ class SequenceClassifierOutput:
 
 
 class LlamaForSequenceClassification(PretrainedModel):
-    """Llama with a linear head on the last token of each sequence: classes, several, or numbers."""
+    """Llama with a linear head on the last token of each sequence: classes, several labels, or numbers.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> from flax import nnx
+        >>> from llama_jax import LlamaConfig, LlamaForSequenceClassification
+        >>> config = LlamaConfig(
+        ...     vocab_size=32, hidden_size=8, intermediate_size=16, num_hidden_layers=2,
+        ...     num_attention_heads=2, num_labels=3, pad_token_id=0
+        ... )
+        >>> model = LlamaForSequenceClassification(config, rngs=nnx.Rngs(0))
+        >>> ids = jnp.array([[5, 6, 7], [5, 0, 0]])
+        >>> model(ids).logits.shape
+        (2, 3)
+    """
 
     def __init__(self, config: LlamaConfig, *, rngs: nnx.Rngs, dtype: Any = jnp.float32):
         self.config = config
@@ -54,20 +82,20 @@ class LlamaForSequenceClassification(PretrainedModel):
         inputs_embeds: Embeddings | None = None,
         segment_ids: Tokens | None = None,
         labels: Array | np.ndarray | None = None,
-        **options: Any,
+        **options: Unpack[DecoderOptions],
     ) -> SequenceClassifierOutput:
         """Logits of each sequence's last token and, with `labels`, the loss.
 
-        As in transformers, the last token is the rightmost that is not `config.pad_token_id`, whatever the
-        attention mask says; with `inputs_embeds`, or without a padding token, it is the last position.
+        As in transformers, the last token is the rightmost one that is not `config.pad_token_id`, whatever
+        the attention mask says; with `inputs_embeds`, or without a padding token, it is the last position.
 
         Args:
             labels: see `sequence_classification_loss`.
-            options: the further arguments of `LlamaModel.__call__`.
+            options: the other arguments of `LlamaModel.__call__`.
 
         Raises:
-            ValueError: more than one sequence and no padding token; labels that do not fit; or as
-                `LlamaModel.__call__`.
+            ValueError: more than one sequence without a padding token; labels of another shape, dtype or
+                range; or as `LlamaModel.__call__`.
         """
         decoded = self.model(
             input_ids, attention_mask, position_ids, inputs_embeds, segment_ids, **options
@@ -75,9 +103,7 @@ class LlamaForSequenceClassification(PretrainedModel):
         hidden = decoded.last_hidden_state
         batch, pad = hidden.shape[0], self.config.pad_token_id
         if pad is None and batch > 1:
-            raise ValueError(
-                f"pad_token_id: found null in the config, expected one for a batch of {batch}"
-            )
+            raise ValueError(f"pad_token_id: null in the config, but a batch of {batch} needs one")
         if pad is None or input_ids is None:
             pooled = hidden[:, -1]
         else:
@@ -98,9 +124,9 @@ class LlamaForSequenceClassification(PretrainedModel):
 
 
 def last_token(input_ids: Int[Array, "batch seq"], pad_token_id: int) -> Int[Array, " batch"]:
-    """The place of each row's rightmost token that is not padding, 0 in a row of nothing else."""
-    places = jnp.arange(input_ids.shape[1], dtype=jnp.int32)
-    return jnp.max(jnp.where(input_ids != pad_token_id, places, 0), axis=-1)
+    """The index of each row's rightmost token that is not padding; 0 in a row of padding."""
+    indices = jnp.arange(input_ids.shape[1], dtype=jnp.int32)
+    return jnp.max(jnp.where(input_ids != pad_token_id, indices, 0), axis=-1)
 
 
 def sequence_classification_loss(
@@ -109,16 +135,16 @@ def sequence_classification_loss(
     labels: Array | np.ndarray,
     problem_type: str | None = None,
 ) -> Float[Array, ""]:
-    """The loss by `problem_type`, or by what the labels are where it is None, as transformers decides.
+    """The loss of `problem_type`, which for None follows from the labels as in transformers.
 
     Args:
-        labels: "regression" (the choice for one label): numbers [batch, labels], or [batch] for one;
-            the mean squared error. "single_label_classification" (for integers): [batch] or [batch, 1],
-            -100 ignored; cross-entropy. "multi_label_classification" (for floats): [batch, labels], from
-            0 to 1; binary cross-entropy of each.
+        labels: for "regression" (default with one label) numbers [batch, labels], or [batch] for one label:
+            mean squared error. For "single_label_classification" (default of integers) [batch] or
+            [batch, 1], -100 ignored: cross-entropy. For "multi_label_classification" (default of floats)
+            [batch, labels] from 0 to 1: binary cross-entropy.
 
     Raises:
-        ValueError: another shape or dtype, a class that is not there, or another `problem_type`.
+        ValueError: labels of another shape, dtype or range, or an unknown `problem_type`.
     """
     batch, count = len(pooled), len(head.weight[...])
     integers = jnp.issubdtype(labels.dtype, jnp.integer)
@@ -127,8 +153,8 @@ def sequence_classification_loss(
             f"problem_type: found {problem_type!r}, expected null or one of {', '.join(_PROBLEM_TYPES)}"
         )
     if problem_type is None:
-        several = "single_label_classification" if integers else "multi_label_classification"
-        problem_type = "regression" if count == 1 else several
+        classification = "single_label_classification" if integers else "multi_label_classification"
+        problem_type = "regression" if count == 1 else classification
     if problem_type == "single_label_classification":
         labels = labels[:, 0] if labels.shape == (batch, 1) else labels
         require_labels(labels, (batch,), count)
@@ -136,8 +162,8 @@ def sequence_classification_loss(
     if problem_type == "regression" and count == 1 and labels.shape == (batch,):
         labels = labels[:, None]
     kind = "floats" if problem_type == "multi_label_classification" else "numbers"
-    fits = jnp.issubdtype(labels.dtype, jnp.floating) or (kind == "numbers" and integers)
-    if labels.shape != (batch, count) or not fits:
+    is_kind = jnp.issubdtype(labels.dtype, jnp.floating) or (kind == "numbers" and integers)
+    if labels.shape != (batch, count) or not is_kind:
         raise ValueError(
             f"labels: found {labels.dtype}{list(labels.shape)}, expected {kind} {[batch, count]} "
             f"for {problem_type}"

@@ -1,4 +1,4 @@
-"""What the task models share: a projection of hidden states onto few classes, and its cross-entropy."""
+"""Shared by the task models: a projection of hidden states onto a few classes, and its cross-entropy."""
 
 from typing import Any
 
@@ -15,9 +15,10 @@ from llama_jax.numerics.matmul import einsum, working_dtype
 def task_head(
     config: LlamaConfig, classes: int, *, use_bias: bool, dtype: Any, rngs: nnx.Rngs
 ) -> Linear:
-    """The projection [hidden] -> [classes] with transformers' initial values.
+    """The projection [hidden] -> [classes], initialized as in transformers.
 
-    Raises ValueError for no classes.
+    Raises:
+        ValueError: no classes.
     """
     if not classes:
         raise ValueError("num_labels: found 0, expected at least one label for this model")
@@ -37,7 +38,7 @@ def task_head(
 def wide_logits(
     hidden: Float[Array, "*batch hidden"], head: Linear
 ) -> Float[Array, "*batch classes"]:
-    """`head(hidden)`, left in float32 (float64 for float64) for the loss."""
+    """`head(hidden)` in float32 (float64 for float64)."""
     working = working_dtype(hidden.dtype)
     batch = "abcdefgh"[: hidden.ndim - 1]
     out = einsum(f"{batch}i,oi->{batch}o", hidden, head.weight[...], out_dtype=working)
@@ -49,7 +50,7 @@ def wide_logits(
 def classification_loss(
     hidden: Float[Array, "*batch hidden"], head: Linear, labels: Int[Array, "*batch"]
 ) -> Float[Array, ""]:
-    """Mean cross-entropy of `head(hidden)` over labels that are not -100; 0 where there is none."""
+    """Mean cross-entropy of `head(hidden)` over the labels that are not -100; 0 if there are none."""
     bias = head.bias[...] if hasattr(head, "bias") else None
     return fused_linear_cross_entropy(
         hidden, head.weight[...], labels, bias=bias, vocab_axis=0

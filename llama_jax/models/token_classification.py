@@ -1,7 +1,7 @@
-"""LlamaForTokenClassification: one prediction a token."""
+"""LlamaForTokenClassification: one prediction per token."""
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Unpack
 
 import jax
 import jax.numpy as jnp
@@ -13,17 +13,31 @@ from llama_jax.attention.cache import KVCache
 from llama_jax.config import LlamaConfig
 from llama_jax.inputs.labels import require_labels
 from llama_jax.inputs.positions import as_array
-from llama_jax.models.decoder import Embeddings, LlamaModel, Positions, Tokens
+from llama_jax.models.decoder import DecoderOptions, Embeddings, LlamaModel, Positions, Tokens
 from llama_jax.models.pretrained import PretrainedModel
 from llama_jax.models.task_head import classification_loss, task_head, wide_logits
 
-DEFAULT_DROPOUT = 0.1  # transformers' own where the config says nothing
+DEFAULT_DROPOUT = 0.1  # transformers' own, if the config has none
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class TokenClassifierOutput:
-    """What `LlamaForTokenClassification` returns; fields not asked for are None."""
+    """What `LlamaForTokenClassification` returns; see `CausalLMOutput` for the optional fields.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> from flax import nnx
+        >>> from llama_jax import LlamaConfig, LlamaForTokenClassification
+        >>> config = LlamaConfig(
+        ...     vocab_size=32, hidden_size=8, intermediate_size=16, num_hidden_layers=2,
+        ...     num_attention_heads=2, num_labels=3
+        ... )
+        >>> model = LlamaForTokenClassification(config, rngs=nnx.Rngs(0))
+        >>> out = model(jnp.array([[5, 6, 7]]), labels=jnp.array([[2, 0, -100]]))
+        >>> out.logits.shape, out.loss.shape
+        ((1, 3, 3), ())
+    """
 
     logits: Float[Array, "batch seq labels"]
     loss: Float[Array, ""] | None = None
@@ -33,7 +47,20 @@ class TokenClassifierOutput:
 
 
 class LlamaForTokenClassification(PretrainedModel):
-    """Llama with a linear head on every token."""
+    """Llama with a linear head on every token.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> from flax import nnx
+        >>> from llama_jax import LlamaConfig, LlamaForTokenClassification
+        >>> config = LlamaConfig(
+        ...     vocab_size=32, hidden_size=8, intermediate_size=16, num_hidden_layers=2,
+        ...     num_attention_heads=2, num_labels=3
+        ... )
+        >>> model = LlamaForTokenClassification(config, rngs=nnx.Rngs(0))
+        >>> model(jnp.array([[5, 6, 7]])).logits.shape
+        (1, 3, 3)
+    """
 
     def __init__(self, config: LlamaConfig, *, rngs: nnx.Rngs, dtype: Any = jnp.float32):
         self.config = config
@@ -53,32 +80,23 @@ class LlamaForTokenClassification(PretrainedModel):
         inputs_embeds: Embeddings | None = None,
         segment_ids: Tokens | None = None,
         labels: Array | np.ndarray | None = None,
-        *,
-        dropout_key: Key[Array, ""] | None = None,
-        **options: Any,
+        **options: Unpack[DecoderOptions],
     ) -> TokenClassifierOutput:
         """Logits of every token and, with `labels`, the cross-entropy.
 
         Args:
             labels: [batch, seq], not shifted; -100 is ignored.
-            dropout_key: turns dropout on (training): of the attention and, by `config.classifier_dropout`,
-                of the hidden states before the head.
-            options: the further arguments of `LlamaModel.__call__`.
+            options: the other arguments of `LlamaModel.__call__`. With a `dropout_key`, the hidden states
+                before the head have dropout, too, with the rate `config.classifier_dropout`.
 
         Raises:
-            ValueError: labels that do not fit, or as `LlamaModel.__call__`.
+            ValueError: labels of another shape, dtype or range, or as `LlamaModel.__call__`.
         """
-        decoder_key, head_key = (
-            (None, None) if dropout_key is None else jax.random.split(dropout_key)
-        )
+        dropout_key, head_key = options.get("dropout_key"), None
+        if dropout_key is not None:
+            options["dropout_key"], head_key = jax.random.split(dropout_key)
         decoded = self.model(
-            input_ids,
-            attention_mask,
-            position_ids,
-            inputs_embeds,
-            segment_ids,
-            dropout_key=decoder_key,
-            **options,
+            input_ids, attention_mask, position_ids, inputs_embeds, segment_ids, **options
         )
         hidden = decoded.last_hidden_state
         if head_key is not None:
@@ -102,6 +120,6 @@ class LlamaForTokenClassification(PretrainedModel):
 def dropout(
     x: Float[Array, "*batch hidden"], rate: float, key: Key[Array, ""]
 ) -> Float[Array, "*batch hidden"]:
-    """`x` with each number kept at a probability of 1 - rate, and scaled up by it."""
+    """`x` with each element kept with probability 1 - rate and divided by it."""
     kept = jax.random.bernoulli(key, 1 - rate, x.shape)
     return jnp.where(kept, x / (1 - rate) if rate < 1 else x, 0)

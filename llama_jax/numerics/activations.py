@@ -1,6 +1,6 @@
 """The activations of the gated MLP, by the names of transformers' `ACT2FN`.
 
-`prelu` and `xielu` are absent: they hold parameters that a Llama checkpoint has no place for.
+`prelu` and `xielu` are missing: they have parameters, which a Llama checkpoint does not store.
 """
 
 from collections.abc import Callable
@@ -17,7 +17,10 @@ def _gelu_accurate(x: jax.Array) -> jax.Array:
 
 
 def _laplace(x: jax.Array) -> jax.Array:
-    mu, sigma = 0.707107, 0.282095  # the constants of MEGA (arXiv:2209.10655), as torch rounds them
+    mu, sigma = (
+        0.707107,
+        0.282095,
+    )  # the constants of MEGA (arXiv:2209.10655), as transformers rounds them
     return 0.5 * (1 + jax.lax.erf((x - mu) / (sigma * sqrt(2.0))))
 
 

@@ -5,8 +5,8 @@ scaling = `dynamic`; YaRN (arXiv:2309.00071); LongRoPE (arXiv:2402.13753); `llam
 llama-models `apply_scaling`; `proportional` as in transformers v5. The constants and their defaults are
 those of `transformers.modeling_rope_utils`.
 
-Frequencies are constants of the model: they are formed in float64 with numpy and rounded once to the
-working precision, so that their error is never above transformers', which forms them in float32. Only
+Frequencies are constants of the model: they are computed in float64 with numpy and rounded once to the
+working precision, so their error never exceeds that of transformers, which computes them in float32. Only
 what depends on the current length (`dynamic`, `longrope`) is traced.
 """
 
@@ -59,7 +59,7 @@ _MAY_BE_ZERO = {"partial_rotary_factor", "mscale", "mscale_all_dim", "attention_
 def validate_rope_parameters(
     rope: Mapping[str, Any], head_dim: int, max_position_embeddings: int
 ) -> None:
-    """Raise ValueError where `rope` is not a complete, computable set of rotary parameters."""
+    """Raise ValueError unless `rope` is complete and has finite frequencies."""
     rope_type = rope["rope_type"]
     if not isinstance(rope_type, str) or rope_type not in _REQUIRED:
         raise ValueError(
@@ -68,7 +68,7 @@ def validate_rope_parameters(
     for name in _REQUIRED[rope_type]:
         if rope.get(name) is None:
             raise ValueError(f"rope_parameters[{name!r}]: missing for rope_type {rope_type!r}")
-    # what belongs to another rope_type, or to none, is ignored, as transformers does (with a warning)
+    # parameters of another rope_type, or of none, are ignored as in transformers, which warns
     used = (*_ALWAYS, *_REQUIRED[rope_type], *_OPTIONAL.get(rope_type, ()))
     for name, value in ((name, rope[name]) for name in used if name in rope):
         if name == "truncate":
@@ -90,18 +90,18 @@ def validate_rope_parameters(
     if rope_type == "dynamic" and head_dim <= 2:
         raise ValueError(f"head_dim: found {head_dim}, expected more than 2 for 'dynamic' rope")
     try:
-        # constants that are each in range may still divide by zero or overflow together
+        # parameters that are in range can still divide by zero or overflow together
         with np.errstate(all="ignore"):
             computed = inverse_frequencies(rope, head_dim, max_position_embeddings, 1)
-        sane = all(np.isfinite(part).all() for part in computed)
+        is_finite = all(np.isfinite(part).all() for part in computed)
     except (ArithmeticError, ValueError):
-        sane = False
-    if not sane:
+        is_finite = False
+    if not is_finite:
         raise ValueError(f"rope_parameters: found {dict(rope)}, which has no finite frequencies")
 
 
 def unknown_constants(rope: Mapping[str, Any]) -> dict[str, Any]:
-    """The entries of `rope` that no `rope_type` looks at, by name."""
+    """The entries of `rope` that no `rope_type` uses, by name."""
     return {name: rope[name] for name in sorted(rope.keys() - _KNOWN)}
 
 
@@ -114,14 +114,14 @@ def inverse_frequencies(
     """Inverse frequencies (radians per position) and the factor on cos and sin.
 
     Args:
-        rope: `rope_type`, `rope_theta` and the constants of the type.
-        head_dim: features of a head; half of it frequencies are returned.
-        max_position_embeddings: the context that `dynamic` counts from.
-        length: the current length, highest position + 1; only `dynamic` and `longrope` look at it, and
-            it may be traced.
+        rope: `rope_type`, `rope_theta` and the parameters of the type.
+        head_dim: features of a head; there are half as many frequencies.
+        max_position_embeddings: the context beyond which `dynamic` scales.
+        length: the current length, highest position + 1, which may be traced; only for `dynamic` and
+            `longrope`.
 
     Returns:
-        float64 numpy frequencies, or a traced array where they depend on a traced `length`.
+        Frequencies as float64 numpy, or as a traced array if they depend on a traced `length`; the factor.
     """
     theta = float(rope["rope_theta"])
     exponents = np.arange(0, head_dim, 2, dtype=np.float64) / head_dim
@@ -154,10 +154,10 @@ def rope_cos_sin(
     max_position_embeddings: int,
     dtype: jnp.dtype,
 ) -> tuple[Float[Array, "batch seq half"], Float[Array, "batch seq half"]]:
-    """cos and sin of the rotation angles, formed in float32 (float64 for float64 models), then cast.
+    """cos and sin of the rotation angles, computed in float32 (float64 for float64) and cast to `dtype`.
 
-    The length that `dynamic` and `longrope` depend on is the highest position of the whole batch + 1,
-    as in transformers.
+    The length that `dynamic` and `longrope` depend on is the highest position of the batch + 1, as in
+    transformers.
     """
     working = working_dtype(dtype)
     length = jnp.max(position_ids) + 1
@@ -214,16 +214,16 @@ def _yarn(
     attention_factor = rope.get("attention_factor")
     if attention_factor is None:
         weight, weight_all = rope.get("mscale"), rope.get("mscale_all_dim")
-        given = weight and weight_all
-        attention_factor = mscale(weight) / mscale(weight_all) if given else mscale(1.0)
+        has_both = weight and weight_all
+        attention_factor = mscale(weight) / mscale(weight_all) if has_both else mscale(1.0)
     return frequencies, float(attention_factor)
 
 
 def longrope_attention_factor(rope: Mapping[str, Any], max_position_embeddings: int) -> float:
-    """The factor on cos and sin of `longrope`: as given, or sqrt(1 + log(factor) / log(context))."""
-    given = rope.get("attention_factor")
-    if given is not None:
-        return float(given)
+    """The factor on cos and sin of `longrope`; default: sqrt(1 + log(factor) / log(context))."""
+    attention_factor = rope.get("attention_factor")
+    if attention_factor is not None:
+        return float(attention_factor)
     context = rope["original_max_position_embeddings"]
     factor = rope.get("factor") or max_position_embeddings / context
     return math.sqrt(1 + (0.0 if factor <= 1 else math.log(factor) / math.log(context)))
@@ -263,8 +263,8 @@ def _dynamic(
         return plain * (stretch - (factor - 1)) ** -exponents
     working = jnp.result_type(float)
     beyond = jnp.maximum(length - max_position_embeddings, 0).astype(working)
-    # s = m 2^k with 1 <= m < 2: the powers of 2^k are formed in float64, for every k; those of m are
-    # near 1, so that the rounding of its logarithm is not multiplied.
+    # s = m 2^k with 1 <= m < 2: the powers of 2^k are computed in float64, for every k; those of m are
+    # near 1, so the rounding of its logarithm is not amplified.
     mantissa, power = jnp.frexp(1 + factor * beyond / max_position_embeddings)
     powers_of_two = plain * 2.0 ** (-exponents * np.arange(64)[:, None])
     correction = jnp.exp(-jnp.asarray(exponents, working) * jnp.log(2 * mantissa))

@@ -1,4 +1,4 @@
-"""Models with weights in 8 or 4 bits: made, described, undone."""
+"""Quantize a model to 8 or 4 bits, inspect how it is quantized, and dequantize it."""
 
 import math
 from collections.abc import Mapping
@@ -13,57 +13,94 @@ from llama_jax.quantization.weight import QuantizedWeight
 
 Model = TypeVar("Model", bound=nnx.Module)
 
-INT4_GROUP_SIZE = 128  # unless told
+INT4_GROUP_SIZE = 128  # default
 
 
 class Quantization(NamedTuple):
-    """How a model was quantised; columns that share a scale, None for all of a row."""
+    """How a model is quantized.
+
+    Attributes:
+        bits: 8 or 4.
+        group_size: columns that share a scale; None for a scale per row.
+
+    Examples:
+        >>> from llama_jax import Quantization
+        >>> Quantization(bits=4, group_size=64)
+        Quantization(bits=4, group_size=64)
+    """
 
     bits: int
     group_size: int | None
 
     def to_dict(self) -> dict[str, Any]:
-        """`quantization_config` as config.json has it; transformers refuses to load it."""
+        """The `quantization_config` of config.json, with which transformers refuses to load it."""
         return {**QUANTIZED_BY, **self._asdict()}
 
 
 def quantize(model: Model, bits: int, group_size: int | None = None) -> Model:
-    """A model like `model`, unchanged itself, whose matrices are held in 8 or 4 bits.
+    """A copy of `model` with its matrices in 8 or 4 bits.
 
-    It works wherever the model does, but has no gradient. Each matrix is restored, in the model's dtype,
-    where it is multiplied with. 8 bits: every projection, the embedding and the head. 4 bits: the
-    projections; embedding and head in 8 bits by rows. A matrix whose input dimension `group_size` does not
-    divide is held in 8 bits by rows. Norms, biases and the heads of tasks stay as they are.
+    It can be used like `model`, but has no gradient: each matrix is dequantized to the model's dtype where
+    it is used. 8 bits: all projections, the embedding and the head. 4 bits: the projections; embedding and
+    head have 8 bits with a scale per row, as does a matrix whose input dimension is not a multiple of
+    `group_size`. Norms, biases and task heads are not quantized.
 
     Args:
+        model: any model of this library; it is not changed.
         bits: 8 or 4.
-        group_size: columns that share a scale, an even number; None: all of a row in 8 bits, 128 in 4.
+        group_size: columns that share a scale, an even number; default: a row with 8 bits, 128 with 4.
 
     Raises:
-        ValueError: other bits or group sizes, one that divides no input dimension, a quantised model.
+        ValueError: other bits, a group size that is not an even number or that divides no input dimension,
+            or a model that is quantized already.
+
+    Examples:
+        >>> from flax import nnx
+        >>> from llama_jax import LlamaConfig, LlamaForCausalLM, quantize
+        >>> config = LlamaConfig(
+        ...     vocab_size=32, hidden_size=8, intermediate_size=16, num_hidden_layers=2,
+        ...     num_attention_heads=2,
+        ... )
+        >>> model = LlamaForCausalLM(config, rngs=nnx.Rngs(0))
+        >>> small = quantize(model, bits=4, group_size=4)
+        >>> small.generate([[5, 6, 7]], max_new_tokens=2, eos_token_id=()).shape
+        (1, 5)
     """
     bits, size = _checked(bits, group_size)
     if quantization_of(model) is not None:
-        raise ValueError("model: found quantised weights, expected a model that is not quantised")
+        raise ValueError("the model is already quantized; dequantize it first")
     copy = nnx.merge(*nnx.split(model))
     matrices = _matrices(copy)
-    fine = [module for module in matrices if bits == 8 or _is_projection(module.weight)]
+    targets = [module for module in matrices if bits == 8 or _is_projection(module.weight)]
     if size is not None:
-        widths = {module.weight.shape[-1] for module in fine}
+        widths = {module.weight.shape[-1] for module in targets}
         if all(width % size for width in widths):
             raise ValueError(
                 f"group_size: found {size}, expected a divisor of one of the input dimensions "
                 f"{', '.join(map(str, sorted(widths)))}"
             )
-        fine = [module for module in fine if module.weight.shape[-1] % size == 0]
+        targets = [module for module in targets if module.weight.shape[-1] % size == 0]
     for module in matrices:
-        found = (bits, size) if module in fine else (8, None)
-        module.weight = QuantizedWeight(module.weight, *found)
+        precision = (bits, size) if module in targets else (8, None)
+        module.weight = QuantizedWeight(module.weight, *precision)
     return copy
 
 
 def dequantize(model: Model) -> Model:
-    """The model of ordinary weights that computes what the quantised `model` does."""
+    """A copy of the quantized `model` with ordinary weights, which computes the same.
+
+    Examples:
+        >>> from flax import nnx
+        >>> from llama_jax import LlamaConfig, LlamaForCausalLM, dequantize, quantize
+        >>> config = LlamaConfig(
+        ...     vocab_size=32, hidden_size=8, intermediate_size=16, num_hidden_layers=2,
+        ...     num_attention_heads=2,
+        ... )
+        >>> model = LlamaForCausalLM(config, rngs=nnx.Rngs(0))
+        >>> restored = dequantize(quantize(model, bits=8))
+        >>> restored.lm_head.weight.dtype
+        dtype('float32')
+    """
     copy = nnx.merge(*nnx.split(model))
     for module in _modules(copy):
         if isinstance(weight := getattr(module, "weight", None), QuantizedWeight):
@@ -72,29 +109,29 @@ def dequantize(model: Model) -> Model:
 
 
 def quantization_of(model: nnx.Module) -> Quantization | None:
-    """How `model` was quantised; None if it was not."""
-    ways = {(weight.bits, weight.group_size) for weight in _quantized(model)}
-    # those by rows in 8 bits may be the ones that no group divides
-    return Quantization(*min(ways, key=lambda way: (way[0], way[1] is None))) if ways else None
+    """How `model` is quantized; None if it is not."""
+    kinds = {Quantization(weight.bits, weight.group_size) for weight in _quantized(model)}
+    # 8 bits with a scale per row may stand for matrices that the group size does not divide
+    return min(kinds, key=lambda kind: (kind.bits, kind.group_size is None)) if kinds else None
 
 
 def read_quantization(fields: Mapping[str, Any]) -> Quantization | None:
-    """What config.json says in `quantization_config` if that is ours, else None.
+    """The `quantization_config` of config.json if this library wrote it, else None.
 
     Raises:
-        ValueError: bits or a group size that we do not have.
+        ValueError: its bits or group size are not supported.
     """
-    found = our_quantization(fields)
-    if found is None:
+    quantization = our_quantization(fields)
+    if quantization is None:
         return None
     try:
-        return _checked(found.get("bits"), found.get("group_size"))
+        return _checked(quantization.get("bits"), quantization.get("group_size"))
     except ValueError as error:
         raise ValueError(f"quantization_config: {error}") from None
 
 
 def matrices_by_bits(model: nnx.Module) -> dict[int, int]:
-    """How many matrices of a quantised model are in 4 bits and in 8."""
+    """How many matrices of a quantized model have 4 bits and how many 8."""
     counts = {4: 0, 8: 0}
     for weight in _quantized(model):
         stack = weight.axes.count("layers")
@@ -127,7 +164,7 @@ def _quantized(model: nnx.Module) -> list[QuantizedWeight]:
 
 
 def _matrices(model: nnx.Module) -> list[Any]:
-    """Modules whose weight is a matrix, or a stack of them, but the heads of tasks."""
+    """Modules whose weight is a matrix, or a stack of matrices, except task heads."""
     weights = ((module, getattr(module, "weight", None)) for module in _modules(model))
     return [
         module
@@ -143,5 +180,5 @@ def _matrix_axes(weight: nnx.Param[Any]) -> tuple[str, ...]:
 
 
 def _is_projection(weight: nnx.Param[Any]) -> bool:
-    """Not the embedding or the language-model head, on which the output depends most."""
+    """False for the embedding and the language-model head, which the output depends on most."""
     return "vocab" not in _matrix_axes(weight)

@@ -1,7 +1,7 @@
-"""Weights in 8 or 4 bits: how a matrix becomes integers and scales, and what stands for it in a model.
+"""Weights in 8 or 4 bits: a matrix as integer codes and scales, and the module that holds them.
 
-8 bits: symmetric, a scale for each row, or each group of columns of a row. 4 bits: a scale and a zero for
-each group, found by search: of the group's range, cut by more and more, the one of least squared error.
+8 bits: symmetric, with a scale per row or per group of columns. 4 bits: a scale and an offset per group,
+found by a search: the group's range is clipped more and more, and the least squared error wins.
 """
 
 from collections.abc import Callable
@@ -16,40 +16,43 @@ from jaxtyping import Array, Float, Int8, UInt8
 
 from llama_jax.numerics.matmul import working_dtype
 
-_INT8_MOST = 127
-_INT4_LEAST, _INT4_MOST = -8, 7
-# of a group's range; below half of it, an outlier is worth more than all the others
-_CUTS = tuple(1 - 0.02 * step for step in range(25))
+_INT8_MAX = 127
+_INT4_MIN, _INT4_MAX = -8, 7
+# fractions of a group's range; below a half, the error of an outlier exceeds that of all others
+_CLIP_FRACTIONS = tuple(1 - 0.02 * step for step in range(25))
 
 
 class QuantizedWeight(nnx.Module):
-    """In the place of a weight [*stack, out, in]: `weight[...]` is the matrix it stands for.
+    """Takes the place of a parameter [*stack, out, in]: `weight[...]` dequantizes it.
 
-    8 bits: codes int8 [*stack, out, in] times scale [*stack, out], or, in groups, codes
-    [*stack, out, groups, group] times [*stack, out, groups]. 4 bits: codes uint8
-    [*stack, out, groups, group / 2], the low half of each byte for the first half of a group and the high
-    half for the second, times scale plus zero, both [*stack, out, groups]. Scales and zeros have the dtype
-    of the weight.
+    8 bits: codes int8 [*stack, out, in] and scale [*stack, out] or, with groups, [*stack, out, groups,
+    group] and [*stack, out, groups]. 4 bits: codes uint8 [*stack, out, groups, group / 2], whose low bits
+    are the first half of a group and whose high bits the second, and scale and zero [*stack, out,
+    groups]: code * scale + zero. Scales and zeros have the dtype of the weight.
+
+    Args:
+        weight: the parameter.
+        bits: 8 or 4.
+        group_size: columns that share a scale; None, for 8 bits only, is a scale per row.
     """
 
     def __init__(self, weight: nnx.Param[Array], bits: int, group_size: int | None):
-        """`group_size`: how many columns share a scale; None, in 8 bits only: all of a row."""
         self.axes = weight.get_metadata("axes")
         self.bits, self.group_size = bits, group_size
         stored = _each_matrix(_QUANTIZE[bits], group_size, weight[...])
-        of_codes = self.axes if group_size is None else (*self.axes, "hidden")
-        self.codes = nnx.Param(stored[0], axes=of_codes)
-        self.scale = nnx.Param(stored[1], axes=of_codes[:-1])
+        axes = self.axes if group_size is None else (*self.axes, "hidden")
+        self.codes = nnx.Param(stored[0], axes=axes)
+        self.scale = nnx.Param(stored[1], axes=axes[:-1])
         if bits == 4:
-            self.zero = nnx.Param(stored[2], axes=of_codes[:-1])
+            self.zero = nnx.Param(stored[2], axes=axes[:-1])
 
     @property
     def dtype(self) -> jnp.dtype:
-        """Of the matrix it stands for."""
+        """dtype of the dequantized matrix."""
         return self.scale.dtype
 
     def __getitem__(self, _: EllipsisType) -> Float[Array, "*stack out in"]:
-        """The matrix."""
+        """The dequantized matrix."""
         if self.bits == 4:
             return dequantize_int4(self.codes[...], self.scale[...], self.zero[...])
         values = dequantize_int8(self.codes[...], self.scale[...])
@@ -59,13 +62,13 @@ class QuantizedWeight(nnx.Module):
 def quantize_int8(
     weight: Float[Array, "out in"], group_size: int | None = None
 ) -> tuple[Int8[Array, "*rows columns"], Float[Array, "*rows"]]:
-    """Codes from -127 to 127 and the scale of each row or group, its largest value at 127."""
+    """Codes from -127 to 127, and the scale of each row or group, whose largest element is at 127."""
     wide = weight.astype(working_dtype(weight.dtype))
     if group_size is not None:
         wide = wide.reshape(len(weight), -1, group_size)
-    scale = (jnp.max(jnp.abs(wide), axis=-1) / _INT8_MOST).astype(weight.dtype)
+    scale = (jnp.max(jnp.abs(wide), axis=-1) / _INT8_MAX).astype(weight.dtype)
     codes = jnp.round(wide / _divisor(scale, wide.dtype))
-    return jnp.clip(codes, -_INT8_MOST, _INT8_MOST).astype(jnp.int8), scale
+    return jnp.clip(codes, -_INT8_MAX, _INT8_MAX).astype(jnp.int8), scale
 
 
 def dequantize_int8(
@@ -79,28 +82,28 @@ def dequantize_int8(
 def quantize_int4(
     weight: Float[Array, "out in"], group_size: int
 ) -> tuple[UInt8[Array, "out groups half"], Float[Array, "out groups"], Float[Array, "out groups"]]:
-    """Codes from -8 to 7, two a byte, and the scale and zero of each group, of least squared error."""
+    """Codes from -8 to 7, two per byte, and the scale and zero of each group with least squared error."""
     wide = weight.astype(working_dtype(weight.dtype)).reshape(len(weight), -1, group_size)
     low, high = jnp.min(wide, axis=-1), jnp.max(wide, axis=-1)
 
-    def cut(part: Array) -> tuple[Array, Array, Array]:
-        """Squared error, scale and zero where the codes span this part of each range."""
-        scale = ((high - low) * part / (_INT4_MOST - _INT4_LEAST)).astype(weight.dtype)
-        stretched = scale.astype(wide.dtype)
-        # the codes' own middle is -1/2
-        zero = ((low + high + stretched) / 2).astype(weight.dtype)
-        restored = _codes(wide, scale, zero) * stretched[..., None]
+    def clip(fraction: Array) -> tuple[Array, Array, Array]:
+        """Squared error, scale and zero if the codes span this fraction of each range."""
+        scale = ((high - low) * fraction / (_INT4_MAX - _INT4_MIN)).astype(weight.dtype)
+        step = scale.astype(wide.dtype)
+        # the codes are centered at -1/2
+        zero = ((low + high + step) / 2).astype(weight.dtype)
+        restored = _codes(wide, scale, zero) * step[..., None]
         error = jnp.sum(jnp.square(restored + zero.astype(wide.dtype)[..., None] - wide), axis=-1)
         return error, scale, zero
 
-    def better(best: Any, part: Array) -> tuple[Any, None]:
-        found = cut(part)
-        wins = found[0] < best[0]
-        return jax.tree.map(partial(jnp.where, wins), found, best), None
+    def better(best: Any, fraction: Array) -> tuple[Any, None]:
+        candidate = clip(fraction)
+        is_better = candidate[0] < best[0]
+        return jax.tree.map(partial(jnp.where, is_better), candidate, best), None
 
-    parts = jnp.asarray(_CUTS, wide.dtype)
-    (_, scale, zero), _ = jax.lax.scan(better, cut(parts[0]), parts[1:])
-    codes = (_codes(wide, scale, zero) - _INT4_LEAST).astype(jnp.uint8)
+    fractions = jnp.asarray(_CLIP_FRACTIONS, wide.dtype)
+    (_, scale, zero), _ = jax.lax.scan(better, clip(fractions[0]), fractions[1:])
+    codes = (_codes(wide, scale, zero) - _INT4_MIN).astype(jnp.uint8)
     first, second = jnp.split(codes, 2, axis=-1)
     return first | (second << jnp.uint8(4)), scale, zero
 
@@ -113,18 +116,18 @@ def dequantize_int4(
     """codes * scale + zero, rounded once."""
     working = working_dtype(scale.dtype)
     halves = codes & jnp.uint8(15), codes >> jnp.uint8(4)
-    wide = jnp.concatenate(halves, axis=-1).astype(working) + _INT4_LEAST
+    wide = jnp.concatenate(halves, axis=-1).astype(working) + _INT4_MIN
     wide = wide * scale.astype(working)[..., None] + zero.astype(working)[..., None]
     return wide.astype(scale.dtype).reshape(*scale.shape[:-1], -1)
 
 
 def _codes(wide: Array, scale: Array, zero: Array) -> Array:
     distance = wide - zero.astype(wide.dtype)[..., None]
-    return jnp.clip(jnp.round(distance / _divisor(scale, wide.dtype)), _INT4_LEAST, _INT4_MOST)
+    return jnp.clip(jnp.round(distance / _divisor(scale, wide.dtype)), _INT4_MIN, _INT4_MAX)
 
 
 def _divisor(scale: Array, dtype: jnp.dtype) -> Array:
-    """The scales as divisors: 1 in place of the 0 of a group of equal values."""
+    """The scales as divisors, with 1 for the 0 of a group of zeros or of equal values."""
     return jnp.where(scale == 0, 1, scale).astype(dtype)[..., None]
 
 
@@ -135,6 +138,6 @@ _QUANTIZE: dict[int, Callable[..., tuple[Array, ...]]] = {8: quantize_int8, 4: q
 def _each_matrix(
     quantize: Callable[..., tuple[Array, ...]], group_size: int | None, weight: Array
 ) -> tuple[Array, ...]:
-    """One matrix of a stack at a time, so that no more than one is ever held wide."""
+    """One matrix of a stack at a time, so that only one is held in the wide dtype."""
     one = partial(quantize, group_size=group_size)
     return one(weight) if weight.ndim == 2 else jax.lax.map(one, weight)

@@ -231,7 +231,7 @@ def test_bad_arguments(model, arguments, message):
 
 
 def test_twice(model):
-    with pytest.raises(ValueError, match="found quantised weights"):
+    with pytest.raises(ValueError, match="already quantized"):
         quantize(quantize(model, 8), 8)
 
 
@@ -271,7 +271,7 @@ def test_command(tmp_path, model, capsys):
     assert f"{before} bytes of weights before, {after} after" in said
     assert quantization_of(LlamaForCausalLM.from_pretrained(out)) == Quantization(8, None)
     for arguments, message in (
-        (["--model", out, "--out", str(tmp_path / "r")], "found quantised weights"),
+        (["--model", out, "--out", str(tmp_path / "r")], "already quantized"),
         (["--model", source, "--out", out], "already exists; choose another directory"),
         (["--model", source, "--out", str(tmp_path / "r"), "--bits", "3"], "bits: found 3"),
     ):
