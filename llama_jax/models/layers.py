@@ -17,7 +17,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Key
 
 from llama_jax.attention.cache import LayerCache, UnstackedLayerCache
-from llama_jax.attention.dispatch import Implementation, attention
+from llama_jax.attention.dispatch import attention
 from llama_jax.attention.masks import AttentionMask
 from llama_jax.config import LlamaConfig
 from llama_jax.inputs.keys import require_rngs
@@ -123,7 +123,7 @@ class LayerCall:
     cos: Float[Array, "batch seq half"]
     sin: Float[Array, "batch seq half"]
     mask: AttentionMask
-    attention_implementation: Implementation | None = field(default=None, metadata={"static": True})
+    attention_implementation: str | None = field(default=None, metadata={"static": True})
     output_attentions: bool = field(default=False, metadata={"static": True})
 
 
