@@ -14,7 +14,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, Key
 
 from llama_jax.attention.cache import KVCache
-from llama_jax.attention.dispatch import Implementation
+from llama_jax.attention.implementation import Implementation
 from llama_jax.config import LlamaConfig
 from llama_jax.generation import loop
 from llama_jax.generation.config import GENERATION_FILE, GenerationConfig, read_generation_config

@@ -18,7 +18,7 @@ from llama_jax.attention.cache import (
     last_segment,
     reserve,
 )
-from llama_jax.attention.dispatch import Implementation
+from llama_jax.attention.implementation import Implementation
 from llama_jax.attention.masks import AttentionMask
 from llama_jax.config import LlamaConfig
 from llama_jax.inputs.ids import require_ids
