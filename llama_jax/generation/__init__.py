@@ -1,1 +1,5 @@
-"""Generation: prefill and decoding, sampling, generation_config.json."""
+"""Text generation: a prefill and a loop of decoding steps.
+
+`loop` generates and streams; `sampling` filters logits and chooses tokens; `config` reads
+generation_config.json; `unstacked` prepares a model for fast decoding on a CPU.
+"""

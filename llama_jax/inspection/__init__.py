@@ -1,1 +1,1 @@
-"""What an architecture consists of, and what its mask lets a token see."""
+"""Looking at a model: the tensors and costs of an `architecture`, and a `mask_picture` of its attention."""

@@ -1,1 +1,7 @@
-"""Arithmetic that knows no model: matmuls, activations, rotary embeddings, remat, the backend."""
+"""Arithmetic that knows no model.
+
+`matmul` accumulates in float32, forward and backward; `rope` and `activations` are transformers'
+functions; `remat` chooses what a layer keeps for its backward pass, from the names in `remat_policy`.
+`backend` tells the platform that a program is compiled for, `scalars` turns what callers pass into plain
+numbers.
+"""

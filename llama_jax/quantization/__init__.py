@@ -1,1 +1,1 @@
-"""Weights in 8 and 4 bits."""
+"""Weights in 8 or 4 bits: `model` quantizes and dequantizes models, `weight` a matrix."""
