@@ -56,7 +56,7 @@ def v5(rope_type: str, constants: dict[str, Any]) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize(("rope_type", "constants"), ROPES, ids=[name for name, _ in ROPES])
-def test_the_layouts_of_both_majors_are_one_config(rope_type, constants):
+def test_both_layouts_of_transformers_give_one_config(rope_type, constants):
     configs = {
         LlamaConfig.from_dict(BASE | layout)
         for layout in (
@@ -72,7 +72,7 @@ def test_the_layouts_of_both_majors_are_one_config(rope_type, constants):
 
 
 @pytest.mark.parametrize(("rope_type", "constants"), ROPES, ids=[name for name, _ in ROPES])
-def test_what_is_written_reads_back_and_transformers_agrees(rope_type, constants):
+def test_a_written_config_reads_back_and_transformers_agrees(rope_type, constants):
     config = LlamaConfig.from_dict(BASE | v4(rope_type, constants))
     written = json.loads(json.dumps(config.to_dict()))
     assert LlamaConfig.from_dict(written) == config
@@ -115,7 +115,7 @@ def test_defaults_are_those_of_transformers():
         assert getattr(ours, name) == getattr(theirs, name, None), name
 
 
-def test_rope_constants_outside_the_dictionary_are_honoured():
+def test_rope_parameters_outside_the_dictionary_are_used():
     scaling = {"rope_type": "yarn", "factor": 4.0}
     fields = BASE | {"rope_scaling": scaling, "original_max_position_embeddings": 16}
     assert LlamaConfig.from_dict(fields).rope["original_max_position_embeddings"] == 16
@@ -139,7 +139,7 @@ OTHERS = [
 
 
 @pytest.mark.parametrize("scaling", OTHERS, ids=lambda scaling: scaling["rope_type"])
-def test_rope_constants_that_nobody_knows_are_ignored_aloud(scaling):
+def test_unknown_rope_parameters_are_ignored_and_listed(scaling):
     theirs = transformers.LlamaConfig.from_dict(BASE | {"rope_scaling": dict(scaling)})
     config = LlamaConfig.from_dict(BASE | {"rope_scaling": scaling})
     unknown = scaling.keys() - {"rope_type", "factor"}
@@ -151,8 +151,8 @@ def test_rope_constants_that_nobody_knows_are_ignored_aloud(scaling):
     )
     for length in (8, 200):
         one, other = (
-            inverse_frequencies(each.rope, each.head_size, each.max_position_embeddings, length)
-            for each in (config, plain)
+            inverse_frequencies(c.rope, c.head_size, c.max_position_embeddings, length)
+            for c in (config, plain)
         )
         np.testing.assert_array_equal(one[0], other[0])
         assert one[1] == other[1]
@@ -161,7 +161,7 @@ def test_rope_constants_that_nobody_knows_are_ignored_aloud(scaling):
 
 @pytest.mark.parametrize("file", [v4("llama3", LLAMA3), v5("llama3", LLAMA3)], ids=["v4", "v5"])
 @pytest.mark.parametrize("both", [False, True])
-def test_changed_rope_constants_replace_those_of_the_file(tmp_path, file, both):
+def test_overridden_rope_parameters_replace_those_of_the_file(tmp_path, file, both):
     """`transformers.LlamaConfig.from_pretrained(d, rope_parameters=...)` replaces all of them."""
     fields = LlamaConfig.from_dict(BASE | file).to_dict() if both else BASE | file
     (tmp_path / "config.json").write_text(json.dumps(fields))
@@ -169,12 +169,12 @@ def test_changed_rope_constants_replace_those_of_the_file(tmp_path, file, both):
     assert LlamaConfig.from_pretrained(tmp_path, rope_theta=7e5).rope == old | {"rope_theta": 7e5}
     linear = {"rope_type": "linear", "factor": 2.0}
     for name in ("rope_scaling", "rope_parameters"):
-        found = LlamaConfig.from_pretrained(tmp_path, **{name: linear}).rope
-        assert found == linear | {"rope_theta": old["rope_theta"]}
-        whole = linear | {"rope_theta": 3e4}
-        assert LlamaConfig.from_pretrained(tmp_path, **{name: whole}).rope == whole
-    theirs = transformers.LlamaConfig.from_pretrained(tmp_path, rope_parameters=whole)
-    assert theirs.rope_parameters == whole
+        rope = LlamaConfig.from_pretrained(tmp_path, **{name: linear}).rope
+        assert rope == linear | {"rope_theta": old["rope_theta"]}
+        complete = linear | {"rope_theta": 3e4}
+        assert LlamaConfig.from_pretrained(tmp_path, **{name: complete}).rope == complete
+    theirs = transformers.LlamaConfig.from_pretrained(tmp_path, rope_parameters=complete)
+    assert theirs.rope_parameters == complete
     assert LlamaConfig.from_pretrained(tmp_path, rope_scaling=linear, rope_theta=9.0).rope == (
         linear | {"rope_theta": 9.0}
     )
@@ -182,12 +182,12 @@ def test_changed_rope_constants_replace_those_of_the_file(tmp_path, file, both):
     assert plain == {"rope_type": "default", "rope_theta": old["rope_theta"]}
 
 
-def test_a_window_that_is_not_used_is_metadata():
+def test_an_unused_sliding_window_is_metadata():
     fields = BASE | {"sliding_window": 4096, "use_sliding_window": False}
     assert LlamaConfig.from_dict(fields).to_dict()["sliding_window"] == 4096
 
 
-def test_what_was_made_here_reads_back_as_itself():
+def test_a_config_made_here_reads_back_unchanged():
     config = LlamaConfig(pad_token_id=-1, eos_token_id=[1, 2])
     assert LlamaConfig.from_dict(config.to_dict()) == config
     assert LlamaConfig.from_dict({"model_type": None}).to_dict()["model_type"] == "llama"
@@ -258,7 +258,7 @@ BAD: list[tuple[dict[str, Any], str]] = [
 
 
 @pytest.mark.parametrize(("change", "message"), BAD, ids=[message[:40] for _, message in BAD])
-def test_a_bad_field_is_one_line_that_names_it(change, message):
+def test_bad_fields_are_one_line_errors(change, message):
     with pytest.raises(ValueError) as caught:
         LlamaConfig.from_dict(BASE | change)
     assert message in str(caught.value)

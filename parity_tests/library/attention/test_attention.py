@@ -86,13 +86,13 @@ def test_blocked_equals_plain(kind, seq, block):
         got = value_and_gradients(lambda *a: blocked_attention(*a, mask, block), operands)
         for ours, theirs in zip(got, want, strict=True):
             np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-13)
-        seen = np.asarray(sees_something(mask, seq, seq, block=8))
-        assert (np.asarray(got[0]).any(axis=(2, 3)) == seen).all()
-        assert not np.asarray(got[1])[~np.broadcast_to(seen, (BATCH, seq))].any()
+        sees_any = np.asarray(sees_something(mask, seq, seq, block=8))
+        assert (np.asarray(got[0]).any(axis=(2, 3)) == sees_any).all()
+        assert not np.asarray(got[1])[~np.broadcast_to(sees_any, (BATCH, seq))].any()
 
 
 @pytest.mark.parametrize(("heads", "kv_heads"), [(4, 4), (6, 2), (5, 1)])
-def test_blocked_groups_heads_as_plain_does(heads, kv_heads):
+def test_blocked_groups_heads_like_plain(heads, kv_heads):
     with jax.enable_x64(True):
         operands, mask = arrays(19, heads, kv_heads), mask_of("packed", 19)
         want = value_and_gradients(plain(mask), operands)
@@ -101,8 +101,8 @@ def test_blocked_groups_heads_as_plain_does(heads, kv_heads):
             assert relative_error(ours, theirs) <= 1e-13
 
 
-def test_blocked_takes_given_slots():
-    """As a shard of a sequence or a cache has them: queries that start at the eleventh key."""
+def test_blocked_with_explicit_slots():
+    """As in a shard of a sequence or with a cache: the queries start at the eleventh key."""
     with jax.enable_x64(True):
         query, key, value = arrays(30)
         mask = AttentionMask(jnp.arange(11, 30), jnp.arange(30))
@@ -123,19 +123,19 @@ def test_blocked_rounds_no_more_than_torch(kind):
     for seed in range(3):
         rng = np.random.default_rng(seed)
         wide = [rng.normal(size=(BATCH, seq, heads, dim)) for heads in (4, 2, 2, 4)]
-        *operands, cotangent = (each.astype(np.float32) for each in wide)
+        *operands, cotangent = (array.astype(np.float32) for array in wide)
 
         def by_torch(dtype, operands=operands, cotangent=cotangent):
             heads_first = [
-                torch.from_numpy(each.swapaxes(1, 2).copy()).to(dtype).requires_grad_()
-                for each in operands
+                torch.from_numpy(array.swapaxes(1, 2).copy()).to(dtype).requires_grad_()
+                for array in operands
             ]
             out = torch.nn.functional.scaled_dot_product_attention(
                 *heads_first, attn_mask=visible, enable_gqa=True
             )
             out.backward(torch.from_numpy(cotangent.swapaxes(1, 2).copy()).to(dtype))
-            found = [out.detach(), *(each.grad for each in heads_first)]
-            return [each.numpy().swapaxes(1, 2) for each in found]
+            results = [out.detach(), *(tensor.grad for tensor in heads_first)]
+            return [tensor.numpy().swapaxes(1, 2) for tensor in results]
 
         out, back = jax.vjp(
             jax.jit(lambda *a: attention(*a, mask, implementation="blocked")[0]),
@@ -143,9 +143,9 @@ def test_blocked_rounds_no_more_than_torch(kind):
         )
         ours = [out, *back(jnp.asarray(cotangent))]
         truth = by_torch(torch.float64)
-        for row, found in enumerate((ours, by_torch(torch.float32))):
+        for row, results in enumerate((ours, by_torch(torch.float32))):
             errors[row] += [
-                np.sum((np.asarray(a) - b) ** 2) for a, b in zip(found, truth, strict=True)
+                np.sum((np.asarray(a) - b) ** 2) for a, b in zip(results, truth, strict=True)
             ]
     assert (np.sqrt(errors[0]) <= ROUNDING_RATIO * np.sqrt(errors[1])).all(), np.sqrt(
         errors[0] / errors[1]
@@ -178,7 +178,7 @@ def test_blocked_rounds_no_more_than_plain(dtype):
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
-def test_no_scores_of_the_whole_sequence(dtype):
+def test_blocked_holds_no_scores_of_the_full_sequence(dtype):
     """At 2048 tokens, forward and backward: no buffer [..., 2048, 2048], a sixth of plain's memory."""
     seq = 2048
     operands = [jax.ShapeDtypeStruct((1, seq, heads, 32), dtype) for heads in (8, 4, 4)]
@@ -196,8 +196,8 @@ def test_no_scores_of_the_whole_sequence(dtype):
     assert ours < theirs / 6
 
 
-def test_what_is_chosen():
-    """By length on a CPU; weights and dropout always by the one that holds them."""
+def test_default_implementation():
+    """Chosen by length on a CPU; "plain" whenever there are weights or dropout."""
 
     def holds_scores(seq, **options):
         operands = arrays(seq, dtype=jnp.float32)
@@ -227,7 +227,7 @@ def test_what_is_chosen():
         ),
     ],
 )
-def test_what_an_implementation_cannot_do_is_an_error(options, message):
+def test_unsupported_requests_are_errors(options, message):
     with pytest.raises(ValueError) as caught:
         attention(*arrays(200, dtype=jnp.float32), AttentionMask(), **options)
     assert message in str(caught.value)
@@ -235,7 +235,7 @@ def test_what_an_implementation_cannot_do_is_an_error(options, message):
 
 @pytest.mark.parametrize("kind", MASKS)
 def test_splash_equals_plain(kind):
-    """The kernel for TPUs, interpreted."""
+    """The TPU kernel in interpret mode."""
     seq = 256
     operands = arrays(seq, dtype=jnp.float32, dim=16)
     mask = mask_of(kind, seq)
@@ -248,7 +248,7 @@ def test_splash_equals_plain(kind):
         assert relative_error(ours, theirs) <= 1e-5
 
 
-def test_the_dense_mask_is_the_formula():
+def test_dense_mask_equals_attention_mask():
     segments = jnp.asarray([[0, 0, 1, 1], [2, 2, 2, 2]])
     is_token = jnp.asarray([[True, True, True, False], [False, True, True, True]])
     slots = jnp.arange(4)

@@ -34,12 +34,12 @@ def both_generate(
     config: Config, ids: np.ndarray, mask: np.ndarray | None, new: int = NEW
 ) -> tuple[np.ndarray, np.ndarray]:
     weights = weights_of(config)
-    given = None if mask is None else torch.from_numpy(mask)
+    attention_mask = torch.from_numpy(np.ones_like(ids) if mask is None else mask)
     with torch.no_grad():
         theirs = hf_model(config, weights).generate(
             torch.from_numpy(ids),
             # Hugging Face guesses a mask from padding tokens unless it is told.
-            attention_mask=torch.ones_like(torch.from_numpy(ids)) if given is None else given,
+            attention_mask=attention_mask,
             max_new_tokens=new,
             do_sample=False,
         )
@@ -76,7 +76,7 @@ def test_greedy_tokens_equal_hugging_face(name: str, padded: bool) -> None:
     np.testing.assert_array_equal(ours, theirs)
 
 
-def test_a_row_ends_at_any_of_its_end_tokens_and_is_padded() -> None:
+def test_a_row_ends_at_any_end_token_and_is_padded() -> None:
     config = BY_NAME["gqa_2_to_1"].config | ENDLESS
     ids, mask = prompts(config, batch=3, length=6), left_padding(3, 6)
     _, endless = both_generate(config, ids, mask)
@@ -118,7 +118,7 @@ def test_cached_logits_equal_uncached_ones(name: str) -> None:
         model = our_model(config, weights_of(config), jnp.float64)
         ids = jnp.asarray(prompts(config, batch=2, length=10), jnp.int32)
         mask = jnp.asarray(left_padding(2, 10), jnp.int32)
-        whole = run(model, ids, mask).logits
+        uncached = run(model, ids, mask).logits
         for sizes in CHUNKS:
             cache, parts = init_cache(model.config, 2, 13, jnp.float64), []
             for stop, size in zip(np.cumsum(sizes), sizes, strict=True):
@@ -127,7 +127,7 @@ def test_cached_logits_equal_uncached_ones(name: str) -> None:
                 parts.append(out.logits)
                 cache = out.cache
             assert int(cache.length) == 10
-            assert relative_error(jnp.concatenate(parts, axis=1), whole) <= FLOAT64_BAR, sizes
+            assert relative_error(jnp.concatenate(parts, axis=1), uncached) <= FLOAT64_BAR, sizes
 
 
 def test_generation_is_the_argmax_of_uncached_logits() -> None:
@@ -145,7 +145,7 @@ def tiny_model(name: str = "gqa_2_to_1") -> LlamaForCausalLM:
     return our_model(config, weights_of(config), jnp.float32)
 
 
-def test_the_same_key_draws_the_same_tokens() -> None:
+def test_the_same_key_samples_the_same_tokens() -> None:
     model, ids = tiny_model(), jnp.asarray(prompts(BY_NAME["gqa_2_to_1"].config, 2, 5), jnp.int32)
 
     def draw(seed: int) -> list[list[int]]:
@@ -181,36 +181,36 @@ def test_repetition_penalty_and_scores_equal_hugging_face() -> None:
     np.testing.assert_allclose(ours.scores, want, rtol=1e-4, atol=1e-5)
 
 
-def test_a_stream_is_the_generation_and_compiles_once() -> None:
+def test_stream_equals_generate_and_compiles_once() -> None:
     model, ids = tiny_model(), jnp.asarray(prompts(BY_NAME["gqa_2_to_1"].config, 2, 5), jnp.int32)
-    whole = model.generate(ids, max_new_tokens=9)
+    generated = model.generate(ids, max_new_tokens=9)
     with _no_compilation():
         streamed = np.stack(list(model.stream(ids, max_new_tokens=9)), axis=1)
-        np.testing.assert_array_equal(whole[:, 5:], streamed)
+        np.testing.assert_array_equal(generated[:, 5:], streamed)
         # of the same buckets: other lengths of prompt and continuation
         model.generate(jnp.asarray(np.asarray(ids)[:, :4]), max_new_tokens=7).block_until_ready()
 
 
 @contextmanager
 def _no_compilation() -> Iterator[None]:
-    """The programs of `generation` are compiled no further."""
+    """No program of `generation.loop` is compiled."""
     programs = (loop._prefill, loop._decode)
     before = [program._cache_size() for program in programs]
     yield
     assert [program._cache_size() for program in programs] == before
 
 
-def test_a_cache_of_8_bits_is_close() -> None:
+def test_an_int8_cache_is_close() -> None:
     config = BY_NAME["gqa_2_to_1"].config | ENDLESS
     model, ids = tiny_model(), jnp.asarray(prompts(config, 2, 10), jnp.int32)
-    whole = model(ids).logits
+    uncached = model(ids).logits
     out = model(ids, cache=init_cache(model.config, 2, 12, jnp.int8))
     assert out.cache.keys.values.dtype == jnp.int8
-    assert 0 < relative_error(out.logits, whole) < 0.02
+    assert 0 < relative_error(out.logits, uncached) < 0.02
     assert model.generate(ids, max_new_tokens=4, cache_dtype="int8").shape == (2, 14)
 
 
-def test_a_processor_of_the_users() -> None:
+def test_a_custom_logits_processor() -> None:
     model, ids = tiny_model(), jnp.asarray(prompts(BY_NAME["gqa_2_to_1"].config, 2, 5), jnp.int32)
 
     def newest_again(input_ids: jax.Array, logits: jax.Array, lengths: jax.Array) -> jax.Array:
@@ -225,7 +225,7 @@ def test_a_processor_of_the_users() -> None:
     ("length", "padded"),
     [(5, False), (5, True), pytest.param(16, True, marks=pytest.mark.slow), (17, False)],
 )
-def test_a_processor_sees_the_tokens_that_one_of_transformers_sees(length, padded) -> None:
+def test_a_logits_processor_sees_the_same_tokens_as_in_transformers(length, padded) -> None:
     """Of prompts that fill their bucket and that do not; left padding alone is not shown."""
     config = BY_NAME["gqa_2_to_1"].config | ENDLESS
     ids = prompts(config, 3, length)
@@ -260,8 +260,8 @@ def test_a_processor_sees_the_tokens_that_one_of_transformers_sees(length, padde
     assert ours == theirs
 
 
-def test_the_repetition_penalty_continues_a_padded_row_as_when_alone() -> None:
-    """Whatever the padding token is; transformers penalises that token too."""
+def test_the_repetition_penalty_ignores_padding() -> None:
+    """Whatever the padding token is; transformers penalizes that token, too."""
     model, ids = tiny_model(), prompts(BY_NAME["gqa_2_to_1"].config, 2, 7)
     alone = model.generate(
         ids[1:, 3:], max_new_tokens=4, repetition_penalty=1.7, output_scores=True
@@ -274,12 +274,12 @@ def test_the_repetition_penalty_continues_a_padded_row_as_when_alone() -> None:
     np.testing.assert_allclose(beside.scores[1], alone.scores[0], rtol=1e-4, atol=1e-5)
 
 
-def test_sharded_over_a_mesh_the_tokens_are_the_same() -> None:
+def test_a_sharded_model_generates_the_same_tokens() -> None:
     assert output_lines("workers.sharded_generation") == ["same"]
 
 
 @pytest.mark.parametrize("size", range(1, 3000, 37))
-def test_a_bucket_wastes_an_eighth_at_most(size: int) -> None:
-    found = loop.bucket(size)
-    assert size <= found <= max(16, 1.13 * size + 16 * (size < 128))
-    assert loop.bucket(found) == found
+def test_a_bucket_wastes_at_most_an_eighth(size: int) -> None:
+    bucket = loop.bucket(size)
+    assert size <= bucket <= max(16, 1.13 * size + 16 * (size < 128))
+    assert loop.bucket(bucket) == bucket

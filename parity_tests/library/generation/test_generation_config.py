@@ -47,7 +47,7 @@ def chosen(model: LlamaForCausalLM, fields: dict[str, Any]) -> Sampling:
     return checked(model.generation_config.sampling())
 
 
-def test_zero_temperature_without_drawing_is_greedy_with_a_warning(pair):
+def test_zero_temperature_without_do_sample_is_greedy_with_a_warning(pair):
     directory, _, _, expected = pair
     path = directory / "generation_config.json"
     path.write_text('{"do_sample": false, "temperature": 0.0}')
@@ -63,7 +63,7 @@ def test_zero_temperature_without_drawing_is_greedy_with_a_warning(pair):
 
 
 @pytest.mark.parametrize("eos", [-1, 64, [64, -1]])
-def test_end_tokens_outside_the_vocabulary_end_nothing(pair, eos):
+def test_end_tokens_outside_the_vocabulary_are_ignored(pair, eos):
     directory, theirs, _, expected = pair
     path = directory / "generation_config.json"
     path.write_text(json.dumps({"eos_token_id": eos, "pad_token_id": -1}))
@@ -80,7 +80,7 @@ def test_end_tokens_outside_the_vocabulary_end_nothing(pair, eos):
 
 
 @pytest.mark.parametrize("do_sample", [False, None, 0, [], {}, ""], ids=str)
-def test_nothing_of_drawing_matters_where_nothing_is_drawn(pair, do_sample):
+def test_sampling_options_are_ignored_without_do_sample(pair, do_sample):
     _, _, model, _ = pair
     for name in DRAWING:
         for value in JUNK:
@@ -102,7 +102,7 @@ def test_nothing_of_drawing_matters_where_nothing_is_drawn(pair, do_sample):
     ],
     ids=str,
 )
-def test_what_means_nothing_when_drawing(pair, fields):
+def test_neutral_sampling_options(pair, fields):
     _, _, model, _ = pair
     top_k = 50 if fields.get("top_k", None) is None else None
     assert chosen(model, {"do_sample": True, **fields}) == Sampling(do_sample=True, top_k=top_k)
@@ -118,7 +118,7 @@ def test_a_top_p_of_zero_is_greedy(pair):
 
 @pytest.mark.parametrize("name", ["temperature", "repetition_penalty"])
 @pytest.mark.parametrize("value", [0, -1, "0.7", [1.0], {}])
-def test_what_transformers_refuses_is_one_line(pair, name, value):
+def test_values_that_transformers_rejects_are_one_line_errors(pair, name, value):
     _, _, model, _ = pair
     with pytest.raises(ValueError, match=f"{name}: found") as error:
         chosen(model, {"do_sample": True, name: value})
@@ -129,13 +129,13 @@ def test_what_transformers_refuses_is_one_line(pair, name, value):
     ("value", "expected"),
     [(None, (2,)), (3, (3,)), (3.0, (3,)), (True, (1,)), ([], ()), ([3, 4], (3, 4)), (-1, ())],
 )
-def test_ends(value, expected):
+def test_eos_token_ids(value, expected):
     config = LlamaConfig(eos_token_id=2)
     assert GenerationConfig.from_dict({"eos_token_id": value}, config).eos_token_ids == expected
 
 
-def test_every_field_may_be_anything():
-    """An error of one line, or none."""
+def test_fields_may_hold_anything():
+    """The result is a config or a one-line error."""
     config, names = LlamaConfig(), (*transformers.GenerationConfig().to_dict(), "do_sample")
     for name in names:
         for value in JUNK:

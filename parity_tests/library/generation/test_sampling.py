@@ -119,7 +119,7 @@ def test_filters_in_the_order_of_transformers():
     same(ours, want)
 
 
-def test_draws_follow_the_distribution():
+def test_samples_follow_the_distribution():
     scores = jnp.log(jnp.broadcast_to(jnp.asarray([0.5, 0.3, 0.2, 0.0]), (20000, 4)))
     drawn = choose(Sampling(do_sample=True), scores, jax.random.key(0))
     frequencies = np.bincount(np.asarray(drawn), minlength=4) / 20000
@@ -141,7 +141,7 @@ def test_draws_follow_the_distribution():
         ("repetition_penalty", 0.0, "expected a positive number"),
     ],
 )
-def test_a_number_that_is_none(name, value, expected):
+def test_bad_numbers(name, value, expected):
     with pytest.raises(ValueError) as error:
         checked(Sampling(do_sample=True, **{name: value}))
     assert expected in str(error.value)

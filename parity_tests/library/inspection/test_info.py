@@ -1,4 +1,4 @@
-"""FLOPs, bytes and shapes of `info` against what the compiler and the model itself say."""
+"""FLOPs, bytes and shapes of `info` against the compiled program and the model."""
 
 import math
 
@@ -26,7 +26,7 @@ CONFIG = LlamaConfig(
 
 
 @pytest.mark.parametrize("tied", [False, True])
-def test_flops_are_those_of_the_products_in_the_program(tied):
+def test_flops_are_those_of_the_matmuls_in_the_program(tied):
     fields = CONFIG.to_dict() | {"tie_word_embeddings": tied}
     config = LlamaConfig.from_dict(fields)
     model = nnx.eval_shape(lambda: LlamaForCausalLM(config, rngs=nnx.Rngs(0)))

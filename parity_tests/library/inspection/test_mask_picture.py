@@ -26,10 +26,10 @@ def hf_mask(is_token: np.ndarray | None, shape: tuple[int, int], **more: Any) ->
     """The mask that transformers' eager attention adds, as booleans [batch, queries, keys]."""
     config = hf_config(BASE)
     config._attn_implementation = "eager"
-    given = None if is_token is None else torch.from_numpy(is_token.astype(np.int64))
+    attention_mask = None if is_token is None else torch.from_numpy(is_token.astype(np.int64))
     more = {"past_key_values": None} | more
     embeds = torch.zeros(*shape, BASE["hidden_size"])
-    return (create_causal_mask(config, embeds, given, **more) == 0)[:, 0].numpy()
+    return (create_causal_mask(config, embeds, attention_mask, **more) == 0)[:, 0].numpy()
 
 
 def past(cached: int) -> DynamicCache:
@@ -43,19 +43,19 @@ WHOLE = np.ones((2, 7), bool)
 PADDED = {"left": np.arange(7) >= [[0], [3]], "right": np.arange(7) < [[7], [4]]}
 
 
-def test_causal_is_transformers() -> None:
+def test_causal_mask_equals_transformers() -> None:
     assert np.array_equal(visible_keys(WHOLE), hf_mask(None, (2, 7)))
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("cached", [0, 3, 6])
-def test_padded_and_cached_is_transformers(side: str, cached: int) -> None:
+def test_padded_and_cached_mask_equals_transformers(side: str, cached: int) -> None:
     cache = past(cached) if cached else None
     want = hf_mask(PADDED[side], (2, 7 - cached), past_key_values=cache)
     assert np.array_equal(visible_keys(PADDED[side], cached=cached), want)
 
 
-def test_packed_is_transformers() -> None:
+def test_packed_mask_equals_transformers() -> None:
     """Which infers packing from positions that start anew."""
     positions = torch.tensor([[0, 1, 2, 0, 1, 2, 3], [0, 1, 2, 3, 4, 0, 1]])
     segments = (positions == 0).cumsum(1).numpy()
@@ -125,7 +125,7 @@ def cells(line: str) -> list[bool]:
     data=st.data(),
 )
 @settings(deadline=None, max_examples=12)
-def test_what_is_drawn_is_the_mask(
+def test_the_drawing_shows_the_mask(
     lengths: list[int], packed: bool, side: str, data: st.DataObject
 ) -> None:
     texts = [["w"] * length for length in lengths]
@@ -139,7 +139,7 @@ def test_what_is_drawn_is_the_mask(
 
 @pytest.mark.parametrize("width", [40, 80, 120])
 def test_a_long_text_is_clipped_in_the_middle(width: int) -> None:
-    names = [f"token{place}日本\n" for place in range(300)]
+    names = [f"token{index}日本\n" for index in range(300)]
     picture = MaskPicture("causal", np.tri(300, dtype=bool), names, names)
     drawn = draw_text(picture, width)
     lines = drawn.plain.splitlines()
@@ -265,7 +265,7 @@ def test_a_png_without_matplotlib(
         ([], "--text"),
     ],
 )
-def test_mask_of_nonsense(
+def test_bad_mask_arguments(
     directory: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
 ) -> None:
     assert mask(directory, *arguments) == 2

@@ -61,7 +61,7 @@ def test_activations(name: str) -> None:
     assert relative_error(np.asarray(our_slope)[~corners], slope[~corners]) <= FLOAT64_BAR
 
 
-def test_activations_are_all_there() -> None:
+def test_activations_are_complete() -> None:
     assert set(activations.ACTIVATIONS) >= set(oracle.ACTIVATIONS)
 
 
@@ -132,7 +132,7 @@ def test_inverse_frequencies_and_factor(case: Case) -> None:
         assert our_factor == pytest.approx(factor, rel=1e-15)
 
 
-def test_the_rotary_cases_all_differ() -> None:
+def test_rotary_cases_differ() -> None:
     """Else a variant could be ignored and no test would notice."""
     tables = {
         case.name: (*frequencies.tolist(), factor)
@@ -152,7 +152,7 @@ def test_the_rotary_cases_all_differ() -> None:
     assert len(set(tables.values())) == len(tables)
 
 
-def test_rotation_turns_by_the_angle() -> None:
+def test_rotate_turns_by_the_angle() -> None:
     """Rotating by a, then by b, is rotating by a + b; and it keeps lengths."""
     case = BY_NAME["gqa_2_to_1"]
     x = jnp.asarray(np.random.default_rng(0).normal(size=(1, 5, 3, 8)), jnp.float32)
@@ -169,7 +169,7 @@ def test_rotation_turns_by_the_angle() -> None:
 # What a query which sees nothing does ------------------------------------------------------------
 
 
-def test_a_query_that_sees_nothing_gives_zero_and_no_nan() -> None:
+def test_a_query_without_keys_gives_zeros() -> None:
     rng = np.random.default_rng(0)
     q = jnp.asarray(rng.normal(size=(1, 3, 4, 8)), jnp.float32)
     k, v = (jnp.asarray(rng.normal(size=(1, 3, 2, 8)), jnp.float32) for _ in range(2))

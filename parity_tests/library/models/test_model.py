@@ -94,7 +94,7 @@ def test_float64_hidden_states_and_attentions(name: str) -> None:
             assert relative_error(a, b) <= FLOAT64_BAR, f"{field}[{layer}]"
 
 
-def test_nothing_is_computed_that_was_not_asked_for() -> None:
+def test_outputs_that_are_not_requested_are_not_computed() -> None:
     case = BY_NAME["gqa_2_to_1"]
     arrays, _ = our_inputs(inputs_of(case.inputs, case.config), jnp.float32)
     model = our_model(case.config, weights_of(case.config), jnp.float32)

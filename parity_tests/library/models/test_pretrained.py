@@ -1,4 +1,4 @@
-"""The dtype under all of its names, and keywords that mean nothing."""
+"""The names of the dtype argument, and unknown keywords."""
 
 import jax.numpy as jnp
 import numpy as np
@@ -8,7 +8,7 @@ from flax import nnx
 
 from llama_jax import LlamaConfig, LlamaForCausalLM, LlamaForTokenClassification
 
-# of the heads that the directory has not
+# task heads that the checkpoint lacks
 pytestmark = pytest.mark.filterwarnings("ignore:.*randomly initialized")
 
 TINY = LlamaConfig(
@@ -30,7 +30,7 @@ def directory(tmp_path_factory):
 
 @pytest.mark.parametrize("name", ["dtype", "torch_dtype"])
 @pytest.mark.parametrize(
-    ("asked", "expected"),
+    ("dtype", "expected"),
     [
         (None, "float32"),
         ("auto", "float32"),
@@ -43,23 +43,23 @@ def directory(tmp_path_factory):
     ],
     ids=str,
 )
-def test_the_dtype_under_both_of_its_names(directory, name, asked, expected):
-    assert LlamaForCausalLM.from_pretrained(directory, **{name: asked}).dtype == expected
+def test_dtype_under_both_names(directory, name, dtype, expected):
+    assert LlamaForCausalLM.from_pretrained(directory, **{name: dtype}).dtype == expected
 
 
-def test_two_dtypes(directory):
+def test_dtype_and_torch_dtype_must_agree(directory):
     load = LlamaForTokenClassification.from_pretrained
     assert (
         load(directory, dtype=jnp.bfloat16, torch_dtype=torch.bfloat16).model.dtype == jnp.bfloat16
     )
-    with pytest.raises(ValueError, match="found float32 beside torch_dtype bfloat16"):
+    with pytest.raises(ValueError, match="found float32 and torch_dtype bfloat16"):
         load(directory, dtype="float32", torch_dtype="bfloat16")
     with pytest.raises(ValueError, match="dtype: found 'int9'"):
         load(directory, torch_dtype="int9")
 
 
 @pytest.mark.parametrize("model", [LlamaForCausalLM, LlamaForTokenClassification])
-def test_keywords_that_are_no_fields_are_named(directory, model):
+def test_unknown_config_fields_are_named(directory, model):
     with pytest.raises(TypeError, match="device_map, trust_remote_code: unknown keyword"):
         model.from_pretrained(directory, trust_remote_code=True, device_map="auto")
     with pytest.raises(TypeError, match="extra_fields"):
@@ -70,11 +70,12 @@ def test_keywords_that_are_no_fields_are_named(directory, model):
         model.from_pretrained(directory, rngs=0)
 
 
-def test_other_keywords_that_mean_nothing(directory):
+def test_unknown_keywords_are_type_errors(directory):
     model = LlamaForCausalLM.from_pretrained(directory)
     ids = np.ones((1, 2), np.int32)
     for call in (
         lambda: model.generate(ids, max_new_tokens=1, num_beams=1),
+        lambda: model.stream(ids, max_new_tokens=1, output_scores=True),
         lambda: model.save_pretrained(directory, safe_serialization=True),
         lambda: LlamaConfig(rope_theta=1e4),
         lambda: model(ids, use_cache=True),

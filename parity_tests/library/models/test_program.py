@@ -1,4 +1,4 @@
-"""Deterministic properties of the compiled program: depth, dtypes, what is computed and what is not."""
+"""Properties of the compiled program: size, dtypes, what is computed and what is not."""
 
 import functools
 from dataclasses import replace
@@ -57,20 +57,20 @@ def equations(jaxpr):
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
-def test_every_product_accumulates_in_float32(dtype):
+def test_every_matmul_accumulates_in_float32(dtype):
     """Forward and backward: operands in the model's dtype, never mixed, results in float32."""
     jaxpr = jax.make_jaxpr(jax.grad(loss))(model_of(dtype), IDS)
-    products = [e for e in equations(jaxpr.jaxpr) if e.primitive.name == "dot_general"]
-    # 7 projections, 2 attention products and the loss-in-head, each with two backward products; the
-    # scores, computed again; and the logits, which nobody asked for here and the compiler drops
-    assert len(products) == 3 * 10 + 2
-    for product in products:
-        assert {variable.aval.dtype for variable in product.invars} == {jnp.dtype(dtype)}
-        assert product.outvars[0].aval.dtype == jnp.float32
+    matmuls = [e for e in equations(jaxpr.jaxpr) if e.primitive.name == "dot_general"]
+    # 7 projections, 2 of attention and the loss-in-head, each with two in the backward pass; the recomputed
+    # scores; and the logits, which are unused here and dropped by the compiler
+    assert len(matmuls) == 3 * 10 + 2
+    for matmul in matmuls:
+        assert {variable.aval.dtype for variable in matmul.invars} == {jnp.dtype(dtype)}
+        assert matmul.outvars[0].aval.dtype == jnp.float32
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16, jnp.float32])
-def test_nothing_silently_changes_dtype(dtype):
+def test_no_dtype_changes_silently(dtype):
     model = model_of(dtype)
     out = jax.jit(lambda m: m(IDS, labels=IDS, output_hidden_states=True, output_attentions=True))(
         model
@@ -93,7 +93,7 @@ def test_no_float64_in_a_float32_program_under_x64():
     assert wide == []
 
 
-def test_asking_only_for_logits_compiles_no_loss():
+def test_logits_alone_compile_no_loss():
     model = model_of()
     with_labels = jax.jit(lambda m: m(IDS, labels=IDS).logits).lower(model).compile()
     without = jax.jit(lambda m: m(IDS).logits).lower(model).compile()
@@ -118,7 +118,7 @@ def attend(model: LlamaForCausalLM, key: jax.Array | None) -> tuple[jax.Array, .
     return model(IDS, output_attentions=True, dropout_key=key).attentions
 
 
-def test_dropout_needs_a_key_and_keeps_the_mean():
+def test_dropout_needs_a_key_and_scales_the_rest():
     model = model_of(attention_dropout=0.5)
     exact = np.asarray(attend(model_of(), None)[0])
     assert (attend(model, None)[0] == exact).all()  # evaluation: off
@@ -167,7 +167,7 @@ def test_dropout_needs_a_key_and_keeps_the_mean():
         (lambda m: m.generate(IDS, jnp.ones((2, 9)), max_new_tokens=1), "attention_mask: found"),
     ],
 )
-def test_a_bad_argument_is_one_line_that_names_it(call, message):
+def test_bad_arguments_are_one_line_errors(call, message):
     with pytest.raises(ValueError) as caught:
         call(model_of(num_hidden_layers=1))
     assert message in str(caught.value)
@@ -183,7 +183,7 @@ def test_ids_and_labels_outside_the_vocabulary_are_nan_under_jit():
         assert np.isnan(scored(model, ids))
 
 
-def test_a_position_that_is_not_there_is_nan_under_jit():
+def test_positions_out_of_range_are_nan_under_jit():
     model = model_of(num_hidden_layers=1)
     keep = jax.jit(lambda m, kept: m(IDS, logits_to_keep=kept).logits)
     for kept in (jnp.asarray([3, 10]), jnp.asarray([[3, 10], [3, -11]])):
@@ -192,7 +192,7 @@ def test_a_position_that_is_not_there_is_nan_under_jit():
         assert np.isnan(logits[:, 1]).all()
 
 
-def test_a_cache_that_runs_over_is_nan_under_jit():
+def test_a_full_cache_gives_nan_under_jit():
     model = model_of(num_hidden_layers=1)
     step = jax.jit(lambda m, cache: m(IDS, cache=cache))
     out = step(model, init_cache(model.config, 2, 15, jnp.float32))
@@ -209,7 +209,7 @@ def test_a_call_outside_jit_compiles_once(caplog):
     assert [r.message for r in caplog.records if "Compiling" in r.message] == []
 
 
-def test_lists_are_taken_for_arrays():
+def test_lists_are_accepted_as_arrays():
     model, rows = model_of(), IDS.tolist()
     ones = [[1] * 10] * 2
     listed = model(rows, attention_mask=ones, position_ids=[list(range(10))], labels=rows)
@@ -220,18 +220,18 @@ def test_lists_are_taken_for_arrays():
     np.testing.assert_allclose(one, model(IDS).logits[:, -1:], rtol=1e-6)
 
 
-def test_a_row_goes_on_in_its_last_segment():
+def test_a_cached_row_continues_its_last_segment():
     """Tokens after a packed prompt see its last document, and none of the earlier ones."""
     model = model_of()
     segments = jnp.asarray([[1] * 4 + [2] * 6, [3] * 10])
-    whole = model(IDS, segment_ids=segments).logits
+    uncached = model(IDS, segment_ids=segments).logits
     cache = model(
         IDS[:, :6],
         segment_ids=segments[:, :6],
         cache=init_cache(CONFIG, 2, 10, jnp.float32),
     ).cache
     rest = model(IDS[:, 6:], cache=cache).logits
-    np.testing.assert_allclose(rest, whole[:, 6:], rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(rest, uncached[:, 6:], rtol=1e-5, atol=1e-6)
 
 
 def test_dropout_of_everything_has_finite_gradients():
@@ -240,7 +240,7 @@ def test_dropout_of_everything_has_finite_gradients():
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(gradient(model)))
 
 
-def test_what_generation_does_not_heed_is_said():
+def test_generation_warns_of_right_padding_and_unimplemented_fields():
     model = model_of(eos_token_id=None)
     with pytest.warns(UserWarning, match="pad prompts on the left"):
         model.generate(IDS, jnp.ones_like(IDS).at[0, -1].set(0), max_new_tokens=2)

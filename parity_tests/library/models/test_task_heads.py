@@ -294,7 +294,7 @@ def tiny(model_class: Any, **changes: Any) -> Any:
         ({"num_labels": 0}, None, "num_labels: found 0, expected at least one label"),
     ],
 )
-def test_sequence_labels_that_do_not_fit(changes: Any, labels: Any, message: str) -> None:
+def test_bad_sequence_labels(changes: Any, labels: Any, message: str) -> None:
     with pytest.raises(ValueError) as caught:
         tiny(LlamaForSequenceClassification, **changes)(IDS, labels=labels)
     assert message in str(caught.value)
@@ -315,7 +315,7 @@ def test_hugging_face_refuses_the_same_batch() -> None:
         (np.zeros((2, 4)), "labels: found float64[2, 4], expected integers [2, 4]"),
     ],
 )
-def test_token_labels_that_do_not_fit(labels: Any, message: str) -> None:
+def test_bad_token_labels(labels: Any, message: str) -> None:
     with pytest.raises(ValueError) as caught:
         tiny(LlamaForTokenClassification)(IDS, labels=labels)
     assert message in str(caught.value)
@@ -324,7 +324,7 @@ def test_token_labels_that_do_not_fit(labels: Any, message: str) -> None:
 @pytest.mark.parametrize(
     ("start", "end", "message"),
     [
-        (np.array([1, 2]), None, "start_positions, end_positions: found one of them"),
+        (np.array([1, 2]), None, "pass both start_positions and end_positions"),
         (np.zeros((2, 4), int), np.array([1, 2]), "start_positions: found int64[2, 4], expected"),
         (
             np.array([1, 2]),
@@ -333,7 +333,7 @@ def test_token_labels_that_do_not_fit(labels: Any, message: str) -> None:
         ),
     ],
 )
-def test_positions_that_do_not_fit(start: Any, end: Any, message: str) -> None:
+def test_bad_positions(start: Any, end: Any, message: str) -> None:
     with pytest.raises(ValueError) as caught:
         tiny(LlamaForQuestionAnswering)(IDS, start_positions=start, end_positions=end)
     assert message in str(caught.value)
@@ -347,7 +347,7 @@ def test_a_mask_of_another_shape() -> None:
 
 
 @pytest.mark.parametrize("label", [3, -1])
-def test_a_class_that_is_not_there_is_nan_under_jit(label: int) -> None:
+def test_a_class_out_of_range_is_nan_under_jit(label: int) -> None:
     model = tiny(LlamaForSequenceClassification)
     loss = jax.jit(lambda model, labels: model(IDS, labels=labels).loss)
     assert np.isnan(loss(model, jnp.array([1, label])))
@@ -367,7 +367,7 @@ def test_dropout_before_the_token_head() -> None:
     assert not everything(ids, dropout_key=jax.random.key(0)).logits.any()
 
 
-def test_what_is_asked_for_comes_along() -> None:
+def test_requested_outputs_are_returned() -> None:
     out = tiny(LlamaForQuestionAnswering)(IDS, output_hidden_states=True, output_attentions=True)
     assert out.loss is None
     assert len(out.hidden_states) == 2

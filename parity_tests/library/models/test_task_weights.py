@@ -62,7 +62,7 @@ def same(a: dict[str, np.ndarray], b: dict[str, np.ndarray]) -> bool:
 
 
 @pytest.mark.parametrize("model_class", [LlamaModel, *HEADS])
-def test_a_hugging_face_directory_comes_out_the_same(tmp_path: Path, model_class: Any) -> None:
+def test_a_hugging_face_directory_round_trips(tmp_path: Path, model_class: Any) -> None:
     source = hf_directory(tmp_path / "hf", model_class)
     model = model_class.from_pretrained(source)
     model.save_pretrained(tmp_path / "ours")
@@ -124,7 +124,7 @@ def test_a_tied_copy_of_the_head_is_still_compared(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("model_class", HEADS)
-def test_the_bare_decoder_and_a_head_take_each_others_weights(
+def test_the_decoder_and_a_head_load_each_others_checkpoints(
     tmp_path: Path, model_class: Any
 ) -> None:
     bare = hf_directory(tmp_path / "bare", LlamaModel)
@@ -147,14 +147,14 @@ def test_another_heads_checkpoint(tmp_path: Path) -> None:
         LlamaForQuestionAnswering.from_pretrained(source)
 
 
-def test_a_language_model_head_is_never_made_up(tmp_path: Path) -> None:
+def test_a_missing_language_model_head_is_an_error(tmp_path: Path) -> None:
     source = hf_directory(tmp_path / "task", LlamaForSequenceClassification)
     with pytest.raises(ValueError) as caught:
         LlamaForCausalLM.from_pretrained(source)
     assert "lm_head.weight: missing; score.weight: unexpected" in str(caught.value)
 
 
-def test_a_decoder_with_a_hole_is_refused_by_every_class(tmp_path: Path) -> None:
+def test_missing_decoder_weights_are_an_error_in_every_class(tmp_path: Path) -> None:
     source = hf_directory(tmp_path / "task", LlamaForTokenClassification)
     tensors = load_file(source / "model.safetensors")
     del tensors["model.norm.weight"]
@@ -164,7 +164,7 @@ def test_a_decoder_with_a_hole_is_refused_by_every_class(tmp_path: Path) -> None
             model_class.from_pretrained(source)
 
 
-def test_as_many_labels_as_asked_for(tmp_path: Path) -> None:
+def test_num_labels_override(tmp_path: Path) -> None:
     causal = write_hf_directory(tmp_path / "causal", CONFIG, weights_of(CONFIG))
     with pytest.warns(UserWarning, match="randomly initialized"):
         model = LlamaForSequenceClassification.from_pretrained(causal, num_labels=7)
@@ -227,7 +227,7 @@ def test_label_fields_mean_the_same(fields: dict[str, Any]) -> None:
         ({"token_classification_bias": False}, "token_classification_bias: found False"),
     ],
 )
-def test_label_fields_that_are_wrong(fields: dict[str, Any], message: str) -> None:
+def test_bad_label_fields(fields: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError) as caught:
         LlamaConfig.from_dict(BASE | fields)
     assert message in str(caught.value)
@@ -259,7 +259,7 @@ def test_heads_over_a_mesh() -> None:
     assert output_lines("workers.sharded_heads") == [model_class.__name__ for model_class in HEADS]
 
 
-def test_training_takes_no_head_that_is_not_there(tmp_path: Path) -> None:
+def test_training_needs_the_language_model_head(tmp_path: Path) -> None:
     source = hf_directory(tmp_path / "bare", LlamaModel)
     config = LlamaConfig.from_pretrained(source)
     abstract = nnx.eval_shape(lambda: LlamaForSequenceClassification(config, rngs=nnx.Rngs(0)))

@@ -1,6 +1,6 @@
 """Every path in every dtype, grouping of heads and batch size, against float32 on the same weights.
 
-The default tests hold one of each kind; `make test-all` runs the whole product.
+The default tests hold one of each kind; `make test-all` runs all combinations.
 """
 
 import dataclasses
@@ -89,11 +89,11 @@ def generates(dtype, heads, batch, stacked, cache_dtype, monkeypatch, head_dim=8
     out = model.generate(ids, mask, max_new_tokens=NEW, cache_dtype=cache_dtype, output_scores=True)
     assert out.scores.dtype == jnp.float32
     bar = max(BARS[dtype], BARS[cache_dtype])
-    whole = np.asarray(out.sequences)
-    seen = np.concatenate([mask, np.ones((batch, NEW), np.int32)], axis=1)
+    sequences = np.asarray(out.sequences)
+    is_token = np.concatenate([mask, np.ones((batch, NEW), np.int32)], axis=1)
     for row in range(batch):  # alone, right-aligned tokens only
-        tokens = whole[row][seen[row] > 0][None]
-        padded = np.pad(tokens, ((0, 0), (0, whole.shape[1] - tokens.shape[1])))
+        tokens = sequences[row][is_token[row] > 0][None]
+        padded = np.pad(tokens, ((0, 0), (0, sequences.shape[1] - tokens.shape[1])))
         logits = forward(reference, padded, np.ones_like(padded))[0, : tokens.shape[1]]
         expected = np.asarray(logits[-NEW - 1 : -1])
         scale = np.abs(expected).max()
@@ -224,24 +224,24 @@ def test_language_model_heads(dtype, name, implementation):
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 @pytest.mark.parametrize("jitted", [True, False])
 @pytest.mark.parametrize("rows", [1, 3])
-def test_a_product_of_permuted_operands(dtype, jitted, rows):
-    """Two transposes that make one, which XLA's CPU backend folds into a product it cannot multiply."""
+def test_a_matmul_of_permuted_operands(dtype, jitted, rows):
+    """Two transposes in a row, which XLA's CPU backend folds into a matmul that it does not support."""
     batch, n, g, k, d = 3, 2, 2, 32, 8
     rng = np.random.default_rng(0)
     weights = jnp.asarray(rng.normal(size=(batch, n, g, rows, k)), dtype)
     store = jnp.asarray(rng.normal(size=(batch * n, k, d)), dtype)
 
-    def product(weights, store):
+    def matmul(weights, store):
         values = jnp.moveaxis(store.reshape(batch, n, k, d), 1, 2)
         out = einsum("bngqk,bknd->bqngd", weights, values)
         return out.reshape(batch, rows, -1)
 
-    run = jax.jit(product) if jitted else product
+    run = jax.jit(matmul) if jitted else matmul
     wide = [np.asarray(part, np.float64) for part in (weights, store)]
     expected = np.einsum("bngqk,bnkd->bqngd", wide[0], wide[1].reshape(batch, n, k, d))
     expected = expected.reshape(batch, rows, -1)
     assert np.abs(np.asarray(run(weights, store), np.float64) - expected).max() <= BARS[dtype] * 3
-    mapped = jax.vmap(product)(weights[None], store[None])[0]
+    mapped = jax.vmap(matmul)(weights[None], store[None])[0]
     assert np.abs(np.asarray(mapped, np.float64) - expected).max() <= BARS[dtype] * 3
 
 
@@ -257,7 +257,7 @@ SPECS = [
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 @pytest.mark.parametrize("seed", range(60))
-def test_products_of_any_layout_accumulate_in_float32(dtype, seed):
+def test_matmuls_of_any_layout_accumulate_in_float32(dtype, seed):
     rng = np.random.default_rng(seed)
     spec = SPECS[seed % len(SPECS)]
     of_a, of_b = spec.split("->")[0].split(",")
@@ -269,7 +269,7 @@ def test_products_of_any_layout_accumulate_in_float32(dtype, seed):
         operands.append(jnp.asarray(rng.normal(size=shape), dtype))
         orders.append(np.argsort(order))
 
-    def product(a, b):
+    def matmul(a, b):
         turned = [jnp.transpose(x, order) for x, order in zip((a, b), orders, strict=True)]
         return wide_einsum(spec, *turned, jnp.float32)
 
@@ -277,5 +277,5 @@ def test_products_of_any_layout_accumulate_in_float32(dtype, seed):
         np.transpose(np.asarray(x, np.float64), o) for x, o in zip(operands, orders, strict=True)
     ]
     np.testing.assert_allclose(
-        jax.jit(product)(*operands), np.einsum(spec, *wide), rtol=1e-5, atol=1e-5
+        jax.jit(matmul)(*operands), np.einsum(spec, *wide), rtol=1e-5, atol=1e-5
     )

@@ -1,4 +1,4 @@
-"""Products: exact gradients in every dtype, and no more rounding than PyTorch's at real widths."""
+"""Matmuls: exact gradients in every dtype, and no more rounding than PyTorch's at real widths."""
 
 import jax
 import jax.numpy as jnp
@@ -23,7 +23,7 @@ def operands(spec: str, dtype: jnp.dtype) -> tuple[jax.Array, jax.Array]:
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16, jnp.float32])
 @pytest.mark.parametrize("spec", SPECS)
-def test_value_and_gradients_are_those_of_the_wide_product_rounded_once(spec, dtype):
+def test_value_and_gradients_are_float32_matmuls_rounded_once(spec, dtype):
     a, b = operands(spec, dtype)
 
     def wide(a, b):

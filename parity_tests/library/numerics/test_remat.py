@@ -34,7 +34,7 @@ def run(model, **options):
 
 
 @pytest.fixture(scope="module")
-def whole(model):
+def reference(model):
     return run(model, remat="none")
 
 
@@ -49,17 +49,17 @@ def whole(model):
     ],
     ids=str,
 )
-def test_no_number_changes(model, whole, options):
+def test_remat_changes_no_number(model, reference, options):
     loss, gradients, _ = run(model, **options)
-    np.testing.assert_allclose(loss, whole[0], rtol=1e-6)
-    for ours, theirs in zip(gradients, whole[1], strict=True):
+    np.testing.assert_allclose(loss, reference[0], rtol=1e-6)
+    for ours, theirs in zip(gradients, reference[1], strict=True):
         np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-6 * float(abs(theirs).max()))
 
 
-def test_memory_falls(model, whole):
+def test_remat_saves_memory(model, reference):
     dots, full = (run(model, remat=remat)[2] for remat in ("dots", "full"))
     assert full < 0.7 * dots
-    assert dots < 0.7 * whole[2]
+    assert dots < 0.7 * reference[2]
 
 
 def test_bfloat16_residuals_stay_bfloat16(model):
@@ -81,7 +81,7 @@ def test_bfloat16_residuals_stay_bfloat16(model):
         ({"attention_implementation": "flash"}, "attention_implementation: found 'flash'"),
     ],
 )
-def test_a_wrong_choice_is_an_error(model, options, message):
+def test_unknown_choices_are_errors(model, options, message):
     with pytest.raises(ValueError) as caught:
         model(IDS, **options)
     assert message in str(caught.value)

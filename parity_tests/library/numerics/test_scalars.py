@@ -21,13 +21,13 @@ NUMBERS = [np.float32(0.5), np.float64(0.5), np.float16(0.5), np.asarray(0.5), j
 
 
 @pytest.mark.parametrize("value", [*INTEGERS, *NUMBERS, Fraction(1, 2), np.bool_(True)], ids=repr)
-def test_a_scalar_is_the_number_of_python(value):
-    found = plain_number(value)
-    assert type(found) in (int, float, bool)
-    assert found == value
+def test_scalars_become_python_numbers(value):
+    number = plain_number(value)
+    assert type(number) in (int, float, bool)
+    assert number == value
 
 
-def test_what_is_no_scalar_stays():
+def test_other_values_are_unchanged():
     for value in (None, "3", [3], np.asarray([3])):
         assert plain_number(value) is value
 
@@ -67,7 +67,7 @@ def test_numbers_of_numpy_and_jax(value):
         lambda: keep_positions(jnp.zeros((1, 5)), True),
     ],
 )
-def test_a_bool_is_no_count(make):
+def test_a_bool_is_not_a_count(make):
     with pytest.raises(ValueError, match="found"):
         make()
 
@@ -77,7 +77,7 @@ def tiny() -> LlamaForCausalLM:
     return our_model(config, weights_of(config), jnp.float32)
 
 
-def test_generation_takes_them_all():
+def test_generation_accepts_scalars_of_numpy_and_jax():
     model, ids = tiny(), np.ones((1, 3), np.int32)
     plain = {
         "max_new_tokens": 3,
@@ -103,7 +103,7 @@ def test_generation_takes_them_all():
 @pytest.mark.parametrize(
     "key", [3, np.int64(3), np.asarray(3), "3", 0.5, jax.random.split(jax.random.key(0))]
 )
-def test_what_is_no_key(key):
+def test_bad_keys(key):
     with pytest.raises(ValueError) as error:
         as_key("key", key)
     message = str(error.value)
@@ -112,7 +112,7 @@ def test_what_is_no_key(key):
     assert "jax.random.key(3)" in message or not np.issubdtype(type(plain_number(key)), np.integer)
 
 
-def test_seeds_in_the_place_of_keys():
+def test_seeds_are_not_keys():
     model, ids = tiny(), np.ones((1, 3), np.int32)
     expected = r"found 0, expected a PRNG key such as jax.random.key\(0\)"
     with pytest.raises(ValueError, match=f"^key: {expected}$"):

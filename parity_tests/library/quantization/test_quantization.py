@@ -1,4 +1,4 @@
-"""Weights in 8 and 4 bits: error bounds, directories, everything a model does, the cost in quality."""
+"""Weights in 8 and 4 bits: error bounds, directories, everything that a model does, quality."""
 
 import json
 from dataclasses import replace
@@ -52,8 +52,8 @@ CONFIG = LlamaConfig(
     pad_token_id=0,
 )
 IDS = np.asarray([[5, 9, 2, 60, 7, 33], [1, 2, 3, 4, 5, 6]], np.int32)
-# of 24 columns, 16 divides none: those matrices stay in 8 bits
-WAYS = [(8, None), (8, 8), (8, 16), (4, 8), (4, 16)]
+# 16 does not divide 24 columns: those matrices have 8 bits and a scale per row
+KINDS = [(8, None), (8, 8), (8, 16), (4, 8), (4, 16)]
 
 
 @pytest.fixture(scope="module")
@@ -92,13 +92,13 @@ def test_error_bounds(values, width, dtype):
     restored = dequantize_int4(*jax.jit(quantize_int4, static_argnums=1)(weight, width))
     assert restored.dtype == dtype
     assert restored.shape == weight.shape
-    found = np.asarray(restored, np.float64).reshape(groups.shape) - groups
-    # no worse than the same codes over the whole range of each group
+    error = np.asarray(restored, np.float64).reshape(groups.shape) - groups
+    # no worse than the same codes over the full range of each group
     step = np.ptp(groups, axis=-1, keepdims=True) / 15
-    whole = np.round((groups - groups.min(-1, keepdims=True)) / np.where(step == 0, 1, step))
-    whole = whole * step + groups.min(-1, keepdims=True) - groups
+    codes = np.round((groups - groups.min(-1, keepdims=True)) / np.where(step == 0, 1, step))
+    full_range = codes * step + groups.min(-1, keepdims=True) - groups
     slack = width * (4 * rounding[..., None] ** 2 + 4 * rounding[..., None] * step)
-    assert (np.square(found).sum(-1) <= np.square(whole).sum(-1) + slack[..., 0]).all()
+    assert (np.square(error).sum(-1) <= np.square(full_range).sum(-1) + slack[..., 0]).all()
 
 
 def test_equal_values_and_zeros_are_exact():
@@ -107,18 +107,18 @@ def test_equal_values_and_zeros_are_exact():
     assert np.array_equal(dequantize_int8(*quantize_int8(jnp.zeros((2, 8)))), np.zeros((2, 8)))
 
 
-@pytest.mark.parametrize("way", WAYS)
-def test_computes_what_its_dequantised_model_does(model, way):
-    quantized = quantize(model, *way)
+@pytest.mark.parametrize("kind", KINDS)
+def test_equals_its_dequantized_model(model, kind):
+    quantized = quantize(model, *kind)
     plain = dequantize(quantized)
     assert quantization_of(plain) is None
     assert quantization_of(model) is None
     expected = plain(IDS, labels=IDS)
-    found = jax.jit(lambda model: model(IDS, labels=IDS))(quantized)
-    np.testing.assert_allclose(found.logits, expected.logits, rtol=2e-5, atol=2e-6)
-    np.testing.assert_allclose(found.loss, expected.loss, rtol=1e-5)
-    assert not np.array_equal(found.logits, model(IDS).logits)
-    scored, scored_plain = (token_scores(each, IDS.tolist()) for each in (quantized, plain))
+    out = jax.jit(lambda model: model(IDS, labels=IDS))(quantized)
+    np.testing.assert_allclose(out.logits, expected.logits, rtol=2e-5, atol=2e-6)
+    np.testing.assert_allclose(out.loss, expected.loss, rtol=1e-5)
+    assert not np.array_equal(out.logits, model(IDS).logits)
+    scored, scored_plain = (token_scores(m, IDS.tolist()) for m in (quantized, plain))
     np.testing.assert_allclose(scored[0].log_probs, scored_plain[0].log_probs, rtol=1e-4)
 
 
@@ -128,7 +128,7 @@ def test_generates(model):
     assert np.array_equal(tokens, dequantize(quantized).generate(IDS, max_new_tokens=6))
 
 
-def test_which_matrices_take_how_many_bits(model):
+def test_bits_of_each_matrix(model):
     quantized = quantize(model, 4, 16)
     assert quantization_of(quantized) == Quantization(4, 16)
     # only down_proj has an input dimension (32) that 16 divides
@@ -137,10 +137,10 @@ def test_which_matrices_take_how_many_bits(model):
     assert layers.mlp.down_proj.weight.codes.shape == (2, 24, 2, 8)
     assert layers.mlp.up_proj.weight.codes.dtype == jnp.int8
     assert matrices_by_bits(quantize(model, 4, 8)) == {4: 2 * 7, 8: 1}
-    in_eights = quantize(model, 8, 8)
-    assert quantization_of(in_eights) == Quantization(8, 8)
-    assert in_eights.model.embed_tokens.weight.codes.shape == (61, 3, 8)
-    assert matrices_by_bits(in_eights) == {4: 0, 8: 2 * 7 + 1}
+    eight_bits = quantize(model, 8, 8)
+    assert quantization_of(eight_bits) == Quantization(8, 8)
+    assert eight_bits.model.embed_tokens.weight.codes.shape == (61, 3, 8)
+    assert matrices_by_bits(eight_bits) == {4: 0, 8: 2 * 7 + 1}
     # of 24 and 32 columns, 16 divides 32 only
     assert quantize(model, 8, 16).model.embed_tokens.weight.codes.shape == (61, 24)
 
@@ -158,12 +158,12 @@ def test_memory(model):
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-@pytest.mark.parametrize("way", WAYS)
-def test_saved_and_loaded_bitwise(tmp_path, way, dtype):
-    quantized = quantize(LlamaForCausalLM(CONFIG, rngs=nnx.Rngs(1), dtype=dtype), *way)
+@pytest.mark.parametrize("kind", KINDS)
+def test_saved_and_loaded_bitwise(tmp_path, kind, dtype):
+    quantized = quantize(LlamaForCausalLM(CONFIG, rngs=nnx.Rngs(1), dtype=dtype), *kind)
     quantized.save_pretrained(tmp_path / "q")
     fields = json.loads((tmp_path / "q" / "config.json").read_text())
-    expected = {"quantized_by": "llama_jax", "bits": way[0], "group_size": way[1]}
+    expected = {"quantized_by": "llama_jax", "bits": kind[0], "group_size": kind[1]}
     assert fields["quantization_config"] == expected
     loaded = LlamaForCausalLM.from_pretrained(tmp_path / "q")
     assert quantization_of(loaded) == quantization_of(quantized)
@@ -191,9 +191,9 @@ def test_task_heads(tmp_path):
 
 def test_an_id_outside_the_vocabulary_is_nan(model):
     quantized = quantize(model, 8)
-    found = jax.jit(lambda ids: quantized.model.embed_tokens(ids))(jnp.asarray([[3, 99, -1]]))
-    assert np.isfinite(found[0, 0]).all()
-    assert np.isnan(found[0, 1:]).all()
+    rows = jax.jit(lambda ids: quantized.model.embed_tokens(ids))(jnp.asarray([[3, 99, -1]]))
+    assert np.isfinite(rows[0, 0]).all()
+    assert np.isnan(rows[0, 1:]).all()
 
 
 def test_divergence(model):
@@ -201,13 +201,13 @@ def test_divergence(model):
     assert same.tokens == 10
     assert same.kl == 0
     quantized = quantize(model, 4, 8)
-    found = divergence(model, quantized, IDS.reshape(-1), window=6)
-    logs = [np.asarray(jax.nn.log_softmax(each(IDS).logits)) for each in (model, quantized)]
+    measured = divergence(model, quantized, IDS.reshape(-1), window=6)
+    logs = [np.asarray(jax.nn.log_softmax(m(IDS).logits)) for m in (model, quantized)]
     kl = (np.exp(logs[0]) * (logs[0] - logs[1])).sum(-1)[:, :-1]
-    np.testing.assert_allclose(found.kl, kl.mean(), rtol=1e-3)
+    np.testing.assert_allclose(measured.kl, kl.mean(), rtol=1e-3)
     targets = IDS[:, 1:, None]
     chosen = [np.take_along_axis(log[:, :-1], targets, -1).mean() for log in logs]
-    perplexities = found.reference_perplexity, found.perplexity
+    perplexities = measured.reference_perplexity, measured.perplexity
     np.testing.assert_allclose(perplexities, np.exp([-c for c in chosen]), rtol=1e-5)
 
 
@@ -230,7 +230,7 @@ def test_bad_arguments(model, arguments, message):
         quantize(model, *arguments)
 
 
-def test_twice(model):
+def test_a_quantized_model_is_not_quantized_again(model):
     with pytest.raises(ValueError, match="already quantized"):
         quantize(quantize(model, 8), 8)
 
@@ -248,7 +248,7 @@ def test_twice(model):
         (None, "found quantized weights"),
     ],
 )
-def test_a_config_that_does_not_fit(tmp_path, model, change, message):
+def test_a_config_that_does_not_match(tmp_path, model, change, message):
     quantize(model, 8).save_pretrained(tmp_path / "q")
     path = tmp_path / "q" / "config.json"
     fields = json.loads(path.read_text())
@@ -290,7 +290,7 @@ def test_checkpoint(tmp_path):
     text = (ROOT / "LICENSE").read_text()
     ids = load_tokenizer(directory).encode(text).ids[:512]
     assert divergence(model, quantize(model, 8), ids).kl < 2e-2
-    # it comes from a GGUF file of four bits, in groups of 32: the search finds its codes again
+    # converted from a GGUF file with 4 bits in groups of 32: the search recovers its codes
     weight = model.model.layers.mlp.down_proj.weight[...][3]
     error = dequantize_int4(*quantize_int4(weight, 32)) - weight
     assert jnp.linalg.norm(error) < 1e-3 * jnp.linalg.norm(weight)
