@@ -31,16 +31,16 @@ def tensors(config: LlamaConfig) -> list[Tensor]:
     """All tensors of the causal model in forward order, without allocating them."""
     model = nnx.eval_shape(lambda: LlamaForCausalLM(config, rngs=nnx.Rngs(0), dtype=jnp.float32))
     shapes = {path: leaf.get_value().shape for path, leaf in nnx.to_flat_state(nnx.state(model))}
-    found = [
+    listed = [
         Tensor(name, shapes[slot.path][0 if slot.layer is None else 1 :], slot.layer)
         for name, slot in name_table(model).items()
     ]
     order = ("embed_tokens", "layers", "norm", "lm_head")
     return sorted(
-        found,
+        listed,
         key=lambda tensor: next(
-            (place, tensor.layer or 0)
-            for place, part in enumerate(order)
+            (index, tensor.layer or 0)
+            for index, part in enumerate(order)
             if part in tensor.name.split(".")
         ),
     )
@@ -106,7 +106,7 @@ def show(name: str, config: LlamaConfig, *, batch: int, seq: int) -> None:
     out = console()
 
     def table(title: str, *columns: str) -> Table:
-        # not the table's own title, which would break a path to the table's width
+        # not as the table's title, which would wrap a path to the table's width
         out.print(title, style="table.title", soft_wrap=True)
         made = Table()
         for index, column in enumerate(columns):
@@ -156,7 +156,7 @@ def show(name: str, config: LlamaConfig, *, batch: int, seq: int) -> None:
 
 
 def _blocks(everything: list[Tensor]) -> dict[str, int]:
-    """Parameters by block: embedding, one layer's attention, mlp and norms, all layers, head."""
+    """Parameters by block: embedding, attention, MLP and norms of one layer, all layers, head."""
     blocks: dict[str, int] = {}
     for tensor in everything:
         if tensor.layer is None:

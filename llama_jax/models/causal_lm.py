@@ -92,7 +92,7 @@ class LlamaForCausalLM(PretrainedModel):
         dtype(bfloat16)
     """
 
-    def __init__(self, config: LlamaConfig, *, rngs: nnx.Rngs, dtype: Any = jnp.float32):
+    def __init__(self, config: LlamaConfig, *, rngs: nnx.Rngs, dtype: DTypeLike = jnp.float32):
         self.config = config
         self.generation_config = GenerationConfig.from_dict({}, config)
         self.model = LlamaModel(config, rngs=rngs, dtype=dtype)
@@ -128,7 +128,7 @@ class LlamaForCausalLM(PretrainedModel):
         inputs_embeds: Embeddings | None = None,
         segment_ids: Tokens | None = None,
         labels: Array | np.ndarray | None = None,
-        num_items_in_batch: Any = None,
+        num_items_in_batch: float | Array | np.ndarray | None = None,
         cache: KVCache | None = None,
         logits_to_keep: int | Array | np.ndarray = 0,
         output_hidden_states: bool = False,
@@ -367,7 +367,7 @@ def causal_lm_loss(
     hidden: Float[Array, "batch kept hidden"],
     head: Float[Array, "vocab hidden"],
     labels: Int[Array, "batch kept"],
-    num_items_in_batch: Any,
+    num_items_in_batch: float | Array | np.ndarray | None,
 ) -> Float[Array, ""]:
     """The loss of shifted labels without holding the logits, averaged over valid labels or items."""
     if num_items_in_batch is None:

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from llama_jax.attention.cache import (
@@ -120,7 +121,7 @@ class LlamaModel(PretrainedModel):
         (1, 3, 8)
     """
 
-    def __init__(self, config: LlamaConfig, *, rngs: nnx.Rngs, dtype: Any = jnp.float32):
+    def __init__(self, config: LlamaConfig, *, rngs: nnx.Rngs, dtype: DTypeLike = jnp.float32):
         dtype = jnp.dtype(dtype)
         self.config = config
         self.embed_tokens = Embedding(config, dtype=dtype, rngs=rngs)

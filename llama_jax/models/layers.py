@@ -30,7 +30,7 @@ Initializer = Callable[[jax.Array, tuple[int, ...], jnp.dtype], jax.Array]
 
 
 def parameter(
-    rngs: Any,  # checked here, with an error of its own
+    rngs: Any,  # checked here, with a better error than flax's
     shape: tuple[int, ...],
     axes: tuple[str, ...],
     init: Initializer,

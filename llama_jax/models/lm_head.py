@@ -12,6 +12,7 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from llama_jax.inputs.positions import keep_positions
@@ -160,7 +161,7 @@ class LMHead(nnx.Module):
         bias: bool = True,
         loss_implementation: LossImplementation = "default",
         stddev: float = 0.02,
-        dtype: Any = jnp.float32,
+        dtype: DTypeLike = jnp.float32,
         rngs: nnx.Rngs,
     ):
         dtype = jnp.dtype(dtype)
@@ -255,7 +256,7 @@ class NormalizedLMHead(LMHead):
         vocab_size: int,
         loss_implementation: LossImplementation = "default",
         stddev: float = 0.02,
-        dtype: Any = jnp.float32,
+        dtype: DTypeLike = jnp.float32,
         rngs: nnx.Rngs,
     ):
         dtype = jnp.dtype(dtype)

@@ -1,12 +1,13 @@
 """LlamaForQuestionAnswering: where in the text the answer starts and ends."""
 
 from dataclasses import dataclass
-from typing import Any, Unpack
+from typing import Unpack
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from llama_jax.attention.cache import KVCache
@@ -62,7 +63,7 @@ class LlamaForQuestionAnswering(PretrainedModel):
         ((1, 3), (1, 3))
     """
 
-    def __init__(self, config: LlamaConfig, *, rngs: nnx.Rngs, dtype: Any = jnp.float32):
+    def __init__(self, config: LlamaConfig, *, rngs: nnx.Rngs, dtype: DTypeLike = jnp.float32):
         self.config = config
         # transformers' name; only this class has it
         self.transformer = LlamaModel(config, rngs=rngs, dtype=dtype)

@@ -1,12 +1,13 @@
 """LlamaForSequenceClassification: one prediction per sequence, from its last token."""
 
 from dataclasses import dataclass
-from typing import Any, Unpack
+from typing import Unpack
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from llama_jax.attention.cache import KVCache
@@ -64,7 +65,7 @@ class LlamaForSequenceClassification(PretrainedModel):
         (2, 3)
     """
 
-    def __init__(self, config: LlamaConfig, *, rngs: nnx.Rngs, dtype: Any = jnp.float32):
+    def __init__(self, config: LlamaConfig, *, rngs: nnx.Rngs, dtype: DTypeLike = jnp.float32):
         self.config = config
         self.model = LlamaModel(config, rngs=rngs, dtype=dtype)
         self.score = task_head(config, config.label_count, use_bias=False, dtype=dtype, rngs=rngs)

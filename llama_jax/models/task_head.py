@@ -1,9 +1,8 @@
 """Shared by the task models: a projection of hidden states onto a few classes, and its cross-entropy."""
 
-from typing import Any
-
 import jax.numpy as jnp
 from flax import nnx
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from llama_jax.config import LlamaConfig
@@ -13,7 +12,7 @@ from llama_jax.numerics.matmul import einsum, working_dtype
 
 
 def task_head(
-    config: LlamaConfig, classes: int, *, use_bias: bool, dtype: Any, rngs: nnx.Rngs
+    config: LlamaConfig, classes: int, *, use_bias: bool, dtype: DTypeLike, rngs: nnx.Rngs
 ) -> Linear:
     """The projection [hidden] -> [classes], initialized as in transformers.
 

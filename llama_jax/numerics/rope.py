@@ -78,7 +78,7 @@ def validate_rope_parameters(
         elif not _is_positive(value) and not (value == 0 and name in _MAY_BE_ZERO):
             raise ValueError(f"rope_parameters[{name!r}]: found {value!r}, expected a number > 0")
     fraction = rope.get("partial_rotary_factor", 1.0)
-    # `default` ignores the fraction in transformers' Llama, `proportional` honours it within the head;
+    # `default` ignores the fraction in transformers' Llama, `proportional` applies it within the head;
     # the others produce cos/sin too narrow for the head and cannot run there.
     if rope_type not in ("default", "proportional") and int(head_dim * fraction) != head_dim:
         raise ValueError(
