@@ -269,11 +269,18 @@ def _forward(
     call = LayerCall(cos, sin, mask, options.attention_implementation, options.output_attentions)
     if isinstance(model.layers, DecoderLayer):
         ran = _scan_layers(
-            model.layers, config.num_hidden_layers, x, call, cache, start, dropout_key, options
+            model.layers,
+            x,
+            call,
+            cache,
+            count=config.num_hidden_layers,
+            start=start,
+            dropout_key=dropout_key,
+            options=options,
         )
     else:
         assert cache is not None, "unstacked layers are for decoding"
-        ran = _decode_layers(model.layers, x, call, cache, start)
+        ran = _decode_layers(model.layers, x, call, cache, start=start)
     x, cache = ran.x, ran.cache
     if cache is not None:
         # beyond the capacity, `update` has overwritten other tokens' slots
@@ -298,15 +305,16 @@ class _RanLayers(NamedTuple):
 
 def _scan_layers(
     layers: DecoderLayer,
-    count: int,
     x: Float[Array, "batch seq hidden"],
     call: LayerCall,
     cache: KVCache | None,
+    *,
+    count: int,
     start: Int[Array, ""],
     dropout_key: Key[Array, ""] | None,
     options: _Options,
 ) -> _RanLayers:
-    """Run the stacked `layers`, one after the other."""
+    """Run `count` stacked layers; `start` is the cache slot of the first token."""
 
     def run_layer(carry: Any, layer_inputs: Any) -> Any:
         x, stored = carry
@@ -338,9 +346,10 @@ def _decode_layers(
     x: Float[Array, "batch seq hidden"],
     call: LayerCall,
     cache: KVCache,
+    *,
     start: Int[Array, ""],
 ) -> _RanLayers:
-    """Run unstacked `layers` with a cache of `unstack_cache`."""
+    """Run unstacked layers with a cache of `unstack_cache`."""
     assert isinstance(cache.keys, tuple)
     assert isinstance(cache.values, tuple)
     inputs, weights, caches = [], [], []
