@@ -471,7 +471,7 @@ def _merge_rope_layouts(fields: dict[str, Any]) -> dict[str, Any]:
     ]
     if len(candidates) == 2 and candidates[0] != candidates[1]:
         raise ValueError(
-            f"rope_scaling: found {candidates[0]} beside rope_parameters {candidates[1]}; "
+            f"rope_scaling: found {candidates[0]} and rope_parameters {candidates[1]}; "
             "transformers v4 and v5 would run different models, expected them to agree"
         )
     rope = candidates[0] if candidates else {"rope_type": "default"}

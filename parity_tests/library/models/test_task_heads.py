@@ -269,7 +269,7 @@ def tiny(model_class: Any, **changes: Any) -> Any:
         (
             {"pad_token_id": None},
             None,
-            "pad_token_id: found null in the config, expected one for a",
+            "pad_token_id: null in the config, but a batch of 2 needs one",
         ),
         ({}, np.array([0, 3]), "labels: found 3, expected -100 or 0 to 2"),
         ({}, np.array([0, 1, 2]), "labels: found int64[3], expected integers [2]"),
