@@ -101,6 +101,7 @@ def _by_name(report: Report, comparisons: list[Comparison], label: str) -> bytes
         axes.plot(
             index, comparisons[index].ours.rms, "o", color="red", label=f"first to drift: {drifted}"
         )
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.grid(alpha=0.3)
     axes.legend()
     return _png(figure)

@@ -90,7 +90,14 @@ def conclusions(report: Report) -> list[str]:
     """The verdict and what led to it, as sentences."""
     out = report.outputs
     module, gradient = first_to_drift(report.modules), first_to_drift(report.parameters)
-    lines = [f"first module to drift: {module or 'none'}"]
+    verdict, quantifier = (
+        ("within tolerance", "all") if report.holds else ("OUT OF TOLERANCE", "not all")
+    )
+    lines = [
+        f"{verdict}: {quantifier} errors of {report.ours} against the float64 oracle are at most "
+        f"{ROUNDING_RATIO} x those of {report.theirs}",
+        f"first module to drift: {module or 'none'}",
+    ]
     if report.parameters:
         lines.append(
             f"first gradient to drift: {gradient or 'none'} "
@@ -100,13 +107,6 @@ def conclusions(report: Report) -> list[str]:
     lines.append(f"first position to drift: {'none' if position is None else position}")
     tied = int(ties(out, report.eps).sum())
     lines.append(f"top-1 ties within the oracle's rounding: {tied} of {report.length} positions")
-    verdict, quantifier = (
-        ("within tolerance", "all") if report.holds else ("OUT OF TOLERANCE", "not all")
-    )
-    lines.append(
-        f"{verdict}: {quantifier} errors of {report.ours} against the float64 oracle are at most "
-        f"{ROUNDING_RATIO} x those of {report.theirs}"
-    )
     lines.append(f"took {report.seconds:.0f} s; peak memory {report.peak / 1e9:.1f} GB")
     return lines
 
