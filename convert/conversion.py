@@ -1,4 +1,4 @@
-"""Conversions: planned, run a tensor at a time, proved, and only then renamed into place."""
+"""Conversions: planned, run a tensor at a time, verified, and only then renamed into place."""
 
 from __future__ import annotations
 

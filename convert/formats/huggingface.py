@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -62,18 +63,18 @@ def read(path: Path, *, tokenizer: bool = True) -> Checkpoint:
     """
     require_inside(path, "config.json")
     config = LlamaConfig.from_pretrained(path)
-    weights, load, rows, notes = _open(path)
-    stored, more_notes = model_tensors(path, config, weights, rows)
+    files = _open(path)
+    stored, notes = model_tensors(path, config, files.weights, files.read_rows)
     return checkpoint_of(
         path,
         title="Hugging Face",
         config=config,
         tensors=[spec_of(name, tensor) for name, tensor in stored.items()],
-        load=lambda name: load(stored[name]),
+        load=lambda name: files.load(stored[name]),
         stored=stored.values(),
         weight_files=[tensor.path for tensor in stored.values()],
         files=read_companions(path, tokenizer=tokenizer),
-        notes=[*notes, *more_notes],
+        notes=[*files.notes, *notes],
     )
 
 
@@ -100,22 +101,23 @@ def write(
     write_config_and_companions(checkpoint, path)
 
 
-def _open(
-    path: Path,
-) -> tuple[StoredWeights, Callable[[StoredTensor], np.ndarray], ReadRows, list[str]]:
-    """The headers of the weight files, what reads a tensor of theirs, or rows of one, and notes."""
-    single, index = (SINGLE_FILE, INDEX_FILE)
-    if not any((path / name).exists() for name in (SINGLE_FILE, INDEX_FILE)):
-        single, index = _BIN_FILES
-    if (path / single).exists():
-        files = [single]
-    else:
-        require_inside(path, index)
-        files = sorted(set(read_index(path / index).values()))
-    for file in files:
-        require_inside(path, file)
-    if single == SINGLE_FILE:
-        return open_weights(path), _read, read_rows, []
+@dataclass(frozen=True)
+class _WeightFiles:
+    """The weight files of a directory, of which only headers have been read."""
+
+    weights: StoredWeights
+    load: Callable[[StoredTensor], np.ndarray]
+    read_rows: ReadRows
+    notes: list[str]
+
+
+def _open(path: Path) -> _WeightFiles:
+    """The safetensors of a directory, or where there are none its `.bin` files."""
+    if any((path / name).exists() for name in (SINGLE_FILE, INDEX_FILE)):
+        _require_files_inside(path, SINGLE_FILE, INDEX_FILE)
+        return _WeightFiles(open_weights(path), _read, read_rows, [])
+    single, index = _BIN_FILES
+    _require_files_inside(path, single, index)
     opened: dict[Path, TorchFile] = {}
 
     def read_header(file: Path) -> Iterable[StoredTensor]:
@@ -126,8 +128,18 @@ def _open(
         return opened[tensor.path].load(tensor.name)
 
     weights = open_weights(path, single, index, read_header)
-    notes = [f"{path.name} {OLD_FORM_NOTE}" for path, file in opened.items() if file.in_memory]
-    return weights, load, rows_by_loading(load), notes
+    notes = [f"{file.name} {OLD_FORM_NOTE}" for file, torch in opened.items() if torch.in_memory]
+    return _WeightFiles(weights, load, rows_by_loading(load), notes)
+
+
+def _require_files_inside(path: Path, single: str, index: str) -> None:
+    """Raise ValueError for weight files that are links out of the directory."""
+    if (path / single).exists():
+        require_inside(path, single)
+        return
+    require_inside(path, index)
+    for file in sorted(set(read_index(path / index).values())):
+        require_inside(path, file)
 
 
 def _read(tensor: StoredTensor) -> np.ndarray:

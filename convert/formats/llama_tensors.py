@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import numpy as np
+from jaxtyping import Shaped
 
 from llama_jax.config import LlamaConfig
 
@@ -75,8 +76,8 @@ def rotary_heads(name: str, config: LlamaConfig) -> int:
     return config.kv_heads if ".k_proj." in name else 0
 
 
-def to_halves(values: np.ndarray, heads: int) -> np.ndarray:
-    """Rows [heads * D, ...] from the order of Meta and llama.cpp into Hugging Face's; 0 heads: unchanged.
+def to_halves(values: Shaped[np.ndarray, "rows ..."], heads: int) -> Shaped[np.ndarray, "rows ..."]:
+    """Rows in the order of Meta and llama.cpp put into Hugging Face's; 0 heads: unchanged.
 
     >>> to_halves(np.arange(6), heads=1)
     array([0, 2, 4, 1, 3, 5])
@@ -87,8 +88,12 @@ def to_halves(values: np.ndarray, heads: int) -> np.ndarray:
     return pairs.swapaxes(1, 2).reshape(values.shape)
 
 
-def to_pairs(values: np.ndarray, heads: int) -> np.ndarray:
-    """Rows [heads * D, ...] from Hugging Face's order into that of Meta and llama.cpp."""
+def to_pairs(values: Shaped[np.ndarray, "rows ..."], heads: int) -> Shaped[np.ndarray, "rows ..."]:
+    """Rows in Hugging Face's order put into that of Meta and llama.cpp; 0 heads: unchanged.
+
+    >>> to_pairs(np.arange(6), heads=1)
+    array([0, 3, 1, 4, 2, 5])
+    """
     if not heads:
         return values
     halves = values.reshape(heads, 2, -1, *values.shape[1:])

@@ -7,6 +7,7 @@ import math
 import numpy as np
 from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 from gguf.quants import dequantize, quantize
+from jaxtyping import Float, Float32, UInt8
 
 from convert.casting import cast
 from llama_jax.checkpoints.safetensors_read import all_finite
@@ -21,23 +22,27 @@ def divides_into_blocks(shape: tuple[int, ...]) -> bool:
     return shape[-1] % _BLOCK == 0
 
 
-def quantized(values: np.ndarray) -> np.ndarray:
-    """[rows, columns] as blocks, uint8 [rows, columns / 32 * 34]."""
+def quantized(values: Float[np.ndarray, "rows columns"]) -> UInt8[np.ndarray, "rows bytes"]:
+    """A matrix as blocks: 34 bytes for every 32 columns."""
     with np.errstate(all="ignore"):  # below float32's normal numbers the scale's reciprocal is inf
         return quantize(values.astype(np.float32, copy=False), _TYPE)
 
 
-def dequantized(name: str, values: np.ndarray) -> np.ndarray:
-    """What the blocks of a matrix stand for, float32 [rows, columns].
+def dequantized(
+    name: str, values: Float[np.ndarray, "rows columns"]
+) -> Float32[np.ndarray, "rows columns"]:
+    """What the blocks of the matrix `name` stand for.
 
-    Quantizing that again gives the same values: the largest of a block is 127 times its scale. Raises
-    ValueError for values that are not finite, or overflow the scale (float16, so from 8.3e6 on).
+    Quantizing that again gives the same values: the largest of a block is 127 times its scale.
+
+    Raises:
+        ValueError: values that are not finite, or overflow the scale (float16, so from 8.3e6 on).
     """
     result = np.empty(values.shape, np.float32)
     step = max(1, _CHUNK // math.prod(values.shape[1:]))
     for start in range(0, len(values), step):
         rows = cast(name, values[start : start + step], result.dtype)
-        with np.errstate(invalid="ignore"):  # an infinite scale is told below
+        with np.errstate(invalid="ignore"):  # an infinite scale is reported below
             result[start : start + step] = dequantize(quantized(rows), _TYPE)
     if not all_finite(result):
         raise ValueError(
