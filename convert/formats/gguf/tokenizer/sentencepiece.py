@@ -69,7 +69,7 @@ def scores_of_merges(
         if group != group_by_score:
             token, _ = group or group_by_score
             raise refusal(
-                f"the merges that make {token!r} follow no scores, expected SentencePiece's"
+                f"the merges that make {token!r} cannot be expressed as SentencePiece's scores"
             )
     return scores
 

@@ -360,7 +360,7 @@ REFUSED = {
     "NFC": (changed(normalizer={"type": "NFC"}), "its normalizer is NFC, expected none"),
     "splitting": (changed(pre_tokenizer=LOOSE), "it splits text in a way that GGUF has no name for"),
     "lstrip": (with_added(lstrip=True), r"would become \[.*\]\.\.\., expected \["),
-    "merges": (late_merge(), "the merges that make '.*' follow no scores"),
+    "merges": (late_merge(), "the merges that make '.*' cannot be expressed"),
     "bytes": (without_bytes(), "it has 255 tokens of single bytes, expected 256"),
     "Unigram": ({"version": "1.0", "added_tokens": [], "model": UNIGRAM}, "is Unigram, expected BPE"),
 }  # fmt: skip
