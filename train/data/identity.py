@@ -8,7 +8,7 @@ from pathlib import Path
 
 from llama_jax.files.json_object import read_json_object
 from llama_jax.files.staging import write_text
-from train.data.token_shards import Index, Shard, Split, ends_path, open_tokens, read_index
+from train.data.token_shards import Index, Shard, Source, Split, ends_path, open_tokens, read_index
 from train.options import split_weight
 
 # the file in a run's folder that identifies its data
@@ -19,8 +19,6 @@ FILE = "data.json"
 VERIFIED_BYTES = 1 << 32
 
 SHOWN = 12  # characters of a digest in a message
-
-Source = tuple[Path, float]
 
 
 def data_digest(index: Index) -> str:

@@ -10,13 +10,13 @@ from llama_jax.text.tokenizer import load_tokenizer, special_tokens
 from llama_jax.text.tokenizer_files import read_files
 from train.data.special_ids import special_ids
 from train.data.stdlib import stdlib_tokens
-from train.data.token_shards import Index, read_index
+from train.data.token_shards import Index, Source, read_index
 from train.options import STDLIB, split_weight
 
 _SHOWN = 12  # characters of a digest in a message
 
 
-def find_sources(data: Sequence[str]) -> list[tuple[Path, float]]:
+def find_sources(data: Sequence[str]) -> list[Source]:
     """Token directories and their weights, from PATH or PATH=WEIGHT; `stdlib` is tokenized if need be.
 
     Raises:
@@ -27,11 +27,12 @@ def find_sources(data: Sequence[str]) -> list[tuple[Path, float]]:
     sources = []
     for text in data:
         path, weight = split_weight(text)
-        sources.append((stdlib_tokens() if path == STDLIB else Path(path), weight))
+        directory = stdlib_tokens() if path == STDLIB else Path(path)
+        sources.append(Source(directory, weight))
     return sources
 
 
-def common_index(sources: Sequence[tuple[Path, float]]) -> Index:
+def common_index(sources: Sequence[Source]) -> Index:
     """The index of the first source; the tokenizers of all must be the same.
 
     Raises:

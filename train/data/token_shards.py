@@ -18,7 +18,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
@@ -31,6 +31,13 @@ Split = Literal["train", "validation"]
 SPLITS: tuple[Split, ...] = ("train", "validation")
 
 _ENDS_DTYPE = np.dtype("<i8")
+
+
+class Source(NamedTuple):
+    """A token directory, and its weight in the mix of several."""
+
+    directory: Path
+    weight: float
 
 
 @dataclass(frozen=True)

@@ -3,13 +3,12 @@
 import math
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import grain
 import numpy as np
 
 from llama_jax.loss import IGNORE_INDEX
-from train.data.token_shards import Split, Tokens, document_ends, open_tokens, read_tokens
+from train.data.token_shards import Source, Split, Tokens, document_ends, open_tokens, read_tokens
 
 Window = dict[str, np.ndarray]
 
@@ -19,7 +18,7 @@ _READ_AHEAD = grain.ReadOptions(num_threads=1, prefetch_buffer_size=4)
 
 
 def windows(
-    sources: Sequence[tuple[Path, float]],
+    sources: Sequence[Source],
     *,
     split: Split,
     sequence_length: int,

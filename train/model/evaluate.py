@@ -15,12 +15,11 @@ from llama_jax.text.companions import tokenizer_home
 from train.data.identity import require_identity
 from train.data.placement import placed_batches
 from train.data.sources import common_index, find_sources, require_same_tokenizer
+from train.data.token_shards import Source
 from train.data.windows import windows
 from train.model.restore import load_directory, restore_run
 from train.options import FILE, Dtype, RunOptions
 from train.program.build import Program
-
-Source = tuple[Path, float]
 
 # tokens of a window for a Hugging Face directory whose model has more positions
 LONGEST = 2048

@@ -1,12 +1,11 @@
 """What a run says about itself before its first step."""
 
 from collections.abc import Sequence
-from pathlib import Path
 
 import jax
 
 from llama_jax.inspection.architecture import forward_flops_per_token, parameter_count
-from train.data.token_shards import read_index
+from train.data.token_shards import Source, read_index
 from train.monitoring.display import Display
 from train.options import RunOptions
 from train.program.build import Program
@@ -17,7 +16,7 @@ def introduce(
     display: Display,
     program: Program,
     options: RunOptions,
-    sources: Sequence[tuple[Path, float]],
+    sources: Sequence[Source],
     start: int,
 ) -> None:
     """Say what is trained, on what, from which step, and how often the data will be read.
@@ -43,9 +42,7 @@ def introduce(
     _introduce_data(display, options, sources)
 
 
-def _introduce_data(
-    display: Display, options: RunOptions, sources: Sequence[tuple[Path, float]]
-) -> None:
+def _introduce_data(display: Display, options: RunOptions, sources: Sequence[Source]) -> None:
     indexes = [read_index(directory) for directory, _ in sources]
     training_tokens = sum(shard.tokens for index in indexes for shard in index.splits["train"])
     tokens_per_step = options.batch_size * options.sequence_length

@@ -7,6 +7,7 @@ from typing import Any
 import jax
 
 from llama_jax.text.companions import RUN_TOKENIZER
+from train.data.token_shards import Source
 from train.model.evaluate import evaluate
 from train.model.sample import sample_text
 from train.monitoring.display import Display
@@ -20,7 +21,7 @@ def evaluate_step(
     program: Program,
     params: Any,
     options: RunOptions,
-    sources: Sequence[tuple[Path, float]],
+    sources: Sequence[Source],
     folder: Path,
     step: int,
     *,

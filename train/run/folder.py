@@ -19,6 +19,7 @@ from llama_jax.files.staging import write_text
 from llama_jax.text.companions import RUN_TOKENIZER, copy_companions
 from train import checkpoints
 from train.data import identity
+from train.data.token_shards import Source
 from train.options import FILE, RunOptions
 from train.options_toml import to_toml
 
@@ -43,7 +44,7 @@ def write_folder(
     folder: Path,
     options: RunOptions,
     config: LlamaConfig,
-    sources: Sequence[tuple[Path, float]],
+    sources: Sequence[Source],
     tokenizer: Path,
 ) -> None:
     """Write what a new run begins with.

@@ -15,6 +15,7 @@ from llama_jax.formatting import printable
 from llama_jax.models.causal_lm import LlamaForCausalLM
 from train import checkpoints
 from train.data.placement import placed_batches
+from train.data.token_shards import Source
 from train.model.export import export_model
 from train.monitoring import metrics_log
 from train.monitoring.display import open_display
@@ -33,7 +34,7 @@ def train_loop(
     program: Program,
     options: RunOptions,
     folder: Path,
-    sources: Sequence[tuple[Path, float]],
+    sources: Sequence[Source],
     dataset: Any,
 ) -> None:
     """Run the remaining steps; evaluate, export and save as often as the options say.

@@ -6,14 +6,12 @@ from typing import Any
 
 from llama_jax.config import LlamaConfig
 from train.data import identity
-from train.data.token_shards import Index, Split, read_index
+from train.data.token_shards import Index, Source, Split, read_index
 from train.data.windows import windows
 from train.options import RunOptions
 
 
-def training_windows(
-    options: RunOptions, config: LlamaConfig, sources: Sequence[tuple[Path, float]]
-) -> Any:
+def training_windows(options: RunOptions, config: LlamaConfig, sources: Sequence[Source]) -> Any:
     """The training windows of all steps.
 
     Raises:

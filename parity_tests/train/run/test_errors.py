@@ -260,7 +260,7 @@ def test_begin_in_a_folder_with_a_run(run: Path, tiny: Tiny, capfd: Any) -> None
 
 
 def test_resume_a_folder_without_a_run(tmp_path: Path, capfd: Any) -> None:
-    expected = f"{tmp_path}: found no run.toml, expected the folder of a run"
+    expected = f"{tmp_path}: not the folder of a run: it has no run.toml"
     assert error_of(["resume", str(tmp_path)], capfd) == expected
 
 
@@ -478,7 +478,7 @@ def test_export_to_a_run_or_without_one(
         f"{run}: contains a run; choose another directory to export to"
     )
     for command in (["export", str(tmp_path), str(tmp_path / "hf")], ["resume", str(tmp_path)]):
-        expected = f"{tmp_path}: found no run.toml, expected the folder of a run"
+        expected = f"{tmp_path}: not the folder of a run: it has no run.toml"
         assert error_of(command, capfd) == expected
     (tmp_path / "file").write_text("")
     assert error_of(["export", str(run), str(tmp_path / "file")], capfd) == (
