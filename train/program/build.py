@@ -35,7 +35,7 @@ class Program(NamedTuple):
 
     config: LlamaConfig
     mesh: Mesh
-    graphdef: nnx.GraphDef
+    graphdef: nnx.GraphDef[Any]
     optimizer: optax.GradientTransformationExtraArgs
     learning_rate: Callable[[Any], Any]
     params: Any

@@ -30,7 +30,7 @@ class Metrics(NamedTuple):
 
 
 def make_step(
-    graphdef: nnx.GraphDef,
+    graphdef: nnx.GraphDef[Any],
     optimizer: optax.GradientTransformationExtraArgs,
     *,
     compute_dtype: Any,
@@ -97,7 +97,7 @@ def make_step(
 
 
 def batch_loss(
-    graphdef: nnx.GraphDef,
+    graphdef: nnx.GraphDef[Any],
     params: Params,
     batch: Batch,
     compute_dtype: Any,
@@ -126,7 +126,7 @@ def batch_loss(
 
 
 def make_evaluation(
-    graphdef: nnx.GraphDef, *, compute_dtype: Any, **forward: Any
+    graphdef: nnx.GraphDef[Any], *, compute_dtype: Any, **forward: Any
 ) -> Callable[[Params, Batch], tuple[Float[Array, ""], Int[Array, ""]]]:
     """`evaluate(params, batch)`: summed cross-entropy and number of tokens, one micro-batch at a time."""
 
