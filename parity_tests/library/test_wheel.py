@@ -50,3 +50,15 @@ def test_the_wheel_runs_without_torch_and_ships_only_the_library(tmp_path):
         check=False,
     )
     assert done.stdout == "(1, 4, 16)\n", done.stderr
+    done = subprocess.run(
+        (sys.executable, target / "bin" / "llama-jax", "info", "llama-7b", "--sequences"),
+        env={"PYTHONPATH": str(target), "PATH": "", "JAX_PLATFORMS": "cpu"},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == (
+        "error: unknown option --sequences (did you mean --seq?); see llama-jax info --help\n"
+    )
