@@ -56,9 +56,18 @@ class Parser(argparse.ArgumentParser):
         raise ValueError(f"{message.removeprefix('argument ')}; see {self.prog} --help")
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
-        """As argparse's, but an argument that is not known is an error of the command it was given to."""
-        arguments = sys.argv[1:] if args is None else list(args)
-        parsed, unknown = super().parse_known_args(_with_dashes(arguments), namespace)
+        """As argparse's, but an unknown argument is an error of the command that it was passed to.
+
+        An unknown option is reported before a missing argument, which may be the same one, misspelled.
+        """
+        arguments = _with_dashes(sys.argv[1:] if args is None else list(args))
+        if self._adder is None and not {"-h", "--help"} & {*arguments}:
+            end = arguments.index("--") if "--" in arguments else len(arguments)
+            names = [word.partition("=")[0] for word in arguments[:end] if word.startswith("--")]
+            # argparse takes a word with a space for a value
+            if unknown := [name for name in names if name not in self._names() and " " not in name]:
+                self._refuse(unknown)
+        parsed, unknown = super().parse_known_args(arguments, namespace)
         if unknown:
             self._refuse(unknown)
         return parsed, unknown
@@ -68,11 +77,12 @@ class Parser(argparse.ArgumentParser):
         if name is None:
             self.error(f"unexpected argument {unknown[0]!r}")
         name = name.partition("=")[0]
-        nearest = _nearest(
-            name, [text for action in self._actions for text in action.option_strings]
-        )
+        nearest = _nearest(name, self._names())
         suggestion = f" (did you mean {nearest}?)" if nearest else ""
         self.error(f"unknown option {name}{suggestion}")
+
+    def _names(self) -> list[str]:
+        return [name for action in self._actions for name in action.option_strings]
 
     def _check_value(self, action: argparse.Action, value: Any) -> None:
         if action.choices is not None and value not in action.choices:

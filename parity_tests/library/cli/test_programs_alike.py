@@ -125,6 +125,13 @@ def test_an_unknown_command(program: str, capsys: pytest.CaptureFixture[str]) ->
     )
 
 
+def test_a_misspelled_option_that_is_required(capsys: pytest.CaptureFixture[str]) -> None:
+    error = error_of("llama_jax generate", ["--model", "M", "--promt", "x"], capsys)
+    assert error == (
+        "unknown option --promt (did you mean --prompt?); see python -m llama_jax generate --help"
+    )
+
+
 def test_an_argument_too_many(capsys: pytest.CaptureFixture[str]) -> None:
     error = error_of("llama_jax info", ["M", "N"], capsys)
     assert error == "unexpected argument 'N'; see python -m llama_jax info --help"
@@ -137,9 +144,11 @@ def test_spellings_of_options() -> None:
     parser.add_argument("--stop", action="append")
     parser.add_argument("rest", nargs="*")
     options = parser.parse_args(
-        ["--batch_size=3", "--rate", "-1e-3", "--stop=--a_b", "--", "--a_b"]
+        ["--batch_size=3", "--rate", "-1e-3", "--stop=--a_b", "--stop", "--a b", "--", "--a_b"]
     )
-    assert options == argparse.Namespace(batch_size=3, rate=-1e-3, stop=["--a_b"], rest=["--a_b"])
+    assert options == argparse.Namespace(
+        batch_size=3, rate=-1e-3, stop=["--a_b", "--a b"], rest=["--a_b"]
+    )
     with pytest.raises(ValueError, match=r"unknown option --batch \(did you mean --batch-size"):
         parser.parse_args(["--batch", "3"])
 
