@@ -127,10 +127,18 @@ def write_text(path: Path, text: str) -> None:
 
 
 def copy_file(source: Path, destination: Path) -> None:
-    """Copy a file; `destination` appears, or is replaced, once the copy is complete."""
+    """Copy a file; `destination` appears, or is replaced, once the copy is complete.
+
+    Unlike with `replacing`, a link is replaced itself: the file it points to may belong to another model.
+    """
     destination.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(destination) as staged:
-        shutil.copyfile(source, staged)
+    staged = destination.with_name(f".{destination.name}.partial")
+    try:
+        with writing(destination):
+            shutil.copyfile(source, staged)
+        os.replace(staged, destination)
+    finally:
+        staged.unlink(missing_ok=True)
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""`replacing` only replaces files."""
+"""`replacing` only replaces files, and `copy_file` also links."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from llama_jax.files.staging import replacing, write_text
+from llama_jax.files.staging import copy_file, replacing, write_text
 
 
 def write(path: Path) -> None:
@@ -52,6 +52,24 @@ def test_a_link_remains_and_its_target_is_replaced(tmp_path: Path) -> None:
     write(dangling)
     assert (tmp_path / "there" / "other").read_text() == "new"
     assert sorted(p.name for p in (tmp_path / "there").iterdir()) == ["file", "other"]
+
+
+def test_a_copied_file_replaces_a_link_and_not_its_target(tmp_path: Path) -> None:
+    source, target, link = (tmp_path / name for name in ("source", "target", "link"))
+    source.write_text("new")
+    target.write_text("of another model")
+    link.symlink_to(target)
+    copy_file(source, link)
+    assert link.read_text() == "new"
+    assert not link.is_symlink()
+    assert target.read_text() == "of another model"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["link", "source", "target"]
+
+
+def test_a_failed_copy_leaves_nothing(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError):
+        copy_file(tmp_path / "absent", tmp_path / "copy")
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("name", ["", "folder", "nothing/x", "file/x"])
