@@ -10,9 +10,8 @@ import sys
 import jax.numpy as jnp
 import numpy as np
 
-from llama_jax import LlamaForCausalLM
+from llama_jax import LlamaForCausalLM, load_tokenizer
 from llama_jax.scoring import encode_pair, loglikelihood
-from llama_jax.text.tokenizer import load_tokenizer
 
 QUESTION, ANSWERS = "The capital of France is", (" Paris.", " London.", " a river.")
 PROMPTS = ("The capital of France is", "def fibonacci(n):", "Once upon a time")

@@ -14,8 +14,7 @@ from flax import nnx
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from llama_jax import PRESETS, LlamaForCausalLM
-from llama_jax.sharding import parameter_shardings
+from llama_jax import PRESETS, LlamaForCausalLM, parameter_shardings
 
 STEPS, BATCH, SEQ = 20, 8, 64
 

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
         LMHeadConfig,
         LMOutputWithLoss,
         NormalizedLMHead,
+        RMSNormConfig,
         normalize_rows,
     )
     from llama_jax.models.question_answering import (
@@ -37,6 +38,8 @@ if TYPE_CHECKING:
     )
     from llama_jax.presets import PRESETS
     from llama_jax.quantization.model import Quantization, dequantize, quantize
+    from llama_jax.sharding import parameter_shardings
+    from llama_jax.text.tokenizer import load_tokenizer
 
 __all__ = [
     "PRESETS",
@@ -58,12 +61,15 @@ __all__ = [
     "NormalizedLMHead",
     "Quantization",
     "QuestionAnsweringModelOutput",
+    "RMSNormConfig",
     "SequenceClassifierOutput",
     "TokenClassifierOutput",
     "dequantize",
     "fused_linear_cross_entropy",
     "init_cache",
+    "load_tokenizer",
     "normalize_rows",
+    "parameter_shardings",
     "quantize",
 ]
 
@@ -88,12 +94,15 @@ _MODULE_OF = {
     "NormalizedLMHead": "models.lm_head",
     "Quantization": "quantization.model",
     "QuestionAnsweringModelOutput": "models.question_answering",
+    "RMSNormConfig": "models.lm_head",
     "SequenceClassifierOutput": "models.sequence_classification",
     "TokenClassifierOutput": "models.token_classification",
     "dequantize": "quantization.model",
     "fused_linear_cross_entropy": "loss",
     "init_cache": "attention.cache",
+    "load_tokenizer": "text.tokenizer",
     "normalize_rows": "models.lm_head",
+    "parameter_shardings": "sharding",
     "quantize": "quantization.model",
 }
 

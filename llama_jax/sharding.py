@@ -82,7 +82,28 @@ def partition_spec(
 
 
 def parameter_shardings(model: nnx.Module, mesh: Mesh) -> dict[str, Any]:
-    """The shardings of all parameters of `model` (abstract or real), as nested dicts."""
+    """The sharding of every parameter of `model` on `mesh`, as nested dicts.
+
+    Weights are split over the axes "fsdp" and "sequence" (ZeRO), and over "tensor" by heads, MLP and
+    vocabulary. Any other axis, and one that does not divide the dimension, holds replicas.
+
+    Args:
+        model: any model of this library, real or abstract (`nnx.eval_shape`).
+        mesh: with any of the axes "data", "fsdp", "sequence" and "tensor".
+
+    Returns:
+        `NamedSharding`s, in the tree of `nnx.to_pure_dict`.
+
+    Examples:
+        >>> import jax
+        >>> from flax import nnx
+        >>> from llama_jax import PRESETS, LlamaForCausalLM, parameter_shardings
+        >>> mesh = jax.make_mesh((1, 1), ("fsdp", "tensor"))
+        >>> model = nnx.eval_shape(lambda: LlamaForCausalLM(PRESETS["tiny-4m"], rngs=nnx.Rngs(0)))
+        >>> shardings = parameter_shardings(model, mesh)
+        >>> type(shardings["model"]["norm"]["weight"]).__name__
+        'NamedSharding'
+    """
 
     def sharding(variable: nnx.Variable[Any]) -> NamedSharding:
         axes = variable.get_metadata("axes")

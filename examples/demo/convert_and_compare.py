@@ -23,10 +23,9 @@ import transformers
 from rich.table import Table
 
 import convert
-from llama_jax import LlamaForCausalLM, formatting
+from llama_jax import LlamaForCausalLM, formatting, load_tokenizer
 from llama_jax.cli import program
 from llama_jax.files.json_object import read_json_object
-from llama_jax.text.tokenizer import load_tokenizer
 from parity_tests.__main__ import main as parity_tests
 from parity_tests.harness import demo_checkpoint
 from parity_tests.harness.child_process import ROOT

@@ -35,8 +35,8 @@ class KVCache:
     """Rotated keys and values of the tokens seen so far.
 
     Attributes:
-        keys: one slot per token, [layers, batch, capacity, kv_heads, dim]; of `unstack_cache`, one
-            [batch * kv_heads, capacity, dim] per layer.
+        keys: one slot per token, [layers, batch, capacity, kv_heads, dim]. Inside `generate`, a tuple with
+            one [batch * kv_heads, capacity, dim] per layer.
         values: as `keys`.
         is_token: False for padding.
         segments: the packed segment of each slot.

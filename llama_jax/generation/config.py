@@ -62,10 +62,10 @@ class GenerationConfig:
     """A `generation_config.json`: the defaults of `generate`.
 
     Attributes:
-        eos_token_ids: the tokens that end a generation.
-        pad_token_id: what rows that have ended are filled with.
+        eos_token_ids: the tokens that end a row.
+        pad_token_id: fills rows that have ended.
         fields: all fields of the file; they are written back by `save_pretrained`.
-        outside: end tokens of the file outside the vocabulary, such as -1; they never end a generation.
+        outside: the file's end tokens that are not in the vocabulary, such as -1; they are ignored.
 
     Examples:
         >>> from llama_jax import PRESETS, GenerationConfig
@@ -105,8 +105,8 @@ class GenerationConfig:
         """Whether tokens are sampled by default."""
         return bool(self.fields.get("do_sample"))
 
-    def default(self, name: str, otherwise: Any = None) -> Any:
-        """The field `name` in the range that `Sampling` takes, or `otherwise` if it is absent."""
+    def _default(self, name: str, otherwise: Any = None) -> Any:
+        """The field `name`, moved into the range that `Sampling` takes, or `otherwise` if it is absent."""
         value: Any = self.fields.get(name)
         if name == "top_k" and type(value) in (bool, float) and value == 0:
             return 0
@@ -126,7 +126,7 @@ class GenerationConfig:
         repetition_penalty: float | None = None,
         logits_processors: Sequence[LogitsProcessor] = (),
     ) -> Sampling:
-        """How tokens are chosen: an argument that is None comes from the file, else from transformers.
+        """How tokens are chosen. Arguments that are None come from the file, or else from transformers.
 
         Raises:
             ValueError: `do_sample` is not a bool.
@@ -138,12 +138,12 @@ class GenerationConfig:
             if not isinstance(do_sample, bool):
                 raise ValueError(f"do_sample: found {do_sample!r}, expected True or False")
         if do_sample:  # without it, the fields of the file may hold anything
-            temperature = self.default("temperature") if temperature is None else temperature
-            top_k = self.default("top_k", DEFAULT_TOP_K) if top_k is None else top_k
-            top_p = self.default("top_p") if top_p is None else top_p
-            min_p = self.default("min_p") if min_p is None else min_p
+            temperature = self._default("temperature") if temperature is None else temperature
+            top_k = self._default("top_k", DEFAULT_TOP_K) if top_k is None else top_k
+            top_p = self._default("top_p") if top_p is None else top_p
+            min_p = self._default("min_p") if min_p is None else min_p
         if repetition_penalty is None:
-            repetition_penalty = self.default("repetition_penalty")
+            repetition_penalty = self._default("repetition_penalty")
         return Sampling(
             do_sample=do_sample,
             temperature=temperature,

@@ -1,4 +1,4 @@
-"""The fused loss-in-head: projection onto the vocabulary and cross-entropy without the logits.
+"""The fused loss: head projection and cross-entropy that never hold all logits.
 
 `fused` has the public functions; `vjp` says which pass forms which gradient, `scan` runs the chunks on
 every shard, and `chunk` is the arithmetic of one of them.

@@ -101,11 +101,12 @@ def fused_linear_cross_entropy(
             None uses the ambient one (`jax.set_mesh`). The first dimension of `labels` is split over
             data and fsdp, the second over sequence (the first over all three if it is the only one).
 
-    Cost in units: 1 if no gradient is needed. "sum" and "mean" form gradients in the forward pass: 3,
-    or 2 if only `hidden` (or only the kernel) has one; residuals are float32 gradients, O(T H + V H).
-    "none" with a trainable kernel: 4, residual O(T); with a frozen one 2, residual O(T H). "recompute":
-    4. Under a mesh, per chunk one pmax [C] and one psum [2..3, C] over the vocabulary; after the loop one
-    psum of the gradient of `hidden` over the vocabulary and one of the kernel's over the tokens.
+    Cost, in matmuls of 2 T H V FLOPs for T tokens: 1 if no gradient is needed. "sum" and "mean" form
+    gradients in the forward pass: 3, or 2 if only `hidden` (or only the kernel) needs one; residuals are
+    float32 gradients, O(T H + V H). "none": 4 with a trainable kernel, residual O(T); 2 with a frozen one,
+    residual O(T H). "recompute": 4. Under a mesh, each chunk of C tokens needs one pmax [C] and one psum
+    [2..3, C] over the vocabulary; after the loop, one psum of the gradient of `hidden` over the vocabulary
+    and one of the kernel's over the tokens.
 
     Raises:
         ValueError: when traced, for shapes, dtypes or options that are wrong; names the argument.

@@ -37,6 +37,7 @@ class CausalLMOutput:
     """What `LlamaForCausalLM` returns. Optional fields are None unless requested.
 
     Attributes:
+        logits: [batch, kept, vocab]; all positions are kept unless `logits_to_keep` says otherwise.
         loss: with `labels`.
         cache: with `cache`, extended by this call's keys and values.
         hidden_states: with `output_hidden_states`, see `ModelOutput`.
@@ -230,7 +231,8 @@ class LlamaForCausalLM(PretrainedModel):
             repetition_penalty: divides positive logits of tokens that occurred before, and multiplies
                 negative ones, > 0. Default: the checkpoint's, or 1.
             logits_processors: your own filters, applied after the repetition penalty and before the
-                temperature; see `generation.sampling.LogitsProcessor`.
+                temperature. Each maps (logits [batch, vocab], ids [batch, slots], lengths [batch]) to new
+                logits, under jit; the tokens of row r so far are ids[r, : lengths[r]], without padding.
             eos_token_id: the token, or tokens, that end a row; () for none. Default: the checkpoint's.
             pad_token_id: fills rows that have ended. Default: the checkpoint's, or the first
                 end-of-sequence token, or 0.
@@ -310,7 +312,7 @@ class LlamaForCausalLM(PretrainedModel):
         cache_capacity: int | None = None,
         cache_dtype: DTypeLike | None = None,
     ) -> Iterator[np.ndarray]:
-        """The new tokens of `generate`, int32 [batch] at a time, as they come. Same arguments."""
+        """Yield the new tokens of `generate` one step at a time, int32 [batch]. Same arguments."""
         request = self._request(
             self.generation_config.sampling(
                 do_sample=do_sample,

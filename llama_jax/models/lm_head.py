@@ -51,7 +51,16 @@ class LMOutputWithLoss(NamedTuple):
 
 @dataclass(frozen=True)
 class RMSNormConfig:
-    """The optional norm in front of the projection."""
+    """An RMSNorm in front of the projection, for `LMHeadConfig.layer_norm`.
+
+    Attributes:
+        eps: added to the mean of squares.
+
+    Examples:
+        >>> from llama_jax import LMHeadConfig, RMSNormConfig
+        >>> LMHeadConfig(layer_norm=RMSNormConfig(eps=1e-6)).num_params(d_model=8, vocab_size=32)
+        296
+    """
 
     eps: float = 1e-5
 
@@ -117,7 +126,7 @@ class LMHeadConfig:
     def build(
         self, *, d_model: int, vocab_size: int, rngs: nnx.Rngs, stddev: float = 0.02
     ) -> "LMHead":
-        """The head with a random projection of `stddev`, its rows normalized for "normalized"."""
+        """Build the head, its weight random normal with `stddev`; a "normalized" head has unit rows."""
         dtype = jnp.dtype(self.dtype)
         if self.name == "normalized":
             return NormalizedLMHead(
@@ -189,7 +198,7 @@ class LMHead(nnx.Module):
 
         Args:
             labels: token ids; `ignore_index` is ignored.
-            loss_reduction: see `fused_linear_cross_entropy`, as for the next two.
+            loss_reduction: `reduction` of `fused_linear_cross_entropy`, which also describes the next two.
             return_logits: with labels, whether to return the logits, too. Default: True for the "default"
                 loss and False for "fused_linear", which otherwise never holds [batch, kept, vocab].
             logits_to_keep: 0 for all positions, N for the last N of x and labels, or an index array [kept]

@@ -26,7 +26,10 @@ class PretrainedModel(nnx.Module):
         rngs: nnx.Rngs | None = None,
         **config_changes: Any,
     ) -> Self:
-        """Load a Hugging Face directory, see `checkpoints.huggingface.load`.
+        """Load a model from a Hugging Face directory of safetensors.
+
+        As in transformers, the checkpoint may have another head than this class: a task head that it lacks
+        is initialized at random. A missing language-model head is an error.
 
         Args:
             directory: with config.json and safetensors files.
@@ -37,8 +40,13 @@ class PretrainedModel(nnx.Module):
             config_changes: fields of config.json to override, such as `num_labels`.
 
         Raises:
-            ValueError: `dtype` and `torch_dtype` differ, or as `checkpoints.huggingface.load`.
+            ValueError: `dtype` and `torch_dtype` differ; no such directory; a config that is damaged or not
+                supported; or tensors that are missing, unexpected, duplicate, truncated, not finite or of
+                the wrong shape, all in one message.
             TypeError: a keyword that is not a field of `LlamaConfig`.
+
+        Warns:
+            UserWarning: a task head was initialized at random; the message names its tensors.
         """
         dtype = _one_dtype(dtype, torch_dtype)
         if rngs is not None:
@@ -49,14 +57,17 @@ class PretrainedModel(nnx.Module):
         return model
 
     def save_pretrained(self, directory: str | Path, *, max_shard_size: int | str = "5GB") -> None:
-        """Write a Hugging Face directory, see `checkpoints.huggingface.save`.
+        """Write config.json and safetensors into a directory that transformers can load.
+
+        Files are moved into `directory` once all of them are complete. A model saved there before is
+        replaced; other files, such as a tokenizer's, are left alone.
 
         Args:
-            directory: new or empty.
+            directory: created if it does not exist.
             max_shard_size: upper limit of a file of weights, in bytes or as "5GB".
 
         Raises:
-            ValueError: as `checkpoints.huggingface.save`.
+            ValueError: `directory` is a file, or max_shard_size is not a size.
         """
         huggingface.save(
             self,

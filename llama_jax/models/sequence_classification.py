@@ -49,7 +49,7 @@ class SequenceClassifierOutput:
 
 
 class LlamaForSequenceClassification(PretrainedModel):
-    """Llama with a linear head on the last token of each sequence: classes, several labels, or numbers.
+    """Llama with a linear head on the last token of each sequence, for classification or regression.
 
     Examples:
         >>> import jax.numpy as jnp
@@ -91,7 +91,11 @@ class LlamaForSequenceClassification(PretrainedModel):
         the attention mask says; with `inputs_embeds`, or without a padding token, it is the last position.
 
         Args:
-            labels: see `sequence_classification_loss`.
+            labels: the loss is chosen by `config.problem_type`. "single_label_classification" (default for
+                integers): [batch] or [batch, 1], -100 is ignored; cross-entropy. "regression" (default
+                with one label): numbers [batch, labels], or [batch] for one label; mean squared error.
+                "multi_label_classification" (default for floats): [batch, labels] from 0 to 1; binary
+                cross-entropy.
             options: the other arguments of `LlamaModel.__call__`.
 
         Raises:

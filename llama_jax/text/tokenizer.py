@@ -39,7 +39,7 @@ def load_tokenizer(directory: str | Path) -> Tokenizer:
     """Load the tokenizer in a directory: `tokenizer.json` or, without one, `tokenizer.model`.
 
     In a Hugging Face directory it encodes as transformers' `AutoTokenizer` does: tokenizer_config.json and
-    the other files (see `text.tokenizer_files`) decide added tokens, the tokens around a text and whether a
+    the directory's other tokenizer files decide added tokens, the tokens around a text and whether a
     space is put before it. A tokenizer.model alone encodes as Meta's code does, with SentencePiece or
     tiktoken, and adds the beginning-of-text token.
 
@@ -57,6 +57,7 @@ def load_tokenizer(directory: str | Path) -> Tokenizer:
         ValueError: no tokenizer, a damaged one or an unknown kind, or tokenizers is not installed.
 
     >>> from tokenizers import Tokenizer, models, pre_tokenizers
+    >>> from llama_jax import load_tokenizer
     >>> words = Tokenizer(models.WordLevel({"?": 0, "hello": 1, "world": 2}, unk_token="?"))
     >>> words.pre_tokenizer = pre_tokenizers.Whitespace()
     >>> words.save("tokenizer.json")
