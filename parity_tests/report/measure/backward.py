@@ -58,10 +58,12 @@ def backward(
         for name in _in_backward_order(gradients[0]):
             add(f"model.layers.{layer}.{name}", [of_program[name] for of_program in gradients])
         advance()
-    embedding = [program.embed_vjp(ids, cotangent) for program in programs]
-    if EMBEDDING in head_gradients[0]:  # tied: it is the head's weight too
-        pairs = zip(embedding, head_gradients, strict=True)
-        embedding = [gradient + of_head[EMBEDDING] for gradient, of_head in pairs]
+    embedding = []
+    for program, of_head in zip(programs, head_gradients, strict=True):
+        gradient = program.embed_vjp(ids, cotangent)
+        if EMBEDDING in of_head:  # tied: it is the head's weight too
+            gradient = gradient + of_head.pop(EMBEDDING)  # both are large
+        embedding.append(gradient)
     add(EMBEDDING, embedding)
     return comparisons
 

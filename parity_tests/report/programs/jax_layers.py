@@ -48,9 +48,9 @@ class JaxProgram:
         return _tensor(norm)
 
     def logits(self, hidden: Tensor, block: int) -> Iterator[Tensor]:
-        rows, head = self._array(hidden)[0], self._weight(self.checkpoint.head)
-        for first in range(0, len(rows), block):
-            yield _tensor(layers.linear(rows[first : first + block], head, None))
+        head = self._weight(self.checkpoint.head)
+        for rows in hidden[0].split(block):
+            yield _tensor(layers.linear(self._array(rows), head, None))
 
     def loss(self, hidden: Tensor, ids: np.ndarray) -> float:
         head = self._weight(self.checkpoint.head)
