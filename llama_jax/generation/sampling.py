@@ -82,11 +82,11 @@ class Sampling:
     """
 
     do_sample: bool = field(default=False, metadata={"static": True})
-    temperature: Any = None
+    temperature: Array | float | None = None
     top_k: int | None = _static()
-    top_p: Any = None
-    min_p: Any = None
-    repetition_penalty: Any = None
+    top_p: Array | float | None = None
+    min_p: Array | float | None = None
+    repetition_penalty: Array | float | None = None
     processors: tuple[LogitsProcessor, ...] = field(default=(), metadata={"static": True})
 
 
@@ -132,8 +132,8 @@ def filtered(
         seen: the tokens that the repetition penalty applies to; None without one.
     """
 
-    def number(value: Array) -> Array:
-        return value.astype(logits.dtype)
+    def number(value: Array | float) -> Array:
+        return jnp.asarray(value, logits.dtype)
 
     if sampling.repetition_penalty is not None:
         assert seen is not None
