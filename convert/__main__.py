@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from convert.formats.registry import FORMATS
 from llama_jax.cli.arguments import Parser, program_parser, size_argument
 from llama_jax.cli.program import leave, run_program
-from llama_jax.formatting import console, printable
+from llama_jax.formatting import console, printable, progress_bar
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -111,7 +111,6 @@ def _convert(options: argparse.Namespace) -> int:
     from rich.progress import (
         BarColumn,
         DownloadColumn,
-        Progress,
         TimeRemainingColumn,
         TransferSpeedColumn,
     )
@@ -133,7 +132,7 @@ def _convert(options: argparse.Namespace) -> int:
     if options.dry_run:
         return 0
     columns = (BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
-    with Progress("{task.description}", *columns, console=say) as progress:
+    with progress_bar("{task.description}", *columns, console=say) as progress:
         compared = sum(spec.nbytes for spec in todo.specs) if todo.verify else 0
         total = todo.bytes_to_write + compared
         task = progress.add_task("writing, then comparing", total=total)

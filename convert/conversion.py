@@ -104,25 +104,32 @@ def plan(
     target = Path(os.path.abspath(destination))
     to = to or ("gguf" if target.suffix == ".gguf" else "hf")
     if to not in FORMATS:
-        raise ValueError(f"to is {to!r}, expected one of {', '.join(FORMATS)}")
+        raise ValueError(f"to: found {to!r}, expected one of {', '.join(FORMATS)}")
     target_format = FORMATS[to]
     dtype = None if dtype is None else dtype_name(str(dtype))
     if dtype is not None and dtype not in target_format.dtypes:
         raise ValueError(
-            f"dtype is {dtype!r}, expected one of {', '.join(target_format.dtypes)} "
+            f"dtype: found {dtype!r}, expected one of {', '.join(target_format.dtypes)} "
             f"for {target_format.title}"
         )
     if max_shard_size is not None and to != "hf":
         raise ValueError(f"max_shard_size is for Hugging Face only, not for {target_format.title}")
     if max_shard_size is not None and max_shard_size <= 0:
-        raise ValueError(f"max_shard_size is {max_shard_size}, expected a positive number of bytes")
+        raise ValueError(
+            f"max_shard_size: found {max_shard_size}, expected a positive number of bytes"
+        )
     path = Path(source)
+    if not path.exists():
+        raise ValueError(f"{source}: not found")
     if os.path.lexists(target):
         raise ValueError(f"{destination}: exists already; choose another name or remove it")
     if path.is_dir() and target.resolve().is_relative_to(path.resolve()):
         raise ValueError(f"{destination}: is inside the source {source}; choose a path outside it")
     if not target.parent.is_dir():
-        raise ValueError(f"{target.parent}: not a directory; create it first")
+        problem = (
+            "not a directory" if target.parent.exists() else "no such directory; create it first"
+        )
+        raise ValueError(f"{target.parent}: {problem}")
     if not os.access(target.parent, os.W_OK | os.X_OK):
         raise ValueError(f"{target.parent}: no permission to write there")
     checkpoint = registry.read(path, tokenizer=tokenizer)

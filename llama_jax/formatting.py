@@ -3,10 +3,13 @@
 import re
 import threading
 import unicodedata
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from rich.console import Console
+    from rich.progress import Progress
 
 _DECIMAL = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 
@@ -92,3 +95,16 @@ def console(*, stderr: bool = False, **options: Any) -> "Console":
     if plain.width < _MIN_WIDTH:  # a terminal of unknown width; rich would leave out columns
         plain.width = 80
     return plain
+
+
+@contextmanager
+def progress_bar(*columns: Any, console: "Console") -> Iterator["Progress"]:
+    """A rich progress display that is erased after an error, so that only the error is shown."""
+    from rich.progress import Progress
+
+    with Progress(*columns, console=console) as progress:
+        try:
+            yield progress
+        except BaseException:
+            progress.live.transient = True
+            raise

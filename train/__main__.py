@@ -15,7 +15,7 @@ from typing import get_args
 
 from llama_jax.cli.arguments import Parser, program_parser
 from llama_jax.cli.program import leave, run_program
-from llama_jax.formatting import console, printable
+from llama_jax.formatting import console, printable, progress_bar
 from train.flags import OnOff, add_options, parse_options, with_options
 from train.options import FILE, PLANNED, Dtype, RunOptions
 
@@ -105,7 +105,12 @@ def _add_export(program: Parser) -> None:
         help="write the model of a run as a Hugging Face directory, with its tokenizer",
     )
     parser.add_argument("folder", type=Path, metavar="RUN", help="folder of the run")
-    parser.add_argument("directory", type=Path, metavar="DIR", help="directory to write")
+    parser.add_argument(
+        "directory",
+        type=Path,
+        metavar="DIR",
+        help="directory to write; must not contain a checkpoint",
+    )
     _add_checkpoint(parser)
     parser.add_argument(
         "--dtype", choices=get_args(Dtype), help="dtype to write; default: that of the parameters"
@@ -203,6 +208,8 @@ def _saved_options(folder: Path) -> RunOptions:
     from train.options_toml import flags_of
 
     file = folder / FILE
+    if not folder.is_dir():
+        raise ValueError(f"{folder}: no such directory, expected the folder of a run")
     if not file.is_file():
         raise ValueError(f"{folder}: not the folder of a run: it has no {FILE}")
     options = parse_options(RunOptions(), flags_of(file), file)
@@ -214,12 +221,12 @@ def _add_plan(program: Parser) -> None:
     parser = program.add_command(
         "plan",
         _plan,
-        help="estimate memory, communication and time of a step on devices that you need not have",
+        help="estimate memory, communication and time of a step, without having the devices",
     )
     parser.add_argument(
         "--topology",
         metavar="TEXT",
-        help="TPUs to compile for, such as v5p:4x4x4 or v6e:16x16 (pip install 'llama-jax[plan]')",
+        help="TPUs to compile for, such as v5p:4x4x4 or v6e:16x16 (needs libtpu: pip install '.[plan]')",
     )
     parser.add_argument(
         "--host-devices",
@@ -308,7 +315,7 @@ def _add_tokenize(program: Parser) -> None:
 
 
 def _tokenize(arguments: argparse.Namespace) -> None:
-    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+    from rich.progress import BarColumn, DownloadColumn, TextColumn, TimeRemainingColumn
 
     from train.data import tokenize
     from train.data.documents import source_files
@@ -321,7 +328,7 @@ def _tokenize(arguments: argparse.Namespace) -> None:
     columns = (BarColumn(), DownloadColumn(), speed, TimeRemainingColumn())
     begin = time.monotonic()
     notes: list[str] = []
-    with Progress(*columns, console=say) as progress:
+    with progress_bar(*columns, console=say) as progress:
         # the files are read twice: to identify them by their contents, then to tokenize them
         bar = progress.add_task("tokenizing", total=2 * total, tokens=0, rate=0)
 

@@ -48,9 +48,14 @@ def quantize(options: argparse.Namespace) -> None:
 
     if options.out.exists():
         raise ValueError(f"--out: {options.out} already exists; choose another directory")
+    if not_a_directory := [path for path in options.out.parents if path.is_file()]:
+        raise ValueError(f"--out: {not_a_directory[0]} is a file, expected a directory")
     ids = []
     if options.text is not None:
-        ids = load_tokenizer(tokenizer_directory(options.model)).encode(read_text(options.text)).ids
+        text = read_text(options.text)
+        if not text:
+            raise ValueError(f"--text: {options.text} is empty")
+        ids = load_tokenizer(tokenizer_directory(options.model)).encode(text).ids
     model = load_model(options.model, options.dtype)
     quantized = quantization.quantize(model, options.bits, options.group_size)
     if ids:  # before anything is written: a text may be too short
@@ -64,7 +69,8 @@ def quantize(options: argparse.Namespace) -> None:
     ratio = new_size / old_size
     print(f"{out}: {old_size} bytes of weights before, {new_size} after, {ratio:.1%}")
     for bits, count in sorted(quantization.matrices_by_bits(quantized).items()):
-        print(f"{count} matrices in {bits} bits")
+        if count:
+            print(f"{count} matrices in {bits} bits")
     if ids:
         before, after = difference.reference_perplexity, difference.perplexity
         print(

@@ -112,7 +112,7 @@ def test_user_mistakes(
     assert "an empty directory; expected one of: Hugging Face" in error_of([empty, out], capsys)
     assert "is inside the source" in error_of([empty, empty / "a"], capsys)
     assert "exists already" in error_of([source, tmp_path], capsys)
-    assert "not a directory; create it first" in error_of([source, tmp_path / "a/b/c"], capsys)
+    assert "no such directory; create it first" in error_of([source, tmp_path / "a/b/c"], capsys)
     assert "arguments are required: DST" in error_of([source], capsys)
     assert "--dtype: found 'int3', expected one of float32" in error_of(
         [source, out, "--dtype", "int3"], capsys

@@ -189,10 +189,12 @@ def test_the_destination_must_be_new_and_outside_the_source(
     source: Path, tmp_path: Path, to: str
 ) -> None:
     (tmp_path / "taken").mkdir()
+    (tmp_path / "file").touch()
     for destination, message in (
         (tmp_path / "taken", "exists already"),
         (source / "inside", "is inside the source"),
-        (tmp_path / "no/where", "not a directory; create it first"),
+        (tmp_path / "no/where", "no such directory; create it first"),
+        (tmp_path / "file/inside", "file: not a directory"),
     ):
         with pytest.raises(ValueError, match=message):
             convert.convert(source, destination, to=to)
@@ -272,9 +274,9 @@ def test_info_of_a_tokenizer(source: Path) -> None:
 
 
 def test_unknown_dtypes_and_formats(source: Path) -> None:
-    assert "to is 'onnx', expected one of hf, orbax" in error_of(source, to="onnx")
-    assert "dtype is 'int4', expected one of float32" in error_of(source, dtype="int4")
-    assert "dtype is 'q8_0'" in error_of(source, dtype="q8_0")
+    assert "to: found 'onnx', expected one of hf, orbax" in error_of(source, to="onnx")
+    assert "dtype: found 'int4', expected one of float32" in error_of(source, dtype="int4")
+    assert "dtype: found 'q8_0'" in error_of(source, dtype="q8_0")
     assert "max_shard_size is for Hugging Face only" in error_of(
         source, to="orbax", max_shard_size=7
     )

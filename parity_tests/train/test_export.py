@@ -42,8 +42,22 @@ def test_an_older_step_and_another_dtype(finished, tmp_path, capsys):
     assert main(["export", str(finished), str(out), "--step", "9", "--dtype", "bfloat16"]) == 0
     dtypes = {str(tensor.dtype) for tensor in load_file(out / "model.safetensors").values()}
     assert dtypes == {"bfloat16"}
-    assert main(["export", str(finished), str(out), "--step", "5"]) == 2
+    assert main(["export", str(finished), str(tmp_path / "new"), "--step", "5"]) == 2
     assert "step: found 5, expected one of 9, 12" in capsys.readouterr().err
+
+
+def test_an_export_does_not_replace_a_checkpoint(finished, tmp_path, capsys):
+    (tmp_path / "config.json").write_text("{}")
+    assert main(["export", str(finished), str(tmp_path)]) == 2
+    assert capsys.readouterr().err == (
+        f"error: {tmp_path}: already contains a checkpoint; choose another directory or remove it\n"
+    )
+    assert (tmp_path / "config.json").read_text() == "{}"
+
+
+def test_eval_of_a_directory_that_does_not_exist(tmp_path, capsys):
+    assert main(["eval", str(tmp_path / "missing")]) == 2
+    assert capsys.readouterr().err == f"error: {tmp_path}/missing: no such directory\n"
 
 
 def test_eval_of_a_run_and_of_its_export_agree(finished, tmp_path, tiny, capsys):

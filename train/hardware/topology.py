@@ -30,7 +30,7 @@ def topology_devices(name: str) -> list[Any]:
     """
     if importlib.util.find_spec("libtpu") is None:
         raise ValueError(
-            "topology: libtpu, which compiles for TPUs, is not installed: pip install 'llama-jax[plan]'"
+            "--topology needs libtpu, which is not installed; in the checkout: pip install '.[plan]'"
         )
     os.environ.update(_ENVIRONMENT)
     jax.config.update("jax_platforms", "cpu")

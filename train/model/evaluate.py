@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import jax
 
 from llama_jax.config import LlamaConfig
+from llama_jax.files.foreign_weights import describe
 from llama_jax.text.companions import tokenizer_home
 from train.data.identity import require_identity
 from train.data.placement import placed_batches
@@ -97,6 +98,8 @@ def evaluate_target(
         )
         _, program, params = restore_run(target, options, step)
     else:
+        if not target.is_dir():
+            raise ValueError(f"{target}: {describe(target)}")
         if not data:
             raise ValueError(f"{target} is not a run folder (no {FILE}), so --data is required")
         longest = min(LlamaConfig.from_pretrained(target).max_position_embeddings, LONGEST)

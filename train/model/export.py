@@ -54,12 +54,16 @@ def export_run(
         dtype: of the weights that are written; None for that of the parameters.
 
     Raises:
-        ValueError: as `restore_run`; `directory` is a file or a run.
+        ValueError: as `restore_run`; `directory` is a file, or contains a run or a checkpoint.
     """
     if directory.exists() and not directory.is_dir():
         raise ValueError(f"{directory}: is a file; choose another directory to export to")
     if (directory / FILE).exists():
         raise ValueError(f"{directory}: contains a run; choose another directory to export to")
+    if (directory / "config.json").exists():
+        raise ValueError(
+            f"{directory}: already contains a checkpoint; choose another directory or remove it"
+        )
     chosen, program, params = restore_run(folder, options, step)
     if dtype is not None:
         params = jax.tree.map(lambda leaf: leaf.astype(jnp.dtype(dtype)), params)

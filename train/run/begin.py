@@ -8,6 +8,7 @@ import jax
 from llama_jax.checkpoints.match import match_checkpoint
 from llama_jax.checkpoints.weight_files import open_weights
 from llama_jax.config import LlamaConfig
+from llama_jax.files.foreign_weights import describe
 from llama_jax.formatting import summarize
 from llama_jax.generation.config import read_generation_config
 from llama_jax.models.causal_lm import LlamaForCausalLM
@@ -44,6 +45,8 @@ def begin(options: RunOptions) -> None:
     index = common_index(sources)
     tokenizer = options.model.init_from or sources[0][0]
     if options.model.init_from is not None:
+        if not tokenizer.is_dir():
+            raise ValueError(f"model.init-from: {tokenizer}: {describe(tokenizer)}")
         require_same_tokenizer(tokenizer, sources[0][0])
     elif missing := [name for name in index.tokenizer if not (tokenizer / name).is_file()]:
         raise ValueError(f"{tokenizer / missing[0]}: not found, expected the tokenizer of the data")

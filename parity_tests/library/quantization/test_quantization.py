@@ -265,6 +265,8 @@ def test_a_config_that_does_not_match(tmp_path, model, change, message):
 def test_command(tmp_path, model, capsys):
     source, out = str(tmp_path / "m"), str(tmp_path / "q")
     model.save_pretrained(source)
+    empty = tmp_path / "empty.txt"
+    empty.touch()
     assert main(["quantize", "--model", source, "--bits", "8", "--out", out]) == 0
     before, after = weight_bytes(model), weight_bytes(quantize(model, 8))
     said = capsys.readouterr().out
@@ -274,6 +276,14 @@ def test_command(tmp_path, model, capsys):
         (["--model", out, "--out", str(tmp_path / "r")], "already quantized"),
         (["--model", source, "--out", out], "already exists; choose another directory"),
         (["--model", source, "--out", str(tmp_path / "r"), "--bits", "3"], "bits: found 3"),
+        (
+            ["--model", source, "--out", str(tmp_path / "r"), "--text", str(empty)],
+            "empty.txt is empty",
+        ),
+        (
+            ["--model", source, "--out", str(empty / "r")],
+            "empty.txt is a file, expected a directory",
+        ),
     ):
         assert main(["quantize", *arguments]) == 2
         error = capsys.readouterr().err

@@ -239,12 +239,12 @@ def test_a_mistake_is_one_line(arguments: str, message: str) -> None:
 def test_without_libtpu_the_error_says_what_to_install() -> None:
     done = plan_process("--topology", "v5p:4x4x4")
     assert done.returncode == 2
-    assert done.stderr.endswith("is not installed: pip install 'llama-jax[plan]'\n")
+    assert done.stderr.endswith("is not installed; in the checkout: pip install '.[plan]'\n")
 
 
 needs_libtpu = pytest.mark.skipif(
     importlib.util.find_spec("libtpu") is None,
-    reason="compiles for TPUs, which needs libtpu: pip install 'llama-jax[plan]'",
+    reason="compiles for TPUs, which needs libtpu: pip install '.[plan]'",
 )
 
 

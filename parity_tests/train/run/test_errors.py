@@ -262,6 +262,17 @@ def test_begin_in_a_folder_with_a_run(run: Path, tiny: Tiny, capfd: Any) -> None
 def test_resume_a_folder_without_a_run(tmp_path: Path, capfd: Any) -> None:
     expected = f"{tmp_path}: not the folder of a run: it has no run.toml"
     assert error_of(["resume", str(tmp_path)], capfd) == expected
+    missing = f"{tmp_path}/missing"
+    expected = f"{missing}: no such directory, expected the folder of a run"
+    assert error_of(["resume", missing], capfd) == expected
+
+
+def test_initial_weights_from_a_file(tiny: Tiny, tmp_path: Path, capfd: Any) -> None:
+    file = tmp_path / "model.safetensors"
+    file.touch()
+    assert error_of([*run_flags(tiny, tmp_path / "run"), f"--model.init-from={file}"], capfd) == (
+        f"model.init-from: {file}: a file; give the directory that it is in"
+    )
 
 
 @pytest.mark.parametrize(

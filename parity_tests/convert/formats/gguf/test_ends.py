@@ -158,5 +158,5 @@ def test_a_dtype_in_capitals_converts(tmp_path: Path) -> None:
     source = saved(tmp_path / "in", {"eos_token_id": 2})
     assert plan(source, tmp_path / "m.gguf", dtype="Q8_0").dtype == "q8_0"
     assert plan(source, tmp_path / "out", dtype="BF16").dtype == "bfloat16"
-    with pytest.raises(ValueError, match="dtype is 'q8_0', expected one of float32"):
+    with pytest.raises(ValueError, match="dtype: found 'q8_0', expected one of float32"):
         plan(source, tmp_path / "out", dtype="Q8_0")
