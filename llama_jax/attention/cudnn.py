@@ -13,11 +13,11 @@ def cudnn_attention(
     value: Float[Array, "batch k kv_heads dim"],
     mask: AttentionMask,
 ) -> Float[Array, "batch q heads dim"]:
-    """Causal attention by `jax.nn.dot_product_attention`; only where `cudnn_misfit` returns None."""
+    """Causal attention by `jax.nn.dot_product_attention`; only where `why_not_cudnn` returns None."""
     return jax.nn.dot_product_attention(query, key, value, is_causal=True, implementation="cudnn")
 
 
-def cudnn_misfit(
+def why_not_cudnn(
     query: Float[Array, "batch q heads dim"], mask: AttentionMask, sequence_shards: int
 ) -> str | None:
     """Why cuDNN cannot do this, or None: it does full causal sequences in half precision."""

@@ -11,19 +11,23 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Key
 
 from llama_jax.attention.blocked import blocked_attention
-from llama_jax.attention.cudnn import cudnn_attention, cudnn_misfit
+from llama_jax.attention.cudnn import cudnn_attention, why_not_cudnn
 from llama_jax.attention.implementation import Implementation
 from llama_jax.attention.masks import AttentionMask, dense_mask, slots_of
 from llama_jax.attention.plain import dot_product_attention
-from llama_jax.attention.splash import splash_attention, splash_kernel, splash_misfit
+from llama_jax.attention.splash import splash_attention, splash_kernel, why_not_splash
 from llama_jax.numerics.backend import target_platform
 from llama_jax.sharding import BATCH_AXES, SEQUENCE_AXIS, TENSOR_AXIS, MeshAxes, mesh_axes
 
 # Up to this many tokens the scores are small, and it is faster to hold them.
 PLAIN_LENGTH = 128
 
-_Misfit = Callable[[Array, AttentionMask, int], str | None]
-_MISFITS: dict[str, _Misfit] = {"cudnn": cudnn_misfit, "splash": splash_misfit}
+# implementations that run on (query, key, value, mask); plain and splash need other arguments
+_RUN: dict[str, Callable[..., Array]] = {"blocked": blocked_attention, "cudnn": cudnn_attention}
+# for those with restrictions: why one cannot do a call, or None
+_WhyNot = Callable[[Array, AttentionMask, int], str | None]
+_WHY_NOT: dict[str, _WhyNot] = {"cudnn": why_not_cudnn, "splash": why_not_splash}
+# the first choice on a platform
 _PREFERRED = {"gpu": "cudnn", "tpu": "splash"}
 
 
@@ -66,13 +70,11 @@ def attention(
         out, weights = dot_product_attention(query, key, value, dense, dropout_rate, dropout_key)
         return out, weights if output_weights else None
     shards = _find_shards(axes, query, key)
-    run: Callable[..., Array] = blocked_attention if chosen == "blocked" else cudnn_attention
-    operands: tuple[Any, ...] = (query, key, value, mask)
     if chosen == "splash":
         split = axes.size(*shards.heads), axes.size(*shards.sequence)
         kernel = splash_kernel(query.shape[1], key.shape[1], query.shape[2], *split)
-        run, operands = splash_attention, (kernel, *operands)
-    return _over_shards(run, shards, *operands), None
+        return _over_shards(splash_attention, shards, kernel, query, key, value, mask), None
+    return _over_shards(_RUN[chosen], shards, query, key, value, mask), None
 
 
 def choose_implementation(
@@ -89,12 +91,12 @@ def choose_implementation(
     """
     sequence_shards = mesh_axes().size(SEQUENCE_AXIS)
 
-    def misfit(name: str) -> str | None:
+    def why_not(name: str) -> str | None:
         if name == "plain":
             return None
         if needs_weights:
             return "attention weights or dropout of them, expected neither"
-        return _MISFITS[name](query, mask, sequence_shards) if name in _MISFITS else None
+        return _WHY_NOT[name](query, mask, sequence_shards) if name in _WHY_NOT else None
 
     if implementation is not None:
         if implementation not in get_args(Implementation):
@@ -102,7 +104,7 @@ def choose_implementation(
                 f"attention_implementation: found {implementation!r}, expected None or one of "
                 f"{', '.join(map(repr, get_args(Implementation)))}"
             )
-        reason = misfit(implementation)
+        reason = why_not(implementation)
         if reason is not None:
             raise ValueError(f"attention_implementation={implementation!r}: found {reason}")
         return implementation
@@ -111,7 +113,7 @@ def choose_implementation(
     candidates: tuple[str, ...] = ("blocked", "plain")
     preferred = _PREFERRED.get(target_platform())
     candidates = (preferred, *candidates) if preferred else candidates
-    return next(name for name in candidates if misfit(name) is None)
+    return next(name for name in candidates if why_not(name) is None)
 
 
 class _Shards(NamedTuple):

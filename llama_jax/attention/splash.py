@@ -21,7 +21,7 @@ def splash_attention(
     value: Float[Array, "batch k kv_heads dim"],
     mask: AttentionMask,
 ) -> Float[Array, "batch q heads dim"]:
-    """Attention by a `kernel` from `splash_kernel`; only where `splash_misfit` returns None.
+    """Attention by a `kernel` from `splash_kernel`; only where `why_not_splash` returns None.
 
     The kernel takes scaled queries. Scaling rounds them, unless sqrt(dim) is a power of 2.
     """
@@ -65,7 +65,7 @@ def splash_kernel(
     )
 
 
-def splash_misfit(
+def why_not_splash(
     query: Float[Array, "batch q heads dim"], mask: AttentionMask, sequence_shards: int
 ) -> str | None:
     """Why splash cannot do this, or None: it does full sequences in multiples of 128, without a cache."""

@@ -1,4 +1,4 @@
-"""Arithmetic that knows no model.
+"""Numerical building blocks that do not depend on a model.
 
 `matmul` accumulates in float32, forward and backward; `rope` and `activations` are transformers'
 functions; `remat` chooses what a layer keeps for its backward pass, from the names in `remat_policy`.

@@ -1,1 +1,1 @@
-"""Tokenizers in GGUF: metadata to files (`read`), files to metadata (`write`), the proof (`same_ids`)."""
+"""Tokenizers in GGUF: `read` and `write` their metadata; `same_ids` checks that the ids stay the same."""
