@@ -1,4 +1,4 @@
-"""The proof of a conversion: the output is read back, and every tensor is compared by its digest."""
+"""Verification of a conversion: the output is read back, and every tensor is compared by its digest."""
 
 from __future__ import annotations
 

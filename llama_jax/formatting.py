@@ -102,9 +102,12 @@ def progress_bar(*columns: Any, console: "Console") -> Iterator["Progress"]:
     """A rich progress display that is erased after an error, so that only the error is shown."""
     from rich.progress import Progress
 
-    with Progress(*columns, console=console) as progress:
-        try:
-            yield progress
-        except BaseException:
-            progress.live.transient = True
-            raise
+    progress = Progress(*columns, console=console)
+    progress.start()
+    try:
+        yield progress
+    except BaseException:
+        progress.live.transient = True
+        progress.live.stop()  # `progress.stop` would print an empty line where nothing is redrawn
+        raise
+    progress.stop()

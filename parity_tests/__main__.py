@@ -62,7 +62,7 @@ def _parser() -> Parser:
     parser.add_command(
         "mutate",
         _mutate,
-        help="break the library in every known way and show which module the report blames",
+        help="run the report under each deliberate mistake and show which module it names",
     )
     return parser
 

@@ -72,7 +72,7 @@ class OptimizerOptions:
 
 @dataclass(frozen=True)
 class MeshOptions:
-    """The device mesh: the sizes multiply to the number of devices; one may be -1 for what is left."""
+    """The device mesh. The sizes multiply to the number of devices; -1 stands for the remaining ones."""
 
     data: int = -1
     """data parallelism: replicas of the model, each with a part of the batch"""
@@ -95,7 +95,7 @@ class DistributedOptions:
     processes: int | None = None
     """number of processes"""
     process_id: int | None = None
-    """this process, from 0"""
+    """index of this process, from 0"""
 
 
 @dataclass(frozen=True)

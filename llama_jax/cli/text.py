@@ -57,7 +57,7 @@ def _add_generation(parser: Parser, max_new_tokens: int) -> None:
         type=positive,
         default=max_new_tokens,
         metavar="N",
-        help="tokens to generate at most",
+        help="maximum number of tokens to generate",
     )
     add("--dtype", choices=DTYPES, help="dtype of the weights; default: as stored")
     add(

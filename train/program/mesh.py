@@ -22,7 +22,7 @@ def mesh_shape(sizes: Mapping[str, int], device_count: int) -> dict[str, int]:
     for axis, size in shape.items():
         if size < 1 and size != -1:
             raise ValueError(
-                f"mesh.{axis}: found {size}, expected at least 1, or -1 for what is left"
+                f"mesh.{axis}: found {size}, expected at least 1, or -1 for the remaining devices"
             )
     if len(unset) > 1:
         raise ValueError(f"mesh: found -1 for {' and '.join(unset)}, expected it once")

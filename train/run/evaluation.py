@@ -45,7 +45,7 @@ def evaluate_step(
         prompt = options.evaluation.sample_prompt
         model = model_of(program, params)
         metrics["sample"] = sample_text(model, folder / RUN_TOKENIZER, prompt, sample_tokens)
-        display.say(repr(metrics["sample"]))
+        display.say(f"sample: {metrics['sample']!r}")
     record(metrics)
     if jax.process_index() == 0:
         draw_loss(folder)

@@ -186,12 +186,12 @@ def test_help(
 
 def parsers() -> dict[str, Parser]:
     """The parsers of all programs and commands that make one without running."""
-    found = {}
+    all_parsers = {}
     for program in ("llama_jax", "train", "convert", "parity_tests"):
         parser = importlib.import_module(f"{program}.__main__")._parser()
-        found |= {program: parser}
-        found |= {f"{program} {name}": command for name, command in parser.commands.items()}
-    return found
+        all_parsers |= {program: parser}
+        all_parsers |= {f"{program} {name}": command for name, command in parser.commands.items()}
+    return all_parsers
 
 
 @pytest.mark.parametrize(("name", "parser"), parsers().items(), ids=parsers())

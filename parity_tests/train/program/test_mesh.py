@@ -56,8 +56,14 @@ def test_sizes_multiply_to_the_devices_or_are_refused(sizes: list[int], devices:
             "mesh: found fsdp 1 x sequence 1 x tensor 3 = 3, expected a divisor of 8 devices",
         ),
         ({"data": -1, "fsdp": -1}, "mesh: found -1 for data and fsdp, expected it once"),
-        ({"tensor": 0}, "mesh.tensor: found 0, expected at least 1, or -1 for what is left"),
-        ({"tensor": -2}, "mesh.tensor: found -2, expected at least 1, or -1 for what is left"),
+        (
+            {"tensor": 0},
+            "mesh.tensor: found 0, expected at least 1, or -1 for the remaining devices",
+        ),
+        (
+            {"tensor": -2},
+            "mesh.tensor: found -2, expected at least 1, or -1 for the remaining devices",
+        ),
     ],
 )
 def test_wrong_sizes(sizes: dict[str, int], message: str) -> None:

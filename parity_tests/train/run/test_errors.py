@@ -297,7 +297,7 @@ def test_options_that_cannot_change(flag: str, change: str, finished: Path, capf
     ("changes", "message"),
     [
         ({"mesh__data": 3}, "mesh: found data 3 x fsdp 1 x sequence 1 x tensor 1 = 3, expected 1, the "),
-        ({"mesh__tensor": 0}, "mesh.tensor: found 0, expected at least 1, or -1 for what is left"),
+        ({"mesh__tensor": 0}, "mesh.tensor: found 0, expected at least 1, or -1 for the remaining devices"),
         ({"mesh__tensor": -1}, "mesh: found -1 for data and tensor, expected it once"),
         ({"steps": 0}, "steps: found 0, expected at least 1"),
         ({"micro_batches": 3}, "micro-batches: found 3, expected a divisor of the batch size 8"),
