@@ -105,7 +105,7 @@ class GenerationConfig:
         """Whether tokens are sampled by default."""
         return bool(self.fields.get("do_sample"))
 
-    def _default(self, name: str, otherwise: Any = None) -> Any:
+    def default(self, name: str, otherwise: Any = None) -> Any:
         """The field `name`, moved into the range that `Sampling` takes, or `otherwise` if it is absent."""
         value: Any = self.fields.get(name)
         if name == "top_k" and type(value) in (bool, float) and value == 0:
@@ -138,12 +138,12 @@ class GenerationConfig:
             if not isinstance(do_sample, bool):
                 raise ValueError(f"do_sample: found {do_sample!r}, expected True or False")
         if do_sample:  # without it, the fields of the file may hold anything
-            temperature = self._default("temperature") if temperature is None else temperature
-            top_k = self._default("top_k", DEFAULT_TOP_K) if top_k is None else top_k
-            top_p = self._default("top_p") if top_p is None else top_p
-            min_p = self._default("min_p") if min_p is None else min_p
+            temperature = self.default("temperature") if temperature is None else temperature
+            top_k = self.default("top_k", DEFAULT_TOP_K) if top_k is None else top_k
+            top_p = self.default("top_p") if top_p is None else top_p
+            min_p = self.default("min_p") if min_p is None else min_p
         if repetition_penalty is None:
-            repetition_penalty = self._default("repetition_penalty")
+            repetition_penalty = self.default("repetition_penalty")
         return Sampling(
             do_sample=do_sample,
             temperature=temperature,
