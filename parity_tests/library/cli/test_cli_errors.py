@@ -251,12 +251,17 @@ def test_an_interrupt_during_an_import_waits_for_its_end(
         "import signal, time\nsignal.raise_signal(signal.SIGINT)\ntime.sleep(0.1)\n"
     )
     monkeypatch.syspath_prepend(tmp_path)
+    # a suite that runs in the background may have been started with the signal ignored
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
 
     def command() -> None:
         importlib.import_module("slow_to_import")
         time.sleep(5)
         raise AssertionError("the signal was lost")
 
-    assert run_program(command) == 130
+    try:
+        assert run_program(command) == 130
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert "slow_to_import" in sys.modules
     assert capfd.readouterr().err == "interrupted\n"
