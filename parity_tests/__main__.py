@@ -71,6 +71,8 @@ def _report(options: argparse.Namespace) -> int:
     for path in (options.json, options.html):
         if path is not None and not path.absolute().parent.is_dir():
             raise ValueError(f"{path.parent}: directory does not exist")
+        if path is not None and path.is_dir():
+            raise ValueError(f"{path}: is a directory, expected a file")
 
     from parity_tests.report.output.files import write_html, write_json
     from parity_tests.report.output.tables import show

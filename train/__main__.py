@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import get_args
 
-from llama_jax.cli.arguments import Parser, program_parser
+from llama_jax.cli.arguments import Parser, not_negative, positive, program_parser
 from llama_jax.cli.program import leave, run_program
 from llama_jax.formatting import console, printable, progress_bar
 from train.flags import OnOff, add_options, parse_options, with_options
@@ -163,12 +163,18 @@ def _add_evaluate(program: Parser) -> None:
         help="token directories; default: those of the run",
     )
     parser.add_argument(
-        "--batches", type=int, default=0, metavar="N", help="batches to evaluate; 0: all of them"
+        "--batches",
+        type=not_negative,
+        default=0,
+        metavar="N",
+        help="batches to evaluate; 0: all of them",
     )
-    parser.add_argument("--batch-size", type=int, default=8, metavar="N", help="rows per batch")
+    parser.add_argument(
+        "--batch-size", type=positive, default=8, metavar="N", help="rows per batch"
+    )
     parser.add_argument(
         "--sequence-length",
-        type=int,
+        type=positive,
         metavar="N",
         help="tokens per row; default: the run's, or the model's up to 2048",
     )

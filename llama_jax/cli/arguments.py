@@ -239,6 +239,22 @@ def positive(text: str) -> int:
     return value
 
 
+def not_negative(text: str) -> int:
+    """An integer of at least zero, as argparse's `type`."""
+    value = integer(text)
+    if value < 0:
+        raise argparse.ArgumentTypeError(f"found {text!r}, expected an integer of at least 0")
+    return value
+
+
+def seed(text: str) -> int:
+    """An integer that `jax.random.key` takes, as argparse's `type`."""
+    value = integer(text)
+    if not -(2**63) <= value < 2**63:
+        raise argparse.ArgumentTypeError(f"found {text!r}, expected an integer of at most 64 bits")
+    return value
+
+
 def some_text(value: str) -> str:
     """Text that is not empty, as argparse's `type`."""
     try:

@@ -9,7 +9,7 @@ import time
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from llama_jax.cli.arguments import DTYPES, Parser, add_model, positive, some_text
+from llama_jax.cli.arguments import DTYPES, Parser, add_model, positive, seed, some_text
 from llama_jax.cli.program import json_line
 from llama_jax.text.chat_template import find_chat_template, render_chat
 from llama_jax.text.detokenize import TextStream
@@ -99,7 +99,7 @@ def _add_generation(parser: Parser, max_new_tokens: int) -> None:
         metavar="R",
         help="above 1, makes tokens that have occurred less likely",
     )
-    add("--seed", type=int, default=0, metavar="N", help="seed of the sampling")
+    add("--seed", type=seed, default=0, metavar="N", help="seed of the sampling")
     add(
         "--stop",
         type=some_text,

@@ -205,6 +205,8 @@ def test_an_output_path_that_cannot_be_written_is_refused_at_once(
 ) -> None:
     assert run(files, "--html", tmp_path / "absent" / "report.html") == 2
     assert "absent: directory does not exist" in error_line(capsys)
+    assert run(files, "--json", tmp_path) == 2
+    assert f"{tmp_path}: is a directory, expected a file" in error_line(capsys)
 
 
 def test_torch_is_not_installed(

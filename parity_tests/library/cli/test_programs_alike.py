@@ -107,6 +107,22 @@ def test_a_missing_argument(command: str, capsys: pytest.CaptureFixture[str]) ->
     assert error.endswith(f"; see python -m {command} --help")
 
 
+@pytest.mark.parametrize(
+    ("command", "option", "value", "expected"),
+    [
+        ("llama_jax generate", "--seed", str(2**63), "an integer of at most 64 bits"),
+        ("train eval", "--batch-size", "0", "a positive integer"),
+        ("train eval", "--sequence-length", "0", "a positive integer"),
+        ("train eval", "--batches", "-1", "an integer of at least 0"),
+    ],
+)
+def test_numbers_out_of_range(
+    command: str, option: str, value: str, expected: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    error = error_of(command, [*COMMANDS[command], option, value], capsys)
+    assert error.startswith(f"{option}: found {value!r}, expected {expected}; see ")
+
+
 @pytest.mark.parametrize("command", WRONG_VALUES)
 def test_a_wrong_value(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     option, value, message = WRONG_VALUES[command]
