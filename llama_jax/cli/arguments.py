@@ -6,7 +6,8 @@ import argparse
 import re
 import sys
 import textwrap
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, NoReturn
 
 from llama_jax.formatting import size
@@ -210,6 +211,24 @@ def _nearest(name: str, names: Sequence[str]) -> str | None:
         (text for text in names if text.endswith(f".{last}")),
         next(iter(difflib.get_close_matches(name, names, n=1)), None),
     )
+
+
+@contextmanager
+def option_names(options: argparse.Namespace, **renamed: str) -> Iterator[None]:
+    """Make errors name the option that the user typed instead of the function's argument.
+
+    Args:
+        options: errors about an argument whose option is None are left as they are.
+        renamed: the option of an argument, where they have different names.
+    """
+    try:
+        yield
+    except ValueError as error:
+        argument, colon, problem = str(error).partition(": ")
+        option = renamed.get(argument, argument)
+        if not colon or getattr(options, option, None) is None:
+            raise
+        raise ValueError(f"--{option.replace('_', '-')}: {problem}") from None
 
 
 def integer(text: str) -> int:

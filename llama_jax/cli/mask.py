@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from llama_jax.cli.arguments import Parser, add_model, positive, some_text
+from llama_jax.cli.arguments import Parser, add_model, option_names, positive, some_text
 
 MOST_TOKENS = 4096  # a picture has the square of it
 
@@ -61,12 +61,13 @@ def mask(options: argparse.Namespace) -> None:
         raise ValueError(
             f"--text: found {length} tokens in a row, expected at most {min(positions, MOST_TOKENS)}"
         )
-    pictures = mask_pictures(
-        texts,
-        packed=options.packed,
-        padding_side=options.padding_side,
-        cached=options.cached,
-    )
+    with option_names(options):
+        pictures = mask_pictures(
+            texts,
+            packed=options.packed,
+            padding_side=options.padding_side,
+            cached=options.cached,
+        )
     if options.png is not None:
         draw_png(pictures, options.png)
     out = console()

@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from llama_jax.cli.arguments import DTYPES, Parser, add_model, positive
+from llama_jax.cli.arguments import DTYPES, Parser, add_model, option_names, positive
 from llama_jax.formatting import printable
 
 _WINDOW = 512  # tokens of the text that are compared at a time
@@ -57,7 +57,8 @@ def quantize(options: argparse.Namespace) -> None:
             raise ValueError(f"--text: {options.text} is empty")
         ids = load_tokenizer(tokenizer_directory(options.model)).encode(text).ids
     model = load_model(options.model, options.dtype)
-    quantized = quantization.quantize(model, options.bits, options.group_size)
+    with option_names(options):
+        quantized = quantization.quantize(model, options.bits, options.group_size)
     if ids:  # before anything is written: a text may be too short
         window = min(_WINDOW, model.config.max_position_embeddings)
         difference = divergence(model, quantized, ids, window=window)

@@ -9,7 +9,15 @@ import time
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from llama_jax.cli.arguments import DTYPES, Parser, add_model, positive, seed, some_text
+from llama_jax.cli.arguments import (
+    DTYPES,
+    Parser,
+    add_model,
+    option_names,
+    positive,
+    seed,
+    some_text,
+)
 from llama_jax.cli.program import json_line
 from llama_jax.text.chat_template import find_chat_template, render_chat
 from llama_jax.text.detokenize import TextStream
@@ -269,16 +277,17 @@ def _tokens(
     width = max(map(len, prompts))
     ids = np.asarray([[0] * (width - len(prompt)) + prompt for prompt in prompts], np.int32)
     mask = np.asarray([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts])
-    return model.stream(
-        ids,
-        mask,
-        max_new_tokens=options.max_new_tokens,
-        key=jax.random.key(options.seed),
-        cache_capacity=options.cache_size,
-        cache_dtype=options.cache_dtype,
-        eos_token_id=_stop_ids(model, options),
-        **choices,
-    )
+    with option_names(options, cache_capacity="cache_size", eos_token_id="stop_id"):
+        yield from model.stream(
+            ids,
+            mask,
+            max_new_tokens=options.max_new_tokens,
+            key=jax.random.key(options.seed),
+            cache_capacity=options.cache_size,
+            cache_dtype=options.cache_dtype,
+            eos_token_id=_stop_ids(model, options),
+            **choices,
+        )
 
 
 def _load(options: argparse.Namespace) -> tuple[Any, LlamaForCausalLM]:

@@ -69,7 +69,7 @@ def test_generate_beyond_the_trained_context_warns(directory, capsys):
 
 def test_generate_beyond_the_cache_is_an_error(directory, capsys):
     assert generate(directory, "--max-new-tokens", "8", "--cache-size", "11") == 2
-    assert "cache_capacity: found 11, expected at least 12" in error_line(capsys)
+    assert "--cache-size: found 11, expected at least 12" in error_line(capsys)
 
 
 def test_generate_from_nothing(directory, capsys):
@@ -218,9 +218,9 @@ def test_chat_without_a_template(directory, capsys, monkeypatch):
     ("flags", "message"),
     [
         (("--temperature", "-1"), "--temperature: found -1.0, expected a number of at least 0"),
-        (("--top-p", "0"), "top_p: found 0.0, expected a number in (0, 1]"),
-        (("--top-p", "1.5"), "top_p: found 1.5, expected a number in (0, 1]"),
-        (("--stop-id", "99"), "eos_token_id: found 99, expected an integer from 0 to 12"),
+        (("--top-p", "0"), "--top-p: found 0.0, expected a number in (0, 1]"),
+        (("--top-p", "1.5"), "--top-p: found 1.5, expected a number in (0, 1]"),
+        (("--stop-id", "99"), "--stop-id: found 99, expected an integer from 0 to 12"),
     ],
 )
 def test_a_flag_out_of_range(directory, capsys, flags, message):

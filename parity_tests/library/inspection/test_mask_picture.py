@@ -255,7 +255,7 @@ def test_a_png_without_matplotlib(
         (["--text", " "], "text 1: tokenizes to no tokens"),
         (["--text", " ".join("a" * 17)], "--text: found 17 tokens in a row, expected at most 16"),
         (["--packed", "--text", *["a a a"] * 6], "--text: found 18 tokens in a row"),
-        (["--text", "a a", "--cached", "2"], "cached: found 2, expected 0 to 1 of 2 tokens"),
+        (["--text", "a a", "--cached", "2"], "--cached: found 2, expected 0 to 1 of 2 tokens"),
         (["--text", "a a", "--cached", "0"], "--cached: found '0', expected a positive"),
         (
             ["--text", "a", "--padding-side", "top"],

@@ -275,7 +275,7 @@ def test_command(tmp_path, model, capsys):
     for arguments, message in (
         (["--model", out, "--out", str(tmp_path / "r")], "already quantized"),
         (["--model", source, "--out", out], "already exists; choose another directory"),
-        (["--model", source, "--out", str(tmp_path / "r"), "--bits", "3"], "bits: found 3"),
+        (["--model", source, "--out", str(tmp_path / "r"), "--bits", "3"], "--bits: found 3"),
         (
             ["--model", source, "--out", str(tmp_path / "r"), "--text", str(empty)],
             "empty.txt is empty",
