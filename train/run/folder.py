@@ -30,6 +30,11 @@ EXPORTS = "exports"
 def require_new(folder: Path) -> None:
     """Raise ValueError for a folder in which no run can begin: it has one already, or is a file."""
     if (folder / FILE).exists():
+        if not last_saved_step(folder):
+            raise ValueError(
+                f"{folder}: contains a run without a checkpoint; remove it to begin again, or choose "
+                "another --out"
+            )
         raise ValueError(
             f"{folder}: already contains a run; choose another --out, or resume it with "
             f"`python -m train resume {folder}`"
