@@ -251,13 +251,13 @@ def test_begin_in_a_folder_with_a_run(run: Path, tiny: Tiny, capfd: Any) -> None
         f"`python -m train resume {run}`"
     )
     assert (run / "run.toml").read_bytes() == before
-    # without its run.toml, a new run neither starts from its checkpoints nor overwrites them
     checkpoints = run / "checkpoints"
     checkpoints.rename(run / "aside")
     assert error_of(run_flags(tiny, run), capfd) == (
         f"{run}: contains a run without a checkpoint; remove it to begin again, or choose another --out"
     )
     (run / "aside").rename(checkpoints)
+    # without its run.toml, a new run neither starts from its checkpoints nor overwrites them
     (run / "run.toml").unlink()
     assert error_of(run_flags(tiny, run), capfd) == (
         f"{run}: already contains checkpoints; choose another --out"
