@@ -127,14 +127,11 @@ class UnstackedLayerCache:
         zero = jnp.zeros((), jnp.int32)
         start = (zero, self.start, zero)
 
-        def heads_first(new: Array) -> Array:
-            return jnp.moveaxis(new, 2, 1).reshape(batch * heads, new.shape[1], *new.shape[3:])
-
         def tokens_first(cached: Array) -> Array:
             return jnp.moveaxis(cached.reshape(batch, heads, *cached.shape[1:]), 1, 2)
 
-        keys, layer_keys = _write(self.keys, key, start, heads_first, tokens_first)
-        values, layer_values = _write(self.values, value, start, heads_first, tokens_first)
+        keys, layer_keys = _write(self.keys, key, start, _heads_first, tokens_first)
+        values, layer_values = _write(self.values, value, start, _heads_first, tokens_first)
         return replace(self, keys=keys, values=values), layer_keys, layer_values
 
 
@@ -175,17 +172,20 @@ def unstack_cache(cache: KVCache) -> KVCache:
     A loop then updates each of them in place, and their matmuls need no transpose.
     """
 
-    def heads_first(layer: Array) -> Array:
-        return jnp.moveaxis(layer, 2, 1).reshape(-1, layer.shape[1], *layer.shape[3:])
-
     def unstack(stacked: Vectors | tuple[Vectors, ...]) -> tuple[Vectors, ...]:
         assert not isinstance(stacked, tuple)
         count = stacked.shape[0]
         return tuple(
-            jax.tree.map(lambda array, i=i: heads_first(array[i]), stacked) for i in range(count)
+            jax.tree.map(lambda array, i=i: _heads_first(array[i]), stacked) for i in range(count)
         )
 
     return replace(cache, keys=unstack(cache.keys), values=unstack(cache.values))
+
+
+def _heads_first(layer: Array) -> Array:
+    """[batch, seq, kv_heads, ...] to [batch * kv_heads, seq, ...]."""
+    batch, seq, heads, *vector = layer.shape
+    return jnp.moveaxis(layer, 2, 1).reshape(batch * heads, seq, *vector)
 
 
 def reserve(

@@ -291,7 +291,7 @@ def outcome(arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> str | None
             f"{ours[-1].filename}:{ours[-1].lineno}"
         )
     lines = err.getvalue().splitlines()
-    # 1: the answer of `convert info`, which lists the faults in its table
+    # 1: the answer of `convert info`, which lists the problems in its table
     if code not in ((0, 1, 2) if arguments[:2] == ["convert", "info"] else (0, 2)):
         return f"exit code {code}: {lines[-1:]}"
     if code == 2 and (not lines or not lines[-1].startswith("error: ")):
