@@ -16,6 +16,7 @@ from llama_jax.attention.implementation import Implementation
 from llama_jax.attention.masks import AttentionMask, dense_mask, slots_of
 from llama_jax.attention.plain import dot_product_attention
 from llama_jax.attention.splash import splash_attention, splash_kernel, why_not_splash
+from llama_jax.attention.triton import triton_attention, why_not_triton
 from llama_jax.numerics.backend import target_platform
 from llama_jax.sharding import BATCH_AXES, SEQUENCE_AXIS, TENSOR_AXIS, MeshAxes, mesh_axes
 
@@ -23,12 +24,20 @@ from llama_jax.sharding import BATCH_AXES, SEQUENCE_AXIS, TENSOR_AXIS, MeshAxes,
 PLAIN_LENGTH = 128
 
 # implementations that run on (query, key, value, mask); plain and splash need other arguments
-_RUN: dict[str, Callable[..., Array]] = {"blocked": blocked_attention, "cudnn": cudnn_attention}
+_RUN: dict[str, Callable[..., Array]] = {
+    "blocked": blocked_attention,
+    "cudnn": cudnn_attention,
+    "triton": triton_attention,
+}
 # for those with restrictions: why one cannot do a call, or None
 _WhyNot = Callable[[Array, AttentionMask, int], str | None]
-_WHY_NOT: dict[str, _WhyNot] = {"cudnn": why_not_cudnn, "splash": why_not_splash}
-# the first choice on a platform
-_PREFERRED = {"gpu": "cudnn", "tpu": "splash"}
+_WHY_NOT: dict[str, _WhyNot] = {
+    "cudnn": why_not_cudnn,
+    "splash": why_not_splash,
+    "triton": why_not_triton,
+}
+# the kernels of a platform, the fastest first
+_KERNELS: dict[str, tuple[str, ...]] = {"gpu": ("cudnn", "triton"), "tpu": ("splash",)}
 
 
 def attention(
@@ -50,9 +59,10 @@ def attention(
     Args:
         mask: who attends to whom.
         implementation: "plain" holds the scores, and is the only one with weights and dropout; "blocked"
-            never holds the scores of the full sequence; "cudnn" and "splash" are kernels for GPU and TPU,
-            without caches. None picks the fastest that can do this on the target platform. All but "plain"
-            are differentiable once, in reverse mode.
+            never holds the scores of the full sequence; "cudnn" and "triton" are kernels for NVIDIA GPUs,
+            of which "triton" alone does documents and caches, "splash" is one for TPUs. None picks the
+            fastest that can do this on the target platform. All but "plain" are differentiable once, in
+            reverse mode.
         dropout_rate: of the attention weights, applied only with a `dropout_key`.
         output_weights: return the attention weights.
 
@@ -110,9 +120,7 @@ def choose_implementation(
         return implementation
     if query.shape[1] <= PLAIN_LENGTH:
         return "plain"
-    candidates: tuple[str, ...] = ("blocked", "plain")
-    preferred = _PREFERRED.get(target_platform())
-    candidates = (preferred, *candidates) if preferred else candidates
+    candidates = (*_KERNELS.get(target_platform(), ()), "blocked", "plain")
     return next(name for name in candidates if why_not(name) is None)
 
 

@@ -2,4 +2,4 @@
 
 from typing import Literal
 
-Implementation = Literal["plain", "blocked", "cudnn", "splash"]
+Implementation = Literal["plain", "blocked", "cudnn", "splash", "triton"]

@@ -6,31 +6,59 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from llama_jax.numerics.backend import GPU_MEMORY_FRACTION
+from train.hardware.gpus import GPUS
+
 
 class Chip(NamedTuple):
     """Of one JAX device: bfloat16 FLOPs/s, bytes of memory, bytes/s of memory and of links.
 
-    link_bandwidth: of all links to other chips together, in one direction.
+    link_bandwidth: of all links to other chips together, in one direction; of a GPU, NVLink's.
+    network_bandwidth: of a GPU's share of the network cards of its host, in one direction; None where all
+        chips are linked.
+    memory_fraction: of the memory, what XLA may use.
     """
 
     flops: float
     memory: float
     memory_bandwidth: float
     link_bandwidth: float
+    network_bandwidth: float | None = None
+    memory_fraction: float = 1.0
+
+    @property
+    def usable_memory(self) -> float:
+        """Bytes that a program may use."""
+        return self.memory * self.memory_fraction
 
 
 GIB = 2.0**30
 
-# Google Cloud's and NVIDIA's data sheets; v2 and v3 have two devices a chip.
+
+def _gpu(name: str, flops: float, nvlink: float, network: float) -> Chip:
+    gpu = GPUS[name]
+    return Chip(
+        flops,
+        gpu.memory,
+        gpu.memory_bandwidth,
+        nvlink,
+        network,
+        memory_fraction=GPU_MEMORY_FRACTION,
+    )
+
+
+# Google Cloud's and NVIDIA's data sheets; v2 and v3 have two devices a chip. The network is that of DGX
+# systems: a card of 200 Gb/s for each A100, of 400 Gb/s for each of the others.
 CHIPS: dict[str, Chip] = {
     "TPU v4": Chip(275e12, 32 * GIB, 1.2e12, 300e9),
     "TPU v5 lite": Chip(197e12, 16 * GIB, 0.82e12, 200e9),
     "TPU v5": Chip(459e12, 95 * GIB, 2.77e12, 600e9),
     "TPU v6 lite": Chip(918e12, 32 * GIB, 1.64e12, 448e9),
-    "NVIDIA A100-SXM4-40GB": Chip(312e12, 40 * GIB, 1.56e12, 300e9),
-    "NVIDIA A100-SXM4-80GB": Chip(312e12, 80 * GIB, 2.04e12, 300e9),
-    "NVIDIA H100 80GB HBM3": Chip(989e12, 80 * GIB, 3.35e12, 450e9),
-    "NVIDIA H200": Chip(989e12, 141 * GIB, 4.8e12, 450e9),
+    "NVIDIA A100-SXM4-40GB": Chip(312e12, 39.4 * GIB, 1.56e12, 300e9, 25e9, GPU_MEMORY_FRACTION),
+    "NVIDIA A100-SXM4-80GB": _gpu("a100", 312e12, 300e9, 25e9),
+    "NVIDIA H100 80GB HBM3": _gpu("h100", 989e12, 450e9, 50e9),
+    "NVIDIA H200": _gpu("h200", 989e12, 450e9, 50e9),
+    "NVIDIA B200": _gpu("b200", 2250e12, 900e9, 50e9),
 }
 
 

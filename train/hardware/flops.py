@@ -8,8 +8,8 @@ def matmul_flops(jaxpr: Any, kernel_share: float = 1.0) -> float:
     """FLOPs of all matmuls in a jaxpr, on all devices together.
 
     What runs repeatedly is multiplied: the body of a scan by its length, a Pallas kernel by its grid, a
-    `shard_map` by its devices. Of a cond the most expensive branch counts; a `while`, whose trip count is
-    unknown, counts once.
+    `shard_map` by its devices. Of a cond the most expensive branch counts. A `while`, whose trip count is
+    unknown, counts once; a Pallas kernel that has one counts as its cost estimate says.
 
     Args:
         kernel_share: fraction of a kernel's grid that computes something; the rest is skipped.
@@ -25,6 +25,8 @@ def matmul_flops(jaxpr: Any, kernel_share: float = 1.0) -> float:
             total += max(
                 matmul_flops(branch.jaxpr, kernel_share) for branch in equation.params["branches"]
             )
+        elif (estimate := _estimate(equation)) is not None:
+            total += estimate
         else:
             repeats = _repeats(equation, kernel_share)
             # the first is the program itself, the others are rules for its derivatives
@@ -35,6 +37,15 @@ def matmul_flops(jaxpr: Any, kernel_share: float = 1.0) -> float:
             ]
             total += repeats * sum(matmul_flops(program, kernel_share) for program in programs[:1])
     return total
+
+
+def _estimate(equation: Any) -> float | None:
+    """FLOPs of a Pallas kernel that loops over blocks itself."""
+    if equation.primitive.name != "pallas_call":
+        return None
+    loops = any(inner.primitive.name == "while" for inner in equation.params["jaxpr"].eqns)
+    estimate = equation.params["cost_estimate"]
+    return estimate.flops if loops and estimate is not None else None
 
 
 def _repeats(equation: Any, kernel_share: float) -> float:

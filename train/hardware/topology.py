@@ -1,4 +1,4 @@
-"""Devices you can compile for without having them: a TPU topology by name, or slices of the host's CPU."""
+"""Devices you can compile for without having them: TPUs and GPUs by name, or slices of the host's CPU."""
 
 import importlib.util
 import os
@@ -7,6 +7,7 @@ from typing import Any
 import jax
 
 from llama_jax.formatting import first_line
+from train.hardware.gpu_topology import gpu_devices, parse_gpu_topology
 
 # Without these libtpu asks a metadata server, waits for other hosts and locks a TPU for itself. The
 # accelerator type must be valid, but it is the topology that is compiled for.
@@ -21,13 +22,17 @@ _ENVIRONMENT = {
 
 
 def topology_devices(name: str) -> list[Any]:
-    """The devices of a TPU topology such as v5p:4x4x4 or v6e:16x16, to compile for but not to run on.
+    """Devices to compile for but not to run on, such as the TPUs of v5p:4x4x4 or the GPUs of h100:8.
 
     Call it before JAX initializes its backends: it selects the CPU, which does the compiling.
 
     Raises:
-        ValueError: libtpu, the compiler for TPUs, is not installed, or does not know the topology.
+        ValueError: libtpu, the compiler for TPUs, is not installed, or does not know the topology; as
+            `gpu_devices`.
     """
+    gpus = parse_gpu_topology(name)
+    if gpus is not None:
+        return gpu_devices(*gpus)
     if importlib.util.find_spec("libtpu") is None:
         raise ValueError(
             "--topology needs libtpu, which is not installed; in the checkout: pip install '.[plan]'"
@@ -40,7 +45,7 @@ def topology_devices(name: str) -> list[Any]:
         topology = topologies.get_topology_desc(topology_name=name, platform="tpu")
     except (jax.errors.JaxRuntimeError, ValueError) as error:
         raise ValueError(
-            f"topology: found {name!r}, expected a topology such as v5p:4x4x4 or v6e:16x16 "
+            f"topology: found {name!r}, expected a topology such as v5p:4x4x4, v6e:16x16 or h100:8 "
             f"({first_line(error)})"
         ) from None
     devices: list[Any] = list(topology.devices)

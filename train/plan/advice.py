@@ -18,7 +18,7 @@ def advice(plan: Plan, options: RunOptions, config: LlamaConfig) -> list[str]:
         return []
     measured = measure(config, plan.sequence_length)
     if not plan.fits:
-        return _to_fit(plan, options, measured, plan.peak - chip.memory)
+        return _to_fit(plan, options, measured, plan.peak - chip.usable_memory)
     limits = plan.roofline
     assert limits is not None
     if limits.links > limits.compute:
@@ -32,7 +32,7 @@ def advice(plan: Plan, options: RunOptions, config: LlamaConfig) -> list[str]:
         return [f"communication takes {ratio:.1f} x the time of the matmuls; {remedy}"]
     if plan.remat == "full":
         largest_factor = int(limits.compute / limits.links) if limits.links else 1
-        free = chip.memory - plan.peak
+        free = chip.usable_memory - plan.peak
         return _to_recompute_less(plan, options, measured, free, max(largest_factor, 1))
     return []
 
@@ -103,10 +103,10 @@ def _to_fit(plan: Plan, options: RunOptions, measured: Model, missing: float) ->
                 saved,
             )
     all_state = estimated.state * math.prod(sizes[axis] for axis in ("fsdp", "sequence", "tensor"))
-    if all_state / plan.devices > chip.memory:
+    if all_state / plan.devices > chip.usable_memory:
         sentences.append(
             f"parameters and optimizer state alone take {_gib(all_state)}: use at least "
-            f"{math.ceil(all_state / chip.memory)} devices"
+            f"{math.ceil(all_state / chip.usable_memory)} devices"
         )
     return sentences
 

@@ -124,7 +124,10 @@ def make_plan(options: RunOptions, config: LlamaConfig, devices: Sequence[Any]) 
         total = memory.arguments + memory.outputs - memory.aliased + memory.temporaries
         reported = devices[0].platform != "cpu" and stats.peak_memory_in_bytes
         peak = reported or total
-        sends = tuple(collectives(compiled.as_text()).values())
+        hosts = None
+        if chip is not None and chip.network_bandwidth is not None:
+            hosts = [device.process_index for device in program.mesh.devices.flat]
+        sends = tuple(collectives(compiled.as_text(), hosts).values())
     limits = None
     if chip is not None and memory is not None:
         limits = roofline(
@@ -133,8 +136,9 @@ def make_plan(options: RunOptions, config: LlamaConfig, devices: Sequence[Any]) 
             flops=counted / len(devices),
             moved=2 * peak,
             sent=sum(collective.sent for collective in sends),
+            between_hosts=sum(collective.between_hosts for collective in sends),
         )
-    fits = None if chip is None else refused is None and peak <= chip.memory
+    fits = None if chip is None else refused is None and peak <= chip.usable_memory
     return Plan(
         mesh=dict(program.mesh.shape),
         remat=options.model.remat,

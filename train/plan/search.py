@@ -61,7 +61,7 @@ def candidates(
 ) -> list[RunOptions]:
     """Every mesh with every remat policy, by the estimate: what should fit first, then the fastest."""
     chip = CHIPS.get(devices[0].device_kind)
-    memory = math.inf if chip is None else chip.memory
+    memory = math.inf if chip is None else chip.usable_memory
     measured = measure(config, options.sequence_length)
     ranked = []
     for sizes in meshes(options, config, len(devices)):

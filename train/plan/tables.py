@@ -27,17 +27,27 @@ def show_plan(console: Console, plan: Plan, advice: Sequence[str]) -> None:
     table.add_row("peak", "unknown" if math.isnan(plan.peak) else gib(plan.peak))
     if plan.chip is not None:
         table.add_row(f"memory of a {plan.device_kind}", gib(plan.chip.memory))
+        if plan.chip.memory_fraction < 1:
+            share = f"of which XLA may use {plan.chip.memory_fraction:.0%}"
+            table.add_row(share, gib(plan.chip.usable_memory))
     console.print(table)
 
     if plan.collectives:
-        sends = _table("collectives of a step, one device", "kind", "count", "arrays", "sent")
+        columns = ["kind", "count", "asynchronous", "arrays", "sent", "exposed"]
+        network = plan.chip is not None and plan.chip.network_bandwidth is not None
+        if network:
+            columns.append("between hosts")
+        sends = _table("collectives of a step, one device", *columns)
         for collective in plan.collectives:
-            sends.add_row(
+            row = [
                 collective.kind,
                 f"{collective.count:,}",
+                f"{collective.asynchronous:,}",
                 gib(collective.bytes),
                 gib(collective.sent),
-            )
+                gib(collective.exposed),
+            ]
+            sends.add_row(*row, *([gib(collective.between_hosts)] if network else []))
         console.print(sends)
 
     costs = _table("time", "quantity", "value")

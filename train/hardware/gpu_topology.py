@@ -1,0 +1,138 @@
+"""NVIDIA GPUs you can compile for without having them: XLA's CUDA compiler and what it is told of a GPU."""
+
+import importlib.metadata
+import logging
+import os
+import re
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from llama_jax.formatting import first_line
+from train.hardware.gpus import GPUS, GpuModel
+
+# Beside the environment's own packages, not among them: in there, every start of JAX would try to use it.
+COMPILER_FOLDER = Path(sys.prefix) / "gpu-compiler"
+CUDA_RUNTIME, CUDNN = (12, 8), (9, 10)
+
+
+def parse_gpu_topology(text: str) -> tuple[GpuModel, int, int] | None:
+    """The GPU, the number of hosts and the GPUs of each, of "h100:8" or "h100:64x8"; None for no such form.
+
+    Raises:
+        ValueError: a GPU that is not in `GPUS`, or none of them.
+    """
+    match = re.fullmatch(r"([a-z]+\d+[a-z]*):(?:(\d+)x)?(\d+)", text.lower())
+    if match is None or re.fullmatch(r"v\d+\w*", match[1]):  # v5p: a TPU
+        return None
+    name, hosts, gpus = match[1], int(match[2] or 1), int(match[3])
+    if name not in GPUS:
+        raise ValueError(f"topology: found GPU {match[1]!r}, expected one of {', '.join(GPUS)}")
+    if hosts * gpus < 1:
+        raise ValueError(f"topology: found {text!r}, expected at least one GPU")
+    return GPUS[name], hosts, gpus
+
+
+def gpu_devices(gpu: GpuModel, hosts: int, gpus_per_host: int) -> list[Any]:
+    """Devices to compile for, not to run on, of one NVLink domain a host.
+
+    To be called before JAX has looked for devices: it settles on the CPU, which is what compiles.
+
+    Raises:
+        ValueError: the compiler is not there, or is of another version than JAX.
+    """
+    _require_compiler()
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    jax.config.update("jax_platforms", "cpu")
+    sys.path.append(str(COMPILER_FOLDER))
+    nvcc = COMPILER_FOLDER / "nvidia" / "cuda_nvcc"
+    os.environ["PATH"] = f"{nvcc / 'bin'}{os.pathsep}{os.environ.get('PATH', '')}"
+    os.environ["XLA_FLAGS"] = (
+        f"{os.environ.get('XLA_FLAGS', '')} --xla_gpu_cuda_data_dir={nvcc}".strip()
+    )
+    from jax.experimental import topologies
+
+    logging.getLogger("jax_plugins.xla_cuda12").setLevel(logging.CRITICAL)
+    try:
+        with _without_stderr():  # says that there is no driver
+            topology = topologies.get_topology_desc(
+                platform="cuda",
+                topology_name=gpu.name,
+                topology=f"1x{hosts}x{gpus_per_host}",
+                target_config=target_config(gpu),
+            )
+    except (jax.errors.JaxRuntimeError, ValueError, RuntimeError) as error:
+        raise ValueError(
+            f"topology: XLA refuses {hosts} x {gpus_per_host} x {gpu.name} ({first_line(error)})"
+        ) from None
+    return list(topology.devices)
+
+
+@contextmanager
+def _without_stderr() -> Iterator[None]:
+    """Drop what C++ prints before its log is set up."""
+    sys.stderr.flush()
+    kept, nothing = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nothing, 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(nothing)
+
+
+def _require_compiler() -> None:
+    jax_version = importlib.metadata.version("jax")
+    installed = {
+        each.metadata["Name"]: each.version
+        for each in importlib.metadata.distributions(path=[str(COMPILER_FOLDER)])
+    }
+    version = installed.get("jax-cuda12-pjrt")
+    if version != jax_version or "nvidia-cuda-nvcc-cu12" not in installed:
+        state = (
+            "is not installed"
+            if version is None
+            else f"is version {version}, not JAX's {jax_version}"
+        )
+        raise ValueError(
+            f"topology: the compiler for NVIDIA GPUs {state}: make plan-gpu (or python -m pip install "
+            f"--no-deps --upgrade --target {COMPILER_FOLDER} jax-cuda12-pjrt=={jax_version} "
+            "nvidia-cuda-nvcc-cu12)"
+        )
+
+
+def target_config(gpu: GpuModel) -> str:
+    """XLA's GpuTargetConfigProto of a GPU, as text."""
+    major, minor = gpu.capability
+    feature = "ACCELERATED_FEATURES" if major >= 9 else "NONE"
+    return f"""
+gpu_device_info {{
+  threads_per_block_limit: 1024
+  threads_per_warp: 32
+  shared_memory_per_block: 49152
+  shared_memory_per_core: {gpu.shared_memory}
+  shared_memory_per_block_optin: {gpu.shared_memory_of_block}
+  threads_per_core_limit: 2048
+  core_count: {gpu.cores}
+  fpus_per_core: {gpu.fpus}
+  registers_per_core_limit: 65536
+  registers_per_block_limit: 65536
+  block_dim_limit_x: 2147483647
+  block_dim_limit_y: 65535
+  block_dim_limit_z: 65535
+  memory_bandwidth: {gpu.memory_bandwidth}
+  l2_cache_size: {gpu.cache}
+  clock_rate_ghz: {gpu.clock}
+  device_memory_size: {gpu.memory}
+  cuda_compute_capability {{ major: {major} minor: {minor} feature_extension: {feature} }}
+}}
+platform_name: "CUDA"
+dnn_version_info {{ major: {CUDNN[0]} minor: {CUDNN[1]} }}
+runtime_version {{ major: {CUDA_RUNTIME[0]} minor: {CUDA_RUNTIME[1]} }}
+device_description_str: "{gpu.name}"
+"""
