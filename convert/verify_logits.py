@@ -43,7 +43,7 @@ def require_torch_and_memory(checkpoint: Checkpoint) -> None:
         import transformers  # noqa: F401
     except ImportError as error:
         raise ValueError(
-            f"--verify: {error.name} is not installed: pip install 'llama-jax[parity]'"
+            f"--verify: {error.name} is not installed; in the checkout: pip install '.[parity]'"
         ) from None
     needed, available = checkpoint.parameters * _BYTES_PER_PARAMETER, available_memory()
     if available is not None and available < needed:

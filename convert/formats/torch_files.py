@@ -84,7 +84,7 @@ def require_torch() -> None:
         import torch  # noqa: F401
     except ImportError:
         raise ValueError(
-            "torch is not installed, and PyTorch's files need it: pip install 'llama-jax[parity]'"
+            "PyTorch's files: torch is not installed; in the checkout: pip install '.[parity]'"
         ) from None
 
 

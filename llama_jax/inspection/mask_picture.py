@@ -153,9 +153,7 @@ def draw_png(pictures: Sequence[MaskPicture], path: Path) -> None:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
     except ImportError:
-        raise ValueError(
-            "matplotlib is not installed, expected the extra: pip install 'llama-jax[plot]'"
-        ) from None
+        raise ValueError("matplotlib is not installed: pip install 'llama-jax[plot]'") from None
     wide = min(max(4.0, 2 + 0.25 * len(pictures[0].keys)), 20.0)
     share = len(pictures[0].queries) / len(pictures[0].keys)
     high = min(max(2.0, 2 + share * (wide - 2)), 20.0)

@@ -35,7 +35,7 @@ def topology_devices(name: str) -> list[Any]:
         return gpu_devices(*gpus)
     if importlib.util.find_spec("libtpu") is None:
         raise ValueError(
-            "--topology needs libtpu, which is not installed; in the checkout: pip install '.[plan]'"
+            "--topology: libtpu is not installed; in the checkout: pip install '.[plan]'"
         )
     os.environ.update(_ENVIRONMENT)
     jax.config.update("jax_platforms", "cpu")

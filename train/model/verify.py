@@ -23,7 +23,9 @@ def torch_loss(directory: Path, batches: Iterable[dict[str, np.ndarray]]) -> tup
         from transformers import AutoModelForCausalLM
         from transformers.utils import logging
     except ImportError as error:
-        raise ValueError(f"verify: {error.name} is not installed") from None
+        raise ValueError(
+            f"verify: {error.name} is not installed; in the checkout: pip install '.[parity]'"
+        ) from None
 
     logging.disable_progress_bar()
     model, report = AutoModelForCausalLM.from_pretrained(

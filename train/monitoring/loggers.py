@@ -18,12 +18,14 @@ Recorder = Callable[[dict[str, Any]], None]
 def require_loggers(options: LogOptions) -> None:
     """Raise ValueError for a service whose package is not installed."""
     packages = {
-        "log.tensorboard": ("tensorboardX", options.tensorboard),
-        "log.wandb": ("wandb", options.wandb is not None),
+        "tensorboard": ("tensorboardX", options.tensorboard),
+        "wandb": ("wandb", options.wandb is not None),
     }
-    for flag, (package, enabled) in packages.items():
+    for extra, (package, enabled) in packages.items():
         if enabled and importlib.util.find_spec(package) is None:
-            raise ValueError(f"{flag}: {package} is not installed: pip install {package}")
+            raise ValueError(
+                f"log.{extra}: {package} is not installed; in the checkout: pip install '.[{extra}]'"
+            )
 
 
 @contextmanager

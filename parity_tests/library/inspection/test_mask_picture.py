@@ -242,9 +242,7 @@ def test_a_png_without_matplotlib(
     assert mask(directory, "--text", "a", "--png", str(tmp_path / "x.png")) == 2
     captured = capsys.readouterr()
     assert captured.out == ""
-    assert captured.err == (
-        "error: matplotlib is not installed, expected the extra: pip install 'llama-jax[plot]'\n"
-    )
+    assert captured.err == ("error: matplotlib is not installed: pip install 'llama-jax[plot]'\n")
     assert mask(directory, "--text", "a") == 0  # the terminal needs none
 
 

@@ -39,7 +39,7 @@ def open_sentencepiece(files: Mapping[str, bytes]) -> Any:
         return SentencePieceProcessor(model_proto=files["tokenizer.model"])
     except ImportError:
         raise refusal(
-            "tokenizer.model needs the package sentencepiece: pip install 'llama-jax[convert]'"
+            "tokenizer.model: sentencepiece is not installed; in the checkout: pip install '.[convert]'"
         ) from None
     except RuntimeError:
         raise refusal("tokenizer.model is not a SentencePiece model") from None
