@@ -74,7 +74,8 @@ def attention(
     """
     axes = mesh_axes()
     dropout = dropout_key is not None and dropout_rate > 0
-    chosen = choose_implementation(implementation, query, mask, dropout or output_weights)
+    needs_weights = dropout or output_weights
+    chosen = choose_implementation(implementation, query, mask, needs_weights).implementation
     if chosen == "plain":
         dense = dense_mask(mask, query.shape[1], key.shape[1])
         out, weights = dot_product_attention(query, key, value, dense, dropout_rate, dropout_key)
@@ -87,9 +88,16 @@ def attention(
     return _over_shards(_RUN[chosen], shards, query, key, value, mask), None
 
 
+class Choice(NamedTuple):
+    """The implementation that a call takes, and in words why it is not a faster one; None if none is."""
+
+    implementation: str
+    reason: str | None
+
+
 def choose_implementation(
     implementation: str | None, query: Any, mask: AttentionMask, needs_weights: bool
-) -> str:
+) -> Choice:
     """The requested implementation, or for None the fastest that can do this.
 
     Args:
@@ -117,11 +125,18 @@ def choose_implementation(
         reason = why_not(implementation)
         if reason is not None:
             raise ValueError(f"attention_implementation={implementation!r}: found {reason}")
-        return implementation
+        return Choice(implementation, "requested")
     if query.shape[1] <= PLAIN_LENGTH:
-        return "plain"
-    candidates = (*_KERNELS.get(target_platform(), ()), "blocked", "plain")
-    return next(name for name in candidates if why_not(name) is None)
+        return Choice("plain", f"up to {PLAIN_LENGTH} tokens it is the fastest")
+    platform = target_platform()
+    kernels = _KERNELS.get(platform, ())
+    reasons = [] if kernels else [f"no kernel for {platform}"]
+    for name in (*kernels, "blocked", "plain"):
+        reason = why_not(name)
+        if reason is None:
+            break
+        reasons.append(f"{name}: found {reason}")
+    return Choice(name, "; ".join(reasons) or None)
 
 
 class _Shards(NamedTuple):

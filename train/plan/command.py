@@ -58,7 +58,10 @@ def run_plan(
         )
         show_ranking(console, plans)
     best = plans[0]
-    console.print(f"mesh {in_words(best.mesh)}; remat {best.remat}; attention {best.attention}")
+    reason = "" if best.attention_reason is None else f" ({best.attention_reason})"
+    console.print(
+        f"mesh {in_words(best.mesh)}; remat {best.remat}; attention {best.attention}{reason}",
+    )
     options = replace(options, model=replace(options.model, remat=best.remat))
     show_plan(console, best, advice(best, options, config))
     if json_file is not None:

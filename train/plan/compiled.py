@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from llama_jax.attention.dispatch import choose_implementation
+from llama_jax.attention.dispatch import Choice, choose_implementation
 from llama_jax.attention.masks import AttentionMask
 from llama_jax.attention.splash import visited_share
 from llama_jax.config import LlamaConfig
@@ -52,6 +52,7 @@ class Plan:
     peak: the most memory in use at any time, as XLA reports it; on a CPU, where XLA leaves temporaries
         out, the sum of arguments, new outputs and temporaries; where XLA refuses to compile, what it says
         it would need.
+    attention, attention_reason: the implementation, and why it is not a faster one.
     refused: XLA's message if it refused to compile; memory and collectives are then unknown.
     flops_per_token: of the model: 3 x `forward_flops_per_token`. counted_flops_per_token: of every
         matmul in the step, recomputation included.
@@ -67,6 +68,7 @@ class Plan:
     device_kind: str
     devices: int
     attention: str
+    attention_reason: str | None
     flops_per_token: float
     counted_flops_per_token: float
     compile_seconds: float
@@ -101,7 +103,8 @@ def make_plan(options: RunOptions, config: LlamaConfig, devices: Sequence[Any]) 
         seconds = time.perf_counter() - begin
     tokens = options.batch_size * options.sequence_length
     length, sequence_shards = options.sequence_length, program.mesh.shape["sequence"]
-    share = visited_share(length, sequence_shards) if attention == "splash" else 1.0
+    splash = attention.implementation == "splash"
+    share = visited_share(length, sequence_shards) if splash else 1.0
     counted = matmul_flops(traced.jaxpr.jaxpr, share)
     model_flops = 3 * forward_flops_per_token(config, options.sequence_length)
     kind = devices[0].device_kind
@@ -148,7 +151,8 @@ def make_plan(options: RunOptions, config: LlamaConfig, devices: Sequence[Any]) 
         compute_dtype=str(options.model.compute_dtype),
         device_kind=kind,
         devices=len(devices),
-        attention=attention,
+        attention=attention.implementation,
+        attention_reason=attention.reason,
         flops_per_token=model_flops,
         counted_flops_per_token=counted / tokens,
         compile_seconds=seconds,
@@ -170,8 +174,8 @@ def device_bytes(tree: Any) -> int:
     )
 
 
-def _attention(options: RunOptions, program: Program) -> str:
-    """The attention implementation that the step uses; call it under the program's mesh."""
+def _attention(options: RunOptions, program: Program) -> Choice:
+    """The attention implementation that the step uses, and why; call it under the program's mesh."""
     config = program.config
     _, rows, seq = program.batch.input_ids.shape
     shape = rows, seq, config.num_attention_heads, config.head_size

@@ -147,6 +147,7 @@ def a_plan(peak: float, links: float = 1.0, **changes: Any) -> tuple[Plan, RunOp
         device_kind="TPU v5",
         devices=64,
         attention="splash",
+        attention_reason=None,
         flops_per_token=3.0,
         counted_flops_per_token=4.0,
         compile_seconds=1.0,
