@@ -16,9 +16,8 @@ import pytest
 
 from llama_jax.presets import PRESETS
 from parity_tests.harness.child_process import ROOT, output_lines
-from train.hardware.chips import CHIPS, GIB, Chip
-from train.hardware.collectives import collectives
-from train.hardware.roofline import Roofline, roofline
+from train.hardware.chips import CHIPS, GIB
+from train.hardware.roofline import Roofline
 from train.options import PLANNED, RunOptions
 from train.plan.advice import advice
 from train.plan.compiled import Plan
@@ -37,54 +36,6 @@ def test_collectives_of_small_programs(planned):
     assert planned["pairs"] == {"all-reduce": [1, LINE_OF_128, LINE_OF_128]}
     assert planned["ring"] == {"collective-permute": [1, LINE_OF_128, LINE_OF_128]}
     assert planned["loop"] == {"all-gather": [5, 5 * 64 * 4, 7 / 8 * 5 * 64 * 4]}
-
-
-HLO = """\
-HloModule step, is_scheduled=true, num_partitions=8
-
-%condition (arg: (s32[], bf16[4,64])) -> pred[] {
-  %arg = (s32[], bf16[4,64]{1,0:T(8,128)(2,1)}) parameter(0)
-  %bound = s32[]{:T(128)} constant(3)
-  %counter = s32[]{:T(128)} get-tuple-element(%arg), index=0
-  ROOT %less = pred[]{:T(512)} compare(%counter, %bound), direction=LT
-}
-
-%asynchronous (given: bf16[4,64]) -> bf16[4,64] {
-  %given = bf16[4,64]{1,0:T(8,128)(2,1)} parameter(0)
-  ROOT %exchanged = bf16[4,64]{1,0:T(8,128)(2,1)} all-to-all(%given), replica_groups=[4,2]<=[8]
-}
-
-%body (arg: (s32[], bf16[4,64])) -> (s32[], bf16[4,64]) {
-  %arg = (s32[], bf16[4,64]{1,0:T(8,128)(2,1)}) parameter(0)
-  %x = bf16[4,64]{1,0:T(8,128)(2,1)} get-tuple-element(%arg), index=1
-  %start = (bf16[4,64]{1,0}, bf16[32,64]{1,0}) all-gather-start(%x), replica_groups={}, dimensions={0}
-  %done = bf16[32,64]{1,0} all-gather-done(%start)
-  %begun = ((bf16[4,64]{1,0}), bf16[4,64]{1,0}, u32[]{:S(2)}) async-start(%x), calls=%asynchronous
-  %ended = bf16[4,64]{1,0} async-done(%begun), calls=%asynchronous
-  ROOT %tuple = (s32[], bf16[4,64]{1,0}) tuple(%x, /*index=1*/%ended)
-}
-
-ENTRY %main (x: bf16[4,64]) -> f32[8] {
-  %x = bf16[4,64]{1,0} parameter(0)
-  %tuple = (s32[], bf16[4,64]{1,0}) tuple(%x, %x)
-  %loop = (s32[], bf16[4,64]{1,0}) while(%tuple), condition=%condition, body=%body
-  %y = f32[64]{0:T(256)} constant(0)
-  %s = f32[8]{0} reduce-scatter(%y), replica_groups=mesh['a'=4,'b'=2] {'a','b'}, to_apply=%add
-  %t = f32[8]{0} reduce-scatter(%y), replica_groups=mesh['a'=4,'b'=2] {'a':(1)2}, to_apply=%add
-  ROOT %r = f32[8]{0} reduce-scatter(%y), replica_groups={{0,1,2,3},{4,5,6,7}}, to_apply=%add
-}
-"""
-
-
-def test_collectives_in_every_notation():
-    """As for a TPU: loops without a trip count, asynchronous pairs; groups by list, shape and name."""
-    by_kind = collectives(HLO)
-    assert list(by_kind) == ["all-gather", "reduce-scatter", "all-to-all"]
-    gather, scatter, exchange = by_kind.values()
-    assert (gather.count, gather.bytes, gather.sent) == (3, 3 * 4096, 3 * 4096 * 7 / 8)
-    assert (exchange.count, exchange.bytes, exchange.sent) == (3, 3 * 512, 3 * 512 / 2)
-    assert (scatter.count, scatter.bytes) == (3, 3 * 256)
-    assert scatter.sent == 256 * (7 / 8 + 1 / 2 + 3 / 4)
 
 
 @pytest.mark.parametrize("name", ["none", "full", "micro"])
@@ -188,12 +139,6 @@ def test_advice() -> None:
     assert advised(300 * GIB, remat="dots")[0] == (
         "--model.remat full would save about 184.0 GiB, of 205.0 GiB missing"
     )
-
-
-def test_roofline() -> None:
-    chip = Chip(flops=100.0, memory=1.0, memory_bandwidth=10.0, link_bandwidth=5.0)
-    bounds = roofline(chip, model_flops=300.0, flops=400.0, moved=10.0, sent=15.0)
-    assert bounds == (4.0, 1.0, 3.0, 3 / 4, 3 / 8)
 
 
 def test_command(planned):
