@@ -107,11 +107,14 @@ def choose_implementation(
     Raises:
         ValueError: an unknown implementation, or one that cannot do this.
     """
-    sequence_shards = mesh_axes().size(SEQUENCE_AXIS)
+    sequence_shards, platform = mesh_axes().size(SEQUENCE_AXIS), target_platform()
 
     def why_not(name: str) -> str | None:
         if name == "plain":
             return None
+        homes = [home for home, kernels in _KERNELS.items() if name in kernels]
+        if homes and platform not in homes:
+            return f"the platform {platform!r}, expected {' or '.join(map(repr, homes))}"
         if needs_weights:
             return "attention weights or dropout of them, expected neither"
         return _WHY_NOT[name](query, mask, sequence_shards) if name in _WHY_NOT else None
@@ -124,11 +127,13 @@ def choose_implementation(
             )
         reason = why_not(implementation)
         if reason is not None:
-            raise ValueError(f"attention_implementation={implementation!r}: found {reason}")
+            raise ValueError(
+                f"attention_implementation={implementation!r}: found {reason}; without it, the fastest "
+                "implementation that can do this is chosen"
+            )
         return Choice(implementation, "requested")
     if query.shape[1] <= PLAIN_LENGTH:
         return Choice("plain", f"up to {PLAIN_LENGTH} tokens it is the fastest")
-    platform = target_platform()
     kernels = _KERNELS.get(platform, ())
     reasons = [] if kernels else [f"no kernel for {platform}"]
     for name in (*kernels, "blocked", "plain"):

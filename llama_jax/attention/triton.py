@@ -18,6 +18,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Array, Bool, Float, Int
 
+from llama_jax.attention.cudnn import why_not_ampere
 from llama_jax.attention.masks import AttentionMask, slots_of
 
 HEAD_DIMS = (32, 64, 128)
@@ -81,6 +82,8 @@ def why_not_triton(
 ) -> str | None:
     """Why the kernels cannot do this, or None."""
     del mask, sequence_shards
+    if (reason := why_not_ampere()) is not None:
+        return reason
     if query.dtype not in (jnp.bfloat16, jnp.float16):
         return f"{query.dtype}, expected bfloat16 or float16"
     if query.shape[3] not in HEAD_DIMS:

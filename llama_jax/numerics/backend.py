@@ -17,6 +17,19 @@ def target_platform() -> str:
     return jax.default_backend() if device is None else device.platform
 
 
+def gpu_capability() -> str | None:
+    """CUDA's compute capability of the GPUs that a program is compiled for: "9.0" for Hopper.
+
+    None where it is not known: on another platform, and for GPUs that are not here.
+    """
+    if target_platform() != "gpu" or jax.default_backend() != "gpu":
+        return None
+    target = jax.sharding.get_abstract_mesh().abstract_device
+    kind = jax.devices()[0].device_kind if target is None else target.device_kind
+    here = (device for device in jax.devices() if device.device_kind == kind)
+    return next((str(device.compute_capability) for device in here), None)
+
+
 def step_compiler_options(platform: str | None = None) -> dict[str, str]:
     """`compiler_options` of `jax.jit` for a training step on `platform` (default: `target_platform()`).
 

@@ -13,6 +13,8 @@ import optax
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from llama_jax.attention.dispatch import choose_implementation
+from llama_jax.attention.masks import AttentionMask
 from llama_jax.config import LlamaConfig
 from llama_jax.models.causal_lm import LlamaForCausalLM
 from llama_jax.numerics.backend import step_compiler_options
@@ -80,11 +82,14 @@ def make_program(
 
     Raises:
         ValueError: a batch, sequence or number of heads that the mesh does not divide; a schedule that
-            does not fit the steps.
+            does not fit the steps; an attention implementation that cannot serve.
     """
     _require_divisible(config, mesh, batch_size // micro_batches, sequence_length)
     dtype = jnp.dtype(model.parameter_dtype)
     compute_dtype = jnp.dtype(model.compute_dtype or model.parameter_dtype)
+    shape = micro_batches, batch_size // micro_batches, sequence_length
+    window = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=batch_sharding(mesh))
+    _require_attention(config, mesh, model.attention, compute_dtype, window)
     if jnp.float64 in (dtype, compute_dtype):
         jax.config.update("jax_enable_x64", True)  # otherwise JAX makes it float32
     abstract = nnx.eval_shape(lambda: LlamaForCausalLM(config, rngs=nnx.Rngs(0), dtype=dtype))
@@ -117,8 +122,6 @@ def make_program(
         graphdef, rule, compute_dtype=compute_dtype, z_loss=optimizer.z_loss, **forward
     )
     evaluate = make_evaluation(graphdef, compute_dtype=compute_dtype, **forward)
-    shape = micro_batches, batch_size // micro_batches, sequence_length
-    window = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=batch_sharding(mesh))
     windows: list[Any] = [window] * len(Batch._fields)
     replicated = NamedSharding(mesh, PartitionSpec())
     return Program(
@@ -191,6 +194,17 @@ def _require_divisible(config: LlamaConfig, mesh: Mesh, rows: int, sequence_leng
             f"mesh.tensor: found {sizes['tensor']}, expected a divisor of the "
             f"{config.num_attention_heads} attention heads"
         )
+
+
+def _require_attention(
+    config: LlamaConfig, mesh: Mesh, implementation: str | None, dtype: jnp.dtype, window: Any
+) -> None:
+    """Before anything is written or traced: `implementation` can do what the step asks of it."""
+    rows = jax.ShapeDtypeStruct(window.shape[1:], jnp.int32)
+    query = jax.ShapeDtypeStruct((*rows.shape, config.num_attention_heads, config.head_size), dtype)
+    mask: Any = AttentionMask(query_segments=rows, key_segments=rows)  # type: ignore[arg-type]
+    with jax.set_mesh(mesh):
+        choose_implementation(implementation, query, mask, bool(config.attention_dropout))
 
 
 def _with_shardings(tree: Any, shardings: Any) -> Any:

@@ -219,8 +219,12 @@ def test_default_implementation():
     ("options", "message"),
     [
         ({"implementation": "flash"}, "found 'flash', expected None or one of 'plain', 'blocked'"),
-        ({"implementation": "cudnn"}, "='cudnn': found float32, expected bfloat16 or float16"),
-        ({"implementation": "splash"}, "='splash': found 200 tokens, expected a multiple of 128"),
+        (
+            {"implementation": "cudnn"},
+            "='cudnn': found the platform 'cpu', expected 'gpu'; without it",
+        ),
+        ({"implementation": "triton"}, "='triton': found the platform 'cpu', expected 'gpu'"),
+        ({"implementation": "splash"}, "='splash': found the platform 'cpu', expected 'tpu'"),
         (
             {"implementation": "blocked", "output_weights": True},
             "='blocked': found attention weights",

@@ -64,3 +64,22 @@ def test_plain_says_what_keeps_the_others_from_serving(platform):
     implementation, reason = choice(platform, needs_weights=True)
     assert implementation == "plain"
     assert reason.endswith("blocked: found attention weights or dropout of them, expected neither")
+
+
+@pytest.mark.parametrize(
+    ("capability", "implementation"),
+    [
+        (None, "triton"),
+        ("8.0", "triton"),
+        ("12.0", "triton"),
+        ("7.5", "blocked"),
+        ("gfx942", "blocked"),
+    ],
+)
+def test_gpus_older_than_ampere_and_those_of_others_have_no_kernel(
+    capability, implementation, monkeypatch
+):
+    monkeypatch.setattr("llama_jax.attention.cudnn.gpu_capability", lambda: capability)
+    assert choice("gpu").implementation == implementation
+    expected = implementation if implementation == "blocked" else "cudnn"
+    assert choice("gpu", mask=AttentionMask()).implementation == expected

@@ -313,6 +313,8 @@ def test_options_that_cannot_change(flag: str, change: str, finished: Path, capf
         ({"optimizer__clip_norm": 0}, "optimizer.clip-norm: found 0.0, expected a finite number above 0 "),
         ({"optimizer__warmup_steps": 12}, "optimizer.warmup-steps: found 12, expected at most 11"),
         ({"model__compute_dtype": "float16"}, "model.compute-dtype: found float16, expected bfloat16, "),
+        ({"model__attention": "triton"}, "attention_implementation='triton': found the platform 'cpu', ex"),
+        ({"model__attention": "splash"}, "attention_implementation='splash': found the platform 'cpu', ex"),
         ({"data": "nowhere"}, "nowhere/index.json: no such file"),
         ({"model__config": "nowhere"}, "nowhere"),
         ({"seed": -1}, "seed: found -1, expected 0 to"),
