@@ -13,8 +13,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from llama_jax.attention.dispatch import Choice, choose_implementation
-from llama_jax.attention.masks import AttentionMask
 from llama_jax.attention.splash import visited_share
 from llama_jax.config import LlamaConfig
 from llama_jax.inspection.architecture import forward_flops_per_token
@@ -24,7 +22,7 @@ from train.hardware.collectives import Collective, collectives
 from train.hardware.flops import matmul_flops
 from train.hardware.roofline import Roofline, roofline
 from train.options import RunOptions
-from train.program.build import Program, run_program
+from train.program.build import attention_choice, run_program
 
 
 class Memory(NamedTuple):
@@ -91,8 +89,10 @@ def make_plan(options: RunOptions, config: LlamaConfig, devices: Sequence[Any]) 
         ValueError: as `run_program`.
     """
     program = run_program(options, config, devices)
+    dtype, ids = jnp.dtype(options.model.compute_dtype), program.batch.input_ids
+    requested = options.model.attention
+    attention = attention_choice(program.config, program.mesh, requested, dtype, ids)
     with jax.set_mesh(program.mesh):
-        attention = _attention(options, program)
         traced = program.step.trace(program.params, program.opt_state, program.batch, _key(config))
         begin = time.perf_counter()
         compiled, refused = None, None
@@ -172,18 +172,6 @@ def device_bytes(tree: Any) -> int:
         math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
         for leaf in jax.tree.leaves(tree)
     )
-
-
-def _attention(options: RunOptions, program: Program) -> Choice:
-    """The attention implementation that the step uses, and why; call it under the program's mesh."""
-    config = program.config
-    _, rows, seq = program.batch.input_ids.shape
-    shape = rows, seq, config.num_attention_heads, config.head_size
-    query = jax.ShapeDtypeStruct(shape, jnp.dtype(options.model.compute_dtype))
-    segments: Any = jax.ShapeDtypeStruct((rows, seq), jnp.int32)
-    mask = AttentionMask(None, None, None, segments, segments)
-    dropout = bool(config.attention_dropout)
-    return choose_implementation(options.model.attention, query, mask, dropout)
 
 
 def _key(config: LlamaConfig) -> Any:

@@ -13,7 +13,7 @@ import optax
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from llama_jax.attention.dispatch import choose_implementation
+from llama_jax.attention.dispatch import Choice, choose_implementation
 from llama_jax.attention.masks import AttentionMask
 from llama_jax.config import LlamaConfig
 from llama_jax.models.causal_lm import LlamaForCausalLM
@@ -89,7 +89,7 @@ def make_program(
     compute_dtype = jnp.dtype(model.compute_dtype or model.parameter_dtype)
     shape = micro_batches, batch_size // micro_batches, sequence_length
     window = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=batch_sharding(mesh))
-    _require_attention(config, mesh, model.attention, compute_dtype, window)
+    attention_choice(config, mesh, model.attention, compute_dtype, window)
     if jnp.float64 in (dtype, compute_dtype):
         jax.config.update("jax_enable_x64", True)  # otherwise JAX makes it float32
     abstract = nnx.eval_shape(lambda: LlamaForCausalLM(config, rngs=nnx.Rngs(0), dtype=dtype))
@@ -153,6 +153,23 @@ def shardings_of(tree: Any) -> Any:
     return jax.tree.map(lambda leaf: leaf.sharding, tree)
 
 
+def attention_choice(
+    config: LlamaConfig, mesh: Mesh, implementation: str | None, dtype: jnp.dtype, ids: Any
+) -> Choice:
+    """The attention of a step over packed rows, `ids` [micro, rows, seq], and why it is not a faster one.
+
+    Raises:
+        ValueError: `implementation` cannot do it.
+    """
+    segments: Any = jax.ShapeDtypeStruct(ids.shape[1:], jnp.int32)
+    query = jax.ShapeDtypeStruct(
+        (*segments.shape, config.num_attention_heads, config.head_size), dtype
+    )
+    mask = AttentionMask(query_segments=segments, key_segments=segments)
+    with jax.set_mesh(mesh):
+        return choose_implementation(implementation, query, mask, bool(config.attention_dropout))
+
+
 def initial_params(program: Program, seed: int) -> Any:
     """Random parameters: each device makes its own shards; the numbers do not depend on the mesh."""
 
@@ -194,17 +211,6 @@ def _require_divisible(config: LlamaConfig, mesh: Mesh, rows: int, sequence_leng
             f"mesh.tensor: found {sizes['tensor']}, expected a divisor of the "
             f"{config.num_attention_heads} attention heads"
         )
-
-
-def _require_attention(
-    config: LlamaConfig, mesh: Mesh, implementation: str | None, dtype: jnp.dtype, window: Any
-) -> None:
-    """Before anything is written or traced: `implementation` can do what the step asks of it."""
-    rows = jax.ShapeDtypeStruct(window.shape[1:], jnp.int32)
-    query = jax.ShapeDtypeStruct((*rows.shape, config.num_attention_heads, config.head_size), dtype)
-    mask: Any = AttentionMask(query_segments=rows, key_segments=rows)  # type: ignore[arg-type]
-    with jax.set_mesh(mesh):
-        choose_implementation(implementation, query, mask, bool(config.attention_dropout))
 
 
 def _with_shardings(tree: Any, shardings: Any) -> Any:
