@@ -15,6 +15,7 @@ from jax.tree_util import keystr
 from llama_jax.checkpoints.fingerprint import fingerprint
 from llama_jax.checkpoints.orbax import require_utf8
 from llama_jax.formatting import first_line
+from train.program.donation import donatable
 
 FOLDER = "checkpoints"
 CHUNK_BYTES = 2**26
@@ -144,10 +145,7 @@ def restore(
             if model is not None:
                 _require_same_model(manager, candidate, model)
             _require_same_state(manager, candidate, opt_state)
-            restored, expected = _read_step(manager, candidate, params, opt_state)
-            if fingerprints((restored.params, restored.opt_state)) == expected:
-                return restored
-            problem = "its arrays are not what was saved"
+            return _read_step(manager, candidate, params, opt_state)
         except _IncompatibleError:
             raise
         except Exception as error:  # damage shows as any exception of Orbax or TensorStore
@@ -168,15 +166,12 @@ def restore(
 
 def restore_params(manager: ocp.CheckpointManager, params: Any, step: int) -> Any:
     """Only the parameters of the checkpoint of `step`; `params` as in `restore`."""
-    items = ocp.args.Composite(
-        params=ocp.args.StandardRestore(params), facts=ocp.args.JsonRestore()
-    )
-    restored = manager.restore(step, args=items)
-    actual = fingerprints(restored["params"])
+    restored = _read_arrays(manager, step, "params", params)
+    actual = fingerprints(restored)
     # those of the parameters come first, see `save`
-    if actual != restored["facts"]["fingerprints"][: len(actual)]:
+    if actual != facts_of(manager, step)["fingerprints"][: len(actual)]:
         raise ValueError(f"{manager.directory}: step {step}: parameters are not what was saved")
-    return restored["params"]
+    return restored
 
 
 class _IncompatibleError(ValueError):
@@ -230,20 +225,30 @@ def _fingerprints(leaves: list[Any]) -> list[Any]:
     return [fingerprint(leaf) for leaf in leaves]
 
 
-def _read_step(
-    manager: ocp.CheckpointManager, step: int, params: Any, opt_state: Any
-) -> tuple[Restored, list[int]]:
-    """The checkpoint, and the fingerprints that its arrays must have."""
-    restored = manager.restore(
-        step,
-        args=ocp.args.Composite(
-            params=ocp.args.StandardRestore(params),
-            opt_state=ocp.args.StandardRestore(opt_state),
-            facts=ocp.args.JsonRestore(),
-        ),
-    )
-    checkpoint = Restored(step, restored["params"], restored["opt_state"])
-    return checkpoint, restored["facts"]["fingerprints"]
+def _read_step(manager: ocp.CheckpointManager, step: int, params: Any, opt_state: Any) -> Restored:
+    """The checkpoint. Raises ValueError if its arrays are not those that its fingerprints are of."""
+    state, actual = [], []
+    for name, abstract in (("params", params), ("opt_state", opt_state)):
+        part = _read_arrays(manager, step, name, abstract)
+        actual += fingerprints(part)
+        state.append(donatable(part))
+    if actual != facts_of(manager, step)["fingerprints"]:
+        raise ValueError("its arrays are not what was saved")
+    return Restored(step, *state)
+
+
+def _read_arrays(manager: ocp.CheckpointManager, step: int, name: str, abstract: Any) -> Any:
+    """One item of a checkpoint, of which no more than about two arrays are on the host at any time.
+
+    Orbax would let 96 GB be under way. One array must fit: cutting a shard out of the chunks of another
+    mesh may take all of them.
+    """
+    sizes = (leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(abstract))
+    gigabytes = 1 + 2 * max(sizes) // 10**9
+    handler = ocp.StandardCheckpointHandler(restore_concurrent_gb=gigabytes)
+    with ocp.Checkpointer(handler) as reader:
+        path = Path(manager.directory) / str(step) / name
+        return reader.restore(path, args=ocp.args.StandardRestore(abstract))
 
 
 def facts_of(manager: ocp.CheckpointManager, step: int) -> dict[str, Any]:

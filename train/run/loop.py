@@ -25,6 +25,7 @@ from train.monitoring.reporter import Reporter
 from train.options import RunOptions
 from train.options_toml import to_toml
 from train.program.build import Program, initial_opt_state, initial_params, model_of
+from train.program.donation import donatable
 from train.run.evaluation import evaluate_step
 from train.run.folder import EXPORTS
 from train.run.stop import agreement, stop_signals
@@ -116,7 +117,7 @@ def _initial_state(
     if source is None:
         params = initial_params(program, options.seed)
     else:
-        params = load_params(LlamaForCausalLM, source, program.params)
+        params = donatable(load_params(LlamaForCausalLM, source, program.params))
     return 0, params, initial_opt_state(program, params)
 
 
