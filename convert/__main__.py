@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from convert import Plan, Report
 
 _LAYOUTS = "\n".join(f"  {entry.title:<14}{entry.layout}" for entry in FORMATS.values())
+_SOURCE = "checkpoint to read: a path or a name on the Hub (owner/name, or owner/name/FILE.gguf)"
 _EPILOG = f"""\
 python -m convert info SRC shows what is in a checkpoint and writes nothing.
 
@@ -56,7 +57,7 @@ def _parser() -> Parser:
         "Convert a checkpoint into another format, one tensor in memory at a time.",
         epilog=_EPILOG,
     )
-    parser.add_argument("source", metavar="SRC", help="checkpoint to read")
+    parser.add_argument("source", metavar="SRC", help=_SOURCE)
     parser.add_argument("destination", metavar="DST", help="directory or file to write")
     parser.add_argument(
         "--to",
@@ -90,12 +91,17 @@ def _parser() -> Parser:
         help="default: read DST back and compare every tensor bit for bit; --verify: also compare logits "
         "with PyTorch on real tokens; --no-verify: compare nothing",
     )
+    parser.add_argument(
+        "--push",
+        metavar="OWNER/NAME",
+        help="upload DST to this repository on the Hub; a new one is private",
+    )
     info = Parser(
         prog="python -m convert info",
         description="Show what is in a checkpoint, and list any problems. The exit code is 0 without "
         "problems, 1 with problems, 2 if this is no checkpoint.",
     )
-    info.add_argument("source", metavar="SRC", help="checkpoint to read")
+    info.add_argument("source", metavar="SRC", help=_SOURCE)
     info.add_argument("--json", action="store_true", help="print a JSON object")
     parser.commands["info"] = info
     return parser
@@ -116,7 +122,10 @@ def _convert(options: argparse.Namespace) -> int:
     )
 
     from convert import plan, run
+    from llama_jax.files.hub import push, require_pushable
 
+    if options.push is not None:
+        require_pushable(options.push)
     say = console(stderr=True, soft_wrap=True)
     todo = plan(
         options.source,
@@ -138,6 +147,11 @@ def _convert(options: argparse.Namespace) -> int:
         task = progress.add_task("writing, then comparing", total=total)
         report = run(todo, lambda count: progress.advance(task, count))
     _print_report(report, say)
+    if options.push is not None:
+        address = push(
+            report.destination, options.push, message=f"Converted from {todo.checkpoint.format}"
+        )
+        say.print(f"pushed: {printable(address)}")
     return 0
 
 

@@ -19,6 +19,7 @@ from convert.formats.registry import FORMATS
 from convert.proof import read_back
 from convert.verify_logits import Comparison, compare_logits, require_torch_and_memory
 from llama_jax.checkpoints.safetensors_write import TensorSpec
+from llama_jax.files.hub import local_path
 from llama_jax.files.staging import move, staging_in, to_disk
 
 DEFAULT_SHARD = huggingface.DEFAULT_SHARD
@@ -118,7 +119,7 @@ def plan(
         raise ValueError(
             f"max_shard_size: found {max_shard_size}, expected a positive number of bytes"
         )
-    path = Path(source)
+    path = local_path(os.fspath(source))
     if not path.exists():
         raise ValueError(f"{source}: not found")
     if os.path.lexists(target):
@@ -256,7 +257,7 @@ def info(source: str | os.PathLike[str]) -> dict[str, Any]:
     Raises:
         ValueError: nothing there is a checkpoint.
     """
-    path = Path(source)
+    path = local_path(os.fspath(source))
     problems: list[str] = []
     try:
         checkpoint = registry.read(path)

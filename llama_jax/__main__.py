@@ -57,7 +57,8 @@ def _add_info(program: Parser) -> None:
         "model",
         nargs="?",
         metavar="PRESET|DIR",
-        help="name of a preset, or a directory with a config.json; without it, presets are listed",
+        help="name of a preset, a directory with a config.json, or a name on the Hub; without it, presets "
+        "are listed",
     )
     parser.add_argument(
         "--batch", type=positive, default=1, metavar="B", help="sequences in a batch"
@@ -72,6 +73,7 @@ def _add_info(program: Parser) -> None:
 
 def _info(options: argparse.Namespace) -> None:
     from llama_jax import PRESETS, LlamaConfig
+    from llama_jax.files.hub import hub_name
     from llama_jax.inspection.architecture import show
 
     if options.model is None:
@@ -79,7 +81,7 @@ def _info(options: argparse.Namespace) -> None:
         return
     if options.model in PRESETS:
         config = PRESETS[options.model]
-    elif Path(options.model).is_dir():
+    elif Path(options.model).is_dir() or hub_name(options.model):
         config = LlamaConfig.from_pretrained(options.model)
     else:
         raise ValueError(

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from llama_jax.files.foreign_weights import describe, quantization_refusal
+from llama_jax.files.hub import local_path
 from llama_jax.files.json_object import read_json_object
 from llama_jax.numerics.activations import ACTIVATIONS
 from llama_jax.numerics.rope import (
@@ -308,7 +309,7 @@ class LlamaConfig:
         """Read `directory/config.json`, with `changes` to its fields.
 
         Args:
-            directory: of a Hugging Face checkpoint.
+            directory: of a Hugging Face checkpoint, or its name on the Hub.
             changes: fields to override. A new `num_labels` drops the label names; a field of rope replaces
                 both layouts of it.
 
@@ -321,7 +322,7 @@ class LlamaConfig:
             raise TypeError(
                 f"{', '.join(sorted(unknown))}: unknown keyword; expected fields of LlamaConfig"
             )
-        path = Path(directory) / "config.json"
+        path = local_path(directory, weights=False) / "config.json"
         if not path.parent.is_dir():
             raise ValueError(f"{path.parent}: {describe(path.parent)}")
         if not path.exists():

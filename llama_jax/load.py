@@ -1,4 +1,4 @@
-"""Load a causal LM, its config and its tokenizer from any supported directory."""
+"""Load a causal LM, its config and its tokenizer from any supported directory or repository on the Hub."""
 
 from pathlib import Path
 from typing import Any
@@ -6,15 +6,17 @@ from typing import Any
 from llama_jax.checkpoints.orbax import is_orbax, load_orbax, locate
 from llama_jax.config import LlamaConfig
 from llama_jax.files.foreign_weights import describe
+from llama_jax.files.hub import local_path
 from llama_jax.generation.config import read_generation_config
 from llama_jax.models.causal_lm import LlamaForCausalLM
 from llama_jax.text.companions import tokenizer_home
 
 
 def load_model(directory: str | Path, dtype: Any = None) -> LlamaForCausalLM:
-    """Load a model from a Hugging Face directory, an Orbax directory or a training run.
+    """Load a model from a Hugging Face directory, an Orbax directory, a training run or the Hub.
 
     Args:
+        directory: or a name on the Hub, "owner/name" or "owner/name@revision".
         dtype: of the weights; None and "auto" keep the stored one.
 
     Raises:
@@ -39,25 +41,25 @@ def load_model(directory: str | Path, dtype: Any = None) -> LlamaForCausalLM:
 
 def load_config(directory: str | Path) -> LlamaConfig:
     """The config of the model that `load_model` loads. Raises the same errors."""
-    return LlamaConfig.from_pretrained(_home(_readable(directory)))
+    return LlamaConfig.from_pretrained(_home(_readable(directory, weights=False)))
 
 
 def tokenizer_directory(directory: str | Path) -> Path:
     """The directory of the tokenizer and chat templates; in a training run that is a subdirectory."""
-    return tokenizer_home(_home(_readable(directory)))
+    return tokenizer_home(_home(_readable(directory, weights=False)))
 
 
 def companions_directory(directory: str | Path) -> Path:
     """The directory of the companion files (`llama_jax.text.companions`) of a model."""
-    return _home(_readable(directory))
+    return _home(_readable(directory, weights=False))
 
 
 def _home(directory: Path) -> Path:
     return locate(directory)[0] if is_orbax(directory) else directory
 
 
-def _readable(directory: str | Path) -> Path:
-    directory = Path(directory)
+def _readable(directory: str | Path, *, weights: bool = True) -> Path:
+    directory = local_path(directory, weights=weights)
     if not directory.is_dir():
         raise ValueError(f"{directory}: {describe(directory)}")
     return directory

@@ -33,7 +33,10 @@ def _parser() -> Parser:
         help="compare a checkpoint in llama_jax and in PyTorch with a float64 reference",
     )
     report.add_argument(
-        "directory", type=Path, metavar="HF_DIR", help="Hugging Face checkpoint to check"
+        "directory",
+        type=Path,
+        metavar="HF_DIR",
+        help="Hugging Face checkpoint, or its name on the Hub",
     )
     report.add_argument(
         "--tokens",

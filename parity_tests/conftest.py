@@ -4,6 +4,8 @@
 must then fail.
 """
 
+import os
+
 import jax
 import pytest
 import torch
@@ -15,6 +17,8 @@ jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_platforms", "cpu")
 torch.set_num_threads(1)
+# No test reaches the network; those of the Hub have one of their own.
+os.environ["HF_HUB_OFFLINE"] = "1"
 
 # Shapes and dtypes in the annotations of these modules are checked in every call. Not those of the public
 # API, which raises its own errors for wrong arguments.

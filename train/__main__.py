@@ -121,6 +121,11 @@ def _add_export(program: Parser) -> None:
         default=False,
         help="load the directory with transformers, and compare PyTorch's validation loss with the run's",
     )
+    parser.add_argument(
+        "--push",
+        metavar="OWNER/NAME",
+        help="upload DIR to this repository on the Hub; a new one is private",
+    )
 
 
 def _add_checkpoint(parser: Parser) -> None:
@@ -130,8 +135,11 @@ def _add_checkpoint(parser: Parser) -> None:
 
 
 def _export(arguments: argparse.Namespace) -> None:
+    from llama_jax.files.hub import push, require_pushable
     from train.model.export import export_run, verify_export
 
+    if arguments.push is not None:
+        require_pushable(arguments.push)
     folder, directory, dtype = arguments.folder, arguments.directory, arguments.dtype
     say = console(stderr=True, soft_wrap=True)
     options = _saved_options(folder)
@@ -144,6 +152,9 @@ def _export(arguments: argparse.Namespace) -> None:
             f"validation loss over {loss.num_tokens:,} tokens: PyTorch {loss.torch:.6f}, here "
             f"{loss.ours:.6f}, reported by the run {reported}"
         )
+    if arguments.push is not None:
+        address = push(directory, arguments.push, message=f"Step {step}")
+        say.print(f"pushed: {printable(address)}")
 
 
 def _add_evaluate(program: Parser) -> None:
@@ -153,7 +164,10 @@ def _add_evaluate(program: Parser) -> None:
         help="compute the validation loss and perplexity of a run or a Hugging Face directory",
     )
     parser.add_argument(
-        "target", type=Path, metavar="RUN|DIR", help="folder of a run, or a Hugging Face directory"
+        "target",
+        type=Path,
+        metavar="RUN|DIR",
+        help="folder of a run, a Hugging Face directory, or a name on the Hub",
     )
     parser.add_argument(
         "--data",
@@ -290,7 +304,7 @@ def _add_tokenize(program: Parser) -> None:
         type=Path,
         required=True,
         metavar="PATH",
-        help="tokenizer.json or tokenizer.model, or a directory that has one",
+        help="tokenizer.json or tokenizer.model, a directory that has one, or a name on the Hub",
     )
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="directory to write")
     parser.add_argument(

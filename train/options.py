@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Literal
 
 from llama_jax.attention.implementation import Implementation
+from llama_jax.files.hub import local_path
 from llama_jax.numerics.remat_policy import Remat
 
 FILE = "run.toml"
@@ -25,9 +26,9 @@ class ModelOptions:
     preset: str = "tiny-4m"
     """architecture by name; `python -m llama_jax info` lists the presets"""
     config: Path | None = None
-    """Hugging Face config.json, or a directory that has one, instead of a preset"""
+    """Hugging Face config.json, a directory that has one or a name on the Hub, instead of a preset"""
     init_from: Path | None = None
-    """Hugging Face directory whose configuration and weights to start from"""
+    """Hugging Face directory, or name on the Hub, whose configuration and weights to start from"""
     parameter_dtype: Dtype = "float32"
     """dtype of parameters, gradients and optimizer state; not float16, small gradients would become 0"""
     compute_dtype: Dtype | None = None
@@ -194,16 +195,16 @@ def with_defaults(options: RunOptions, platform: str) -> RunOptions:
 
 
 def with_absolute_paths(options: RunOptions) -> RunOptions:
-    """Make paths absolute, so that the run can be resumed from another working directory."""
+    """Make paths absolute, so that the run can be resumed from another working directory.
 
-    def absolute(path: Path | None) -> Path | None:
-        return None if path is None else path.absolute()
-
-    model = dataclasses.replace(
-        options.model,
-        config=absolute(options.model.config),
-        init_from=absolute(options.model.init_from),
-    )
+    A model's name on the Hub becomes the directory of the cache that its files are in.
+    """
+    model = options.model
+    if model.config is not None:
+        config = local_path(model.config, weights=False).absolute()
+        model = dataclasses.replace(model, config=config)
+    if model.init_from is not None:
+        model = dataclasses.replace(model, init_from=local_path(model.init_from).absolute())
     data = tuple(
         text if split_weight(text)[0] == STDLIB else str(Path(text).absolute())
         for text in options.data

@@ -108,7 +108,7 @@ def add_model(parser: Parser) -> None:
         "--model",
         required=True,
         metavar="DIR",
-        help="Hugging Face or Orbax checkpoint, or a training run",
+        help="Hugging Face or Orbax checkpoint, a training run, or a name on the Hub (owner/name)",
     )
 
 

@@ -68,10 +68,6 @@ def describe(path: Path) -> str:
 
 def _describe(path: Path) -> str:
     if not path.exists():
-        if len(path.parts) == 2 and not path.is_absolute():
-            return (
-                f"no such directory; if it is a name on the Hub: hf download {path} --local-dir DIR"
-            )
         return "no such directory"
     if not path.is_dir():
         if path.suffix == ".safetensors":

@@ -8,6 +8,7 @@ from flax import nnx
 from llama_jax.checkpoints import huggingface
 from llama_jax.checkpoints.dtypes import requested_dtype
 from llama_jax.config import LlamaConfig
+from llama_jax.files.hub import local_path
 from llama_jax.inputs.keys import require_rngs
 
 
@@ -26,13 +27,14 @@ class PretrainedModel(nnx.Module):
         rngs: nnx.Rngs | None = None,
         **config_changes: Any,
     ) -> Self:
-        """Load a model from a Hugging Face directory of safetensors.
+        """Load a model from a Hugging Face directory of safetensors, or from the Hub.
 
         As in transformers, the checkpoint may have another head than this class: a task head that it lacks
         is initialized at random. A missing language-model head is an error.
 
         Args:
-            directory: with config.json and safetensors files.
+            directory: with config.json and safetensors files, or a name on the Hub, "owner/name" or
+                "owner/name@revision".
             dtype: of the weights: a dtype of JAX or torch, or its name; None and "auto" keep the
                 stored one.
             torch_dtype: transformers' old name for `dtype`.
@@ -51,9 +53,10 @@ class PretrainedModel(nnx.Module):
         dtype = _one_dtype(dtype, torch_dtype)
         if rngs is not None:
             require_rngs(rngs)
+        directory = local_path(directory)
         config = LlamaConfig.from_pretrained(directory, **config_changes)
         model = huggingface.load(cls, config, directory, dtype, rngs)
-        model._read_json_files(Path(directory))
+        model._read_json_files(directory)
         return model
 
     def save_pretrained(self, directory: str | Path, *, max_shard_size: int | str = "5GB") -> None:

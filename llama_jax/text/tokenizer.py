@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from llama_jax.files.hub import local_path
 from llama_jax.text.sentencepiece import (
     hugging_face_json,
     metaspace_parts,
@@ -47,8 +48,8 @@ def load_tokenizer(directory: str | Path) -> Tokenizer:
     to treat them as text. Truncation, padding and dropout are off.
 
     Args:
-        directory: or a tokenizer file. If that is called tokenizer.json or tokenizer.model, the other
-            files in its directory are read too.
+        directory: or a tokenizer file, or a name on the Hub. If a file is called tokenizer.json or
+            tokenizer.model, the other files in its directory are read too.
 
     Returns:
         A `tokenizers.Tokenizer`.
@@ -64,7 +65,7 @@ def load_tokenizer(directory: str | Path) -> Tokenizer:
     >>> load_tokenizer(".").encode("hello new world").ids
     [1, 0, 2]
     """
-    path, files = _open(Path(directory))
+    path, files = _open(local_path(directory, weights=False))
     try:
         return read_tokenizer(files)
     except ValueError as error:

@@ -13,6 +13,7 @@ import transformers
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from llama_jax.files.hub import local_path
 from parity_tests.report.estimate import Estimate, estimate, model_bytes, total_memory
 from parity_tests.report.measure.backward import backward
 from parity_tests.report.measure.forward import forward
@@ -83,6 +84,7 @@ def report(
     float64 oracle on the weights of `directory`, rounded to `dtype`.
 
     Args:
+        directory: or a name on the Hub, as is `against`.
         against: another checkpoint of the same shapes.
         tokens: a file of token ids; default: a text in this repository.
         dtype: of weights and computation, `fp32` or `bf16`.
@@ -97,14 +99,14 @@ def report(
     begin, console = time.perf_counter(), console or Console(quiet=True)
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    checkpoint, compute = open_checkpoint(directory), DTYPES[dtype]
+    checkpoint, compute = open_checkpoint(local_path(directory)), DTYPES[dtype]
     ours: Program
     theirs: Program
     if against is None:
         ours, theirs = program(checkpoint, compute), TorchProgram(checkpoint, compute)
         names = ours.name, theirs.name
     else:
-        other = open_checkpoint(against)
+        other = open_checkpoint(local_path(against))
         require_same_shapes(checkpoint, other)
         ours, theirs = program(other, compute), program(checkpoint, compute)
         names = str(against), str(directory)

@@ -15,6 +15,7 @@ from typing import TypeVar
 
 import numpy as np
 
+from llama_jax.files.hub import local_path
 from llama_jax.text.tokenizer import load_tokenizer
 from train.data.digests import sources_digest, tokenizer_files_digest
 from train.data.documents import read_documents
@@ -60,7 +61,7 @@ def tokenize(
 
     Args:
         sources: files, directories and globs, as `train.data.documents` reads them.
-        tokenizer: a tokenizer.json or a tokenizer.model, or the directory that has one.
+        tokenizer: a tokenizer.json or a tokenizer.model, the directory that has one, or a name on the Hub.
         out: the directory to write; it need not exist.
         validation_fraction: of the documents, 0 <= fraction < 1.
         shard_tokens: a shard ends with the document that reaches this many; a shard is held in memory.
@@ -79,7 +80,7 @@ def tokenize(
         raise ValueError(f"shard_tokens: found {shard_tokens}, expected at least 1")
     if not sources:
         raise ValueError("sources: give at least one file, directory or glob")
-    out, tokenizer = Path(out), Path(tokenizer)
+    out, tokenizer = Path(out), local_path(tokenizer, weights=False)
     home = tokenizer.parent if tokenizer.is_file() else tokenizer
     encoder = load_tokenizer(tokenizer)
     tokenizer_json = encoder.to_str()

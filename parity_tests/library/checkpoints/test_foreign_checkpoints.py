@@ -254,10 +254,6 @@ def test_directories_that_are_not_checkpoints(tmp_path, files, message):
         assert "\n" not in str(error.value)
 
 
-def test_a_name_on_the_hub():
-    assert "hf download org/name" in describe(Path("org/name"))
-
-
 SCHEMES = [
     (
         {"quant_method": "bitsandbytes", "load_in_4bit": True},
