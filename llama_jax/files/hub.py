@@ -229,11 +229,15 @@ def push(path: Path, repository: str, *, message: str) -> str:
     with _one_line_errors(repository, name):
         api = HfApi()
         api.create_repo(name.repository, private=True, exist_ok=True)
-        target = {"repo_id": name.repository, "commit_message": message}
         if path.is_dir():
-            api.upload_folder(folder_path=path, **target)
+            api.upload_folder(folder_path=path, repo_id=name.repository, commit_message=message)
         else:
-            api.upload_file(path_or_fileobj=path, path_in_repo=path.name, **target)
+            api.upload_file(
+                path_or_fileobj=path,
+                path_in_repo=path.name,
+                repo_id=name.repository,
+                commit_message=message,
+            )
         return f"{constants.ENDPOINT}/{name.repository}"
 
 
