@@ -13,7 +13,7 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from convert.formats.registry import FORMATS
+from convert.formats.registry import FORMATS, writable
 from llama_jax.cli.arguments import Parser, program_parser, size_argument
 from llama_jax.cli.program import leave, run_program
 from llama_jax.formatting import console, printable, progress_bar
@@ -61,7 +61,7 @@ def _parser() -> Parser:
     parser.add_argument("destination", metavar="DST", help="directory or file to write")
     parser.add_argument(
         "--to",
-        choices=list(FORMATS),
+        choices=writable(),
         help="format of DST; default: gguf if DST ends in .gguf, else hf",
     )
     parser.add_argument(

@@ -15,7 +15,7 @@ from convert.checkpoint import Checkpoint, dtype_name
 from convert.companions import tokenizer_facts
 from convert.estimate import seconds
 from convert.formats import huggingface, registry
-from convert.formats.registry import FORMATS
+from convert.formats.registry import FORMATS, writable
 from convert.proof import read_back
 from convert.verify_logits import Comparison, compare_logits, require_torch_and_memory
 from llama_jax.checkpoints.safetensors_write import TensorSpec
@@ -104,8 +104,8 @@ def plan(
     """
     target = Path(os.path.abspath(destination))
     to = to or ("gguf" if target.suffix == ".gguf" else "hf")
-    if to not in FORMATS:
-        raise ValueError(f"to: found {to!r}, expected one of {', '.join(FORMATS)}")
+    if to not in writable():
+        raise ValueError(f"to: found {to!r}, expected one of {', '.join(writable())}")
     target_format = FORMATS[to]
     dtype = None if dtype is None else dtype_name(str(dtype))
     if dtype is not None and dtype not in target_format.dtypes:

@@ -2,7 +2,8 @@
 
 To add a format, write a module or package beside this file that provides the functions of `Format`, and add
 it to `FORMATS`. The command line, detection, `info`, verification and the tests of every pair of formats
-follow from there. What such a module can build on:
+follow from there. A format without `dtypes` is only read, and provides the functions of `Reader` alone.
+What such a module can build on:
 
 - `convert.checkpoint.Checkpoint`: what `read` returns and `write` takes; Hugging Face's names and shapes
 - `plain`: all functions but `read`, `recognizes` and `write`, for formats that store each tensor as it is
@@ -30,8 +31,8 @@ if TYPE_CHECKING:
     from llama_jax.checkpoints.safetensors_write import TensorSpec
 
 
-class Format(Protocol):
-    """The functions that the module of a format provides."""
+class Reader(Protocol):
+    """The functions that the module of every format provides."""
 
     def recognizes(self, path: Path, /) -> bool:
         """Whether a path looks like one, at a glance."""
@@ -45,6 +46,10 @@ class Format(Protocol):
         Raises:
             ValueError: one line with everything that is wrong.
         """
+
+
+class Format(Reader, Protocol):
+    """The functions of a format that can be written as well."""
 
     def target_specs(self, checkpoint: Checkpoint, dtype: str | None) -> list[TensorSpec]:
         """The tensors as `read` will return them once they are written with `--dtype`.
@@ -81,12 +86,18 @@ class Entry:
     layout: str
     """What a checkpoint in it looks like on disk, in a few words, for people."""
     dtypes: tuple[str, ...]
-    """What `--dtype` may be when it is written."""
+    """What `--dtype` may be when it is written; none for a format that is only read."""
     module_name: str
 
     @property
+    def reader(self) -> Reader:
+        """Its functions for reading."""
+        return cast("Reader", importlib.import_module(self.module_name))
+
+    @property
     def module(self) -> Format:
-        """Its functions."""
+        """All its functions; of a format that is not only read."""
+        assert self.dtypes
         return cast("Format", importlib.import_module(self.module_name))
 
 
@@ -117,13 +128,26 @@ FORMATS: dict[str, Entry] = {
         _PLAIN_DTYPES,
         "convert.formats.meta",
     ),
+    "flax": Entry(
+        "Flax",
+        "a directory with flax_model.msgpack, or with EasyLM's streaming_params, or such a file",
+        (),
+        "convert.formats.flax",
+    ),
 }
-"""By what `--to` calls them."""
+"""By their short names."""
+
+
+def writable() -> list[str]:
+    """What `--to` may be."""
+    return [name for name, entry in FORMATS.items() if entry.dtypes]
+
 
 if TYPE_CHECKING:
-    from convert.formats import gguf, huggingface, meta, orbax
+    from convert.formats import flax, gguf, huggingface, meta, orbax
 
     _PROVIDE_ALL_FUNCTIONS: list[Format] = [huggingface, orbax, gguf, meta]
+    _READ: list[Reader] = [flax]
 
 
 def recognize(path: Path) -> Entry:
@@ -133,7 +157,7 @@ def recognize(path: Path) -> Entry:
     if not path.exists():
         raise ValueError(f"{path}: not found")
     for entry in FORMATS.values():
-        if entry.module.recognizes(path):
+        if entry.reader.recognizes(path):
             return entry
     what = describe(path) if path.is_dir() else "not a checkpoint by itself (try its directory)"
     layouts = "; ".join(f"{entry.title} ({entry.layout})" for entry in FORMATS.values())
@@ -148,7 +172,7 @@ def read(path: Path, *, tokenizer: bool = True) -> Checkpoint:
     """
     from convert.record import read_digests
 
-    checkpoint = recognize(path).module.read(path, tokenizer=tokenizer)
+    checkpoint = recognize(path).reader.read(path, tokenizer=tokenizer)
     return read_digests(path, checkpoint)
 
 
