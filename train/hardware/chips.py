@@ -36,29 +36,40 @@ GIB = 2.0**30
 
 
 def _gpu(name: str, flops: float, nvlink: float, network: float) -> Chip:
+    """A GPU of which a data sheet names dense FLOPs, and both links in gigabytes/s in one direction."""
     gpu = GPUS[name]
     return Chip(
         flops,
         gpu.memory,
         gpu.memory_bandwidth,
-        nvlink,
-        network,
+        nvlink * 1e9,
+        network * 1e9,
         memory_fraction=GPU_MEMORY_FRACTION,
     )
 
 
-# Google Cloud's and NVIDIA's data sheets; v2 and v3 have two devices a chip. The network is that of DGX
-# systems: a card of 200 Gb/s for each A100, of 400 Gb/s for each of the others.
+# Google Cloud's and NVIDIA's data sheets; v2 and v3 have two devices a chip. NVIDIA states FLOPs with
+# sparsity, twice what is here (H100 and H200: 1,979e12; eight of HGX B200 or B300: 36e15; 72 of GB200 or
+# GB300 NVL72: 360e15), and NVLink in both directions together (600, 900 and 1,800 GB/s). The network is one
+# card for each GPU, as in NVIDIA's own systems: ConnectX-6 of 200 Gb/s in DGX A100, ConnectX-7 of 400 Gb/s
+# in DGX H100, H200 and B200 and GB200 NVL72, ConnectX-8 of 800 Gb/s in DGX B300 and GB300 NVL72.
 CHIPS: dict[str, Chip] = {
     "TPU v4": Chip(275e12, 32 * GIB, 1.2e12, 300e9),
     "TPU v5 lite": Chip(197e12, 16 * GIB, 0.82e12, 200e9),
     "TPU v5": Chip(459e12, 95 * GIB, 2.77e12, 600e9),
     "TPU v6 lite": Chip(918e12, 32 * GIB, 1.64e12, 448e9),
-    "NVIDIA A100-SXM4-40GB": Chip(312e12, 39.4 * GIB, 1.56e12, 300e9, 25e9, GPU_MEMORY_FRACTION),
-    "NVIDIA A100-SXM4-80GB": _gpu("a100", 312e12, 300e9, 25e9),
-    "NVIDIA H100 80GB HBM3": _gpu("h100", 989e12, 450e9, 50e9),
-    "NVIDIA H200": _gpu("h200", 989e12, 450e9, 50e9),
-    "NVIDIA B200": _gpu("b200", 2250e12, 900e9, 50e9),
+} | {
+    GPUS[name].name: _gpu(name, flops, nvlink, network)
+    for name, flops, nvlink, network in (
+        ("a100", 312e12, 300, 25),
+        ("a100-40gb", 312e12, 300, 25),
+        ("h100", 989e12, 450, 50),
+        ("h200", 989e12, 450, 50),
+        ("b200", 2250e12, 900, 50),
+        ("b300", 2250e12, 900, 100),
+        ("gb200", 2500e12, 900, 50),
+        ("gb300", 2500e12, 900, 100),
+    )
 }
 
 

@@ -21,19 +21,26 @@ CUDA_RUNTIME, CUDNN = (12, 8), (9, 10)
 
 
 def parse_gpu_topology(text: str) -> tuple[GpuModel, int, int] | None:
-    """The GPU, the number of hosts and the GPUs of each, of "h100:8" or "h100:64x8"; None for no such form.
+    """The GPU, the number of hosts and the GPUs of each, of "h100:8" or "h100:64x8"; None for TPUs.
 
     Raises:
-        ValueError: a GPU that is not in `GPUS`, or none of them.
+        ValueError: a GPU that is not in `GPUS`, no such form, or none of them.
     """
-    match = re.fullmatch(r"([a-z]+\d+[a-z]*):(?:(\d+)x)?(\d+)", text.lower())
-    if match is None or re.fullmatch(r"v\d+\w*", match[1]):  # v5p: a TPU
+    name, _, shape = text.lower().partition(":")
+    if re.match(r"(\d+x)?(v\d|tpu)", name):
         return None
-    name, hosts, gpus = match[1], int(match[2] or 1), int(match[3])
     if name not in GPUS:
-        raise ValueError(f"topology: found GPU {match[1]!r}, expected one of {', '.join(GPUS)}")
+        raise ValueError(
+            f"topology: found {text!r}, expected TPUs, such as v5p:4x4x4, or GPUs, such as h100:8 or "
+            f"h100:64x8, of {', '.join(GPUS)}"
+        )
+    counts = re.fullmatch(r"(?:(\d+)x)?(\d+)", shape)
+    hosts, gpus = (int(counts[1] or 1), int(counts[2])) if counts else (0, 0)
     if hosts * gpus < 1:
-        raise ValueError(f"topology: found {text!r}, expected at least one GPU")
+        raise ValueError(
+            f"topology: found {text!r}, expected a number of GPUs, such as {name}:8, or of hosts and the "
+            f"GPUs of each, such as {name}:64x8"
+        )
     return GPUS[name], hosts, gpus
 
 
@@ -93,12 +100,15 @@ def _require_compiler() -> None:
         for each in importlib.metadata.distributions(path=[str(COMPILER_FOLDER)])
     }
     version = installed.get("jax-cuda12-pjrt")
-    if version != jax_version or "nvidia-cuda-nvcc-cu12" not in installed:
-        state = (
-            "is not installed"
-            if version is None
-            else f"is version {version}, not JAX's {jax_version}"
-        )
+    if version is None:
+        state = "is not installed"
+    elif version != jax_version:
+        state = f"is version {version}, not JAX's {jax_version}"
+    elif "nvidia-cuda-nvcc-cu12" not in installed:
+        state = "lacks nvidia-cuda-nvcc-cu12"
+    else:
+        state = None
+    if state is not None:
         raise ValueError(
             f"topology: the compiler for NVIDIA GPUs {state}: make plan-gpu (or python -m pip install "
             f"--no-deps --upgrade --target {COMPILER_FOLDER} jax-cuda12-pjrt=={jax_version} "

@@ -25,7 +25,8 @@ class GpuModel(NamedTuple):
     clock: float
 
 
-# as the devices report themselves, see xla/backends/gpu/target_config/specs in openxla/xla
+# As the devices report themselves to CUDA: xla/backends/gpu/target_config/specs/*.txtpb of openxla/xla, but
+# for the names of H200 and B300, which are other ones there than on the devices.
 GPUS = {
     "a100": GpuModel(
         name="NVIDIA A100-SXM4-80GB",
@@ -36,6 +37,18 @@ GPUS = {
         shared_memory_of_block=166912,
         memory=85100068864,
         memory_bandwidth=2039040000000,
+        cache=41943040,
+        clock=1.41,
+    ),
+    "a100-40gb": GpuModel(
+        name="NVIDIA A100-SXM4-40GB",
+        capability=(8, 0),
+        cores=108,
+        fpus=64,
+        shared_memory=167936,
+        shared_memory_of_block=166912,
+        memory=42331013120,
+        memory_bandwidth=1555200000000,
         cache=41943040,
         clock=1.41,
     ),
@@ -74,5 +87,41 @@ GPUS = {
         memory_bandwidth=7672320000000,
         cache=132644864,
         clock=1.965,
+    ),
+    "b300": GpuModel(
+        name="NVIDIA B300 SXM6 AC",
+        capability=(10, 3),
+        cores=158,
+        fpus=128,
+        shared_memory=233472,
+        shared_memory_of_block=232448,
+        memory=297021865984,
+        memory_bandwidth=7936000000000,
+        cache=135528448,
+        clock=1.965,
+    ),
+    "gb200": GpuModel(
+        name="NVIDIA GB200",
+        capability=(10, 0),
+        cores=152,
+        fpus=128,
+        shared_memory=233472,
+        shared_memory_of_block=232448,
+        memory=197897748480,
+        memory_bandwidth=7928064000000,
+        cache=135528448,
+        clock=2.062,
+    ),
+    "gb300": GpuModel(
+        name="NVIDIA GB300",
+        capability=(10, 3),
+        cores=152,
+        fpus=128,
+        shared_memory=233472,
+        shared_memory_of_block=232448,
+        memory=297021079552,
+        memory_bandwidth=7928064000000,
+        cache=135528448,
+        clock=2.07,
     ),
 }
