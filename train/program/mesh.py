@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
+import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh
 
@@ -53,21 +54,60 @@ def make_mesh(sizes: Mapping[str, int], devices: Sequence[Any] | None = None) ->
     span slices, then fsdp; the other axes stay within a slice. Axis types are Auto: the compiler shards
     what is not constrained.
 
+    A dimension of the torus may be split over several axes, each of which then has a part of its links.
+
     Raises:
-        ValueError: as `mesh_shape` and `shape_over_slices`.
+        ValueError: as `mesh_shape` and `shape_over_slices`; devices that are no whole slices, or slices
+            of different sizes.
     """
     devices = jax.devices() if devices is None else devices
     shape = mesh_shape(sizes, len(devices))
-    slices = len({getattr(device, "slice_index", 0) for device in devices})
-    types = (AxisType.Auto,) * len(MESH_AXES)
-    if slices == 1:
-        return jax.make_mesh(
-            tuple(shape.values()), MESH_AXES, axis_types=types, devices=list(devices)
+    slices: dict[int, list[Any]] = {}
+    for device in devices:
+        slices.setdefault(getattr(device, "slice_index", 0), []).append(device)
+    outer = shape_over_slices(shape, len(slices))
+    inner = tuple(shape[axis] // outer[axis] for axis in MESH_AXES)
+    grids = np.array([_slice_grid(inner, slices[index]) for index in sorted(slices)])
+    # [slices, *inner] -> every axis over slices first, then within one
+    axes = len(MESH_AXES)
+    order = [place for axis in range(axes) for place in (axis, axes + axis)]
+    grid = grids.reshape(*outer.values(), *inner).transpose(order).reshape(*shape.values())
+    return Mesh(grid, MESH_AXES, axis_types=(AxisType.Auto,) * axes)
+
+
+def _slice_grid(shape: tuple[int, ...], devices: Sequence[Any]) -> np.ndarray[Any, Any]:
+    """The devices of one slice as a mesh of `shape`, which may split a dimension of its torus over axes."""
+    if len(devices) != math.prod(shape):
+        raise ValueError(
+            f"mesh: found a slice of {len(devices)} devices, expected {math.prod(shape)} in each"
         )
-    outer = shape_over_slices(shape, slices)
-    inner = [shape[axis] // outer[axis] for axis in MESH_AXES]
-    grid = mesh_utils.create_hybrid_device_mesh(inner, tuple(outer.values()), devices=devices)
-    return Mesh(grid, MESH_AXES, axis_types=types)
+    try:
+        return mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+    except (NotImplementedError, TypeError, ValueError):
+        # JAX takes the prime factors of lengths such as 20 and 28 to be 5 and 7 alone
+        return _split_torus(shape, devices)
+    except AssertionError:
+        raise ValueError(
+            f"mesh: the {len(devices)} devices are not a whole slice, expected all of its chips"
+        ) from None
+
+
+def _split_torus(shape: tuple[int, ...], devices: Sequence[Any]) -> np.ndarray[Any, Any]:
+    """A mesh of any shape: the last axis takes what it can of each dimension, then the one before it."""
+    coordinates = np.array([device.coords for device in devices])
+    remaining = np.ptp(coordinates, axis=0) + 1
+    parts = np.ones((len(remaining), len(shape)), int)
+    for axis in reversed(range(len(shape))):
+        size = shape[axis]
+        for dimension, length in enumerate(remaining):
+            part = math.gcd(size, length)
+            parts[dimension, axis] = part
+            size //= part
+            remaining[dimension] //= part
+    by_place = np.array(devices, object)[np.lexsort(coordinates.T[::-1])]
+    grid = by_place.reshape(parts.reshape(-1))  # [dimension 0's parts by axis, dimension 1's, ...]
+    by_axis = np.arange(parts.size).reshape(parts.shape).T.reshape(-1)
+    return grid.transpose(by_axis).reshape(shape)
 
 
 def shape_over_slices(shape: Mapping[str, int], slices: int) -> dict[str, int]:
