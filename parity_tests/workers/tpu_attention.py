@@ -6,12 +6,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.experimental import topologies
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from llama_jax import LlamaConfig, LlamaForCausalLM
 from llama_jax.attention.dispatch import attention
 from llama_jax.attention.masks import AttentionMask
+from train.hardware.topology import topology_devices
 
 # sizes of data, sequence and tensor; batch, seq, heads, kv heads, dim
 CASES = {
@@ -35,7 +35,7 @@ def kernels(mesh, function, *arguments) -> int:
 
 
 def main() -> None:
-    devices = topologies.get_topology_desc(platform="tpu", topology_name="v5p:2x2x1").devices
+    devices = topology_devices("v5p:2x2x1")
 
     def mesh_of(sizes):
         axes = ("data", "sequence", "tensor")

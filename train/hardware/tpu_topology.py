@@ -1,4 +1,4 @@
-"""TPUs you can compile for without having them: slices of Google Cloud by name, with their wraparound links."""
+"""TPUs you can compile for without having them: slices by name, and where they wrap around."""
 
 import importlib.util
 import math
@@ -24,10 +24,10 @@ _ENVIRONMENT = {
 }
 
 CHIPS_OF_HOST = (2, 2, 1)
-# chips of the largest slice by generation (Google Cloud's documentation, "TPU v4", "TPU v5p")
+# Chips of the largest slice of a generation, and the shapes of those that are flat: Google Cloud's
+# documentation, "TPU v4", "TPU v5p", "TPU v5e" and "TPU v6e".
 LARGEST_3D = {"v4": 4096, "v5p": 6144}
 GENERATIONS_2D = ("v5e", "v6e")
-# "TPU v5e", "TPU v6e"
 SHAPES_2D = ((1, 1), (2, 2), (2, 4), (4, 4), (4, 8), (8, 8), (8, 16), (16, 16))
 CUBE, RING_2D = 4, 16
 

@@ -1,8 +1,11 @@
 """The sizes of a mesh's axes."""
 
+import itertools
 import math
 import re
+from dataclasses import dataclass
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -74,3 +77,93 @@ def test_wrong_sizes(sizes: dict[str, int], message: str) -> None:
 
 def test_the_mesh_of_one_device() -> None:
     assert dict(make_mesh({"data": -1}).shape) == dict.fromkeys(NAMES, 1)
+
+
+@dataclass(frozen=True)
+class Chip:
+    """What the layout of a mesh asks of a JAX device."""
+
+    coords: tuple[int, int, int]
+    slice_index: int = 0
+    device_kind: str = "TPU v5"
+    core_on_chip: int = 0
+    platform: str = "tpu"
+    process_index: int = 0
+
+    @property
+    def id(self) -> tuple[int, ...]:
+        return (self.slice_index, *self.coords)
+
+
+def chips(lengths: tuple[int, int, int], slices: int = 1) -> list[Chip]:
+    places = itertools.product(*map(range, lengths))
+    return [Chip(place, index) for index, place in itertools.product(range(slices), places)]
+
+
+@pytest.mark.parametrize(
+    ("lengths", "sizes", "spans"),
+    [
+        ((4, 4, 4), {"fsdp": 64}, {"fsdp": [4, 4, 4]}),
+        ((4, 4, 4), {"fsdp": 16, "tensor": 4}, {"fsdp": [1, 4, 4], "tensor": [1, 1, 4]}),
+        ((8, 8, 8), {"fsdp": 128, "tensor": 4}, {"fsdp": [2, 8, 8], "tensor": [1, 1, 4]}),
+        ((8, 16, 16), {"fsdp": 256, "sequence": 8}, {"fsdp": [1, 16, 16], "sequence": [1, 1, 8]}),
+        # lengths whose factors JAX does not find
+        ((4, 4, 28), {"fsdp": 224, "tensor": 2}, {"fsdp": [2, 4, 28], "tensor": [1, 1, 2]}),
+        ((4, 4, 28), {"fsdp": 32, "tensor": 14}, {"fsdp": [2, 4, 4], "tensor": [1, 2, 7]}),
+        ((4, 4, 20), {"data": 32, "tensor": 10}, {"data": [2, 4, 4], "tensor": [1, 2, 5]}),
+    ],
+)
+def test_a_torus(
+    lengths: tuple[int, int, int], sizes: dict[str, int], spans: dict[str, list[int]]
+) -> None:
+    """Each axis spans a box of the torus: so many chips along its dimensions, in whichever order."""
+    mesh = make_mesh(sizes, chips(lengths))
+    assert {device.id for device in mesh.devices.flat} == {chip.id for chip in chips(lengths)}
+    for axis, span in spans.items():
+        along = np.moveaxis(mesh.devices, NAMES.index(axis), -1).reshape(-1, sizes[axis])
+        for group in along:
+            places = np.array([device.coords for device in group])
+            assert sorted(len(set(line)) for line in places.T.tolist()) == span, axis
+
+
+@pytest.mark.parametrize("sizes", [{"data": 2, "fsdp": 8}, {"fsdp": 16}, {"data": 4, "tensor": 4}])
+def test_slices(sizes: dict[str, int]) -> None:
+    """data spans the slices, or fsdp where there are no replicas; every other axis stays within one."""
+    mesh = make_mesh(sizes, chips((2, 2, 2), slices=2))
+    slices = np.vectorize(lambda chip: chip.slice_index)(mesh.devices)
+    assert sorted(chip.id for chip in mesh.devices.flat) == sorted(
+        chip.id for chip in chips((2, 2, 2), slices=2)
+    )
+    outer = "data" if "data" in sizes else "fsdp"
+    halves = np.split(slices, 2, axis=NAMES.index(outer))
+    assert [set(half.flat) for half in halves] == [{0}, {1}]
+
+
+def test_a_box_within_a_slice() -> None:
+    assert make_mesh({"data": 48}, chips((4, 4, 4))[:48]).devices.size == 48
+
+
+@pytest.mark.parametrize(
+    ("devices", "sizes", "message"),
+    [
+        (
+            chips((4, 4, 4))[:40],
+            {"data": 40},
+            "mesh: the 40 devices are not a whole slice, expected all of its chips",
+        ),
+        (
+            chips((2, 2, 2), slices=2),
+            {"sequence": 8, "tensor": 2},
+            "mesh: found data 1 and fsdp 1, expected their product to be divisible by 2 slices",
+        ),
+        (
+            chips((2, 2, 2), slices=2)[:12],
+            {"data": 12},
+            "mesh: found a slice of 8 devices, expected 6 in each",
+        ),
+    ],
+)
+def test_no_layout(devices: list[Chip], sizes: dict[str, int], message: str) -> None:
+    with pytest.raises(ValueError) as caught:
+        make_mesh(sizes, devices)
+    assert str(caught.value) == message
