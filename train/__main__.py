@@ -246,8 +246,8 @@ def _add_plan(program: Parser) -> None:
     parser.add_argument(
         "--topology",
         metavar="TEXT",
-        help="TPUs to compile for, such as v5p:4x4x4 or, two slices, 2xv6e:16x16 (needs libtpu: pip install "
-        "'.[plan]'), or GPUs, such as h100:8 or, on 64 hosts, h100:64x8 (needs make plan-gpu)",
+        help="TPUs to compile for, such as v5p:4x4x4 or, two slices, 2xv6e:16x16 (needs libtpu: pip "
+        "install '.[plan]'), or GPUs, such as h100:8 or, on 64 hosts, h100:64x8 (needs make plan-gpu)",
     )
     parser.add_argument(
         "--host-devices",
