@@ -92,6 +92,11 @@ def _parser() -> Parser:
         "with PyTorch on real tokens; --no-verify: compare nothing",
     )
     parser.add_argument(
+        "--adapter",
+        metavar="DIR",
+        help="merge this LoRA adapter of PEFT (a directory or a name on the Hub), rounding once",
+    )
+    parser.add_argument(
         "--push",
         metavar="OWNER/NAME",
         help="upload DST to this repository on the Hub; a new one is private",
@@ -136,6 +141,7 @@ def _convert(options: argparse.Namespace) -> int:
         tokenizer=not options.no_tokenizer,
         verify=options.verify is not False,
         logits=bool(options.verify),
+        adapter=options.adapter,
     )
     _print_plan(todo, say)
     if options.dry_run:
@@ -147,6 +153,11 @@ def _convert(options: argparse.Namespace) -> int:
         task = progress.add_task("writing, then comparing", total=total)
         report = run(todo, lambda count: progress.advance(task, count))
     _print_report(report, say)
+    if todo.rounding is not None and todo.rounding.error:
+        say.print(
+            f"rounding the merged weights to {todo.dtype or 'their dtypes'} changed them by "
+            f"{todo.rounding.relative:.1%} of what the adapter adds (rms)"
+        )
     if options.push is not None:
         address = push(
             report.destination, options.push, message=f"Converted from {todo.checkpoint.format}"

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from convert import record
+from convert.adapter import Rounding, with_adapter
 from convert.casting import Changes
 from convert.checkpoint import Checkpoint, dtype_name
 from convert.companions import tokenizer_facts
@@ -43,6 +44,8 @@ class Plan:
     max_shard_size: int
     verify: bool
     logits: bool
+    rounding: Rounding | None = None
+    """Of the adapter's merge, counted while it runs."""
 
     @property
     def notes(self) -> list[str]:
@@ -94,6 +97,7 @@ def plan(
     tokenizer: bool = True,
     verify: bool = True,
     logits: bool = False,
+    adapter: str | os.PathLike[str] | None = None,
 ) -> Plan:
     """Check a conversion as far as that can be done before it begins. For the arguments see `convert`.
 
@@ -139,6 +143,12 @@ def plan(
     chosen = dtype or checkpoint.dtype
     if dtype is None and chosen not in target_format.dtypes:
         chosen = None
+    rounding = None
+    if adapter is not None:
+        if logits:
+            raise ValueError("logits: cannot be compared with PyTorch's while an adapter is merged")
+        directory = local_path(os.fspath(adapter))
+        checkpoint, rounding = with_adapter(checkpoint, directory, chosen, tokenizer=tokenizer)
     result = Plan(
         source=path,
         checkpoint=checkpoint,
@@ -149,6 +159,7 @@ def plan(
         max_shard_size=max_shard_size or DEFAULT_SHARD,
         verify=verify,
         logits=logits,
+        rounding=rounding,
     )
     needed = result.bytes_to_write + _SPARE + sum(map(len, checkpoint.files.values()))
     free = shutil.disk_usage(target.parent).free
@@ -213,6 +224,7 @@ def convert(
     tokenizer: bool = True,
     verify: bool = True,
     logits: bool = False,
+    adapter: str | os.PathLike[str] | None = None,
 ) -> Path:
     """Convert the Llama at `source`, of any known format, into `destination` and return its path.
 
@@ -227,6 +239,7 @@ def convert(
         tokenizer: whether to convert it too; if not, errors in it do not matter.
         verify: read the output back and compare every tensor before it is renamed into place.
         logits: compare logits with PyTorch's as well, which needs torch and memory for three models.
+        adapter: a PEFT directory with a LoRA adapter to merge, in float32.
 
     Raises:
         ValueError: a mistake that you can correct, in one line; see `plan` and `run`.
@@ -244,6 +257,7 @@ def convert(
         tokenizer=tokenizer,
         verify=verify,
         logits=logits,
+        adapter=adapter,
     )
     return run(todo).destination
 

@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+from llama_jax.checkpoints.huggingface import with_adapter
 from llama_jax.checkpoints.orbax import is_orbax, load_orbax, locate
 from llama_jax.config import LlamaConfig
 from llama_jax.files.foreign_weights import describe
@@ -12,12 +13,15 @@ from llama_jax.models.causal_lm import LlamaForCausalLM
 from llama_jax.text.companions import tokenizer_home
 
 
-def load_model(directory: str | Path, dtype: Any = None) -> LlamaForCausalLM:
+def load_model(
+    directory: str | Path, dtype: Any = None, *, adapter: str | Path | None = None
+) -> LlamaForCausalLM:
     """Load a model from a Hugging Face directory, an Orbax directory, a training run or the Hub.
 
     Args:
         directory: or a name on the Hub, "owner/name" or "owner/name@revision".
         dtype: of the weights; None and "auto" keep the stored one.
+        adapter: directory, or name on the Hub, of a LoRA adapter of PEFT to merge into the model.
 
     Raises:
         ValueError: anything else; the message says what it is and what to do.
@@ -34,9 +38,11 @@ def load_model(directory: str | Path, dtype: Any = None) -> LlamaForCausalLM:
     directory = _readable(directory)
     if is_orbax(directory):
         model = load_orbax(LlamaForCausalLM, directory, dtype)
+        if adapter is not None:
+            model = with_adapter(model, model.config, local_path(adapter))
         model.generation_config = read_generation_config(_home(directory), model.config)
         return model
-    return LlamaForCausalLM.from_pretrained(directory, dtype=dtype)
+    return LlamaForCausalLM.from_pretrained(directory, dtype=dtype, adapter=adapter)
 
 
 def load_config(directory: str | Path) -> LlamaConfig:

@@ -14,6 +14,13 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Key
 
+from llama_jax.checkpoints.adapter import (
+    adapted_config,
+    compare_with_base,
+    merge,
+    open_adapter,
+    source_of,
+)
 from llama_jax.checkpoints.match import Model, abstract_model, compare_shapes, match_checkpoint
 from llama_jax.checkpoints.names import ParamPath, ParamSlice, flat_params, name_table
 from llama_jax.checkpoints.safetensors_read import CODE_DTYPES, read_slice, read_tensor
@@ -132,6 +139,52 @@ def load(
     return _merge(match.abstract, buffers)
 
 
+def with_adapter(model: Model, base: LlamaConfig, directory: Path) -> Model:
+    """The model with a LoRA adapter of PEFT merged into it, in float32 and rounded once to its dtype.
+
+    Parameters that the adapter leaves alone are shared with `model`.
+
+    Args:
+        base: the model's config.
+        directory: with adapter_config.json and adapter_model.safetensors.
+
+    Raises:
+        ValueError: a quantized model; an adapter that is damaged, cannot be merged, or is for another
+            model.
+    """
+    if quantization_of(model) is not None:
+        raise ValueError("adapter: found quantized weights, expected unquantized ones")
+    adapter = open_adapter(directory)
+    leaves, table = flat_params(model), name_table(model)
+    dtype = jax.tree.leaves(leaves)[0].dtype
+    abstract = abstract_model(type(model), adapted_config(adapter, base), dtype)
+    merged, new_leaves = name_table(abstract), flat_params(abstract)
+    shapes, new_shapes = (
+        {name: _shape_of(params, target) for name, target in each.items()}
+        for params, each in ((leaves, table), (new_leaves, merged))
+    )
+    if problems := compare_with_base(adapter, shapes, new_shapes):
+        raise ValueError(summarize(f"{directory}: is for another base model", problems))
+    names: dict[ParamPath, list[str]] = {}
+    for name, target in merged.items():
+        names.setdefault(target.path, []).append(name)
+    buffers: dict[ParamPath, Any] = {}
+    for path, new in new_leaves.items():
+        if path in leaves and not any(name in adapter.updates for name in names[path]):
+            buffers[path] = leaves[path]
+            continue
+        buffers[path] = _aligned(new.shape, new.dtype)
+        for name in names[path]:
+            source = source_of(name, adapter, base)
+            values = None if source is None else np.asarray(_slice_of(leaves, table[source]))
+            if update := adapter.updates.get(name):
+                values = merge(update, values)
+            _slice_of(buffers, merged[name])[...] = (
+                0 if values is None else values.astype(new.dtype)
+            )
+    return _merge(abstract, buffers)
+
+
 def load_params(
     model_class: Callable[..., nnx.Module], directory: str | Path, params: dict[str, Any]
 ) -> dict[str, Any]:
@@ -242,8 +295,8 @@ def ignored_notes(config: LlamaConfig, directory: Path) -> list[str]:
         notes.append(f"config.json: {shown} ignored, as transformers' Llama does")
     if (directory / ADAPTER_CONFIG).exists():
         notes.append(
-            f"{ADAPTER_CONFIG}: the PEFT adapter beside the weights is not applied; to apply it, load both "
-            "with peft, then merge_and_unload() and save_pretrained(NEW_DIR)"
+            f"{ADAPTER_CONFIG}: the PEFT adapter beside the weights is not applied; to apply it, load with "
+            f"adapter={str(directory)!r} or convert with --adapter {directory}"
         )
     return notes
 
@@ -284,7 +337,12 @@ def _aligned(shape: tuple[int, ...], dtype: np.dtype[Any]) -> np.ndarray:
     return raw[start : start + nbytes].view(dtype).reshape(shape)
 
 
-def _slice_of(buffers: dict[ParamPath, np.ndarray], target: ParamSlice) -> np.ndarray:
+def _shape_of(params: Mapping[ParamPath, Any], target: ParamSlice) -> tuple[int, ...]:
+    shape: tuple[int, ...] = tuple(params[target.path].shape)
+    return shape if target.layer is None else shape[1:]
+
+
+def _slice_of(buffers: Mapping[ParamPath, Any], target: ParamSlice) -> Any:
     stack = buffers[target.path]
     return stack if target.layer is None else stack[target.layer]
 
@@ -294,7 +352,7 @@ def _require_no_problems(problems: list[str], directory: Path) -> None:
         raise ValueError(summarize(f"{directory}: {len(problems)} problems", problems))
 
 
-def _merge(abstract: Model, buffers: dict[ParamPath, np.ndarray]) -> Model:
+def _merge(abstract: Model, buffers: dict[ParamPath, Any]) -> Model:
     graphdef, state = nnx.split(abstract)
     flat = nnx.to_flat_state(state)
     filled = [

@@ -122,9 +122,8 @@ def _adapter(path: Path) -> str:
         pass
     of = f" for {base}" if isinstance(base, str) and base else ""
     return (
-        f"a PEFT adapter{of}, not a complete model; merge the two with peft: "
-        f"AutoPeftModelForCausalLM.from_pretrained({str(path)!r}).merge_and_unload()"
-        ".save_pretrained(NEW_DIR)"
+        f"a PEFT adapter{of}, not a complete model; load the model with adapter={str(path)!r}, or merge "
+        f"the two, {_CONVERT} MODEL NEW_DIR --adapter {path}"
     )
 
 

@@ -24,6 +24,7 @@ class PretrainedModel(nnx.Module):
         dtype: Any = None,
         *,
         torch_dtype: Any = None,
+        adapter: str | Path | None = None,
         rngs: nnx.Rngs | None = None,
         **config_changes: Any,
     ) -> Self:
@@ -38,6 +39,7 @@ class PretrainedModel(nnx.Module):
             dtype: of the weights: a dtype of JAX or torch, or its name; None and "auto" keep the
                 stored one.
             torch_dtype: transformers' old name for `dtype`.
+            adapter: directory, or name on the Hub, of a LoRA adapter of PEFT to merge into the model.
             rngs: seeds for task-head weights that the checkpoint lacks; default: `nnx.Rngs(0)`.
             config_changes: fields of config.json to override, such as `num_labels`.
 
@@ -56,6 +58,8 @@ class PretrainedModel(nnx.Module):
         directory = local_path(directory)
         config = LlamaConfig.from_pretrained(directory, **config_changes)
         model = huggingface.load(cls, config, directory, dtype, rngs)
+        if adapter is not None:
+            model = huggingface.with_adapter(model, config, local_path(adapter))
         model._read_json_files(directory)
         return model
 

@@ -219,7 +219,7 @@ DIRECTORIES = [
         {"adapter_config.json": '{"base_model_name_or_path": "org/base"}'},
         "PEFT adapter for org/base",
     ),
-    ({"adapter_config.json": "[]", "adapter_model.safetensors": ""}, "merge_and_unload"),
+    ({"adapter_config.json": "[]", "adapter_model.safetensors": ""}, "--adapter"),
     ({"pytorch_model.bin": "", "config.json": "{}"}, "python -m convert"),
     ({"flax_model.msgpack": ""}, "Flax weights"),
     ({"tf_model.h5": ""}, "TensorFlow weights"),
