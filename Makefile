@@ -3,7 +3,7 @@ PYTHON ?= python3
 WORKERS ?= 2
 BIN := .venv/bin
 
-.PHONY: install demo test test-all lint format docs bench clean
+.PHONY: install plan-gpu demo test test-all lint format docs bench clean
 
 install: .venv/installed
 
@@ -13,6 +13,12 @@ install: .venv/installed
 	$(BIN)/python -m pip install --disable-pip-version-check --quiet --constraint constraints.txt --editable '.[dev]'
 	touch $@
 
+# XLA's compiler for NVIDIA GPUs, for `python -m train plan --topology h100:8`; needs no GPU
+plan-gpu: install
+	$(BIN)/python -m pip install --disable-pip-version-check --quiet --no-deps --upgrade --target .venv/gpu-compiler \
+	  jax-cuda12-pjrt==$$($(BIN)/python -c 'from importlib.metadata import version; print(version("jax"))') \
+	  nvidia-cuda-nvcc-cu12==12.9.86
+
 demo: install
 	$(BIN)/python -m examples.demo.convert_and_compare
 	$(BIN)/python -m examples.demo.pretrain
@@ -20,7 +26,7 @@ demo: install
 test: install
 	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -m 'not slow and not checkpoint'
 
-# also compiles for TPUs if libtpu is installed: pip install '.[plan]'
+# also compiles for TPUs if libtpu is installed (pip install '.[plan]'), and for GPUs after `make plan-gpu`
 test-all: install
 	$(BIN)/python -m parity_tests.harness.demo_checkpoint
 	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile

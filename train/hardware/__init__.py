@@ -1,6 +1,7 @@
 """Hardware: data sheets, topologies, and what a program asks of them.
 
 `chips` has the data sheets and measures a CPU's peak, `gpus` what XLA has to know of a GPU; `topology` has
-devices to compile for, from `tpu_topology` and `gpu_topology`; `flops` counts a traced program's matmuls,
-`collectives` a compiled program's communication, as `hlo` reads it; `roofline` bounds its time.
+devices to compile for, from `tpu_topology` and `gpu_topology`, whose compiler `gpu_compiler` finds; `flops`
+counts a traced program's matmuls, `collectives` a compiled program's communication, as `hlo` reads it;
+`roofline` bounds its time.
 """

@@ -1,22 +1,18 @@
-"""NVIDIA GPUs you can compile for without having them: XLA's CUDA compiler and what it is told of a GPU."""
+"""NVIDIA GPUs you can compile for without having them, and what XLA is told of them."""
 
-import importlib.metadata
-import logging
 import os
 import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import jax
 
 from llama_jax.formatting import first_line
+from train.hardware.gpu_compiler import use_gpu_compiler
 from train.hardware.gpus import GPUS, GpuModel
 
-# Beside the environment's own packages, not among them: in there, every start of JAX would try to use it.
-COMPILER_FOLDER = Path(sys.prefix) / "gpu-compiler"
 CUDA_RUNTIME, CUDNN = (12, 8), (9, 10)
 
 
@@ -50,20 +46,12 @@ def gpu_devices(gpu: GpuModel, hosts: int, gpus_per_host: int) -> list[Any]:
     To be called before JAX has looked for devices: it settles on the CPU, which is what compiles.
 
     Raises:
-        ValueError: the compiler is not there, or is of another version than JAX.
+        ValueError: as `use_gpu_compiler`; XLA refuses the topology.
     """
-    _require_compiler()
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    use_gpu_compiler()
     jax.config.update("jax_platforms", "cpu")
-    sys.path.append(str(COMPILER_FOLDER))
-    nvcc = COMPILER_FOLDER / "nvidia" / "cuda_nvcc"
-    os.environ["PATH"] = f"{nvcc / 'bin'}{os.pathsep}{os.environ.get('PATH', '')}"
-    os.environ["XLA_FLAGS"] = (
-        f"{os.environ.get('XLA_FLAGS', '')} --xla_gpu_cuda_data_dir={nvcc}".strip()
-    )
     from jax.experimental import topologies
 
-    logging.getLogger("jax_plugins.xla_cuda12").setLevel(logging.CRITICAL)
     try:
         with _without_stderr():  # says that there is no driver
             topology = topologies.get_topology_desc(
@@ -91,29 +79,6 @@ def _without_stderr() -> Iterator[None]:
         os.dup2(kept, 2)
         os.close(kept)
         os.close(nothing)
-
-
-def _require_compiler() -> None:
-    jax_version = importlib.metadata.version("jax")
-    installed = {
-        each.metadata["Name"]: each.version
-        for each in importlib.metadata.distributions(path=[str(COMPILER_FOLDER)])
-    }
-    version = installed.get("jax-cuda12-pjrt")
-    if version is None:
-        state = "is not installed"
-    elif version != jax_version:
-        state = f"is version {version}, not JAX's {jax_version}"
-    elif "nvidia-cuda-nvcc-cu12" not in installed:
-        state = "lacks nvidia-cuda-nvcc-cu12"
-    else:
-        state = None
-    if state is not None:
-        raise ValueError(
-            f"topology: the compiler for NVIDIA GPUs {state}: make plan-gpu (or python -m pip install "
-            f"--no-deps --upgrade --target {COMPILER_FOLDER} jax-cuda12-pjrt=={jax_version} "
-            "nvidia-cuda-nvcc-cu12)"
-        )
 
 
 def target_config(gpu: GpuModel) -> str:
