@@ -35,7 +35,7 @@ CUBE, RING_2D = 4, 16
 class Slices(NamedTuple):
     """Slices of one shape: their number, the generation of their TPUs, chips along each dimension."""
 
-    count: int
+    number: int
     generation: str
     shape: tuple[int, ...]
     twisted: bool = False
@@ -62,7 +62,7 @@ def parse_tpu_topology(text: str) -> Slices:
         )
     shape = tuple(map(int, match[3].split("x")))
     slices = Slices(int(match[1] or 1), match[2], shape, match[4] is not None)
-    if slices.count < 1:
+    if slices.number < 1:
         raise ValueError(f"topology: found {text!r}, expected at least one slice")
     expected = _expected_shape(slices)
     if expected is not None:
@@ -119,7 +119,7 @@ def tpu_devices(slices: Slices) -> list[Any]:
 
     shape = (*slices.shape, 1)[:3]
     wrap = (*wraparound(slices.generation, slices.shape), False)[:3]
-    options: dict[str, Any] = {"num_slices": slices.count} if slices.count > 1 else {}
+    options: dict[str, Any] = {"num_slices": slices.number} if slices.number > 1 else {}
     if slices.generation in LARGEST_3D:
         options["chip_config_name"] = "megacore"  # both cores of a chip as one device
     try:
