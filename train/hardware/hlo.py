@@ -30,8 +30,8 @@ class Computation(NamedTuple):
 class Execution(NamedTuple):
     """An instruction that runs `times` times, in its place in the schedule.
 
-    scheduled, at: where the instruction stands or, if it is what an asynchronous instruction runs, where
-        that one does.
+    scheduled, at: where the instruction stands or, if it is what a fusion or an asynchronous instruction
+        runs, where that one does.
     """
 
     computation: Computation
@@ -88,7 +88,8 @@ def executed(program: dict[str, Computation]) -> Iterator[Execution]:
             if instruction.opcode.endswith(("-done", "-update")):
                 continue  # its -start has been counted
             repeats = _trip_count(program, instruction) if instruction.opcode == "while" else 1
-            inner = place if instruction.opcode.endswith("-start") else start
+            opaque = instruction.opcode == "fusion" or instruction.opcode.endswith("-start")
+            inner = place if opaque else start
             for called in called_by(instruction):
                 if called in program:
                     yield from visit(called, times * repeats, inner)
