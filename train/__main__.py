@@ -7,6 +7,7 @@ if __name__ == "__main__":
 
 import argparse
 import logging
+import os
 import sys
 import time
 from collections.abc import Sequence
@@ -275,6 +276,9 @@ def _add_plan(program: Parser) -> None:
 
 
 def _plan(arguments: argparse.Namespace) -> None:
+    # XLA reads this when JAX is loaded; it warns of shardings that nobody can choose here
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+
     from train.plan.command import run_plan
 
     run_plan(

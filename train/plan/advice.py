@@ -8,7 +8,7 @@ from llama_jax.config import LlamaConfig
 from llama_jax.numerics.remat import Remat
 from train.options import RunOptions
 from train.plan.compiled import Plan
-from train.plan.estimate import Model, estimate, measure
+from train.plan.estimate import Estimate, Model, estimate, measure
 
 
 def advice(plan: Plan, options: RunOptions, config: LlamaConfig) -> list[str]:
@@ -23,18 +23,44 @@ def advice(plan: Plan, options: RunOptions, config: LlamaConfig) -> list[str]:
     assert limits is not None
     if limits.links > limits.compute:
         ratio = limits.links / limits.compute
-        rows = math.ceil(plan.batch_size / plan.micro_batches * ratio)
-        remedy = (
-            f"a smaller --mesh.tensor than {plan.mesh['tensor']} sends less"
-            if plan.mesh["tensor"] > 1
-            else f"traffic hardly depends on the rows, so {rows} rows in a micro-batch would balance them"
-        )
+        remedy = _to_send_less(plan, options, measured) or _to_balance(plan, ratio)
         return [f"communication takes {ratio:.1f} x the time of the matmuls; {remedy}"]
     if plan.remat == "full":
         largest_factor = int(limits.compute / limits.links) if limits.links else 1
         free = chip.usable_memory - plan.peak
         return _to_recompute_less(plan, options, measured, free, max(largest_factor, 1))
     return []
+
+
+def _to_send_less(plan: Plan, options: RunOptions, measured: Model) -> str | None:
+    """A mesh that takes less time for communication and fits, or None."""
+    if plan.mesh["tensor"] > 1:
+        return f"a smaller --mesh.tensor than {plan.mesh['tensor']} sends less"
+    chip = plan.chip
+    assert chip is not None
+
+    def cost(replicas: int) -> Estimate:
+        sizes = {**plan.mesh, "data": plan.mesh["data"] * replicas}
+        sizes["fsdp"] //= replicas
+        return estimate(options, measured, sizes, chip, plan.devices // plan.hosts)
+
+    # replicas of the model on parts of the hosts: then weights are gathered from fewer of them
+    now, free = cost(1), chip.usable_memory - plan.peak
+    costs = {n: cost(n) for n in _divisors(plan.hosts) if plan.mesh["fsdp"] % n == 0}
+    fitting = [n for n in costs if costs[n].peak - now.peak <= free]
+    best = min(fitting, key=lambda n: costs[n].links)
+    if best == 1:
+        return None
+    return (
+        f"--mesh.data {plan.mesh['data'] * best} --mesh.fsdp {plan.mesh['fsdp'] // best} would take about "
+        f"{costs[best].links / now.links:.0%} of its time"
+    )
+
+
+def _to_balance(plan: Plan, ratio: float) -> str:
+    shards = plan.mesh["data"] * plan.mesh["fsdp"]
+    rows = math.ceil(plan.batch_size / plan.micro_batches * ratio / shards) * shards
+    return f"traffic hardly depends on the rows, so {rows} rows in a micro-batch would balance them"
 
 
 def _to_recompute_less(

@@ -23,6 +23,7 @@ from train.hardware.flops import matmul_flops
 from train.hardware.roofline import Roofline, roofline
 from train.options import RunOptions
 from train.program.build import attention_choice, run_program
+from train.program.mesh import count_slices
 
 
 class Memory(NamedTuple):
@@ -50,6 +51,7 @@ class Plan:
     peak: the most memory in use at any time, as XLA reports it; on a CPU, where XLA leaves temporaries
         out, the sum of arguments, new outputs and temporaries; where XLA refuses to compile, what it says
         it would need.
+    hosts: groups of devices that are linked to each other: hosts of GPUs, slices of TPUs.
     attention, attention_reason: the implementation, and why it is not a faster one.
     refused: XLA's message if it refused to compile; memory and collectives are then unknown.
     flops_per_token: of the model: 3 x `forward_flops_per_token`. counted_flops_per_token: of every
@@ -65,6 +67,7 @@ class Plan:
     compute_dtype: str
     device_kind: str
     devices: int
+    hosts: int
     attention: str
     attention_reason: str | None
     flops_per_token: float
@@ -86,7 +89,7 @@ def make_plan(options: RunOptions, config: LlamaConfig, devices: Sequence[Any]) 
         options: with `model.compute_dtype` filled in.
 
     Raises:
-        ValueError: as `run_program`.
+        ValueError: as `run_program`; XLA cannot compile the step, for another reason than its size.
     """
     program = run_program(options, config, devices)
     dtype, ids = jnp.dtype(options.model.compute_dtype), program.batch.input_ids
@@ -100,6 +103,10 @@ def make_plan(options: RunOptions, config: LlamaConfig, devices: Sequence[Any]) 
             compiled = traced.lower().compile()
         except jax.errors.JaxRuntimeError as error:
             refused = _one_line(str(error))
+            if devices[0].platform == "gpu":  # where XLA does not look at the size of the memory
+                raise ValueError(
+                    f"XLA cannot compile this step for {devices[0].device_kind}: {refused}"
+                ) from None
         seconds = time.perf_counter() - begin
     tokens = options.batch_size * options.sequence_length
     length, sequence_shards = options.sequence_length, program.mesh.shape["sequence"]
@@ -151,6 +158,7 @@ def make_plan(options: RunOptions, config: LlamaConfig, devices: Sequence[Any]) 
         compute_dtype=str(options.model.compute_dtype),
         device_kind=kind,
         devices=len(devices),
+        hosts=count_slices(devices),
         attention=attention.implementation,
         attention_reason=attention.reason,
         flops_per_token=model_flops,

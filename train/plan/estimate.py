@@ -62,6 +62,7 @@ class Setting(NamedTuple):
     parameter_bytes, compute_bytes: of one number in the parameters' and the computation's dtype.
     parameter_shards: parts that the parameters are split into, over fsdp, sequence and tensor.
     tokens: of a step, on one device; with tensor parallelism, of the device's tensor group.
+    linked: devices of a host, beyond which there is a network; None where all are linked.
     """
 
     config: LlamaConfig
@@ -75,6 +76,7 @@ class Setting(NamedTuple):
     tensor: int
     parameter_shards: int
     tokens: float
+    linked: int | None = None
 
 
 def measure(config: LlamaConfig, sequence_length: int) -> Model:
@@ -84,7 +86,11 @@ def measure(config: LlamaConfig, sequence_length: int) -> Model:
 
 
 def estimate(
-    options: RunOptions, model: Model, sizes: Mapping[str, int], chip: Chip | None
+    options: RunOptions,
+    model: Model,
+    sizes: Mapping[str, int],
+    chip: Chip | None,
+    linked: int | None = None,
 ) -> Estimate:
     """The cost of one configuration.
 
@@ -92,6 +98,7 @@ def estimate(
         options: with `model.compute_dtype` filled in.
         sizes: of the mesh's axes.
         chip: None stands for `DEFAULT_CHIP`.
+        linked: devices of a host, where hosts are connected by a network.
     """
     chip = chip or DEFAULT_CHIP
     devices = math.prod(sizes.values())
@@ -108,27 +115,45 @@ def estimate(
         tensor=sizes["tensor"],
         parameter_shards=sizes["fsdp"] * sizes["sequence"] * sizes["tensor"],
         tokens=step_tokens * sizes["tensor"] / devices,
+        linked=linked,
     )
     flops = (_forward_passes(setting.remat) + 2) * model.forward_flops * step_tokens
-    sent = (
-        weight_traffic(setting)
-        + tensor_parallel_traffic(setting)
-        + sequence_parallel_traffic(setting)
-        + data_parallel_traffic(setting)
-    )
     return Estimate(
         state=state_bytes(setting),
         gradients=gradient_bytes(setting),
         activations=activation_bytes(setting),
         head=head_bytes(setting),
         compute=flops / devices / chip.flops,
-        links=sent / chip.link_bandwidth,
+        links=link_seconds(setting, chip),
     )
 
 
 def _forward_passes(remat: Remat) -> int:
     """With "full" the backward pass repeats the forward pass; it costs two forward passes by itself."""
     return 2 if remat == "full" else 1
+
+
+def link_seconds(setting: Setting, chip: Chip) -> float:
+    """Seconds on the links, or on the network between hosts: the longer of the two.
+
+    Devices next to each other are those of a tensor group, then of sequence, fsdp and data.
+    """
+    # bytes, the size of the groups that exchange them, and how far apart a group's devices are
+    traffic = (
+        (tensor_parallel_traffic(setting), setting.tensor, 1),
+        (sequence_parallel_traffic(setting), setting.sequence, setting.tensor),
+        (weight_traffic(setting), setting.parameter_shards // setting.tensor, setting.tensor),
+        (data_parallel_traffic(setting), setting.data, setting.parameter_shards),
+    )
+    seconds = sum(sent for sent, *_ in traffic) / chip.link_bandwidth
+    if setting.linked is None or chip.network_bandwidth is None:
+        return seconds
+    between_hosts = 0.0
+    for sent, size, apart in traffic:
+        neighbors = max(setting.linked // apart, 1)  # of a group, on one host
+        if size > neighbors:
+            between_hosts += sent / neighbors
+    return max(seconds, between_hosts / chip.network_bandwidth)
 
 
 def state_bytes(setting: Setting) -> float:

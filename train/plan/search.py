@@ -13,6 +13,7 @@ from train.hardware.chips import CHIPS
 from train.options import MeshOptions, RunOptions
 from train.plan.compiled import Plan, make_plan
 from train.plan.estimate import estimate, measure
+from train.program.mesh import count_slices, spans_slices
 
 # Larger tensor axes leave few heads to a device and make the all-reduces expensive; larger sequence axes
 # make the shards of a row short.
@@ -63,19 +64,26 @@ def candidates(
     chip = CHIPS.get(devices[0].device_kind)
     memory = math.inf if chip is None else chip.usable_memory
     measured = measure(config, options.sequence_length)
+    linked = len(devices) // count_slices(devices)
     ranked = []
-    for sizes in meshes(options, config, len(devices)):
+    for sizes in meshes(options, config, len(devices), linked):
         for remat in get_args(Remat):
             model = replace(options.model, remat=remat)
             candidate = replace(options, model=model, mesh=MeshOptions(**sizes))
-            cost = estimate(candidate, measured, sizes, chip)
+            cost = estimate(candidate, measured, sizes, chip, linked)
             times = max(cost.compute, cost.links), cost.compute + cost.links
             ranked.append((max(cost.peak / memory, 1.0), *times, candidate))
     return [candidate for *_, candidate in sorted(ranked, key=lambda entry: entry[:3])]
 
 
-def meshes(options: RunOptions, config: LlamaConfig, count: int) -> Iterator[dict[str, int]]:
-    """Sizes of all axes that multiply to `count` and divide batch, sequence and heads."""
+def meshes(
+    options: RunOptions, config: LlamaConfig, count: int, linked: int
+) -> Iterator[dict[str, int]]:
+    """Sizes of all axes that multiply to `count` and divide batch, sequence and heads.
+
+    Args:
+        linked: devices of a slice or host, which tensor and sequence axes must not leave.
+    """
     rows = options.batch_size // options.micro_batches
     divisors = [n for n in range(1, count + 1) if count % n == 0]
     tensors = [n for n in divisors if n <= LARGEST_TENSOR and config.num_attention_heads % n == 0]
@@ -87,6 +95,8 @@ def meshes(options: RunOptions, config: LlamaConfig, count: int) -> Iterator[dic
     for tensor, sequence, data in itertools.product(tensors, sequences, divisors):
         if count % (tensor * sequence * data) == 0 and rows % (count // (tensor * sequence)) == 0:
             fsdp = count // (tensor * sequence * data)
+            if not spans_slices({"data": data, "fsdp": fsdp}, count // linked):
+                continue
             sizes = MeshOptions(data=data, fsdp=fsdp, sequence=sequence, tensor=tensor)
             yield dataclasses.asdict(sizes)
 

@@ -33,10 +33,10 @@ def show_plan(console: Console, plan: Plan, advice: Sequence[str]) -> None:
     console.print(table)
 
     if plan.collectives:
-        columns = ["kind", "count", "asynchronous", "arrays", "sent", "exposed"]
+        columns = ["kind", "count", "async", "arrays", "sent", "exposed"]
         network = plan.chip is not None and plan.chip.network_bandwidth is not None
         if network:
-            columns.append("between hosts")
+            columns.append("to other hosts")
         sends = _table("collectives of a step, one device", *columns)
         for collective in plan.collectives:
             row = [

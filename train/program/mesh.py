@@ -50,9 +50,9 @@ def in_words(sizes: Mapping[str, int]) -> str:
 def make_mesh(sizes: Mapping[str, int], devices: Sequence[Any] | None = None) -> Mesh:
     """A mesh over `devices` (default: all devices of all processes), laid out for the hardware's links.
 
-    Links between TPU slices (or GPU hosts that report a slice) are slow, so the data axis is the first to
-    span slices, then fsdp; the other axes stay within a slice. Axis types are Auto: the compiler shards
-    what is not constrained.
+    Links between TPU slices, or between GPU hosts, are slow, so the data axis is the first to span them,
+    then fsdp; the other axes stay within one. Axis types are Auto: the compiler shards what is not
+    constrained.
 
     A dimension of the torus may be split over several axes, each of which then has a part of its links.
 
@@ -64,7 +64,7 @@ def make_mesh(sizes: Mapping[str, int], devices: Sequence[Any] | None = None) ->
     shape = mesh_shape(sizes, len(devices))
     slices: dict[int, list[Any]] = {}
     for device in devices:
-        slices.setdefault(getattr(device, "slice_index", 0), []).append(device)
+        slices.setdefault(_slice_of(device), []).append(device)
     outer = shape_over_slices(shape, len(slices))
     inner = tuple(shape[axis] // outer[axis] for axis in MESH_AXES)
     grids = np.array([_slice_grid(inner, slices[index]) for index in sorted(slices)])
@@ -73,6 +73,19 @@ def make_mesh(sizes: Mapping[str, int], devices: Sequence[Any] | None = None) ->
     order = [place for axis in range(axes) for place in (axis, axes + axis)]
     grid = grids.reshape(*outer.values(), *inner).transpose(order).reshape(*shape.values())
     return Mesh(grid, MESH_AXES, axis_types=(AxisType.Auto,) * axes)
+
+
+def count_slices(devices: Sequence[Any]) -> int:
+    """How many slices of TPUs, or hosts of GPUs, the devices are of."""
+    return len({_slice_of(device) for device in devices})
+
+
+def _slice_of(device: Any) -> int:
+    """Where devices are linked to each other: a slice of TPUs, a host of GPUs."""
+    if device.platform == "gpu" and device.client.runtime_type == "compile_only_runtime":
+        # JAX gives the GPUs of each host a slice of their own, but not to GPUs of a described topology
+        return int(device.process_index)
+    return getattr(device, "slice_index", 0)
 
 
 def _slice_grid(shape: tuple[int, ...], devices: Sequence[Any]) -> np.ndarray[Any, Any]:
@@ -119,9 +132,15 @@ def shape_over_slices(shape: Mapping[str, int], slices: int) -> dict[str, int]:
     outer = dict.fromkeys(shape, 1)
     outer["data"] = math.gcd(shape["data"], slices)
     outer["fsdp"] = math.gcd(shape["fsdp"], slices // outer["data"])
-    if outer["data"] * outer["fsdp"] != slices:
+    if not spans_slices(shape, slices):
         raise ValueError(
             f"mesh: found data {shape['data']} and fsdp {shape['fsdp']}, expected their product to be "
-            f"divisible by {slices} slices"
+            f"divisible by {slices} slices (of GPUs: hosts)"
         )
     return outer
+
+
+def spans_slices(shape: Mapping[str, int], slices: int) -> bool:
+    """Whether the data and fsdp axes together can be laid over `slices`, as `shape_over_slices` does."""
+    data = math.gcd(shape["data"], slices)
+    return math.gcd(shape["fsdp"], slices // data) * data == slices

@@ -97,6 +97,7 @@ def a_plan(peak: float, links: float = 1.0, **changes: Any) -> tuple[Plan, RunOp
         compute_dtype="bfloat16",
         device_kind="TPU v5",
         devices=64,
+        hosts=1,
         attention="splash",
         attention_reason=None,
         flops_per_token=3.0,

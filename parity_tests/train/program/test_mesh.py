@@ -154,7 +154,8 @@ def test_a_box_within_a_slice() -> None:
         (
             chips((2, 2, 2), slices=2),
             {"sequence": 8, "tensor": 2},
-            "mesh: found data 1 and fsdp 1, expected their product to be divisible by 2 slices",
+            "mesh: found data 1 and fsdp 1, expected their product to be divisible by 2 slices "
+            "(of GPUs: hosts)",
         ),
         (
             chips((2, 2, 2), slices=2)[:12],
