@@ -36,7 +36,7 @@ def show_plan(console: Console, plan: Plan, advice: Sequence[str]) -> None:
         columns = ["kind", "count", "async", "arrays", "sent", "exposed"]
         network = plan.chip is not None and plan.chip.network_bandwidth is not None
         if network:
-            columns.append("to other hosts")
+            columns.append("network")
         sends = _table("collectives of a step, one device", *columns)
         for collective in plan.collectives:
             row = [
