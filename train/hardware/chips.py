@@ -14,8 +14,8 @@ class Chip(NamedTuple):
     """Of one JAX device: bfloat16 FLOPs/s, bytes of memory, bytes/s of memory and of links.
 
     link_bandwidth: of all links to other chips together, in one direction; of a GPU, NVLink's.
-    network_bandwidth: of a GPU's share of the network cards of its host, in one direction; None where all
-        chips are linked.
+    network_bandwidth: of a device's share of the network cards of its host, in one direction: between
+        hosts of GPUs, between slices of TPUs; None where it is not published.
     memory_fraction: of the memory, what XLA may use.
     """
 
@@ -55,9 +55,9 @@ def _gpu(name: str, flops: float, nvlink: float, network: float) -> Chip:
 # in DGX H100, H200 and B200 and GB200 NVL72, ConnectX-8 of 800 Gb/s in DGX B300 and GB300 NVL72.
 CHIPS: dict[str, Chip] = {
     "TPU v4": Chip(275e12, 32 * GIB, 1.2e12, 300e9),
-    "TPU v5 lite": Chip(197e12, 16 * GIB, 0.82e12, 200e9),
-    "TPU v5": Chip(459e12, 95 * GIB, 2.77e12, 600e9),
-    "TPU v6 lite": Chip(918e12, 32 * GIB, 1.64e12, 448e9),
+    "TPU v5 lite": Chip(197e12, 16 * GIB, 0.82e12, 200e9, 3.125e9),
+    "TPU v5": Chip(459e12, 95 * GIB, 2.77e12, 600e9, 6.25e9),
+    "TPU v6 lite": Chip(918e12, 32 * GIB, 1.64e12, 448e9, 12.5e9),
 } | {
     GPUS[name].name: _gpu(name, flops, nvlink, network)
     for name, flops, nvlink, network in (

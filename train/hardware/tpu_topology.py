@@ -64,6 +64,10 @@ def parse_tpu_topology(text: str) -> Slices:
     slices = Slices(int(match[1] or 1), match[2], shape, match[4] is not None)
     if slices.number < 1:
         raise ValueError(f"topology: found {text!r}, expected at least one slice")
+    if slices.number > 1 and slices.generation == "v4":
+        raise ValueError(
+            f"topology: found {text!r}, expected one slice: nothing is published about the network of v4"
+        )
     expected = _expected_shape(slices)
     if expected is not None:
         raise ValueError(f"topology: found {text!r}, expected {expected}")
@@ -99,6 +103,40 @@ def wraparound(generation: str, shape: Sequence[int]) -> tuple[bool, ...]:
     if generation in GENERATIONS_2D:
         return tuple(length == RING_2D for length in shape)
     return (all(length % CUBE == 0 for length in shape),) * len(shape)
+
+
+class Torus(NamedTuple):
+    """Of one slice: chips along each dimension, and whether the last is linked to the first."""
+
+    lengths: tuple[int, ...]
+    wraps: tuple[bool, ...]
+
+    def links(self, spans: Sequence[int]) -> tuple[list[str], int]:
+        """Names of the dimensions along which chips span more than one place, and their links to a chip.
+
+        Two along a dimension whose whole ring they are, otherwise one.
+        """
+        names, count = [], 0
+        for name, span, length, wraps in zip("xyz", spans, self.lengths, self.wraps, strict=False):
+            if span > 1:
+                names.append(name)
+                count += 2 if span == length and wraps else 1
+        return names, count
+
+
+KINDS = {"TPU v4": "v4", "TPU v5": "v5p", "TPU v5 lite": "v5e", "TPU v6 lite": "v6e"}
+
+
+def torus_of(devices: Sequence[Any]) -> Torus | None:
+    """The torus of a whole slice's devices; None for others than the TPUs that are known here."""
+    generation = KINDS.get(devices[0].device_kind)
+    if generation is None:
+        return None
+    dimensions = 2 if generation in GENERATIONS_2D else 3
+    lengths = tuple(
+        max(along) + 1 for along in zip(*(device.coords for device in devices), strict=True)
+    )
+    return Torus(lengths[:dimensions], wraparound(generation, lengths[:dimensions]))
 
 
 def tpu_devices(slices: Slices) -> list[Any]:

@@ -18,9 +18,11 @@ from llama_jax.config import LlamaConfig
 from llama_jax.inspection.architecture import forward_flops_per_token
 from llama_jax.numerics.remat import Remat
 from train.hardware.chips import CHIPS, Chip
-from train.hardware.collectives import Collective, collectives
+from train.hardware.collectives import Collective, by_kind
 from train.hardware.flops import matmul_flops
+from train.hardware.links import Traffic, hosts_of, traffic
 from train.hardware.roofline import Roofline, roofline
+from train.hardware.transfers import transfers
 from train.options import RunOptions
 from train.program.build import attention_choice, run_program
 from train.program.mesh import count_slices
@@ -78,6 +80,7 @@ class Plan:
     refused: str | None
     memory: Memory | None
     collectives: tuple[Collective, ...]
+    traffic: tuple[Traffic, ...]
     chip: Chip | None
     roofline: Roofline | None
 
@@ -119,6 +122,7 @@ def make_plan(options: RunOptions, config: LlamaConfig, devices: Sequence[Any]) 
     state = device_bytes(program.params), device_bytes(program.opt_state)
     memory: Memory | None = None
     sends: tuple[Collective, ...] = ()
+    links: tuple[Traffic, ...] = ()
     if compiled is None:
         assert refused is not None
         peak = _bytes_needed(refused, sum(state))
@@ -134,10 +138,9 @@ def make_plan(options: RunOptions, config: LlamaConfig, devices: Sequence[Any]) 
         total = memory.arguments + memory.outputs - memory.aliased + memory.temporaries
         reported = devices[0].platform != "cpu" and stats.peak_memory_in_bytes
         peak = reported or total
-        hosts = None
-        if chip is not None and chip.network_bandwidth is not None:
-            hosts = [device.process_index for device in program.mesh.devices.flat]
-        sends = tuple(collectives(compiled.as_text(), hosts).values())
+        found = list(transfers(compiled.as_text()))
+        sends = tuple(by_kind(found, hosts_of(list(program.mesh.devices.flat))).values())
+        links = traffic(found, program.mesh)
     limits = None
     if chip is not None and memory is not None:
         limits = roofline(
@@ -169,6 +172,7 @@ def make_plan(options: RunOptions, config: LlamaConfig, devices: Sequence[Any]) 
         refused=refused,
         memory=memory,
         collectives=sends,
+        traffic=links,
         chip=chip,
         roofline=limits,
     )

@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from train.hardware.links import Traffic
 from train.plan.compiled import Plan
 from train.program.mesh import in_words
 
@@ -34,7 +35,7 @@ def show_plan(console: Console, plan: Plan, advice: Sequence[str]) -> None:
 
     if plan.collectives:
         columns = ["kind", "count", "async", "arrays", "sent", "exposed"]
-        network = plan.chip is not None and plan.chip.network_bandwidth is not None
+        network = any(collective.between_hosts for collective in plan.collectives)
         if network:
             columns.append("network")
         sends = _table("collectives of a step, one device", *columns)
@@ -49,6 +50,8 @@ def show_plan(console: Console, plan: Plan, advice: Sequence[str]) -> None:
             ]
             sends.add_row(*row, *([gib(collective.between_hosts)] if network else []))
         console.print(sends)
+    if plan.chip is not None and plan.traffic:
+        console.print(_links(plan.traffic))
 
     costs = _table("time", "quantity", "value")
     costs.add_row("model FLOPs per token, 3 x forward", f"{plan.flops_per_token:.4g}")
@@ -74,6 +77,19 @@ def show_plan(console: Console, plan: Plan, advice: Sequence[str]) -> None:
         console.print("fits" if plan.fits else "does not fit", style=f"bold {color}")
     for sentence in advice:
         console.print(f"advice: {sentence}")
+
+
+def _links(traffic: Sequence[Traffic]) -> Table:
+    """What is sent over which links, and for how long if each collective has its own links to itself."""
+    columns = "axes", "links", "sent", "exposed", "time", "exposed time"
+    table = _table("links of a step, one device", *columns)
+    for row in traffic:
+        amounts = gib(row.sent), gib(row.exposed)
+        times = f"{row.seconds:.3f} s", f"{row.exposed_seconds:.3f} s"
+        table.add_row(" x ".join(row.axes), row.links, *amounts, *times)
+    total = sum(row.seconds for row in traffic), sum(row.exposed_seconds for row in traffic)
+    table.add_row("all, one after another", "", "", "", *(f"{seconds:.3f} s" for seconds in total))
+    return table
 
 
 def show_ranking(console: Console, plans: Sequence[Plan]) -> None:

@@ -108,6 +108,7 @@ def a_plan(peak: float, links: float = 1.0, **changes: Any) -> tuple[Plan, RunOp
         refused=None,
         memory=None,
         collectives=(),
+        traffic=(),
         chip=chip,
         roofline=Roofline(compute=8.0, memory=0.1, links=links, mfu=0.75, mfu_in_turn=0.5),
     )

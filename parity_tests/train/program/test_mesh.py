@@ -1,15 +1,14 @@
 """The sizes of a mesh's axes."""
 
-import itertools
 import math
 import re
-from dataclasses import dataclass
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from parity_tests.train.fake_chips import Chip, chips
 from train.program.mesh import make_mesh, mesh_shape
 
 NAMES = ("data", "fsdp", "sequence", "tensor")
@@ -77,27 +76,6 @@ def test_wrong_sizes(sizes: dict[str, int], message: str) -> None:
 
 def test_the_mesh_of_one_device() -> None:
     assert dict(make_mesh({"data": -1}).shape) == dict.fromkeys(NAMES, 1)
-
-
-@dataclass(frozen=True)
-class Chip:
-    """What the layout of a mesh asks of a JAX device."""
-
-    coords: tuple[int, int, int]
-    slice_index: int = 0
-    device_kind: str = "TPU v5"
-    core_on_chip: int = 0
-    platform: str = "tpu"
-    process_index: int = 0
-
-    @property
-    def id(self) -> tuple[int, ...]:
-        return (self.slice_index, *self.coords)
-
-
-def chips(lengths: tuple[int, int, int], slices: int = 1) -> list[Chip]:
-    places = itertools.product(*map(range, lengths))
-    return [Chip(place, index) for index, place in itertools.product(range(slices), places)]
 
 
 @pytest.mark.parametrize(

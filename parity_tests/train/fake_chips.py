@@ -1,0 +1,26 @@
+"""Devices that no machine of the tests has, as far as the layout of a mesh looks at them."""
+
+import itertools
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Chip:
+    """What the layout of a mesh asks of a JAX device."""
+
+    coords: tuple[int, int, int]
+    slice_index: int = 0
+    device_kind: str = "TPU v5"
+    core_on_chip: int = 0
+    platform: str = "tpu"
+    process_index: int = 0
+
+    @property
+    def id(self) -> tuple[int, ...]:
+        return (self.slice_index, *self.coords)
+
+
+def chips(lengths: tuple[int, int, int], slices: int = 1) -> list[Chip]:
+    """The chips of slices of a shape."""
+    places = itertools.product(*map(range, lengths))
+    return [Chip(place, index) for index, place in itertools.product(range(slices), places)]
