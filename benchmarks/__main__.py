@@ -19,10 +19,11 @@ MODULES = {
     "load": "load_time",
     "loss": "loss",
     "parity": "parity",
+    "pod": "pod",
     "precision": "precision",
     "step": "step",
 }
-WITH_OPTIONS = ("convert", "parity")
+WITH_OPTIONS = ("convert", "parity", "pod")
 
 _EPILOG = """\
 compile    compile time of 32 layers against that of 4, forward and gradient
@@ -31,6 +32,7 @@ decode     greedy decoding and prefill against transformers: tokens per second
 load       from_pretrained of a bfloat16 directory against `cat` of the same file; peak memory
 loss       the fused loss against plain JAX, torch and other fused losses: memory, time and error
 parity     our error against transformers', real checkpoint and every preset (options: parity --help)
+pod        the step compiled for slices of TPUs, beside MaxText's: memory, traffic (options: pod --help)
 precision  what lower precision of float32 matmuls does to the real checkpoint
 step       a training step against torch: time, memory, tokens per second
 """

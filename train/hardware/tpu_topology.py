@@ -14,7 +14,7 @@ from llama_jax.formatting import first_line
 # Without these libtpu asks a metadata server, waits for other hosts and locks a TPU for itself, so that a
 # second process could not plan. The accelerator type must be valid, but it is the topology that is compiled
 # for.
-_ENVIRONMENT = {
+ENVIRONMENT = {
     "TPU_SKIP_MDS_QUERY": "1",
     "TPU_ACCELERATOR_TYPE": "v5p-8",
     "TPU_WORKER_HOSTNAMES": "localhost",
@@ -151,7 +151,7 @@ def tpu_devices(slices: Slices) -> list[Any]:
         raise ValueError(
             "--topology needs libtpu, which is not installed; in the checkout: pip install '.[plan]'"
         )
-    os.environ.update(_ENVIRONMENT)
+    os.environ.update(ENVIRONMENT)
     jax.config.update("jax_platforms", "cpu")
     from jax.experimental import topologies
 
