@@ -24,3 +24,31 @@ def chips(lengths: tuple[int, int, int], slices: int = 1) -> list[Chip]:
     """The chips of slices of a shape."""
     places = itertools.product(*map(range, lengths))
     return [Chip(place, index) for index, place in itertools.product(range(slices), places)]
+
+
+@dataclass(frozen=True)
+class Client:
+    """What compiles for, or runs, a GPU."""
+
+    runtime_type: str
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """What the layout of a mesh asks of a GPU."""
+
+    id: int
+    process_index: int
+    slice_index: int
+    client: Client
+    platform: str = "gpu"
+    device_kind: str = "NVIDIA H100 80GB HBM3"
+
+
+def gpus(hosts: int, each: int, real: bool = False) -> list[Gpu]:
+    """GPUs as of a described topology, where all are of slice 0, or as real ones of a process each."""
+    if real:
+        client = Client("stream_executor")
+        return [Gpu(number, number, number // each, client) for number in range(hosts * each)]
+    client = Client("compile_only_runtime")
+    return [Gpu(number, number // each, 0, client) for number in range(hosts * each)]

@@ -29,11 +29,12 @@ def matmul_flops(jaxpr: Any, kernel_share: float = 1.0) -> float:
             total += estimate
         else:
             repeats = _repeats(equation, kernel_share)
-            # the first is the program itself, the others are rules for its derivatives
+            # the first is the program itself but for a while's condition, the others are rules for its
+            # derivatives
             programs = [
                 getattr(value, "jaxpr", value)
-                for value in equation.params.values()
-                if hasattr(getattr(value, "jaxpr", value), "eqns")
+                for name, value in equation.params.items()
+                if name != "cond_jaxpr" and hasattr(getattr(value, "jaxpr", value), "eqns")
             ]
             total += repeats * sum(matmul_flops(program, kernel_share) for program in programs[:1])
     return total

@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 
 from llama_jax.presets import PRESETS
+from train.hardware.chips import Chip
 from train.options import ModelOptions, RunOptions
 from train.plan.estimate import (
     DEFAULT_CHIP,
@@ -17,6 +18,7 @@ from train.plan.estimate import (
     gradient_bytes,
     head_bytes,
     kept_numbers,
+    link_seconds,
     measure,
     sequence_parallel_traffic,
     state_bytes,
@@ -102,3 +104,27 @@ def test_a_configuration_over_a_mesh() -> None:
     assert cost.links == sent / DEFAULT_CHIP.link_bandwidth
     assert cost.state == model.parameters * 12 / 2
     assert cost.peak == cost.state + cost.gradients + cost.activations + cost.head
+
+
+@pytest.mark.parametrize(
+    ("shape", "between_hosts"),
+    [
+        # devices of a group on one host carry a part of its ring each
+        ({"parameter_shards": 8}, 8_000_000 / 4),
+        ({"parameter_shards": 4}, 0),
+        ({"parameter_shards": 4, "data": 2}, 8_000_000 / 4),
+        ({"parameter_shards": 2, "data": 4}, 8_000_000 * 2 / 4 / 2),
+        # of two fsdp groups of eight in hosts of four, their devices being two apart
+        ({"parameter_shards": 16, "tensor": 2}, 8_000_000 / 2 / 2),
+    ],
+)
+def test_the_network_between_hosts(shape: dict[str, int], between_hosts: float) -> None:
+    chip = Chip(1.0, 1.0, 1.0, link_bandwidth=1e30, network_bandwidth=10.0)
+    setting = ALONE._replace(**shape, linked=4)
+    assert link_seconds(setting, chip) == pytest.approx(between_hosts / 10)
+    assert link_seconds(setting._replace(linked=None), chip) < 1e-20
+    # links within a host that are slower than their share of the network
+    slow = chip._replace(link_bandwidth=1e-3)
+    sent = link_seconds(setting, slow) * 1e-3
+    assert sent >= between_hosts
+    assert sent == pytest.approx(link_seconds(setting._replace(linked=None), slow) * 1e-3)

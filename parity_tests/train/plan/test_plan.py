@@ -143,6 +143,29 @@ def test_advice() -> None:
     )
 
 
+def test_advice_for_several_hosts() -> None:
+    """With micro-batches, weights that are gathered within hosts alone send less over the network."""
+    chip = CHIPS["NVIDIA H100 80GB HBM3"]
+    plan, options = a_plan(30 * GIB, links=16.0)
+    plan = replace(plan, chip=chip, hosts=8, micro_batches=8)
+    options = replace(options, micro_batches=8)
+    config = PRESETS["llama-3.1-8b"]
+
+    def advised(plan: Plan) -> str:
+        (sentence,) = advice(plan, options, config)
+        return sentence
+
+    begin = "communication takes 2.0 x the time of the matmuls; "
+    assert advised(plan).startswith(begin + "--mesh.data 8 --mesh.fsdp 8 would take about ")
+    # the state of a host's share takes 14.7 GiB more; over several hosts it would save nothing
+    full = replace(plan, peak=chip.usable_memory - 14 * GIB)
+    assert advised(full).startswith(begin + "traffic hardly depends on the rows")
+    # 64.8 rows, rounded up to what the mesh divides
+    limits = Roofline(compute=8.0, memory=0.1, links=8.1, mfu=0.75, mfu_in_turn=0.5)
+    alone = replace(plan, hosts=1, roofline=limits)
+    assert advised(alone).endswith("so 128 rows in a micro-batch would balance them")
+
+
 def test_command(planned):
     """The flags of `run`, no data, the preset's vocabulary; the result as JSON."""
     assert planned["command"]["code"] == 0

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from parity_tests.train.fake_chips import Chip, chips
+from parity_tests.train.fake_chips import Chip, chips, gpus
 from train.program.mesh import make_mesh, mesh_shape
 
 NAMES = ("data", "fsdp", "sequence", "tensor")
@@ -115,6 +115,23 @@ def test_slices(sizes: dict[str, int]) -> None:
     outer = "data" if "data" in sizes else "fsdp"
     halves = np.split(slices, 2, axis=NAMES.index(outer))
     assert [set(half.flat) for half in halves] == [{0}, {1}]
+
+
+@pytest.mark.parametrize(
+    ("sizes", "hosts"),
+    [
+        ({"data": 2, "fsdp": 4}, [[0] * 4, [1] * 4]),
+        ({"fsdp": 8}, [[0, 0, 0, 0, 1, 1, 1, 1]]),
+        ({"data": 4, "fsdp": 2}, [[0, 0], [0, 0], [1, 1], [1, 1]]),
+    ],
+)
+def test_hosts_of_gpus(sizes: dict[str, int], hosts: list[list[int]]) -> None:
+    for devices in (gpus(hosts=2, each=4), gpus(hosts=2, each=4, real=True)):
+        mesh = make_mesh(sizes, devices)
+        found = np.vectorize(lambda gpu: gpu.id // 4)(mesh.devices)
+        assert found.reshape(sizes.get("data", 1), sizes["fsdp"]).tolist() == hosts
+        with pytest.raises(ValueError, match=r"divisible by 2 slices \(of GPUs: hosts\)"):
+            make_mesh({"fsdp": 1, "tensor": 8}, devices)
 
 
 def test_a_box_within_a_slice() -> None:
