@@ -3,7 +3,7 @@ PYTHON ?= python3
 WORKERS ?= 2
 BIN := .venv/bin
 
-.PHONY: install plan-gpu demo test test-all lint format docs bench clean
+.PHONY: install plan-gpu demo test test-all lint format docs bench gpu clean
 
 install: .venv/installed
 
@@ -24,7 +24,7 @@ demo: install
 	$(BIN)/python -m examples.demo.pretrain
 
 test: install
-	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -m 'not slow and not checkpoint'
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -m 'not slow and not checkpoint and not gpu'
 
 # also compiles for TPUs if libtpu is installed (pip install '.[plan]'), and for GPUs after `make plan-gpu`
 test-all: install
@@ -51,6 +51,11 @@ docs: .venv/docs
 
 bench: install
 	$(BIN)/python -m benchmarks compile decode load loss step
+
+# On a machine with an NVIDIA GPU: its tests and benchmarks, results in benchmarks/results/. Runs in any
+# environment that has JAX with CUDA, so it does not install one.
+gpu:
+	$(if $(wildcard .venv/installed),$(BIN)/python,$(PYTHON)) -m benchmarks gpu
 
 clean:
 	rm -rf .venv build dist site *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

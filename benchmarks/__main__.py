@@ -16,6 +16,7 @@ MODULES = {
     "compile": "compile_time",
     "convert": "conversion",
     "decode": "decode",
+    "gpu": "gpu",
     "load": "load_time",
     "loss": "loss",
     "parity": "parity",
@@ -23,12 +24,13 @@ MODULES = {
     "precision": "precision",
     "step": "step",
 }
-WITH_OPTIONS = ("convert", "parity", "pod")
+WITH_OPTIONS = ("convert", "gpu", "parity", "pod")
 
 _EPILOG = """\
 compile    compile time of 32 layers against that of 4, forward and gradient
 convert    every pair of formats: time against `cp`, peak memory (options: convert --help)
 decode     greedy decoding and prefill against transformers: tokens per second
+gpu        on an NVIDIA GPU: its tests, step, loss and decode, results kept (options: gpu --help)
 load       from_pretrained of a bfloat16 directory against `cat` of the same file; peak memory
 loss       the fused loss against plain JAX, torch and other fused losses: memory, time and error
 parity     our error against transformers', real checkpoint and every preset (options: parity --help)

@@ -1,147 +1,230 @@
-"""Greedy decoding and prefill against transformers, alternating in one process.
+"""Greedy decoding and prefill against transformers.
 
-On a CPU: the real checkpoint in float32, batch 1 and 8, no row ending early. On a GPU: Llama 3.2 1B's
-shape in bfloat16, where transformers' static cache also brings torch.compile. The time of a decoding step
-is (time of NEW tokens - time of the first token) / (NEW - 1). "of bandwidth" is the time of reading as many
-bytes as the weights have, measured in the same rounds, over that of a step.
+On a CPU: the real checkpoint in float32, all programs alternating in one process. On a GPU: the shapes of
+Llama 3.2 1B and Llama 3.1 8B in bfloat16, each program in a process of its own; there transformers' static
+cache also brings torch.compile. No row ends early. The time of a decoding step is (time of NEW tokens -
+time of the first token) / (NEW - 1). "of bandwidth" is the time of reading as many bytes as a step reads of
+the weights over that of the step: by torch in the same rounds, on a GPU by its data sheet.
 """
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from rich.table import Table
+from flax import nnx
 
+from benchmarks.isolated import FailedError, measure
 from benchmarks.real_checkpoint import real_checkpoint
-from llama_jax import PRESETS, LlamaForCausalLM, formatting
+from benchmarks.report import Report, show
+from llama_jax import PRESETS, LlamaForCausalLM
+from llama_jax.inspection.architecture import parameter_count
+from parity_tests.harness.nvidia import device_kind
+from train.hardware.chips import CHIPS
 
 PROMPT, NEW, ROUNDS = 16, 128, 3
 BATCHES = (1, 8)
 PREFILL = 1024
 PASSES = 20  # of the reader: a single one is as short as a scheduler's time slice
+PROGRAMS = ("ours", "HF, dynamic cache", "HF, static cache, torch.compile")
 
 # of ids [batch, seq] and a number of new tokens; returns when the last one is computed
 Generate = Callable[[np.ndarray, int], Any]
+# seconds of "first", "all" and "prefill", by batch
+Seconds = dict[str, float]
+
+
+class Shape(NamedTuple):
+    """Of a model with random weights, and what is generated."""
+
+    preset: str
+    new: int = NEW
+    prefill: int = PREFILL
+
+
+GPU = (Shape("llama-3.2-1b"), Shape("llama-3.1-8b"))
+TINY = (Shape("tiny-4m", 4, 32),)
 
 
 def main() -> None:
-    """Print the table."""
+    """Print the tables."""
+    kind = device_kind()
+    if kind is not None:
+        for report in gpu_reports(kind):
+            show(report)
+        return
+    show(cpu_report())
+
+
+def cpu_report() -> Report:
+    """All programs in one process, on the real checkpoint."""
     import torch
 
-    ours, peers = programs()
-    rng = np.random.default_rng(0)
-    vocab = ours.config.vocab_size
+    with real_checkpoint() as directory:
+        ours = LlamaForCausalLM.from_pretrained(directory, dtype=jnp.float32)
+        theirs = hugging_face(directory)
+    peers = {
+        "ours": partial(run_ours, ours),
+        "HF, dynamic cache": partial(run_theirs, theirs, None, False),
+        "HF, static cache": partial(run_theirs, theirs, "static", False),
+    }
     size = sum(leaf.nbytes for leaf in jax.tree.leaves(ours))
-    table = Table(
-        title=f"greedy decoding, {NEW} tokens, {jnp.dtype(ours.dtype)}, "
-        f"{jax.devices()[0].device_kind}, {torch.get_num_threads()} threads, median of {ROUNDS}"
+    data = torch.ones(size // 4)
+    runs: dict[str, Callable[[], Any]] = {
+        "read": lambda: [data.sum().item() for _ in range(PASSES)]
+    }
+    for name, generate in peers.items():
+        tasks = tasks_of(generate, ours.config.vocab_size, Shape(""))
+        runs |= {f"{name}/{task}": run for task, run in tasks.items()}
+    seconds = median_seconds(runs)
+    by_program = {
+        name: {key.split("/")[1]: s for key, s in seconds.items() if key.startswith(f"{name}/")}
+        for name in peers
+    }
+    bandwidth = size * PASSES / seconds["read"]
+    title = (
+        f"greedy decoding, {NEW} tokens, {jnp.dtype(ours.dtype)}, {jax.devices()[0].device_kind}, "
+        f"{torch.get_num_threads()} threads, median of {ROUNDS}"
     )
-    for column in (
-        "",
-        "batch",
-        "tokens/s",
-        "/ faster HF",
-        "of bandwidth",
-        "first token",
-        f"prefill {PREFILL}",
-    ):
-        table.add_column(column, justify="right" if column else "left")
+    return tabulate(title, by_program, [], Shape(""), size, bandwidth)
+
+
+def gpu_reports(kind: str, shapes: tuple[Shape, ...] = GPU) -> Iterator[Report]:
+    """A table for each shape; this process leaves the GPU alone."""
+    chip = CHIPS.get(kind)
+    for shape in shapes:
+        by_program: dict[str, Seconds] = {}
+        skipped = []
+        for name in PROGRAMS:
+            try:
+                by_program[name] = measure("decode:time_alone", shape, name)
+            except FailedError as error:
+                skipped.append(f"{name}: {error}")
+        config = PRESETS[shape.preset]
+        # a step reads one row of an embedding that is not the head
+        table = 0 if config.tie_word_embeddings else config.vocab_size * config.hidden_size
+        size = 2 * (parameter_count(config) - table)
+        title = (
+            f"greedy decoding, {shape.preset}, {shape.new} tokens, bfloat16, {kind}, "
+            f"median of {ROUNDS}"
+        )
+        bandwidth = chip.memory_bandwidth if chip else None
+        yield tabulate(title, by_program, skipped, shape, size, bandwidth)
+
+
+def tabulate(
+    title: str,
+    by_program: dict[str, Seconds],
+    skipped: list[str],
+    shape: Shape,
+    size: int,
+    bandwidth: float | None,
+) -> Report:
+    """Speed of every program, beside the faster of transformers'."""
+    rows, values = [], []
+    for batch in BATCHES:
+        steps = {
+            name: (seconds[f"all {batch}"] - seconds[f"first {batch}"]) / (shape.new - 1)
+            for name, seconds in by_program.items()
+        }
+        theirs = [step for name, step in steps.items() if name != "ours"]
+        for name, step in steps.items():
+            seconds = by_program[name]
+            prefill = seconds["prefill"] if batch == 1 else None
+            share = size / bandwidth / step if bandwidth and batch == 1 else None
+            rows.append(
+                [
+                    name,
+                    str(batch),
+                    f"{batch / step:.1f}",
+                    f"{min(theirs) / step:.2f}" if theirs else "",
+                    f"{share:.0%}" if share else "",
+                    f"{seconds[f'first {batch}']:.3f} s",
+                    f"{prefill:.3f} s" if prefill else "",
+                ]
+            )
+            values.append(
+                {"name": name, "batch": batch, "tokens_per_second": batch / step}
+                | {"of_bandwidth": share, "prefill_seconds": prefill}
+            )
+    columns = ("", "batch", "tokens/s", "/ faster HF", "of bandwidth", "first token")
+    notes = [f"skipped: {line}" for line in skipped]
+    if bandwidth:
+        notes.insert(0, f"bandwidth {bandwidth / 1e9:.1f} GB/s, weights {size / 1e6:.0f} MB")
+    return Report(title, (*columns, f"prefill {shape.prefill}"), rows, notes, values)
+
+
+def time_alone(shape: list[Any], name: str) -> Seconds:
+    """One program with random weights, the only one in this process."""
+    sizes = Shape(*shape)
+    config = PRESETS[sizes.preset]
+    if name == "ours":
+        model = LlamaForCausalLM(config, rngs=nnx.Rngs(0), dtype=jnp.bfloat16)
+        generate: Generate = partial(run_ours, model)
+    else:
+        import torch
+        import transformers
+
+        with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
+            settings = transformers.LlamaConfig(**config.to_dict())
+            theirs = transformers.LlamaForCausalLM(settings).to(torch.bfloat16).eval()
+        compiled = "compile" in name
+        generate = partial(run_theirs, theirs, "static" if compiled else None, compiled)
+    return median_seconds(tasks_of(generate, config.vocab_size, sizes))
+
+
+def tasks_of(generate: Generate, vocab: int, shape: Shape) -> dict[str, Callable[[], Any]]:
+    """Of every batch the first token and all; of one row a long prompt."""
+    rng = np.random.default_rng(0)
+    tasks: dict[str, Callable[[], Any]] = {}
     for batch in BATCHES:
         ids = rng.integers(3, vocab, (batch, PROMPT))
-        long = rng.integers(3, vocab, (batch, PREFILL))
-        runs: dict[tuple[str, str], Callable[[], Any]] = {("", "read"): reader(size)}
-        for name, generate in peers.items():
-            runs[name, "first"] = partial(generate, ids, 1)
-            runs[name, "all"] = partial(generate, ids, NEW)
-            if batch == 1:
-                runs[name, "prefill"] = partial(generate, long, 1)
-        seconds = median_seconds(runs)
-        read = seconds["", "read"] / PASSES
-        steps = {
-            name: (seconds[name, "all"] - seconds[name, "first"]) / (NEW - 1) for name in peers
-        }
-        best = min(step for name, step in steps.items() if name != "ours")
-        for name, step in steps.items():
-            prefill = seconds.get((name, "prefill"))
-            table.add_row(
-                name,
-                str(batch),
-                f"{batch / step:.1f}",
-                f"{best / step:.2f}",
-                f"{read / step:.0%}" if batch == 1 else "",
-                f"{seconds[name, 'first']:.3f} s",
-                f"{prefill:.2f} s" if prefill else "",
-            )
-        table.add_section()
-    console = formatting.console(width=110)
-    console.print(table)
-    console.print(f"read bandwidth {size / read / 1e9:.1f} GB/s, weights {size / 1e6:.0f} MB")
+        tasks[f"first {batch}"] = partial(generate, ids, 1)
+        tasks[f"all {batch}"] = partial(generate, ids, shape.new)
+    tasks["prefill"] = partial(generate, rng.integers(3, vocab, (1, shape.prefill)), 1)
+    return tasks
 
 
-def programs() -> tuple[LlamaForCausalLM, dict[str, Generate]]:
-    """Our model, and every program by its name in the table."""
+def hugging_face(directory: Any) -> Any:
     import torch
     import transformers
 
-    on_gpu = jax.default_backend() == "gpu"
-    if on_gpu:
-        from flax import nnx
-
-        config = PRESETS["llama-3.2-1b"]
-        ours = LlamaForCausalLM(config, rngs=nnx.Rngs(0), dtype=jnp.bfloat16)
-        settings = transformers.LlamaConfig(**config.to_dict())
-        theirs = transformers.LlamaForCausalLM(settings).to("cuda", torch.bfloat16).eval()
-    else:
-        with real_checkpoint() as directory:
-            ours = LlamaForCausalLM.from_pretrained(directory, dtype=jnp.float32)
-            load = transformers.LlamaForCausalLM.from_pretrained
-            theirs = load(directory, dtype=torch.float32).eval()
-
-    def run_ours(ids: np.ndarray, new: int) -> Any:
-        return jax.block_until_ready(
-            ours.generate(ids, max_new_tokens=new, eos_token_id=(), do_sample=False)
-        )
-
-    def run_theirs(cache: str | None, ids: np.ndarray, new: int) -> Any:
-        rows = torch.from_numpy(ids).to(theirs.device)
-        options = {} if cache is None else {"cache_implementation": cache}
-        with torch.no_grad():
-            out = theirs.generate(
-                rows,
-                attention_mask=torch.ones_like(rows),
-                max_new_tokens=new,
-                min_new_tokens=new,
-                do_sample=False,
-                # on a GPU a static cache brings torch.compile with it
-                disable_compile=not on_gpu,
-                **options,
-            )
-        return out.cpu()
-
-    static = "HF, static cache" + (", torch.compile" if on_gpu else "")
-    return ours, {
-        "ours": run_ours,
-        "HF, dynamic cache": partial(run_theirs, None),
-        static: partial(run_theirs, "static"),
-    }
+    load = transformers.LlamaForCausalLM.from_pretrained
+    return load(directory, dtype=torch.float32).eval()
 
 
-def reader(size: int) -> Callable[[], Any]:
-    """Reads `size` bytes PASSES times by torch's sum, on a CPU the fastest of what torch and XLA have."""
+def run_ours(model: LlamaForCausalLM, ids: np.ndarray, new: int) -> Any:
+    return jax.block_until_ready(
+        model.generate(ids, max_new_tokens=new, eos_token_id=(), do_sample=False)
+    )
+
+
+def run_theirs(model: Any, cache: str | None, compiled: bool, ids: np.ndarray, new: int) -> Any:
+    """transformers' `generate`; on a GPU a static cache brings torch.compile with it."""
     import torch
 
-    data = torch.ones(size // 4, device="cuda" if jax.default_backend() == "gpu" else "cpu")
-    return lambda: [data.sum().item() for _ in range(PASSES)]
+    rows = torch.from_numpy(ids).to(model.device)
+    options = {} if cache is None else {"cache_implementation": cache}
+    with torch.no_grad():
+        out = model.generate(
+            rows,
+            attention_mask=torch.ones_like(rows),
+            max_new_tokens=new,
+            min_new_tokens=new,
+            do_sample=False,
+            disable_compile=not compiled,
+            **options,
+        )
+    return out.cpu()
 
 
-def median_seconds(runs: dict[Any, Callable[[], Any]]) -> dict[Any, float]:
+def median_seconds(runs: dict[str, Callable[[], Any]]) -> dict[str, float]:
     """Median seconds of each, after a round that compiles; alternating, so that drift affects all alike."""
-    times: dict[Any, list[float]] = {name: [] for name in runs}
+    times: dict[str, list[float]] = {name: [] for name in runs}
     for run in runs.values():
         run()
     for _ in range(ROUNDS):
@@ -150,7 +233,3 @@ def median_seconds(runs: dict[Any, Callable[[], Any]]) -> dict[Any, float]:
             run()
             times[name].append(time.perf_counter() - begin)
     return {name: statistics.median(values) for name, values in times.items()}
-
-
-if __name__ == "__main__":
-    main()

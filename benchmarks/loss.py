@@ -1,9 +1,9 @@
 """The fused loss against plain JAX, a checkpointed scan, torch and other fused losses, in one run.
 
 The mean loss and its gradients for the hidden states and the head: float32 on a CPU, bfloat16 on an
-accelerator. Error is against float64. Programs that are not installed, or do not run on this backend, are
-skipped and named. Temporary memory is XLA's number or, for torch on a GPU, the allocator's peak above what
-stays allocated.
+accelerator; on a GPU each program in a process of its own. Error is against float64. Programs that are not
+installed, or do not run on this backend, are skipped and named. Temporary memory is XLA's number or, for
+torch on a GPU, the allocator's peak above what stays allocated.
 """
 
 import importlib.util
@@ -16,20 +16,45 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from rich.table import Table
 
-from llama_jax import formatting
+from benchmarks.isolated import FailedError, measure
+from benchmarks.report import Report, show
 from llama_jax.loss import default_chunk, fused_linear_cross_entropy
+from parity_tests.harness.nvidia import device_kind
 from train.hardware.flops import matmul_flops
 
 ROUNDS = 7
 
 
-def sizes() -> tuple[int, int, int, Any]:
-    """Tokens, hidden size, vocabulary and dtype that suit the backend."""
-    if jax.default_backend() == "cpu":
-        return 2048, 1024, 16000, jnp.float32
-    return 8192, 4096, 128256, jnp.bfloat16
+class Size(NamedTuple):
+    """Tokens, hidden size, vocabulary and dtype."""
+
+    tokens: int
+    hidden: int
+    vocab: int
+    dtype: str
+
+
+class Row(NamedTuple):
+    """One program: its matmuls in units of 2 T H V FLOPs, its temporary bytes, and one step."""
+
+    units: str
+    memory: Callable[[], int | None]
+    run: Callable[[], Any]
+
+
+class Measured(NamedTuple):
+    """Of one program; errors of the loss and both gradients, [] if not computed."""
+
+    units: str
+    memory: int | None
+    seconds: float
+    errors: list[float]
+
+
+CPU = Size(2048, 1024, 16000, "float32")
+GPU = Size(32768, 2560, 128256, "bfloat16")
+TINY = Size(64, 32, 211, "bfloat16")
 
 
 def naive(hidden: jax.Array, kernel: jax.Array, labels: jax.Array) -> jax.Array:
@@ -56,29 +81,29 @@ def ours(hidden: jax.Array, kernel: jax.Array, labels: jax.Array) -> jax.Array:
     return fused_linear_cross_entropy(hidden, kernel, labels).loss
 
 
+JAX_PROGRAMS = {"naive": naive, "checkpointed scan": checkpointed, "ours": ours}
+NAMES = (
+    *JAX_PROGRAMS,
+    *("tokamax", "torch F.cross_entropy", "torch F.linear_cross_entropy"),
+    *("torch.compile F.cross_entropy", "Liger"),
+)
+
+
 def main() -> None:
     """Print the table."""
-    tokens, size, vocab, dtype = sizes()
-    rng = np.random.default_rng(0)
-    hidden = rng.standard_normal((tokens, size), np.float32)
-    kernel = rng.standard_normal((vocab, size), np.float32) / np.sqrt(size)
-    labels = rng.integers(0, vocab, tokens).astype(np.int32)
+    kind = device_kind()
+    if kind is not None:
+        show(gpu_report(kind))
+        return
+    size = CPU if jax.default_backend() == "cpu" else GPU
+    show(time_together(size))
+
+
+def time_together(size: Size) -> Report:
+    """All programs in this process, alternating, with their errors against float64."""
+    hidden, kernel, labels = operands(size)
     exact = float64_loss(hidden, kernel, labels)
-    arguments = jnp.asarray(hidden, dtype), jnp.asarray(kernel, dtype), jnp.asarray(labels)
-
-    rows: dict[str, Row] = {}
-    functions = {"naive": naive, "checkpointed scan": checkpointed, "ours": ours}
-    skipped = {}
-    for name, function in functions.items():
-        rows[name] = jax_row(function, arguments)
-    if importlib.util.find_spec("tokamax") is None:
-        skipped["tokamax"] = "not installed"
-    else:
-        rows["tokamax"] = jax_row(tokamax_loss, (arguments[0], arguments[1].T, arguments[2]))
-    torch_rows, torch_skipped = torch_programs(hidden, kernel, labels, dtype)
-    rows |= torch_rows
-    skipped |= torch_skipped
-
+    rows, skipped = programs(size)
     results = {}
     for name in list(rows):
         try:
@@ -92,38 +117,104 @@ def main() -> None:
             begin = time.perf_counter()
             row.run()
             times[name].append(time.perf_counter() - begin)
-    base = statistics.median(times["naive"])
-    table = Table(
-        title=f"loss and gradients, T={tokens} H={size} V={vocab} {jnp.dtype(dtype)}, "
-        f"{jax.devices()[0].device_kind}, median of {ROUNDS}"
+    measured = {
+        name: Measured(
+            row.units,
+            row.memory(),
+            statistics.median(times[name]),
+            relative_errors(results[name], exact),
+        )
+        for name, row in rows.items()
+    }
+    return tabulate(size, measured, skipped, jax.devices()[0].device_kind)
+
+
+def gpu_report(kind: str, size: Size = GPU) -> Report:
+    """Every program in a process of its own; without errors, which `make gpu` tests at smaller sizes."""
+    measured, skipped = {}, {}
+    for name in NAMES:
+        try:
+            measured[name] = Measured(*measure("loss:time_alone", size, name))
+        except FailedError as error:
+            skipped[name] = str(error)
+    return tabulate(size, measured, skipped, kind)
+
+
+def time_alone(size: list[Any], name: str) -> Measured:
+    """One program, the only one in this process."""
+    rows, skipped = programs(Size(*size), name)
+    if name not in rows:
+        raise RuntimeError(skipped.get(name, "does not run here"))
+    row = rows[name]
+    row.run()
+    times = []
+    for _ in range(ROUNDS):
+        begin = time.perf_counter()
+        row.run()
+        times.append(time.perf_counter() - begin)
+    return Measured(row.units, row.memory(), statistics.median(times), [])
+
+
+def tabulate(
+    size: Size, measured: dict[str, Measured], skipped: dict[str, str], kind: str
+) -> Report:
+    """Cost of every program, beside that of plain JAX."""
+    base = measured["naive"].seconds if "naive" in measured else None
+    rows = [
+        [
+            name,
+            result.units,
+            f"{result.memory / 2**20:.0f}" if result.memory is not None else "",
+            f"{result.seconds * 1000:.1f}",
+            f"{result.seconds / base:.2f}" if base else "",
+            *(f"{error:.1e}" for error in result.errors),
+            *([""] * (3 - len(result.errors))),
+        ]
+        for name, result in measured.items()
+    ]
+    return Report(
+        f"loss and gradients, T={size.tokens} H={size.hidden} V={size.vocab} {size.dtype}, {kind}, "
+        f"median of {ROUNDS}",
+        (
+            *("", "units", "temp MiB", "ms", "time / naive"),
+            *("loss error", "hidden error", "kernel error"),
+        ),
+        rows,
+        [f"skipped: {name} ({reason})" for name, reason in skipped.items()],
+        [{"name": name} | result._asdict() for name, result in measured.items()],
     )
-    columns = (
-        "",
-        "units",
-        "temp MiB",
-        "time / naive",
-        "loss error",
-        "hidden error",
-        "kernel error",
-    )
-    for column in columns:
-        table.add_column(column, justify="left" if not column else "right")
-    for name, row in rows.items():
-        errors = [f"{error:.1e}" for error in relative_errors(results[name], exact)]
-        ratio = f"{statistics.median(times[name]) / base:.2f}"
-        table.add_row(name, row.units, row.memory(), ratio, *errors)
-    console = formatting.console(width=110)
-    console.print(table)
-    for name, reason in skipped.items():
-        console.print(f"skipped: {name} ({reason})")
 
 
-class Row(NamedTuple):
-    """One program: its matmuls in units of 2 T H V FLOPs, its temporary memory in MiB, and one step."""
+def operands(size: Size) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Hidden states, head and labels in float32."""
+    rng = np.random.default_rng(0)
+    hidden = rng.standard_normal((size.tokens, size.hidden), np.float32)
+    kernel = rng.standard_normal((size.vocab, size.hidden), np.float32) / np.sqrt(size.hidden)
+    labels = rng.integers(0, size.vocab, size.tokens).astype(np.int32)
+    return hidden, kernel, labels
 
-    units: str
-    memory: Callable[[], str]
-    run: Callable[[], Any]
+
+def programs(size: Size, only: str | None = None) -> tuple[dict[str, Row], dict[str, str]]:
+    """The programs by name (or one of them), and what was skipped and why."""
+    hidden, kernel, labels = operands(size)
+    skipped: dict[str, str] = {}
+    rows: dict[str, Row] = {}
+    if only is None or only in (*JAX_PROGRAMS, "tokamax"):
+        dtype = jnp.dtype(size.dtype)
+        arguments = jnp.asarray(hidden, dtype), jnp.asarray(kernel, dtype), jnp.asarray(labels)
+        for name, function in JAX_PROGRAMS.items():
+            if only in (None, name):
+                rows[name] = jax_row(function, arguments)
+        if importlib.util.find_spec("tokamax") is None:
+            skipped["tokamax"] = "not installed"
+        elif only in (None, "tokamax"):
+            transposed = arguments[0], arguments[1].T, arguments[2]
+            rows["tokamax"] = jax_row(tokamax_loss, transposed)
+    if only is None or only not in (*JAX_PROGRAMS, "tokamax"):
+        torch_rows, torch_skipped = torch_programs(hidden, kernel, labels, size.dtype)
+        rows |= torch_rows
+        skipped |= torch_skipped
+    return rows, skipped
 
 
 def jax_row(function: Callable[..., jax.Array], arguments: tuple[jax.Array, ...]) -> Row:
@@ -133,7 +224,7 @@ def jax_row(function: Callable[..., jax.Array], arguments: tuple[jax.Array, ...]
     analysis: Any = compiled.memory_analysis()
     flops = matmul_flops(jax.make_jaxpr(step)(*arguments).jaxpr)
     unit = 2 * arguments[0].shape[0] * arguments[1].size
-    memory = f"{analysis.temp_size_in_bytes / 2**20:.0f}"
+    memory: int = analysis.temp_size_in_bytes
     return Row(f"{flops / unit:.2f}", lambda: memory, partial(until_ready, compiled, *arguments))
 
 
@@ -177,7 +268,7 @@ def on_host(value: Any) -> np.ndarray:
 
 
 def torch_programs(
-    hidden: np.ndarray, kernel: np.ndarray, labels: np.ndarray, dtype: Any
+    hidden: np.ndarray, kernel: np.ndarray, labels: np.ndarray, dtype: str
 ) -> tuple[dict[str, Row], dict[str, str]]:
     """torch with explicit logits, eager and on a GPU compiled; its fused loss; on a GPU also Liger's.
 
@@ -188,9 +279,9 @@ def torch_programs(
     import torch
 
     cross_entropy = torch.nn.functional.cross_entropy
-    on_gpu = torch.cuda.is_available() and jax.default_backend() == "gpu"
+    on_gpu = torch.cuda.is_available()
     device = "cuda" if on_gpu else "cpu"
-    kind = torch.float32 if dtype == jnp.float32 else torch.bfloat16
+    kind = getattr(torch, dtype)
     h = torch.from_numpy(hidden).to(device, kind).requires_grad_()
     k = torch.from_numpy(kernel).to(device, kind).requires_grad_()
     target = torch.from_numpy(labels.astype(np.int64)).to(device)
@@ -215,7 +306,7 @@ def torch_programs(
         liger = LigerFusedLinearCrossEntropyLoss()
         losses["Liger"] = lambda h, k, target: liger(k, h, target)
 
-    peaks: dict[str, str] = dict.fromkeys(losses, "")
+    peaks: dict[str, int | None] = dict.fromkeys(losses)
 
     def step(name: str) -> tuple[Any, ...]:
         h.grad = k.grad = None
@@ -226,8 +317,7 @@ def torch_programs(
         result: tuple[Any, ...] = (value.detach(), h.grad, k.grad)
         if on_gpu:
             torch.cuda.synchronize()
-            above = torch.cuda.max_memory_allocated() - torch.cuda.memory_allocated()
-            peaks[name] = f"{above / 2**20:.0f}"
+            peaks[name] = torch.cuda.max_memory_allocated() - torch.cuda.memory_allocated()
         return result
 
     rows = {}

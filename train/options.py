@@ -157,6 +157,8 @@ class RunOptions:
     """seed of the initial weights, the order of the data and dropout"""
     export_every: int = 0
     """steps between exports to Hugging Face directories in the run's folder; 0: none"""
+    deterministic: bool = False
+    """on a GPU, repeat a run bit for bit, with slower kernels; on a CPU or TPU runs repeat anyway"""
     model: ModelOptions = field(default_factory=ModelOptions)
     optimizer: OptimizerOptions = field(default_factory=OptimizerOptions)
     mesh: MeshOptions = field(default_factory=MeshOptions)

@@ -1,10 +1,6 @@
-"""The platform that a program is compiled for, and the compiler options that go with it."""
+"""The platform that a program is compiled for."""
 
 import jax
-
-# Of a GPU's memory, what XLA takes at its start; the rest is for CUDA's context, NCCL and cuDNN. JAX's own
-# default is 0.75; 0.9 is what NVIDIA sets for training (JAX-Toolbox, "Tips for High-Performance LLMs").
-GPU_MEMORY_FRACTION = 0.9
 
 
 def target_platform() -> str:
@@ -28,14 +24,3 @@ def gpu_capability() -> str | None:
     kind = jax.devices()[0].device_kind if target is None else target.device_kind
     here = (device for device in jax.devices() if device.device_kind == kind)
     return next((str(device.compute_capability) for device in here), None)
-
-
-def step_compiler_options(platform: str | None = None) -> dict[str, str]:
-    """`compiler_options` of `jax.jit` for a training step on `platform` (default: `target_platform()`).
-
-    On CPU, XLA hoists the conversion of a bfloat16 array to float32 out of a loop that reads slices of it:
-    the residuals and the stacked weights would be held twice as large. Without that pass they stay narrow.
-    """
-    if (platform or target_platform()) != "cpu":
-        return {}
-    return {"xla_disable_hlo_passes": "while-loop-invariant-code-motion"}

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from llama_jax.numerics.backend import GPU_MEMORY_FRACTION
+from llama_jax.numerics.xla_options import GPU_MEMORY_FRACTION
 from train.hardware.gpus import GPUS
 
 

@@ -17,7 +17,7 @@ from llama_jax.attention.dispatch import Choice, choose_implementation
 from llama_jax.attention.masks import AttentionMask
 from llama_jax.config import LlamaConfig
 from llama_jax.models.causal_lm import LlamaForCausalLM
-from llama_jax.numerics.backend import step_compiler_options
+from llama_jax.numerics.xla_options import step_compiler_options
 from llama_jax.sharding import BATCH_AXES, SEQUENCE_AXIS, parameter_shardings
 from train.data.batch import Batch
 from train.options import ModelOptions, OptimizerOptions, RunOptions, warmup_steps
@@ -64,6 +64,7 @@ def run_program(
         batch_size=options.batch_size,
         micro_batches=options.micro_batches,
         sequence_length=options.sequence_length,
+        deterministic=options.deterministic,
     )
 
 
@@ -77,8 +78,12 @@ def make_program(
     batch_size: int,
     micro_batches: int,
     sequence_length: int,
+    deterministic: bool = False,
 ) -> Program:
     """The program of a run over `mesh`.
+
+    Args:
+        deterministic: see `step_compiler_options`.
 
     Raises:
         ValueError: a batch, sequence or number of heads that the mesh does not divide; a schedule that
@@ -122,6 +127,12 @@ def make_program(
         graphdef, rule, compute_dtype=compute_dtype, z_loss=optimizer.z_loss, **forward
     )
     evaluate = make_evaluation(graphdef, compute_dtype=compute_dtype, **forward)
+    devices = mesh.devices.flat
+    compiler_options = step_compiler_options(
+        devices[0].platform,
+        across_hosts=len({device.process_index for device in devices}) > 1,
+        deterministic=deterministic,
+    )
     windows: list[Any] = [window] * len(Batch._fields)
     replicated = NamedSharding(mesh, PartitionSpec())
     return Program(
@@ -136,10 +147,10 @@ def make_program(
         step=jax.jit(
             step,
             donate_argnums=(0, 1),
-            compiler_options=step_compiler_options(mesh.devices.flat[0].platform),
+            compiler_options=compiler_options,
             out_shardings=(shardings_of(params), shardings_of(opt_state), replicated),
         ),
-        evaluate=jax.jit(evaluate, out_shardings=replicated),
+        evaluate=jax.jit(evaluate, compiler_options=compiler_options, out_shardings=replicated),
     )
 
 

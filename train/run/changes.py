@@ -18,6 +18,7 @@ FREE_ON_RESUME = (
     "evaluation",
     "log",
     "export_every",
+    "deterministic",
     "steps",  # as far as `rejected_steps` allows
     "model.remat",
     "model.scan_unroll",

@@ -7,6 +7,7 @@ from pathlib import Path
 import jax
 
 from llama_jax.config import LlamaConfig
+from llama_jax.numerics.xla_options import reserve_gpu_memory
 from train.checkpoints import require_safe_path
 from train.data import identity
 from train.data.sources import common_index, find_sources
@@ -40,6 +41,7 @@ def resume(folder: Path, saved: RunOptions, options: RunOptions) -> None:
     expected = replace(saved, data=options.data) if moved else saved
     if rejected := rejected_changes(expected, options, last_saved_step(folder)):
         raise ValueError(f"{folder}: these options cannot change on resume: {'; '.join(rejected)}")
+    reserve_gpu_memory()
     join_processes(options.distributed)
     with ExitStack() as stack:
         if jax.process_index() == 0:

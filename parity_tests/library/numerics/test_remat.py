@@ -7,7 +7,7 @@ import pytest
 from flax import nnx
 
 from llama_jax import LlamaConfig, LlamaForCausalLM
-from llama_jax.numerics.backend import step_compiler_options
+from llama_jax.numerics.xla_options import step_compiler_options
 
 CONFIG = LlamaConfig(
     vocab_size=64,

@@ -1,0 +1,81 @@
+"""XLA's options for each platform: what a training step is compiled with, and how much of a GPU XLA takes.
+
+They are `compiler_options` of `jax.jit` rather than XLA_FLAGS: a step planned without devices is then the
+step that runs, and other programs of the process compile as JAX has them. What the user sets in XLA_FLAGS,
+or for TPUs in LIBTPU_INIT_ARGS, is left alone. docs/nvidia.md has what each option does to a plan.
+"""
+
+import os
+import re
+
+from llama_jax.numerics.backend import target_platform
+
+# Of a GPU's memory, what XLA takes at its start; the rest is for CUDA's context, NCCL and cuDNN. JAX's own
+# default is 0.75; 0.9 is what NVIDIA sets for training (JAX-Toolbox, "Tips for High-Performance LLMs").
+GPU_MEMORY_FRACTION = 0.9
+
+Options = dict[str, str | int | bool]
+
+STEP_OPTIONS: dict[str, Options] = {
+    "cpu": {
+        # XLA hoists the conversion of a bfloat16 array to float32 out of a loop that reads slices of it:
+        # the residuals and the stacked weights would be held twice as large.
+        "xla_disable_hlo_passes": "while-loop-invariant-code-motion",
+    },
+    "gpu": {
+        # A layer's weights are gathered during the layer before it ("Tips for High-Performance LLMs"), and
+        # in fewer, larger gathers than XLA's 30 MB makes: two for 8B. NVIDIA's threshold is 1 GiB, but
+        # there is less to hide one gather of a complete layer behind.
+        "xla_gpu_enable_pipelined_all_gather": True,
+        "xla_gpu_all_gather_combine_threshold_bytes": 256 * 2**20,
+    },
+}
+
+# In addition where hosts are linked by a network.
+STEP_OPTIONS_ACROSS_HOSTS: dict[str, Options] = {
+    "gpu": {
+        # The gradients of a layer are reduced during the next one (ibid.). That holds them unreduced for
+        # as long, which is not worth it where NVLink reduces them.
+        "xla_gpu_enable_pipelined_all_reduce": True,
+    },
+}
+
+# Scatters without atomics, kernels that sum in a fixed order, and no autotuning: the fastest kernel of one
+# start need not be that of the next. XLA's other flag, xla_gpu_exclude_nondeterministic_ops, autotunes.
+DETERMINISTIC: dict[str, Options] = {"gpu": {"xla_gpu_deterministic_ops": True}}
+
+
+def step_compiler_options(
+    platform: str | None = None, *, across_hosts: bool = False, deterministic: bool = False
+) -> Options:
+    """`compiler_options` of `jax.jit` for a training step.
+
+    Args:
+        platform: "cpu", "gpu" or "tpu"; default: `target_platform()`.
+        across_hosts: the devices are those of several hosts.
+        deterministic: the same program with the same inputs gives the same bits, also in another process
+            on a GPU of the same kind. On a CPU or TPU it does so anyway.
+    """
+    platform = platform or target_platform()
+    options = dict(STEP_OPTIONS.get(platform, {}))
+    if across_hosts:
+        options |= STEP_OPTIONS_ACROSS_HOSTS.get(platform, {})
+    set_by_user = _names_in(os.environ.get("XLA_FLAGS", ""))
+    if platform == "tpu":
+        set_by_user |= _names_in(os.environ.get("LIBTPU_INIT_ARGS", ""))
+    options = {name: value for name, value in options.items() if name not in set_by_user}
+    return options | (DETERMINISTIC.get(platform, {}) if deterministic else {})
+
+
+def _names_in(flags: str) -> set[str]:
+    """The names in flags such as "--xla_a=1 --xla_b"."""
+    return set(re.findall(r"--(\w+)", flags))
+
+
+def reserve_gpu_memory() -> None:
+    """Let XLA take `GPU_MEMORY_FRACTION` of each GPU, unless the user has chosen a fraction.
+
+    To be called before JAX looks for devices. Nothing but JAX's GPU backend reads the variable.
+    """
+    if "XLA_PYTHON_CLIENT_MEM_FRACTION" not in os.environ:  # JAX refuses both
+        os.environ.setdefault("XLA_CLIENT_MEM_FRACTION", str(GPU_MEMORY_FRACTION))

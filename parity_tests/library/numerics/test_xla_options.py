@@ -1,0 +1,77 @@
+"""XLA's options: the user's own flags win, and the compilers accept every one."""
+
+import json
+
+import pytest
+
+from llama_jax.numerics.xla_options import (
+    DETERMINISTIC,
+    GPU_MEMORY_FRACTION,
+    STEP_OPTIONS,
+    STEP_OPTIONS_ACROSS_HOSTS,
+    reserve_gpu_memory,
+    step_compiler_options,
+)
+from parity_tests.harness.child_process import output_lines
+
+FRACTION, OLD_FRACTION = "XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION"
+PIPELINED = "xla_gpu_enable_pipelined_all_gather"
+
+
+@pytest.fixture(autouse=True)
+def no_flags(monkeypatch):
+    for name in ("XLA_FLAGS", "LIBTPU_INIT_ARGS", FRACTION, OLD_FRACTION):
+        monkeypatch.delenv(name, raising=False)
+
+
+def test_the_platform_of_the_process_is_the_default():
+    assert step_compiler_options() == step_compiler_options("cpu") == STEP_OPTIONS["cpu"]
+
+
+def test_across_hosts_there_are_more():
+    within, across = (step_compiler_options("gpu", across_hosts=on) for on in (False, True))
+    assert within == STEP_OPTIONS["gpu"]
+    assert across == within | STEP_OPTIONS_ACROSS_HOSTS["gpu"] != within
+
+
+@pytest.mark.parametrize("flags", [f"--{PIPELINED}=false", f"--xla_dump_to=/x  --{PIPELINED}"])
+def test_what_the_user_sets_is_left_alone(monkeypatch, flags):
+    monkeypatch.setenv("XLA_FLAGS", flags)
+    expected = {name: value for name, value in STEP_OPTIONS["gpu"].items() if name != PIPELINED}
+    assert step_compiler_options("gpu") == expected
+
+
+def test_the_arguments_of_libtpu_are_the_users_flags_too(monkeypatch):
+    monkeypatch.setitem(STEP_OPTIONS, "tpu", {"xla_tpu_a": True, "xla_b": 1})
+    monkeypatch.setenv("LIBTPU_INIT_ARGS", "--xla_tpu_a=false")
+    assert step_compiler_options("tpu") == {"xla_b": 1}
+
+
+@pytest.mark.parametrize(("platform", "added"), [("gpu", DETERMINISTIC["gpu"]), ("cpu", {})])
+def test_only_a_gpu_needs_an_option_for_determinism(platform, added):
+    options = step_compiler_options(platform, deterministic=True)
+    assert options == step_compiler_options(platform) | added
+
+
+def test_memory_is_reserved_unless_the_user_did(monkeypatch):
+    import os
+
+    for name in (FRACTION, OLD_FRACTION):
+        monkeypatch.setenv(name, "0.5")
+        reserve_gpu_memory()
+        chosen = {key: os.environ.get(key) for key in (FRACTION, OLD_FRACTION)}
+        assert chosen == {FRACTION: None, OLD_FRACTION: None} | {name: "0.5"}
+        monkeypatch.delenv(name)
+    monkeypatch.setenv(FRACTION, "")  # so that it is restored
+    monkeypatch.delenv(FRACTION)
+    reserve_gpu_memory()
+    assert os.environ[FRACTION] == str(GPU_MEMORY_FRACTION)
+
+
+@pytest.mark.parametrize("topology", ["h100:2x2", "v5p:2x2x1"])
+def test_the_compilers_know_every_option(topology):
+    """They refuse unknown ones; compiled for devices that are not here."""
+    result = json.loads(output_lines("workers.compiler_options", topology)[-1])
+    if "missing" in result:
+        pytest.skip(result["missing"])
+    assert result["compiled"]
