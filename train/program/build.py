@@ -21,7 +21,7 @@ from llama_jax.numerics.xla_options import step_compiler_options
 from llama_jax.sharding import BATCH_AXES, SEQUENCE_AXIS, parameter_shardings
 from train.data.batch import Batch
 from train.options import ModelOptions, OptimizerOptions, RunOptions, warmup_steps
-from train.program.mesh import make_mesh
+from train.program.mesh import count_slices, make_mesh
 from train.program.optimizer import make_optimizer
 from train.program.per_layer import Path, map_by_parameter
 from train.program.schedules import learning_rate_schedule
@@ -127,11 +127,9 @@ def make_program(
         graphdef, rule, compute_dtype=compute_dtype, z_loss=optimizer.z_loss, **forward
     )
     evaluate = make_evaluation(graphdef, compute_dtype=compute_dtype, **forward)
-    devices = mesh.devices.flat
+    devices = list(mesh.devices.flat)
     compiler_options = step_compiler_options(
-        devices[0].platform,
-        across_hosts=len({device.process_index for device in devices}) > 1,
-        deterministic=deterministic,
+        devices[0].platform, across_hosts=count_slices(devices) > 1, deterministic=deterministic
     )
     windows: list[Any] = [window] * len(Batch._fields)
     replicated = NamedSharding(mesh, PartitionSpec())
