@@ -96,11 +96,9 @@ def our_step(workload: Workload, dtype: Dtype) -> Row:
     )
     program = run_program(options, workload.config, jax.devices()[:1])
     ids = token_ids(workload)
-    windows = Batch(
-        input_ids=ids,
-        labels=np.roll(ids, -1, axis=1),
-        segment_ids=np.zeros_like(ids),
-        position_ids=np.broadcast_to(np.arange(workload.seq, dtype=np.int32), ids.shape),
+    positions = np.broadcast_to(np.arange(workload.seq, dtype=np.int32), ids.shape)
+    windows: Any = Batch(
+        *map(np.asarray, (ids, np.roll(ids, -1, 1), np.zeros_like(ids), positions))
     )
     with jax.set_mesh(program.mesh):
         params = initial_params(program, seed=0)

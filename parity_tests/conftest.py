@@ -4,11 +4,8 @@
 must then fail.
 """
 
-<<<<<<< HEAD
 import os
-=======
 from importlib.util import find_spec
->>>>>>> 99c4b62 (XLA's options in one place: pipelined collectives on GPUs, determinism, the memory fraction; benchmarks on a GPU)
 
 import jax
 import pytest
