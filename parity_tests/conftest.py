@@ -25,6 +25,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 # API, which raises its own errors for wrong arguments.
 CHECKED = (
     *(f"attention.{name}" for name in ("dispatch", "blocked", "cudnn", "plain", "splash")),
+    *(f"attention.triton.{name}" for name in ("attention", "kernels", "ranges")),
     *(
         "attention.cache",
         "attention.masks",

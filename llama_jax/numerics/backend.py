@@ -13,6 +13,13 @@ def target_platform() -> str:
     return jax.default_backend() if device is None else device.platform
 
 
+def target_device_kind() -> str:
+    """The devices of `target_platform`, as they call themselves: "NVIDIA H100 80GB HBM3", "TPU v5"."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    kind: str = jax.devices()[0].device_kind if device is None else device.device_kind
+    return kind
+
+
 def gpu_capability() -> str | None:
     """CUDA's compute capability of the GPUs that a program is compiled for: "9.0" for Hopper.
 
@@ -20,7 +27,6 @@ def gpu_capability() -> str | None:
     """
     if target_platform() != "gpu" or jax.default_backend() != "gpu":
         return None
-    target = jax.sharding.get_abstract_mesh().abstract_device
-    kind = jax.devices()[0].device_kind if target is None else target.device_kind
+    kind = target_device_kind()
     here = (device for device in jax.devices() if device.device_kind == kind)
     return next((str(device.compute_capability) for device in here), None)

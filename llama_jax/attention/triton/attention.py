@@ -21,7 +21,13 @@ from jaxtyping import Array, Float
 
 from llama_jax.attention.cudnn import why_not_ampere
 from llama_jax.attention.masks import AttentionMask
-from llama_jax.attention.triton.blocks import Blocks, Kernels, default_kernels, largest_blocks
+from llama_jax.attention.triton.blocks import (
+    LARGEST_HEAD_DIM,
+    Blocks,
+    Kernels,
+    default_kernels,
+    largest_blocks,
+)
 from llama_jax.attention.triton.kernels import (
     Rows,
     d_key_value_kernel,
@@ -36,8 +42,6 @@ from llama_jax.attention.triton.ranges import (
     ranges,
     visible_blocks,
 )
-
-_LARGEST_HEAD_DIM = 256
 
 
 def triton_attention(
@@ -76,8 +80,8 @@ def why_not_triton(
         return reason
     if query.dtype not in (jnp.bfloat16, jnp.float16):
         return f"{query.dtype}, expected bfloat16 or float16"
-    if dim % 8 or dim > _LARGEST_HEAD_DIM:
-        return f"head_dim {dim}, expected a multiple of 8 up to {_LARGEST_HEAD_DIM}"
+    if dim % 8 or dim > LARGEST_HEAD_DIM:
+        return f"head_dim {dim}, expected a multiple of 8 up to {LARGEST_HEAD_DIM}"
     return None
 
 

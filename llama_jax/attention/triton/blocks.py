@@ -1,6 +1,9 @@
 """Block sizes of the three kernels."""
 
+import re
 from typing import NamedTuple
+
+from llama_jax.numerics.backend import target_device_kind
 
 
 class Blocks(NamedTuple):
@@ -24,14 +27,34 @@ class Kernels(NamedTuple):
     interpret: bool = False
 
 
-def default_kernels(head_dim: int, interpret: bool = False) -> Kernels:
-    """Blocks that sm_80, sm_90 and sm_100 compile without spilling registers."""
-    return Kernels(
-        forward=Blocks(128, 64, 8, 3),
-        d_query=Blocks(128, 64, 8, 2),
-        d_key_value=Blocks(64, 128 if head_dim < 128 else 64, 8, 2),
-        interpret=interpret,
-    )
+# By the largest head_dim: without spilled registers on sm_80, sm_90 and sm_100, and within the 99 KiB of
+# shared memory of the smallest GPUs since Ampere.
+_DEFAULT = {
+    64: Kernels(Blocks(128, 64, 8, 3), Blocks(128, 64, 8, 2), Blocks(64, 128, 8, 2)),
+    128: Kernels(Blocks(128, 64, 8, 3), Blocks(128, 64, 8, 2), Blocks(64, 64, 8, 2)),
+    256: Kernels(Blocks(64, 32, 8, 2), Blocks(64, 32, 8, 1), Blocks(32, 32, 8, 1)),
+}
+LARGEST_HEAD_DIM = max(_DEFAULT)
+# Of Hopper and Blackwell, whose matmuls take 64 rows for each group of 4 warps. On Ampere the first spills
+# registers and the second takes too much shared memory.
+_WITH_WARP_GROUPS = re.compile(r"\bG?[HB]\d{2,3}\b")
+_LARGER = {
+    128: {"d_key_value": Blocks(64, 128, 8, 2)},
+    256: {"forward": Blocks(64, 64, 8, 2), "d_query": Blocks(64, 32, 8, 2)},
+}
+
+
+def default_kernels(head_dim: int, device_kind: str | None = None) -> Kernels:
+    """The blocks for vectors of `head_dim`, at most `LARGEST_HEAD_DIM`.
+
+    Args:
+        device_kind: as JAX names the GPU; default: the one that is compiled for.
+    """
+    size = min(size for size in _DEFAULT if size >= head_dim)
+    kernels = _DEFAULT[size]
+    if _WITH_WARP_GROUPS.search(device_kind or target_device_kind()):
+        return kernels._replace(**_LARGER.get(size, {}))
+    return kernels
 
 
 def largest_blocks(kernels: Kernels) -> tuple[int, int]:

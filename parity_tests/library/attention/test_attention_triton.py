@@ -189,4 +189,4 @@ def test_grouped_keys_are_not_repeated():
     ],
 )
 def test_what_they_cannot_do(shape, dtype, reason):
-    assert why_not_triton(jax.ShapeDtypeStruct(shape, dtype), AttentionMask(), 1) == reason
+    assert why_not_triton(jnp.zeros(shape, dtype), AttentionMask(), 1) == reason
