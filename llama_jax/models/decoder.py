@@ -171,8 +171,8 @@ class LlamaModel(PretrainedModel):
             output_hidden_states: return the hidden states of every layer.
             output_attentions: return the attention weights; needs the "plain" implementation.
             dropout_key: turns attention dropout on (training).
-            attention_implementation: "plain" holds all scores, "blocked" never does, "cudnn" is for
-                NVIDIA GPUs and "splash" for TPUs; None picks the fastest one for the platform.
+            attention_implementation: "plain" holds all scores, "blocked" never does, "cudnn" and "triton"
+                are for NVIDIA GPUs and "splash" for TPUs; None picks the fastest one for the platform.
             remat: what the backward pass recomputes: "none", "dots" (all but the outputs of matmuls) or
                 "full" (every layer from its input).
             scan_unroll: layers per iteration of the scan; more compile longer and can run faster.
