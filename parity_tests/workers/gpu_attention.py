@@ -10,6 +10,7 @@ import os
 import re
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 
 os.environ["XLA_FLAGS"] = f"--xla_dump_to={sys.argv[1]}"
@@ -24,7 +25,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from llama_jax import LlamaConfig, LlamaForCausalLM
 from llama_jax.attention.dispatch import attention
 from llama_jax.attention.masks import AttentionMask
-from train.hardware.gpu_topology import COMPILER_FOLDER, gpu_devices
+from train.hardware.gpu_topology import gpu_devices
 from train.hardware.gpus import GPUS
 
 DUMP = Path(sys.argv[1])
@@ -34,17 +35,22 @@ def main() -> None:
     for case in sys.argv[2:]:
         gpu, *what = case.split("-")
         if what[0] == "model":
-            result = model_calls(gpu_devices(GPUS[gpu], 1, 4), what[1])
+            result = model_calls(devices(gpu, 4), what[1])
         else:
             result = kernel_resources(gpu, int(what[0]), jnp.dtype(what[1]))
         print(json.dumps({"case": case, "kernels": result}), flush=True)
+
+
+@cache
+def devices(gpu: str, count: int) -> list[jax.Device]:
+    return gpu_devices(GPUS[gpu], 1, count)
 
 
 def kernel_resources(gpu: str, dim: int, dtype: jnp.dtype) -> dict[str, dict[str, int]]:
     """Registers, bytes spilled and bytes of shared memory of the three kernels."""
     # 4:1, packed, with padding; a length that no block divides
     query, key, ids = (1, 1000, 8, dim), (1, 1000, 2, dim), (1, 1000)
-    mesh = Mesh(np.array(gpu_devices(GPUS[gpu], 1, 1)), ("data",), (AxisType.Auto,))
+    mesh = Mesh(np.array(devices(gpu, 1)), ("data",), (AxisType.Auto,))
 
     def energy(operands, segments):
         mask = AttentionMask(None, None, segments > 0, segments, segments)
@@ -68,8 +74,7 @@ def kernel_resources(gpu: str, dim: int, dtype: jnp.dtype) -> dict[str, dict[str
 
 
 def assemble(ptx: Path, arch: str) -> dict[str, int]:
-    ptxas = COMPILER_FOLDER / "nvidia" / "cuda_nvcc" / "bin" / "ptxas"
-    command = [ptxas, "-v", f"-arch={arch}", ptx, "-o", os.devnull]
+    command = ["ptxas", "-v", f"-arch={arch}", ptx, "-o", os.devnull]
     says = subprocess.run(command, capture_output=True, text=True, check=True).stderr
     spilled = re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", says)
     registers = re.search(r"Used (\d+) registers", says)
@@ -83,7 +88,7 @@ def thunks() -> str:
     return "".join(path.read_text() for path in DUMP.glob("*.thunk_sequence.txt"))
 
 
-def model_calls(devices: list[jax.Device], remat: str) -> dict[str, int]:
+def model_calls(gpus: list[jax.Device], remat: str) -> dict[str, int]:
     """The calls of each kernel in a compiled loss and its gradients; layers of a scan are one."""
     config = LlamaConfig(
         vocab_size=256,
@@ -94,7 +99,7 @@ def model_calls(devices: list[jax.Device], remat: str) -> dict[str, int]:
         num_key_value_heads=2,
     )
     model = nnx.eval_shape(lambda: LlamaForCausalLM(config, rngs=nnx.Rngs(0), dtype=jnp.bfloat16))
-    mesh = Mesh(np.array(devices).reshape(2, 2), ("fsdp", "tensor"), (AxisType.Auto,) * 2)
+    mesh = Mesh(np.array(gpus).reshape(2, 2), ("fsdp", "tensor"), (AxisType.Auto,) * 2)
 
     def loss(model, ids, segments):
         return model(ids, labels=ids, segment_ids=segments, remat=remat).loss

@@ -28,8 +28,7 @@ dispatch._RUN["triton"] = partial(dispatch._RUN["triton"], kernels=SMALL)
 BATCH, SEQ, DIM = 8, 132, 32
 # axes of the mesh, heads, kv heads
 CASES = {
-    "data4-tensor2": ({"data": 4, "tensor": 2}, 4, 2),
-    "tensor4-kv2": ({"tensor": 4}, 4, 2),
+    "data2-tensor4-kv2": ({"data": 2, "tensor": 4}, 4, 2),
     "fsdp2-sequence2-tensor2": ({"fsdp": 2, "sequence": 2, "tensor": 2}, 4, 2),
 }
 

@@ -194,6 +194,10 @@ def _padded(dim: int) -> int:
     return max(16, pl.next_power_of_2(dim))
 
 
+# stands in named tuples where their arrays do
+_BlockSpec: Any = pl.BlockSpec
+
+
 class _Specs(NamedTuple):
     """What a program of a kernel sees of each array: its block, or all of a row.
 
@@ -201,11 +205,11 @@ class _Specs(NamedTuple):
     """
 
     grid: tuple[int, int, int]
-    range: pl.BlockSpec
-    query: pl.BlockSpec
-    key: pl.BlockSpec
-    mask: Any  # MaskOperands of block specifications
-    row: pl.BlockSpec
+    range: Any
+    query: Any
+    key: Any
+    mask: Any
+    row: Any
 
 
 def _specs_by_query(operands: _Operands, block: int) -> _Specs:
@@ -217,20 +221,18 @@ def _specs_by_query(operands: _Operands, block: int) -> _Specs:
     # last queries first: with the most keys, they take the longest
     return _Specs(
         grid=(q // block, heads, batch),
-        range=pl.BlockSpec(
-            (None, None, 4), lambda i, h, b: (b if has_segments else 0, last - i, 0)
-        ),
-        query=pl.BlockSpec((None, block, None, size), lambda i, h, b: (b, last - i, h, 0)),
-        key=pl.BlockSpec((None, k, None, size), lambda i, h, b: (b, 0, h // group, 0)),
+        range=_BlockSpec((None, None, 4), lambda i, h, b: (b if has_segments else 0, last - i, 0)),
+        query=_BlockSpec((None, block, None, size), lambda i, h, b: (b, last - i, h, 0)),
+        key=_BlockSpec((None, k, None, size), lambda i, h, b: (b, 0, h // group, 0)),
         mask=MaskOperands(
-            query_slots=pl.BlockSpec((block,), lambda i, h, b: (last - i,)),
-            key_slots=pl.BlockSpec((k,), lambda i, h, b: (0,)),
-            query_segments=pl.BlockSpec((None, block), lambda i, h, b: (b, last - i))
+            query_slots=_BlockSpec((block,), lambda i, h, b: (last - i,)),
+            key_slots=_BlockSpec((k,), lambda i, h, b: (0,)),
+            query_segments=_BlockSpec((None, block), lambda i, h, b: (b, last - i))
             if has_segments
             else None,
-            key_segments=pl.BlockSpec((None, k), lambda i, h, b: (b, 0)) if has_segments else None,
+            key_segments=_BlockSpec((None, k), lambda i, h, b: (b, 0)) if has_segments else None,
         ),
-        row=pl.BlockSpec((None, None, block), lambda i, h, b: (b, h, last - i)),
+        row=_BlockSpec((None, None, block), lambda i, h, b: (b, h, last - i)),
     )
 
 
@@ -242,20 +244,18 @@ def _specs_by_key(operands: _Operands, block: int) -> _Specs:
     has_segments = operands.mask.query_segments is not None
     return _Specs(
         grid=(k // block, kv_heads, batch),
-        range=pl.BlockSpec((None, None, 4), lambda i, h, b: (b if has_segments else 0, i, 0)),
-        query=pl.BlockSpec((None, q, group, size), lambda i, h, b: (b, 0, h, 0)),
-        key=pl.BlockSpec((None, block, None, size), lambda i, h, b: (b, i, h, 0)),
+        range=_BlockSpec((None, None, 4), lambda i, h, b: (b if has_segments else 0, i, 0)),
+        query=_BlockSpec((None, q, group, size), lambda i, h, b: (b, 0, h, 0)),
+        key=_BlockSpec((None, block, None, size), lambda i, h, b: (b, i, h, 0)),
         mask=MaskOperands(
-            query_slots=pl.BlockSpec((q,), lambda i, h, b: (0,)),
-            key_slots=pl.BlockSpec((block,), lambda i, h, b: (i,)),
-            query_segments=pl.BlockSpec((None, q), lambda i, h, b: (b, 0))
-            if has_segments
-            else None,
-            key_segments=pl.BlockSpec((None, block), lambda i, h, b: (b, i))
+            query_slots=_BlockSpec((q,), lambda i, h, b: (0,)),
+            key_slots=_BlockSpec((block,), lambda i, h, b: (i,)),
+            query_segments=_BlockSpec((None, q), lambda i, h, b: (b, 0)) if has_segments else None,
+            key_segments=_BlockSpec((None, block), lambda i, h, b: (b, i))
             if has_segments
             else None,
         ),
-        row=pl.BlockSpec((None, group, q), lambda i, h, b: (b, h, 0)),
+        row=_BlockSpec((None, group, q), lambda i, h, b: (b, h, 0)),
     )
 
 

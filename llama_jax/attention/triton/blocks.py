@@ -1,7 +1,7 @@
 """Block sizes of the three kernels."""
 
 import re
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from llama_jax.numerics.backend import target_device_kind
 
@@ -38,7 +38,7 @@ LARGEST_HEAD_DIM = max(_DEFAULT)
 # Of Hopper and Blackwell, whose matmuls take 64 rows for each group of 4 warps. On Ampere the first spills
 # registers and the second takes too much shared memory.
 _WITH_WARP_GROUPS = re.compile(r"\bG?[HB]\d{2,3}\b")
-_LARGER = {
+_LARGER: dict[int, dict[str, Any]] = {
     128: {"d_key_value": Blocks(64, 128, 8, 2)},
     256: {"forward": Blocks(64, 64, 8, 2), "d_query": Blocks(64, 32, 8, 2)},
 }
