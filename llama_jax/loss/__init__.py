@@ -4,9 +4,9 @@
 every shard, and `chunk` is the arithmetic of one of them.
 """
 
+from llama_jax.loss.chunk_size import default_chunk
 from llama_jax.loss.fused import (
     LossOutput,
-    default_chunk,
     fused_linear_cross_entropy,
     shift_labels,
 )

@@ -8,6 +8,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from llama_jax.loss.operands import Gradients, Head, Losses, NeedsGradient, Tokens
 from llama_jax.loss.options import Options
+from llama_jax.loss.statistics import row_statistics
 from llama_jax.numerics.matmul import wide_einsum
 
 
@@ -129,12 +130,7 @@ def token_losses(options: Options, block: Block, labels: Int[Array, " chunk"]) -
     """Losses of a chunk; the sums over the vocabulary cross its shards."""
     logits, in_vocab = block.logits, block.in_vocab
     axis = options.shards.vocab if options.shards else None
-    row_max = jnp.max(logits, axis=-1)
-    if axis:
-        row_max = jax.lax.pmax(row_max, axis)
-    # a row of -inf or with +inf must not turn into nan here rather than in the loss
-    row_max = jnp.where(jnp.isfinite(row_max), row_max, 0)
-    row_sum = jnp.sum(jnp.exp(logits - row_max[:, None]), axis=-1)
+    row_max, row_sum = row_statistics(logits, axis)
     columns = block.label_columns
     in_shard = (columns >= 0) & (columns < logits.shape[1])
     clipped = jnp.clip(columns, 0, logits.shape[1] - 1)[:, None]

@@ -9,7 +9,6 @@ Operands of matmuls have the input dtype and accumulate in float32; softmax and 
 of it is float64 for float64 inputs.
 """
 
-import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -19,13 +18,13 @@ from jax.sharding import AbstractMesh, Mesh
 from jaxtyping import Array, Float, Int
 
 from llama_jax.loss.arguments import check_arrays, check_labels, check_options, find_vocab_axis
+from llama_jax.loss.chunk_size import chunk_size
 from llama_jax.loss.operands import Head, Tokens
 from llama_jax.loss.options import IGNORE_INDEX, Mode, Options, Reduction
 from llama_jax.loss.reduction import Reduced
 from llama_jax.loss.reference import reference_losses
 from llama_jax.loss.shards import find_shards
 from llama_jax.loss.vjp import fused_losses
-from llama_jax.numerics.backend import target_platform
 from llama_jax.numerics.scalars import plain_number
 
 
@@ -92,7 +91,7 @@ def fused_linear_cross_entropy(
         softcap: logits become softcap * tanh(logits / softcap).
         weights: [...], multiplies each token's losses. It does not change what "mean" divides by.
         loss_div_factor: divides all three losses after the reduction.
-        chunk: tokens per chunk; None uses `default_chunk`.
+        chunk: tokens per chunk; None: `default_chunk` or fewer.
         mode: "auto"; "recompute" forms every gradient in the backward pass, from the logsumexp alone;
             "reference" is plain JAX that holds the logits and can be differentiated any number of
             times, in forward mode too.
@@ -106,7 +105,8 @@ def fused_linear_cross_entropy(
     float32 gradients, O(T H + V H). "none": 4 with a trainable kernel, residual O(T); 2 with a frozen one,
     residual O(T H). "recompute": 4. Under a mesh, each chunk of C tokens needs one pmax [C] and one psum
     [2..3, C] over the vocabulary; after the loop, one psum of the gradient of `hidden` over the vocabulary
-    and one of the kernel's over the tokens.
+    and one psum_scatter of the kernel's over the tokens: it comes out split as the parameter is, its hidden
+    dimension over fsdp and sequence where they divide it.
 
     Raises:
         ValueError: when traced, for shapes, dtypes or options that are wrong; names the argument.
@@ -136,7 +136,7 @@ def fused_linear_cross_entropy(
     check_arrays(hidden, kernel, labels, vocab, bias=bias, scale=scale, weights=weights)
     check_labels(labels, vocab, ignore_index)
     working_dtype = _working_dtype(hidden, kernel)
-    shards = find_shards(mesh, hidden.shape[:-1])
+    shards = find_shards(mesh, hidden.shape)
     options = Options(
         per_token=reduction == "none",
         vocab_axis=axis,
@@ -145,9 +145,10 @@ def fused_linear_cross_entropy(
         z_loss=float(z_loss or 0.0),
         label_smoothing=float(label_smoothing),
         softcap=None if softcap is None else float(softcap),
-        chunk=min(
-            chunk or default_chunk(-(-vocab // (shards.vocab_size if shards else 1))),
-            max(labels.size // (shards.token_size if shards else 1), 1),
+        chunk=chunk_size(
+            chunk,
+            labels.size // (shards.token_size if shards else 1),
+            -(-vocab // (shards.vocab_size if shards else 1)),
         ),
         recompute=mode == "recompute",
         shards=shards,
@@ -186,21 +187,6 @@ def shift_labels(labels: Int[Array, "batch seq"]) -> Int[Array, "batch seq"]:
     [[6, 7, -100]]
     """
     return jnp.pad(labels[:, 1:], ((0, 0), (0, 1)), constant_values=IGNORE_INDEX)
-
-
-def default_chunk(vocab: int) -> int:
-    """Tokens per chunk: a power of two for which the chunk's buffers stay within a byte budget.
-
-    A chunk's logits and their gradients take about 8 bytes per token and vocabulary entry. The budget
-    is 128 MiB on a CPU, which is fastest in its caches, and 1 GiB on an accelerator, which wants matmuls
-    large enough to fill it.
-
-    >>> with jax.default_device(jax.devices("cpu")[0]):
-    ...     default_chunk(32_000)
-    512
-    """
-    budget = 1 << (27 if target_platform() == "cpu" else 30)
-    return max(128, 1 << int(math.log2(max(budget // (8 * vocab), 1))))
 
 
 def _working_dtype(hidden: Array, kernel: Array) -> jnp.dtype:

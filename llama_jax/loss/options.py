@@ -22,6 +22,9 @@ class Shards(NamedTuple):
         tokens: mesh axes that split the tokens.
         token_spec: the partition spec of the token dimensions.
         vocab: the mesh axis that splits the vocabulary, or None.
+        hidden: mesh axes that split the hidden dimension of the kernel's gradient, as those of the
+            parameter (`llama_jax.sharding`): some of `tokens`, since devices with different tokens hold
+            different parts of a weight.
         token_size: into how many parts the tokens are split.
         vocab_size: into how many parts the vocabulary is split.
     """
@@ -30,6 +33,7 @@ class Shards(NamedTuple):
     tokens: tuple[str, ...]
     token_spec: tuple[tuple[str, ...] | None, ...]
     vocab: str | None
+    hidden: tuple[str, ...]
     token_size: int
     vocab_size: int
 

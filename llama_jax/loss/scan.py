@@ -32,11 +32,11 @@ def losses_and_gradients(
     per_token: Any = PartitionSpec(*shards.token_spec)
     hidden_spec: Any = PartitionSpec(*shards.token_spec, None)
     per_column: Any = PartitionSpec(shards.vocab)
-    kernel_spec: Any = (
-        PartitionSpec(shards.vocab, None)
-        if options.vocab_axis == 0
-        else PartitionSpec(None, shards.vocab)
-    )
+
+    def kernel_spec(hidden_axes: tuple[str, ...]) -> Any:
+        axes = [shards.vocab, hidden_axes or None]
+        return PartitionSpec(*(axes if options.vocab_axis == 0 else reversed(axes)))
+
     scale_by_column = head.scale is not None and head.scale.ndim == 1
     scale_spec: Any = per_column if scale_by_column else PartitionSpec()
     # a vocabulary that the shards do not divide is padded with columns that do not count
@@ -53,14 +53,14 @@ def losses_and_gradients(
         logsumexp=None if tokens.logsumexp is None else per_token,
     )
     head_specs = Head(
-        kernel=kernel_spec,
+        kernel=kernel_spec(()),
         bias=None if head.bias is None else per_column,
         scale=None if head.scale is None else scale_spec,
     )
     losses_specs = Losses(*(per_token,) * 3) if tokens.logsumexp is None else None
     gradient_specs = Gradients(
         hidden=hidden_spec if needs.hidden else None,
-        kernel=kernel_spec if needs.kernel else None,
+        kernel=kernel_spec(shards.hidden) if needs.kernel else None,
         bias=per_column if needs.bias else None,
         scale=scale_spec if needs.scale else None,
     )
@@ -120,7 +120,7 @@ def _on_one_shard(
     sums, (losses, d_hidden) = jax.lax.scan(body, sums, parts)
     losses = None if losses is None else Losses(*map(join, losses))
     gradients = sums._replace(hidden=None if d_hidden is None else join(d_hidden))
-    return losses, sum_over_shards(options.shards, gradients)
+    return losses, sum_over_shards(options.shards, options.vocab_axis, gradients)
 
 
 def pad(

@@ -5,25 +5,38 @@ from jax.sharding import AbstractMesh, Mesh
 
 from llama_jax.loss.operands import Gradients
 from llama_jax.loss.options import Shards
-from llama_jax.sharding import BATCH_AXES, SEQUENCE_AXIS, TENSOR_AXIS, mesh_axes
+from llama_jax.sharding import BATCH_AXES, SEQUENCE_AXIS, TENSOR_AXIS, mesh_axes, partition_spec
 
 
-def sum_over_shards(shards: Shards | None, gradients: Gradients) -> Gradients:
-    """Tokens see every column, columns see every token: one collective for each gradient."""
+def sum_over_shards(shards: Shards | None, vocab_axis: int, gradients: Gradients) -> Gradients:
+    """Tokens see every column, columns see every token: one collective for each gradient.
+
+    Of the sum over tokens of the kernel's gradient, each shard keeps its part of the hidden dimension.
+    """
     if shards is None:
         return gradients
     hidden, kernel, bias, scale = gradients
     if hidden is not None and shards.vocab:
         hidden = jax.lax.psum(hidden, shards.vocab)
+    if kernel is not None and shards.hidden:
+        kernel = jax.lax.psum_scatter(
+            kernel, shards.hidden, scatter_dimension=1 - vocab_axis, tiled=True
+        )
+    replicas = tuple(axis for axis in shards.tokens if axis not in shards.hidden)
+    if replicas:
+        kernel = jax.lax.psum(kernel, replicas)
     if shards.tokens:
-        kernel, bias, scale = jax.lax.psum((kernel, bias, scale), shards.tokens)
+        bias, scale = jax.lax.psum((bias, scale), shards.tokens)
     if scale is not None and scale.ndim == 0 and shards.vocab:
         scale = jax.lax.psum(scale, shards.vocab)
     return Gradients(hidden, kernel, bias, scale)
 
 
-def find_shards(mesh: Mesh | AbstractMesh | None, token_shape: tuple[int, ...]) -> Shards | None:
+def find_shards(mesh: Mesh | AbstractMesh | None, hidden_shape: tuple[int, ...]) -> Shards | None:
     """How `mesh`, or the ambient mesh, splits the loss; None where no axis splits anything.
+
+    Args:
+        hidden_shape: [..., H], the token dimensions and the hidden size.
 
     Raises:
         ValueError: a token dimension that its mesh axes do not divide.
@@ -33,6 +46,8 @@ def find_shards(mesh: Mesh | AbstractMesh | None, token_shape: tuple[int, ...]) 
     (vocab,) = axes.present(TENSOR_AXIS) or (None,)
     if not (batch or sequence or vocab):
         return None
+    *token_shape, hidden_size = hidden_shape
+    (embed,) = partition_spec(("embed",), (hidden_size,), axes.sizes)
     if len(token_shape) == 1:
         split: tuple[tuple[str, ...], ...] = (batch + sequence,)
     else:
@@ -41,7 +56,7 @@ def find_shards(mesh: Mesh | AbstractMesh | None, token_shape: tuple[int, ...]) 
         parts = axes.size(*names)
         if dimension % parts:
             raise ValueError(
-                f"labels: found shape {list(token_shape)}, expected {dimension} to be divisible by "
+                f"labels: found shape {token_shape}, expected {dimension} to be divisible by "
                 f"the mesh axes {', '.join(names)} = {parts}"
             )
     tokens = batch + sequence
@@ -50,6 +65,7 @@ def find_shards(mesh: Mesh | AbstractMesh | None, token_shape: tuple[int, ...]) 
         tokens=tokens,
         token_spec=tuple(names or None for names in split),
         vocab=vocab,
+        hidden=(embed,) if isinstance(embed, str) else tuple(embed or ()),
         token_size=axes.size(*tokens),
         vocab_size=axes.size(TENSOR_AXIS),
     )

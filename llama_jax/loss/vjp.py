@@ -121,6 +121,9 @@ def _backward(
         for gradient, dtype in zip((*gradients, d_weights), static.dtypes, strict=True)
     ]
     d_hidden, d_kernel, d_bias, d_scale, d_weights = casts
+    # The layers' backward pass must wait for the head's gradients to be summed over the shards and cast,
+    # or XLA may do both at the end and keep the complete float32 gradient of the kernel until then.
+    d_hidden, d_kernel = jax.lax.optimization_barrier((d_hidden, d_kernel))
     no_gradient: Any = None
     return Tokens(d_hidden, no_gradient, d_weights), Head(d_kernel, d_bias, d_scale), None
 

@@ -25,7 +25,7 @@ from llama_jax.config import LlamaConfig
 from llama_jax.inputs.ids import require_ids
 from llama_jax.inputs.keys import as_key
 from llama_jax.inputs.positions import as_array, known_value
-from llama_jax.models.layers import DecoderLayer, LayerCall, RMSNorm, parameter
+from llama_jax.models.layers import DecoderLayer, LayerCall, RMSNorm, parameter, rms_norm
 from llama_jax.models.pretrained import PretrainedModel
 from llama_jax.numerics.remat import Remat, checkpointed
 from llama_jax.numerics.rope import rope_cos_sin
@@ -287,7 +287,8 @@ def _forward(
     if cache is not None:
         # beyond the capacity, `update` has overwritten other tokens' slots
         x = jnp.where(cache.length <= cache.capacity, x, jnp.nan)
-    x = model.norm(x)
+    x, norm_weight = jax.lax.optimization_barrier((x, model.norm.weight[...]))
+    x = rms_norm(x, norm_weight, model.norm.eps)
     return ModelOutput(
         last_hidden_state=x,
         cache=cache,
