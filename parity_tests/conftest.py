@@ -33,7 +33,7 @@ CHECKED = (
         "models.layers",
         "models.task_head",
     ),
-    *("loss.chunk", "loss.reduction", "loss.reference", "loss.scan"),
+    *("loss.chunk", "loss.reduction", "loss.reference", "loss.scan", "loss.statistics"),
     *("numerics.matmul", "numerics.rope"),
 )
 if (

@@ -70,7 +70,7 @@ def add_chunk(
 
     vocab_first, dtype = options.vocab_axis == 0, options.working_dtype
     if sums.kernel is not None:
-        if vocab_first:
+        if options.sum_vocab_axis == 0:
             added = wide_einsum("cv,ch->vh", gradient, block.hidden, dtype)
         else:
             added = wide_einsum("ch,cv->hv", block.hidden, gradient, dtype)

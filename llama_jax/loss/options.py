@@ -64,3 +64,12 @@ class Options(NamedTuple):
     shards: Shards | None
     matmul_dtype: np.dtype[Any]
     working_dtype: np.dtype[Any]
+
+    @property
+    def sum_vocab_axis(self) -> int:
+        """Which axis of the kernel's gradient is the vocabulary while it is summed over the chunks.
+
+        Where the shards then scatter its hidden dimension, that comes first: XLA for a GPU would have to
+        transpose it all, as NCCL scatters the first dimension.
+        """
+        return 1 if self.shards is not None and self.shards.hidden else self.vocab_axis

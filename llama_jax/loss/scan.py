@@ -111,8 +111,9 @@ def _on_one_shard(
         weights=None if tokens.weights is None else split(tokens.weights),
         logsumexp=None if tokens.logsumexp is None else split(tokens.logsumexp),
     )
+    kernel = head.kernel if options.sum_vocab_axis == options.vocab_axis else head.kernel.T
     sums = Gradients(
-        kernel=zeros(head.kernel, needs.kernel),
+        kernel=zeros(kernel, needs.kernel),
         bias=zeros(head.bias, needs.bias),
         scale=zeros(head.scale, needs.scale),
     )
@@ -120,7 +121,7 @@ def _on_one_shard(
     sums, (losses, d_hidden) = jax.lax.scan(body, sums, parts)
     losses = None if losses is None else Losses(*map(join, losses))
     gradients = sums._replace(hidden=None if d_hidden is None else join(d_hidden))
-    return losses, sum_over_shards(options.shards, options.vocab_axis, gradients)
+    return losses, sum_over_shards(options, gradients)
 
 
 def pad(

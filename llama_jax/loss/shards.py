@@ -4,15 +4,16 @@ import jax
 from jax.sharding import AbstractMesh, Mesh
 
 from llama_jax.loss.operands import Gradients
-from llama_jax.loss.options import Shards
+from llama_jax.loss.options import Options, Shards
 from llama_jax.sharding import BATCH_AXES, SEQUENCE_AXIS, TENSOR_AXIS, mesh_axes, partition_spec
 
 
-def sum_over_shards(shards: Shards | None, vocab_axis: int, gradients: Gradients) -> Gradients:
+def sum_over_shards(options: Options, gradients: Gradients) -> Gradients:
     """Tokens see every column, columns see every token: one collective for each gradient.
 
     Of the sum over tokens of the kernel's gradient, each shard keeps its part of the hidden dimension.
     """
+    shards = options.shards
     if shards is None:
         return gradients
     hidden, kernel, bias, scale = gradients
@@ -20,8 +21,10 @@ def sum_over_shards(shards: Shards | None, vocab_axis: int, gradients: Gradients
         hidden = jax.lax.psum(hidden, shards.vocab)
     if kernel is not None and shards.hidden:
         kernel = jax.lax.psum_scatter(
-            kernel, shards.hidden, scatter_dimension=1 - vocab_axis, tiled=True
+            kernel, shards.hidden, scatter_dimension=1 - options.sum_vocab_axis, tiled=True
         )
+        if options.sum_vocab_axis != options.vocab_axis:
+            kernel = kernel.T
     replicas = tuple(axis for axis in shards.tokens if axis not in shards.hidden)
     if replicas:
         kernel = jax.lax.psum(kernel, replicas)

@@ -287,6 +287,8 @@ def _forward(
     if cache is not None:
         # beyond the capacity, `update` has overwritten other tokens' slots
         x = jnp.where(cache.length <= cache.capacity, x, jnp.nan)
+    # In the backward pass the gradients of both exist before the layers' begin. XLA would put off the
+    # weight's, which is tiny, and keep two arrays of the size of x for it.
     x, norm_weight = jax.lax.optimization_barrier((x, model.norm.weight[...]))
     x = rms_norm(x, norm_weight, model.norm.eps)
     return ModelOutput(
@@ -321,6 +323,7 @@ def _scan_layers(
 
     def run_layer(carry: Any, layer_inputs: Any) -> Any:
         x, stored = carry
+        x = jax.lax.optimization_barrier(x)
         layer, index, key = layer_inputs
         layer_cache = None
         if stored is not None:

@@ -81,6 +81,7 @@ def main() -> None:
                     "error": max(errors.values()),
                     "worst": max(errors, key=errors.get),
                     "collectives": collectives_in_loops(text),
+                    "scatters": text.count(" reduce-scatter("),
                 }
             ),
             flush=True,

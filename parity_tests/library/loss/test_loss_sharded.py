@@ -38,3 +38,9 @@ def test_two_small_collectives_per_chunk(results, case):
     assert all(size <= 3 * chunk for size in sizes), shapes
     loops = 2 if case.endswith("none") else 1  # the second pass already has the logsumexp
     assert len(sizes) <= 2 * loops
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_kernels_gradient_is_scattered_as_the_parameter_is(results, case):
+    """Over fsdp and sequence, once, after the loop; over data the parameter is replicated."""
+    assert results[case]["scatters"] == ("fsdp" in case)

@@ -56,6 +56,19 @@ def equations(jaxpr):
                     yield from equations(inner)
 
 
+def test_the_layers_backward_pass_waits_for_gradients_that_are_larger_unreduced():
+    """XLA must not keep the head's complete gradient, or what the last norm's needs, until the end."""
+    jaxpr = jax.make_jaxpr(jax.grad(loss))(model_of(), IDS)
+    tied = [
+        {value.aval.shape for value in equation.outvars}
+        for equation in equations(jaxpr.jaxpr)
+        if equation.primitive.name == "optimization_barrier"
+    ]
+    hidden, head, norm = (*IDS.shape, 32), (97, 32), (32,)
+    assert {hidden, head} in tied
+    assert tied.count({hidden, norm}) == 2  # forward and backward
+
+
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
 def test_every_matmul_accumulates_in_float32(dtype):
     """Forward and backward: operands in the model's dtype, never mixed, results in float32."""
