@@ -92,7 +92,7 @@ def main(arguments: Sequence[str] = ()) -> None:
     python: Path | None = options.maxtext_python
     if python is not None and not os.access(python, os.X_OK):
         raise ValueError(f"maxtext-python: {python} is not an executable file")
-    console = formatting.console(width=132)
+    console = formatting.console(width=140)
     rows = read_rows(options.json)
     for name in options.cases:
         variants = [] if python is None else ["", *CASES[name].variants]
@@ -221,22 +221,17 @@ def table(rows: Sequence[Row]) -> Table:
     """Peak memory, gigabytes sent and seconds, of one chip and step."""
     kinds = [kind for kind in COLLECTIVES if any(kind in row["sent"] for row in rows)]
     shown = Table(title="one chip and step", title_justify="left")
-    for column in ("case", "program", "jax, libtpu"):
+    for column in ("case", "program", "jax\nlibtpu"):
         shown.add_column(column)
-    for column in (
-        "peak GiB",
-        *(f"{kind} GB" for kind in kinds),
-        "links s",
-        "exposed s",
-        "compiled in",
-    ):
+    sends = (f"{kind.removeprefix('collective-')}\nGB" for kind in kinds)
+    for column in ("peak\nGiB", *sends, "links\ns", "exposed\ns", "compiled\nin"):
         shown.add_column(column, justify="right")
     for row in rows:
         sent = [f"{row['sent'].get(kind, 0.0) / 1e9:.1f}" for kind in kinds]
         shown.add_row(
             row["case"],
             row["program"],
-            f"{row['versions']['jax']}, {row['versions']['libtpu']}",
+            f"{row['versions']['jax']}\n{row['versions']['libtpu']}",
             f"{row['peak'] / GIB:.1f}",
             *sent,
             f"{row['link_seconds']:.2f}",

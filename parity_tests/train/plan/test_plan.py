@@ -248,3 +248,23 @@ def test_a_topology(tmp_path: Path) -> None:
     assert result["fits"] is False
     assert "does not fit" in done.stdout
     assert "--model.remat full would save" in done.stdout
+
+
+@pytest.mark.slow
+@needs_libtpu
+def test_two_slices(tmp_path: Path) -> None:
+    """Replicas on two slices of four chips: each chip sends its quarter of the gradients over."""
+    file = tmp_path / "plan.json"
+    words = "--topology 2xv5e:2x2 --model.preset tiny-4m --sequence-length 512 --batch-size 16"
+    done = plan_process(*words.split(), "--mesh.data", "2", "--json", str(file))
+    assert done.returncode == 0, done.stderr
+    result = json.loads(file.read_text())
+    assert result["mesh"] == {"data": 2, "fsdp": 4, "sequence": 1, "tensor": 1}
+    rows = {row["links"]: row for row in result["traffic"]}
+    quarter = result["memory"]["parameters"]
+    # an all-reduce among two sends the array once; the embedding's gradient is not split for it
+    assert rows["DCN"]["axes"] == ["data"]
+    assert quarter <= rows["DCN"]["sent"] <= 1.5 * quarter
+    assert rows["DCN"]["seconds"] == pytest.approx(rows["DCN"]["sent"] / 3.125e9)
+    assert rows["ICI x y"]["axes"] == ["fsdp"]
+    assert result["roofline"]["links"] == pytest.approx(rows["DCN"]["seconds"])
