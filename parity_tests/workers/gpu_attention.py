@@ -22,7 +22,7 @@ import numpy as np
 from flax import nnx
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from llama_jax import LlamaConfig, LlamaForCausalLM
+from llama_jax import LlamaConfig, LlamaForCausalLM, init_cache
 from llama_jax.attention.dispatch import attention
 from llama_jax.attention.masks import AttentionMask
 from train.hardware.gpu_topology import gpu_devices
@@ -88,8 +88,12 @@ def thunks() -> str:
     return "".join(path.read_text() for path in DUMP.glob("*.thunk_sequence.txt"))
 
 
-def model_calls(gpus: list[jax.Device], remat: str) -> dict[str, int]:
-    """The calls of each kernel in a compiled loss and its gradients; layers of a scan are one."""
+def model_calls(gpus: list[jax.Device], what: str) -> dict[str, int]:
+    """The calls of each kernel in a model's compiled program, by default; layers of a scan are one.
+
+    Args:
+        what: "prefill" into a cache, or the remat policy of a loss and its gradients.
+    """
     config = LlamaConfig(
         vocab_size=256,
         hidden_size=256,
@@ -99,17 +103,27 @@ def model_calls(gpus: list[jax.Device], remat: str) -> dict[str, int]:
         num_key_value_heads=2,
     )
     model = nnx.eval_shape(lambda: LlamaForCausalLM(config, rngs=nnx.Rngs(0), dtype=jnp.bfloat16))
+    cache = jax.eval_shape(lambda: init_cache(config, 4, 1000, jnp.bfloat16))
     mesh = Mesh(np.array(gpus).reshape(2, 2), ("fsdp", "tensor"), (AxisType.Auto,) * 2)
 
     def loss(model, ids, segments):
-        return model(ids, labels=ids, segment_ids=segments, remat=remat).loss
+        return model(ids, labels=ids, segment_ids=segments, remat=what).loss
 
-    graph = jax.tree.map(lambda leaf: replicated(mesh, leaf.shape, leaf.dtype), model)
-    ids = replicated(mesh, (4, 640), jnp.int32)
+    def prefill(model, ids, is_token, cache):
+        out = model(ids, attention_mask=is_token, cache=cache)
+        return out.logits, out.cache
+
+    ids = jax.ShapeDtypeStruct((4, 640), jnp.int32)
+    run, arguments = (
+        (prefill, (model, ids, ids, cache))
+        if what == "prefill"
+        else (jax.grad(loss), (model, ids, ids))
+    )
+    shapes = jax.tree.map(lambda leaf: replicated(mesh, leaf.shape, leaf.dtype), arguments)
     with jax.set_mesh(mesh):
-        text = jax.jit(jax.grad(loss)).lower(graph, ids, ids).compile().as_text()
+        text = jax.jit(run).lower(*shapes).compile().as_text()
+    assert not re.search(r"\[[\d,]*640,(640|1000)\]", text), "scores"
     calls = re.findall(r'custom_call_target="__gpu\$xla.gpu.triton".*?(attention_\w+)', text)
-    assert not re.search(r"\[[\d,]*640,640\]", text), "scores"
     return {name: calls.count(name) for name in set(calls)}
 
 

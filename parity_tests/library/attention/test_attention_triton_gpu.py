@@ -13,12 +13,13 @@ from train.hardware.gpus import GPUS
 
 NAMES = {"attention_forward", "attention_d_query", "attention_d_key_value"}
 SIZES = itertools.product(
-    ("a100", "h100", "b200"), ("32", "64", "96", "128", "256"), ("bfloat16", "float16")
+    ("a100", "h100", "b200", "b300"), ("32", "64", "96", "128", "256"), ("bfloat16", "float16")
 )
 KERNELS = tuple(map("-".join, SIZES))
-MODELS = ("h100-model-dots", "h100-model-full")
+STEPS = ("h100-model-dots", "h100-model-full")
+PREFILL = "h100-model-prefill"
 USUAL = ("a100-128-bfloat16", "h100-128-bfloat16", "h100-model-dots")
-REST = tuple(case for case in (*KERNELS, *MODELS) if case not in USUAL)
+REST = tuple(case for case in (*KERNELS, *STEPS, PREFILL) if case not in USUAL)
 
 pytestmark = pytest.mark.skipif(
     not COMPILER_FOLDER.is_dir(), reason="the compiler for NVIDIA GPUs is not installed"
@@ -52,8 +53,13 @@ def test_kernels_spill_no_registers_and_fit_in_shared_memory(case):
         assert 0 < kernel["shared"] <= limit
 
 
-@pytest.mark.parametrize("case", slow_but_usual(MODELS))
+@pytest.mark.parametrize("case", slow_but_usual(STEPS))
 def test_a_packed_training_step_calls_them(case):
     """By default; the forward kernel again in the backward pass only if remat asks for it."""
     forward = 2 if case.endswith("full") else 1
     assert kernels_of(case) == dict.fromkeys(NAMES, 1) | {"attention_forward": forward}
+
+
+@pytest.mark.slow
+def test_a_prefill_calls_one():
+    assert kernels_of(PREFILL) == {"attention_forward": 1}

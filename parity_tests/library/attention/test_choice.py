@@ -10,6 +10,8 @@ from llama_jax.attention.masks import AttentionMask
 
 SEGMENTS = jnp.zeros((2, 256), jnp.int32)
 PACKED = AttentionMask(query_segments=SEGMENTS, key_segments=SEGMENTS)
+SLOTS = jnp.arange(256, dtype=jnp.int32)
+PREFILL = AttentionMask(SLOTS, SLOTS, jnp.ones((2, 256), bool), SEGMENTS, SEGMENTS)
 NOT_FOR_CUDNN = "cudnn: found padding or segments, expected neither: cuDNN takes them only as a "
 
 
@@ -29,6 +31,12 @@ def choice(platform, *, dim=64, seq=256, dtype=jnp.bfloat16, mask=PACKED, shards
     ("platform", "options", "implementation", "reason"),
     [
         ("gpu", {"mask": AttentionMask()}, "cudnn", None),
+        (
+            "gpu",
+            {"mask": PREFILL},
+            "triton",
+            "cudnn: found a part of the sequence, expected the full sequence",
+        ),
         ("gpu", {}, "triton", NOT_FOR_CUDNN + "[q, k] bias"),
         (
             "gpu",
