@@ -60,7 +60,7 @@ def show_plan(console: Console, plan: Plan, advice: Sequence[str]) -> None:
     )
     limits = plan.roofline
     if limits is not None:
-        costs.add_row("matmuls, at the chip's peak", f"{limits.compute:.3f} s")
+        costs.add_row("matmuls, at the chip's bfloat16 peak", f"{limits.compute:.3f} s")
         costs.add_row("memory, reading and writing the peak once", f"{limits.memory:.3f} s")
         costs.add_row("links, all of the chip's in parallel", f"{limits.links:.3f} s")
         costs.add_row("MFU bound, the longest hiding the others", f"{limits.mfu:.1%}")
