@@ -113,13 +113,20 @@ def _trip_count(program: dict[str, Computation], loop: Instruction) -> int:
         return int(known[1])
     condition = re.search(r"condition=%?([\w.-]+)", loop.rest)
     assert condition is not None
-    # a scan's counter goes from 0 to the only constant in its condition
-    bounds = [
-        int(value[1])
-        for instruction in program[condition[1]].instructions
-        if instruction.opcode == "constant" and (value := re.match(r"(\d+)\)", instruction.rest))
-    ]
+    # a scan's counter goes from 0 to the only constant in its condition, which may be fused
+    bounds = list(_constants(program, condition[1]))
     return bounds[0] if len(bounds) == 1 else 1
+
+
+def _constants(program: dict[str, Computation], name: str) -> Iterator[int]:
+    """The whole numbers in a computation and in those that it calls."""
+    for instruction in program[name].instructions:
+        value = re.match(r"(\d+)\)", instruction.rest)
+        if instruction.opcode == "constant" and value is not None:
+            yield int(value[1])
+        for called in called_by(instruction):
+            if called in program:
+                yield from _constants(program, called)
 
 
 # bits of an element; "token" and the like have none

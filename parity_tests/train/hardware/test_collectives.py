@@ -197,3 +197,48 @@ def test_exposed(lines: tuple[str, ...], asynchronous: int, hidden: bool) -> Non
     assert (collective.count, collective.asynchronous) == (1, asynchronous)
     assert collective.sent > 0
     assert collective.exposed == (0 if hidden else collective.sent)
+
+
+LOOP = """\
+HloModule step, is_scheduled=true, num_partitions=8
+
+%fused_compare (counter: s32[]) -> pred[] {
+  %counter = s32[] parameter(0)
+  %bound = s32[] constant(7)
+  ROOT %less = pred[] compare(%counter, %bound), direction=LT
+}
+
+%condition (arg: (s32[], f32[8])) -> pred[] {
+  %arg = (s32[], f32[8]{0}) parameter(0)
+  %counter = s32[] get-tuple-element(%arg), index=0
+  ROOT %less = pred[] CONDITION
+}
+
+%body (arg: (s32[], f32[8])) -> (s32[], f32[8]) {
+  %arg = (s32[], f32[8]{0}) parameter(0)
+  %x = f32[8]{0} get-tuple-element(%arg), index=1
+  %y = f32[8]{0} all-reduce(%x), replica_groups={}, to_apply=%add
+  ROOT %tuple = (s32[], f32[8]{0}) tuple(%x, %y)
+}
+
+ENTRY %main (x: f32[8]) -> (s32[], f32[8]) {
+  %x = f32[8]{0} parameter(0)
+  %tuple = (s32[], f32[8]{0}) tuple(%x, %x)
+  ROOT %loop = (s32[], f32[8]{0}) while(%tuple), condition=%condition, body=%bodyCONFIG
+}
+"""
+KNOWN = ', backend_config={"known_trip_count":{"n":"5"},"known_init_step":{"init":"0","step":"1"}}'
+
+
+@pytest.mark.parametrize(
+    ("condition", "config", "count"),
+    [
+        # as XLA leaves it for GPUs, after it has taken one iteration out of the loop
+        ("fusion(%counter), kind=kLoop, calls=%fused_compare", "", 7),
+        ("fusion(%counter), kind=kLoop, calls=%fused_compare", KNOWN, 5),
+        ("compare(%counter, %counter), direction=LT", "", 1),  # unknown
+    ],
+)
+def test_trip_counts(condition: str, config: str, count: int) -> None:
+    hlo = LOOP.replace("CONDITION", condition).replace("CONFIG", config)
+    assert only(hlo).count == count
