@@ -120,3 +120,22 @@ def test_a_cache_is_visited_as_far_as_it_is_filled():
     operands = mask_operands(kernels, 1, 256, SEQ, mask)
     bounds = np.asarray(ranges(visible_blocks(operands, 128, 64)))
     assert bounds.tolist() == [[[0, 0, 8, 10], [0, 0, 10, 12]]]
+
+
+@pytest.mark.parametrize(
+    ("kind", "like"),
+    [
+        ("NVIDIA H200", "H100"),
+        ("NVIDIA GH200 480GB", "H100"),
+        ("NVIDIA B200", "H100"),
+        ("NVIDIA GB300", "H100"),
+        ("NVIDIA A10G", "A100"),
+        ("NVIDIA GeForce RTX 4090", "A100"),
+        ("NVIDIA GB10", "A100"),
+        ("NVIDIA RTX PRO 6000 Blackwell Server Edition", "A100"),
+    ],
+)
+def test_larger_blocks_are_for_gpus_with_room_for_them(kind, like):
+    for dim in (96, 256):
+        assert default_kernels(dim, kind) == default_kernels(dim, f"NVIDIA {like}")
+        assert default_kernels(dim, "NVIDIA H100") != default_kernels(dim, "NVIDIA A100")
