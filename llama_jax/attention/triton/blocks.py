@@ -35,8 +35,8 @@ _DEFAULT = {
     256: Kernels(Blocks(64, 32, 8, 2), Blocks(64, 32, 8, 1), Blocks(32, 32, 8, 1)),
 }
 LARGEST_HEAD_DIM = max(_DEFAULT)
-# Of Hopper and Blackwell in data centers, whose matmuls take 64 rows for each group of 4 warps. On Ampere the
-# first spills registers; no other GPU has the shared memory. Not GB10, a small one.
+# Of Hopper and Blackwell in data centers, whose matmuls take 64 rows for each group of 4 warps. On Ampere
+# the first spills registers; no other GPU, GB10 among them, has the shared memory.
 _WITH_WARP_GROUPS = re.compile(r"\bG?[HB]\d{3}\b")
 _LARGER: dict[int, dict[str, Any]] = {
     128: {"d_key_value": Blocks(64, 128, 8, 2)},
