@@ -19,7 +19,8 @@ from parity_tests.reference.errors import relative_error
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_enable_x64", True)
 
-BATCH, SEQ, HIDDEN, CHUNK = 8, 6, 16, 4
+# fsdp divides 18, and sequence does not divide the rest
+BATCH, SEQ, HIDDEN, CHUNK = 8, 6, 18, 4
 MESHES = {
     "8x1": {"data": 8, "tensor": 1},
     "1x8": {"data": 1, "tensor": 8},
