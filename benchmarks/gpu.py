@@ -34,10 +34,12 @@ def main(arguments: Sequence[str] = ()) -> None:
         "results to benchmarks/results/. Elsewhere: say so.",
     )
     parser.add_argument(
-        "parts",
-        nargs="*",
+        "--parts",
+        nargs="+",
+        choices=PARTS,
+        default=PARTS,
         metavar="PART",
-        help=f"what to run, in this order: {', '.join(PARTS)}; default: all",
+        help=f"what to run, in this order; default: {' '.join(PARTS)}",
     )
     parser.add_argument(
         "--out",
@@ -52,9 +54,6 @@ def main(arguments: Sequence[str] = ()) -> None:
         help="small shapes, also without a GPU: tries this program, measures nothing of interest",
     )
     options = parser.parse_args(arguments)
-    parts = options.parts or PARTS
-    if unknown := [part for part in parts if part not in PARTS]:
-        raise ValueError(f"gpu: found {unknown[0]!r}, expected {', '.join(PARTS)}")
     kind = device_kind()
     console = formatting.console()
     if kind is None and not options.tiny:
@@ -65,7 +64,7 @@ def main(arguments: Sequence[str] = ()) -> None:
     file = options.out / f"{datetime.date.today()}-{name}"
     reports: list[Report] = []
     failures = 0
-    for report in _reports(parts, kind or "cpu", tiny=options.tiny):
+    for report in _reports(options.parts, kind or "cpu", tiny=options.tiny):
         show(report)
         reports.append(report)
         failures += report.title.startswith("tests") and report.values[0]["exit_code"] != 0

@@ -2,16 +2,15 @@
 
 import importlib
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
+from llama_jax.numerics.xla_options import reserve_gpu_memory
+
 ROOT = Path(__file__).parents[1]
 _FIRST = "result: "
-# JAX would take most of the memory at once, and leave none to torch where both are imported
-_ENVIRONMENT = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
 
 
 class FailedError(Exception):
@@ -29,11 +28,8 @@ def measure(function: str, *arguments: Any, seconds: float = 400) -> Any:
         FailedError: it raised, or took longer than `seconds`.
     """
     command = [sys.executable, "-m", "benchmarks.isolated", function, json.dumps(arguments)]
-    environment = _ENVIRONMENT | os.environ
     try:
-        process = subprocess.run(
-            command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=seconds
-        )
+        process = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=seconds)
     except subprocess.TimeoutExpired:
         raise FailedError(f"took longer than {seconds:.0f} s") from None
     lines = process.stdout.splitlines()
@@ -51,6 +47,7 @@ def _cause(stderr: str) -> str:
 
 def _main() -> None:
     module, _, name = sys.argv[1].partition(":")
+    reserve_gpu_memory()  # as a run does; programs of torch never start JAX
     function = getattr(importlib.import_module(f"benchmarks.{module}"), name)
     print(_FIRST + json.dumps(function(*json.loads(sys.argv[2]))))
 

@@ -97,9 +97,8 @@ def our_step(workload: Workload, dtype: Dtype) -> Row:
     program = run_program(options, workload.config, jax.devices()[:1])
     ids = token_ids(workload)
     positions = np.broadcast_to(np.arange(workload.seq, dtype=np.int32), ids.shape)
-    windows: Any = Batch(
-        *map(np.asarray, (ids, np.roll(ids, -1, 1), np.zeros_like(ids), positions))
-    )
+    arrays: list[Any] = [ids, np.roll(ids, -1, axis=1), np.zeros_like(ids), positions]
+    windows = Batch(*arrays)
     with jax.set_mesh(program.mesh):
         params = initial_params(program, seed=0)
         state = [params, initial_opt_state(program, params)]

@@ -8,8 +8,12 @@ import torch
 from flax import nnx
 from torch.nn.functional import cross_entropy, kl_div
 
+import benchmarks.step as step
+from benchmarks.__main__ import main
+from benchmarks.isolated import FailedError, measure
 from benchmarks.parity import same_shapes
 from benchmarks.precision import BFLOAT16, TF32, drift, emulated, emulated_einsum
+from benchmarks.report import markdown
 from llama_jax import PRESETS, LlamaConfig, LlamaForCausalLM
 
 # Rounding to b bits leaves a uniform error of one ulp / sqrt(12); of normal numbers that is 0.21 * 2**-b.
@@ -86,3 +90,54 @@ def test_presets_of_the_same_shape_share_a_row() -> None:
     assert ["llama-7b", "llama-2-7b"] in groups
     assert ["llama-3-70b", "llama-3.1-70b"] in groups
     assert ["llama-2-70b"] in groups  # another vocabulary
+
+
+TIMINGS = [
+    step.Timing("ours", "bfloat16", 2, 0.5, 3 << 20),
+    step.Timing("torch eager", "bfloat16", 1, 0.5, 2 << 20),
+]
+
+
+def test_the_table_of_steps_compares_tokens_per_second() -> None:
+    """Programs may have different numbers of rows; a chip with a data sheet has an MFU."""
+    workload = step.Workload("llama-3.2-1b", 2, 8192)
+    report = step.tabulate(workload, TIMINGS, ["torch.compile: no"], "NVIDIA H100 80GB HBM3")
+    ours, theirs = report.values
+    assert ours["tokens_per_second"] == 2 * theirs["tokens_per_second"] == 2 * 8192 / 0.5
+    assert report.rows[0][5:8] == ["2.00", "3", "1.50"]
+    # 6 FLOPs a token for each of the 1.236e9 weights, and the matmuls of causal attention
+    attention = 3 * 2 * 16 * 32 * 64 * 8193
+    assert ours["mfu"] == pytest.approx(32768 * (6 * 1.2358e9 + attention) / 989e12, rel=1e-3)
+    text = markdown(report)
+    assert "| ours | bfloat16 | 2 | 0.500 | 32768 | 2.00 |" in text
+    assert "skipped: torch.compile: no" in text
+
+
+def test_fewer_rows_where_memory_does_not_suffice(monkeypatch: pytest.MonkeyPatch) -> None:
+    tried = []
+
+    def measured(function: str, workload: step.Workload, *names: str) -> dict:
+        tried.append(workload.rows)
+        if workload.rows > 1:
+            raise FailedError("torch.OutOfMemoryError: CUDA out of memory. Tried ...")
+        return TIMINGS[1]._asdict()
+
+    monkeypatch.setattr(step, "measure", measured)
+    workload = step.Workload("llama-3.2-1b", 4, 8192)
+    assert step.time_isolated(workload, "torch eager", "bfloat16") == TIMINGS[1]
+    assert tried == [4, 2, 1]
+
+
+def test_a_failed_measurement_says_why() -> None:
+    with pytest.raises(FailedError, match="KeyError: 'no-such-preset'"):
+        measure("step:time_alone", ["no-such-preset", 1, 8], "ours", "bfloat16")
+
+
+def test_without_a_gpu_one_line_says_so(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("benchmarks.gpu.device_kind", lambda: None)
+    assert main(["gpu"]) == 0
+    assert capsys.readouterr().out == "no NVIDIA GPU here: nothing was run\n"
+    assert main(["gpu", "--parts", "stop"]) == 2
+    assert "found 'stop', expected one of step, loss, decode, tests" in capsys.readouterr().err
