@@ -177,6 +177,7 @@ def _run(command: Sequence[str], folder: Path) -> None:
         ValueError: it failed; the message ends with the last line that it wrote.
     """
     env = os.environ | ENVIRONMENT | {"JAX_PLATFORMS": "cpu", "DECOUPLE_GCLOUD": "TRUE"}
+    env.pop("TPU_LIBRARY_PATH", None)  # importing jax set it, to this interpreter's libtpu
     done = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, check=False)
     if done.returncode:
         last = (done.stderr.strip() or done.stdout.strip() or "no output").splitlines()[-1]

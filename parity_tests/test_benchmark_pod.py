@@ -25,7 +25,9 @@ SENT = 63 * 64 * 1e6 * 2  # bytes of the parts of the other 63
 # in place of MaxText's interpreter: writes what maxtext_step.py would
 INTERPRETER = """\
 #!{python}
-import json, sys
+import json, os, sys
+if "TPU_LIBRARY_PATH" in os.environ:
+    sys.exit("another interpreter's libtpu")
 out, words = sys.argv[2], sys.argv[3:]
 if "remat_policy=full" not in words:
     sys.exit("first line\\nno such policy")
@@ -63,7 +65,8 @@ def test_settings() -> None:
     assert "num_vocab_tiling" not in maxtext_settings(CASES["8b"], "")
 
 
-def test_maxtext_is_read_with_our_ruler(interpreter: Path) -> None:
+def test_maxtext_is_read_with_our_ruler(interpreter: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TPU_LIBRARY_PATH", "/of/this/interpreter/libtpu.so")
     read = maxtext("8b", "", interpreter)
     assert read["program"] == "MaxText"
     assert read["versions"]["maxtext"] == "9"
