@@ -28,12 +28,7 @@ def numbers(platform: str, part: str, small: bool, process: int = 0) -> Any:
     return json.loads(output_lines("workers.device_numbers", part, *flags, env=env)[-1])[part]
 
 
-@pytest.fixture(
-    params=[
-        pytest.param("cpu", marks=pytest.mark.slow),
-        pytest.param("gpu", marks=pytest.mark.gpu),
-    ]
-)
+@pytest.fixture(params=["cpu", pytest.param("gpu", marks=pytest.mark.gpu)])
 def platform(request: pytest.FixtureRequest) -> str:
     if request.param == "gpu" and device_kind() is None:
         pytest.skip("no NVIDIA GPU")
@@ -65,6 +60,7 @@ def test_the_fused_loss_rounds_as_on_a_cpu(platform: str) -> None:
             assert fused <= ROUNDING_RATIO * max(plain, fused_on_cpu) + 4 * EPSILON, dtype
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-4), ("bfloat16", 5e-3)])
 def test_training_is_that_of_a_cpu(platform: str, dtype: str, tolerance: float) -> None:
     here, cpu = both(platform, "training")
@@ -73,6 +69,7 @@ def test_training_is_that_of_a_cpu(platform: str, dtype: str, tolerance: float) 
     assert here[dtype]["loss"][-1] < here[dtype]["loss"][0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_another_process_trains_bit_for_bit_the_same(platform: str, dtype: str) -> None:
     small = platform == "cpu"
@@ -80,6 +77,7 @@ def test_another_process_trains_bit_for_bit_the_same(platform: str, dtype: str) 
     assert once[dtype] == again[dtype]
 
 
+@pytest.mark.slow
 def test_generation_is_that_of_a_cpu(platform: str) -> None:
     """Prefill and greedy tokens in float32; in bfloat16 the prefill rounds no more than on a CPU."""
     here, cpu = both(platform, "generation")
