@@ -16,6 +16,7 @@ from llama_jax.checkpoints.fingerprint import fingerprint
 from llama_jax.checkpoints.orbax import require_utf8
 from llama_jax.formatting import first_line
 from train.program.donation import donatable
+from train.program.optimizer_state import on_device
 
 FOLDER = "checkpoints"
 CHUNK_BYTES = 2**26
@@ -211,7 +212,7 @@ def _require_same_state(manager: ocp.CheckpointManager, step: int, opt_state: An
 
 @jax.jit
 def _all_finite(leaves: list[Any]) -> Any:
-    numbers = [leaf for leaf in leaves if jnp.issubdtype(leaf.dtype, jnp.inexact)]
+    numbers = [leaf for leaf in on_device(leaves) if jnp.issubdtype(leaf.dtype, jnp.inexact)]
     return jnp.all(jnp.stack([jnp.all(jnp.isfinite(leaf)) for leaf in numbers]))
 
 
@@ -222,7 +223,7 @@ def fingerprints(tree: Any) -> list[int]:
 
 @jax.jit
 def _fingerprints(leaves: list[Any]) -> list[Any]:
-    return [fingerprint(leaf) for leaf in leaves]
+    return [fingerprint(leaf) for leaf in on_device(leaves)]
 
 
 def _read_step(manager: ocp.CheckpointManager, step: int, params: Any, opt_state: Any) -> Restored:

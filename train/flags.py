@@ -76,6 +76,24 @@ class OnOff(argparse.Action):
         setattr(namespace, self.dest, option == self.option_strings[0])
 
 
+class Names(argparse.Action):
+    """Names out of `known`, separated by spaces or commas."""
+
+    def __init__(self, *arguments: Any, known: Sequence[str], **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self.known = known
+
+    def __call__(  # noqa: D102
+        self, parser: object, namespace: object, values: Any, option: str | None = None
+    ) -> None:
+        names = [name for value in values for name in value.split(",") if name]
+        for name in names:
+            if name not in self.known:
+                expected = f"expected some of {', '.join(self.known)}"
+                raise argparse.ArgumentError(self, f"found {name!r}, {expected}")
+        setattr(namespace, self.dest, names)
+
+
 def _add_options(
     parser: argparse.ArgumentParser, group: Any, values: Any, prefix: str, show_defaults: bool
 ) -> None:
@@ -98,7 +116,7 @@ def _add_options(
 
 
 def _help(text: str, default: Any) -> str:
-    if "default" not in text and default is not None and default is not False:
+    if "default" not in text and default not in (None, False, ()):
         shown = " ".join(default) if isinstance(default, tuple) else str(default)
         text += f" (default: {shown!r})" if shown != shown.strip() else f" (default: {shown})"
     return text.replace("%", "%%")
@@ -110,6 +128,8 @@ def _kind(hint: Any) -> dict[str, Any]:
         return {"action": OnOff}
     if get_origin(hint) is tuple:
         (element, _) = get_args(hint)
+        if get_origin(element) is Literal:
+            return {"nargs": "*", "action": Names, "known": get_args(element), "metavar": "NAME"}
         return {"nargs": "*", "type": element, "metavar": _METAVARS[element]}
     kinds = [kind for kind in get_args(hint) if kind is not NoneType]
     optional = NoneType in get_args(hint)

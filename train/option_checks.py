@@ -3,7 +3,7 @@
 import jax.numpy as jnp
 import numpy as np
 
-from train.options import OptimizerOptions, RunOptions, warmup_steps
+from train.options import ModelOptions, OptimizerOptions, RunOptions, warmup_steps
 from train.program.optimizer import DIRECTIONS
 from train.program.schedules import USES, require_fit
 
@@ -16,6 +16,7 @@ def validate(options: RunOptions) -> None:
                 f"model.{_flag(name)}: found float16, expected bfloat16, float32 or float64: small "
                 "gradients become 0 in float16"
             )
+    _require_remat(options.model)
     require_counts(options)
     _require_numbers(options)
     _require_used(options.optimizer)
@@ -55,6 +56,20 @@ def require_counts(options: RunOptions) -> None:
         raise ValueError(
             f"micro-batches: found {options.micro_batches}, expected a divisor of the batch size "
             f"{options.batch_size}"
+        )
+
+
+def _require_remat(model: ModelOptions) -> None:
+    """Names of kept values need a policy that does not keep them already."""
+    for name, values in (("save", model.remat_save), ("offload", model.remat_offload)):
+        if values and model.remat != "full":
+            raise ValueError(
+                f"model.remat-{name}: found {' '.join(values)} with --model.remat {model.remat}, expected "
+                "--model.remat full, which keeps nothing else"
+            )
+    if both := [name for name in model.remat_offload if name in model.remat_save]:
+        raise ValueError(
+            f"model.remat-offload: found {both[0]}, which model.remat-save has as well: leave it out of one"
         )
 
 

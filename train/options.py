@@ -8,13 +8,14 @@ from typing import Literal
 
 from llama_jax.attention.implementation import Implementation
 from llama_jax.files.hub import local_path
-from llama_jax.numerics.remat_policy import Remat
+from llama_jax.numerics.remat_policy import Kept, KeptName, OffloadedName, Remat
 
 FILE = "run.toml"
 
 STDLIB = "stdlib"
 
 Dtype = Literal["float32", "bfloat16", "float16", "float64"]
+StateDtype = Literal["float32", "bfloat16"]
 Optimizer = Literal["adamw", "muon", "lion", "adafactor", "sgd"]
 Schedule = Literal["cosine", "linear", "wsd", "constant"]
 
@@ -35,10 +36,21 @@ class ModelOptions:
     """dtype of the forward and backward pass; default: float32 on a CPU, bfloat16 elsewhere; not float16"""
     remat: Remat = "dots"
     """what to recompute in the backward pass: none, all but the outputs of matmuls (dots), or all (full)"""
+    remat_save: tuple[KeptName, ...] = ()
+    """with remat full, what to keep nevertheless: query, key, value, attention, output, gate, up, down"""
+    remat_offload: tuple[OffloadedName, ...] = ()
+    """the same, but kept in the host's memory; also input, a layer's input, else kept on the device"""
     scan_unroll: int = 1
     """layers per iteration of the scan over layers; more take longer to compile and may run faster"""
     attention: Implementation | None = None
     """attention implementation; default: the fastest on the platform"""
+
+    @property
+    def remat_policy(self) -> Remat | Kept:
+        """What the layers keep for the backward pass."""
+        if self.remat_save or self.remat_offload:
+            return Kept(self.remat_save, self.remat_offload)
+        return self.remat
 
 
 @dataclass(frozen=True)
@@ -69,6 +81,10 @@ class OptimizerOptions:
     """clip the gradient to this global norm; None: no clipping"""
     z_loss: float = 0.0
     """weight of the z-loss, logsumexp^2 of the logits"""
+    state_dtype: StateDtype | None = None
+    """dtype of the optimizer's moments, if bfloat16 rounded stochastically; default: the parameters'"""
+    offload: bool = False
+    """keep the optimizer state in the host's memory, and bring it to the devices for the update"""
 
 
 @dataclass(frozen=True)

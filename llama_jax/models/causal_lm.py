@@ -27,7 +27,7 @@ from llama_jax.models.decoder import Embeddings, LlamaModel, Positions, Tokens
 from llama_jax.models.layers import Linear
 from llama_jax.models.pretrained import PretrainedModel
 from llama_jax.numerics.matmul import einsum, working_dtype
-from llama_jax.numerics.remat import Remat
+from llama_jax.numerics.remat_policy import Kept, Remat
 from llama_jax.numerics.scalars import integers
 
 
@@ -137,7 +137,7 @@ class LlamaForCausalLM(PretrainedModel):
         dropout_key: Key[Array, ""] | None = None,
         *,
         attention_implementation: Implementation | None = None,
-        remat: Remat = "dots",
+        remat: Remat | Kept = "dots",
         scan_unroll: int = 1,
     ) -> CausalLMOutput:
         """Logits and, with `labels`, the loss. See `LlamaModel.__call__` for the other arguments.

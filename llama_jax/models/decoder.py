@@ -27,7 +27,8 @@ from llama_jax.inputs.keys import as_key
 from llama_jax.inputs.positions import as_array, known_value
 from llama_jax.models.layers import DecoderLayer, LayerCall, RMSNorm, parameter, rms_norm
 from llama_jax.models.pretrained import PretrainedModel
-from llama_jax.numerics.remat import Remat, checkpointed
+from llama_jax.numerics.remat import checkpointed
+from llama_jax.numerics.remat_policy import Kept, Remat
 from llama_jax.numerics.rope import rope_cos_sin
 from llama_jax.numerics.scalars import is_integer, plain_number
 from llama_jax.sharding import RESIDUAL_AXES, constrain
@@ -101,7 +102,7 @@ class DecoderOptions(TypedDict, total=False):
     output_attentions: bool
     dropout_key: Key[Array, ""] | None
     attention_implementation: Implementation | None
-    remat: Remat
+    remat: Remat | Kept
     scan_unroll: int
 
 
@@ -151,7 +152,7 @@ class LlamaModel(PretrainedModel):
         dropout_key: Key[Array, ""] | None = None,
         *,
         attention_implementation: Implementation | None = None,
-        remat: Remat = "dots",
+        remat: Remat | Kept = "dots",
         scan_unroll: int = 1,
     ) -> ModelOutput:
         """Run the decoder.
@@ -173,8 +174,9 @@ class LlamaModel(PretrainedModel):
             dropout_key: turns attention dropout on (training).
             attention_implementation: "plain" holds all scores, "blocked" never does, "cudnn" and "triton"
                 are for NVIDIA GPUs and "splash" for TPUs; None picks the fastest one for the platform.
-            remat: what the backward pass recomputes: "none", "dots" (all but the outputs of matmuls) or
-                "full" (every layer from its input).
+            remat: what the backward pass recomputes: "none", "dots" (all but the outputs of matmuls),
+                "full" (every layer from its input), or all but what a
+                `llama_jax.numerics.remat_policy.Kept` names.
             scan_unroll: layers per iteration of the scan; more compile longer and can run faster.
 
         Raises:
@@ -238,7 +240,7 @@ class _Options(NamedTuple):
     output_hidden_states: bool
     output_attentions: bool
     attention_implementation: Implementation | None
-    remat: Remat
+    remat: Remat | Kept
     scan_unroll: int
 
 

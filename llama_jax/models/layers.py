@@ -85,8 +85,7 @@ def linear(
         working = working_dtype(x.dtype)
         out = einsum(spec, tokens, weight, out_dtype=working, blocked=blocked)
         out = out + jnp.broadcast_to(bias.astype(working), out.shape)
-    out = out.astype(x.dtype).reshape(*x.shape[:-1], weight.shape[0])
-    return checkpoint_name(out, "projection")  # saved by remat="dots"
+    return out.astype(x.dtype).reshape(*x.shape[:-1], weight.shape[0])
 
 
 def sliced_linear(
@@ -232,9 +231,11 @@ class Attention(nnx.Module):
     ) -> LayerOutput:
         """Attend to this call's keys or, with a cache, to all that it holds."""
         by_head = (*x.shape[:2], -1, self.head_dim)
-        query = rotate(self.q_proj(x).reshape(by_head), call.cos, call.sin)
-        key = rotate(self.k_proj(x).reshape(by_head), call.cos, call.sin)
-        value = self.v_proj(x).reshape(by_head)
+        # names are for remat policies, see `llama_jax.numerics.remat_policy`
+        query = checkpoint_name(self.q_proj(x), "query").reshape(by_head)
+        key = checkpoint_name(self.k_proj(x), "key").reshape(by_head)
+        value = checkpoint_name(self.v_proj(x), "value").reshape(by_head)
+        query, key = (rotate(heads, call.cos, call.sin) for heads in (query, key))
         query = constrain(query, "batch", "sequence", "heads", "hidden")
         key = constrain(key, "batch", "sequence", "kv_heads", "hidden")
         value = constrain(value, "batch", "sequence", "kv_heads", "hidden")
@@ -251,7 +252,8 @@ class Attention(nnx.Module):
             dropout_key=dropout_key,
             output_weights=call.output_attentions,
         )
-        return LayerOutput(self.o_proj(out.reshape(*x.shape[:2], -1)), cache, weights)
+        out = checkpoint_name(self.o_proj(out.reshape(*x.shape[:2], -1)), "output")
+        return LayerOutput(out, cache, weights)
 
 
 class MLP(nnx.Module):
@@ -271,8 +273,9 @@ class MLP(nnx.Module):
 
     def __call__(self, x: Float[Array, "*batch hidden"]) -> Float[Array, "*batch hidden"]:
         """Transform each token."""
-        gate = ACTIVATIONS[self.hidden_act](self.gate_proj(x))
-        return self.down_proj(gate * self.up_proj(x))
+        gate = checkpoint_name(self.gate_proj(x), "gate")
+        up = checkpoint_name(self.up_proj(x), "up")
+        return checkpoint_name(self.down_proj(ACTIVATIONS[self.hidden_act](gate) * up), "down")
 
 
 class DecoderLayer(nnx.Module):
@@ -298,6 +301,7 @@ class DecoderLayer(nnx.Module):
         dropout_key: Key[Array, ""] | None = None,
     ) -> LayerOutput:
         """`Attention` and `MLP`, each behind a norm and with a residual connection around it."""
+        x = checkpoint_name(x, "input")
         attended, cache, weights = self.self_attn(self.input_layernorm(x), call, cache, dropout_key)
         x = constrain(x + attended, *RESIDUAL_AXES)
         x = x + self.mlp(self.post_attention_layernorm(x))

@@ -21,6 +21,8 @@ class Inner:
     """switch it on"""
     level: Literal["low", "high"] | None = None
     """a level; default: low"""
+    colors: tuple[Literal["red", "blue"], ...] = ()
+    """colors: red, blue"""
 
 
 @dataclass(frozen=True)
@@ -62,6 +64,10 @@ def parsed(*words: str) -> Outer:
         (["--inner.on", "--inner.no-on"], Outer()),
         (["--inner.level", "high"], Outer(inner=Inner(level="high"))),
         (["--inner.level", "high", "--inner.level", "None"], Outer()),
+        (["--inner.colors", "red", "blue"], Outer(inner=Inner(colors=("red", "blue")))),
+        (["--inner.colors", "red,blue"], Outer(inner=Inner(colors=("red", "blue")))),
+        (["--inner.colors=blue"], Outer(inner=Inner(colors=("blue",)))),
+        (["--inner.colors"], Outer()),
     ],
 )
 def test_values(words: list[str], expected: Outer) -> None:
@@ -101,6 +107,8 @@ inner options:
                         switch it on
   --inner.level {low,high}
                         a level; default: low
+  --inner.colors [NAME ...]
+                        colors: red, blue
 """
     )
     assert "(default" not in help_of(show_defaults=False)
@@ -114,6 +122,9 @@ def test_an_error_in_a_file_names_it() -> None:
         ValueError, match=r"inner\.level: found 'x', expected one of None, low, high"
     ):
         parse_options(Outer(), ["--inner.level=x"], Path("a"))
+    with pytest.raises(ValueError) as caught:
+        parse_options(Outer(), ["--inner.colors", "red,green"], Path("a"))
+    assert str(caught.value) == "a: --inner.colors: found 'green', expected some of red, blue"
 
 
 def test_the_namespace_has_only_what_is_given() -> None:

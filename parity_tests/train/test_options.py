@@ -10,9 +10,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from llama_jax.numerics.remat_policy import Kept
 from train.flags import parse_options
 from train.option_checks import validate
-from train.options import Optimizer, OptimizerOptions, RunOptions
+from train.options import ModelOptions, Optimizer, OptimizerOptions, RunOptions
 from train.options_toml import flags_of, to_toml
 from train.plan.command import run_plan
 from train.run.changes import FREE_ON_RESUME, fixed_options_changed
@@ -226,6 +227,38 @@ def test_an_option_that_is_not_used(user: str, name: str, value: float) -> None:
         f"{flag}: found 0.5, but {user} does not use it: leave it out, or at {default}"
     )
     validate(RunOptions(optimizer=dataclasses.replace(options, **{name: default})))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            {"remat": "dots", "remat_save": ("gate", "up")},
+            "model.remat-save: found gate up with --model.remat dots, expected --model.remat full, which "
+            "keeps nothing else",
+        ),
+        (
+            {"remat": "none", "remat_offload": ("input",)},
+            "model.remat-offload: found input with --model.remat none, expected --model.remat full, which "
+            "keeps nothing else",
+        ),
+        (
+            {"remat": "full", "remat_save": ("gate",), "remat_offload": ("input", "gate")},
+            "model.remat-offload: found gate, which model.remat-save has as well: leave it out of one",
+        ),
+    ],
+)
+def test_names_of_kept_values(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError) as caught:
+        validate(RunOptions(model=ModelOptions(**options)))
+    assert str(caught.value) == message
+
+
+def test_the_remat_policy_of_the_options() -> None:
+    assert ModelOptions(remat="full").remat_policy == "full"
+    named = ModelOptions(remat="full", remat_save=("gate",), remat_offload=("input",))
+    validate(RunOptions(model=named))
+    assert named.remat_policy == Kept(("gate",), ("input",))
 
 
 @pytest.mark.parametrize("name", ["parameter_dtype", "compute_dtype"])

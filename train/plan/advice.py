@@ -5,7 +5,7 @@ import math
 from dataclasses import replace
 
 from llama_jax.config import LlamaConfig
-from llama_jax.numerics.remat import Remat
+from llama_jax.numerics.remat_policy import Remat
 from train.options import RunOptions
 from train.plan.compiled import Plan
 from train.plan.estimate import Estimate, Model, estimate, measure
@@ -77,7 +77,7 @@ def _to_recompute_less(
     cheaper: tuple[Remat, ...] = ("none", "dots")
     for factor, remat in itertools.product(_divisors(_rows(plan)), cheaper):
         micro_batches = plan.micro_batches * factor
-        model = replace(options.model, remat=remat)
+        model = replace(options.model, remat=remat, remat_save=(), remat_offload=())
         candidate = replace(options, model=model, micro_batches=micro_batches)
         added = _activations(candidate, measured, plan) - kept
         if factor <= largest_factor and added <= free:
@@ -128,6 +128,16 @@ def _to_fit(plan: Plan, options: RunOptions, measured: Model, missing: float) ->
                 f"{smaller.micro_batches}",
                 saved,
             )
+    names = options.model.remat_offload
+    if options.model.remat == "full" and "input" not in names:
+        model = replace(options.model, remat_offload=(*names, "input"))
+        saved = estimated.activations - _activations(replace(options, model=model), measured, plan)
+        suggest(f"--model.remat-offload {' '.join(model.remat_offload)}", saved)
+    # of GPUs, a plan cannot tell what it saves
+    if not options.optimizer.offload and plan.device_kind.startswith("TPU"):
+        optimizer = replace(options.optimizer, offload=True)
+        moved = estimate(replace(options, optimizer=optimizer), measured, sizes, chip)
+        suggest("--optimizer.offload", estimated.state - moved.state)
     all_state = estimated.state * math.prod(sizes[axis] for axis in ("fsdp", "sequence", "tensor"))
     if all_state / plan.devices > chip.usable_memory:
         sentences.append(

@@ -17,7 +17,7 @@ from train.model.config import model_config
 from train.option_checks import validate
 from train.options import RunOptions, with_defaults
 from train.plan.advice import advice
-from train.plan.compiled import Plan, make_plan
+from train.plan.compiled import Plan, make_plan, remat_in_words
 from train.plan.search import search
 from train.plan.tables import as_json, gib, show_plan, show_ranking
 from train.program.mesh import in_words
@@ -60,7 +60,7 @@ def run_plan(
     best = plans[0]
     reason = "" if best.attention_reason is None else f" ({best.attention_reason})"
     console.print(
-        f"mesh {in_words(best.mesh)}; remat {best.remat}; attention {best.attention}{reason}",
+        f"mesh {in_words(best.mesh)}; remat {remat_in_words(best)}; attention {best.attention}{reason}",
     )
     options = replace(options, model=replace(options.model, remat=best.remat))
     show_plan(console, best, advice(best, options, config))
@@ -80,4 +80,4 @@ def _devices(topology: str | None, host_devices: int | None) -> Sequence[Any]:
 
 def _show_progress(console: Console, plan: Plan) -> None:
     fits = "does not fit" if plan.fits is False else f"peak {gib(plan.peak)}"
-    console.print(f"{in_words(plan.mesh)}; {plan.remat}: {fits}")
+    console.print(f"{in_words(plan.mesh)}; {remat_in_words(plan)}: {fits}")

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from llama_jax.attention.splash import visited_share
 from llama_jax.config import LlamaConfig
 from llama_jax.inspection.architecture import forward_flops_per_token
-from llama_jax.numerics.remat import Remat
+from llama_jax.numerics.remat_policy import KeptName, OffloadedName, Remat
 from train.hardware.chips import CHIPS, Chip
 from train.hardware.collectives import Collective, by_kind
 from train.hardware.flops import matmul_flops
@@ -36,6 +36,9 @@ class Memory(NamedTuple):
     outputs, aliased: what the step returns, and how much of that overwrites arguments.
     temporaries: everything else: activations, gradients, gathered weights. For a TPU it is the sum of
         XLA's buffers, more than is in use at any one time.
+    host: what is offloaded, in the memory of the device's host; all other numbers leave it out. XLA's
+        compiler for GPUs, ahead of time, and that for CPUs know of no state on the host, and count it as
+        arguments.
     """
 
     parameters: int
@@ -44,6 +47,7 @@ class Memory(NamedTuple):
     outputs: int
     aliased: int
     temporaries: int
+    host: int
 
 
 @dataclass(frozen=True)
@@ -63,6 +67,8 @@ class Plan:
 
     mesh: dict[str, int]
     remat: Remat
+    remat_save: tuple[KeptName, ...]
+    remat_offload: tuple[OffloadedName, ...]
     batch_size: int
     sequence_length: int
     micro_batches: int
@@ -134,6 +140,7 @@ def make_plan(options: RunOptions, config: LlamaConfig, devices: Sequence[Any]) 
             outputs=stats.output_size_in_bytes,
             aliased=stats.alias_size_in_bytes,
             temporaries=stats.temp_size_in_bytes,
+            host=stats.host_argument_size_in_bytes + stats.host_temp_size_in_bytes,
         )
         total = memory.arguments + memory.outputs - memory.aliased + memory.temporaries
         reported = devices[0].platform != "cpu" and stats.peak_memory_in_bytes
@@ -155,6 +162,8 @@ def make_plan(options: RunOptions, config: LlamaConfig, devices: Sequence[Any]) 
     return Plan(
         mesh=dict(program.mesh.shape),
         remat=options.model.remat,
+        remat_save=options.model.remat_save,
+        remat_offload=options.model.remat_offload,
         batch_size=options.batch_size,
         sequence_length=options.sequence_length,
         micro_batches=options.micro_batches,
@@ -176,6 +185,12 @@ def make_plan(options: RunOptions, config: LlamaConfig, devices: Sequence[Any]) 
         chip=chip,
         roofline=limits,
     )
+
+
+def remat_in_words(plan: Plan) -> str:
+    """The remat policy, with what is kept by name."""
+    words = [plan.remat, *plan.remat_save]
+    return " + ".join([*words, *(f"{name} (host)" for name in plan.remat_offload)])
 
 
 def device_bytes(tree: Any) -> int:

@@ -12,7 +12,8 @@ import jax.numpy as jnp
 
 from llama_jax.config import LlamaConfig
 from llama_jax.inspection.architecture import forward_flops_per_token, parameter_count
-from llama_jax.numerics.remat import Remat
+from llama_jax.numerics.remat import POLICIES
+from llama_jax.numerics.remat_policy import Kept, Remat
 from train.hardware.chips import CHIPS, Chip
 from train.options import RunOptions
 
@@ -60,6 +61,7 @@ class Setting(NamedTuple):
     """One configuration over one mesh, in the numbers that the terms are made of.
 
     parameter_bytes, compute_bytes: of one number in the parameters' and the computation's dtype.
+    moment_bytes: of one number of the optimizer's state; 0 if it is kept in the host's memory.
     parameter_shards: parts that the parameters are split into, over fsdp, sequence and tensor.
     tokens: of a step, on one device; with tensor parallelism, of the device's tensor group.
     linked: devices of a host, beyond which there is a network; None where all are linked.
@@ -67,9 +69,10 @@ class Setting(NamedTuple):
 
     config: LlamaConfig
     parameters: int
-    remat: Remat
+    remat: Remat | Kept
     micro_batches: int
     parameter_bytes: int
+    moment_bytes: int
     compute_bytes: int
     data: int
     sequence: int
@@ -103,12 +106,15 @@ def estimate(
     chip = chip or DEFAULT_CHIP
     devices = math.prod(sizes.values())
     step_tokens = options.batch_size * options.sequence_length
+    optimizer = options.optimizer
+    moments = jnp.dtype(optimizer.state_dtype or options.model.parameter_dtype)
     setting = Setting(
         config=model.config,
         parameters=model.parameters,
-        remat=options.model.remat,
+        remat=options.model.remat_policy,
         micro_batches=options.micro_batches,
         parameter_bytes=jnp.dtype(options.model.parameter_dtype).itemsize,
+        moment_bytes=0 if optimizer.offload else moments.itemsize,
         compute_bytes=jnp.dtype(options.model.compute_dtype).itemsize,
         data=sizes["data"],
         sequence=sizes["sequence"],
@@ -117,7 +123,7 @@ def estimate(
         tokens=step_tokens * sizes["tensor"] / devices,
         linked=linked,
     )
-    flops = (_forward_passes(setting.remat) + 2) * model.forward_flops * step_tokens
+    flops = (_forward_passes(setting) + 2) * model.forward_flops * step_tokens
     return Estimate(
         state=state_bytes(setting),
         gradients=gradient_bytes(setting),
@@ -128,9 +134,23 @@ def estimate(
     )
 
 
-def _forward_passes(remat: Remat) -> int:
-    """With "full" the backward pass repeats the forward pass; it costs two forward passes by itself."""
-    return 2 if remat == "full" else 1
+def _forward_passes(setting: Setting) -> float:
+    """Passes through the layers' projections: those whose output is not kept run again.
+
+    Two with "full", which keeps none; the backward pass costs two by itself.
+    """
+    sizes = widths(setting.config)
+    # columns of the weights, each of as many rows as there are hidden numbers
+    columns = {name: sizes[name] for name in ("query", "key", "value", "gate", "up")}
+    columns |= {"output": sizes["query"], "down": sizes["gate"]}
+    again = sum(columns[name] for name in columns.keys() - _kept(setting.remat))
+    return 1 + again / sum(columns.values())
+
+
+def _kept(remat: Remat | Kept) -> set[str]:
+    """Names of the values that need not be computed again."""
+    kept = remat if isinstance(remat, Kept) else POLICIES.get(remat, POLICIES["dots"])
+    return {*kept.saved, *kept.offloaded}
 
 
 def link_seconds(setting: Setting, chip: Chip) -> float:
@@ -158,8 +178,8 @@ def link_seconds(setting: Setting, chip: Chip) -> float:
 
 def state_bytes(setting: Setting) -> float:
     """The parameters and Adam's two moments of each; other optimizers have less."""
-    copies = 1 + 2
-    return copies * setting.parameters * setting.parameter_bytes / setting.parameter_shards
+    bytes_each = setting.parameter_bytes + 2 * setting.moment_bytes
+    return setting.parameters * bytes_each / setting.parameter_shards
 
 
 def gradient_bytes(setting: Setting) -> float:
@@ -206,7 +226,8 @@ def tensor_parallel_traffic(setting: Setting) -> float:
     """
     if setting.tensor == 1:
         return 0.0
-    all_reduces = 2 * setting.config.num_hidden_layers * (_forward_passes(setting.remat) + 1)
+    again = {"output", "down"} - _kept(setting.remat)
+    all_reduces = (2 + len(again) + 2) * setting.config.num_hidden_layers
     activations = setting.tokens * setting.config.hidden_size * setting.compute_bytes
     return all_reduces * activations * ALL_REDUCE
 
@@ -222,7 +243,8 @@ def sequence_parallel_traffic(setting: Setting) -> float:
     row_tokens = setting.tokens * setting.sequence
     keys_and_values = 2 * config.kv_heads * config.head_size / setting.tensor
     each_pass = row_tokens * keys_and_values * config.num_hidden_layers * setting.compute_bytes
-    return each_pass * (_forward_passes(setting.remat) * ALL_GATHER + REDUCE_SCATTER)
+    gathers = 1 if "attention" in _kept(setting.remat) else 2
+    return each_pass * (gathers * ALL_GATHER + REDUCE_SCATTER)
 
 
 def data_parallel_traffic(setting: Setting) -> float:
@@ -233,29 +255,45 @@ def data_parallel_traffic(setting: Setting) -> float:
     return gradients * ALL_REDUCE
 
 
-def kept_numbers(config: LlamaConfig, remat: Remat, tensor: int = 1) -> float:
+def kept_numbers(config: LlamaConfig, remat: Remat | Kept, tensor: int = 1) -> float:
     """Numbers, counted in the computation's dtype, that a layer keeps of a token for its backward pass.
 
     "full" keeps the layer's input. "dots" keeps that and the output of every matmul: q, k, v, attention
     and o; gate, up and down. "none" keeps in addition what lies between them: of both norms the float32
-    input (two numbers) and the output, rotated q and k, silu(gate) and silu(gate) * up.
+    input (two numbers) and the output, rotated q and k, silu(gate) and silu(gate) * up. What is offloaded
+    to the host's memory does not count.
 
     Args:
         tensor: size of the mesh's tensor axis, which splits heads and MLP but not the hidden states.
     """
+    sizes = widths(config, tensor)
+    if isinstance(remat, Kept):
+        return sum(sizes[name] for name in {"input", *remat.saved} - {*remat.offloaded})
+    if remat == "full":
+        return sizes["input"]
+    dots = sum(sizes.values())
+    if remat == "dots":
+        return dots
+    norms = 2 * (2 + 1) * sizes["input"]
+    rotated = sizes["query"] + sizes["key"]
+    activation = 2 * sizes["gate"]
+    return dots + norms + rotated + activation
+
+
+def widths(config: LlamaConfig, tensor: int = 1) -> dict[str, float]:
+    """Numbers of a token in a layer's input, the outputs of its projections, and attention's, by name."""
     hidden = config.hidden_size
     queries = config.num_attention_heads * config.head_size / tensor
     keys = config.kv_heads * config.head_size / tensor
     intermediate = config.intermediate_size / tensor
-    layer_input = hidden
-    if remat == "full":
-        return layer_input
-    attention = queries + 2 * keys + queries + hidden
-    mlp = 2 * intermediate + hidden
-    dots = layer_input + attention + mlp
-    if remat == "dots":
-        return dots
-    norms = 2 * (2 + 1) * hidden
-    rotated = queries + keys
-    activation = 2 * intermediate
-    return dots + norms + rotated + activation
+    return {
+        "input": hidden,
+        "query": queries,
+        "key": keys,
+        "value": keys,
+        "attention": queries,
+        "output": hidden,
+        "gate": intermediate,
+        "up": intermediate,
+        "down": hidden,
+    }

@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import Any, get_args
 
 from llama_jax.config import LlamaConfig
-from llama_jax.numerics.remat import Remat
+from llama_jax.numerics.remat_policy import Remat
 from train.hardware.chips import CHIPS
 from train.options import MeshOptions, RunOptions
 from train.plan.compiled import Plan, make_plan
@@ -60,14 +60,19 @@ def search(
 def candidates(
     options: RunOptions, config: LlamaConfig, devices: Sequence[Any]
 ) -> list[RunOptions]:
-    """Every mesh with every remat policy, by the estimate: what should fit first, then the fastest."""
+    """Every mesh with every remat policy, by the estimate: what should fit first, then the fastest.
+
+    Where values are kept by name, with the policy that does so.
+    """
     chip = CHIPS.get(devices[0].device_kind)
     memory = math.inf if chip is None else chip.usable_memory
     measured = measure(config, options.sequence_length)
     linked = len(devices) // count_slices(devices)
     ranked = []
+    by_name = options.model.remat_policy != options.model.remat
+    policies = [options.model.remat] if by_name else get_args(Remat)
     for sizes in meshes(options, config, len(devices), linked):
-        for remat in get_args(Remat):
+        for remat in policies:
             model = replace(options.model, remat=remat)
             candidate = replace(options, model=model, mesh=MeshOptions(**sizes))
             cost = estimate(candidate, measured, sizes, chip, linked)

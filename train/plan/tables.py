@@ -10,7 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from train.hardware.links import Traffic
-from train.plan.compiled import Plan
+from train.plan.compiled import Plan, remat_in_words
 from train.program.mesh import in_words
 
 
@@ -25,6 +25,8 @@ def show_plan(console: Console, plan: Plan, advice: Sequence[str]) -> None:
         table.add_row("outputs", gib(memory.outputs))
         table.add_row("of which overwrite arguments", gib(memory.aliased))
         table.add_row("temporaries (activations, gradients, ...)", gib(memory.temporaries))
+        if memory.host:
+            table.add_row("offloaded, in the host's memory", gib(memory.host))
     table.add_row("peak", "unknown" if math.isnan(plan.peak) else gib(plan.peak))
     if plan.chip is not None:
         table.add_row(f"memory of a {plan.device_kind}", gib(plan.chip.memory))
@@ -101,7 +103,7 @@ def show_ranking(console: Console, plans: Sequence[Plan]) -> None:
         limits = plan.roofline
         table.add_row(
             in_words(plan.mesh),
-            plan.remat,
+            remat_in_words(plan),
             "unknown" if math.isnan(plan.peak) else gib(plan.peak),
             {True: "yes", False: "no", None: ""}[plan.fits],
             "" if limits is None else f"{limits.mfu:.1%}",

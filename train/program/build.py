@@ -23,6 +23,7 @@ from train.data.batch import Batch
 from train.options import ModelOptions, OptimizerOptions, RunOptions, warmup_steps
 from train.program.mesh import count_slices, make_mesh
 from train.program.optimizer import make_optimizer
+from train.program.optimizer_state import HOST_MEMORY, on_host, require_host_memory
 from train.program.per_layer import Path, map_by_parameter
 from train.program.schedules import learning_rate_schedule
 from train.program.step import make_evaluation, make_step
@@ -95,6 +96,12 @@ def make_program(
     shape = micro_batches, batch_size // micro_batches, sequence_length
     window = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=batch_sharding(mesh))
     attention_choice(config, mesh, model.attention, compute_dtype, window)
+    for option, used in (
+        ("model.remat-offload", model.remat_offload),
+        ("optimizer.offload", optimizer.offload),
+    ):
+        if used:
+            require_host_memory(mesh.devices.flat[0], option)
     if jnp.float64 in (dtype, compute_dtype):
         jax.config.update("jax_enable_x64", True)  # otherwise JAX makes it float32
     abstract = nnx.eval_shape(lambda: LlamaForCausalLM(config, rngs=nnx.Rngs(0), dtype=dtype))
@@ -116,10 +123,13 @@ def make_program(
         eps=optimizer.eps,
         weight_decay=optimizer.weight_decay,
         clip_norm=optimizer.clip_norm,
+        state_dtype=optimizer.state_dtype,
     )
     opt_state = _like_params(jax.eval_shape(rule.init, params), params, mesh)
+    if optimizer.offload:
+        rule, opt_state = on_host(rule), _in_host_memory(opt_state)
     forward = {
-        "remat": model.remat,
+        "remat": model.remat_policy,
         "scan_unroll": min(model.scan_unroll, config.num_hidden_layers),
         "attention_implementation": model.attention,
     }
@@ -240,6 +250,18 @@ def _like_params(opt_state: Any, params: Any, mesh: Mesh) -> Any:
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=NamedSharding(mesh, spec))
 
     return map_by_parameter(shard, opt_state, params)
+
+
+def _in_host_memory(opt_state: Any) -> Any:
+    """Abstract arrays of an optimizer's state in the host's memory, but for counts of steps."""
+
+    def move(leaf: Any) -> Any:
+        if not leaf.ndim:
+            return leaf
+        sharding = leaf.sharding.with_memory_kind(HOST_MEMORY)
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+    return jax.tree.map(move, opt_state)
 
 
 def _spec_like(leaf: Any, parameter: Any) -> PartitionSpec:

@@ -5,6 +5,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from train.program.optimizer_state import on_device
+
 
 def donatable(tree: Any) -> Any:
     """The same arrays in memory that XLA allocated itself; those of `tree` are deleted.
@@ -23,6 +25,7 @@ def donatable(tree: Any) -> Any:
 
 
 def _copied(array: jax.Array) -> jax.Array:
-    copy = jnp.copy(array).block_until_ready()
+    copy = jax.jit(lambda x: jnp.copy(on_device(x)), out_shardings=array.sharding)(array)
+    copy.block_until_ready()
     array.delete()
     return copy

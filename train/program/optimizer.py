@@ -10,8 +10,9 @@ from jax.tree_util import keystr
 from jaxtyping import Array, Float
 
 from llama_jax.numerics.matmul import working_dtype
-from train.options import Optimizer
+from train.options import Optimizer, StateDtype
 from train.program.muon import scale_by_muon
+from train.program.optimizer_state import kept_in
 from train.program.per_layer import is_stacked, per_layer
 
 
@@ -84,6 +85,7 @@ def make_optimizer(
     eps: float,
     weight_decay: float,
     clip_norm: float | None,
+    state_dtype: StateDtype | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Clip by global norm, then p -= learning_rate * (direction + weight_decay * p).
 
@@ -94,6 +96,7 @@ def make_optimizer(
         beta1, beta2, eps: only those used by the optimizer, see `DIRECTIONS`, matter. beta1 is the
             momentum of sgd and muon.
         clip_norm: the largest global norm of the gradient; None: no clipping.
+        state_dtype: of what is kept of each parameter, see `kept_in`; None: the parameters' dtype.
 
     Raises:
         ValueError: an unknown name.
@@ -102,8 +105,11 @@ def make_optimizer(
         raise ValueError(f"optimizer: found {name!r}, expected adamw, muon, lion, adafactor or sgd")
     direction = DIRECTIONS[name]
     values = {"beta1": beta1, "beta2": beta2, "eps": eps}
+    update = per_layer(direction.make(**{option: values[option] for option in direction.uses}))
+    if state_dtype is not None:
+        update = kept_in(jnp.dtype(state_dtype), update)
     rule = optax.chain(
-        per_layer(direction.make(**{option: values[option] for option in direction.uses})),
+        update,
         optax.add_decayed_weights(weight_decay, mask=decay_mask),
         optax.scale_by_learning_rate(learning_rate),
     )

@@ -87,11 +87,11 @@ def make_step(
             zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, working_dtype(x.dtype)), shapes)
             sums, _ = jax.lax.scan(accumulate, zeros, jnp.arange(micro_batches))
             (ce_loss, z), gradients = jax.tree.map(lambda a, x: a.astype(x.dtype), sums, shapes)
-        # optax mixes integers with floats
+        metrics = Metrics(ce_loss, z, global_norm(gradients), valid)
+        # optax mixes integers with floats, and updates of a wider state with parameters
         with jax.numpy_dtype_promotion("standard"):
             updates, opt_state = optimizer.update(gradients, opt_state, params)
-        metrics = Metrics(ce_loss, z, global_norm(gradients), valid)
-        return optax.apply_updates(params, updates), opt_state, metrics
+            return optax.apply_updates(params, updates), opt_state, metrics
 
     return step
 

@@ -21,8 +21,11 @@ FREE_ON_RESUME = (
     "deterministic",
     "steps",  # as far as `rejected_steps` allows
     "model.remat",
+    "model.remat_save",
+    "model.remat_offload",
     "model.scan_unroll",
     "model.attention",
+    "optimizer.offload",
 )
 
 

@@ -1,5 +1,7 @@
 """What a layer computes again changes the memory of a step, and no number."""
 
+from typing import get_args
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,7 +9,9 @@ import pytest
 from flax import nnx
 
 from llama_jax import LlamaConfig, LlamaForCausalLM
+from llama_jax.numerics.remat_policy import Kept, KeptName, OffloadedName
 from llama_jax.numerics.xla_options import step_compiler_options
+from train.hardware.flops import matmul_flops
 
 CONFIG = LlamaConfig(
     vocab_size=64,
@@ -46,6 +50,8 @@ def reference(model):
         {"remat": "dots", "scan_unroll": 2},
         {"remat": "full", "scan_unroll": 6},
         {"remat": "none", "scan_unroll": 4},
+        {"remat": Kept(("attention", "gate"))},
+        {"remat": Kept(("down", "query"), ("input", "up"))},
     ],
     ids=str,
 )
@@ -60,6 +66,39 @@ def test_remat_saves_memory(model, reference):
     dots, full = (run(model, remat=remat)[2] for remat in ("dots", "full"))
     assert full < 0.7 * dots
     assert dots < 0.7 * reference[2]
+
+
+def flops(model, remat):
+    """Of a gradient, as it will run: without what nothing uses."""
+    step = jax.grad(lambda model: model(IDS, labels=IDS, remat=remat).loss)
+    return matmul_flops(jax.make_jaxpr(step)(model).jaxpr)
+
+
+def test_what_is_kept_by_name_is_not_computed_again(model):
+    """Each projection's matmul, or attention's; nothing needs "down" again, and the input is free."""
+    full, tokens, layers = flops(model, "full"), IDS.size, CONFIG.num_hidden_layers
+    hidden, keys, intermediate = 64, 32, 192
+    weights = dict.fromkeys(("query", "output"), hidden * hidden)
+    weights |= dict.fromkeys(("key", "value"), hidden * keys)
+    weights |= dict.fromkeys(("gate", "up"), hidden * intermediate)
+    weights |= {"down": 0, "input": 0}
+    assert {*weights, "attention"} == {*get_args(OffloadedName)} == {*get_args(KeptName), "input"}
+    for name, weight in weights.items():
+        expected = full - 2 * layers * tokens * weight
+        assert flops(model, Kept((), (name,))) == expected, name
+        if name != "input":
+            assert flops(model, Kept((name,))) == expected, name
+    # less than all pairs of tokens, twice
+    pairs = 4 * layers * tokens * IDS.shape[1] * hidden
+    assert 0.4 * pairs < full - flops(model, Kept(("attention",))) <= pairs
+    assert flops(model, Kept(get_args(KeptName))) == flops(model, "dots")
+
+
+def test_offloaded_residuals_are_in_host_memory(model):
+    step = jax.grad(lambda model: model(IDS, labels=IDS, remat=Kept((), ("input",))).loss)
+    text = str(jax.make_jaxpr(step)(model))
+    stacked = f"float32<host>[{CONFIG.num_hidden_layers},2,160,64]"
+    assert stacked.replace("float", "f") in text or stacked in text
 
 
 def test_bfloat16_residuals_stay_bfloat16(model):
@@ -77,6 +116,13 @@ def test_bfloat16_residuals_stay_bfloat16(model):
     ("options", "message"),
     [
         ({"remat": "everything"}, "remat: found 'everything', expected one of none, dots, full"),
+        ({"remat": Kept(("gates",))}, "remat: found saved 'gates', expected some of query, key, "),
+        ({"remat": Kept(("input",))}, "remat: found saved 'input', expected some of query, key, "),
+        ({"remat": Kept((), ("x",))}, "remat: found offloaded 'x', expected some of input, query,"),
+        (
+            {"remat": Kept(("up",), ("up",))},
+            "remat: found up among both the saved and the offloaded, expected it once",
+        ),
         ({"scan_unroll": 0}, "scan_unroll: found 0, expected a positive integer"),
         ({"attention_implementation": "flash"}, "attention_implementation: found 'flash'"),
     ],

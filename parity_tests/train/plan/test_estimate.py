@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 
+from llama_jax.numerics.remat_policy import Kept
 from llama_jax.presets import PRESETS
 from train.hardware.chips import Chip
 from train.options import ModelOptions, RunOptions
@@ -43,6 +44,7 @@ ALONE = Setting(
     remat="dots",
     micro_batches=1,
     parameter_bytes=4,
+    moment_bytes=4,
     compute_bytes=2,
     data=1,
     sequence=1,
@@ -64,6 +66,8 @@ def test_one_device_sends_nothing() -> None:
 
 def test_memory() -> None:
     assert state_bytes(ALONE) == 12_000_000
+    assert state_bytes(ALONE._replace(moment_bytes=2)) == 8_000_000
+    assert state_bytes(ALONE._replace(moment_bytes=0)) == 4_000_000
     assert gradient_bytes(ALONE) == 6_000_000
     assert state_bytes(ALONE._replace(parameter_shards=8)) == 1_500_000
     assert head_bytes(ALONE) == 1000 * 100 * (2 + 2 + 4) + 500 * 100 * 4
@@ -71,6 +75,8 @@ def test_memory() -> None:
     assert kept_numbers(CONFIG, "full") == 100
     assert kept_numbers(CONFIG, "dots") == dots
     assert kept_numbers(CONFIG, "none") == dots + 600 + 120 + 600
+    assert kept_numbers(CONFIG, Kept(("key", "gate"))) == 100 + 20 + 300
+    assert kept_numbers(CONFIG, Kept(("key", "gate"), ("input", "up")), tensor=2) == 10 + 150
     assert activation_bytes(ALONE) == 500 * 3 * dots * 2
     assert activation_bytes(ALONE._replace(micro_batches=5)) == 100 * 3 * dots * 2
 
@@ -103,6 +109,14 @@ def test_a_configuration_over_a_mesh() -> None:
     sent = model.parameters * 2 * 4 + model.parameters / 2 * 4 * 2
     assert cost.links == sent / DEFAULT_CHIP.link_bandwidth
     assert cost.state == model.parameters * 12 / 2
+    # of a layer's weights, 100 x (100 + 20 + 20 + 100 + 3 x 300), only gate is not computed again
+    kept = replace(options.model, remat_save=("gate",), remat_offload=("input",))
+    moved = replace(options.optimizer, offload=True)
+    mesh = {"data": 2, "fsdp": 2, "sequence": 1, "tensor": 1}
+    changed = estimate(replace(options, model=kept, optimizer=moved), model, mesh, None)
+    assert changed.compute / cost.compute == pytest.approx((4 - 300 / 1140) / 4)
+    assert changed.state == model.parameters * 4 / 2
+    assert changed.activations == cost.activations * 3
     assert cost.peak == cost.state + cost.gradients + cost.activations + cost.head
 
 

@@ -91,6 +91,8 @@ def a_plan(peak: float, links: float = 1.0, **changes: Any) -> tuple[Plan, RunOp
     plan = Plan(
         mesh=mesh,
         remat=model.remat,
+        remat_save=(),
+        remat_offload=(),
         batch_size=512,
         sequence_length=8192,
         micro_batches=1,
@@ -141,6 +143,12 @@ def test_advice() -> None:
     assert advised(300 * GIB, remat="dots")[0] == (
         "--model.remat full would save about 184.0 GiB, of 205.0 GiB missing"
     )
+    # 32 layers' inputs, 65,536 tokens of a device with 4,096 bfloat16 numbers; two float32 moments of a
+    # 64th of 8.03 billion parameters
+    assert advised(105 * GIB)[1:] == [
+        "--model.remat-offload input would save about 16.0 GiB, which is enough",
+        "--optimizer.offload would save about 0.9 GiB, of 10.0 GiB missing",
+    ]
 
 
 def test_advice_for_several_hosts() -> None:
@@ -241,6 +249,16 @@ def test_a_topology(tmp_path: Path) -> None:
     assert result["peak"] < result["chip"]["memory"]
     assert 0 < result["roofline"]["mfu_in_turn"] <= result["roofline"]["mfu"] <= 1
     assert result["counted_flops_per_token"] / result["flops_per_token"] < 1.5
+
+    offloaded = ("--model.remat-offload", "input", "--optimizer.offload")
+    done = plan_process(*common, *mesh, "--batch-size", "8", "--model.remat", "full", *offloaded)
+    assert done.returncode == 0, done.stderr
+    assert "remat full + input (host)" in done.stdout
+    moved = json.loads(file.read_text())["memory"]
+    # both moments but the two counts of steps, and 4 layers' inputs of 1024 tokens of 128 bfloat16
+    residuals = 4 * 8 * 512 // 4 * PRESETS["tiny-4m"].hidden_size * 2
+    assert moved["host"] >= moved["optimizer_state"] - 8 + residuals
+    assert moved["arguments"] < result["memory"]["arguments"] - 0.9 * moved["optimizer_state"]
 
     done = plan_process(*common, *mesh, "--batch-size", "65536", "--model.remat", "none")
     assert done.returncode == 0, done.stderr

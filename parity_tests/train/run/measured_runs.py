@@ -12,11 +12,16 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
 
-from parity_tests.train.runs import Tiny, run_flags
+from parity_tests.train.runs import Tiny, metrics_of, run_flags, same_bits, state_of
 from train import checkpoints
 from train.__main__ import main
+from train.checkpoints import FOLDER
 from train.program import build, donation
+from train.program.optimizer_state import round_stochastically
 from train.run import begin, resume
 
 MESH = {"mesh__data": 1, "mesh__fsdp": 4, "mesh__tensor": 2}
@@ -97,6 +102,20 @@ def measure(*arguments: str) -> dict[str, Any]:
     }
 
 
+def rounded_alike() -> bool:
+    """Whether stochastic rounding gives the same numbers on one device and however a mesh splits them."""
+    x, key = jax.random.normal(jax.random.key(1), (8, 16, 24)), jax.random.key(0)
+    expected = np.asarray(jax.jit(round_stochastically)(x, key))
+    mesh = jax.make_mesh((4, 2), ("a", "b"), axis_types=(AxisType.Auto,) * 2)
+    specs = P(None, "a", "b"), P("b", None, "a"), P(("a", "b"))
+    shardings = [NamedSharding(mesh, spec) for spec in specs]
+    split = [
+        jax.jit(round_stochastically, out_shardings=sharding)(jax.device_put(x, sharding), key)
+        for sharding in shardings
+    ]
+    return all(np.array_equal(expected, np.asarray(array)) for array in split)
+
+
 def outcomes(tiny: Tiny, folder: Path) -> dict[str, Any]:
     run = folder / "run"
     options = MESH | {
@@ -116,11 +135,24 @@ def outcomes(tiny: Tiny, folder: Path) -> dict[str, Any]:
     resumed("other_mesh", "--mesh.fsdp", "2", "--mesh.sequence", "2")
     # the newest checkpoint is read to its end, found damaged, and the one before it taken
     copy = resumed("twice")
-    facts = copy / "checkpoints/4/facts/metadata"
+    facts = copy / FOLDER / "4/facts/metadata"
     content = json.loads(facts.read_text())
     content["fingerprints"][-1] += 1
     facts.write_text(json.dumps(content))
     results["after_damage"] = measure("resume", str(copy))
+
+    # in the host's memory, in bfloat16
+    moved, copy = folder / "moved", folder / "moved_resumed"
+    changes = {"steps": 4, "optimizer__state_dtype": "bfloat16", "model__remat": "full"}
+    flags = ["--optimizer.offload", "--model.remat-offload", "input", "gate"]
+    results["moved"] = measure(*run_flags(tiny, moved, **options | changes), *flags)
+    shutil.copytree(moved, copy)
+    shutil.rmtree(copy / FOLDER / "4")
+    results["moved_resumed"] = measure("resume", str(copy))
+    results["moved_same_bits"] = same_bits(state_of(copy, 4), state_of(moved, 4))
+    results["moved_same_metrics"] = metrics_of(copy) == metrics_of(moved)
+
+    results["same_rounding"] = rounded_alike()
 
     weights = folder / "weights"
     assert main(["export", str(run), str(weights)]) == 0
