@@ -18,6 +18,7 @@ Dtype = Literal["float32", "bfloat16", "float16", "float64"]
 StateDtype = Literal["float32", "bfloat16"]
 Optimizer = Literal["adamw", "muon", "lion", "adafactor", "sgd"]
 Schedule = Literal["cosine", "linear", "wsd", "constant"]
+SequenceOrder = Literal["zigzag", "contiguous"]
 
 
 @dataclass(frozen=True)
@@ -97,6 +98,8 @@ class MeshOptions:
     """fully sharded data parallelism: shards of the weights, each with a part of the batch"""
     sequence: int = 1
     """sequence parallelism: shards of each row"""
+    sequence_order: SequenceOrder = "zigzag"
+    """how a row is split: a shard's tokens are early and late ones, for equal work, or contiguous"""
     tensor: int = 1
     """tensor parallelism: shards of heads, MLP and vocabulary"""
 

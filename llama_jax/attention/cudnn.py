@@ -29,7 +29,7 @@ def why_not_cudnn(
         return f"{query.dtype}, expected bfloat16 or float16"
     if dim % 8 or dim > 128:  # 256 from Hopper on, but the GPU is not known here
         return f"head_dim {dim}, expected a multiple of 8 up to 128"
-    if sequence_shards > 1 or mask.query_slots is not None:
+    if sequence_shards > 1 or mask.query_slots is not None or mask.order is not None:
         return "a part of the sequence, expected the full sequence"
     if (reason := why_not_ampere()) is not None:
         return reason

@@ -54,10 +54,11 @@ def attention(
     """softmax(query key^T / sqrt(dim)) value, head h attending to kv head h // (heads / kv_heads).
 
     A query that sees no key yields zeros. Under an ambient mesh the batch is split over data and fsdp, the
-    heads over tensor and the queries over sequence, where they divide; every shard holds all keys.
+    heads over tensor and the queries over sequence, where they divide; every shard gathers all keys.
 
     Args:
-        mask: who attends to whom.
+        mask: who attends to whom, and the order of the tokens: of contiguous parts of a sequence the last
+            sees most keys, in the order of `ZigZag` all see equally many.
         implementation: "plain" holds the scores, and is the only one with weights and dropout; "blocked"
             never holds the scores of the full sequence; "cudnn" and "triton" are kernels for NVIDIA GPUs,
             of which "triton" alone does documents and caches, "splash" is one for TPUs. None picks the
@@ -77,15 +78,37 @@ def attention(
     needs_weights = dropout or output_weights
     chosen = choose_implementation(implementation, query, mask, needs_weights).implementation
     if chosen == "plain":
-        dense = dense_mask(mask, query.shape[1], key.shape[1])
-        out, weights = dot_product_attention(query, key, value, dense, dropout_rate, dropout_key)
-        return out, weights if output_weights else None
+        return _plain(query, key, value, mask, dropout_rate, dropout_key, output_weights)
     shards = _find_shards(axes, query, key)
     if chosen == "splash":
         split = axes.size(*shards.heads), axes.size(*shards.sequence)
-        kernel = splash_kernel(query.shape[1], key.shape[1], query.shape[2], *split)
+        kernel = splash_kernel(
+            query.shape[1], key.shape[1], query.shape[2], *split, order=mask.order
+        )
         return _over_shards(splash_attention, shards, kernel, query, key, value, mask), None
     return _over_shards(_RUN[chosen], shards, query, key, value, mask), None
+
+
+def _plain(
+    query: Array,
+    key: Array,
+    value: Array,
+    mask: AttentionMask,
+    dropout_rate: float,
+    dropout_key: Array | None,
+    output_weights: bool,
+) -> tuple[Array, Array | None]:
+    """`dot_product_attention`; dropout does not depend on the order of the tokens."""
+    order = mask.order
+    if order is not None:
+        query, key, value, mask = jax.tree.map(
+            lambda array: order.collect(array, 1), (query, key, value, mask._replace(order=None))
+        )
+    dense = dense_mask(mask, query.shape[1], key.shape[1])
+    out, weights = dot_product_attention(query, key, value, dense, dropout_rate, dropout_key)
+    if order is not None:
+        out, weights = order.deal(out, 1), order.deal(order.deal(weights, 2), 3)
+    return out, weights if output_weights else None
 
 
 class Choice(NamedTuple):
@@ -171,33 +194,71 @@ def _over_shards(run: Callable[..., Array], shards: _Shards, *operands: Any) -> 
     """`run(*operands)` on every shard; the operands end with query, key, value and mask.
 
     Kernels and loops over blocks are opaque to XLA's partitioner, which would gather their operands or
-    reject them.
+    reject them. They get all keys in the order of the row, so that a block of queries sees a contiguous
+    range of them, whatever the order of the queries.
     """
     axes = shards.axes
     batch, sequence, heads = (names or None for names in shards[1:])
-    if not axes.free:
-        return run(*operands)
     *kernel, query, key, value, mask = operands
+    order = mask.order
+    # of the same tokens as the queries; those of a cache come as they are held
+    split_keys = sequence if mask.query_slots is None else None
+    if order is not None or sequence:
+        query_slots, _ = slots_of(mask, query.shape[1], key.shape[1])
+        _, key_slots = slots_of(mask._replace(order=None), query.shape[1], key.shape[1])
+        mask = mask._replace(query_slots=query_slots, key_slots=key_slots, order=None)
+
+    def on_shard(*operands: Any) -> Array:
+        *kernel, query, key, value, mask = operands
+        if split_keys:
+            key, value = _gather(key, split_keys), _gather(value, split_keys)
+        if order is not None:
+            key, value, is_token, segments = jax.tree.map(
+                lambda array: order.collect(array, 1),
+                (key, value, mask.key_is_token, mask.key_segments),
+            )
+            mask = mask._replace(key_is_token=is_token, key_segments=segments)
+        return run(*kernel, query, key, value, mask)
+
+    if not axes.free:
+        return on_shard(*kernel, query, key, value, mask)
     # with fewer kv heads than shards, neighbors hold copies of the same one
     parts = math.lcm(key.shape[2], axes.size(*shards.heads)) // key.shape[2]
     if parts > 1:
         key, value = jnp.repeat(key, parts, axis=2), jnp.repeat(value, parts, axis=2)
-    if sequence:
-        query_slots, key_slots = slots_of(mask, query.shape[1], key.shape[1])
-        mask = mask._replace(query_slots=query_slots, key_slots=key_slots)
-    field_specs = (P(sequence), P(), P(batch), P(batch, sequence), P(batch))
-    mask_specs: Any = type(mask)(
-        *(None if field is None else spec for field, spec in zip(mask, field_specs, strict=True))
+    field_specs = {
+        "query_slots": P(sequence),
+        "key_slots": P(),
+        "key_is_token": P(batch),
+        "query_segments": P(batch, sequence),
+        "key_segments": P(batch),
+    }
+    mask_specs = mask._replace(
+        **{name: spec for name, spec in field_specs.items() if getattr(mask, name) is not None}
     )
-    query_spec, key_spec = P(batch, sequence, heads), P(batch, None, heads)
+    query_spec, key_spec = P(batch, sequence, heads), P(batch, split_keys, heads)
     kernel_specs = [
         k.manual_sharding_spec(NamedSharding(axes.mesh, P(heads, sequence))) for k in kernel
     ]
     return jax.shard_map(
-        run,
+        on_shard,
         mesh=axes.mesh,
         in_specs=(*kernel_specs, query_spec, key_spec, key_spec, mask_specs),
         out_specs=query_spec,
         axis_names=set(axes.free),  # kernels reject a remaining one, even of size 1
         check_vma=False,
     )(*kernel, query, key, value, mask)
+
+
+def _gather(
+    array: Float[Array, "batch tokens heads dim"], axes: tuple[str, ...]
+) -> Float[Array, "batch k heads dim"]:
+    """The tokens of all shards; the transpose scatters the sum of their gradients.
+
+    Tokens come first meanwhile: along another dimension, and in more than three, XLA's compiler for TPUs
+    makes an all-reduce of the scatter, which sends twice as much.
+    """
+    batch, tokens, heads, dim = array.shape
+    rows = array.swapaxes(0, 1).reshape(tokens, batch * heads, dim)
+    rows = jax.lax.all_gather(rows, axes, axis=0, tiled=True)
+    return rows.reshape(-1, batch, heads, dim).swapaxes(0, 1)

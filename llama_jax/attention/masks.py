@@ -4,7 +4,10 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Int
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int
+
+from llama_jax.attention.zigzag import ZigZag
 
 
 class AttentionMask(NamedTuple):
@@ -12,10 +15,11 @@ class AttentionMask(NamedTuple):
 
     Attributes:
         query_slots, key_slots: indices into the sequence (or cache), not rotary positions. None for both if
-            queries and keys are the same tokens, 0, 1, 2, ...: then it is known at trace time what lies
-            beyond a block.
+            queries and keys are the same tokens, 0, 1, 2, ... or in `order`: then it is known at trace time
+            what lies beyond a block.
         key_is_token: False for padding; None if there is none.
         query_segments, key_segments: packed documents; None for both if there is one per row.
+        order: of the tokens, and so of all arrays along the sequence; None for that of the row.
     """
 
     query_slots: Int[Array, " q"] | None = None
@@ -23,6 +27,7 @@ class AttentionMask(NamedTuple):
     key_is_token: Bool[Array, "batch k"] | None = None
     query_segments: Int[Array, "batch q"] | None = None
     key_segments: Int[Array, "batch k"] | None = None
+    order: ZigZag | None = None
 
 
 def attention_mask(
@@ -49,12 +54,16 @@ def slots_of(mask: AttentionMask, q: int, k: int) -> tuple[Int[Array, " {q}"], I
     """The slots of `q` queries and `k` keys as arrays."""
     if mask.query_slots is not None and mask.key_slots is not None:
         return mask.query_slots, mask.key_slots
+    if mask.order is not None:
+        return jnp.asarray(mask.order.slots(q)), jnp.asarray(mask.order.slots(k))
     return jnp.arange(q, dtype=jnp.int32), jnp.arange(k, dtype=jnp.int32)
 
 
 def dense_mask(mask: AttentionMask, q: int, k: int) -> Bool[Array, "b_or_1 1 q k"]:
     """The full `attention_mask`, for implementations that hold the scores anyway."""
-    return attention_mask(*slots_of(mask, q, k), *mask[2:])
+    return attention_mask(
+        *slots_of(mask, q, k), mask.key_is_token, mask.query_segments, mask.key_segments
+    )
 
 
 def sees_something(mask: AttentionMask, q: int, k: int, block: int) -> Bool[Array, "b_or_1 q"]:
@@ -72,3 +81,15 @@ def sees_something(mask: AttentionMask, q: int, k: int, block: int) -> Bool[Arra
 
     per_query = (query_slots, None if segments is None else segments.T)
     return jax.lax.map(sees_any, per_query, batch_size=block).T
+
+
+def causal_shares(
+    length: int, shards: int, order: ZigZag | None, block_q: int = 1, block_k: int = 1
+) -> Float[np.ndarray, " {shards}"]:
+    """Of each shard's queries, the fraction of all blocks of queries and keys that causality leaves.
+
+    The keys of all shards are in the order of the row, the queries in `order`.
+    """
+    slots = np.arange(length) if order is None else order.slots(length)
+    last = slots.reshape(shards, -1, block_q).max(2)
+    return (last // block_k + 1).mean(1) / (length // block_k)

@@ -4,10 +4,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.experimental.pallas.ops.tpu import splash_attention as splash
 from jaxtyping import Array, Float, Int
 
-from llama_jax.attention.masks import AttentionMask, sees_something
+from llama_jax.attention.masks import AttentionMask, causal_shares, sees_something
+from llama_jax.attention.zigzag import ZigZag
 from llama_jax.numerics.matmul import working_dtype
 
 _LANES, _LARGEST_BLOCK = 128, 512
@@ -38,17 +40,28 @@ def splash_attention(
 
 
 def splash_kernel(
-    q: int, k: int, heads: int, head_shards: int = 1, q_shards: int = 1, interpret: bool = False
+    q: int,
+    k: int,
+    heads: int,
+    head_shards: int = 1,
+    q_shards: int = 1,
+    *,
+    order: ZigZag | None = None,
+    interpret: bool = False,
 ) -> Any:
     """The causal kernel for `q` queries and `k` keys.
 
     Args:
         head_shards, q_shards: how many shards the heads and the queries are split over.
+        order: of the queries; the keys are in the order of the row.
         interpret: run the kernel as plain JAX, on any backend.
     """
-    block_q, block_k = (_block(size) for size in (q // q_shards, k))
+    block_q, block_k = _blocks(q, k, q_shards, order)
+    causal = _CausalMask((q, k))
+    if order is not None:
+        causal.q_sequence = order.slots(q)
     return splash.make_splash_mha(
-        splash.MultiHeadMask([splash.CausalMask((q, k)) for _ in range(heads)]),
+        splash.MultiHeadMask([causal] * heads),
         block_sizes=splash.BlockSizes(
             block_q=block_q,
             block_kv=block_k,
@@ -65,6 +78,21 @@ def splash_kernel(
     )
 
 
+class _CausalMask(splash.CausalMask):
+    """One whose blocks off the diagonal are single numbers: all that is asked of them is any() and all().
+
+    Comparing all of their slots takes seconds for 32,768 tokens, and grows with the square.
+    """
+
+    def __getitem__(self, index: Any) -> np.ndarray:
+        slots, keys = self.q_sequence[index[0]], index[1]
+        if slots.max() < keys.start:
+            return np.zeros((1, 1), bool)
+        if slots.min() >= keys.stop - 1:
+            return np.ones((1, 1), bool)
+        return np.asarray(super().__getitem__(index))
+
+
 def why_not_splash(
     query: Float[Array, "batch q heads dim"], mask: AttentionMask, sequence_shards: int
 ) -> str | None:
@@ -79,11 +107,19 @@ def why_not_splash(
     return None
 
 
-def visited_share(q: int, q_shards: int = 1) -> float:
-    """The fraction of blocks that the causal kernel of `q` queries and keys visits, over all shards."""
-    block_q, block_k = _block(q // q_shards), _block(q)
-    visited = sum(-(-end // block_k) for end in range(block_q, q + 1, block_q))
-    return visited / ((q // block_q) * (q // block_k))
+def visited_shares(
+    q: int, q_shards: int = 1, order: ZigZag | None = None
+) -> Float[np.ndarray, " {q_shards}"]:
+    """The fraction of its blocks that the causal kernel of `q` queries and keys visits, for each shard."""
+    return causal_shares(q, q_shards, order, *_blocks(q, q, q_shards, order))
+
+
+def _blocks(q: int, k: int, q_shards: int, order: ZigZag | None) -> tuple[int, int]:
+    """Of queries and keys; one that lies in two chunks of the order would visit the keys of both."""
+    block_q = _block(q // q_shards)
+    if order is not None and order.chunk % _LANES == 0:
+        block_q = min(block_q, _block(order.chunk))
+    return block_q, _block(k)
 
 
 def _block(size: int) -> int:

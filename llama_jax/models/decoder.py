@@ -21,6 +21,7 @@ from llama_jax.attention.cache import (
 )
 from llama_jax.attention.implementation import Implementation
 from llama_jax.attention.masks import AttentionMask
+from llama_jax.attention.zigzag import ZigZag
 from llama_jax.config import LlamaConfig
 from llama_jax.inputs.ids import require_ids
 from llama_jax.inputs.keys import as_key
@@ -154,6 +155,7 @@ class LlamaModel(PretrainedModel):
         attention_implementation: Implementation | None = None,
         remat: Remat | Kept = "dots",
         scan_unroll: int = 1,
+        token_order: ZigZag | None = None,
     ) -> ModelOutput:
         """Run the decoder.
 
@@ -178,10 +180,12 @@ class LlamaModel(PretrainedModel):
                 "full" (every layer from its input), or all but what a
                 `llama_jax.numerics.remat_policy.Kept` names.
             scan_unroll: layers per iteration of the scan; more compile longer and can run faster.
+            token_order: the order in which all arrays given and returned have the tokens of a row; None for
+                the row's own. Over a mesh's sequence axis, `ZigZag` balances the work of the shards.
 
         Raises:
-            ValueError: shapes that do not match, ids outside the vocabulary or a full cache (the last two
-                only outside jit, where values are known).
+            ValueError: shapes that do not match, a cache with a token order, ids outside the vocabulary or
+                a full cache (the last two only outside jit, where values are known).
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("pass exactly one of input_ids and inputs_embeds")
@@ -207,6 +211,10 @@ class LlamaModel(PretrainedModel):
         scan_unroll = plain_number(scan_unroll)
         if not is_integer(scan_unroll) or scan_unroll < 1:
             raise ValueError(f"scan_unroll: found {scan_unroll!r}, expected a positive integer")
+        if token_order is not None:
+            token_order.require_length(seq)
+            if cache is not None:
+                raise ValueError("pass at most one of cache and token_order")
         if cache is not None:
             _require_room(cache, self.config, batch, seq)
         inputs = _Inputs(
@@ -221,6 +229,7 @@ class LlamaModel(PretrainedModel):
             attention_implementation,
             remat,
             scan_unroll,
+            token_order,
         )
         return _forward(self, inputs, cache, as_key("dropout_key", dropout_key), options)
 
@@ -242,6 +251,7 @@ class _Options(NamedTuple):
     attention_implementation: Implementation | None
     remat: Remat | Kept
     scan_unroll: int
+    token_order: ZigZag | None
 
 
 # Jitted as a whole, so that a call outside jit is one dispatch and compiles once per shape; within a
@@ -261,7 +271,9 @@ def _forward(
     start = jnp.zeros((), jnp.int32) if cache is None else cache.length
     position_ids = inputs.position_ids
     if position_ids is None:
-        position_ids = (start + jnp.arange(seq, dtype=jnp.int32))[None]
+        order = options.token_order
+        slots = jnp.arange(seq, dtype=jnp.int32) if order is None else order.slots(seq)
+        position_ids = (start + slots)[None]
     cos, sin = rope_cos_sin(
         jnp.broadcast_to(position_ids, (batch, seq)),
         config.rope,
@@ -270,6 +282,7 @@ def _forward(
         x.dtype,
     )
     mask, cache = mask_and_cache(batch, seq, inputs.is_token, inputs.segment_ids, cache)
+    mask = mask._replace(order=options.token_order)
     call = LayerCall(cos, sin, mask, options.attention_implementation, options.output_attentions)
     if isinstance(model.layers, DecoderLayer):
         ran = _scan_layers(

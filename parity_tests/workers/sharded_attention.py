@@ -13,12 +13,13 @@ from jax.sharding import AxisType
 
 from llama_jax.attention.dispatch import attention
 from llama_jax.attention.masks import AttentionMask
+from llama_jax.attention.zigzag import ZigZag
 from parity_tests.reference.errors import relative_error
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_enable_x64", True)
 
-BATCH, SEQ, DIM = 8, 20, 4
+BATCH, SEQ, DIM = 8, 24, 4
 # axes of the mesh, heads, kv heads
 CASES = {
     "data8": ({"data": 8}, 4, 2),
@@ -27,6 +28,12 @@ CASES = {
     "tensor4-heads6": ({"tensor": 4}, 6, 2),  # not divisible: every shard computes all heads
     "sequence4": ({"sequence": 4}, 4, 2),
     "fsdp2-sequence2-tensor2": ({"fsdp": 2, "sequence": 2, "tensor": 2}, 4, 2),
+}
+# of the tokens over a mesh with a sequence axis; the last is for another number of shards
+ORDERS = {
+    "zigzag": lambda shards: ZigZag.of(SEQ, shards),
+    "zigzag-chunk1": lambda shards: ZigZag(shards, chunk=1),
+    "zigzag-6-shards": lambda shards: ZigZag(6, chunk=2),
 }
 
 
@@ -38,16 +45,26 @@ def masks():
     yield "packed", AttentionMask(None, None, is_token, segments, segments)
 
 
+def in_order(order, mask):
+    """A mask of the row's own order in that of `order`."""
+    slots = order.slots(SEQ)
+    return jax.tree.map(lambda array: array[:, slots], mask)._replace(order=order)
+
+
 def step(operands, mask, implementation):
     out = attention(*operands, mask, implementation=implementation)[0]
-    return jnp.sum(out * jnp.linspace(-1, 2, out.size).reshape(out.shape)), out
+    # a cotangent that depends on the token, in whatever order
+    cotangent = jnp.linspace(-1, 2, out.size).reshape(out.shape)
+    if mask.order is not None:
+        cotangent = cotangent[:, mask.order.slots(SEQ)]
+    return jnp.sum(out * cotangent), out
 
 
 def run(operands, mask, implementation):
     """The output and the three gradients."""
     compiled = jax.jit(jax.value_and_grad(step, has_aux=True), static_argnums=2)
     (_, out), gradients = compiled(operands, mask, implementation)
-    return [out, *gradients]
+    return [*map(np.asarray, (out, *gradients))]
 
 
 def main() -> None:
@@ -58,11 +75,23 @@ def main() -> None:
         mesh = jax.make_mesh(tuple(sizes.values()), tuple(sizes), (AxisType.Auto,) * len(sizes))
         for kind, mask in masks():
             want = run(operands, mask, "plain")
+
+            def compare(case, got, want=want):
+                pairs = zip(got, want, strict=True)
+                errors = [relative_error(np.asarray(a), np.asarray(b)) for a, b in pairs]
+                print(json.dumps({"case": case, "errors": errors}), flush=True)
+
             with jax.set_mesh(mesh):
-                got = run(operands, mask, "blocked")
-            pairs = zip(got, want, strict=True)
-            errors = [relative_error(np.asarray(a), np.asarray(b)) for a, b in pairs]
-            print(json.dumps({"case": f"{name}-{kind}", "errors": errors}), flush=True)
+                compare(f"{name}-{kind}", run(operands, mask, "blocked"))
+            for order_name, order_of in ORDERS.items() if "sequence" in sizes else ():
+                order = order_of(sizes["sequence"])
+                slots = order.slots(SEQ)
+                permuted = [array[:, slots] for array in operands]
+                for implementation in ("blocked", "plain")[: 1 + (order_name == "zigzag")]:
+                    with jax.set_mesh(mesh):
+                        got = run(permuted, in_order(order, mask), implementation)
+                    restored = [array[:, np.argsort(slots)] for array in got]
+                    compare(f"{name}-{kind}-{order_name}-{implementation}", restored)
 
 
 if __name__ == "__main__":

@@ -34,13 +34,15 @@ def main() -> None:
         split += leaf.addressable_shards[0].data.size < leaf.size
     assert split == len(flat), "every weight must be split over this mesh"
 
-    # so is a batch, placed by its rows
+    # so is a batch, placed by its rows, in zig-zag order
     shape = program.batch.input_ids.shape
     rows = rows_of_process(program.batch)
     assert rows == list(range(8))
     values = np.arange(8 * 8, dtype=np.int32).reshape(8, 8)
-    placed = place_batch(program.batch, rows, dict.fromkeys(program.batch._fields, values))
-    np.testing.assert_array_equal(np.asarray(placed.labels), values.reshape(shape))
+    names = ("input_ids", "labels", "segment_ids", "position_ids")
+    placed = place_batch(program.batch, rows, dict.fromkeys(names, values))
+    slots = [0, 1, 6, 7, 2, 3, 4, 5]
+    np.testing.assert_array_equal(np.asarray(placed.labels), values[:, slots].reshape(shape))
     assert placed.labels.sharding == batch_sharding(program.mesh)
     assert jnp.asarray(placed.labels).addressable_shards[0].data.shape == (2, 2, 4)
 

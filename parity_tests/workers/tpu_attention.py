@@ -11,9 +11,13 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from llama_jax import LlamaConfig, LlamaForCausalLM
 from llama_jax.attention.dispatch import attention
 from llama_jax.attention.masks import AttentionMask
+from llama_jax.attention.zigzag import ZigZag
+from train.hardware.collectives import by_kind
 from train.hardware.topology import topology_devices
+from train.hardware.transfers import transfers
 
-# sizes of data, sequence and tensor; batch, seq, heads, kv heads, dim
+# sizes of data, sequence and tensor; batch, seq, heads, kv heads, dim; packed; with a sequence axis, in
+# zig-zag order
 CASES = {
     "data4-dim64": ((4, 1, 1), (4, 1024, 8, 4, 64), jnp.bfloat16, False),
     "data2-tensor2-packed": ((2, 1, 2), (4, 1024, 8, 4, 128), jnp.bfloat16, True),
@@ -24,14 +28,23 @@ CASES = {
 }
 
 
-def kernels(mesh, function, *arguments) -> int:
-    """The number of kernel calls in the compiled program."""
+def compiled(mesh, function, *arguments) -> str:
+    """The program, as text."""
     replicated = NamedSharding(mesh, PartitionSpec())
     arguments = jax.tree.map(
         lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=replicated), arguments
     )
     with jax.set_mesh(mesh):
-        return jax.jit(function).lower(*arguments).compile().as_text().count("tpu_custom_call")
+        return jax.jit(function).lower(*arguments).compile().as_text()
+
+
+def summary(text) -> dict:
+    """The number of kernel calls, and bytes that are sent of each kind of collective."""
+    found = by_kind(transfers(text)).values()
+    return {
+        "kernels": text.count("tpu_custom_call"),
+        "sent": {collective.kind: collective.sent for collective in found},
+    }
 
 
 def main() -> None:
@@ -42,10 +55,12 @@ def main() -> None:
         return Mesh(np.array(devices).reshape(sizes), axes, axis_types=(AxisType.Auto,) * 3)
 
     for name, (sizes, (batch, seq, heads, kv_heads, dim), dtype, packed) in CASES.items():
+        shards = sizes[1]
+        order = ZigZag.of(seq, shards) if shards > 1 else None
 
-        def energy(operands, is_token, segments, packed=packed):
+        def energy(operands, is_token, segments, packed=packed, order=order):
             mask = AttentionMask(None, None, is_token, segments, segments)
-            mask = mask if packed else AttentionMask()
+            mask = (mask if packed else AttentionMask())._replace(order=order)
             out, _ = attention(*operands, mask, implementation="splash")
             return out.astype(jnp.float32).sum()
 
@@ -54,8 +69,8 @@ def main() -> None:
             for count in (heads, kv_heads, kv_heads)
         ]
         per_token = [jax.ShapeDtypeStruct((batch, seq), kind) for kind in (bool, jnp.int32)]
-        count = kernels(mesh_of(sizes), jax.grad(energy), operands, *per_token)
-        print(json.dumps({"case": name, "kernels": count}), flush=True)
+        text = compiled(mesh_of(sizes), jax.grad(energy), operands, *per_token)
+        print(json.dumps({"case": name} | summary(text)), flush=True)
 
     config = LlamaConfig(
         vocab_size=256,
@@ -71,8 +86,8 @@ def main() -> None:
     def loss(model, ids):
         return model(ids, labels=ids, attention_implementation="splash").loss
 
-    count = kernels(mesh_of((2, 1, 2)), jax.grad(loss), model, ids)
-    print(json.dumps({"case": "model", "kernels": count}), flush=True)
+    text = compiled(mesh_of((2, 1, 2)), jax.grad(loss), model, ids)
+    print(json.dumps({"case": "model"} | summary(text)), flush=True)
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ def placed_batches(
     """Batches of `dataset` from `start_step` on; each process reads only its own rows.
 
     Args:
-        batch: abstract arrays [micro, rows, seq] with shardings.
+        batch: abstract arrays [micro, rows, seq] with shardings, and their order.
         dataset: random access to windows, see `train.data.windows.windows`.
     """
     micro, rows, _ = batch.input_ids.shape
@@ -43,11 +43,13 @@ def place_batch(batch: Any, rows: Sequence[int], windows: Window) -> Batch:
     """This process's windows as its part of the global arrays.
 
     Args:
-        batch: abstract arrays [micro, rows, seq] with shardings.
+        batch: abstract arrays [micro, rows, seq] with shardings, and their order.
         rows: what `rows_of_process` returned for it.
-        windows: arrays [len(rows), seq] by name.
+        windows: arrays [len(rows), seq] by name, in the order of the window.
     """
     local_index = {row: index for index, row in enumerate(rows)}
+    seq = batch.input_ids.shape[2]
+    slots = np.arange(seq) if batch.order is None else batch.order.slots(seq)
 
     def place(abstract: Any, values: np.ndarray) -> jax.Array:
         _, rows_per_micro, _ = abstract.shape
@@ -58,9 +60,11 @@ def place_batch(batch: Any, rows: Sequence[int], windows: Window) -> Batch:
                 range(*part.indices(size)) for part, size in zip(index, abstract.shape, strict=True)
             )
             selected = [local_index[m * rows_per_micro + r] for m in micro for r in row]
-            columns = slice(column.start, column.stop)
-            return values[selected, columns].reshape(len(micro), len(row), len(column))
+            columns = slots[column.start : column.stop]
+            part = values[np.ix_(np.array(selected), columns)]
+            return part.reshape(len(micro), len(row), len(column))
 
         return jax.make_array_from_callback(abstract.shape, abstract.sharding, shard)
 
-    return Batch(*(place(getattr(batch, name), windows[name]) for name in Batch._fields))
+    placed = {name: place(getattr(batch, name), values) for name, values in windows.items()}
+    return Batch(**placed, order=batch.order)

@@ -4,7 +4,7 @@ import math
 from typing import Any
 
 
-def matmul_flops(jaxpr: Any, kernel_share: float = 1.0) -> float:
+def matmul_flops(jaxpr: Any, kernel_share: float = 1.0, slowest: float = 1.0) -> float:
     """FLOPs of all matmuls in a jaxpr, on all devices together.
 
     What runs repeatedly is multiplied: the body of a scan by its length, a Pallas kernel by its grid, a
@@ -13,6 +13,8 @@ def matmul_flops(jaxpr: Any, kernel_share: float = 1.0) -> float:
 
     Args:
         kernel_share: fraction of a kernel's grid that computes something; the rest is skipped.
+        slowest: work of the device that the others wait for in a kernel, in units of the mean. The result
+            is then what all would compute if they were as slow.
     """
     total = 0.0
     for equation in jaxpr.eqns:
@@ -23,12 +25,13 @@ def matmul_flops(jaxpr: Any, kernel_share: float = 1.0) -> float:
             total += 2 * depth * equation.outvars[0].aval.size
         elif equation.primitive.name == "cond":
             total += max(
-                matmul_flops(branch.jaxpr, kernel_share) for branch in equation.params["branches"]
+                matmul_flops(branch.jaxpr, kernel_share, slowest)
+                for branch in equation.params["branches"]
             )
         elif (estimate := _estimate(equation)) is not None:
-            total += estimate
+            total += estimate * slowest
         else:
-            repeats = _repeats(equation, kernel_share)
+            repeats = _repeats(equation, kernel_share * slowest)
             # the first is the program itself but for a while's condition, the others are rules for its
             # derivatives
             programs = [
@@ -36,7 +39,9 @@ def matmul_flops(jaxpr: Any, kernel_share: float = 1.0) -> float:
                 for name, value in equation.params.items()
                 if name != "cond_jaxpr" and hasattr(getattr(value, "jaxpr", value), "eqns")
             ]
-            total += repeats * sum(matmul_flops(program, kernel_share) for program in programs[:1])
+            total += repeats * sum(
+                matmul_flops(program, kernel_share, slowest) for program in programs[:1]
+            )
     return total
 
 

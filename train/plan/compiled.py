@@ -13,17 +13,19 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from llama_jax.attention.splash import visited_share
+from llama_jax.attention.masks import causal_shares
+from llama_jax.attention.splash import visited_shares
 from llama_jax.config import LlamaConfig
 from llama_jax.inspection.architecture import forward_flops_per_token
 from llama_jax.numerics.remat_policy import KeptName, OffloadedName, Remat
+from train.data.batch import Batch
 from train.hardware.chips import CHIPS, Chip
 from train.hardware.collectives import Collective, by_kind
 from train.hardware.flops import matmul_flops
 from train.hardware.links import Traffic, hosts_of, traffic
 from train.hardware.roofline import Roofline, roofline
 from train.hardware.transfers import transfers
-from train.options import RunOptions
+from train.options import RunOptions, SequenceOrder
 from train.program.build import attention_choice, run_program
 from train.program.mesh import count_slices
 
@@ -60,8 +62,10 @@ class Plan:
     hosts: groups of devices that are linked to each other: hosts of GPUs, slices of TPUs.
     attention, attention_reason: the implementation, and why it is not a faster one.
     refused: XLA's message if it refused to compile; memory and collectives are then unknown.
+    sequence_order: of tokens over the sequence axis. slowest_attention: what the shard of a sequence that
+        does most computes in attention's kernel, in units of the mean.
     flops_per_token: of the model: 3 x `forward_flops_per_token`. counted_flops_per_token: of every
-        matmul in the step, recomputation included.
+        matmul in the step, recomputation included, as if all devices did as much as the slowest.
     chip, roofline: None for devices without a data sheet.
     """
 
@@ -78,6 +82,8 @@ class Plan:
     hosts: int
     attention: str
     attention_reason: str | None
+    sequence_order: SequenceOrder
+    slowest_attention: float
     flops_per_token: float
     counted_flops_per_token: float
     compile_seconds: float
@@ -101,9 +107,8 @@ def make_plan(options: RunOptions, config: LlamaConfig, devices: Sequence[Any]) 
         ValueError: as `run_program`; XLA cannot compile the step, for another reason than its size.
     """
     program = run_program(options, config, devices)
-    dtype, ids = jnp.dtype(options.model.compute_dtype), program.batch.input_ids
-    requested = options.model.attention
-    attention = attention_choice(program.config, program.mesh, requested, dtype, ids)
+    dtype, requested = jnp.dtype(options.model.compute_dtype), options.model.attention
+    attention = attention_choice(program.config, program.mesh, requested, dtype, program.batch)
     with jax.set_mesh(program.mesh):
         traced = program.step.trace(program.params, program.opt_state, program.batch, _key(config))
         begin = time.perf_counter()
@@ -118,10 +123,9 @@ def make_plan(options: RunOptions, config: LlamaConfig, devices: Sequence[Any]) 
                 ) from None
         seconds = time.perf_counter() - begin
     tokens = options.batch_size * options.sequence_length
-    length, sequence_shards = options.sequence_length, program.mesh.shape["sequence"]
-    splash = attention.implementation == "splash"
-    share = visited_share(length, sequence_shards) if splash else 1.0
-    counted = matmul_flops(traced.jaxpr.jaxpr, share)
+    shards = program.mesh.shape["sequence"]
+    share, slowest = kernel_work(attention.implementation, program.batch, shards)
+    counted = matmul_flops(traced.jaxpr.jaxpr, share, slowest)
     model_flops = 3 * forward_flops_per_token(config, options.sequence_length)
     kind = devices[0].device_kind
     chip = CHIPS.get(kind)
@@ -173,6 +177,8 @@ def make_plan(options: RunOptions, config: LlamaConfig, devices: Sequence[Any]) 
         hosts=count_slices(devices),
         attention=attention.implementation,
         attention_reason=attention.reason,
+        sequence_order=options.mesh.sequence_order,
+        slowest_attention=slowest,
         flops_per_token=model_flops,
         counted_flops_per_token=counted / tokens,
         compile_seconds=seconds,
@@ -199,6 +205,22 @@ def device_bytes(tree: Any) -> int:
         math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
         for leaf in jax.tree.leaves(tree)
     )
+
+
+def kernel_work(attention: str, batch: Batch, shards: int) -> tuple[float, float]:
+    """What attention's kernel computes of its grid, and what the slowest of the shards does over the mean.
+
+    Args:
+        batch: abstract; documents, whose lengths are not known, count as one per row.
+    """
+    length = batch.input_ids.shape[2]
+    if attention == "splash":
+        shares = visited_shares(length, shards, batch.order)
+        return float(shares.mean()), float(shares.max() / shares.mean())
+    if attention == "triton":  # whose grid is estimated, of the mean shard
+        shares = causal_shares(length, shards, batch.order)
+        return 1.0, float(shares.max() / shares.mean())
+    return 1.0, 1.0  # nothing is skipped
 
 
 def _key(config: LlamaConfig) -> Any:

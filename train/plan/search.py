@@ -1,6 +1,5 @@
 """Search for a mesh and a remat policy: order candidates by estimate, compile the first few, rank those."""
 
-import dataclasses
 import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -74,7 +73,8 @@ def candidates(
     for sizes in meshes(options, config, len(devices), linked):
         for remat in policies:
             model = replace(options.model, remat=remat)
-            candidate = replace(options, model=model, mesh=MeshOptions(**sizes))
+            mesh = MeshOptions(**sizes, sequence_order=options.mesh.sequence_order)
+            candidate = replace(options, model=model, mesh=mesh)
             cost = estimate(candidate, measured, sizes, chip, linked)
             times = max(cost.compute, cost.links), cost.compute + cost.links
             ranked.append((max(cost.peak / memory, 1.0), *times, candidate))
@@ -100,10 +100,8 @@ def meshes(
     for tensor, sequence, data in itertools.product(tensors, sequences, divisors):
         if count % (tensor * sequence * data) == 0 and rows % (count // (tensor * sequence)) == 0:
             fsdp = count // (tensor * sequence * data)
-            if not spans_slices({"data": data, "fsdp": fsdp}, count // linked):
-                continue
-            sizes = MeshOptions(data=data, fsdp=fsdp, sequence=sequence, tensor=tensor)
-            yield dataclasses.asdict(sizes)
+            if spans_slices({"data": data, "fsdp": fsdp}, count // linked):
+                yield {"data": data, "fsdp": fsdp, "sequence": sequence, "tensor": tensor}
 
 
 def _rank(plan: Plan) -> tuple[Any, ...]:

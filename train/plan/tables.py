@@ -60,6 +60,11 @@ def show_plan(console: Console, plan: Plan, advice: Sequence[str]) -> None:
     costs.add_row(
         "matmul FLOPs per token, counted in the step", f"{plan.counted_flops_per_token:.4g}"
     )
+    if plan.mesh["sequence"] > 1:
+        costs.add_row(
+            f"attention of the slowest sequence shard ({plan.sequence_order})",
+            f"{plan.slowest_attention:.2f} x the mean",
+        )
     limits = plan.roofline
     if limits is not None:
         costs.add_row("matmuls, at the chip's bfloat16 peak", f"{limits.compute:.3f} s")

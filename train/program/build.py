@@ -3,7 +3,6 @@
 `python -m train plan` compiles the same program for devices you need not have.
 """
 
-import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -15,12 +14,19 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from llama_jax.attention.dispatch import Choice, choose_implementation
 from llama_jax.attention.masks import AttentionMask
+from llama_jax.attention.zigzag import ZigZag
 from llama_jax.config import LlamaConfig
 from llama_jax.models.causal_lm import LlamaForCausalLM
 from llama_jax.numerics.xla_options import step_compiler_options
-from llama_jax.sharding import BATCH_AXES, SEQUENCE_AXIS, parameter_shardings
+from llama_jax.sharding import BATCH_AXES, MESH_AXES, SEQUENCE_AXIS, parameter_shardings
 from train.data.batch import Batch
-from train.options import ModelOptions, OptimizerOptions, RunOptions, warmup_steps
+from train.options import (
+    ModelOptions,
+    OptimizerOptions,
+    RunOptions,
+    SequenceOrder,
+    warmup_steps,
+)
 from train.program.mesh import count_slices, make_mesh
 from train.program.optimizer import make_optimizer
 from train.program.optimizer_state import HOST_MEMORY, on_host, require_host_memory
@@ -58,9 +64,10 @@ def run_program(
     """
     return make_program(
         config,
-        make_mesh(dataclasses.asdict(options.mesh), devices),
+        make_mesh({axis: getattr(options.mesh, axis) for axis in MESH_AXES}, devices),
         options.model,
         options.optimizer,
+        sequence_order=options.mesh.sequence_order,
         steps=options.steps,
         batch_size=options.batch_size,
         micro_batches=options.micro_batches,
@@ -75,6 +82,7 @@ def make_program(
     model: ModelOptions,
     optimizer: OptimizerOptions,
     *,
+    sequence_order: SequenceOrder,
     steps: int,
     batch_size: int,
     micro_batches: int,
@@ -94,8 +102,10 @@ def make_program(
     dtype = jnp.dtype(model.parameter_dtype)
     compute_dtype = jnp.dtype(model.compute_dtype or model.parameter_dtype)
     shape = micro_batches, batch_size // micro_batches, sequence_length
-    window = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=batch_sharding(mesh))
-    attention_choice(config, mesh, model.attention, compute_dtype, window)
+    window: Any = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=batch_sharding(mesh))
+    order = _token_order(sequence_order, mesh, sequence_length)
+    batch = Batch(window, window, window, window, order)
+    attention_choice(config, mesh, model.attention, compute_dtype, batch)
     for option, used in (
         ("model.remat-offload", model.remat_offload),
         ("optimizer.offload", optimizer.offload),
@@ -141,7 +151,6 @@ def make_program(
     compiler_options = step_compiler_options(
         devices[0].platform, across_hosts=count_slices(devices) > 1, deterministic=deterministic
     )
-    windows: list[Any] = [window] * len(Batch._fields)
     replicated = NamedSharding(mesh, PartitionSpec())
     return Program(
         config=config,
@@ -151,7 +160,7 @@ def make_program(
         learning_rate=schedule,
         params=params,
         opt_state=opt_state,
-        batch=Batch(*windows),
+        batch=batch,
         step=jax.jit(
             step,
             donate_argnums=(0, 1),
@@ -173,18 +182,18 @@ def shardings_of(tree: Any) -> Any:
 
 
 def attention_choice(
-    config: LlamaConfig, mesh: Mesh, implementation: str | None, dtype: jnp.dtype, ids: Any
+    config: LlamaConfig, mesh: Mesh, implementation: str | None, dtype: jnp.dtype, batch: Batch
 ) -> Choice:
-    """The attention of a step over packed rows, `ids` [micro, rows, seq], and why it is not a faster one.
+    """The attention of a step over an abstract batch, and why it is not a faster one.
 
     Raises:
         ValueError: `implementation` cannot do it.
     """
-    segments: Any = jax.ShapeDtypeStruct(ids.shape[1:], jnp.int32)
+    segments: Any = jax.ShapeDtypeStruct(batch.input_ids.shape[1:], jnp.int32)
     query = jax.ShapeDtypeStruct(
         (*segments.shape, config.num_attention_heads, config.head_size), dtype
     )
-    mask = AttentionMask(query_segments=segments, key_segments=segments)
+    mask = AttentionMask(query_segments=segments, key_segments=segments, order=batch.order)
     with jax.set_mesh(mesh):
         return choose_implementation(implementation, query, mask, bool(config.attention_dropout))
 
@@ -210,6 +219,19 @@ def initial_opt_state(program: Program, params: Any) -> Any:
 def model_of(program: Program, params: Any) -> LlamaForCausalLM:
     """The model with `params`."""
     return nnx.merge(program.graphdef, params)
+
+
+def _token_order(order: SequenceOrder, mesh: Mesh, sequence_length: int) -> ZigZag | None:
+    """The order of the tokens of a row; None for the row's own."""
+    shards = mesh.shape[SEQUENCE_AXIS]
+    if shards == 1 or order == "contiguous":
+        return None
+    if sequence_length % (2 * shards):
+        raise ValueError(
+            f"sequence-length: found {sequence_length}, expected a multiple of {2 * shards}, twice the "
+            "mesh's sequence axis; or --mesh.sequence-order contiguous, with more work for later shards"
+        )
+    return ZigZag.of(sequence_length, shards)
 
 
 def _require_divisible(config: LlamaConfig, mesh: Mesh, rows: int, sequence_length: int) -> None:

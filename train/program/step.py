@@ -113,6 +113,7 @@ def batch_loss(
         position_ids=batch.position_ids,
         segment_ids=batch.segment_ids,
         dropout_key=dropout_key,
+        token_order=batch.order,
         **forward,
     )
     return fused_linear_cross_entropy(

@@ -21,3 +21,12 @@ def results():
 @pytest.mark.parametrize("mesh", MESHES)
 def test_every_mesh_gives_the_same_output_and_gradients(results, mesh, mask):
     assert max(results[f"{mesh}-{mask}"]) <= 1e-12
+
+
+@pytest.mark.parametrize("mask", ["causal", "packed"])
+@pytest.mark.parametrize("mesh", ["sequence4", "fsdp2-sequence2-tensor2"])
+@pytest.mark.parametrize(
+    "case", ["zigzag-blocked", "zigzag-plain", "zigzag-chunk1-blocked", "zigzag-6-shards-blocked"]
+)
+def test_zigzag_order_gives_the_same_output_and_gradients(results, mesh, mask, case):
+    assert max(results[f"{mesh}-{mask}-{case}"]) <= 1e-12

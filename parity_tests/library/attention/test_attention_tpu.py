@@ -20,10 +20,24 @@ pytestmark = pytest.mark.skipif(
 @pytest.fixture(scope="module")
 def results():
     rows = list(map(json.loads, output_lines("workers.tpu_attention")))
-    return {row["case"]: row["kernels"] for row in rows}
+    return {row["case"]: row for row in rows}
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_three_kernels_are_called(results, case):
     """Forward, the queries' gradient, the keys' and values' gradient."""
-    assert results[case] == 3
+    assert results[case]["kernels"] == 3
+
+
+@pytest.mark.parametrize(
+    ("case", "key_bytes"),
+    [
+        ("sequence4-packed", 2 * 2048 * 4 * 64 * 2),
+        ("sequence2-tensor2-float32", 2 * 1024 * 4 // 2 * 64 * 4),
+    ],
+)
+def test_over_a_sequence_axis_keys_are_gathered_and_gradients_scattered(results, case, key_bytes):
+    """Keys and values once in each direction; an all-reduce of the gradients would send twice as much."""
+    shards = int(case[len("sequence")])
+    once = 2 * key_bytes * (shards - 1) / shards
+    assert results[case]["sent"] == {"all-gather": once, "reduce-scatter": once}

@@ -2,7 +2,7 @@
 
 import json
 import tempfile
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 
 import jax
@@ -12,6 +12,7 @@ from jax.sharding import PartitionSpec as P
 
 from llama_jax.inspection.architecture import forward_flops_per_token
 from llama_jax.presets import PRESETS
+from llama_jax.sharding import MESH_AXES
 from train.__main__ import main
 from train.hardware.collectives import collectives
 from train.hardware.topology import host_devices
@@ -110,7 +111,10 @@ def search_result():
         OPTIONS, CONFIG, DEVICES, limit=2, report=lambda plan: reported.append(plan.peak)
     )
     return {
-        "candidates": [[asdict(options.mesh), options.model.remat] for options in ordered],
+        "candidates": [
+            [{axis: getattr(options.mesh, axis) for axis in MESH_AXES}, options.model.remat]
+            for options in ordered
+        ],
         "plans": [plan.peak for plan in plans],
         "reported": reported,
     }

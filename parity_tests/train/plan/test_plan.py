@@ -12,15 +12,21 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import pytest
 
+from llama_jax.attention.splash import splash_kernel
+from llama_jax.attention.zigzag import ZigZag
 from llama_jax.presets import PRESETS
 from parity_tests.harness.child_process import ROOT, output_lines
+from train.data.batch import Batch
 from train.hardware.chips import CHIPS, GIB
+from train.hardware.flops import matmul_flops
 from train.hardware.roofline import Roofline
 from train.options import PLANNED, RunOptions
 from train.plan.advice import advice
-from train.plan.compiled import Plan
+from train.plan.compiled import Plan, kernel_work
 
 LINE_OF_128 = 128 * 4  # bytes
 
@@ -71,6 +77,32 @@ def test_flops(planned):
     assert 1.2 < plans["full"]["counted"] / plan["counted"] < 4 / 3
 
 
+@pytest.mark.parametrize("shards", [2, 4])
+@pytest.mark.parametrize("order", ["contiguous", "zigzag"])
+def test_flops_of_the_slowest_shard(order: str, shards: int) -> None:
+    """Of traced kernels: a shard's queries with the keys they see, in blocks, in nine matmuls."""
+    length, heads, dim, block = 4096, 4, 64, 512
+    zigzag = ZigZag.of(length, shards) if order == "zigzag" else None
+    ids: Any = jax.ShapeDtypeStruct((1, 1, length), jnp.int32)
+    share, slowest = kernel_work("splash", Batch(ids, ids, ids, ids, zigzag), shards)
+    kernel = splash_kernel(length, length, heads, 1, shards, order=zigzag)
+
+    def energy(query, key, value):
+        out = jax.vmap(kernel)(query, key, value)
+        return out.astype(jnp.float32).sum()
+
+    rows = [jax.ShapeDtypeStruct((1, heads, length, dim), jnp.bfloat16)] * 3
+    counted = matmul_flops(jax.make_jaxpr(jax.grad(energy, (0, 1, 2)))(*rows).jaxpr, share, slowest)
+    # blocks of queries of the shard that sees most keys, and how many blocks of keys each sees
+    blocks = length // block
+    seen = range(blocks - blocks // shards, blocks) if zigzag is None else range(blocks)
+    mean = sum(block + 1 for block in seen) / len(seen)
+    matmuls = 2 + 3 + 4  # forward, of the queries' gradient, of the keys' and values'
+    assert slowest == (pytest.approx(2 - 1 / shards, rel=0.1) if zigzag is None else 1)
+    expected = 2 * heads * dim * length * mean * block * matmuls
+    assert counted == pytest.approx(expected, rel=1e-3)  # the sums of dO * O are in it
+
+
 def test_search(planned):
     search = planned["search"]
     meshes = [mesh for mesh, _ in search["candidates"]]
@@ -102,6 +134,8 @@ def a_plan(peak: float, links: float = 1.0, **changes: Any) -> tuple[Plan, RunOp
         hosts=1,
         attention="splash",
         attention_reason=None,
+        sequence_order="zigzag",
+        slowest_attention=1.0,
         flops_per_token=3.0,
         counted_flops_per_token=4.0,
         compile_seconds=1.0,
@@ -202,6 +236,11 @@ def plan_process(*arguments: str, **environment: str) -> subprocess.CompletedPro
         ("--host-devices 8 --model.preset llama-9", "model.preset: found 'llama-9'"),
         ("--host-devices 8 --batch-size 12", "batch-size: found 12 rows in a micro-batch"),
         ("--host-devices 8 --mesh.fsdp 3", "mesh: found data 1 x fsdp 3"),
+        (
+            "--host-devices 8 --mesh.sequence 8 --mesh.fsdp 1 --sequence-length 8200",
+            "sequence-length: found 8200, expected a multiple of 16, twice the mesh's sequence axis; or "
+            "--mesh.sequence-order contiguous",
+        ),
         ("--host-devices 8 --search --limit 0", "limit: found 0, expected at least 1"),
         (
             "--topology v9:4x4",
@@ -249,6 +288,8 @@ def test_a_topology(tmp_path: Path) -> None:
     assert result["peak"] < result["chip"]["memory"]
     assert 0 < result["roofline"]["mfu_in_turn"] <= result["roofline"]["mfu"] <= 1
     assert result["counted_flops_per_token"] / result["flops_per_token"] < 1.5
+    assert result["slowest_attention"] == 1
+    assert "attention of the slowest sequence shard (zigzag)" in done.stdout
 
     offloaded = ("--model.remat-offload", "input", "--optimizer.offload")
     done = plan_process(*common, *mesh, "--batch-size", "8", "--model.remat", "full", *offloaded)

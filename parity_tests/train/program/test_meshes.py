@@ -41,7 +41,7 @@ class Layout(NamedTuple):
     processes: int
     devices: int
     """of each process"""
-    mesh: dict[str, int]
+    mesh: dict[str, int | str]
 
 
 LAYOUTS = {
@@ -52,6 +52,7 @@ LAYOUTS = {
     "two-processes-fsdp4-tensor2": Layout(2, 4, {"fsdp": 4, "tensor": 2}),
     "sequence2-fsdp2-tensor2": Layout(1, 8, {"fsdp": 2, "sequence": 2, "tensor": 2}),
     "two-processes-sequence4-data2": Layout(2, 4, {"data": 2, "sequence": 4}),
+    "sequence4-contiguous": Layout(1, 4, {"sequence": 4, "sequence-order": "contiguous"}),
 }
 
 

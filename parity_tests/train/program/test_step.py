@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,7 +13,6 @@ import pytest
 from parity_tests.harness.programs import FAST_COMPILE
 from parity_tests.reference.errors import relative_error
 from parity_tests.train.program.test_optimizer import OPTIONS, batch, named, params_of
-from train.data.batch import Batch
 from train.program.optimizer import make_optimizer
 from train.program.step import make_evaluation, make_step
 
@@ -29,7 +30,8 @@ def test_accumulation_is_the_full_batch() -> None:
         full_batch.labels[0, :2, 3:] = -100
         results = []
         for micro in (1, 2, 4):
-            parts = Batch(*(array.reshape(micro, 4 // micro, -1) for array in full_batch))
+            split = partial(np.reshape, shape=(micro, 4 // micro, -1))
+            parts = jax.tree.map(split, full_batch)
             updated, state, metrics = step(params, rule.init(params), parts, None)
             results.append(jax.tree.leaves((updated, state, metrics)))
         assert int(results[0][-1]) == int((full_batch.labels != -100).sum())
@@ -115,7 +117,7 @@ def test_micro_batches_are_summed_in_float32() -> None:
         compiler_options=FAST_COMPILE,
     )
     one = batch(rows=1)
-    many = Batch(*(np.repeat(array, 64, axis=0) for array in one))
+    many = jax.tree.map(partial(np.repeat, repeats=64, axis=0), one)
     _, expected, _ = step(params, params, one, None)
     _, actual, metrics = step(params, params, many, None)
     assert int(metrics.num_tokens) == 64 * 11

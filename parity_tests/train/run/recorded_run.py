@@ -11,7 +11,7 @@ from train.data.placement import placed_batches
 
 
 def record_to(file: Path) -> None:
-    """Each step's ids [micro, rows, seq], -1 where another process has them."""
+    """Each step's ids [micro, rows, seq] in the order of the data, -1 where another process has them."""
     steps: dict[str, np.ndarray] = {}
 
     def recorded(batch_spec, dataset, *, start_step=0):
@@ -21,6 +21,8 @@ def record_to(file: Path) -> None:
             ids = np.full(batch.input_ids.shape, -1, np.int32)
             for shard in batch.input_ids.addressable_shards:
                 ids[shard.index] = np.asarray(shard.data)
+            if batch.order is not None:
+                ids = ids[:, :, np.argsort(batch.order.slots(ids.shape[2]))]
             steps[f"{step}"] = ids
             np.savez(file, **steps)
             yield batch
