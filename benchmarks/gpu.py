@@ -55,7 +55,7 @@ def main(arguments: Sequence[str] = ()) -> None:
     )
     options = parser.parse_args(arguments)
     kind = device_kind()
-    console = formatting.console()
+    console = formatting.console(soft_wrap=True)
     if kind is None and not options.tiny:
         console.print("no NVIDIA GPU here: nothing was run")
         return
