@@ -62,7 +62,10 @@ def completed(script: Path, line: str) -> list[str]:
         ("python -m llama_jax quantize --model ", []),  # names of files
         ("llama-jax score --ro", ["--rolling"]),
         ("llama-jax in", ["info"]),
-        ("python -m train run --model.re", ["--model.remat"]),
+        (
+            "python -m train run --model.re",
+            ["--model.remat", "--model.remat-save", "--model.remat-offload"],
+        ),
         ("python -m train run --model.attention b", ["blocked"]),
         ("python -m train resume RUN --log.no", ["--log.no-tensorboard"]),
         ("python -m train run --toml ", []),
