@@ -6,7 +6,7 @@ import re
 
 import pytest
 
-from llama_jax.numerics.backend import GPU_MEMORY_FRACTION
+from llama_jax.numerics.xla_options import GPU_MEMORY_FRACTION
 from train.hardware.chips import CHIPS
 from train.hardware.gpu_topology import parse_gpu_topology, target_config
 from train.hardware.gpus import GPUS
