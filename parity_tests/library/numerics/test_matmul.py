@@ -49,7 +49,7 @@ def test_operands_of_two_dtypes_are_an_error():
         einsum("ti,oi->to", jnp.ones((2, 3)), jnp.ones((4, 3), jnp.bfloat16))
 
 
-@pytest.mark.parametrize("rows", [4, 64])
+@pytest.mark.parametrize("rows", [2, 4, 15, 64])
 @pytest.mark.parametrize(("depth", "width"), [(576, 1536), (1536, 576), (2048, 512), (4096, 256)])
 def test_float32_rounds_no_more_than_torch_at_real_widths(rows, depth, width):
     """One matmul. XLA's own on the CPU has a ratio of 1.5 here."""
