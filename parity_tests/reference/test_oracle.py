@@ -106,8 +106,13 @@ def test_oracle_is_hugging_face(case: Case, attention: str, dtype: torch.dtype) 
     if expected.loss is not None:
         assert relative_error(out.loss, expected.loss) <= allowed
     theirs = gradients(expected, dict(model.named_parameters()))
+    largest = max(float(grad.abs().max()) for grad in theirs.values())
     for name, grad in gradients(out, parameters).items():
-        assert rms_error([grad], [theirs[name]]) <= allowed, name
+        if not grad.any():
+            # of a single key; on some processors torch leaves rounding
+            assert float(theirs[name].abs().max()) <= allowed * largest, name
+        else:
+            assert rms_error([grad], [theirs[name]]) <= allowed, name
 
 
 def test_scattered_positions_do_not_change_the_mask() -> None:

@@ -189,7 +189,13 @@ def test_the_oracle_is_hugging_face(case: HeadCase) -> None:
         assert got["loss"] == 0
         assert relative_error(got["logits"], want["logits"]) <= BAR
         return
-    error, name = worst(bias_beside_weight(got), bias_beside_weight(want))
+    ours, theirs = bias_beside_weight(got), bias_beside_weight(want)
+    largest = max(np.abs(value).max() for name, value in theirs.items() if name.startswith("grad"))
+    for name in [name for name in ours if name.startswith("grad") and not np.any(ours[name])]:
+        # of a single key; on some processors torch leaves rounding
+        del ours[name]
+        assert np.abs(theirs.pop(name)).max() <= BAR * largest, name
+    error, name = worst(ours, theirs)
     assert error <= BAR, f"{name}: {error:.2e}"
 
 
