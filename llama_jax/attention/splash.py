@@ -93,9 +93,7 @@ class _CausalMask(splash.CausalMask):
         return np.asarray(super().__getitem__(index))
 
 
-def why_not_splash(
-    query: Float[Array, "batch q heads dim"], mask: AttentionMask, sequence_shards: int
-) -> str | None:
+def why_not_splash(query: Any, mask: AttentionMask, sequence_shards: int) -> str | None:
     """Why splash cannot do this, or None: it does full sequences in multiples of 128, without a cache."""
     seq = query.shape[1]
     if query.dtype not in (jnp.bfloat16, jnp.float32):
