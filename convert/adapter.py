@@ -44,6 +44,7 @@ class _Merged:
     checkpoint: Checkpoint
     adapter: Adapter
     base: LlamaConfig
+    shapes: dict[str, tuple[int, ...]]
     dtypes: dict[str, np.dtype[Any]]
     rounding: Rounding
 
@@ -52,7 +53,7 @@ class _Merged:
         update = self.adapter.updates.get(name)
         if update is None:
             if source is None:  # of a bias that other layers have
-                return np.zeros(tensor_shapes(self._config)[name], self.dtypes[name])
+                return np.zeros(self.shapes[name], self.dtypes[name])
             return self.checkpoint.load(source)
         before = None
         if source is not None and update.replacement is None:
@@ -61,10 +62,6 @@ class _Merged:
         if before is not None:
             self._count(before, merged, self.dtypes[name])
         return merged
-
-    @property
-    def _config(self) -> LlamaConfig:
-        return adapted_config(self.adapter, self.base)
 
     def _count(self, before: np.ndarray, merged: np.ndarray, dtype: np.dtype[Any]) -> None:
         for old, new in zip(before, merged, strict=True):  # by rows, for memory
@@ -117,7 +114,7 @@ def with_adapter(
         format=f"{checkpoint.format} with a LoRA adapter",
         config=config.to_dict() | {"architectures": ["LlamaForCausalLM"]},
         tensors=tuple(specs),
-        load=_Merged(checkpoint, adapter, base, written, rounding).load,
+        load=_Merged(checkpoint, adapter, base, shapes, written, rounding).load,
         files=_files(checkpoint, files) if has_tokenizer else checkpoint.files,
         digests={
             name: digest

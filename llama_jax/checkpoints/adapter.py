@@ -131,6 +131,8 @@ def _require_mergeable(config: Mapping[str, Any], file: Path) -> None:
     for name in ("rank_pattern", "alpha_pattern"):
         if not isinstance(config.get(name) or {}, dict):
             raise ValueError(f"{file}: {name}: expected an object")
+    if not isinstance(saved := config.get("modules_to_save") or [], list):
+        raise ValueError(f"{file}: modules_to_save: found {saved!r}, expected a list or null")
 
 
 def _updates(stored: list[StoredTensor], config: Mapping[str, Any]) -> dict[str, Update]:
@@ -183,9 +185,9 @@ def _problems(name: str, update: Update, config: Mapping[str, Any]) -> Iterator[
             yield f"{name}: found rank {a.shape[0]}, expected {rank}, as {ADAPTER_CONFIG} says"
     elif update.magnitude is not None:
         yield f"{name}: found lora_magnitude_vector without lora_A"
-    if update.rows is not None and update.rows.shape[0] != len(update.indices):
+    if update.rows is not None and update.rows.shape[:1] != (len(update.indices),):
         yield (
-            f"{name}: found {update.rows.shape[0]} trained rows, expected {len(update.indices)}, as "
+            f"{name}: found trained rows {list(update.rows.shape)}, expected {len(update.indices)}, as "
             f"{ADAPTER_CONFIG} says"
         )
 

@@ -25,7 +25,12 @@ def donatable(tree: Any) -> Any:
 
 
 def _copied(array: jax.Array) -> jax.Array:
-    copy = jax.jit(lambda x: jnp.copy(on_device(x)), out_shardings=array.sharding)(array)
+    # one function for all, so that arrays that are alike share a compilation
+    copy = jax.jit(_copy_of, out_shardings=array.sharding)(array)
     copy.block_until_ready()
     array.delete()
     return copy
+
+
+def _copy_of(array: jax.Array) -> jax.Array:
+    return jnp.copy(on_device(array))

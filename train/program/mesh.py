@@ -129,18 +129,21 @@ def shape_over_slices(shape: Mapping[str, int], slices: int) -> dict[str, int]:
     Raises:
         ValueError: data times fsdp is not a multiple of the slices.
     """
-    outer = dict.fromkeys(shape, 1)
-    outer["data"] = math.gcd(shape["data"], slices)
-    outer["fsdp"] = math.gcd(shape["fsdp"], slices // outer["data"])
-    if not spans_slices(shape, slices):
+    data, fsdp = _parts_over_slices(shape, slices)
+    if data * fsdp != slices:
         raise ValueError(
             f"mesh: found data {shape['data']} and fsdp {shape['fsdp']}, expected their product to be "
             f"divisible by {slices} slices (of GPUs: hosts)"
         )
-    return outer
+    return dict.fromkeys(shape, 1) | {"data": data, "fsdp": fsdp}
 
 
 def spans_slices(shape: Mapping[str, int], slices: int) -> bool:
     """Whether the data and fsdp axes together can be laid over `slices`, as `shape_over_slices` does."""
+    data, fsdp = _parts_over_slices(shape, slices)
+    return data * fsdp == slices
+
+
+def _parts_over_slices(shape: Mapping[str, int], slices: int) -> tuple[int, int]:
     data = math.gcd(shape["data"], slices)
-    return math.gcd(shape["fsdp"], slices // data) * data == slices
+    return data, math.gcd(shape["fsdp"], slices // data)

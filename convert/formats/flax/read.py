@@ -13,28 +13,34 @@ from convert.checkpoint import Checkpoint
 from convert.companions import read_companions, require_inside
 from convert.formats.directory import checkpoint_of, spec_of
 from convert.formats.flax.leaves import Leaf, find_leaves
-from convert.formats.llama_tensors import rotary_heads, tensor_shapes, to_halves
+from convert.formats.llama_tensors import (
+    renamed,
+    rotary_heads,
+    tensor_shapes,
+    to_halves,
+)
 from llama_jax.checkpoints.safetensors_read import FLOAT_DTYPES
 from llama_jax.checkpoints.safetensors_write import TensorSpec
 from llama_jax.checkpoints.weight_files import read_index
 from llama_jax.config import LlamaConfig
 from llama_jax.formatting import summarize
 
+_EMBEDDING = "model.embed_tokens.weight"
 SINGLE, INDEX = "flax_model.msgpack", "flax_model.msgpack.index.json"
 _EASYLM = re.compile(r"streaming_(params|train_state)(_\w+)?")
-# EasyLM's names; kernels are [in, out] in both
+# EasyLM's names, as `renamed` takes them; kernels are [in, out] in both
 _EASYLM_MODULES = {
-    "self_attn.q_proj": "attention/wq",
-    "self_attn.k_proj": "attention/wk",
-    "self_attn.v_proj": "attention/wv",
-    "self_attn.o_proj": "attention/wo",
-    "mlp.gate_proj": "feed_forward/w1",
-    "mlp.down_proj": "feed_forward/w2",
-    "mlp.up_proj": "feed_forward/w3",
+    "self_attn.q_proj": "attention.wq",
+    "self_attn.k_proj": "attention.wk",
+    "self_attn.v_proj": "attention.wv",
+    "self_attn.o_proj": "attention.wo",
+    "mlp.gate_proj": "feed_forward.w1",
+    "mlp.down_proj": "feed_forward.w2",
+    "mlp.up_proj": "feed_forward.w3",
     "input_layernorm": "attention_norm",
     "post_attention_layernorm": "ffn_norm",
-    "model.embed_tokens": "transformer/wte",
-    "model.norm": "transformer/ln_f",
+    "model.embed_tokens": "transformer.wte",
+    "model.norm": "transformer.ln_f",
     "lm_head": "lm_head",
 }
 _STATE = ("opt_state/", "step", "tx/", "dropout_rng")  # of a train state, no weights
@@ -80,7 +86,7 @@ def read(path: Path, *, tokenizer: bool = True) -> Checkpoint:
 
     def load(name: str) -> np.ndarray:
         values = found[name].read()
-        if values.ndim == 2 and name != "model.embed_tokens.weight":
+        if _is_kernel(name, values.shape):
             values = values.T
         heads = rotary_heads(name, config) if layout.pairs else 0
         return np.ascontiguousarray(to_halves(values, heads))
@@ -150,13 +156,15 @@ def _flax_path(name: str) -> str:
 
 
 def _easylm_path(name: str) -> str:
-    module, _, kind = name.rpartition(".")
+    module, _, kind = renamed(name, _EASYLM_MODULES, "transformer.h").rpartition(".")
     if kind == "weight":
-        kind = "embedding" if module.endswith("embed_tokens") else "kernel"
-    if module.startswith("model.layers."):
-        _, _, number, inner = module.split(".", 3)
-        return f"transformer/h/{number}/{_EASYLM_MODULES[inner]}/{kind}"
-    return f"{_EASYLM_MODULES[module]}/{kind}"
+        kind = "embedding" if module == _EASYLM_MODULES["model.embed_tokens"] else "kernel"
+    return f"{module.replace('.', '/')}/{kind}"
+
+
+def _is_kernel(name: str, shape: tuple[int, ...]) -> bool:
+    """Whether Flax has the transpose of Hugging Face's tensor."""
+    return len(shape) == 2 and name != _EMBEDDING
 
 
 def _match(
@@ -176,8 +184,7 @@ def _match(
             problems.append(f"{place}: missing")
             continue
         stored = leaf.stored
-        flipped = len(shape) == 2 and name != "model.embed_tokens.weight"
-        expected = shape[::-1] if flipped else shape
+        expected = shape[::-1] if _is_kernel(name, shape) else shape
         if stored.dtype not in FLOAT_DTYPES:
             problems.append(f"{place}: found {stored.dtype}, expected a floating-point dtype")
         elif stored.shape != expected:
@@ -186,7 +193,7 @@ def _match(
     notes = []
     head = left.pop(layout.path_of("lm_head.weight"), None)
     if head is not None and not problems:
-        embedding = found["model.embed_tokens.weight"]
+        embedding = found[_EMBEDDING]
         if head.stored.shape != embedding.stored.shape[::-1] or not np.array_equal(
             head.read().T, embedding.read()
         ):

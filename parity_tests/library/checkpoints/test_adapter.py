@@ -186,6 +186,7 @@ def changed(adapter: Path, change: Callable[[dict[str, Any], dict[str, Any]], No
     save_file(tensors, weights)
 
 
+EMBEDDING = "base_model.model.model.embed_tokens"
 A = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
 
 
@@ -223,6 +224,17 @@ A = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
                 {"base_model.model.model.layers.9.mlp.up_proj.weight": t[A].clone()}
             ),
             "is for another base model",
+        ),
+        (
+            lambda c, t: c.update(modules_to_save=5),
+            "modules_to_save: found 5, expected a list or null",
+        ),
+        (
+            lambda c, t: (
+                c.update(trainable_token_indices=[3]),
+                t.update({f"{EMBEDDING}.token_adapter.trainable_tokens_delta": torch.tensor(1.0)}),
+            ),
+            r"embed_tokens.weight: found trained rows \[\], expected 1",
         ),
         (lambda c, t: t.clear(), "found no tensors"),
     ],
