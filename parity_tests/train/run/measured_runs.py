@@ -28,12 +28,17 @@ MESH = {"mesh__data": 1, "mesh__fsdp": 4, "mesh__tensor": 2}
 
 
 def buffers(arrays: list[jax.Array]) -> dict[int, int]:
-    """Bytes of each distinct piece of memory. Batches, which are integers, and metrics do not count."""
+    """Bytes of each distinct piece of memory. Batches, which are integers, and metrics do not count.
+
+    Of a donated array in the host's memory some shards may be deleted and others not: `Array.is_deleted`
+    tells only of the first.
+    """
     return {
         shard.data.unsafe_buffer_pointer(): shard.data.nbytes
         for array in arrays
         if array.ndim and jnp.issubdtype(array.dtype, jnp.inexact) and not array.is_deleted()
         for shard in array.addressable_shards
+        if not shard.data.is_deleted()
     }
 
 

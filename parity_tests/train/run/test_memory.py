@@ -13,9 +13,6 @@ from parity_tests.harness.child_process import output_lines
 from parity_tests.train.runs import Tiny, environment
 from train.program.donation import donatable
 
-# beside other work it has failed once with "Buffer has been deleted or donated"
-pytestmark = pytest.mark.slow
-
 
 @pytest.fixture(scope="module")
 def measured(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
