@@ -12,7 +12,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from llama_jax.files.foreign_weights import describe, quantization_refusal
+from llama_jax.files.foreign_weights import (
+    describe,
+    foreign_quantization,
+    quantization_refusal,
+    without_quantization,
+)
 from llama_jax.files.hub import local_path
 from llama_jax.files.json_object import read_json_object
 from llama_jax.numerics.activations import ACTIVATIONS
@@ -277,6 +282,7 @@ class LlamaConfig:
         fields.pop("model_type", None)
         if our_quantization(fields) is not None:
             del fields["quantization_config"]  # see `quantization.model.read_quantization`
+        fields = without_quantization(fields)  # see `checkpoints.quantized`
         if fields.get("architectures") == _ARCHITECTURES:
             del fields["architectures"]
         return cls(**known, rope_parameters=rope, extra_fields=fields)
@@ -428,8 +434,10 @@ def our_quantization(fields: Mapping[str, Any]) -> Mapping[str, Any] | None:
 
 
 def _refuse_unimplemented(fields: Mapping[str, Any]) -> None:
-    if refusal := quantization_refusal(fields):
-        raise ValueError(refusal)
+    if foreign := foreign_quantization(fields):
+        raise ValueError(
+            quantization_refusal(fields) or f"{foreign.key}: found {foreign.title}, expected none"
+        )
     for name, neutral in _UNIMPLEMENTED.items():
         if name in fields and fields[name] not in neutral:
             raise ValueError(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +19,14 @@ from convert.formats.directory import (
 )
 from convert.formats.plain import cast_rule, losses, stored_bytes, target_specs
 from convert.formats.torch_files import OLD_FORM_NOTE, TorchFile, open_torch_file
-from llama_jax.checkpoints.safetensors_read import FLOAT_DTYPES, StoredTensor, read_tensor
+from llama_jax.checkpoints.safetensors_read import (
+    FLOAT_DTYPES,
+    DequantizedTensor,
+    StoredTensor,
+    all_finite,
+    parts_of,
+    read_tensor,
+)
 from llama_jax.checkpoints.safetensors_write import INDEX_FILE, SINGLE_FILE, write_safetensors
 from llama_jax.checkpoints.weight_files import (
     ReadRows,
@@ -65,17 +72,24 @@ def read(path: Path, *, tokenizer: bool = True) -> Checkpoint:
     config = LlamaConfig.from_pretrained(path)
     files = _open(path)
     stored, notes = model_tensors(path, config, files.weights, files.read_rows)
-    return checkpoint_of(
+    parts = [part for tensor in stored.values() for part in parts_of(tensor)]
+    if files.weights.scheme:
+        notes.append(f"the weights are dequantized ({files.weights.scheme})")
+    checkpoint = checkpoint_of(
         path,
         title="Hugging Face",
         config=config,
         tensors=[spec_of(name, tensor) for name, tensor in stored.items()],
         load=lambda name: files.load(stored[name]),
-        stored=stored.values(),
-        weight_files=[tensor.path for tensor in stored.values()],
+        stored=parts,
+        weight_files=[tensor.path for tensor in parts],
         files=read_companions(path, tokenizer=tokenizer),
-        notes=[*files.notes, *notes],
+        notes=[*files.notes, *files.weights.notes, *notes],
     )
+    if not files.weights.scheme:
+        return checkpoint
+    facts = {"quantization": files.weights.scheme, **checkpoint.facts}
+    return replace(checkpoint, dtype="float32", facts=facts)
 
 
 def write(
@@ -143,8 +157,13 @@ def _require_files_inside(path: Path, single: str, index: str) -> None:
 
 
 def _read(tensor: StoredTensor) -> np.ndarray:
-    values = np.empty(tensor.shape, FLOAT_DTYPES[tensor.dtype])
-    if not read_tensor(tensor, values):
+    if isinstance(tensor, DequantizedTensor):
+        values = tensor.values()
+        finite = all_finite(values)
+    else:
+        values = np.empty(tensor.shape, FLOAT_DTYPES[tensor.dtype])
+        finite = read_tensor(tensor, values)
+    if not finite:
         count = int(values.size - np.isfinite(values).sum())
         raise ValueError(
             f"{tensor.path}: tensor {tensor.name}: {count} values are NaN or infinite, expected none"

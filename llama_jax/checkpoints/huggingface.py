@@ -104,7 +104,8 @@ def load(
     """
     directory = Path(directory)
     model_class = _quantized(model_class, directory)
-    match = match_checkpoint(model_class, config, open_weights(directory), directory, dtype)
+    weights = open_weights(directory)
+    match = match_checkpoint(model_class, config, weights, directory, dtype)
     tensors, table, problems = match.tensors, match.table, match.problems
     # with a problem there will be no model, but values are still checked, for a complete error
     buffers = {} if problems else _allocate(match.abstract)
@@ -125,7 +126,7 @@ def load(
     with ThreadPoolExecutor(workers) as pool:
         problems += filter(None, pool.map(read, [name for name in tensors if name in table]))
     _require_no_problems(problems, directory)
-    warn_ignored(config, directory)
+    warn_ignored(config, directory, weights.notes)
     if match.missing_head:
         key = (rngs or nnx.Rngs(0)).params()
         paths = [table[name].path for name in match.missing_head]
@@ -199,11 +200,12 @@ def load_params(
     directory = Path(directory)
     dtype = jax.tree.leaves(params)[0].dtype
     config = LlamaConfig.from_pretrained(directory)
-    match = match_checkpoint(model_class, config, open_weights(directory), directory, dtype)
+    weights = open_weights(directory)
+    match = match_checkpoint(model_class, config, weights, directory, dtype)
     _require_no_problems(
         [*match.problems, *(f"{name}: missing" for name in match.missing_head)], directory
     )
-    warn_ignored(config, directory)
+    warn_ignored(config, directory, weights.notes)
     names_of: dict[ParamPath, list[str]] = {}
     for name, target in match.table.items():
         names_of.setdefault(target.path, []).append(name)  # in the order of the layers
@@ -281,9 +283,13 @@ def save(
             write_text(staging / file, text + "\n")
 
 
-def warn_ignored(config: LlamaConfig, directory: Path) -> None:
-    """Warn of settings that are ignored here and that another program may follow."""
-    for note in ignored_notes(config, directory):
+def warn_ignored(config: LlamaConfig, directory: Path, notes: Sequence[str] = ()) -> None:
+    """Warn of settings that are ignored here and that another program may follow.
+
+    Args:
+        notes: further ones.
+    """
+    for note in (*notes, *ignored_notes(config, directory)):
         warnings.warn(f"{directory}: {note}", stacklevel=4)
 
 

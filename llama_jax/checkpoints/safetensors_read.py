@@ -8,6 +8,7 @@ non-finite values while they are in the processor's cache.
 import json
 import math
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,9 +26,23 @@ FLOAT_DTYPES: dict[str, np.dtype] = {
 }
 # of quantized weights
 CODE_DTYPES: dict[str, np.dtype] = {"I8": np.dtype(np.int8), "U8": np.dtype(np.uint8)}
-_ITEM_SIZES = {"BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "I16": 2, "U16": 2}
-_ITEM_SIZES |= {"F8_E8M0": 1, "F8_E4M3FNUZ": 1, "F8_E5M2FNUZ": 1, "C64": 8}
-_ITEM_SIZES |= {"F16": 2, "BF16": 2, "I32": 4, "U32": 4, "F32": 4, "I64": 8, "U64": 8, "F64": 8}
+_DTYPES: dict[str, np.dtype] = {
+    **FLOAT_DTYPES,
+    **CODE_DTYPES,
+    "BOOL": np.dtype(np.bool_),
+    "U16": np.dtype(np.uint16),
+    "I16": np.dtype(np.int16),
+    "U32": np.dtype(np.uint32),
+    "I32": np.dtype(np.int32),
+    "U64": np.dtype(np.uint64),
+    "I64": np.dtype(np.int64),
+    "C64": np.dtype(np.complex64),
+    "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn),
+    "F8_E5M2": np.dtype(ml_dtypes.float8_e5m2),
+    "F8_E8M0": np.dtype(ml_dtypes.float8_e8m0fnu),
+    "F8_E4M3FNUZ": np.dtype(ml_dtypes.float8_e4m3fnuz),
+    "F8_E5M2FNUZ": np.dtype(ml_dtypes.float8_e5m2fnuz),
+}
 
 _MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library
 _CHUNK_BYTES = 1 << 22  # small enough to stay in the processor's cache
@@ -45,12 +60,57 @@ class StoredTensor:
     nbytes: int
 
 
+@dataclass(frozen=True)
+class DequantizedTensor(StoredTensor):
+    """A weight that is computed from several stored tensors; `path` and `offset` are those of the first.
+
+    Attributes:
+        parts: the stored tensors.
+        values: computes the weight, in float32; raises ValueError and OSError.
+    """
+
+    parts: tuple[StoredTensor, ...]
+    values: Callable[[], np.ndarray]
+
+
+def parts_of(tensor: StoredTensor) -> tuple[StoredTensor, ...]:
+    """What is in the files: the parts of a dequantized weight, or the tensor itself."""
+    return tensor.parts if isinstance(tensor, DequantizedTensor) else (tensor,)
+
+
 def read_header(path: Path) -> list[StoredTensor]:
     """The tensors of one file, in the order of the header.
 
     Raises:
         ValueError: not a safetensors file, a truncated one, or an inconsistent header.
     """
+    header, start, size = _header(path)
+    header.pop("__metadata__", None)
+    tensors = [_parse_entry(path, name, entry, start) for name, entry in header.items()]
+    end = start
+    for tensor in sorted(tensors, key=lambda tensor: (tensor.offset, tensor.nbytes)):
+        if tensor.offset != end:
+            raise ValueError(f"{path.name}: tensor {tensor.name} overlaps another or leaves a gap")
+        end += tensor.nbytes
+    if end != size:
+        cut = [tensor.name for tensor in tensors if tensor.offset + tensor.nbytes > size]
+        problem = f"truncated, {len(cut)} tensors from {cut[0]} on" if cut else "trailing bytes"
+        raise ValueError(f"{path.name}: found {size} bytes, expected {end}: {problem}")
+    return tensors
+
+
+def read_metadata(path: Path) -> dict[str, Any]:
+    """What a file says of itself: text by name; empty where it says nothing.
+
+    Raises:
+        ValueError: as `read_header`.
+    """
+    metadata = _header(path)[0].get("__metadata__")
+    return metadata if isinstance(metadata, dict) else {}
+
+
+def _header(path: Path) -> tuple[dict[str, Any], int, int]:
+    """The header of a file, where its data begin, and its size."""
     try:
         with path.open("rb") as file:
             size = os.fstat(file.fileno()).st_size
@@ -75,19 +135,7 @@ def read_header(path: Path) -> list[StoredTensor]:
         raise ValueError(f"{path.name}: the header is not valid JSON ({error})") from None
     if not isinstance(header, dict):
         raise ValueError(f"{path.name}: the header is not a JSON object")
-    header.pop("__metadata__", None)
-    start = 8 + length
-    tensors = [_parse_entry(path, name, entry, start) for name, entry in header.items()]
-    end = start
-    for tensor in sorted(tensors, key=lambda tensor: (tensor.offset, tensor.nbytes)):
-        if tensor.offset != end:
-            raise ValueError(f"{path.name}: tensor {tensor.name} overlaps another or leaves a gap")
-        end += tensor.nbytes
-    if end != size:
-        cut = [tensor.name for tensor in tensors if tensor.offset + tensor.nbytes > size]
-        problem = f"truncated, {len(cut)} tensors from {cut[0]} on" if cut else "trailing bytes"
-        raise ValueError(f"{path.name}: found {size} bytes, expected {end}: {problem}")
-    return tensors
+    return header, 8 + length, size
 
 
 def read_tensor(tensor: StoredTensor, out: np.ndarray) -> bool:
@@ -103,6 +151,8 @@ def read_tensor(tensor: StoredTensor, out: np.ndarray) -> bool:
         ValueError: the file ends early, because it changed since its header was read.
         OSError: the file cannot be read.
     """
+    if isinstance(tensor, DequantizedTensor):
+        return _cast(tensor.values(), out)
     source = (FLOAT_DTYPES | CODE_DTYPES)[tensor.dtype]
     assert tensor.dtype in FLOAT_DTYPES or source == out.dtype, "codes are never cast"
     target = out.reshape(-1)
@@ -136,6 +186,8 @@ def read_slice(tensor: StoredTensor, index: tuple[slice, ...], out: np.ndarray) 
     Raises:
         ValueError, OSError: as `read_tensor`.
     """
+    if isinstance(tensor, DequantizedTensor):
+        return _cast(tensor.values()[index], out)
     source = FLOAT_DTYPES[tensor.dtype]
     rows, rest = range(*index[0].indices(tensor.shape[0])), index[1:]
     row_bytes = math.prod(tensor.shape[1:]) * source.itemsize
@@ -152,6 +204,24 @@ def read_slice(tensor: StoredTensor, index: tuple[slice, ...], out: np.ndarray) 
                 part[...] = scratch[(slice(None), *rest)].astype(out.dtype)
             finite = all_finite(np.ascontiguousarray(part)) and finite
     return finite
+
+
+def read_array(tensor: StoredTensor) -> np.ndarray:
+    """The values of a stored tensor of any dtype, unchecked.
+
+    Raises:
+        ValueError, OSError: as `read_tensor`.
+    """
+    values = np.empty(tensor.shape, _DTYPES[tensor.dtype])
+    with open(tensor.path, "rb", buffering=0) as file:
+        _read_exactly(file.fileno(), values.reshape(-1), tensor, 0)
+    return values
+
+
+def _cast(values: np.ndarray, out: np.ndarray) -> bool:
+    with np.errstate(over="ignore", invalid="ignore"):
+        out[...] = values.astype(out.dtype, copy=False)
+    return all_finite(np.ascontiguousarray(out))
 
 
 def _read_exactly(descriptor: int, out: np.ndarray, tensor: StoredTensor, skip: int) -> None:
@@ -192,7 +262,7 @@ def _parse_entry(path: Path, name: str, entry: Any, start: int) -> StoredTensor:
         dtype, shape, (begin, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
         numbers = (*shape, begin, end)
         valid = all(type(number) is int and 0 <= number < 1 << 62 for number in numbers)
-        nbytes = math.prod(shape) * _ITEM_SIZES[dtype] if valid else -1
+        nbytes = math.prod(shape) * _DTYPES[dtype].itemsize if valid else -1
     except (KeyError, TypeError, ValueError):
         valid = False
     if not valid or end - begin != nbytes:

@@ -9,16 +9,20 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from llama_jax.checkpoints.names import is_buffer, is_code
+from llama_jax.checkpoints.quantized.detect import read_scheme
+from llama_jax.checkpoints.quantized.weights import dequantized
 from llama_jax.checkpoints.safetensors_read import (
     CODE_DTYPES,
     FLOAT_DTYPES,
     StoredTensor,
+    read_array,
     read_header,
     read_slice,
 )
 from llama_jax.checkpoints.safetensors_write import INDEX_FILE, SINGLE_FILE
 from llama_jax.files.foreign_weights import describe
 from llama_jax.files.json_object import read_json_object
+from llama_jax.formatting import summarize
 
 # what GPTQ, AWQ, bitsandbytes, compressed-tensors, fp8 and MLX store instead of, or beside, a weight
 _QUANTIZED_PARTS = re.compile(
@@ -37,11 +41,15 @@ class StoredWeights(NamedTuple):
         tensors: by name.
         problems: what is wrong with the files.
         unreadable: names of tensors in damaged files, which are not to be reported as missing too.
+        scheme: how another program quantized the weights, for people; "" if none did.
+        notes: what the user should know.
     """
 
     tensors: dict[str, StoredTensor]
     problems: list[str]
     unreadable: set[str]
+    scheme: str = ""
+    notes: tuple[str, ...] = ()
 
 
 def open_weights(
@@ -49,17 +57,26 @@ def open_weights(
     single: str = SINGLE_FILE,
     index: str = INDEX_FILE,
     read_header: Callable[[Path], Iterable[StoredTensor]] = read_header,
+    read: Callable[[StoredTensor], np.ndarray] = read_array,
 ) -> StoredWeights:
     """Read the headers of a directory's weight files.
+
+    Weights that another program quantized, as config.json says, are a `DequantizedTensor` each.
 
     Args:
         single: name of a file with all tensors.
         index: name of the index of several files.
         read_header: lists the tensors of one file; the default is for safetensors.
+        read: the values of one of those.
 
     Raises:
-        ValueError: no such files, the only one cannot be read, or the weights are quantized.
+        ValueError: no such files, the only one cannot be read, or the weights are quantized in a way that
+            is not supported.
     """
+    try:
+        scheme = read_scheme(read_json_object(directory / "config.json"))
+    except ValueError as error:
+        raise ValueError(f"{directory}: {error}") from None
     if (directory / single).exists():
         file_of: dict[str, str] = {}
         files = [single]
@@ -82,31 +99,34 @@ def open_weights(
                 name for name, stored_in in file_of.items() if stored_in == file
             )
             continue
-        for tensor in tensors:
-            _add(tensor, weights, directory)
+        for tensor in filter(lambda tensor: not is_buffer(tensor.name), tensors):
+            if (other := weights.tensors.setdefault(tensor.name, tensor)) is not tensor:
+                weights.problems.append(
+                    f"{tensor.name}: in {other.path.name} and in {tensor.path.name}"
+                )
+    if scheme is not None and not weights.problems:
+        logical, problems, notes = dequantized(weights.tensors, scheme, read)
+        if problems:
+            raise ValueError(summarize(str(directory), problems))
+        weights = StoredWeights(logical, [], set(), scheme.title, tuple(notes))
+    for name in list(weights.tensors):
+        _require_readable(weights, name, directory)
     return weights
 
 
-def _add(tensor: StoredTensor, weights: StoredWeights, directory: Path) -> None:
-    """Add a tensor, or the reason why it cannot be used."""
-    name = tensor.name
-    if is_buffer(name):
-        return
-    if _QUANTIZED_PARTS.search(name):
+def _require_readable(weights: StoredWeights, name: str, directory: Path) -> None:
+    """Replace a tensor that cannot be used by the reason."""
+    dtype = weights.tensors[name].dtype
+    if _QUANTIZED_PARTS.search(name) and not weights.scheme:
         raise ValueError(
-            f"{directory}: the weights are quantized by another program ({name}), which is not "
-            "supported; use the original, unquantized checkpoint"
+            f"{directory}: the weights are quantized by another program ({name}), and config.json does not "
+            "say how; use the original, unquantized checkpoint"
         )
     permitted = CODE_DTYPES if is_code(name) else FLOAT_DTYPES
-    if (other := weights.tensors.get(name)) is not None:
-        weights.problems.append(f"{name}: in {other.path.name} and in {tensor.path.name}")
-    elif tensor.dtype not in permitted:
-        weights.problems.append(
-            f"{name}: found dtype {tensor.dtype}, expected {', '.join(permitted)}"
-        )
+    if dtype not in permitted:
+        del weights.tensors[name]
+        weights.problems.append(f"{name}: found dtype {dtype}, expected {', '.join(permitted)}")
         weights.unreadable.add(name)
-    else:
-        weights.tensors[name] = tensor
 
 
 def read_index(path: Path) -> dict[str, str]:

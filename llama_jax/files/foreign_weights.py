@@ -3,7 +3,7 @@
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 ADAPTER_CONFIG = "adapter_config.json"
 _CONVERT = "from a checkout of the repository: python -m convert"
@@ -128,40 +128,96 @@ def _adapter(path: Path) -> str:
 
 
 # quantization methods that transformers can undo, and how
-_DEQUANTIZE = {
-    **dict.fromkeys(("bitsandbytes", "higgs"), "from_pretrained(DIR).dequantize()"),
-    "fp8": "from_pretrained(DIR, quantization_config=FineGrainedFP8Config(dequantize=True))",
-    "mxfp4": "from_pretrained(DIR, quantization_config=Mxfp4Config(dequantize=True))",
-    "compressed-tensors": (
-        "from_pretrained(DIR, quantization_config=CompressedTensorsConfig(run_compressed=False))"
-    ),
-}
+_DEQUANTIZE = {"higgs": "from_pretrained(DIR).dequantize()"}
+_READABLE = (
+    "MLX",
+    "awq",
+    "bitsandbytes",
+    "compressed-tensors",
+    "fbgemm_fp8",
+    "fp8",
+    "gptq",
+    "modelopt",
+    "mxfp4",
+    "torchao",
+)
 _BITS = ("bits", "w_bit", "nbits", "num_bits", "weight_bits", "wbits")
+# fields of config.json that say how the weights are quantized, as three kinds of programs call it
+_FIELDS = ("quantization_config", "compression_config", "quantization")
+
+
+class ForeignQuantization(NamedTuple):
+    """What config.json says of weights that another program quantized.
+
+    Attributes:
+        key: the field of config.json.
+        fields: its content.
+        method: the name of the method, "MLX" for MLX's.
+        title: for people.
+    """
+
+    key: str
+    fields: Mapping[str, Any]
+    method: str
+    title: str
+
+
+def foreign_quantization(fields: Mapping[str, Any]) -> ForeignQuantization | None:
+    """What a parsed config.json says of quantized weights; None if it says nothing.
+
+    Raises:
+        ValueError: a `quantization_config` that is no object.
+    """
+    for key in _FIELDS:
+        config = fields.get(key)
+        if config is None or (key == "quantization" and not is_mlx(config)):
+            continue
+        if not isinstance(config, Mapping):
+            raise ValueError(f"{key}: found {_short(config)}, expected an object or null")
+        method = str(_method(config))
+        bits = _bits(config)
+        title = _short(method, quoted=False) + (f", {bits} bits" if bits is not None else "")
+        return ForeignQuantization(key, config, method, title)
+    return None
+
+
+def without_quantization(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """A parsed config.json without what it says of quantized weights that can be read.
+
+    Raises:
+        ValueError: weights that cannot.
+    """
+    refusal = quantization_refusal(fields)
+    if refusal is not None:
+        raise ValueError(refusal)
+    if foreign_quantization(fields) is None:
+        return dict(fields)
+    return {name: value for name, value in fields.items() if name not in _FIELDS}
 
 
 def quantization_refusal(fields: Mapping[str, Any]) -> str | None:
-    """The error for a config.json of weights that another program quantized; None for other weights."""
-    config = fields.get("quantization_config")
-    if config is None:
-        mlx = fields.get("quantization")  # MLX uses another field
-        if not (isinstance(mlx, Mapping) and "bits" in mlx):
-            return None
-        config = mlx
-    if not isinstance(config, Mapping):
-        return f"quantization_config: found {_short(config)}, expected an object or null"
-    method = _method(config)
-    bits = _bits(config)
-    scheme = _short(method, quoted=False) + (f", {bits} bits" if bits is not None else "")
+    """The error for a config.json of weights that another program quantized and that cannot be read."""
+    try:
+        quantization = foreign_quantization(fields)
+    except ValueError as error:
+        return str(error)
+    if quantization is None or quantization.method in _READABLE:
+        return None
     remedy = "use the original, unquantized checkpoint"
-    if isinstance(method, str) and method in _DEQUANTIZE:
+    if quantization.method in _DEQUANTIZE:
         remedy += (
-            f", or dequantize it with transformers: AutoModelForCausalLM.{_DEQUANTIZE[method]}, then "
-            "save_pretrained(NEW_DIR)"
+            f", or dequantize it with transformers: AutoModelForCausalLM."
+            f"{_DEQUANTIZE[quantization.method]}, then save_pretrained(NEW_DIR)"
         )
     return (
-        f"quantization_config: the weights are quantized ({scheme}), which is not supported; "
+        f"{quantization.key}: the weights are quantized ({quantization.title}), which is not supported; "
         f"{remedy}"
     )
+
+
+def is_mlx(config: Any) -> bool:
+    """Whether a field of config.json is MLX's description of quantized weights."""
+    return isinstance(config, Mapping) and "bits" in config
 
 
 def _method(config: Mapping[str, Any]) -> Any:
@@ -169,6 +225,8 @@ def _method(config: Mapping[str, Any]) -> Any:
         return "bitsandbytes"
     if config.get("quant_method") is not None:
         return config["quant_method"]
+    if "config_groups" in config or "sparsity_config" in config:
+        return "compressed-tensors"
     return "MLX" if {"bits", "group_size"} <= config.keys() else "by an unnamed method"
 
 

@@ -16,7 +16,7 @@ from convert.__main__ import main as convert_main
 from llama_jax import LlamaConfig, LlamaForCausalLM, load
 from llama_jax.checkpoints import huggingface
 from llama_jax.checkpoints.safetensors_write import SINGLE_FILE
-from llama_jax.files.foreign_weights import describe, quantization_refusal
+from llama_jax.files.foreign_weights import describe, foreign_quantization
 from llama_jax.quantization.model import quantize
 
 CONFIG = LlamaConfig(
@@ -255,32 +255,44 @@ def test_directories_that_are_not_checkpoints(tmp_path, files, message):
 
 
 SCHEMES = [
-    (
-        {"quant_method": "bitsandbytes", "load_in_4bit": True},
-        "bitsandbytes, 4 bits",
-        "dequantize()",
-    ),
-    ({"load_in_8bit": True}, "bitsandbytes, 8 bits", "dequantize()"),
-    ({"quant_method": "gptq", "bits": 4, "group_size": 128}, "gptq, 4 bits", "original"),
-    ({"quant_method": "awq", "bits": 4}, "awq, 4 bits", "original"),
-    ({"quant_method": "fp8", "weight_block_size": [128, 128]}, "fp8", "FineGrainedFP8Config"),
+    ({"quant_method": "bitsandbytes", "load_in_4bit": True}, "bitsandbytes, 4 bits"),
+    ({"load_in_8bit": True}, "bitsandbytes, 8 bits"),
+    ({"quant_method": "gptq", "bits": 4, "group_size": 128}, "gptq, 4 bits"),
+    ({"quant_method": "awq", "bits": 4}, "awq, 4 bits"),
+    ({"quant_method": "fp8", "weight_block_size": [128, 128]}, "fp8"),
     (
         {
             "quant_method": "compressed-tensors",
             "config_groups": {"group_0": {"weights": {"num_bits": 8}}},
         },
         "compressed-tensors, 8 bits",
-        "CompressedTensorsConfig",
     ),
-    ({"quant_method": "torchao", "quant_type": {"default": {}}}, "torchao", "original"),
-    ({"quant_method": "hqq", "quant_config": {"weight_quant_params": {"nbits": 4}}}, "hqq, 4", ""),
-    ({"group_size": 64, "bits": 4}, "MLX, 4 bits", "original"),
+    ({"quant_method": "torchao", "quant_type": {"default": {}}}, "torchao"),
+    ({"group_size": 64, "bits": 4}, "MLX, 4 bits"),
+]
+REFUSED = [
+    (
+        {"quant_method": "hqq", "quant_config": {"weight_quant_params": {"nbits": 4}}},
+        "hqq, 4",
+        "original",
+    ),
+    ({"quant_method": "higgs", "bits": 4}, "higgs, 4 bits", "dequantize()"),
+    ({"quant_method": "quip"}, "quip", "original"),
     ({}, "by an unnamed method", "original"),
 ]
 
 
+@pytest.mark.parametrize(("quantization", "title"), SCHEMES, ids=[t for _, t in SCHEMES])
+def test_a_config_of_quantized_weights_is_that_of_the_dequantized(quantization, title):
+    fields = CONFIG.to_dict() | {"quantization_config": quantization}
+    assert foreign_quantization(fields).title == title
+    assert LlamaConfig.from_dict(fields) == CONFIG
+    with pytest.raises(ValueError, match=f"quantization_config: found {title}, expected none"):
+        LlamaConfig(extra_fields={"quantization_config": quantization})
+
+
 @pytest.mark.parametrize(
-    ("quantization", "scheme", "remedy"), SCHEMES, ids=[s for _, s, _ in SCHEMES]
+    ("quantization", "scheme", "remedy"), REFUSED, ids=[s for _, s, _ in REFUSED]
 )
 def test_the_quantization_method_and_a_remedy_are_named(tmp_path, quantization, scheme, remedy):
     fields = CONFIG.to_dict() | {"quantization_config": quantization | {"padding": "x" * 5000}}
@@ -292,10 +304,9 @@ def test_the_quantization_method_and_a_remedy_are_named(tmp_path, quantization, 
 
 
 def test_mlxs_field():
-    assert "MLX, 4 bits" in str(
-        quantization_refusal({"quantization": {"bits": 4, "group_size": 64}})
-    )
-    assert quantization_refusal({"quantization": "none"}) is None
+    fields = {"quantization": {"bits": 4, "group_size": 64}}
+    assert foreign_quantization(fields).title == "MLX, 4 bits"
+    assert foreign_quantization({"quantization": "none"}) is None
 
 
 def test_info_of_a_quantized_checkpoint_fails(saved, tmp_path, capsys):

@@ -1,0 +1,90 @@
+"""The tensors of a checkpoint put together to weights."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+
+import numpy as np
+
+from llama_jax.checkpoints.quantized.scheme import Parts, Read, Scheme, Weight
+from llama_jax.checkpoints.safetensors_read import DequantizedTensor, StoredTensor
+
+# scales of activations and of the key/value cache, which other programs quantize as they run
+_IGNORED = re.compile(
+    r"\.(input_scale|input_zero_point|input_global_scale|input_scale_ub|activation_scale|output_scale"
+    r"|[kqv]_scale|kv_scale|[kqv]_zero_point|prob_output_scale)$"
+)
+
+
+def dequantized(
+    tensors: dict[str, StoredTensor], scheme: Scheme, read: Read
+) -> tuple[dict[str, StoredTensor], list[str], list[str]]:
+    """Tensors as the model has them: quantized weights in place of the tensors that they consist of.
+
+    Args:
+        tensors: everything that is stored, by name.
+        read: reads one of them, whatever its dtype.
+
+    Returns:
+        The tensors, problems (one for each weight whose parts do not fit together), and notes.
+    """
+    suffix = re.compile(rf"(.*)\.({'|'.join(map(re.escape, scheme.suffixes))})", re.DOTALL)
+    modules: dict[str, dict[str, StoredTensor]] = {}
+    result: dict[str, StoredTensor] = {}
+    ignored: Counter[str] = Counter()
+    for name, tensor in tensors.items():
+        if match := _IGNORED.search(name):
+            ignored[match[1]] += 1
+        elif match := suffix.fullmatch(name):
+            modules.setdefault(match[1], {})[match[2]] = tensor
+        else:
+            result[name] = tensor
+    problems, count = [], 0
+    for module, parts in modules.items():
+        some = next(iter(parts.values()))
+        try:
+            weight = scheme.weight(module, parts, read)
+            if weight is None and (other := next((n for n in parts if n != "weight"), None)):
+                raise ValueError(f"{other}: unexpected")
+        except (ValueError, OSError) as error:
+            problems.append(f"{some.path.name}: {module}.{error}")
+            continue
+        name = f"{module}.weight"
+        if weight is None:
+            result[name] = some
+            continue
+        count += 1
+        result[name] = _tensor(name, weight, parts, read)
+    if not count and not problems:
+        problems.append(f"no weight is quantized, although config.json says {scheme.title}")
+    notes = []
+    if ignored:
+        names = ", ".join(f"{name} ({count})" for name, count in ignored.items())
+        notes.append(f"{names} ignored: activations and the key/value cache are not quantized here")
+    return result, problems, notes
+
+
+def _tensor(name: str, weight: Weight, parts: Parts, read: Read) -> DequantizedTensor:
+    stored = tuple(parts[part] for part in weight.parts)
+
+    def values() -> np.ndarray:
+        arrays = {part: read(parts[part]) for part in weight.parts}
+        try:
+            result = weight.values(arrays)
+        except ValueError as error:
+            raise ValueError(f"{stored[0].path}: tensor {name}: {error}") from None
+        assert result.shape == weight.shape
+        assert result.dtype == np.float32
+        return result
+
+    return DequantizedTensor(
+        path=stored[0].path,
+        name=name,
+        dtype="F32",
+        shape=weight.shape,
+        offset=stored[0].offset,
+        nbytes=sum(part.nbytes for part in stored),
+        parts=stored,
+        values=values,
+    )
