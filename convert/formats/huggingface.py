@@ -138,10 +138,13 @@ def _open(path: Path) -> _WeightFiles:
         opened[file] = open_torch_file(file)
         return opened[file].tensors.values()
 
-    def load(tensor: StoredTensor) -> np.ndarray:
+    def read(tensor: StoredTensor) -> np.ndarray:
         return opened[tensor.path].load(tensor.name)
 
-    weights = open_weights(path, single, index, read_header)
+    def load(tensor: StoredTensor) -> np.ndarray:
+        return _computed(tensor) if isinstance(tensor, DequantizedTensor) else read(tensor)
+
+    weights = open_weights(path, single, index, read_header, read)
     notes = [f"{file.name} {OLD_FORM_NOTE}" for file, torch in opened.items() if torch.in_memory]
     return _WeightFiles(weights, load, rows_by_loading(load), notes)
 
@@ -158,14 +161,22 @@ def _require_files_inside(path: Path, single: str, index: str) -> None:
 
 def _read(tensor: StoredTensor) -> np.ndarray:
     if isinstance(tensor, DequantizedTensor):
-        values = tensor.values()
-        finite = all_finite(values)
-    else:
-        values = np.empty(tensor.shape, FLOAT_DTYPES[tensor.dtype])
-        finite = read_tensor(tensor, values)
-    if not finite:
-        count = int(values.size - np.isfinite(values).sum())
-        raise ValueError(
-            f"{tensor.path}: tensor {tensor.name}: {count} values are NaN or infinite, expected none"
-        )
+        return _computed(tensor)
+    values = np.empty(tensor.shape, FLOAT_DTYPES[tensor.dtype])
+    if not read_tensor(tensor, values):
+        raise _not_finite(tensor, values)
     return values
+
+
+def _computed(tensor: DequantizedTensor) -> np.ndarray:
+    values = tensor.values()
+    if not all_finite(values):
+        raise _not_finite(tensor, values)
+    return values
+
+
+def _not_finite(tensor: StoredTensor, values: np.ndarray) -> ValueError:
+    count = int(values.size - np.isfinite(values).sum())
+    return ValueError(
+        f"{tensor.path}: tensor {tensor.name}: {count} values are NaN or infinite, expected none"
+    )

@@ -26,7 +26,7 @@ FLOAT_DTYPES: dict[str, np.dtype] = {
 }
 # of quantized weights
 CODE_DTYPES: dict[str, np.dtype] = {"I8": np.dtype(np.int8), "U8": np.dtype(np.uint8)}
-_DTYPES: dict[str, np.dtype] = {
+STORED_DTYPES: dict[str, np.dtype] = {
     **FLOAT_DTYPES,
     **CODE_DTYPES,
     "BOOL": np.dtype(np.bool_),
@@ -212,7 +212,7 @@ def read_array(tensor: StoredTensor) -> np.ndarray:
     Raises:
         ValueError, OSError: as `read_tensor`.
     """
-    values = np.empty(tensor.shape, _DTYPES[tensor.dtype])
+    values = np.empty(tensor.shape, STORED_DTYPES[tensor.dtype])
     with open(tensor.path, "rb", buffering=0) as file:
         _read_exactly(file.fileno(), values.reshape(-1), tensor, 0)
     return values
@@ -262,7 +262,7 @@ def _parse_entry(path: Path, name: str, entry: Any, start: int) -> StoredTensor:
         dtype, shape, (begin, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
         numbers = (*shape, begin, end)
         valid = all(type(number) is int and 0 <= number < 1 << 62 for number in numbers)
-        nbytes = math.prod(shape) * _DTYPES[dtype].itemsize if valid else -1
+        nbytes = math.prod(shape) * STORED_DTYPES[dtype].itemsize if valid else -1
     except (KeyError, TypeError, ValueError):
         valid = False
     if not valid or end - begin != nbytes:

@@ -73,8 +73,9 @@ def open_weights(
         ValueError: no such files, the only one cannot be read, or the weights are quantized in a way that
             is not supported.
     """
+    fields = read_json_object(directory / "config.json")
     try:
-        scheme = read_scheme(read_json_object(directory / "config.json"))
+        scheme = read_scheme(fields, directory)
     except ValueError as error:
         raise ValueError(f"{directory}: {error}") from None
     if (directory / single).exists():
@@ -105,7 +106,7 @@ def open_weights(
                     f"{tensor.name}: in {other.path.name} and in {tensor.path.name}"
                 )
     if scheme is not None and not weights.problems:
-        logical, problems, notes = dequantized(weights.tensors, scheme, read)
+        logical, problems, notes = dequantized(weights.tensors, scheme, fields, read)
         if problems:
             raise ValueError(summarize(str(directory), problems))
         weights = StoredWeights(logical, [], set(), scheme.title, tuple(notes))

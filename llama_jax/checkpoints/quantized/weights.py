@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 from collections import Counter
+from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 
@@ -18,12 +20,13 @@ _IGNORED = re.compile(
 
 
 def dequantized(
-    tensors: dict[str, StoredTensor], scheme: Scheme, read: Read
+    tensors: Mapping[str, StoredTensor], scheme: Scheme, fields: Mapping[str, Any], read: Read
 ) -> tuple[dict[str, StoredTensor], list[str], list[str]]:
     """Tensors as the model has them: quantized weights in place of the tensors that they consist of.
 
     Args:
         tensors: everything that is stored, by name.
+        fields: of config.json.
         read: reads one of them, whatever its dtype.
 
     Returns:
@@ -40,7 +43,7 @@ def dequantized(
             modules.setdefault(match[1], {})[match[2]] = tensor
         else:
             result[name] = tensor
-    problems, count = [], 0
+    problems, zero_biases, count = [], 0, 0
     for module, parts in modules.items():
         some = next(iter(parts.values()))
         try:
@@ -56,13 +59,24 @@ def dequantized(
             continue
         count += 1
         result[name] = _tensor(name, weight, parts, read)
+        bias = f"{module}.bias"
+        if bias in result and not _has_bias(module, fields) and not read(result[bias]).any():
+            del result[bias]
+            zero_biases += 1
     if not count and not problems:
         problems.append(f"no weight is quantized, although config.json says {scheme.title}")
     notes = []
     if ignored:
         names = ", ".join(f"{name} ({count})" for name, count in ignored.items())
         notes.append(f"{names} ignored: activations and the key/value cache are not quantized here")
+    if zero_biases:
+        notes.append(f"{zero_biases} biases that are zero left out: the model has none")
     return result, problems, notes
+
+
+def _has_bias(module: str, fields: Mapping[str, Any]) -> bool:
+    """Whether the model has a bias there. AutoGPTQ stores one of zeros for every module."""
+    return bool(fields.get("mlp_bias" if ".mlp." in module else "attention_bias"))
 
 
 def _tensor(name: str, weight: Weight, parts: Parts, read: Read) -> DequantizedTensor:

@@ -13,6 +13,7 @@ import pytest
 import torch
 from flax import nnx
 from safetensors.numpy import load_file
+from safetensors.torch import load_file as load_torch
 
 import convert
 from convert.__main__ import main
@@ -159,6 +160,71 @@ def test_other_scales_of_fp8(tmp_path: Path, change: Callable[[Tensors, Fields],
             scale = scale.repeat_interleave(40, 0).repeat_interleave(48, 1)
             scale = scale[: codes.shape[0], : codes.shape[1]]
         np.testing.assert_array_equal(tensors[f"{module}.weight"], (codes * scale).numpy())
+
+
+@pytest.mark.parametrize("name", ["gptq4_act_order", "bnb_nf4", "ct_int8_channel", "fp8_block"])
+def test_pytorchs_files(tmp_path: Path, name: str) -> None:
+    expected = write(tmp_path / "model", name)
+    torch.save(
+        load_torch(tmp_path / "model" / "model.safetensors"),
+        tmp_path / "model" / "pytorch_model.bin",
+    )
+    (tmp_path / "model" / "model.safetensors").unlink()
+    converted = load_file(
+        convert.convert(tmp_path / "model", tmp_path / "out") / "model.safetensors"
+    )
+    for weight, reference in expected.items():
+        assert digest(converted[weight], reference["dtype"]) == reference["sha256"]
+
+
+def test_biases_of_zeros_that_the_model_has_not(tmp_path: Path) -> None:
+    """AutoGPTQ stores them."""
+
+    def add(tensors: Tensors, fields: Fields) -> None:
+        tensors[f"{KEYS}.bias"] = torch.zeros(32)
+
+    write(tmp_path / "model", "gptq2", add)
+    assert any(
+        "1 biases that are zero" in note for note in convert.info(tmp_path / "model")["notes"]
+    )
+
+    def other(tensors: Tensors, fields: Fields) -> None:
+        tensors[f"{KEYS}.bias"] = torch.ones(32)
+
+    write(tmp_path / "model", "gptq2", other)
+    assert f"{KEYS}.bias: unexpected" in convert.info(tmp_path / "model")["problems"][0]
+
+
+@pytest.mark.parametrize("file", ["config.json", "hf_quant_config.json"])
+def test_modelopt(tmp_path: Path, file: str) -> None:
+    stored: Tensors = {}
+
+    def change(tensors: Tensors, fields: Fields) -> None:
+        for module in (KEYS, GATE):
+            tensors[f"{module}.weight"] = tensors.pop(f"{module}.weight_packed")
+            del tensors[f"{module}.weight_global_scale"]
+            tensors[f"{module}.weight_scale_2"] = torch.tensor(0.003)
+        stored.update(tensors)
+        fields.clear()
+        fields.update(quant_method="modelopt", quant_algo="NVFP4")
+
+    write(tmp_path / "model", "ct_nvfp4", change)
+    if file != "config.json":
+        path = tmp_path / "model" / "config.json"
+        fields = json.loads(path.read_text())
+        del fields["quantization_config"]
+        path.write_text(json.dumps(fields))
+        quantization = {"producer": {"name": "modelopt"}, "quantization": {"quant_algo": "NVFP4"}}
+        (tmp_path / "model" / file).write_text(json.dumps(quantization))
+    tensors = dict(to_hf_tensors(LlamaForCausalLM.from_pretrained(tmp_path / "model")))
+    table = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6])
+    for module in (KEYS, GATE):
+        packed = stored[f"{module}.weight"].int()
+        codes = torch.stack([packed & 15, packed >> 4], -1).flatten(1)
+        values = table[codes & 7] * torch.where(codes > 7, -1.0, 1.0)
+        scale = stored[f"{module}.weight_scale"].float() * torch.tensor(0.003)
+        expected = values * scale.repeat_interleave(16, 1)
+        np.testing.assert_array_equal(tensors[f"{module}.weight"], expected.numpy())
 
 
 def _without(part: str) -> Callable[[Tensors, Fields], None]:
