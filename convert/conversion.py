@@ -233,8 +233,8 @@ def convert(
         destination: the directory, or for GGUF the file, to create; whatever happens, it is either absent
             or complete.
         to: hf, orbax, gguf or meta; by default gguf where `destination` ends in .gguf, else hf.
-        dtype: float32, bfloat16, float16, float64, or q8_0 for GGUF; the names that formats use (F32, BF16)
-            are accepted as well. By default what loses nothing.
+        dtype: float32, bfloat16, float16, float64, q8_0 for GGUF, or fp8 for hf (compressed-tensors); the
+            names that formats use (F32, BF16) are accepted as well. By default what loses nothing.
         max_shard_size: largest size of a safetensors file, in bytes.
         tokenizer: whether to convert it too; if not, errors in it do not matter.
         verify: read the output back and compare every tensor before it is renamed into place.

@@ -97,17 +97,22 @@ def rows_by_loading(load: Callable[[StoredTensor], np.ndarray]) -> ReadRows:
 
 
 def write_config_and_companions(
-    checkpoint: Checkpoint, directory: Path, files: Mapping[str, bytes] | None = None
+    checkpoint: Checkpoint,
+    directory: Path,
+    files: Mapping[str, bytes] | None = None,
+    fields: Mapping[str, Any] | None = None,
 ) -> None:
     """Write config.json and the files beside it.
 
     Args:
         files: to be written in place of the checkpoint's own.
+        fields: further ones of config.json.
     """
-    fields: dict[str, Any] = dict(checkpoint.config)
+    config: dict[str, Any] = dict(checkpoint.config)
     if (dtype := common_dtype(checkpoint.tensors)) is not None:
-        fields |= {"torch_dtype": dtype, "dtype": dtype}  # transformers 4 and 5 read one each
-    text = json.dumps(fields, indent=2, sort_keys=True, ensure_ascii=False)
+        config |= {"torch_dtype": dtype, "dtype": dtype}  # transformers 4 and 5 read one each
+    config |= {name: value for name, value in (fields or {}).items() if value is not None}
+    text = json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False)
     write_text(directory / "config.json", text + "\n")
     write_companions(directory, checkpoint.files if files is None else files)
 

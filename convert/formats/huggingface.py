@@ -5,11 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from convert.checkpoint import Checkpoint
+from convert.casting import CastRule
+from convert.checkpoint import Checkpoint, common_dtype
 from convert.companions import read_companions, require_inside
+from convert.formats import fp8, plain
 from convert.formats.directory import (
     checkpoint_of,
     model_tensors,
@@ -17,7 +20,7 @@ from convert.formats.directory import (
     spec_of,
     write_config_and_companions,
 )
-from convert.formats.plain import cast_rule, losses, stored_bytes, target_specs
+from convert.formats.plain import losses
 from convert.formats.torch_files import OLD_FORM_NOTE, TorchFile, open_torch_file
 from llama_jax.checkpoints.safetensors_read import (
     FLOAT_DTYPES,
@@ -27,7 +30,12 @@ from llama_jax.checkpoints.safetensors_read import (
     parts_of,
     read_tensor,
 )
-from llama_jax.checkpoints.safetensors_write import INDEX_FILE, SINGLE_FILE, write_safetensors
+from llama_jax.checkpoints.safetensors_write import (
+    INDEX_FILE,
+    SINGLE_FILE,
+    TensorSpec,
+    write_safetensors,
+)
 from llama_jax.checkpoints.weight_files import (
     ReadRows,
     StoredWeights,
@@ -92,6 +100,23 @@ def read(path: Path, *, tokenizer: bool = True) -> Checkpoint:
     return replace(checkpoint, dtype="float32", facts=facts)
 
 
+def target_specs(checkpoint: Checkpoint, dtype: str | None) -> list[TensorSpec]:
+    """The tensors as `read` will return them."""
+    if dtype == fp8.DTYPE:
+        return fp8.target_specs(checkpoint)
+    return plain.target_specs(checkpoint, dtype)
+
+
+def cast_rule(dtype: str | None) -> CastRule:
+    """What `--dtype` does to a tensor."""
+    return fp8.cast_rule if dtype == fp8.DTYPE else plain.cast_rule(dtype)
+
+
+def stored_bytes(spec: TensorSpec, dtype: str | None) -> int:
+    """Bytes on disk of a tensor of `target_specs`."""
+    return fp8.stored_bytes(spec) if dtype == fp8.DTYPE else plain.stored_bytes(spec, dtype)
+
+
 def write(
     checkpoint: Checkpoint,
     path: Path,
@@ -105,14 +130,14 @@ def write(
         OSError: the disk is full or broken; also whatever `checkpoint.load` raises.
     """
     path.mkdir()
-    write_safetensors(
-        path,
-        checkpoint.tensors,
-        checkpoint.load,
-        max_shard_size=max_shard_size,
-        progress=progress,
-    )
-    write_config_and_companions(checkpoint, path)
+    specs, load = list(checkpoint.tensors), checkpoint.load
+    fields: dict[str, Any] = {}
+    if checkpoint.dtype == fp8.DTYPE:
+        dtype = common_dtype([spec for spec in specs if not fp8.is_quantized(spec)])
+        fields = {"quantization_config": fp8.CONFIG, "torch_dtype": dtype, "dtype": dtype}
+        specs, load = fp8.stored_tensors(specs, load)
+    write_safetensors(path, specs, load, max_shard_size=max_shard_size, progress=progress)
+    write_config_and_companions(checkpoint, path, fields=fields)
 
 
 @dataclass(frozen=True)
@@ -176,7 +201,8 @@ def _computed(tensor: DequantizedTensor) -> np.ndarray:
 
 
 def _not_finite(tensor: StoredTensor, values: np.ndarray) -> ValueError:
-    count = int(values.size - np.isfinite(values).sum())
+    with np.errstate(invalid="ignore"):  # some NaNs of bfloat16 signal
+        count = int(values.size - np.isfinite(values).sum())
     return ValueError(
         f"{tensor.path}: tensor {tensor.name}: {count} values are NaN or infinite, expected none"
     )

@@ -107,7 +107,7 @@ FORMATS: dict[str, Entry] = {
     "hf": Entry(
         "Hugging Face",
         "a directory with *.safetensors or pytorch_model*.bin",
-        _PLAIN_DTYPES,
+        (*_PLAIN_DTYPES, "fp8"),
         "convert.formats.huggingface",
     ),
     "orbax": Entry(

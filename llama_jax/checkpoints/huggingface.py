@@ -23,6 +23,7 @@ from llama_jax.checkpoints.adapter import (
 )
 from llama_jax.checkpoints.match import Model, abstract_model, compare_shapes, match_checkpoint
 from llama_jax.checkpoints.names import ParamPath, ParamSlice, flat_params, name_table
+from llama_jax.checkpoints.quantized import compressed_tensors_write
 from llama_jax.checkpoints.safetensors_read import CODE_DTYPES, read_slice, read_tensor
 from llama_jax.checkpoints.safetensors_write import TensorSpec, write_safetensors
 from llama_jax.checkpoints.weight_files import open_weights
@@ -238,6 +239,7 @@ def save(
     *,
     max_shard_size: int | str = "5GB",
     json_files: Mapping[str, Mapping[str, Any]] | None = None,
+    compressed_tensors: bool = False,
 ) -> None:
     """Write config.json, safetensors and `json_files` into a directory that transformers can load.
 
@@ -248,9 +250,11 @@ def save(
     Args:
         max_shard_size: bytes per file, or text such as "5GB"; smaller models get one `model.safetensors`.
         json_files: content of further JSON files, by name.
+        compressed_tensors: store a quantized model in that format, which vLLM loads.
 
     Raises:
-        ValueError: `directory` is a file, or max_shard_size is not a size.
+        ValueError: `directory` is a file, max_shard_size is not a size, or compressed-tensors cannot hold
+            the model.
     """
     directory, shard_size = Path(directory), size(max_shard_size)
     leaves, table = flat_params(model), name_table(model)
@@ -267,6 +271,11 @@ def save(
         # transformers 4 reads torch_dtype, 5 reads dtype
         fields |= dict.fromkeys(("dtype", "torch_dtype"), dtypes.pop())
     tensors = to_hf_tensors(model)
+    if compressed_tensors:
+        if quantization is None:
+            raise ValueError("compressed_tensors: found a model that is not quantized")
+        specs, tensors = compressed_tensors_write.stored_tensors(model, quantization)
+        fields["quantization_config"] = compressed_tensors_write.config(quantization)
 
     def next_tensor(name: str) -> np.ndarray:
         next_name, array = next(tensors)

@@ -44,6 +44,16 @@ STORED_DTYPES: dict[str, np.dtype] = {
     "F8_E5M2FNUZ": np.dtype(ml_dtypes.float8_e5m2fnuz),
 }
 
+# torch's names of those that quantized weights in its own files have
+TORCH_DTYPES = {
+    "int8": "I8",
+    "uint8": "U8",
+    "int32": "I32",
+    "int64": "I64",
+    "float8_e4m3fn": "F8_E4M3",
+    "float8_e5m2": "F8_E5M2",
+}
+
 _MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library
 _CHUNK_BYTES = 1 << 22  # small enough to stay in the processor's cache
 
@@ -76,6 +86,11 @@ class DequantizedTensor(StoredTensor):
 def parts_of(tensor: StoredTensor) -> tuple[StoredTensor, ...]:
     """What is in the files: the parts of a dequantized weight, or the tensor itself."""
     return tensor.parts if isinstance(tensor, DequantizedTensor) else (tensor,)
+
+
+def stored_dtype(name: str) -> np.dtype:
+    """The dtype of a stored tensor; quantized parts may have torch's names for theirs."""
+    return STORED_DTYPES[TORCH_DTYPES.get(name, name)]
 
 
 def read_header(path: Path) -> list[StoredTensor]:

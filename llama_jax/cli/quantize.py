@@ -29,6 +29,13 @@ def add_quantize(program: Parser) -> None:
         help="dtype of the tensors that are not quantized; default: as stored",
     )
     parser.add_argument(
+        "--format",
+        choices=("llama_jax", "compressed-tensors"),
+        default="llama_jax",
+        help="compressed-tensors is what vLLM loads: 4 bits are symmetric, and the embedding and the head "
+        "are not quantized; default: llama_jax",
+    )
+    parser.add_argument(
         "--text",
         type=Path,
         metavar="FILE",
@@ -58,12 +65,15 @@ def quantize(options: argparse.Namespace) -> None:
         ids = load_tokenizer(tokenizer_directory(options.model)).encode(text).ids
     model = load_model(options.model, options.dtype)
     with option_names(options):
-        quantized = quantization.quantize(model, options.bits, options.group_size)
+        for_others = options.format == "compressed-tensors"
+        quantized = quantization.quantize(
+            model, options.bits, options.group_size, not for_others, symmetric=for_others
+        )
     if ids:  # before anything is written: a text may be too short
         window = min(_WINDOW, model.config.max_position_embeddings)
         difference = divergence(model, quantized, ids, window=window)
     with staged_directory(options.out, into_existing=False) as staging:
-        quantized.save_pretrained(staging)
+        quantized.save_pretrained(staging, compressed_tensors=for_others)
         copy_companions(companions_directory(options.model), staging)
     old_size, new_size = map(quantization.weight_bytes, (model, quantized))
     out = printable(str(options.out))

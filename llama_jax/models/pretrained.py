@@ -63,7 +63,13 @@ class PretrainedModel(nnx.Module):
         model._read_json_files(directory)
         return model
 
-    def save_pretrained(self, directory: str | Path, *, max_shard_size: int | str = "5GB") -> None:
+    def save_pretrained(
+        self,
+        directory: str | Path,
+        *,
+        max_shard_size: int | str = "5GB",
+        compressed_tensors: bool = False,
+    ) -> None:
         """Write config.json and safetensors into a directory that transformers can load.
 
         Files are moved into `directory` once all of them are complete. A model saved there before is
@@ -72,9 +78,13 @@ class PretrainedModel(nnx.Module):
         Args:
             directory: created if it does not exist.
             max_shard_size: upper limit of a file of weights, in bytes or as "5GB".
+            compressed_tensors: store a quantized model in that format, with the same codes and scales, for
+                vLLM and transformers. It must be quantized with `vocabulary=False` and, for 4 bits,
+                `symmetric=True`.
 
         Raises:
-            ValueError: `directory` is a file, or max_shard_size is not a size.
+            ValueError: `directory` is a file, max_shard_size is not a size, or compressed-tensors cannot
+                hold the model.
         """
         huggingface.save(
             self,
@@ -82,6 +92,7 @@ class PretrainedModel(nnx.Module):
             directory,
             max_shard_size=max_shard_size,
             json_files=self._json_files(),
+            compressed_tensors=compressed_tensors,
         )
 
     def _read_json_files(self, directory: Path) -> None:

@@ -22,22 +22,32 @@ class Quantization(NamedTuple):
     Attributes:
         bits: 8 or 4.
         group_size: columns that share a scale; None for a scale per row.
+        vocabulary: whether the embedding and the head are quantized, too.
 
     Examples:
         >>> from llama_jax import Quantization
         >>> Quantization(bits=4, group_size=64)
-        Quantization(bits=4, group_size=64)
+        Quantization(bits=4, group_size=64, vocabulary=True)
     """
 
     bits: int
     group_size: int | None
+    vocabulary: bool = True
 
     def to_dict(self) -> dict[str, Any]:
         """The `quantization_config` of config.json, with which transformers refuses to load it."""
-        return {**QUANTIZED_BY, **self._asdict()}
+        fields = {**QUANTIZED_BY, "bits": self.bits, "group_size": self.group_size}
+        return fields if self.vocabulary else {**fields, "vocabulary": False}
 
 
-def quantize(model: Model, bits: int, group_size: int | None = None) -> Model:
+def quantize(
+    model: Model,
+    bits: int,
+    group_size: int | None = None,
+    vocabulary: bool = True,
+    *,
+    symmetric: bool = False,
+) -> Model:
     """A copy of `model` with its matrices in 8 or 4 bits.
 
     It can be used like `model`, but has no gradient: each matrix is dequantized to the model's dtype where
@@ -49,6 +59,8 @@ def quantize(model: Model, bits: int, group_size: int | None = None) -> Model:
         model: any model of this library; it is not changed.
         bits: 8 or 4.
         group_size: columns that share a scale, an even number; default: a row with 8 bits, 128 with 4.
+        vocabulary: quantize the embedding and the head, too.
+        symmetric: 4 bits without a zero, as `save_pretrained(compressed_tensors=True)` requires.
 
     Raises:
         ValueError: other bits, a group size that is not an even number or that divides no input dimension,
@@ -66,11 +78,11 @@ def quantize(model: Model, bits: int, group_size: int | None = None) -> Model:
         >>> small.generate([[5, 6, 7]], max_new_tokens=2, eos_token_id=()).shape
         (1, 5)
     """
-    bits, size = _checked(bits, group_size)
+    bits, size, _ = _checked(bits, group_size)
     if quantization_of(model) is not None:
         raise ValueError("the model is already quantized; dequantize it first")
     copy = nnx.merge(*nnx.split(model))
-    matrices = _matrices(copy)
+    matrices = [module for module in _matrices(copy) if vocabulary or _is_projection(module.weight)]
     targets = [module for module in matrices if bits == 8 or _is_projection(module.weight)]
     if size is not None:
         widths = {module.weight.shape[-1] for module in targets}
@@ -82,7 +94,7 @@ def quantize(model: Model, bits: int, group_size: int | None = None) -> Model:
         targets = [module for module in targets if module.weight.shape[-1] % size == 0]
     for module in matrices:
         precision = (bits, size) if module in targets else (8, None)
-        module.weight = QuantizedWeight(module.weight, *precision)
+        module.weight = QuantizedWeight(module.weight, *precision, symmetric)
     return copy
 
 
@@ -110,7 +122,9 @@ def dequantize(model: Model) -> Model:
 
 def quantization_of(model: nnx.Module) -> Quantization | None:
     """How `model` is quantized; None if it is not."""
-    kinds = {Quantization(weight.bits, weight.group_size) for weight in _quantized(model)}
+    weights = _quantized(model)
+    vocabulary = any("vocab" in weight.axes for weight in weights)
+    kinds = {Quantization(weight.bits, weight.group_size, vocabulary) for weight in weights}
     # 8 bits with a scale per row may stand for matrices that the group size does not divide
     return min(kinds, key=lambda kind: (kind.bits, kind.group_size is None)) if kinds else None
 
@@ -125,7 +139,11 @@ def read_quantization(fields: Mapping[str, Any]) -> Quantization | None:
     if quantization is None:
         return None
     try:
-        return _checked(quantization.get("bits"), quantization.get("group_size"))
+        vocabulary = quantization.get("vocabulary", True)
+        if type(vocabulary) is not bool:
+            raise ValueError(f"vocabulary: found {vocabulary!r}, expected true or false")
+        checked = _checked(quantization.get("bits"), quantization.get("group_size"))
+        return checked._replace(vocabulary=vocabulary)
     except ValueError as error:
         raise ValueError(f"quantization_config: {error}") from None
 

@@ -34,12 +34,19 @@ class QuantizedWeight(nnx.Module):
         weight: the parameter.
         bits: 8 or 4.
         group_size: columns that share a scale; None, for 8 bits only, is a scale per row.
+        symmetric: 4 bits with a zero of 0; 8 bits have none anyway.
     """
 
-    def __init__(self, weight: nnx.Param[Array], bits: int, group_size: int | None):
+    def __init__(
+        self,
+        weight: nnx.Param[Array],
+        bits: int,
+        group_size: int | None,
+        symmetric: bool = False,
+    ):
         self.axes = weight.get_metadata("axes")
         self.bits, self.group_size = bits, group_size
-        stored = _each_matrix(_QUANTIZE[bits], group_size, weight[...])
+        stored = _each_matrix(_QUANTIZE[bits, symmetric], group_size, weight[...])
         axes = self.axes if group_size is None else (*self.axes, "hidden")
         self.codes = nnx.Param(stored[0], axes=axes)
         self.scale = nnx.Param(stored[1], axes=axes[:-1])
@@ -80,18 +87,26 @@ def dequantize_int8(
 
 
 def quantize_int4(
-    weight: Float[Array, "out in"], group_size: int
+    weight: Float[Array, "out in"], group_size: int, symmetric: bool = False
 ) -> tuple[UInt8[Array, "out groups half"], Float[Array, "out groups"], Float[Array, "out groups"]]:
-    """Codes from -8 to 7, two per byte, and the scale and zero of each group with least squared error."""
+    """Codes from -8 to 7, two per byte, and the scale and zero of each group with least squared error.
+
+    Args:
+        symmetric: all zeros are 0.
+    """
     wide = weight.astype(working_dtype(weight.dtype)).reshape(len(weight), -1, group_size)
     low, high = jnp.min(wide, axis=-1), jnp.max(wide, axis=-1)
+    if symmetric:
+        high = jnp.maximum(high, -low)
+        low = -high
 
     def clip(fraction: Array) -> tuple[Array, Array, Array]:
         """Squared error, scale and zero if the codes span this fraction of each range."""
         scale = ((high - low) * fraction / (_INT4_MAX - _INT4_MIN)).astype(weight.dtype)
         step = scale.astype(wide.dtype)
         # the codes are centered at -1/2
-        zero = ((low + high + step) / 2).astype(weight.dtype)
+        zero = jnp.zeros_like(scale) if symmetric else (low + high + step) / 2
+        zero = zero.astype(weight.dtype)
         restored = _codes(wide, scale, zero) * step[..., None]
         error = jnp.sum(jnp.square(restored + zero.astype(wide.dtype)[..., None] - wide), axis=-1)
         return error, scale, zero
@@ -131,7 +146,13 @@ def _divisor(scale: Array, dtype: jnp.dtype) -> Array:
     return jnp.where(scale == 0, 1, scale).astype(dtype)[..., None]
 
 
-_QUANTIZE: dict[int, Callable[..., tuple[Array, ...]]] = {8: quantize_int8, 4: quantize_int4}
+# by bits, and whether symmetric
+_QUANTIZE: dict[tuple[int, bool], Callable[..., tuple[Array, ...]]] = {
+    (8, False): quantize_int8,
+    (8, True): quantize_int8,
+    (4, False): quantize_int4,
+    (4, True): partial(quantize_int4, symmetric=True),
+}
 
 
 @partial(jax.jit, static_argnums=(0, 1))

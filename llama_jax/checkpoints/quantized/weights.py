@@ -5,12 +5,13 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
 from llama_jax.checkpoints.quantized.scheme import Parts, Read, Scheme, Weight
-from llama_jax.checkpoints.safetensors_read import DequantizedTensor, StoredTensor
+from llama_jax.checkpoints.safetensors_read import TORCH_DTYPES, DequantizedTensor, StoredTensor
 
 # scales of activations and of the key/value cache, which other programs quantize as they run
 _IGNORED = re.compile(
@@ -40,7 +41,8 @@ def dequantized(
         if match := _IGNORED.search(name):
             ignored[match[1]] += 1
         elif match := suffix.fullmatch(name):
-            modules.setdefault(match[1], {})[match[2]] = tensor
+            dtype = TORCH_DTYPES.get(tensor.dtype, tensor.dtype)
+            modules.setdefault(match[1], {})[match[2]] = replace(tensor, dtype=dtype)
         else:
             result[name] = tensor
     problems, zero_biases, count = [], 0, 0
