@@ -97,6 +97,13 @@ def _parser() -> Parser:
         metavar="DIR",
         help="merge this LoRA adapter of PEFT (a directory or a name on the Hub), rounding once",
     )
+    _add_tree_options(parser)
+    parser.add_argument(
+        "--scan-layers",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="for --to maxtext: whether layers are stacked, as its setting of that name; default: yes",
+    )
     parser.add_argument(
         "--push",
         metavar="OWNER/NAME",
@@ -108,9 +115,25 @@ def _parser() -> Parser:
         "problems, 1 with problems, 2 if this is no checkpoint.",
     )
     info.add_argument("source", metavar="SRC", help=_SOURCE)
+    _add_tree_options(info)
     info.add_argument("--json", action="store_true", help="print a JSON object")
     parser.commands["info"] = info
     return parser
+
+
+def _add_tree_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--map",
+        metavar="FILE",
+        help="SRC is an Orbax checkpoint of another program, whose names this TOML file maps to Hugging "
+        "Face's (see docs/conversion.md)",
+    )
+    parser.add_argument(
+        "--rope",
+        choices=("halves", "pairs"),
+        help="order of the rows of queries and keys in MaxText's or another program's Orbax checkpoint, "
+        "where it is not known: as Hugging Face has them, or interleaved as Meta has them",
+    )
 
 
 def _dtype_name(text: str) -> str:
@@ -143,6 +166,9 @@ def _convert(options: argparse.Namespace) -> int:
         verify=options.verify is not False,
         logits=bool(options.verify),
         adapter=options.adapter,
+        name_map=options.map,
+        rope=options.rope,
+        scan_layers=options.scan_layers,
     )
     _print_plan(todo, say)
     if options.dry_run:
@@ -173,7 +199,7 @@ def _info(options: argparse.Namespace) -> int:
 
     from convert import info
 
-    facts = info(options.source)
+    facts = info(options.source, name_map=options.map, rope=options.rope)
     if options.json:
         print(json.dumps(facts, indent=2))
         return 1 if facts["problems"] else 0

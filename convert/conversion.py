@@ -44,6 +44,7 @@ class Plan:
     max_shard_size: int
     verify: bool
     logits: bool
+    scan_layers: bool = True
     rounding: Rounding | None = None
     """Of the adapter's merge, counted while it runs."""
 
@@ -98,6 +99,9 @@ def plan(
     verify: bool = True,
     logits: bool = False,
     adapter: str | os.PathLike[str] | None = None,
+    name_map: str | os.PathLike[str] | None = None,
+    rope: str | None = None,
+    scan_layers: bool = True,
 ) -> Plan:
     """Check a conversion as far as that can be done before it begins. For the arguments see `convert`.
 
@@ -123,6 +127,8 @@ def plan(
         raise ValueError(
             f"max_shard_size: found {max_shard_size}, expected a positive number of bytes"
         )
+    if not scan_layers and to != "maxtext":
+        raise ValueError(f"scan_layers is for MaxText only, not for {target_format.title}")
     path = local_path(os.fspath(source))
     if not path.exists():
         raise ValueError(f"{source}: not found")
@@ -137,7 +143,7 @@ def plan(
         raise ValueError(f"{target.parent}: {problem}")
     if not os.access(target.parent, os.W_OK | os.X_OK):
         raise ValueError(f"{target.parent}: no permission to write there")
-    checkpoint = registry.read(path, tokenizer=tokenizer)
+    checkpoint = _read(path, name_map, rope, tokenizer=tokenizer)
     if logits:
         require_torch_and_memory(checkpoint)
     chosen = dtype or checkpoint.dtype
@@ -159,6 +165,7 @@ def plan(
         max_shard_size=max_shard_size or DEFAULT_SHARD,
         verify=verify,
         logits=logits,
+        scan_layers=scan_layers,
         rounding=rounding,
     )
     needed = result.bytes_to_write + _SPARE + sum(map(len, checkpoint.files.values()))
@@ -181,8 +188,12 @@ def run(plan: Plan, progress: Callable[[int], None] | None = None) -> Report:
     """
     target_format = FORMATS[plan.to].module
     progress = progress or (lambda count: None)
-    cast_rule = target_format.cast_rule(plan.dtype)
-    options: dict[str, Any] = {"max_shard_size": plan.max_shard_size} if plan.to == "hf" else {}
+    cast_rule = target_format.cast_rule(plan.checkpoint, plan.dtype)
+    all_options: dict[str, dict[str, Any]] = {
+        "hf": {"max_shard_size": plan.max_shard_size},
+        "maxtext": {"scan_layers": plan.scan_layers},
+    }
+    options = all_options.get(plan.to, {})
     source = replace(plan.checkpoint, dtype=plan.dtype)
     with staging_in(plan.destination.parent, plan.destination.name) as staging:
         output = staging / plan.destination.name
@@ -225,6 +236,9 @@ def convert(
     verify: bool = True,
     logits: bool = False,
     adapter: str | os.PathLike[str] | None = None,
+    name_map: str | os.PathLike[str] | None = None,
+    rope: str | None = None,
+    scan_layers: bool = True,
 ) -> Path:
     """Convert the Llama at `source`, of any known format, into `destination` and return its path.
 
@@ -232,7 +246,7 @@ def convert(
         source: a directory or file; its format is detected.
         destination: the directory, or for GGUF the file, to create; whatever happens, it is either absent
             or complete.
-        to: hf, orbax, gguf or meta; by default gguf where `destination` ends in .gguf, else hf.
+        to: hf, orbax, maxtext, gguf or meta; by default gguf where `destination` ends in .gguf, else hf.
         dtype: float32, bfloat16, float16, float64, q8_0 for GGUF, or fp8 for hf (compressed-tensors); the
             names that formats use (F32, BF16) are accepted as well. By default what loses nothing.
         max_shard_size: largest size of a safetensors file, in bytes.
@@ -240,6 +254,10 @@ def convert(
         verify: read the output back and compare every tensor before it is renamed into place.
         logits: compare logits with PyTorch's as well, which needs torch and memory for three models.
         adapter: a PEFT directory with a LoRA adapter to merge, in float32.
+        name_map: TOML file with a map of names, for an Orbax checkpoint of another program.
+        rope: "halves" or "pairs", the order of the rows of queries and keys in an Orbax checkpoint of
+            MaxText's or another program's that does not tell it.
+        scan_layers: whether MaxText's layers are stacked, as its setting of that name.
 
     Raises:
         ValueError: a mistake that you can correct, in one line; see `plan` and `run`.
@@ -258,11 +276,32 @@ def convert(
         verify=verify,
         logits=logits,
         adapter=adapter,
+        name_map=name_map,
+        rope=rope,
+        scan_layers=scan_layers,
     )
     return run(todo).destination
 
 
-def info(source: str | os.PathLike[str]) -> dict[str, Any]:
+def _read(
+    path: Path,
+    name_map: str | os.PathLike[str] | None,
+    rope: str | None,
+    *,
+    tokenizer: bool = True,
+) -> Checkpoint:
+    if rope not in (None, "halves", "pairs"):
+        raise ValueError(f"rope: found {rope!r}, expected halves or pairs")
+    file = None if name_map is None else Path(name_map)
+    return registry.read(path, tokenizer=tokenizer, name_map=file, rope=rope)
+
+
+def info(
+    source: str | os.PathLike[str],
+    *,
+    name_map: str | os.PathLike[str] | None = None,
+    rope: str | None = None,
+) -> dict[str, Any]:
     """What is in a checkpoint: format, parameters, config, dtypes, sizes, tokenizer, notes, problems.
 
     Only headers are read. A problem with the tokenizer, or with weights beside a config.json that can be
@@ -274,16 +313,16 @@ def info(source: str | os.PathLike[str]) -> dict[str, Any]:
     path = local_path(os.fspath(source))
     problems: list[str] = []
     try:
-        checkpoint = registry.read(path)
+        checkpoint = _read(path, name_map, rope)
     except ValueError as error:
         problems.append(str(error))
         try:
-            checkpoint = registry.read(path, tokenizer=False)
+            checkpoint = _read(path, name_map, rope, tokenizer=False)
         except ValueError as second:
             if str(second) != problems[0]:
                 problems.append(str(second))
             return {
-                "format": registry.recognize(path).title,
+                "format": registry.recognize(path).title if name_map is None else "Orbax",
                 "config": registry.config_of(path),
                 "notes": [],
                 "problems": problems,

@@ -15,7 +15,7 @@ def target_specs(checkpoint: Checkpoint, dtype: str | None) -> list[TensorSpec]:
     ]
 
 
-def cast_rule(dtype: str | None) -> CastRule:
+def cast_rule(checkpoint: Checkpoint, dtype: str | None) -> CastRule:
     """Values are cast, whatever `dtype` is."""
     return cast
 

@@ -9,6 +9,7 @@ What such a module can build on:
 - `plain`: all functions but `read`, `recognizes` and `write`, for formats that store each tensor as it is
 - `llama_tensors`: the model's names and shapes, renaming, and the order of rows under RoPE
 - `directory`: the config.json, tokenizer and model card in a directory beside the weights
+- `trees`: Orbax trees by a map of names, a TOML file
 - `convert.companions`: the files of a tokenizer
 
 `huggingface.py` is the shortest example, `gguf/` the one that has least in common with Hugging Face.
@@ -58,8 +59,8 @@ class Format(Reader, Protocol):
             ValueError: the format cannot hold this model, or not in this dtype.
         """
 
-    def cast_rule(self, dtype: str | None) -> CastRule:
-        """What `--dtype` does to a tensor: `(name, values, dtype of its spec) -> values`."""
+    def cast_rule(self, checkpoint: Checkpoint, dtype: str | None) -> CastRule:
+        """What writing with `--dtype` does to a tensor: `(name, values, dtype of its spec) -> values`."""
 
     def stored_bytes(self, spec: TensorSpec, dtype: str | None) -> int:
         """Bytes on disk of a tensor of `target_specs`."""
@@ -116,6 +117,12 @@ FORMATS: dict[str, Entry] = {
         _PLAIN_DTYPES,
         "convert.formats.orbax",
     ),
+    "maxtext": Entry(
+        "MaxText",
+        "a run, one of its checkpoints/STEP, or its items, beside a config.yml or config.json",
+        _PLAIN_DTYPES,
+        "convert.formats.maxtext",
+    ),
     "gguf": Entry(
         "GGUF",
         "a file of the llama architecture, quantized or not; of a split file, any piece",
@@ -144,9 +151,9 @@ def writable() -> list[str]:
 
 
 if TYPE_CHECKING:
-    from convert.formats import flax, gguf, huggingface, meta, orbax
+    from convert.formats import flax, gguf, huggingface, maxtext, meta, orbax
 
-    _PROVIDE_ALL_FUNCTIONS: list[Format] = [huggingface, orbax, gguf, meta]
+    _PROVIDE_ALL_FUNCTIONS: list[Format] = [huggingface, orbax, maxtext, gguf, meta]
     _READ: list[Reader] = [flax]
 
 
@@ -164,15 +171,37 @@ def recognize(path: Path) -> Entry:
     raise ValueError(f"{path}: {what}; expected one of: {layouts}")
 
 
-def read(path: Path, *, tokenizer: bool = True) -> Checkpoint:
+def read(
+    path: Path, *, tokenizer: bool = True, name_map: Path | None = None, rope: str | None = None
+) -> Checkpoint:
     """The checkpoint at `path`, whatever its format; only headers are read.
+
+    Args:
+        name_map: TOML file with a map of names, for an Orbax checkpoint of another program.
+        rope: order of the rows of queries and keys, where an Orbax checkpoint does not tell it.
 
     Raises:
         ValueError: one line with everything that is wrong.
     """
     from convert.record import read_digests
 
-    checkpoint = recognize(path).reader.read(path, tokenizer=tokenizer)
+    if name_map is not None:
+        from convert.formats.trees.name_map import read_name_map
+        from convert.formats.trees.read import read as read_tree
+
+        if not path.exists():
+            raise ValueError(f"{path}: not found")
+        checkpoint = read_tree(path, read_name_map(name_map), rope=rope, tokenizer=tokenizer)
+        return read_digests(path, checkpoint)
+    entry = recognize(path)
+    if rope is None:
+        checkpoint = entry.reader.read(path, tokenizer=tokenizer)
+    elif entry is FORMATS["maxtext"]:
+        from convert.formats import maxtext
+
+        checkpoint = maxtext.read(path, tokenizer=tokenizer, rope=rope)
+    else:
+        raise ValueError(f"rope is for MaxText and maps of names only, not for {entry.title}")
     return read_digests(path, checkpoint)
 
 

@@ -27,7 +27,11 @@ CHECKPOINTS = "checkpoints"
 
 def is_orbax(path: Path) -> bool:
     """Whether a path looks like an Orbax directory: converted weights, a run, or one step of a run."""
-    return (path / PARAMS).is_dir() or (path / CHECKPOINTS).is_dir()
+    if (path / PARAMS).is_dir():
+        return True
+    checkpoints = path / CHECKPOINTS
+    # MaxText's runs have these as well
+    return checkpoints.is_dir() and not any(checkpoints.glob("*/items"))
 
 
 def require_utf8(path: Path) -> None:

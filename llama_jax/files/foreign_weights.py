@@ -26,6 +26,14 @@ _KINDS: tuple[tuple[str, str], ...] = (
     ),
     ("flax_model*.msgpack", f"Flax weights ({{file}}); convert them, {_CONVERT} {{path}} DIR"),
     ("streaming_*", f"an EasyLM checkpoint ({{file}}); convert it, {_CONVERT} {{path}} DIR"),
+    *(
+        (
+            f"{folder}_METADATA",
+            f"an Orbax checkpoint of another program; convert it, {_CONVERT} {{path}} DIR (with --map FILE "
+            "if the program is not MaxText)",
+        )
+        for folder in ("", "items/", "*/items/", "checkpoints/*/*/", "default/", "*/default/")
+    ),
     ("tf_model*.h5", "TensorFlow weights ({file}); load and save them with transformers 4"),
     ("*.onnx", "an ONNX model ({file}); get the checkpoint it was made from"),
     ("weights.npz", "MLX weights ({file}); get the checkpoint they were made from"),

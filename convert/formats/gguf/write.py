@@ -101,7 +101,7 @@ def losses(checkpoint: Checkpoint) -> list[str]:
     return notes
 
 
-def cast_rule(dtype: str | None) -> CastRule:
+def cast_rule(checkpoint: Checkpoint, dtype: str | None) -> CastRule:
     """What becomes of a tensor: for q8_0, a matrix is quantized and dequantized again."""
     if dtype != "q8_0":
         return cast

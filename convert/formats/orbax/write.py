@@ -7,6 +7,7 @@ own: a file of its bytes.
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import replace
@@ -20,7 +21,7 @@ import tensorstore as ts
 from convert.checkpoint import DTYPES, Checkpoint
 from convert.formats import plain
 from convert.formats.directory import write_config_and_companions
-from convert.formats.orbax.arrays import chunk_name, chunk_shape, file_store, slot_of
+from convert.formats.orbax.arrays import chunk_name, file_store, slot_of
 from llama_jax.checkpoints.dtypes import widest
 from llama_jax.checkpoints.orbax import PARAMS, quiet_orbax
 from llama_jax.checkpoints.safetensors_write import TensorSpec
@@ -48,22 +49,23 @@ def write(checkpoint: Checkpoint, path: Path, progress: Callable[[int], None]) -
     members: dict[str, list[TensorSpec]] = {}
     for spec in checkpoint.tensors:
         members.setdefault(slot_of(spec.name).array, []).append(spec)
-    _write_tree(params, members)
-    chunks = {array: _create(params / array, specs) for array, specs in members.items()}
+    write_tree(params, members)
+    for array, specs in members.items():
+        stacked = slot_of(specs[0].name).layer is not None
+        create_array(params / array, specs[0], layers=len(specs) if stacked else None)
     for spec in checkpoint.tensors:
         array, layer = slot_of(spec.name)
-        values, chunk = checkpoint.load(spec.name), chunks[array]
-        if layer is not None:
-            _write_chunk(params / array, layer, values, chunk)
-        else:
-            for number, start in enumerate(range(0, len(values), chunk[0])):
-                _write_chunk(params / array, number, values[start : start + chunk[0]], chunk)
+        write_values(params / array, checkpoint.load(spec.name), layer)
         progress(spec.nbytes)
     write_config_and_companions(checkpoint, path)
 
 
-def _write_tree(params: Path, arrays: Iterable[str]) -> None:
-    """Orbax's description of the tree; the arrays in it are stand-ins, to be created anew."""
+def write_tree(directory: Path, arrays: Iterable[str]) -> None:
+    """Orbax's description of the tree; the arrays in it are stand-ins, to be created anew.
+
+    Args:
+        arrays: their names, the keys of the tree joined by dots.
+    """
     tree: dict[str, Any] = {}
     for array in arrays:
         *parents, last = array.split(".")
@@ -73,42 +75,58 @@ def _write_tree(params: Path, arrays: Iterable[str]) -> None:
         node[last] = np.zeros(1)
     handler = ocp.PyTreeCheckpointHandler(use_ocdbt=False, use_compression=False)
     with quiet_orbax(), ocp.Checkpointer(handler) as checkpointer:
-        checkpointer.save(params.absolute(), args=ocp.args.PyTreeSave(tree))
+        checkpointer.save(directory.absolute(), args=ocp.args.PyTreeSave(tree))
 
 
-def _create(directory: Path, members: list[TensorSpec]) -> tuple[int, ...]:
-    """Make the empty array of these tensors, uncompressed, for trained weights do not compress.
+def create_array(directory: Path, spec: TensorSpec, layers: int | None, axis: int = 0) -> None:
+    """Make the empty array of a tensor, uncompressed, for trained weights do not compress.
 
-    Returns:
-        The shape of its chunks.
+    Args:
+        spec: its shape and dtype are those of the array, or of one layer in it.
+        layers: how many are stacked along `axis`, each of which is a chunk; None for no stack.
     """
-    first = members[0]
-    shape: tuple[int, ...]
-    if slot_of(first.name).layer is not None:
-        shape, chunk = (len(members), *first.shape), (1, *first.shape)
+    shape: tuple[int, ...] = spec.shape
+    if layers is not None:
+        chunk = (*shape[:axis], 1, *shape[axis:])
+        shape = (*shape[:axis], layers, *shape[axis:])
     else:
-        row_bytes = math.prod(first.shape[1:]) * first.dtype.itemsize
-        rows = max(1, min(first.shape[0], _CHUNK_BYTES // row_bytes))
-        shape, chunk = first.shape, (rows, *first.shape[1:])
+        row_bytes = math.prod(shape[1:]) * spec.dtype.itemsize
+        rows = max(1, min(shape[0], _CHUNK_BYTES // row_bytes))
+        chunk = (rows, *shape[1:])
     metadata = {
         "zarr_format": 2,
         "shape": shape,
         "chunks": chunk,
-        "dtype": "bfloat16" if first.dtype == DTYPES["bfloat16"] else first.dtype.str,
+        "dtype": "bfloat16" if spec.dtype == DTYPES["bfloat16"] else spec.dtype.str,
         "compressor": None,
         "fill_value": None,
         "filters": None,
         "order": "C",
     }
-    spec = {"driver": "zarr", "kvstore": file_store(directory), "metadata": metadata}
-    return chunk_shape(ts.open(spec, create=True, delete_existing=True).result())
+    store = {"driver": "zarr", "kvstore": file_store(directory), "metadata": metadata}
+    ts.open(store, create=True, delete_existing=True).result()
 
 
-def _write_chunk(array: Path, number: int, values: np.ndarray, chunk: tuple[int, ...]) -> None:
-    """One chunk along the first axis: without compression its file is its bytes, the last one padded.
+def write_values(directory: Path, values: np.ndarray, layer: int | None, axis: int = 0) -> None:
+    """Write a tensor, or one layer of a stack, into the array that `create_array` has made.
 
-    As TensorStore would write it, which takes twice as long.
+    Without compression the file of a chunk is its bytes, the last one padded. TensorStore would write the
+    same and take twice as long.
     """
-    with (array / chunk_name(number, len(chunk))).open("wb") as file:
-        file.write(np.ascontiguousarray(values).reshape(-1).view(np.uint8).data)
-        file.truncate(math.prod(chunk) * values.dtype.itemsize)
+    if layer is not None:
+        index = ["0"] * (values.ndim + 1)
+        index[axis] = str(layer)
+        _write_chunk(directory / ".".join(index), values, values.size)
+        return
+    rows = json.loads((directory / ".zarray").read_text())["chunks"][0]
+    for number, start in enumerate(range(0, len(values), rows)):
+        size = rows * math.prod(values.shape[1:])
+        _write_chunk(
+            directory / chunk_name(number, values.ndim), values[start : start + rows], size
+        )
+
+
+def _write_chunk(file: Path, values: np.ndarray, size: int) -> None:
+    with file.open("wb") as stream:
+        stream.write(np.ascontiguousarray(values).reshape(-1).view(np.uint8).data)
+        stream.truncate(size * values.dtype.itemsize)

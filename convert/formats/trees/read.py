@@ -1,0 +1,388 @@
+"""Read any Orbax tree of arrays through a map of names."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from convert.checkpoint import Checkpoint
+from convert.companions import read_companions, require_inside
+from convert.formats.directory import checkpoint_of
+from convert.formats.llama_tensors import rotary_heads, tensor_shapes, to_halves
+from convert.formats.orbax.arrays import StoredArray, open_arrays
+from convert.formats.trees.locate import find_tree, home_of
+from convert.formats.trees.name_map import NameMap, Place, Rule
+from convert.formats.trees.scaling import scaled
+from convert.formats.trees.tiles import copy
+from llama_jax.checkpoints.safetensors_read import FLOAT_DTYPES, StoredTensor
+from llama_jax.checkpoints.safetensors_write import TensorSpec
+from llama_jax.config import LlamaConfig
+from llama_jax.formatting import first_line, summarize
+
+Shape = tuple[int, ...]
+
+_VOCABULARY = ("model.embed_tokens.weight", "lm_head.weight")
+_NOTABLE_PIECE = 2**28  # bytes
+_MAX_LAYERS = 2**16  # of a damaged shape, more are not listed
+
+
+def read(
+    path: Path, name_map: NameMap, *, rope: str | None = None, tokenizer: bool = True
+) -> Checkpoint:
+    """The Llama in an Orbax directory of another program, whose config.json is beside it.
+
+    Args:
+        rope: order of the rows of queries and keys, "halves" or "pairs", where the map does not say.
+        tokenizer: whether to read it; if not, errors in it do not matter.
+
+    Raises:
+        ValueError: with every problem: no tree, no config.json, arrays without a rule, tensors without an
+            array, shapes, dtypes, missing chunks, an order of rows that nobody told.
+    """
+    tree = require_tree(path)
+    home = home_of(path, tree, ("config.json",))
+    if home is None:
+        raise ValueError(
+            f"{path}: found no config.json, and the arrays do not tell all of it; put the model's Hugging "
+            "Face config.json there"
+        )
+    require_inside(home, "config.json")
+    config = LlamaConfig.from_pretrained(home)
+    if rope is not None and name_map.rope not in (None, rope):
+        raise ValueError(f"rope: found {rope}, but the map says {name_map.rope}")
+    return read_tree(
+        path,
+        open_arrays(tree),
+        home,
+        config,
+        name_map,
+        rope=rope or name_map.rope,
+        tokenizer=tokenizer,
+    )
+
+
+def require_tree(path: Path) -> Path:
+    """The directory of the tree in `path`. Raises ValueError where there is none, or no obvious one."""
+    tree = find_tree(path)
+    if tree is None:
+        raise ValueError(f"{path}: found no Orbax checkpoint (no _METADATA in it)")
+    return tree
+
+
+def read_tree(
+    path: Path,
+    arrays: Sequence[StoredArray],
+    home: Path,
+    config: LlamaConfig,
+    name_map: NameMap,
+    *,
+    rope: str | None,
+    tokenizer: bool,
+    notes: Sequence[str] = (),
+) -> Checkpoint:
+    """The same, once the arrays, the config and the directory of the tokenizer are known."""
+    sources, its_notes = _match(path, arrays, config, name_map)
+    if rope is None:
+        raise ValueError(
+            f"{path}: the arrays do not tell the order of the rows of queries and keys, and a wrong one "
+            "gives plausible losses: add --rope halves (as Hugging Face's) or --rope pairs (as Meta's, "
+            "interleaved)"
+        )
+    # the layers of an array one after another, for they are read together
+    position = {name: number for number, name in enumerate(sources)}
+    specs = [
+        TensorSpec(name, FLOAT_DTYPES[source.array.dtype], source.shape)
+        for name, source in sorted(
+            sources.items(), key=lambda item: (position[item[1].names[0]], item[1].layer or 0)
+        )
+    ]
+    largest = max(spec.nbytes for spec in specs)
+    piece = max(source.piece_bytes for source in sources.values())
+    if piece > max(largest, _NOTABLE_PIECE):
+        its_notes.append(
+            f"an array is stored in pieces of up to {piece / 1e9:.1f} GB, which are decoded whole and take "
+            "twice that memory"
+        )
+    stored = {source.array.name: source.array for source in sources.values()}
+    return checkpoint_of(
+        home,
+        title=name_map.title,
+        config=config,
+        tensors=specs,
+        load=_Reader(path, config, sources, rope, memory=3 * largest).load,
+        stored=[_stored_tensor(array) for array in stored.values()],
+        weight_files=[
+            file
+            for d in {a.directory.parent for a in arrays}
+            for file in d.rglob("*")
+            if file.is_file()
+        ],
+        files=read_companions(home, tokenizer=tokenizer),
+        notes=[*notes, f"rows of queries and keys are read as {rope}", *its_notes],
+    )
+
+
+@dataclass(frozen=True)
+class _Source:
+    """Where a tensor is: an array, or one layer of it.
+
+    names: of all tensors in the array.
+    layer: None for an array that is one tensor.
+    shape: of the tensor.
+    extent: how much there is to read along each axis of the array, that of layers left out.
+    """
+
+    array: StoredArray
+    rule: Rule
+    names: tuple[str, ...]
+    layer: int | None
+    shape: Shape
+    extent: Shape
+
+    @property
+    def axis(self) -> int | None:
+        """The axis of layers."""
+        return None if self.layer is None else self.rule.layer_axis
+
+    @property
+    def chunk(self) -> Shape:
+        """The shape of what is decoded as one piece."""
+        store = self.array.store
+        chunk = store.chunk_layout.read_chunk.shape or ()
+        return tuple(min(int(n or 1), size) for n, size in zip(chunk, store.shape, strict=True))
+
+    @property
+    def piece_bytes(self) -> int:
+        """Bytes of what is decoded as one piece."""
+        return math.prod(self.chunk) * self.dtype.itemsize
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """Of the array, which the tensor keeps."""
+        return FLOAT_DTYPES[self.array.dtype]
+
+
+def path_of(array: StoredArray) -> str:
+    """The keys that lead to an array, joined by "/"."""
+    return array.name.replace(".", "/")
+
+
+def _stored_tensor(array: StoredArray) -> StoredTensor:
+    shape = tuple(array.store.shape)
+    nbytes = math.prod(shape) * FLOAT_DTYPES[array.dtype].itemsize
+    return StoredTensor(array.directory, array.name, array.dtype, shape, 0, nbytes)
+
+
+def _match(
+    path: Path, arrays: Sequence[StoredArray], config: LlamaConfig, name_map: NameMap
+) -> tuple[dict[str, _Source], list[str]]:
+    """The source of every tensor of the model, in the model's order; and notes."""
+    if config.num_hidden_layers > sum(max(array.store.shape, default=1) for array in arrays):
+        raise ValueError(
+            f"{path}: found {len(arrays)} arrays, expected some for each of "
+            f"num_hidden_layers={config.num_hidden_layers}"
+        )
+    shapes = tensor_shapes(config)
+    found: dict[str, _Source] = {}
+    problems: list[str] = []
+    notes: list[str] = []
+    unreadable: set[str] = set()
+    for array in arrays:
+        key = path_of(array)
+        if name_map.ignores(key):
+            continue
+        place = name_map.place(key)
+        if place is None:
+            problems.append(f"{key}: unexpected, no rule of the map is for it")
+            continue
+        stacked = "{layer}" in place.name
+        names: tuple[str, ...] = (place.name,)
+        try:
+            if stacked:
+                names = _layer_names(array, place)
+            stored = tuple(array.store.shape)
+            if stacked:
+                stored = _without(stored, place.rule.layer_axis)
+            _require_expected(names, shapes, found)
+            _require_readable(array)
+            extent = _extent(array, place.rule, names[0], stored, shapes[names[0]], config)
+        except ValueError as error:
+            problems.append(f"{key}: {error}")
+            unreadable.update(names)
+            continue
+        if extent != stored:
+            extra = sum(stored) - sum(extent)
+            notes.append(
+                f"{key}: {extra} rows beyond the vocabulary of {config.vocab_size} are left out"
+            )
+        for layer, name in enumerate(names):
+            found[name] = _Source(
+                array, place.rule, names, layer if stacked else None, shapes[name], extent
+            )
+    problems += [
+        f"{name}: missing, no array is mapped to it"
+        for name in shapes
+        if name not in found and name not in unreadable
+    ]
+    if problems:
+        raise ValueError(summarize(str(path), problems))
+    return {name: found[name] for name in shapes}, notes
+
+
+def _layer_names(array: StoredArray, place: Place) -> tuple[str, ...]:
+    """The tensors in an array of all layers."""
+    axis, shape = place.rule.layer_axis, tuple(array.store.shape)
+    if axis is None or axis >= len(shape) or not 0 < shape[axis] <= _MAX_LAYERS:
+        raise ValueError(f"found shape {list(shape)}, expected layers along axis {axis}")
+    return tuple(place.name.replace("{layer}", str(layer)) for layer in range(shape[axis]))
+
+
+def _require_expected(
+    names: Sequence[str], shapes: Mapping[str, Shape], found: Mapping[str, _Source]
+) -> None:
+    for name in names:
+        if name not in shapes:
+            tied = name == "lm_head.weight"
+            raise ValueError(
+                f"is mapped to {name}, which a model of this config.json does not have"
+                + (": tie_word_embeddings is true; set it to false to use the head" if tied else "")
+            )
+        if name in found:
+            raise ValueError(f"is mapped to {name}, as {path_of(found[name].array)} is")
+
+
+def _require_readable(array: StoredArray) -> None:
+    if array.dtype not in FLOAT_DTYPES:
+        raise ValueError(f"found dtype {array.dtype}, expected {', '.join(FLOAT_DTYPES)}")
+    if not array.complete:
+        raise ValueError("some of its chunks are missing")
+
+
+def _extent(
+    array: StoredArray, rule: Rule, name: str, stored: Shape, shape: Shape, config: LlamaConfig
+) -> Shape:
+    """How much of an array to read: all of it, but for the rows that pad a vocabulary.
+
+    Args:
+        stored: the array's shape without the axis of layers.
+        shape: of the tensor, which the rule has to give.
+    """
+    expected = rule.stored_shape(shape, config)
+    if expected is None:
+        expected = stored
+    elif name in _VOCABULARY and len(expected) == len(stored) == len(shape):
+        rows = (rule.transpose or (0,))[0]
+        if stored[rows] > expected[rows] and _without(stored, rows) == _without(expected, rows):
+            return expected
+    if stored != expected:
+        raise ValueError(f"found shape {list(stored)}, expected {list(expected)}")
+    moved = rule.reshaped(stored, config)
+    order = rule.transpose or tuple(range(len(moved)))
+    if math.prod(moved) != math.prod(stored) or math.prod(stored) != math.prod(shape):
+        raise ValueError(f"found shape {list(stored)}, which cannot be reshaped to {list(shape)}")
+    if len(order) != len(moved):
+        raise ValueError(f"found shape {list(stored)}, expected {len(order)} axes to transpose")
+    return stored
+
+
+def _without(shape: Shape, axis: int | None) -> Shape:
+    return shape if axis is None else (*shape[:axis], *shape[axis + 1 :])
+
+
+class _Reader:
+    """Reads tensors; where pieces of an array span layers, as many layers at once as memory allows."""
+
+    def __init__(
+        self,
+        path: Path,
+        config: LlamaConfig,
+        sources: Mapping[str, _Source],
+        rope: str,
+        memory: int,
+    ) -> None:
+        """memory: bytes for the tensors that are held at a time."""
+        self._path = path
+        self._config = config
+        self._sources = sources
+        self._pairs = rope == "pairs"
+        self._memory = memory
+        # the layers of an array that are held in memory: its name, the first layer, the tensors
+        self._group: tuple[str, int, np.ndarray] | None = None
+
+    def load(self, name: str) -> np.ndarray:
+        """The values of a tensor. Raises ValueError where they cannot be read."""
+        source = self._sources[name]
+        try:
+            values = self._values(source)
+        except (ValueError, OSError) as error:
+            raise ValueError(
+                f"{self._path}: {path_of(source.array)}: {name}: {first_line(error)}"
+            ) from None
+        if self._pairs:
+            values = np.ascontiguousarray(to_halves(values, rotary_heads(name, self._config)))
+        return scaled(values, source.rule.factor(self._config))
+
+    def _values(self, source: _Source) -> np.ndarray:
+        if source.layer is None or source.axis is None:
+            return self._read(source, 0, 1)[0]
+        if source.chunk[source.axis] == 1:
+            return self._read(source, source.layer, source.layer + 1)[0]
+        layer, group = source.layer, self._group
+        if not (
+            group is not None
+            and group[0] == source.array.name
+            and group[1] <= layer < group[1] + len(group[2])
+        ):
+            group = self._group = None  # freed before the next one is read
+            end = min(layer + self._layers_at_a_time(source), len(source.names))
+            group = self._group = source.array.name, layer, self._read(source, layer, end)
+        values = group[2][layer - group[1]].copy()
+        if layer == group[1] + len(group[2]) - 1:
+            self._group = None
+        return values
+
+    def _layers_at_a_time(self, source: _Source) -> int:
+        tensor = math.prod(source.shape) * source.dtype.itemsize
+        # of the layers read before, one is being written and one has just been returned; a piece is held
+        # as it is stored and decoded
+        left = self._memory - 2 * tensor - 2 * source.piece_bytes
+        return max(1, left // tensor)
+
+    def _read(self, source: _Source, first: int, end: int) -> np.ndarray:
+        """Layers of an array, [end - first, *shape of a tensor]; of an array without layers, one."""
+        rule, store = source.rule, source.array.store
+        reshaped = rule.reshaped(source.extent, self._config)
+        order = rule.transpose or tuple(range(len(reshaped)))
+        result = np.empty((end - first, *source.shape), source.dtype)
+        moved = result.reshape(end - first, *(reshaped[axis] for axis in order))
+        target = moved.transpose(0, *(1 + order.index(axis) for axis in range(len(order))))
+        whole = None
+        if reshaped != source.extent:  # not a view of the result
+            whole = target
+            target = np.empty((end - first, *source.extent), source.dtype)
+        for block in _blocks(source.extent, _without(source.chunk, source.axis)):
+            index = block
+            if source.axis is not None:
+                index = (*block[: source.axis], slice(first, end), *block[source.axis :])
+            piece = store[index].read().result()
+            piece = piece[None] if source.axis is None else np.moveaxis(piece, source.axis, 0)
+            copy(target[(slice(None), *block)], piece)
+        if whole is not None:
+            copy(whole, target.reshape(end - first, *reshaped))
+        return result
+
+
+def _blocks(extent: Shape, chunk: Shape) -> Iterator[tuple[slice, ...]]:
+    """The pieces that an array is stored in, as indices."""
+    return itertools.product(
+        *(
+            [slice(start, min(start + step, size)) for start in range(0, size, step)]
+            for size, step in zip(extent, chunk, strict=True)
+        )
+    )
