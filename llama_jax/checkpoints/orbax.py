@@ -30,8 +30,9 @@ def is_orbax(path: Path) -> bool:
     if (path / PARAMS).is_dir():
         return True
     checkpoints = path / CHECKPOINTS
-    # MaxText's runs have these as well
-    return checkpoints.is_dir() and not any(checkpoints.glob("*/items"))
+    # other programs' runs have these as well, with trees of other names
+    foreign = any(checkpoints.glob("*/*/_METADATA")) and not any(checkpoints.glob(f"*/{PARAMS}"))
+    return checkpoints.is_dir() and not foreign
 
 
 def require_utf8(path: Path) -> None:

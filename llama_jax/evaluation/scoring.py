@@ -6,6 +6,8 @@ for one chunk of tokens at a time.
 
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
 import jax
@@ -13,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
+from llama_jax.attention.cache import KVCache, init_cache
 from llama_jax.config import LlamaConfig
 from llama_jax.loss import default_chunk
 from llama_jax.models.causal_lm import LlamaForCausalLM
@@ -107,7 +110,8 @@ def loglikelihood(
 ) -> list[TokenScores]:
     """Score each continuation after its context.
 
-    `.total` and `.is_greedy` of a result are what lm-evaluation-harness calls loglikelihood.
+    `.total` and `.is_greedy` of a result are what lm-evaluation-harness calls loglikelihood. A context that
+    several pairs have is run once.
 
     Args:
         pairs: ids of a context and of its continuation.
@@ -128,12 +132,65 @@ def loglikelihood(
         for name, tokens in (("context", context), ("continuation", continuation)):
             if not len(tokens):
                 raise ValueError(f"{name} {index}: found no tokens, expected at least one")
-    sequences = [[*context, *continuation] for context, continuation in pairs]
-    scored = token_scores(model, sequences, batch_size=batch_size)
-    return [
-        TokenScores(scores.log_probs[-len(tokens) :], scores.greedy[-len(tokens) :])
-        for scores, (_, tokens) in zip(scored, pairs, strict=True)
-    ]
+    groups: dict[tuple[int, ...], list[int]] = {}
+    for index, (context, _) in enumerate(pairs):
+        groups.setdefault(tuple(context), []).append(index)
+    # frequencies that depend on the length are those of the whole sequence
+    may_share = model.config.rope["rope_type"] not in ("dynamic", "longrope")
+    shared = [indices for indices in groups.values() if may_share and len(indices) > 1]
+    scores: dict[int, TokenScores] = {}
+    for index, score in _after_shared_contexts(model, pairs, shared, batch_size):
+        scores[index] = score
+    alone = [index for index in range(len(pairs)) if index not in scores]
+    sequences = [[*pairs[index][0], *pairs[index][1]] for index in alone]
+    for index, score in zip(
+        alone, token_scores(model, sequences, batch_size=batch_size), strict=True
+    ):
+        length = len(pairs[index][1])
+        scores[index] = TokenScores(score.log_probs[-length:], score.greedy[-length:])
+    return [scores[index] for index in range(len(pairs))]
+
+
+def _after_shared_contexts(
+    model: LlamaForCausalLM,
+    pairs: Sequence[tuple[Sequence[int], Sequence[int]]],
+    groups: Sequence[list[int]],
+    batch_size: int,
+) -> Iterator[tuple[int, TokenScores]]:
+    """The scores of several continuations of each context, which is run once.
+
+    Args:
+        groups: indices of pairs that have the same context.
+    """
+    for index in itertools.chain(*groups):
+        _require_tokens(
+            f"sequence {index}", np.asarray([*pairs[index][0], *pairs[index][1]]), model
+        )
+    for batch in _batches([len(pairs[group[0]][0]) for group in groups], batch_size, False):
+        contexts = [pairs[groups[number][0]][0] for number in batch]
+        width = _bucket(len(contexts[0]))
+        rows = _power_of_two(len(batch), batch_size)
+        ids, is_token = np.zeros((rows, width), np.int32), np.zeros((rows, width), bool)
+        for row, context in enumerate(contexts):
+            ids[row, width - len(context) :] = context
+            is_token[row, width - len(context) :] = True
+        members = [(row, index) for row, number in enumerate(batch) for index in groups[number]]
+        members.sort(key=lambda member: -len(pairs[member[1]][1]))
+        # the last token of a continuation is only a target
+        new = _power_of_two(len(pairs[members[0][1]][1]), 2**30)
+        last, cache = _prefill(model, ids, is_token, capacity=width + new - 1)
+        for start in range(0, len(members), batch_size):
+            part = members[start : start + batch_size]
+            size = _power_of_two(len(part), batch_size)
+            targets, source = np.zeros((size, new), np.int32), np.zeros(size, np.int32)
+            for row, (context_row, index) in enumerate(part):
+                continuation = pairs[index][1]
+                targets[row, : len(continuation)] = continuation
+                source[row] = context_row
+            log_probs, greedy = map(np.asarray, _continue(model, last, cache, source, targets))
+            for row, (_, index) in enumerate(part):
+                length = len(pairs[index][1])
+                yield index, TokenScores(log_probs[row, :length], greedy[row, :length])
 
 
 def loglikelihood_rolling(
@@ -304,6 +361,54 @@ def _score(
     positions: Int[Array, "1 seq"],
 ) -> tuple[Float[Array, "batch seq"], Bool[Array, "batch seq"]]:
     hidden = model.model(inputs, position_ids=positions).last_hidden_state
+    flat = hidden.reshape(-1, hidden.shape[-1])
+    chunk = default_chunk(model.config.vocab_size)
+    log_probs, greedy = token_log_probs(flat, model.head_weight, targets.reshape(-1), chunk)
+    return log_probs.reshape(targets.shape), greedy.reshape(targets.shape)
+
+
+@partial(jax.jit, static_argnames="capacity")
+def _prefill(
+    model: LlamaForCausalLM,
+    ids: Int[Array, "batch seq"],
+    is_token: Bool[Array, "batch seq"],
+    capacity: int,
+) -> tuple[Float[Array, "batch hidden"], KVCache]:
+    """The last hidden state of each context, padded on the left, and the cache after it."""
+    positions = jnp.maximum(jnp.cumsum(is_token, axis=-1, dtype=jnp.int32) - 1, 0)
+    out = model.model(
+        ids,
+        attention_mask=is_token,
+        position_ids=positions,
+        cache=init_cache(model.config, len(ids), capacity, model.dtype),
+    )
+    assert out.cache is not None
+    return out.last_hidden_state[:, -1], out.cache
+
+
+@jax.jit
+def _continue(
+    model: LlamaForCausalLM,
+    last: Float[Array, "contexts hidden"],
+    cache: KVCache,
+    source: Int[Array, " batch"],
+    targets: Int[Array, "batch seq"],
+) -> tuple[Float[Array, "batch seq"], Bool[Array, "batch seq"]]:
+    """The scores of continuations, row r of which follows the context `source[r]`."""
+    hidden = last[source][:, None]
+    if targets.shape[1] > 1:
+        tokens = cache.is_token.sum(axis=1, dtype=jnp.int32)[source]
+        own = replace(
+            cache,
+            keys=jax.tree.map(lambda array: array[:, source], cache.keys),
+            values=jax.tree.map(lambda array: array[:, source], cache.values),
+            is_token=cache.is_token[source],
+            segments=cache.segments[source],
+        )
+        inputs = targets[:, :-1]
+        positions = tokens[:, None] + jnp.arange(inputs.shape[1], dtype=jnp.int32)
+        out = model.model(inputs, position_ids=positions, cache=own)
+        hidden = jnp.concatenate([hidden, out.last_hidden_state], axis=1)
     flat = hidden.reshape(-1, hidden.shape[-1])
     chunk = default_chunk(model.config.vocab_size)
     log_probs, greedy = token_log_probs(flat, model.head_weight, targets.reshape(-1), chunk)

@@ -23,7 +23,7 @@ from convert.formats.trees.read import read_tree, require_tree
 from convert.same_function import config_differences
 from llama_jax.config import LlamaConfig
 
-_KEYS = (b'"token_embedder"', b'"decoder_norm"')
+_KEYS = (b'"token_embedder"', b'"pre_self_attention_layer_norm"')
 
 
 def recognizes(path: Path) -> bool:
@@ -33,7 +33,7 @@ def recognizes(path: Path) -> bool:
         content = b"" if tree is None else (tree / METADATA).read_bytes()
     except (OSError, ValueError):
         return False
-    return all(key in content for key in _KEYS)
+    return any(key in content for key in _KEYS)
 
 
 def read(path: Path, *, tokenizer: bool = True, rope: str | None = None) -> Checkpoint:

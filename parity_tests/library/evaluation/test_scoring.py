@@ -18,6 +18,7 @@ from transformers import PreTrainedTokenizerFast
 
 from llama_jax import LlamaConfig, LlamaForCausalLM
 from llama_jax.__main__ import main
+from llama_jax.evaluation import scoring
 from llama_jax.evaluation.scoring import (
     _bucket,
     _score,
@@ -108,6 +109,42 @@ def test_a_continuation_is_scored_like_the_end_of_the_sequence(model: LlamaForCa
     complete = token_scores(model, [c + t for c, t in pairs])
     for (_, target), got, want in zip(pairs, loglikelihood(model, pairs), complete, strict=True):
         assert np.array_equal(got.log_probs, want.log_probs[-len(target) :])
+
+
+@pytest.mark.parametrize("name", ["tied", "rope_longrope_long"])
+@pytest.mark.parametrize("batch_size", [2, 5])
+def test_continuations_of_one_context_in_float64(
+    name: str, batch_size: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Contexts of several lengths, which are run once; and one that has a single continuation."""
+    config = BY_NAME[name].config | {"num_hidden_layers": 1, "max_position_embeddings": 64}
+    contexts = texts(3, (5, 20, 1))
+    lengths = ((1, 4, 2, 1), (3, 1, 1), (2,))
+    pairs = [
+        (context, continuation)
+        for number, (context, sizes) in enumerate(zip(contexts, lengths, strict=True))
+        for continuation in texts(10 + number, sizes)
+    ]
+    pairs = pairs[::2] + pairs[1::2]
+    weights = weights_of(config)
+    whole: list[tuple[int, ...]] = []
+
+    def score(model: LlamaForCausalLM, inputs: Any, *rest: Any) -> Any:
+        whole.append(inputs.shape)
+        return _score(model, inputs, *rest)
+
+    monkeypatch.setattr(scoring, "_score", score)
+    with jax.enable_x64(True):
+        got = loglikelihood(our_model(config, weights, jnp.float64), pairs, batch_size=batch_size)
+    for (context, continuation), scores in zip(pairs, got, strict=True):
+        ids = [*context, *continuation]
+        logits = oracle(config, weights, input_ids=torch.tensor([ids[:-1]])).logits
+        expected = log_probs_of(logits, ids)[-len(continuation) :]
+        assert relative_error(scores.log_probs, expected) <= FLOAT64_BAR
+        greedy = (logits[0].argmax(-1) == torch.tensor(ids[1:])).tolist()
+        assert scores.greedy.tolist() == greedy[-len(continuation) :]
+    # frequencies that depend on the length are not shared
+    assert whole == [(1, 16)] if name == "tied" else len(whole) > 1
 
 
 @settings(deadline=None)
