@@ -312,8 +312,8 @@ class _Reader:
         self._sources = sources
         self._pairs = rope == "pairs"
         self._memory = memory
-        # the layers of an array that are held in memory: its name, the first layer, the tensors
-        self._group: tuple[str, int, np.ndarray] | None = None
+        # of the array whose layers were read last: its name, and those not loaded yet
+        self._group: tuple[str, dict[int, np.ndarray]] = "", {}
 
     def load(self, name: str) -> np.ndarray:
         """The values of a tensor. Raises ValueError where they cannot be read."""
@@ -331,51 +331,54 @@ class _Reader:
     def _values(self, source: _Source) -> np.ndarray:
         if source.layer is None or source.axis is None:
             return self._read(source, 0, 1)[0]
-        if source.chunk[source.axis] == 1:
-            return self._read(source, source.layer, source.layer + 1)[0]
-        layer, group = source.layer, self._group
-        if not (
-            group is not None
-            and group[0] == source.array.name
-            and group[1] <= layer < group[1] + len(group[2])
-        ):
-            group = self._group = None  # freed before the next one is read
+        array, layer = source.array.name, source.layer
+        if self._group[0] != array or layer not in self._group[1]:
+            self._group = "", {}  # freed before the next ones are read
             end = min(layer + self._layers_at_a_time(source), len(source.names))
-            group = self._group = source.array.name, layer, self._read(source, layer, end)
-        values = group[2][layer - group[1]].copy()
-        if layer == group[1] + len(group[2]) - 1:
-            self._group = None
-        return values
+            self._group = array, dict(enumerate(self._read(source, layer, end), layer))
+        return self._group[1].pop(layer)
 
     def _layers_at_a_time(self, source: _Source) -> int:
+        if source.axis is not None and source.chunk[source.axis] == 1:
+            return 1
         tensor = math.prod(source.shape) * source.dtype.itemsize
         # of the layers read before, one is being written and one has just been returned; a piece is held
         # as it is stored and decoded
         left = self._memory - 2 * tensor - 2 * source.piece_bytes
         return max(1, left // tensor)
 
-    def _read(self, source: _Source, first: int, end: int) -> np.ndarray:
-        """Layers of an array, [end - first, *shape of a tensor]; of an array without layers, one."""
-        rule, store = source.rule, source.array.store
-        reshaped = rule.reshaped(source.extent, self._config)
-        order = rule.transpose or tuple(range(len(reshaped)))
-        result = np.empty((end - first, *source.shape), source.dtype)
-        moved = result.reshape(end - first, *(reshaped[axis] for axis in order))
-        target = moved.transpose(0, *(1 + order.index(axis) for axis in range(len(order))))
-        whole = None
-        if reshaped != source.extent:  # not a view of the result
-            whole = target
-            target = np.empty((end - first, *source.extent), source.dtype)
+    def _read(self, source: _Source, first: int, end: int) -> list[np.ndarray]:
+        """The tensors in some layers of an array; of an array without layers, one."""
+        store, results, targets = source.array.store, [], []
+        for _ in range(first, end):
+            results.append(np.empty(source.shape, source.dtype))
+            targets.append(self._as_stored(results[-1], source))
         for block in _blocks(source.extent, _without(source.chunk, source.axis)):
             index = block
             if source.axis is not None:
                 index = (*block[: source.axis], slice(first, end), *block[source.axis :])
             piece = store[index].read().result()
             piece = piece[None] if source.axis is None else np.moveaxis(piece, source.axis, 0)
-            copy(target[(slice(None), *block)], piece)
-        if whole is not None:
-            copy(whole, target.reshape(end - first, *reshaped))
-        return result
+            for target, values in zip(targets, piece, strict=True):
+                copy(target[block], values)
+        for result, target in zip(results, targets, strict=True):
+            if not np.may_share_memory(result, target):
+                self._reshape_into(result, target, source)
+        return results
+
+    def _as_stored(self, tensor: np.ndarray, source: _Source) -> np.ndarray:
+        """A view of a tensor with the axes of the array; where `reshape` allows none, another array."""
+        reshaped = source.rule.reshaped(source.extent, self._config)
+        if reshaped != source.extent:
+            return np.empty(source.extent, source.dtype)
+        order = source.rule.transpose or tuple(range(len(reshaped)))
+        moved = tensor.reshape([reshaped[axis] for axis in order])
+        return moved.transpose([order.index(axis) for axis in range(len(order))])
+
+    def _reshape_into(self, tensor: np.ndarray, values: np.ndarray, source: _Source) -> None:
+        reshaped = values.reshape(source.rule.reshaped(source.extent, self._config))
+        moved = reshaped.transpose(source.rule.transpose or tuple(range(reshaped.ndim)))
+        copy(tensor.reshape(moved.shape), moved)
 
 
 def _blocks(extent: Shape, chunk: Shape) -> Iterator[tuple[slice, ...]]:

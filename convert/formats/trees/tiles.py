@@ -6,11 +6,14 @@ import itertools
 
 import numpy as np
 
-_TILE = 64  # rows and columns copied at a time: both sides stay in the processor's cache
+_TILE = 32  # rows and columns copied at a time: both sides stay in the processor's cache
 
 
 def copy(target: np.ndarray, values: np.ndarray) -> None:
-    """Copy between arrays whose axes may lie in memory in another order, in tiles."""
+    """Copy `values` into an array of the same shape and dtype, in tiles."""
+    # numpy copies bfloat16 more slowly than integers
+    bits = f"u{target.dtype.itemsize}"
+    target, values = target.view(bits), values.view(bits)
     fast = [int(np.argmin(np.abs(array.strides))) for array in (target, values) if array.ndim]
     if len(set(fast)) < 2:
         target[...] = values

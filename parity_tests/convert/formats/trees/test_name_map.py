@@ -232,9 +232,9 @@ def test_refusals(model: Any, tmp_path: Path) -> None:
     assert "none.toml: cannot be read" in error_of(source, out, name_map=tmp_path / "none.toml")
     assert "found no Orbax checkpoint" in error_of(tmp_path / "model", out, name_map=names)
     text = names.read_text()
-    names.write_text(text.replace("'lm_head.weight'", "'model.norm.weight'"))
+    names.write_text(text.replace("'lm_head.weight'", "'model.embed_tokens.weight'"))
     message = error_of(source, out, name_map=names)
-    assert "is mapped to model.norm.weight, as" in message
+    assert "is mapped to model.embed_tokens.weight, as" in message
     assert "lm_head.weight: missing, no array is mapped to it" in message
     names.write_text(text.replace("'lm_head.weight'", "'model.head.weight'"))
     assert "model.head.weight, which a model of this config.json does not have" in error_of(
