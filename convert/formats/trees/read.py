@@ -29,6 +29,7 @@ Shape = tuple[int, ...]
 
 _VOCABULARY = ("model.embed_tokens.weight", "lm_head.weight")
 _NOTABLE_PIECE = 2**28  # bytes
+_VALUES = 2**23  # read at a time, unless a piece has more
 _MAX_LAYERS = 2**16  # of a damaged shape, more are not listed
 
 
@@ -353,7 +354,8 @@ class _Reader:
         for _ in range(first, end):
             results.append(np.empty(source.shape, source.dtype))
             targets.append(self._as_stored(results[-1], source))
-        for block in _blocks(source.extent, _without(source.chunk, source.axis)):
+        chunk = _without(source.chunk, source.axis)
+        for block in _blocks(source.extent, chunk, _VALUES // len(results)):
             index = block
             if source.axis is not None:
                 index = (*block[: source.axis], slice(first, end), *block[source.axis :])
@@ -381,11 +383,19 @@ class _Reader:
         copy(tensor.reshape(moved.shape), moved)
 
 
-def _blocks(extent: Shape, chunk: Shape) -> Iterator[tuple[slice, ...]]:
-    """The pieces that an array is stored in, as indices."""
+def _blocks(extent: Shape, chunk: Shape, values: int) -> Iterator[tuple[slice, ...]]:
+    """The pieces that an array is stored in, as indices; small ones together, up to so many values.
+
+    >>> [rows.stop - rows.start for rows, _ in _blocks((10, 4), (2, 4), values=16)]
+    [4, 4, 2]
+    """
+    steps = list(chunk)
+    for axis in reversed(range(len(steps))):
+        together = max(1, values // math.prod(steps))
+        steps[axis] = min(steps[axis] * together, extent[axis])
     return itertools.product(
         *(
             [slice(start, min(start + step, size)) for start in range(0, size, step)]
-            for size, step in zip(extent, chunk, strict=True)
+            for size, step in zip(extent, steps, strict=True)
         )
     )

@@ -104,10 +104,11 @@ def test_every_layout_is_read(
             break
 
 
+@pytest.mark.parametrize("values", [1, 300, 2**23])
 def test_layers_are_read_by_pieces(
-    model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, values: int
 ) -> None:
-    """Pieces that divide every axis and span layers; two layers are read at a time."""
+    """Pieces that divide every axis and span layers, one or more at once; two layers at a time."""
     expected = tensors_of(tmp_path / "model")
     leaves = maxtext_leaves(expected, model.config)
     source = save(full_state(leaves), tmp_path / "items", chunk_byte_size=1000)
@@ -115,6 +116,7 @@ def test_layers_are_read_by_pieces(
     name = "params.params.decoder.layers.mlp.wo.kernel"
     (array,) = (array for array in trees.open_arrays(source) if array.name == name)
     assert any(c < n for c, n in zip(array.chunk_shape, array.store.shape, strict=True))
+    monkeypatch.setattr(trees, "_VALUES", values)
     monkeypatch.setattr(trees._Reader, "_layers_at_a_time", lambda self, source: 2)
     require_same(convert.convert(source, tmp_path / "out", rope="halves"), expected)
 
