@@ -10,14 +10,10 @@ takes what `python -m lm_eval` takes. In a program of your own, import this modu
 
 from collections.abc import Iterable, Sequence
 from itertools import groupby
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
-import lm_eval.models  # noqa: F401 - registers its own classes, which it does not beside others
 import numpy as np
-from lm_eval.api.instance import Instance
-from lm_eval.api.model import TemplateLM
-from lm_eval.api.registry import register_model
 
 from llama_jax.cli.program import leave, run_program
 from llama_jax.evaluation.scoring import loglikelihood, loglikelihood_rolling, prefix_token
@@ -26,6 +22,21 @@ from llama_jax.text.chat_template import chat_templates, render_chat
 from llama_jax.text.encode import encode_text
 from llama_jax.text.tokenizer import load_tokenizer, special_tokens
 from llama_jax.text.tokenizer_files import read_files
+
+try:
+    import lm_eval.models  # registers its own classes, which lm_eval does not do beside others
+    from lm_eval.api.model import TemplateLM
+    from lm_eval.api.registry import register_model
+except ModuleNotFoundError:  # `main` says how to install it
+    TemplateLM = object
+
+    def register_model(name: str) -> Any:
+        """Leaves a class as it is."""
+        return lambda kind: kind
+
+
+if TYPE_CHECKING:
+    from lm_eval.api.instance import Instance
 
 _BATCH_SIZE = 16
 _NEW_TOKENS = 256  # as lm_eval's own models, where a task does not say
@@ -138,7 +149,7 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]
         return results
 
     def loglikelihood_rolling(
-        self, requests: list[Instance], disable_tqdm: bool = False
+        self, requests: list["Instance"], disable_tqdm: bool = False
     ) -> list[float]:
         """The log-likelihood of whole texts, in windows of `max_length`."""
         texts = [self.tok_encode(request.args[0]) for request in requests]
@@ -156,7 +167,7 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]
             self.cache_hook.add_partial("loglikelihood_rolling", request.args, result)
         return results
 
-    def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
+    def generate_until(self, requests: list["Instance"], disable_tqdm: bool = False) -> list[str]:
         """Continuations of contexts, each up to the first of its stop strings."""
         results = [""] * len(requests)
         contexts = [
