@@ -24,7 +24,7 @@ from llama_jax.text.tokenizer import load_tokenizer, special_tokens
 from llama_jax.text.tokenizer_files import read_files
 
 try:
-    import lm_eval.models  # registers its own classes, which lm_eval does not do beside others
+    import lm_eval.models  # noqa: F401 - registers its own classes, which it does not beside others
     from lm_eval.api.model import TemplateLM
     from lm_eval.api.registry import register_model
 except ModuleNotFoundError:  # `main` says how to install it
@@ -44,7 +44,7 @@ _STEPS = 8  # between two looks for stop strings
 
 
 @register_model("llama_jax")
-class HarnessModel(TemplateLM):  # type: ignore[misc]
+class HarnessModel(TemplateLM):
     """A causal LM with its tokenizer, as lm_eval's tasks use it.
 
     Args:
@@ -287,15 +287,18 @@ def _sampling(options: dict[str, Any]) -> dict[str, Any]:
     temperature = float(options.pop("temperature", 0.0) or 0.0)
     do_sample = options.pop("do_sample", None)
     sample = temperature > 0 if do_sample is None else bool(do_sample) and temperature != 0
-    known = {name: options.pop(name) for name in ("top_p", "top_k", "min_p") if name in options}
+    known: dict[str, Any] = {
+        name: options.pop(name) for name in ("top_p", "top_k", "min_p") if name in options
+    }
     if options:
         raise ValueError(
             f"generation_kwargs: found {', '.join(options)}, expected until, max_gen_toks, do_sample, "
             "temperature, top_p, top_k, min_p"
         )
-    return (
-        {"do_sample": True, "temperature": temperature, **known} if sample else {"do_sample": False}
-    )
+    if not sample:
+        return {"do_sample": False}
+    known.update(do_sample=True, temperature=temperature)
+    return known
 
 
 def _until_end(tokens: np.ndarray, end: int | None) -> list[int]:
@@ -312,9 +315,13 @@ def _before(text: str, stops: Sequence[str]) -> str:
 
 def main() -> int:
     """lm_eval's command line, with this model class. Returns the exit code."""
-    from lm_eval.__main__ import cli_evaluate
 
-    return run_program(cli_evaluate, extra="eval")
+    def command() -> None:
+        from lm_eval.__main__ import cli_evaluate
+
+        cli_evaluate()
+
+    return run_program(command, extra="eval")
 
 
 if __name__ == "__main__":

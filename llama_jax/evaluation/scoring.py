@@ -406,7 +406,7 @@ def _continue(
             segments=cache.segments[source],
         )
         inputs = targets[:, :-1]
-        positions = tokens[:, None] + jnp.arange(inputs.shape[1], dtype=jnp.int32)
+        positions = tokens[:, None] + jnp.arange(inputs.shape[1], dtype=jnp.int32)[None]
         out = model.model(inputs, position_ids=positions, cache=own)
         hidden = jnp.concatenate([hidden, out.last_hidden_state], axis=1)
     flat = hidden.reshape(-1, hidden.shape[-1])
