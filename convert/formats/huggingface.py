@@ -107,9 +107,9 @@ def target_specs(checkpoint: Checkpoint, dtype: str | None) -> list[TensorSpec]:
     return plain.target_specs(checkpoint, dtype)
 
 
-def cast_rule(dtype: str | None) -> CastRule:
+def cast_rule(checkpoint: Checkpoint, dtype: str | None) -> CastRule:
     """What `--dtype` does to a tensor."""
-    return fp8.cast_rule if dtype == fp8.DTYPE else plain.cast_rule(dtype)
+    return fp8.cast_rule if dtype == fp8.DTYPE else plain.cast_rule(checkpoint, dtype)
 
 
 def stored_bytes(spec: TensorSpec, dtype: str | None) -> int:
