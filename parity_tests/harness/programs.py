@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 from llama_jax import LlamaConfig, LlamaForCausalLM
 from llama_jax.checkpoints import huggingface
 from parity_tests.harness.cases import hf_inputs, torch_inputs
+from parity_tests.harness.compilation import compiler_options
 from parity_tests.reference.oracle import oracle
 
 Config = Mapping[str, Any]
@@ -94,11 +95,6 @@ def our_inputs(inputs: Inputs, dtype: Any) -> tuple[dict[str, jax.Array], dict[s
     return arrays, {name: value for name, value in inputs.items() if isinstance(value, int)}
 
 
-# Compiles five times faster. For float64, where rounding does not matter; elsewhere the suite compiles what
-# users compile, without options.
-FAST_COMPILE = {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}
-
-
 def compiled(
     ints: Mapping[str, int], options: Mapping[str, Any] | None = None
 ) -> Callable[..., tuple[dict[str, jax.Array], Any]]:
@@ -121,7 +117,7 @@ def compiled(
 def our_numbers(model: Any, inputs: Inputs, run: Callable[..., Any] | None = None) -> Numbers:
     """The numbers of our model. `run` is what `compiled` returned, to compile once for many inputs."""
     arrays, ints = our_inputs(inputs, model.dtype)
-    run = run or compiled(ints, FAST_COMPILE if model.dtype == jnp.float64 else None)
+    run = run or compiled(ints, compiler_options(model.dtype))
     results, gradient = run(model, arrays)
     grads = {
         f"grad {name}": np.asarray(array) for name, array in huggingface.to_hf_tensors(gradient)

@@ -19,7 +19,8 @@ from llama_jax.attention import masks
 from llama_jax.models import causal_lm, layers
 from llama_jax.models import decoder as model
 from parity_tests.harness.cases import torch_inputs
-from parity_tests.harness.programs import FAST_COMPILE, our_inputs, our_model
+from parity_tests.harness.compilation import FAST_COMPILE
+from parity_tests.harness.programs import our_inputs, our_model
 from parity_tests.reference import oracle
 from parity_tests.reference.errors import relative_error
 from parity_tests.report.programs import jax_layers, oracle_layers

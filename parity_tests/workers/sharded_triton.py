@@ -17,7 +17,8 @@ import numpy as np
 from jax.sharding import AxisType
 
 from llama_jax.attention import dispatch
-from parity_tests.library.attention.triton_cases import QUICK, SMALL, fused, mask_of, operands
+from parity_tests.harness.compilation import FAST_COMPILE
+from parity_tests.library.attention.triton_cases import SMALL, fused, mask_of, operands
 from parity_tests.reference.errors import relative_error
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
@@ -33,7 +34,7 @@ CASES = {
 }
 
 
-@partial(jax.jit, compiler_options=QUICK)
+@partial(jax.jit, compiler_options=FAST_COMPILE)
 def sharded(arrays, mask):
     *inputs, gradient = arrays
     out, pull = jax.vjp(lambda *a: dispatch.attention(*a, mask)[0], *inputs)

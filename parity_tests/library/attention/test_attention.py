@@ -13,6 +13,7 @@ from llama_jax.attention.blocked import blocked_attention
 from llama_jax.attention.dispatch import PLAIN_LENGTH, attention
 from llama_jax.attention.masks import AttentionMask, attention_mask, dense_mask, sees_something
 from llama_jax.attention.plain import dot_product_attention
+from parity_tests.harness.compilation import compiler_options
 from parity_tests.reference.errors import relative_error
 from parity_tests.reference.tolerances import ROUNDING_RATIO
 
@@ -52,9 +53,9 @@ def value_and_gradients(run, operands):
         out = run(*operands).astype(jnp.float64)
         return jnp.sum(out * jnp.linspace(-1, 2, out.size).reshape(out.shape)), out
 
-    (_, out), gradients = jax.jit(jax.value_and_grad(scalar, argnums=(0, 1, 2), has_aux=True))(
-        *operands
-    )
+    both = jax.value_and_grad(scalar, argnums=(0, 1, 2), has_aux=True)
+    options = compiler_options(operands[0].dtype)
+    (_, out), gradients = jax.jit(both, compiler_options=options)(*operands)
     return [out, *gradients]
 
 

@@ -14,10 +14,10 @@ from llama_jax.attention.masks import AttentionMask
 from llama_jax.attention.triton import triton_attention, why_not_triton
 from llama_jax.models.decoder import mask_and_cache
 from llama_jax.numerics.remat import checkpointed
+from parity_tests.harness.compilation import FAST_COMPILE
 from parity_tests.library.attention.triton_cases import (
     BATCH,
     KINDS,
-    QUICK,
     SMALL,
     errors,
     fused,
@@ -158,7 +158,7 @@ def test_layers_under_scan_and_remat(remat, forward_passes):
         return jnp.sum(out.astype(jnp.float32))
 
     scales = jnp.asarray([1.0, -2.0], jnp.bfloat16)
-    gradient = jax.jit(jax.grad(energy), static_argnums=1, compiler_options=QUICK)
+    gradient = jax.jit(jax.grad(energy), static_argnums=1, compiler_options=FAST_COMPILE)
     jaxpr = jax.make_jaxpr(jax.grad(energy), static_argnums=1)(scales, remat)
     calls = [e.params["name"] for e in equations(jaxpr) if e.primitive.name == "pallas_call"]
     assert calls.count("attention_forward") == forward_passes
@@ -169,7 +169,9 @@ def test_layers_under_scan_and_remat(remat, forward_passes):
 def test_vmap():
     arrays = [jnp.stack([a, 2 * a]) for a in operands(40, 40, 4, 2, 64, jnp.bfloat16)]
     mask = mask_of("left packed right", 40)
-    together = jax.jit(jax.vmap(fused.__wrapped__, (0, None)), compiler_options=QUICK)(arrays, mask)
+    together = jax.jit(jax.vmap(fused.__wrapped__, (0, None)), compiler_options=FAST_COMPILE)(
+        arrays, mask
+    )
     for index in range(2):
         alone = fused([array[index] for array in arrays], mask)
         assert all(jnp.array_equal(a[index], b) for a, b in zip(together, alone, strict=True))

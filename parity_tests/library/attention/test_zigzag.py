@@ -17,7 +17,7 @@ from llama_jax.attention.triton import triton_attention
 from llama_jax.attention.triton.blocks import Blocks, Kernels
 from llama_jax.attention.triton.ranges import mask_operands, visible_blocks
 from llama_jax.attention.zigzag import ZigZag
-from parity_tests.harness.programs import FAST_COMPILE
+from parity_tests.harness.compilation import FAST_COMPILE
 from parity_tests.reference.errors import relative_error
 
 ORDERS = [(ZigZag(4, 1), 16), (ZigZag(4, 3), 48), (ZigZag(3, 2), 36), (ZigZag(1, 2), 8)]

@@ -11,6 +11,7 @@ from llama_jax.attention.masks import AttentionMask, dense_mask
 from llama_jax.attention.plain import dot_product_attention
 from llama_jax.attention.triton import triton_attention
 from llama_jax.attention.triton.blocks import Blocks, Kernels
+from parity_tests.harness.compilation import FAST_COMPILE
 
 BATCH = 2
 # blocks of another size in each kernel, none of them square
@@ -51,8 +52,7 @@ def operands(
 
 
 # what takes the time is the compiler
-QUICK = {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}
-_jit = partial(jax.jit, compiler_options=QUICK)
+_jit = partial(jax.jit, compiler_options=FAST_COMPILE)
 
 
 @partial(_jit, static_argnums=2)

@@ -14,7 +14,8 @@ from llama_jax import LlamaForCausalLM, init_cache
 from llama_jax.generation import loop
 from parity_tests.harness.cases import BY_NAME, Config, hf_model, weights_of
 from parity_tests.harness.child_process import output_lines
-from parity_tests.harness.programs import FAST_COMPILE, our_model
+from parity_tests.harness.compilation import FAST_COMPILE
+from parity_tests.harness.programs import our_model
 from parity_tests.reference.errors import relative_error
 from parity_tests.reference.tolerances import FLOAT64_BAR
 

@@ -27,8 +27,8 @@ from parity_tests.harness.cases import (
     weights_of,
 )
 from parity_tests.harness.cases import torch_inputs as as_torch
+from parity_tests.harness.compilation import FAST_COMPILE
 from parity_tests.harness.programs import (
-    FAST_COMPILE,
     compiled,
     hf_numbers,
     oracle_numbers,

@@ -14,7 +14,7 @@ from jax.tree_util import keystr
 
 from llama_jax import LlamaConfig, LlamaForCausalLM
 from parity_tests.harness.cases import BASE
-from parity_tests.harness.programs import FAST_COMPILE
+from parity_tests.harness.compilation import FAST_COMPILE
 from train.data.batch import Batch
 from train.options import Optimizer
 from train.program.optimizer import decay_mask, make_optimizer

@@ -10,7 +10,7 @@ import numpy as np
 import optax
 import pytest
 
-from parity_tests.harness.programs import FAST_COMPILE
+from parity_tests.harness.compilation import FAST_COMPILE
 from parity_tests.reference.errors import relative_error
 from parity_tests.train.program.test_optimizer import OPTIONS, batch, named, params_of
 from train.program.optimizer import make_optimizer

@@ -19,7 +19,8 @@ from torch.nn.functional import cross_entropy
 
 from llama_jax.checkpoints import huggingface
 from parity_tests.harness.cases import BASE, hf_inputs, hf_model, weights_of
-from parity_tests.harness.programs import FAST_COMPILE, our_model
+from parity_tests.harness.compilation import FAST_COMPILE
+from parity_tests.harness.programs import our_model
 from parity_tests.reference.errors import rms_error, worst
 from parity_tests.reference.oracle import oracle
 from parity_tests.reference.tolerances import ROUNDING_RATIO
