@@ -29,6 +29,9 @@ Shape = tuple[int, ...]
 
 _VOCABULARY = ("model.embed_tokens.weight", "lm_head.weight")
 _NOTABLE_PIECE = 2**28  # bytes
+_SPARE = (
+    200_000_000  # bytes of the 600 MB that a conversion may take besides, and the program does not
+)
 _VALUES = 2**23  # read at a time, unless a piece has more
 _MAX_LAYERS = 2**16  # of a damaged shape, more are not listed
 
@@ -116,7 +119,7 @@ def read_tree(
         title=name_map.title,
         config=config,
         tensors=specs,
-        load=_Reader(path, config, sources, rope, memory=3 * largest).load,
+        load=_Reader(path, config, sources, rope, memory=3 * largest + _SPARE).load,
         stored=[_stored_tensor(array) for array in stored.values()],
         weight_files=[
             file
