@@ -135,6 +135,24 @@ FORMATS: dict[str, Entry] = {
         _PLAIN_DTYPES,
         "convert.formats.meta",
     ),
+    "dcp": Entry(
+        "torch distributed",
+        "a directory with .metadata and *.distcp, of torchtitan, FSDP or Accelerate",
+        _PLAIN_DTYPES,
+        "convert.formats.dcp",
+    ),
+    "litgpt": Entry(
+        "LitGPT",
+        "a directory with lit_model.pth and model_config.yaml",
+        _PLAIN_DTYPES,
+        "convert.formats.litgpt",
+    ),
+    "state_dict": Entry(
+        "PyTorch state dict",
+        "a .pt, .pth or .bin file, in torchtitan's or Hugging Face's names",
+        (),
+        "convert.formats.state_dict",
+    ),
     "flax": Entry(
         "Flax",
         "a directory with flax_model.msgpack, or with EasyLM's streaming_params, or such a file",
@@ -151,10 +169,20 @@ def writable() -> list[str]:
 
 
 if TYPE_CHECKING:
-    from convert.formats import flax, gguf, huggingface, maxtext, meta, orbax
+    from convert.formats import (
+        dcp,
+        flax,
+        gguf,
+        huggingface,
+        litgpt,
+        maxtext,
+        meta,
+        orbax,
+        state_dict,
+    )
 
-    _PROVIDE_ALL_FUNCTIONS: list[Format] = [huggingface, orbax, maxtext, gguf, meta]
-    _READ: list[Reader] = [flax]
+    _PROVIDE_ALL_FUNCTIONS: list[Format] = [huggingface, orbax, maxtext, gguf, meta, dcp, litgpt]
+    _READ: list[Reader] = [flax, state_dict]
 
 
 def recognize(path: Path) -> Entry:

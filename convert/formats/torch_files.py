@@ -15,7 +15,7 @@ import struct
 import warnings
 import zipfile
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -35,7 +35,7 @@ OLD_FORM_NOTE = "has the form from before torch 1.6: all of it is held in memory
 _CHUNK = 2**22  # bytes read at a time
 _MAX_STRUCTURE = 2**28  # bytes of pickle or directory: a model of 100,000 tensors has 20 MB
 _NESTED = ("state_dict", "model_state_dict", "model", "module")  # where trainers put the tensors
-_DTYPES = {
+STORED_DTYPES = {
     "float64": "F64",
     "float32": "F32",
     "float16": "F16",
@@ -64,8 +64,11 @@ class _Location:
     strides: tuple[int, ...]
 
 
-def open_torch_file(path: Path) -> TorchFile:
+def open_torch_file(path: Path, *, tree: bool = False) -> TorchFile:
     """The tensors in a file that `torch.save` wrote: a dictionary of them by name.
+
+    Args:
+        tree: whether it may be any tree: keys are joined by ".", and what is no tensor is left out.
 
     Raises ValueError for a file that is damaged or cut short, a pickle that asks for anything but
     tensors, and torch not installed.
@@ -74,11 +77,27 @@ def open_torch_file(path: Path) -> TorchFile:
     try:
         with _Bounded(path) as file:
             if zipfile.is_zipfile(file):
-                return _open_zip(path, file)
+                return _open_zip(path, file, tree=tree)
             file.seek(0)
             if is_pointer(file.read(64)):
                 raise ValueError(f"{path.name}: {POINTER}")
-            return _open_old_form(path, file)
+            return _open_old_form(path, file, tree)
+    except OSError as error:
+        raise ValueError(f"{path.name}: cannot be read ({error.strerror or error})") from None
+
+
+def open_torch_tensor(path: Path, name: str, offset: int, size: int) -> TorchFile:
+    """The one tensor that `torch.save` wrote into the `size` bytes of a file from `offset` on.
+
+    Args:
+        name: what to call it.
+
+    Raises ValueError as `open_torch_file` does.
+    """
+    require_torch()
+    try:
+        with _Bounded(path, offset, size) as file:
+            return _open_zip(path, file, name)
     except OSError as error:
         raise ValueError(f"{path.name}: cannot be read ({error.strerror or error})") from None
 
@@ -94,21 +113,38 @@ def require_torch() -> None:
 
 
 class _Bounded(io.FileIO):
-    """A file of which one read allocates no more than it holds, or than a structure of tensors can take."""
+    """A part of a file, as if it were one.
 
-    def __init__(self, path: Path) -> None:
+    One read allocates no more than the part holds, or than a structure of tensors can take.
+    """
+
+    def __init__(self, path: Path, start: int = 0, size: int | None = None) -> None:
         super().__init__(path)
-        self.size = os.fstat(self.fileno()).st_size
+        self.start = start
+        self.size = os.fstat(self.fileno()).st_size - start if size is None else size
+        self.seek(0)
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET, /) -> int:
+        base = {os.SEEK_SET: 0, os.SEEK_CUR: self.tell(), os.SEEK_END: self.size}[whence]
+        if base + offset < 0:
+            raise OSError(f"a position of {base + offset}")
+        return super().seek(self.start + base + offset) - self.start
+
+    def tell(self) -> int:
+        return super().tell() - self.start
 
     def read(self, size: int | None = -1, /) -> bytes:
-        if size is None or size < 0:
-            size = self.size - self.tell()
+        left = max(self.size - self.tell(), 0)
+        size = left if size is None or size < 0 else min(size, left)
         if size > _MAX_STRUCTURE:
             raise ValueError(f"a part of {size} bytes, expected at most {_MAX_STRUCTURE}")
-        return super().read(min(size, self.size)) or b""
+        return super().read(size) or b""
 
 
-def _open_zip(path: Path, file: _Bounded) -> TorchFile:
+def _open_zip(
+    path: Path, file: _Bounded, only: str | None = None, *, tree: bool = False
+) -> TorchFile:
+    """The tensors of a zip: by their names or, with the name `only`, the one that is all of it."""
     try:
         archive = zipfile.ZipFile(file)
         entries = {info.filename: info for info in archive.infolist()}
@@ -132,23 +168,22 @@ def _open_zip(path: Path, file: _Bounded) -> TorchFile:
                     by_offset[skeleton.tell()] = info
     except Exception as error:  # zipfile raises whatever the damage leads it to
         raise ValueError(f"{path.name}: damaged or cut short ({first_line(error)})") from None
-    size = path.stat().st_size
     tensors: dict[str, StoredTensor] = {}
     locations: dict[str, _Location] = {}
-    for name, tensor in _state_dict(path, skeleton, "meta").items():
+    for name, tensor in _state_dict(path, skeleton, "meta", only, tree=tree).items():
         entry = by_offset.get(getattr(tensor.untyped_storage(), "_checkpoint_offset", -1))
         if entry is None:
             raise ValueError(f"{path.name}: tensor {name}: its numbers are not in the file")
         location = _Location(entry, tensor.storage_offset(), tuple(tensor.stride()))
-        tensors[name] = stored = _described(path, name, tensor, entry.header_offset)
-        if problem := _problem(stored, location, tensor.element_size(), size):
+        tensors[name] = stored = _described(path, name, tensor, file.start + entry.header_offset)
+        if problem := _problem(stored, location, tensor.element_size(), file.size):
             raise ValueError(f"{path.name}: tensor {name}: {problem}")
         locations[name] = location
-    return TorchFile(tensors, _Reader(tensors, locations).load)
+    return TorchFile(tensors, _Reader(tensors, locations, (file.start, file.size)).load)
 
 
-def _open_old_form(path: Path, file: _Bounded) -> TorchFile:
-    values = _state_dict(path, file, "cpu")
+def _open_old_form(path: Path, file: _Bounded, tree: bool) -> TorchFile:
+    values = _state_dict(path, file, "cpu", tree=tree)
     tensors = {name: _described(path, name, tensor, 0) for name, tensor in values.items()}
 
     def load(name: str, rows: int | None = None) -> np.ndarray:
@@ -172,8 +207,19 @@ def _content(file: _Bounded, entry: zipfile.ZipInfo) -> bytes:
     return content
 
 
-def _state_dict(path: Path, source: io.BytesIO | _Bounded, device: str) -> dict[str, Any]:
-    """What torch loads from a file, if it is tensors by name and nothing else."""
+def _state_dict(
+    path: Path,
+    source: io.BytesIO | _Bounded,
+    device: str,
+    only: str | None = None,
+    *,
+    tree: bool = False,
+) -> dict[str, Any]:
+    """What torch loads from a file, if it is tensors by name and nothing else.
+
+    Args:
+        only: the name of the tensor that is all of it.
+    """
     import torch
 
     source.seek(0)
@@ -183,7 +229,12 @@ def _state_dict(path: Path, source: io.BytesIO | _Bounded, device: str) -> dict[
             loaded = torch.load(source, map_location=device, weights_only=True)
     except Exception as error:  # torch raises whatever the damage leads it to
         raise ValueError(f"{path.name}: {_reason(error)}") from None
-    if isinstance(loaded, dict):
+    if only is not None:
+        loaded = {only: loaded}
+    elif tree and isinstance(loaded, dict):
+        leaves = _leaves(loaded)
+        loaded = {name: leaf for name, leaf in leaves if isinstance(leaf, torch.Tensor)}
+    elif isinstance(loaded, dict):
         # trainers save the tensors in a dictionary of their own, beside their state
         nested = [loaded[key] for key in _NESTED if isinstance(loaded.get(key), dict)]
         loaded = nested[0] if nested else loaded
@@ -199,6 +250,15 @@ def _state_dict(path: Path, source: io.BytesIO | _Bounded, device: str) -> dict[
         ):
             raise ValueError(f"{path.name}: tensor {name} is sparse or quantized, expected plain")
     return loaded
+
+
+def _leaves(tree: Mapping[Any, Any], above: str = "", depth: int = 8) -> Iterator[tuple[str, Any]]:
+    """What a tree of dictionaries holds, by its keys joined by "."."""
+    for key, value in tree.items():
+        if isinstance(value, dict) and depth:
+            yield from _leaves(value, f"{above}{key}.", depth - 1)
+        else:
+            yield f"{above}{key}", value
 
 
 def _reason(error: Exception) -> str:
@@ -219,7 +279,7 @@ def _reason(error: Exception) -> str:
 def _described(path: Path, name: str, tensor: Any, offset: int) -> StoredTensor:
     dtype = str(tensor.dtype).removeprefix("torch.")
     nbytes = tensor.numel() * tensor.element_size()
-    return StoredTensor(path, name, _DTYPES.get(dtype, dtype), tuple(tensor.shape), offset, nbytes)
+    return StoredTensor(path, name, STORED_DTYPES.get(dtype, dtype), tuple(tensor.shape), offset, nbytes)
 
 
 def _problem(
@@ -251,6 +311,8 @@ class _Reader:
 
     tensors: Mapping[str, StoredTensor]
     locations: Mapping[str, _Location]
+    part: tuple[int, int]
+    """Where in the file the zip begins, and how many bytes it has."""
     checked: set[str] = field(default_factory=set)
 
     def load(self, name: str, rows: int | None = None) -> np.ndarray:
@@ -263,7 +325,8 @@ class _Reader:
         flat = np.empty(_span(shape, location) - location.offset, dtype)
         check = rows is None and location.entry.filename not in self.checked
         try:
-            _read(tensor.path, location, flat, check=check)
+            with _Bounded(tensor.path, *self.part) as file:
+                _read(file, location, flat, check=check)
         except (OSError, ValueError) as error:
             raise ValueError(f"{tensor.path}: tensor {name}: {first_line(error)}") from None
         if check:
@@ -273,7 +336,7 @@ class _Reader:
         return _finite(tensor, values)
 
 
-def _read(path: Path, location: _Location, flat: np.ndarray, *, check: bool) -> None:
+def _read(file: _Bounded, location: _Location, flat: np.ndarray, *, check: bool) -> None:
     """Fill `flat` with a stretch of a storage; with `check`, read all of it and compare its CRC-32.
 
     A CRC of 0 is what writers leave that compute none (torch.serialization.set_crc32_options).
@@ -283,18 +346,17 @@ def _read(path: Path, location: _Location, flat: np.ndarray, *, check: bool) -> 
     check = check and entry.CRC != 0
     position, end = (0, entry.file_size) if check else (begin, begin + out.size)
     crc, buffer = 0, np.empty(min(_CHUNK, end - position), np.uint8)
-    with path.open("rb", buffering=0) as file:
-        file.seek(_data_offset(file, entry) + position)
-        while position < end:
-            count = file.readinto(buffer[: end - position].data) or 0
-            if not count:
-                raise ValueError("the file ends inside it: cut short")
-            chunk = buffer[:count]
-            crc = zlib.crc32(chunk.data, crc) if check else 0
-            low, high = max(position, begin), min(position + count, begin + out.size)
-            if low < high:
-                out[low - begin : high - begin] = chunk[low - position : high - position]
-            position += count
+    file.seek(_data_offset(file, entry) + position)
+    while position < end:
+        count = file.readinto(buffer[: end - position].data) or 0
+        if not count:
+            raise ValueError("the file ends inside it: cut short")
+        chunk = buffer[:count]
+        crc = zlib.crc32(chunk.data, crc) if check else 0
+        low, high = max(position, begin), min(position + count, begin + out.size)
+        if low < high:
+            out[low - begin : high - begin] = chunk[low - position : high - position]
+        position += count
     if check and crc != entry.CRC:
         raise ValueError(f"its bytes have CRC-32 {crc:08x}, expected {entry.CRC:08x}: damaged")
 

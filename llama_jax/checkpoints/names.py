@@ -85,6 +85,15 @@ def is_buffer(name: str) -> bool:
     return name.endswith(_ROTARY_BUFFERS)
 
 
+def without_wrappers(name: str) -> str:
+    """A tensor's name without the segments of torch.compile, FSDP and activation checkpointing.
+
+    >>> without_wrappers("_orig_mod.model.layers.0._checkpoint_wrapped_module.mlp.up_proj.weight")
+    'model.layers.0.mlp.up_proj.weight'
+    """
+    return _WRAPPERS.sub("", name)
+
+
 class Unwrapped(NamedTuple):
     """A tensor's name without what wrappers put into it; `wrappers` is what that was, for people."""
 
@@ -94,7 +103,7 @@ class Unwrapped(NamedTuple):
 
 def unwrap_names(names: Sequence[str]) -> dict[str, Unwrapped]:
     """Names as the bare model has them: without the segments of wrappers, and without a common prefix."""
-    inner = {name: _WRAPPERS.sub("", name) for name in names}
+    inner = {name: without_wrappers(name) for name in names}
     outer = next((match["outer"] for match in map(_OUTER.match, inner.values()) if match), "")
     if not all(name.startswith(outer) for name in inner.values()):
         outer = ""  # a model beside others, or a mixture: reported as it is
