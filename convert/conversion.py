@@ -246,7 +246,8 @@ def convert(
         source: a directory or file; its format is detected.
         destination: the directory, or for GGUF the file, to create; whatever happens, it is either absent
             or complete.
-        to: hf, orbax, maxtext, gguf or meta; by default gguf where `destination` ends in .gguf, else hf.
+        to: hf, orbax, maxtext, gguf, meta, dcp or litgpt; by default gguf where `destination` ends in
+            .gguf, else hf.
         dtype: float32, bfloat16, float16, float64, q8_0 for GGUF, or fp8 for hf (compressed-tensors); the
             names that formats use (F32, BF16) are accepted as well. By default what loses nothing.
         max_shard_size: largest size of a safetensors file, in bytes.

@@ -1,7 +1,7 @@
 """A file that a program made with `torch.save`: a state dict, alone or in a training checkpoint.
 
-torchtitan's consolidated weights, `dcp_to_torch_save`, `torch.save(model.state_dict())`. The config.json, or
-Meta's params.json, is the one beside the file.
+torchtitan's consolidated weights, `dcp_to_torch_save`, `torch.save(model.state_dict())`. The config.json,
+or Meta's params.json, is the one beside the file.
 """
 
 from __future__ import annotations

@@ -279,7 +279,9 @@ def _reason(error: Exception) -> str:
 def _described(path: Path, name: str, tensor: Any, offset: int) -> StoredTensor:
     dtype = str(tensor.dtype).removeprefix("torch.")
     nbytes = tensor.numel() * tensor.element_size()
-    return StoredTensor(path, name, STORED_DTYPES.get(dtype, dtype), tuple(tensor.shape), offset, nbytes)
+    return StoredTensor(
+        path, name, STORED_DTYPES.get(dtype, dtype), tuple(tensor.shape), offset, nbytes
+    )
 
 
 def _problem(

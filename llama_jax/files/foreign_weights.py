@@ -40,16 +40,16 @@ _KINDS: tuple[tuple[str, str], ...] = (
     ("zero_to_fp32.py", "a DeepSpeed checkpoint; run its zero_to_fp32.py first"),
     (
         "pytorch_model_fsdp_*",
-        "a sharded FSDP checkpoint; merge it with `accelerate merge-weights` first",
+        f"a sharded FSDP checkpoint; convert it, {_CONVERT} {{path}}/{{file}} DIR",
     ),
-    ("*.distcp", "a distributed PyTorch checkpoint; merge it with `accelerate merge-weights`"),
+    ("*.distcp", f"a torch distributed checkpoint; convert it, {_CONVERT} {{path}} DIR"),
     ("*.ckpt", "a Lightning checkpoint ({file}); save its model with save_pretrained first"),
-    ("lit_model.pth", "a LitGPT checkpoint; run `litgpt convert_from_litgpt` first"),
+    ("lit_model.pth", f"a LitGPT checkpoint; convert it, {_CONVERT} {{path}} DIR"),
     *(
         (
             pattern,
-            "a file of another program ({file}); if it has a Llama's tensors under transformers' names, "
-            "rename it pytorch_model.bin and put it beside a config.json",
+            "a file of another program ({file}); if it has a Llama's tensors, put its config.json beside it "
+            f"and convert it, {_CONVERT} {{path}}/{{file}} DIR",
         )
         for pattern in ("*model*.pt*", "ckpt*.pt")
     ),

@@ -16,15 +16,10 @@ import convert
 from convert.formats.registry import writable
 from convert.record import FILE
 from parity_tests.convert.formats.gguf.tiny_gguf import tiny_model
+from parity_tests.convert.test_conversion import slow_if_new
 
 CASES = 100
-SOURCES = [
-    *(
-        pytest.param(name, marks=pytest.mark.slow) if name == "maxtext" else name
-        for name in writable()
-    ),
-    "hf sharded",
-]
+SOURCES = [*map(slow_if_new, writable()), "hf sharded"]
 _HEADROOM = 2 * 2**30  # bytes that a damaged count or length may not ask for
 
 

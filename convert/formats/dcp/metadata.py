@@ -63,9 +63,9 @@ def read_metadata(directory: Path) -> dict[str, DistributedTensor]:
     if content is None:
         raise ValueError(f"{path}: {path.stat().st_size} bytes, expected at most {_MAX_BYTES}")
     try:
-        metadata = _Unpickler(io.BytesIO(content)).load()
+        metadata = _Unpickler(_Stream(content)).load()
         entries, places = metadata["state_dict_metadata"], _places(metadata["storage_data"])
-    except _Refused as error:
+    except _RefusedError as error:
         raise ValueError(f"{path}: {error}") from None
     except Exception as error:  # pickle raises whatever the damage leads it to
         raise ValueError(
@@ -76,14 +76,16 @@ def read_metadata(directory: Path) -> dict[str, DistributedTensor]:
         try:
             if "size" in entry:
                 tensors[name] = _tensor(name, entry, places)
-        except _Refused as error:
+        except _RefusedError as error:
             raise ValueError(f"{path}: tensor {name}: {error}") from None
         except Exception as error:
-            raise ValueError(f"{path}: tensor {name!r:.80}: damaged ({first_line(error)})") from None
+            raise ValueError(
+                f"{path}: tensor {name!r:.80}: damaged ({first_line(error)})"
+            ) from None
     return tensors
 
 
-class _Refused(Exception):
+class _RefusedError(Exception):
     """What is wrong, in words for people."""
 
 
@@ -148,10 +150,18 @@ class _Unpickler(pickle.Unpickler):
             return name
         if (module, name) in _CALLED:
             return _CALLED[module, name]
-        raise _Refused(
+        raise _RefusedError(
             f"refused: the pickle asks for {module}.{name}, which torch does not write there and could run "
             "any code"
         )
+
+
+class _Stream:
+    """Bytes to unpickle, without `readinto`: of damaged ones, CPython would print an error of its own."""
+
+    def __init__(self, content: bytes) -> None:
+        stream = io.BytesIO(content)
+        self.read, self.readline = stream.read, stream.readline
 
 
 def _places(storage: Mapping[Any, Any]) -> dict[tuple[str, tuple[int, ...] | None], Any]:
@@ -172,19 +182,19 @@ def _tensor(
         offsets, sizes = _shape(chunk["offsets"]), _shape(chunk["sizes"])
         info = places.get((name, offsets)) or places.get((name, None))
         if info is None:
-            raise _Refused(f"the piece at {list(offsets)} is in no file")
+            raise _RefusedError(f"the piece at {list(offsets)} is in no file")
         if info.get("transform_descriptors"):
-            raise _Refused(
+            raise _RefusedError(
                 f"is stored through {', '.join(map(str, info['transform_descriptors']))}, which is not "
                 "supported; save it without extensions"
             )
         file = info["relative_path"]
         if not isinstance(file, str) or Path(file).name != file or file in ("", ".", ".."):
-            raise _Refused(f"is said to be in {file!r:.200}, expected a file of the directory")
+            raise _RefusedError(f"is said to be in {file!r:.200}, expected a file of the directory")
         start, size = _shape((info["offset"], info["length"]))
         pieces[offsets] = Piece(offsets, sizes, file, start, size)
     if not isinstance(dtype, str) or dtype not in _DTYPES:
-        raise _Refused(f"found dtype {dtype!r:.80}")
+        raise _RefusedError(f"found dtype {dtype!r:.80}")
     _require_complete(shape, list(pieces.values()))
     return DistributedTensor(dtype, shape, tuple(pieces.values()))
 
@@ -192,7 +202,7 @@ def _tensor(
 def _shape(values: Any) -> tuple[int, ...]:
     shape = tuple(values)
     if not all(type(n) is int and 0 <= n < 2**62 for n in shape):
-        raise _Refused(f"found {shape!r:.80}, expected sizes")
+        raise _RefusedError(f"found {shape!r:.80}, expected sizes")
     return shape
 
 
@@ -200,12 +210,12 @@ def _require_complete(shape: tuple[int, ...], pieces: list[Piece]) -> None:
     """Raise where the pieces leave a gap, overlap or do not lie within the tensor."""
     rank = len(shape)
     if any(len(p.offsets) != rank or len(p.shape) != rank for p in pieces):
-        raise _Refused(f"has pieces of another rank than its shape {list(shape)}")
-    begins = np.array([p.offsets for p in pieces], np.int64).reshape(-1, rank)
-    ends = begins + np.array([p.shape for p in pieces], np.int64).reshape(-1, rank)
+        raise _RefusedError(f"has pieces of another rank than its shape {list(shape)}")
+    begins = np.array([p.offsets for p in pieces], np.int64).reshape(len(pieces), rank)
+    ends = begins + np.array([p.shape for p in pieces], np.int64).reshape(len(pieces), rank)
     stored = sum(math.prod(p.shape) for p in pieces)
     if stored != math.prod(shape) or (ends > np.array(shape)).any():
-        raise _Refused(
+        raise _RefusedError(
             f"its {len(pieces)} pieces hold {stored} values, expected all {math.prod(shape)} of shape "
             f"{list(shape)}: a file of another device is missing, or the pieces do not belong together"
         )
@@ -213,4 +223,4 @@ def _require_complete(shape: tuple[int, ...], pieces: list[Piece]) -> None:
         # two blocks overlap where they do along every axis
         apart = (ends[:number] <= begins[number]) | (begins[:number] >= ends[number])
         if not apart.any(axis=1).all():
-            raise _Refused(f"its piece at {list(pieces[number].offsets)} overlaps another")
+            raise _RefusedError(f"its piece at {list(pieces[number].offsets)} overlaps another")

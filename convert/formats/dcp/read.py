@@ -99,7 +99,9 @@ class _Reader:
         tensor = self.tensors[name]
         dtype = STORED_DTYPES.get(tensor.dtype, tensor.dtype)
         size = FLOAT_DTYPES[dtype].itemsize if dtype in FLOAT_DTYPES else 1
-        file, start = (tensor.pieces[0].file, tensor.pieces[0].start) if tensor.pieces else (FILE, 0)
+        file, start = (
+            (tensor.pieces[0].file, tensor.pieces[0].start) if tensor.pieces else (FILE, 0)
+        )
         nbytes = math.prod(tensor.shape) * size
         return StoredTensor(self.directory / file, name, dtype, tensor.shape, start, nbytes)
 

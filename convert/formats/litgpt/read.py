@@ -40,8 +40,8 @@ def recognizes(path: Path) -> bool:
 def read(path: Path, *, tokenizer: bool = True) -> Checkpoint:
     """The Llama in a directory of LitGPT's.
 
-    Rows of the vocabulary that LitGPT added as padding are left out where a config.json beside says how many
-    there are without them.
+    Rows of the vocabulary that LitGPT added as padding are left out where a config.json beside says how
+    many there are without them.
 
     Args:
         tokenizer: whether to read it; if not, errors in it do not matter.
@@ -102,7 +102,7 @@ def read(path: Path, *, tokenizer: bool = True) -> Checkpoint:
 
 
 def _model(tensors: Mapping[str, StoredTensor]) -> tuple[dict[str, StoredTensor], bool]:
-    """The model's tensors by the present names, without its optimizer; and whether they are fused by group."""
+    """The model's tensors by the present names, and whether its projections are fused by group."""
     stored: dict[str, StoredTensor] = {}
     for name, tensor in tensors.items():
         inner = without_wrappers(name).removeprefix("model.")

@@ -64,7 +64,9 @@ def write(checkpoint: Checkpoint, path: Path, progress: Callable[[int], None]) -
     path.mkdir()
     config = LlamaConfig.from_dict(checkpoint.config)
     table = meta_tensors(config)
-    storages = [Storage(str(i), spec.dtype, spec.shape) for i, spec in enumerate(checkpoint.tensors)]
+    storages = [
+        Storage(str(i), spec.dtype, spec.shape) for i, spec in enumerate(checkpoint.tensors)
+    ]
     names = [table[spec.name].name for spec in checkpoint.tensors]
     tensors = dict(zip(names, storages, strict=True))
     if config.tie_word_embeddings:

@@ -234,9 +234,9 @@ DIRECTORIES = [
     ({"models--a--b/snapshots/x/config.json": ""}, "a cache of huggingface_hub"),
     ({"model.safetensors": ""}, "without the config.json"),
     ({"notes.txt": ""}, "a directory without weights"),
-    ({"lit_model.pth": "", "model_config.yaml": ""}, "litgpt convert_from_litgpt"),
+    ({"lit_model.pth": "", "model_config.yaml": ""}, "a LitGPT checkpoint; convert it, "),
     ({"ckpt.pt": ""}, "a file of another program (ckpt.pt)"),
-    ({"hf_model_0001_0.pt": ""}, "rename it pytorch_model.bin"),
+    ({"hf_model_0001_0.pt": ""}, "put its config.json beside it and convert it"),
 ]
 
 
