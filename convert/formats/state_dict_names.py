@@ -70,8 +70,8 @@ def model_names(stored: Iterable[str]) -> ModelNames:
     if len(found) != 1:
         if found:
             raise ValueError(
-                f"holds {len(found)} models, {', '.join(sorted(found.values())[:5])}; expected one: save the "
-                "one that is meant alone"
+                f"holds {len(found)} models, {', '.join(sorted(found.values())[:5])}; expected one: save "
+                "the one that is meant alone"
             )
         kept = sorted(short)
         raise ValueError(

@@ -117,8 +117,9 @@ def _config(
             raise ValueError(f"{home / 'params.json'}: {error}") from None
         return home, replace(config, tie_word_embeddings=_is_tied(weights, load)), notes
     raise ValueError(
-        f"{homes[0] / 'config.json'}: not found; the weights in {path.name} do not tell the number of heads, "
-        "RoPE or the norm's epsilon, so put the model's Hugging Face config.json, or Meta's params.json, there"
+        f"{homes[0] / 'config.json'}: not found; the weights in {path.name} do not tell the number of "
+        "heads, RoPE or the norm's epsilon, so put the model's Hugging Face config.json, or Meta's "
+        "params.json, there"
     )
 
 

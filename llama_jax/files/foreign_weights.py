@@ -48,8 +48,8 @@ _KINDS: tuple[tuple[str, str], ...] = (
     *(
         (
             pattern,
-            "a file of another program ({file}); if it has a Llama's tensors, put its config.json beside it "
-            f"and convert it, {_CONVERT} {{path}}/{{file}} DIR",
+            "a file of another program ({file}); if it has a Llama's tensors, put its config.json beside "
+            f"it and convert it, {_CONVERT} {{path}}/{{file}} DIR",
         )
         for pattern in ("*model*.pt*", "ckpt*.pt")
     ),
