@@ -13,9 +13,9 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from convert.conversion import Plan, Report, convert, info, plan, run
+    from convert.conversion import Plan, Report, Surgery, convert, info, plan, run
 
-__all__ = ["Plan", "Report", "convert", "info", "plan", "run"]
+__all__ = ["Plan", "Report", "Surgery", "convert", "info", "plan", "run"]
 
 if not TYPE_CHECKING:  # or a type checker would take every name for one of ours
 

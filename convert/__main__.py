@@ -1,4 +1,4 @@
-"""`python -m convert SRC DST` and `python -m convert info SRC`."""
+"""`python -m convert SRC DST`, `python -m convert info SRC` and `python -m convert diff A B`."""
 
 from __future__ import annotations
 
@@ -26,7 +26,8 @@ if TYPE_CHECKING:
 _LAYOUTS = "\n".join(f"  {entry.title:<14}{entry.layout}" for entry in FORMATS.values())
 _SOURCE = "checkpoint to read: a path or a name on the Hub (owner/name, or owner/name/FILE.gguf)"
 _EPILOG = f"""\
-python -m convert info SRC shows what is in a checkpoint and writes nothing.
+python -m convert info SRC shows what is in a checkpoint and writes nothing; python -m convert diff A B \
+compares two.
 
 The format of SRC is detected:
 {_LAYOUTS}
@@ -37,21 +38,23 @@ verified. conversion.json, written with it, holds the SHA-256 of every tensor; c
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command and return the exit code: 0, 1 if `info` lists problems, 2 for an error, 130 after
-    an interrupt."""
+    """Run one command and return the exit code: 0, 1 if `info` lists problems or `diff` differences, 2 for
+    an error, 130 after an interrupt."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     parser = _parser()
-    info = arguments[:1] == ["info"]
+    chosen = arguments[0] if arguments[:1] in (["info"], ["diff"]) else None
 
     def command() -> int:
-        options = (parser.commands["info"] if info else parser).parse_args(arguments[info:])
-        return _info(options) if info else _convert(options)
+        if chosen is None:
+            return _convert(parser.parse_args(arguments))
+        options = parser.commands[chosen].parse_args(arguments[1:])
+        return _info(options) if chosen == "info" else _diff(options)
 
     return run_program(command, interrupted="interrupted: nothing was written", extra="convert")
 
 
 def _parser() -> Parser:
-    """The parser of a conversion; that of `info` is among its `commands`."""
+    """The parser of a conversion; those of `info` and `diff` are its `commands`."""
     parser = program_parser(
         "python -m convert",
         "Convert a checkpoint into another format, one tensor in memory at a time.",
@@ -109,6 +112,41 @@ def _parser() -> Parser:
         metavar="OWNER/NAME",
         help="upload DST to this repository on the Hub; a new one is private",
     )
+    parser.add_argument(
+        "--average",
+        metavar="CHECKPOINT",
+        nargs="+",
+        default=[],
+        help="write the mean of SRC and these checkpoints of the same model, of any formats",
+    )
+    parser.add_argument(
+        "--weights",
+        metavar="W",
+        type=float,
+        nargs="+",
+        help="of SRC and the checkpoints of --average, in this order; default: all alike",
+    )
+    parser.add_argument(
+        "--layers", metavar="0-15", help="keep these layers only, as in 0-15 or 0-3,8,12-15"
+    )
+    parser.add_argument(
+        "--vocab-size",
+        type=int,
+        metavar="N",
+        help="add rows to the embedding and the head, or cut some",
+    )
+    parser.add_argument(
+        "--new-rows",
+        choices=("mean", "zero"),
+        default="mean",
+        help="what rows added by --vocab-size are; default: the mean of the others",
+    )
+    parser.add_argument(
+        "--to-shards",
+        type=int,
+        metavar="N",
+        help="write so many safetensors files, in place of --max-shard-size",
+    )
     info = Parser(
         prog="python -m convert info",
         description="Show what is in a checkpoint, and list any problems. The exit code is 0 without "
@@ -118,6 +156,16 @@ def _parser() -> Parser:
     _add_tree_options(info)
     info.add_argument("--json", action="store_true", help="print a JSON object")
     parser.commands["info"] = info
+    diff = Parser(
+        prog="python -m convert diff",
+        description="Compare two checkpoints of any formats: which tensors differ, by how much, and whether "
+        "a cast, a permutation, a transpose, a scale or a change of low rank explains it. The exit code is 0 "
+        "if all are the same bit for bit, 1 if not, 2 if one is no checkpoint.",
+    )
+    diff.add_argument("one", metavar="A", help=_SOURCE)
+    diff.add_argument("other", metavar="B", help="the checkpoint to compare with it")
+    diff.add_argument("--json", action="store_true", help="print a JSON object")
+    parser.commands["diff"] = diff
     return parser
 
 
@@ -150,7 +198,7 @@ def _convert(options: argparse.Namespace) -> int:
         TransferSpeedColumn,
     )
 
-    from convert import plan, run
+    from convert import Surgery, plan, run
     from llama_jax.files.hub import push, require_pushable
 
     if options.push is not None:
@@ -169,6 +217,14 @@ def _convert(options: argparse.Namespace) -> int:
         name_map=options.map,
         rope=options.rope,
         scan_layers=options.scan_layers,
+        surgery=Surgery(
+            average=options.average,
+            weights=options.weights,
+            layers=options.layers,
+            vocab_size=options.vocab_size,
+            new_rows=options.new_rows,
+        ),
+        shards=options.to_shards,
     )
     _print_plan(todo, say)
     if options.dry_run:
@@ -214,6 +270,29 @@ def _info(options: argparse.Namespace) -> int:
         table.add_row(f"config.{key}", _readable(value))
     console().print(table)
     return 1 if facts["problems"] else 0
+
+
+def _diff(options: argparse.Namespace) -> int:
+    from rich.table import Table
+
+    from convert.diff import as_json, diff
+
+    comparison = diff(options.one, options.other)
+    differs = bool(comparison.config or comparison.differences)
+    if options.json:
+        print(json.dumps(as_json(comparison), indent=2))
+        return int(differs)
+    out = console()
+    for field in comparison.config:
+        out.print(f"config: {field}")
+    if comparison.differences:
+        table = Table("tensor", "explained by", "largest", "relative", box=None)
+        for each in comparison.differences:
+            numbers = ("" if n is None else f"{n:.3g}" for n in (each.largest, each.relative))
+            table.add_row(each.name, each.kind, *numbers)
+        out.print(table)
+    out.print(f"{comparison.same} tensors are the same, {len(comparison.differences)} differ")
+    return int(differs)
 
 
 def _print_plan(todo: Plan, say: Console) -> None:

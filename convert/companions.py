@@ -76,6 +76,23 @@ def tokenizer_facts(files: Mapping[str, bytes]) -> dict[str, Any]:
     return {"tokenizer": facts | {"chat_template": bool(templates)}}
 
 
+def largest_token_id(files: Mapping[str, bytes]) -> int | None:
+    """The largest id that the tokenizer in `files` gives; None where there is none.
+
+    Raises:
+        ValueError: a tokenizer that cannot be read.
+    """
+    from llama_jax.text.tokenizer import read_tokenizer
+
+    if not files.keys() & {"tokenizer.json", "tokenizer.model"}:
+        return None
+    try:
+        vocabulary = read_tokenizer(files)[0].get_vocab(with_added_tokens=True)
+    except ValueError as error:
+        raise ValueError(f"tokenizer: cannot be read ({error})") from None
+    return max(vocabulary.values(), default=None)
+
+
 def require_inside(directory: Path, name: str) -> None:
     """Raise ValueError if `name` is a link that leaves its directory.
 

@@ -18,6 +18,8 @@ from convert.estimate import seconds
 from convert.formats import huggingface, registry
 from convert.formats.registry import FORMATS, writable
 from convert.proof import read_back
+from convert.surgery import Surgery, operate
+from convert.surgery.shards import shard_size_for
 from convert.verify_logits import Comparison, compare_logits, require_torch_and_memory
 from llama_jax.checkpoints.safetensors_write import TensorSpec
 from llama_jax.files.hub import local_path
@@ -102,6 +104,8 @@ def plan(
     name_map: str | os.PathLike[str] | None = None,
     rope: str | None = None,
     scan_layers: bool = True,
+    surgery: Surgery | None = None,
+    shards: int | None = None,
 ) -> Plan:
     """Check a conversion as far as that can be done before it begins. For the arguments see `convert`.
 
@@ -123,6 +127,8 @@ def plan(
         )
     if max_shard_size is not None and to != "hf":
         raise ValueError(f"max_shard_size is for Hugging Face only, not for {target_format.title}")
+    if shards is not None and (to != "hf" or max_shard_size is not None):
+        raise ValueError("shards: is for Hugging Face only, and in place of max_shard_size")
     if max_shard_size is not None and max_shard_size <= 0:
         raise ValueError(
             f"max_shard_size: found {max_shard_size}, expected a positive number of bytes"
@@ -155,13 +161,20 @@ def plan(
             raise ValueError("logits: cannot be compared with PyTorch's while an adapter is merged")
         directory = local_path(os.fspath(adapter))
         checkpoint, rounding = with_adapter(checkpoint, directory, chosen, tokenizer=tokenizer)
+    if surgery is not None:
+        if logits and surgery:
+            raise ValueError("logits: cannot be compared with PyTorch's after the model is changed")
+        checkpoint = operate(checkpoint, surgery)
+    specs = tuple(target_format.module.target_specs(checkpoint, chosen))
+    if shards is not None:
+        max_shard_size = shard_size_for(specs, shards)
     result = Plan(
         source=path,
         checkpoint=checkpoint,
         destination=target,
         to=to,
         dtype=chosen,
-        specs=tuple(target_format.module.target_specs(checkpoint, chosen)),
+        specs=specs,
         max_shard_size=max_shard_size or DEFAULT_SHARD,
         verify=verify,
         logits=logits,
@@ -239,6 +252,8 @@ def convert(
     name_map: str | os.PathLike[str] | None = None,
     rope: str | None = None,
     scan_layers: bool = True,
+    surgery: Surgery | None = None,
+    shards: int | None = None,
 ) -> Path:
     """Convert the Llama at `source`, of any known format, into `destination` and return its path.
 
@@ -259,6 +274,8 @@ def convert(
         rope: "halves" or "pairs", the order of the rows of queries and keys in an Orbax checkpoint of
             MaxText's or another program's that does not tell it.
         scan_layers: whether MaxText's layers are stacked, as its setting of that name.
+        surgery: other changes of the model: averaging, fewer layers, another vocabulary.
+        shards: how many safetensors files to write, in place of `max_shard_size`.
 
     Raises:
         ValueError: a mistake that you can correct, in one line; see `plan` and `run`.
@@ -280,6 +297,8 @@ def convert(
         name_map=name_map,
         rope=rope,
         scan_layers=scan_layers,
+        surgery=surgery,
+        shards=shards,
     )
     return run(todo).destination
 

@@ -1,0 +1,60 @@
+"""Changes of the model itself on the way from one checkpoint to another, a tensor at a time.
+
+Each is a function from a checkpoint to a checkpoint whose `load` does the work when it is called.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from convert.checkpoint import Checkpoint
+from convert.formats import registry
+from convert.surgery.average import averaged
+from convert.surgery.layers import with_layers
+from convert.surgery.vocabulary import with_vocab_size
+from llama_jax.files.hub import local_path
+
+__all__ = ["Surgery", "averaged", "operate", "with_layers", "with_vocab_size"]
+
+
+@dataclass(frozen=True)
+class Surgery:
+    """What to change.
+
+    Example:
+        convert("model", "half", surgery=Surgery(layers="0-15"))
+    """
+
+    average: Sequence[str | os.PathLike[str]] = ()
+    """Checkpoints of the same model, of any formats, to average with the source."""
+    weights: Sequence[float] | None = None
+    """Of the source and those; by default all count alike."""
+    layers: str | None = None
+    """Layers to keep, as in "0-15" or "0-3,8,12-15"."""
+    vocab_size: int | None = None
+    """Rows of the vocabulary: more are added, fewer are cut."""
+    new_rows: str = "mean"
+    """What added rows are: the mean of those that there are, or zero."""
+
+    def __bool__(self) -> bool:
+        return bool(self.average or self.weights or self.layers or self.vocab_size is not None)
+
+
+def operate(checkpoint: Checkpoint, surgery: Surgery) -> Checkpoint:
+    """The changed model: averaged, then without layers, then with another vocabulary.
+
+    Raises:
+        ValueError: something that is not in the model, or that its tokenizer does not go with.
+    """
+    if surgery.average or surgery.weights:
+        others = [
+            registry.read(local_path(os.fspath(path)), tokenizer=False) for path in surgery.average
+        ]
+        checkpoint = averaged([checkpoint, *others], surgery.weights)
+    if surgery.layers is not None:
+        checkpoint = with_layers(checkpoint, surgery.layers)
+    if surgery.vocab_size is not None:
+        checkpoint = with_vocab_size(checkpoint, surgery.vocab_size, surgery.new_rows)
+    return checkpoint
