@@ -142,6 +142,11 @@ def _parser() -> Parser:
         help="what rows added by --vocab-size are; default: the mean of the others",
     )
     parser.add_argument(
+        "--cast-only",
+        metavar="REGEX",
+        help="cast only tensors whose names have this to --dtype; the others are left as they are",
+    )
+    parser.add_argument(
         "--to-shards",
         type=int,
         metavar="N",
@@ -158,9 +163,9 @@ def _parser() -> Parser:
     parser.commands["info"] = info
     diff = Parser(
         prog="python -m convert diff",
-        description="Compare two checkpoints of any formats: which tensors differ, by how much, and whether "
-        "a cast, a permutation, a transpose, a scale or a change of low rank explains it. The exit code is 0 "
-        "if all are the same bit for bit, 1 if not, 2 if one is no checkpoint.",
+        description="Compare two checkpoints of any formats: which tensors differ, by how much, and if "
+        "a cast, a permutation, a transpose, a scale or a change of low rank explains it. The exit code is "
+        "0 if all are the same bit for bit, 1 if not, 2 if one is no checkpoint.",
     )
     diff.add_argument("one", metavar="A", help=_SOURCE)
     diff.add_argument("other", metavar="B", help="the checkpoint to compare with it")
@@ -223,6 +228,7 @@ def _convert(options: argparse.Namespace) -> int:
             layers=options.layers,
             vocab_size=options.vocab_size,
             new_rows=options.new_rows,
+            cast_only=options.cast_only,
         ),
         shards=options.to_shards,
     )
@@ -286,7 +292,9 @@ def _diff(options: argparse.Namespace) -> int:
     for field in comparison.config:
         out.print(f"config: {field}")
     if comparison.differences:
-        table = Table("tensor", "explained by", "largest", "relative", box=None)
+        table = Table(box=None)
+        for title in ("tensor", "explained by", "largest", "relative"):
+            table.add_column(title, overflow="fold")
         for each in comparison.differences:
             numbers = ("" if n is None else f"{n:.3g}" for n in (each.largest, each.relative))
             table.add_row(each.name, each.kind, *numbers)

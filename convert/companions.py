@@ -87,7 +87,7 @@ def largest_token_id(files: Mapping[str, bytes]) -> int | None:
     if not files.keys() & {"tokenizer.json", "tokenizer.model"}:
         return None
     try:
-        vocabulary = read_tokenizer(files)[0].get_vocab(with_added_tokens=True)
+        vocabulary = read_tokenizer(files).get_vocab(with_added_tokens=True)
     except ValueError as error:
         raise ValueError(f"tokenizer: cannot be read ({error})") from None
     return max(vocabulary.values(), default=None)

@@ -164,7 +164,8 @@ def plan(
     if surgery is not None:
         if logits and surgery:
             raise ValueError("logits: cannot be compared with PyTorch's after the model is changed")
-        checkpoint = operate(checkpoint, surgery)
+        checkpoint = operate(checkpoint, surgery, dtype)
+        chosen = None if surgery.cast_only is not None else chosen
     specs = tuple(target_format.module.target_specs(checkpoint, chosen))
     if shards is not None:
         max_shard_size = shard_size_for(specs, shards)

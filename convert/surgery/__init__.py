@@ -12,11 +12,12 @@ from dataclasses import dataclass
 from convert.checkpoint import Checkpoint
 from convert.formats import registry
 from convert.surgery.average import averaged
+from convert.surgery.cast_only import with_cast
 from convert.surgery.layers import with_layers
 from convert.surgery.vocabulary import with_vocab_size
 from llama_jax.files.hub import local_path
 
-__all__ = ["Surgery", "averaged", "operate", "with_layers", "with_vocab_size"]
+__all__ = ["Surgery", "averaged", "operate", "with_cast", "with_layers", "with_vocab_size"]
 
 
 @dataclass(frozen=True)
@@ -38,12 +39,18 @@ class Surgery:
     new_rows: str = "mean"
     """What added rows are: the mean of those that there are, or zero."""
 
+    cast_only: str | None = None
+    """A regular expression: only tensors in whose names it is found are cast to the dtype to write."""
+
     def __bool__(self) -> bool:
         return bool(self.average or self.weights or self.layers or self.vocab_size is not None)
 
 
-def operate(checkpoint: Checkpoint, surgery: Surgery) -> Checkpoint:
+def operate(checkpoint: Checkpoint, surgery: Surgery, dtype: str | None) -> Checkpoint:
     """The changed model: averaged, then without layers, then with another vocabulary.
+
+    Args:
+        dtype: the one that was asked for.
 
     Raises:
         ValueError: something that is not in the model, or that its tokenizer does not go with.
@@ -57,4 +64,8 @@ def operate(checkpoint: Checkpoint, surgery: Surgery) -> Checkpoint:
         checkpoint = with_layers(checkpoint, surgery.layers)
     if surgery.vocab_size is not None:
         checkpoint = with_vocab_size(checkpoint, surgery.vocab_size, surgery.new_rows)
+    if surgery.cast_only is not None:
+        if dtype is None:
+            raise ValueError("cast_only: needs a dtype to cast to")
+        checkpoint = with_cast(checkpoint, surgery.cast_only, dtype)
     return checkpoint

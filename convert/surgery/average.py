@@ -64,7 +64,9 @@ def averaged(checkpoints: Sequence[Checkpoint], weights: Sequence[float] | None)
 def _shares(weights: Sequence[float] | None, count: int) -> list[float]:
     given = [1.0] * count if weights is None else [float(weight) for weight in weights]
     if len(given) != count:
-        raise ValueError(f"weights: found {len(given)}, expected one for each of {count} checkpoints")
+        raise ValueError(
+            f"weights: found {len(given)}, expected one for each of {count} checkpoints"
+        )
     total = sum(given)
     if not all(math.isfinite(weight) for weight in given) or not total > 0:
         raise ValueError(f"weights: found {given}, expected numbers with a sum above 0")

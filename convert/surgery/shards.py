@@ -31,6 +31,6 @@ def shard_size_for(specs: Sequence[TensorSpec], count: int) -> int:
     if made != count:
         more = len(plan_shards(specs, max(low - 1, 1)))
         raise ValueError(
-            f"to_shards: {count} files cannot be filled in the order of the tensors; choose {made} or {more}"
+            f"to_shards: {count} files cannot be filled with tensors in order; choose {made} or {more}"
         )
     return low

@@ -38,7 +38,7 @@ def with_vocab_size(checkpoint: Checkpoint, size: int, new_rows: str = "mean") -
     for name in _IDS:
         value = checkpoint.config.get(name)
         ids = value if isinstance(value, list | tuple) else [value]
-        if (beyond := [i for i in ids if i is not None and i >= size]):
+        if beyond := [i for i in ids if i is not None and i >= size]:
             raise ValueError(f"vocab_size: found {size}, but {name} is {beyond[0]}")
 
     def load(name: str) -> np.ndarray:

@@ -307,7 +307,7 @@ sys.exit(code)
 """
 
 
-@pytest.mark.parametrize("to", map(slow_if_new, writable()))
+@pytest.mark.parametrize("to", [slow_if_new(name) for name in writable()])
 def test_memory_is_three_of_the_largest_tensor(tmp_path: Path, to: str) -> None:
     """Peak RSS <= 600 MB + 3 x the largest tensor, out of Hugging Face and back into it."""
     megabytes = 256
