@@ -86,7 +86,7 @@ def test_what_explains_a_difference(tmp_path: Path, model: Any, kind: str) -> No
 def test_an_adapter_merged_into_bfloat16(tmp_path: Path, model: Any, size: float) -> None:
     """Rounding is of full rank, and known."""
     before = {name: tensor.bfloat16() for name, tensor in model.state_dict().items()}
-    model.save_pretrained(tmp_path / "one", state_dict=before)
+    model.save_pretrained(tmp_path / "one", state_dict=dict(before))
     merged = adapted(before[DOWN].float(), 2, size).bfloat16()
     model.save_pretrained(tmp_path / "other", state_dict=before | {DOWN: merged})
     (difference,) = diff(tmp_path / "one", tmp_path / "other").differences
