@@ -161,10 +161,10 @@ def plan(
             raise ValueError("logits: cannot be compared with PyTorch's while an adapter is merged")
         directory = local_path(os.fspath(adapter))
         checkpoint, rounding = with_adapter(checkpoint, directory, chosen, tokenizer=tokenizer)
-    if surgery is not None:
-        if logits and surgery:
+    if surgery:
+        if logits:
             raise ValueError("logits: cannot be compared with PyTorch's after the model is changed")
-        checkpoint = operate(checkpoint, surgery, dtype)
+        checkpoint = operate(path, checkpoint, surgery, dtype)
         chosen = None if surgery.cast_only is not None else chosen
     specs = tuple(target_format.module.target_specs(checkpoint, chosen))
     if shards is not None:

@@ -13,6 +13,7 @@ import numpy as np
 from convert.checkpoint import DTYPES, Checkpoint
 from convert.formats import registry
 from convert.formats.llama_tensors import rotary_heads, to_halves, to_pairs
+from convert.record import checked
 from convert.same_function import config_differences
 from llama_jax.config import LlamaConfig
 from llama_jax.files.hub import local_path
@@ -54,9 +55,8 @@ def diff(one: str | os.PathLike[str], other: str | os.PathLike[str]) -> Comparis
     Raises:
         ValueError: one of them is no checkpoint, or damaged.
     """
-    first, second = (
-        registry.read(local_path(os.fspath(path)), tokenizer=False) for path in (one, other)
-    )
+    paths = [local_path(os.fspath(path)) for path in (one, other)]
+    first, second = (checked(path, registry.read(path, tokenizer=False)) for path in paths)
     same, differences = 0, []
     for name in dict.fromkeys(spec.name for spec in (*first.tensors, *second.tensors)):
         difference = _compare(name, first, second)

@@ -89,6 +89,27 @@ def _digests(tensors: Any) -> dict[str, str] | None:
     return digests
 
 
+def checked(source: Path, checkpoint: Checkpoint) -> Checkpoint:
+    """`checkpoint` whose `load` compares each tensor with its digest, where it has one."""
+
+    def load(name: str) -> np.ndarray:
+        values = checkpoint.load(name)
+        if name in checkpoint.digests:
+            _require_digest(source, checkpoint, name, digest(values))
+        return values
+
+    return replace(checkpoint, load=load, digests={})
+
+
+def _require_digest(source: Path, checkpoint: Checkpoint, name: str, sha256: str) -> None:
+    if sha256 != checkpoint.digests.get(name, sha256):
+        file = record_path(source).name
+        raise ValueError(
+            f"{source}: tensor {name}: its SHA-256 is not the one in {file}: "
+            f"damaged, or changed since (then remove {file})"
+        )
+
+
 @contextmanager
 def recording(
     source: Path,
@@ -114,12 +135,7 @@ def recording(
     unchecked: list[Future[Record]] = []
 
     def require(name: str, sha256: str) -> None:
-        if sha256 != checkpoint.digests.get(name, sha256):
-            file = record_path(source).name
-            raise ValueError(
-                f"{source}: tensor {name}: its SHA-256 is not the one in {file}: "
-                f"damaged, or changed since (then remove {file})"
-            )
+        _require_digest(source, checkpoint, name, sha256)
 
     def fetch(name: str) -> _Loaded:
         values = checkpoint.load(name)

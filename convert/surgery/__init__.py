@@ -8,9 +8,11 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from convert.checkpoint import Checkpoint
 from convert.formats import registry
+from convert.record import checked
 from convert.surgery.average import averaged
 from convert.surgery.cast_only import with_cast
 from convert.surgery.layers import with_layers
@@ -43,22 +45,27 @@ class Surgery:
     """A regular expression: only tensors in whose names it is found are cast to the dtype to write."""
 
     def __bool__(self) -> bool:
-        return bool(self.average or self.weights or self.layers or self.vocab_size is not None)
+        """Whether anything is to be changed."""
+        chosen = (self.weights, self.layers, self.vocab_size, self.cast_only)
+        return bool(self.average) or any(value is not None for value in chosen)
 
 
-def operate(checkpoint: Checkpoint, surgery: Surgery, dtype: str | None) -> Checkpoint:
+def operate(
+    source: Path, checkpoint: Checkpoint, surgery: Surgery, dtype: str | None
+) -> Checkpoint:
     """The changed model: averaged, then without layers, then with another vocabulary.
 
     Args:
+        source: where `checkpoint` is.
         dtype: the one that was asked for.
 
     Raises:
         ValueError: something that is not in the model, or that its tokenizer does not go with.
     """
+    checkpoint = checked(source, checkpoint)
     if surgery.average or surgery.weights:
-        others = [
-            registry.read(local_path(os.fspath(path)), tokenizer=False) for path in surgery.average
-        ]
+        paths = [local_path(os.fspath(path)) for path in surgery.average]
+        others = [checked(path, registry.read(path, tokenizer=False)) for path in paths]
         checkpoint = averaged([checkpoint, *others], surgery.weights)
     if surgery.layers is not None:
         checkpoint = with_layers(checkpoint, surgery.layers)

@@ -57,7 +57,6 @@ def averaged(checkpoints: Sequence[Checkpoint], weights: Sequence[float] | None)
         format=f"the average of {len(checkpoints)} checkpoints",
         tensors=tuple(TensorSpec(s.name, np.dtype(np.float32), s.shape) for s in first.tensors),
         load=load,
-        digests={},
     )
 
 

@@ -32,13 +32,11 @@ def with_layers(checkpoint: Checkpoint, kept: str) -> Checkpoint:
             name = f"{match[1]}{place[int(match[2])]}{match[3]}"
         source[name] = spec.name
         tensors.append(replace(spec, name=name))
-    digests = checkpoint.digests
     return replace(
         checkpoint,
         config=dict(checkpoint.config) | {"num_hidden_layers": len(layers)},
         tensors=tuple(tensors),
         load=lambda name: checkpoint.load(source[name]),
-        digests={new: digests[old] for new, old in source.items() if old in digests},
         notes=(*checkpoint.notes, f"layers {kept} of {count} are kept and counted anew"),
     )
 

@@ -64,7 +64,6 @@ def with_vocab_size(checkpoint: Checkpoint, size: int, new_rows: str = "mean") -
             for spec in checkpoint.tensors
         ),
         load=load,
-        digests={n: d for n, d in checkpoint.digests.items() if n not in _TABLES or size == before},
         notes=(*checkpoint.notes, *([changed] if size != before else [])),
     )
 

@@ -56,8 +56,25 @@ def test_layers(tmp_path: Path, model: Any) -> None:
         layer.self_attn.layer_idx = number
     ids = torch.arange(8)[None]
     assert torch.equal(loaded(ids).logits, model(ids, use_cache=False).logits)
-    again = convert.convert(out, tmp_path / "again", surgery=Surgery(layers="1"))
-    assert convert.info(again)["digests"] == 12  # those of the source go with the tensors kept
+
+
+def test_damage_is_found_on_the_way(tmp_path: Path, model: Any) -> None:
+    """In the source and in what it is averaged with: safetensors have no checksums of their own."""
+    convert.convert(tmp_path / "model", tmp_path / "other")
+    file = tmp_path / "other/model.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+    message = error(tmp_path, surgery=Surgery(average=[tmp_path / "other"]))
+    assert "other: tensor model.norm.weight: its SHA-256 is not the one" in message
+    (tmp_path / "model").rename(tmp_path / "before")
+    (tmp_path / "other").rename(tmp_path / "model")
+    for surgery in (
+        Surgery(layers="0"),
+        Surgery(vocab_size=44),
+        Surgery(average=[tmp_path / "before"]),
+    ):
+        assert "its SHA-256 is not the one" in error(tmp_path, surgery=surgery)
 
 
 @pytest.mark.parametrize(
