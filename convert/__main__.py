@@ -147,6 +147,11 @@ def _parser() -> Parser:
         help="cast only tensors whose names have this to --dtype; the others are left as they are",
     )
     parser.add_argument(
+        "--rename",
+        metavar="FILE",
+        help="rename the tensors of SRC first: a JSON file of regular expressions and replacements",
+    )
+    parser.add_argument(
         "--to-shards",
         type=int,
         metavar="N",
@@ -231,6 +236,7 @@ def _convert(options: argparse.Namespace) -> int:
             cast_only=options.cast_only,
         ),
         shards=options.to_shards,
+        rename=options.rename,
     )
     _print_plan(todo, say)
     if options.dry_run:

@@ -18,6 +18,7 @@ from convert.estimate import seconds
 from convert.formats import huggingface, registry
 from convert.formats.registry import FORMATS, writable
 from convert.proof import read_back
+from convert.renaming import read_rename
 from convert.surgery import Surgery, operate
 from convert.surgery.shards import shard_size_for
 from convert.verify_logits import Comparison, compare_logits, require_torch_and_memory
@@ -106,6 +107,7 @@ def plan(
     scan_layers: bool = True,
     surgery: Surgery | None = None,
     shards: int | None = None,
+    rename: str | os.PathLike[str] | None = None,
 ) -> Plan:
     """Check a conversion as far as that can be done before it begins. For the arguments see `convert`.
 
@@ -149,7 +151,7 @@ def plan(
         raise ValueError(f"{target.parent}: {problem}")
     if not os.access(target.parent, os.W_OK | os.X_OK):
         raise ValueError(f"{target.parent}: no permission to write there")
-    checkpoint = _read(path, name_map, rope, tokenizer=tokenizer)
+    checkpoint = _read(path, name_map, rope, rename, tokenizer=tokenizer)
     if logits:
         require_torch_and_memory(checkpoint)
     chosen = dtype or checkpoint.dtype
@@ -255,6 +257,7 @@ def convert(
     scan_layers: bool = True,
     surgery: Surgery | None = None,
     shards: int | None = None,
+    rename: str | os.PathLike[str] | None = None,
 ) -> Path:
     """Convert the Llama at `source`, of any known format, into `destination` and return its path.
 
@@ -276,6 +279,7 @@ def convert(
             MaxText's or another program's that does not tell it.
         scan_layers: whether MaxText's layers are stacked, as its setting of that name.
         surgery: other changes of the model: averaging, fewer layers, another vocabulary.
+        rename: a JSON file of regular expressions and replacements for the names in the source.
         shards: how many safetensors files to write, in place of `max_shard_size`.
 
     Raises:
@@ -300,6 +304,7 @@ def convert(
         scan_layers=scan_layers,
         surgery=surgery,
         shards=shards,
+        rename=rename,
     )
     return run(todo).destination
 
@@ -308,13 +313,15 @@ def _read(
     path: Path,
     name_map: str | os.PathLike[str] | None,
     rope: str | None,
+    rename: str | os.PathLike[str] | None = None,
     *,
     tokenizer: bool = True,
 ) -> Checkpoint:
     if rope not in (None, "halves", "pairs"):
         raise ValueError(f"rope: found {rope!r}, expected halves or pairs")
     file = None if name_map is None else Path(name_map)
-    return registry.read(path, tokenizer=tokenizer, name_map=file, rope=rope)
+    names = None if rename is None else read_rename(Path(rename))
+    return registry.read(path, tokenizer=tokenizer, name_map=file, rope=rope, rename=names)
 
 
 def info(

@@ -22,6 +22,7 @@ from convert.formats.directory import (
 )
 from convert.formats.plain import losses
 from convert.formats.torch_files import OLD_FORM_NOTE, TorchFile, open_torch_file
+from convert.renaming import Rename, renamed
 from llama_jax.checkpoints.safetensors_read import (
     FLOAT_DTYPES,
     DequantizedTensor,
@@ -66,11 +67,12 @@ def recognizes(path: Path) -> bool:
     )
 
 
-def read(path: Path, *, tokenizer: bool = True) -> Checkpoint:
+def read(path: Path, *, tokenizer: bool = True, rename: Rename | None = None) -> Checkpoint:
     """The Llama in a Hugging Face directory; no tensor data is read until `load` is called.
 
     Args:
         tokenizer: whether to read it; if not, errors in it do not matter.
+        rename: what is done to the stored names first.
 
     Raises:
         ValueError: with every problem: missing, duplicate, unexpected or misshapen tensors, damaged files,
@@ -79,7 +81,8 @@ def read(path: Path, *, tokenizer: bool = True) -> Checkpoint:
     require_inside(path, "config.json")
     config = LlamaConfig.from_pretrained(path)
     files = _open(path)
-    stored, notes = model_tensors(path, config, files.weights, files.read_rows)
+    weights = files.weights._replace(tensors=renamed(files.weights.tensors, rename))
+    stored, notes = model_tensors(path, config, weights, files.read_rows)
     parts = [part for tensor in stored.values() for part in parts_of(tensor)]
     if files.weights.scheme:
         notes.append(f"the weights are dequantized ({files.weights.scheme})")

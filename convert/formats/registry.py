@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
     from convert.casting import CastRule
     from convert.checkpoint import Checkpoint
+    from convert.renaming import Rename
     from llama_jax.checkpoints.safetensors_write import TensorSpec
 
 
@@ -199,14 +200,25 @@ def recognize(path: Path) -> Entry:
     raise ValueError(f"{path}: {what}; expected one of: {layouts}")
 
 
+RENAMED = ("hf", "dcp", "state_dict")
+"""Formats whose `read` takes `rename`: those that hold tensors by any names."""
+
+
 def read(
-    path: Path, *, tokenizer: bool = True, name_map: Path | None = None, rope: str | None = None
+    path: Path,
+    *,
+    tokenizer: bool = True,
+    name_map: Path | None = None,
+    rope: str | None = None,
+    rename: Rename | None = None,
 ) -> Checkpoint:
     """The checkpoint at `path`, whatever its format; only headers are read.
 
     Args:
+        tokenizer: whether to read it.
         name_map: TOML file with a map of names, for an Orbax checkpoint of another program.
         rope: order of the rows of queries and keys, where an Orbax checkpoint does not tell it.
+        rename: what is done to the stored names first, in a format of RENAMED.
 
     Raises:
         ValueError: one line with everything that is wrong.
@@ -219,18 +231,21 @@ def read(
 
         if not path.exists():
             raise ValueError(f"{path}: not found")
+        if rename is not None:
+            raise ValueError("rename: not together with a map of names, which can do the same")
         checkpoint = read_tree(path, read_name_map(name_map), rope=rope, tokenizer=tokenizer)
         return read_digests(path, checkpoint)
     entry = recognize(path)
-    if rope is None:
-        checkpoint = entry.reader.read(path, tokenizer=tokenizer)
-    elif entry is FORMATS["maxtext"]:
-        from convert.formats import maxtext
-
-        checkpoint = maxtext.read(path, tokenizer=tokenizer, rope=rope)
-    else:
+    if rope is not None and entry is not FORMATS["maxtext"]:
         raise ValueError(f"rope is for MaxText and maps of names only, not for {entry.title}")
-    return read_digests(path, checkpoint)
+    if rename is not None and entry not in [FORMATS[name] for name in RENAMED]:
+        titles = ", ".join(FORMATS[name].title for name in RENAMED)
+        raise ValueError(f"{path}: rename is for {titles}, not for {entry.title}")
+    options = {"rope": rope, "rename": rename}
+    # not in the protocol: each is for few formats
+    read_format: Any = entry.reader.read
+    chosen = {name: value for name, value in options.items() if value is not None}
+    return read_digests(path, read_format(path, tokenizer=tokenizer, **chosen))
 
 
 def config_of(path: Path) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from pathlib import Path
 from convert.checkpoint import Checkpoint
 from convert.formats.torch_files import OLD_FORM_NOTE, open_torch_file
 from convert.formats.trainer_state import model_of
+from convert.renaming import Rename
 
 _SUFFIXES = (".pt", ".pth", ".bin", ".ckpt")
 
@@ -20,11 +21,12 @@ def recognizes(path: Path) -> bool:
     return path.is_file() and path.suffix in _SUFFIXES
 
 
-def read(path: Path, *, tokenizer: bool = True) -> Checkpoint:
+def read(path: Path, *, tokenizer: bool = True, rename: Rename | None = None) -> Checkpoint:
     """The Llama in a file of `torch.save`, in torchtitan's or Hugging Face's names, whatever is beside it.
 
     Args:
         tokenizer: whether to read the one beside the file; if not, errors in it do not matter.
+        rename: what is done to the stored names first.
 
     Raises:
         ValueError: with every problem: a damaged file, a pickle that asks for anything but tensors, tensors
@@ -42,5 +44,6 @@ def read(path: Path, *, tokenizer: bool = True) -> Checkpoint:
         load=file.load,
         weight_files=[path],
         tokenizer=tokenizer,
+        rename=rename,
         notes=[f"{path.name} {OLD_FORM_NOTE}"] if file.in_memory else [],
     )

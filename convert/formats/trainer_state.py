@@ -14,6 +14,7 @@ from convert.formats.directory import checkpoint_of, model_tensors, rows_by_load
 from convert.formats.llama_tensors import rotary_heads, to_halves
 from convert.formats.meta.params import config_of
 from convert.formats.state_dict_names import ModelNames, model_names
+from convert.renaming import Rename, renamed
 from llama_jax.checkpoints.match import same_values
 from llama_jax.checkpoints.names import is_buffer
 from llama_jax.checkpoints.safetensors_read import FLOAT_DTYPES, StoredTensor
@@ -33,6 +34,7 @@ def model_of(
     load: Callable[[str], np.ndarray],
     weight_files: Iterable[Path],
     tokenizer: bool,
+    rename: Rename | None = None,
     notes: Iterable[str] = (),
 ) -> Checkpoint:
     """The Llama in a state dict.
@@ -44,21 +46,28 @@ def model_of(
         stored: every tensor of it by its stored name, the optimizer's with them.
         load: reads one by its stored name.
         tokenizer: whether to read it.
+        rename: what is done to the stored names first.
 
     Raises:
         ValueError: with every problem: no model in it, tensors that are missing, unexpected or misshapen,
             no config beside it.
     """
     try:
-        found = model_names(stored)
+        places = renamed({name: name for name in stored}, rename)
+        found = model_names(places)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
-    weights = _weights(found, stored)
-    home, config, config_notes = _config(path, homes, weights, load)
+    tensors_by_name = {new: replace(stored[old], name=new) for new, old in places.items()}
+    weights = _weights(found, tensors_by_name)
+
+    def load_renamed(name: str) -> np.ndarray:
+        return load(places[name])
+
+    home, config, config_notes = _config(path, homes, weights, load_renamed)
 
     def load_stored(tensor: StoredTensor) -> np.ndarray:
         heads = rotary_heads(found.names[tensor.name], config) if found.pairs else 0
-        return to_halves(load(tensor.name), heads)
+        return to_halves(load_renamed(tensor.name), heads)
 
     tensors, more = model_tensors(path, config, weights, rows_by_loading(load_stored))
     if found.prefix:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models
 from transformers import AutoModelForCausalLM
 
@@ -18,6 +18,7 @@ from convert import Surgery, record
 from convert.__main__ import main
 from convert.surgery.layers import _numbers
 from parity_tests.convert.formats.gguf.tiny_gguf import same, tiny_model
+from parity_tests.convert.formats.tiny_dcp import save
 
 Tensors = dict[str, torch.Tensor]
 
@@ -192,6 +193,48 @@ def test_shards_that_cannot_be(tmp_path: Path, model: Any) -> None:
         assert f"to_shards: found {count}, expected 1 to 39" in error(tmp_path, shards=count)
     assert "Hugging Face only" in error(tmp_path, shards=2, to="orbax")
     assert "Hugging Face only" in error(tmp_path, shards=2, max_shard_size=100)
+
+
+@pytest.mark.parametrize("kind", ["hf", "bin", "dcp", "pt"])
+def test_other_names(tmp_path: Path, model: Any, kind: str) -> None:
+    rules = {r"^blocks/(\d+)/": r"model.layers.\1.", "^emb/": "model.embed_tokens.", r"/": "."}
+    tensors = {
+        name.replace("model.layers.", "blocks/")
+        .replace("model.embed_tokens.", "emb/")
+        .replace(".", "/"): tensor
+        for name, tensor in model.state_dict().items()
+    }
+    source = tmp_path / "source"
+    source.mkdir()
+    model.config.save_pretrained(source)
+    if kind == "hf":
+        save_file(tensors, source / "model.safetensors")
+    elif kind == "dcp":
+        save(tensors, source)
+    else:
+        torch.save(tensors, source / ("pytorch_model.bin" if kind == "bin" else "m.pt"))
+    file = tmp_path / "names.json"
+    file.write_text(json.dumps(rules))
+    path = source / "m.pt" if kind == "pt" else source
+    out = convert.convert(path, tmp_path / "out", rename=file)
+    assert same(weights(out), model.state_dict()) == []
+
+
+def test_names_that_cannot_be(tmp_path: Path, model: Any) -> None:
+    file = tmp_path / "names.json"
+    for rules, reason in (
+        ({"(": ""}, "'('"),
+        ({"a": r"\1"}, "invalid group reference"),
+        ({"a": 3}, "found 3, expected a text"),
+        ({"mlp.up_proj": "mlp.gate_proj"}, "both become"),
+        ({"mlp": "nlp"}, "missing"),
+    ):
+        file.write_text(json.dumps(rules))
+        assert reason in error(tmp_path, rename=file)
+    convert.convert(tmp_path / "model", tmp_path / "m.gguf")
+    file.write_text("{}")
+    with pytest.raises(ValueError, match=r"rename is for Hugging Face, .*, not for GGUF"):
+        convert.plan(tmp_path / "m.gguf", tmp_path / "none", rename=file)
 
 
 def test_from_the_command_line(tmp_path: Path, model: Any) -> None:

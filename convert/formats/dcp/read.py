@@ -15,6 +15,7 @@ from convert.companions import require_inside
 from convert.formats.dcp.metadata import FILE, DistributedTensor, Piece, read_metadata
 from convert.formats.torch_files import STORED_DTYPES, open_torch_tensor, require_torch
 from convert.formats.trainer_state import model_of
+from convert.renaming import Rename
 from llama_jax.checkpoints.safetensors_read import FLOAT_DTYPES, StoredTensor
 from llama_jax.formatting import summarize
 
@@ -27,13 +28,14 @@ def recognizes(path: Path) -> bool:
     return path.is_dir() and _locate(path) is not None
 
 
-def read(path: Path, *, tokenizer: bool = True) -> Checkpoint:
+def read(path: Path, *, tokenizer: bool = True, rename: Rename | None = None) -> Checkpoint:
     """The Llama in a distributed checkpoint; of a directory with several steps, the newest.
 
     Only `.metadata` is read: nothing of the optimizer or of other state is, and no number before `load`.
 
     Args:
         tokenizer: whether to read the one beside config.json; if not, errors in it do not matter.
+        rename: what is done to the stored names first.
 
     Raises:
         ValueError: with every problem: missing or short files, tensors that are missing, unexpected or
@@ -55,6 +57,7 @@ def read(path: Path, *, tokenizer: bool = True) -> Checkpoint:
         load=reader.load,
         weight_files=files,
         tokenizer=tokenizer,
+        rename=rename,
     )
 
 
