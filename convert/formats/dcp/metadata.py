@@ -23,6 +23,9 @@ from llama_jax.formatting import first_line
 FILE = ".metadata"
 _MAX_BYTES = 2**28  # a piece takes 100 bytes: of a model of 1000 tensors on 1000 devices, 100 MB
 _CHECKPOINT = "torch.distributed.checkpoint"
+_BEFORE_2_3 = (
+    "torch.distributed._shard.sharded_tensor.metadata"  # earlier versions have one class there
+)
 
 
 class Piece(NamedTuple):
@@ -121,11 +124,13 @@ _RECORDS = {
         "StorageMeta",
     ),
     f"{_CHECKPOINT}.filesystem": ("_StorageInfo",),
+    _BEFORE_2_3: ("TensorProperties",),
 }
 _CALLED: dict[tuple[str, str], Callable[..., Any]] = {
     ("torch", "Size"): _size,
     ("torch.serialization", "_get_layout"): _nothing,
     (f"{_CHECKPOINT}.metadata", "_MEM_FORMAT_ENCODING"): _nothing,
+    (_BEFORE_2_3, "MEM_FORMAT_ENCODING"): _nothing,
     ("collections", "OrderedDict"): OrderedDict,
     **dict.fromkeys(  # of StorageMeta: the path that it was saved to
         [("pathlib", name) for name in ("PosixPath", "PurePosixPath", "WindowsPath")]

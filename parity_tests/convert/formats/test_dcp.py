@@ -186,6 +186,20 @@ def edited(source: Path, edit: Callable[[Any], None]) -> None:
     file.write_bytes(pickle.dumps(metadata))
 
 
+def test_the_classes_of_earlier_versions(source: Path, tmp_path: Path) -> None:
+    from torch.distributed._shard.sharded_tensor.metadata import TensorProperties
+
+    def rewrite(metadata: Any) -> None:
+        for entry in metadata.state_dict_metadata.values():
+            if hasattr(entry, "properties"):
+                entry.properties = TensorProperties(dtype=entry.properties.dtype)
+
+    expected = read_metadata(source)
+    edited(source, rewrite)
+    assert b"_shard.sharded_tensor" in (source / ".metadata").read_bytes()
+    assert read_metadata(source) == expected
+
+
 def test_refusals(source: Path, tmp_path: Path) -> None:
     original = (source / ".metadata").read_bytes()
     out = tmp_path / "out"
