@@ -94,10 +94,12 @@ def require_equal(directory: Path, model: Any) -> None:
     assert loaded.dtype == model.dtype
 
 
+NEW = {"maxtext", "dcp", "litgpt"}  # their own tests cover by default what is asked of all formats
+
+
 def slow_if_new(name: str) -> Any:
-    """A format whose own tests cover by default what is asked of all of them."""
-    new = ("maxtext", "dcp", "litgpt")
-    return pytest.param(name, marks=pytest.mark.slow if name in new else ())
+    """The parameter `name`, marked slow for a format in NEW."""
+    return pytest.param(name, marks=pytest.mark.slow if name in NEW else ())
 
 
 @pytest.mark.parametrize(
@@ -126,7 +128,7 @@ def test_the_matrix_comes_back_bitwise(tmp_path: Path, through: str) -> None:
 
 
 PAIRS = [
-    pytest.param(*pair, marks=pytest.mark.slow) if "maxtext" in pair and "hf" not in pair else pair
+    pytest.param(*pair, marks=pytest.mark.slow if NEW & {*pair} and "hf" not in pair else ())
     for pair in itertools.product(writable(), writable())
 ]
 
