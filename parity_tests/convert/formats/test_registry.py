@@ -28,7 +28,7 @@ def test_every_format_provides_all_functions(name: str) -> None:
     assert (len(READING), len(WRITING)) == (2, 5)
     functions = READING + (WRITING if name in writable() else [])
     assert all(callable(getattr(FORMATS[name].reader, function)) for function in functions)
-    assert set(FORMATS[name].dtypes) <= {*DTYPES, "q8_0"}
+    assert set(FORMATS[name].dtypes) <= {*DTYPES, "q8_0", "fp8"}
 
 
 def npz_format() -> ModuleType:
