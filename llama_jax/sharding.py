@@ -31,10 +31,11 @@ RULES: dict[str, tuple[str, ...]] = {
     "mlp": (TENSOR_AXIS,),
     "batch": BATCH_AXES,
     "sequence": (SEQUENCE_AXIS,),
+    "residual_sequence": (SEQUENCE_AXIS, TENSOR_AXIS),
     "hidden": (),
 }
-# the residual stream [batch, seq, hidden]
-RESIDUAL_AXES = ("batch", "sequence", "hidden")
+# The residual stream [batch, seq, hidden], split by tokens over tensor as well (arXiv:2205.05198).
+RESIDUAL_AXES = ("batch", "residual_sequence", "hidden")
 
 
 class MeshAxes(NamedTuple):

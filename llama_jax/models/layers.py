@@ -21,10 +21,11 @@ from llama_jax.attention.dispatch import attention
 from llama_jax.attention.masks import AttentionMask
 from llama_jax.config import LlamaConfig
 from llama_jax.inputs.keys import require_rngs
+from llama_jax.models.tensor_parallel import find_ring, gather_matmul, matmul_scatter
 from llama_jax.numerics.activations import ACTIVATIONS
 from llama_jax.numerics.matmul import einsum, working_dtype
 from llama_jax.numerics.rope import rotate
-from llama_jax.sharding import RESIDUAL_AXES, SEQUENCE_AXIS, constrain, mesh_axes
+from llama_jax.sharding import RESIDUAL_AXES, SEQUENCE_AXIS, TENSOR_AXIS, constrain, mesh_axes
 
 Initializer = Callable[[jax.Array, tuple[int, ...], jnp.dtype], jax.Array]
 
@@ -74,18 +75,25 @@ def linear(
     """x weight^T + bias, accumulated in float32 and rounded once, after the bias."""
     # CPU matmuls are fastest with a single axis of tokens, most of all in the backward pass; but merging
     # the axes would gather a sequence that is split over devices.
-    is_split = mesh_axes().present(SEQUENCE_AXIS)
+    is_split = mesh_axes().present(SEQUENCE_AXIS, TENSOR_AXIS)
     tokens = x if is_split else x.reshape(-1, x.shape[-1])
     batch = "abcdefgh"[: tokens.ndim - 1]
     blocked = x.shape[-2:-1] != (1,)  # not a step of decoding
     spec = f"{batch}i,oi->{batch}o"
-    if bias is None:
-        out = einsum(spec, tokens, weight, blocked=blocked)
-    else:
-        working = working_dtype(x.dtype)
-        out = einsum(spec, tokens, weight, out_dtype=working, blocked=blocked)
-        out = out + jnp.broadcast_to(bias.astype(working), out.shape)
-    return out.astype(x.dtype).reshape(*x.shape[:-1], weight.shape[0])
+    out = einsum(spec, tokens, weight, out_dtype=_before_bias(x.dtype, bias), blocked=blocked)
+    return _projected(out.reshape(*x.shape[:-1], weight.shape[0]), bias, x.dtype)
+
+
+def _before_bias(dtype: jnp.dtype, *biases: Array | None) -> jnp.dtype:
+    """The dtype of a matmul to which a bias will be added: it is rounded once, after that."""
+    return dtype if all(bias is None for bias in biases) else working_dtype(dtype)
+
+
+def _projected(out: Array, bias: Array | None, dtype: jnp.dtype) -> Array:
+    """The result of a projection's matmul with its bias, in `dtype`."""
+    if bias is not None:
+        out = out + jnp.broadcast_to(bias.astype(out.dtype), out.shape)
+    return out.astype(dtype)
 
 
 def sliced_linear(
@@ -173,10 +181,37 @@ class Linear(nnx.Module):
 
     def __call__(self, x: Float[Array, "*batch in"]) -> Float[Array, "*batch out"]:
         """Project the last axis."""
-        bias = self.bias[...] if hasattr(self, "bias") else None
+        weight, bias = self.arrays()
         if self.slices > 1:
-            return sliced_linear(x, self.weight[...], bias, self.slices)
-        return linear(x, self.weight[...], bias)
+            return sliced_linear(x, weight, bias, self.slices)
+        return linear(x, weight, bias)
+
+    def arrays(self) -> tuple[Float[Array, "out in"], Float[Array, " out"] | None]:
+        """Weight and bias."""
+        return self.weight[...], self.bias[...] if hasattr(self, "bias") else None
+
+
+def project_in(
+    x: Float[Array, "batch seq in"], *projections: Linear
+) -> tuple[Float[Array, "batch seq out"], ...]:
+    """`x`, from the residual stream, through several projections; where it is split, gathered once."""
+    weights, biases = zip(*(projection.arrays() for projection in projections), strict=True)
+    ring = find_ring(*x.shape[:2], *(len(weight) for weight in weights))
+    if ring is None or any(projection.slices > 1 for projection in projections):
+        return tuple(projection(x) for projection in projections)
+    outs = gather_matmul(ring, _before_bias(x.dtype, *biases), x, weights)
+    return tuple(_projected(out, bias, x.dtype) for out, bias in zip(outs, biases, strict=True))
+
+
+def project_out(
+    x: Float[Array, "batch seq in"], projection: Linear
+) -> Float[Array, "batch seq out"]:
+    """`x` through a projection to the residual stream; summed and split in one step where that is split."""
+    ring = find_ring(*x.shape)
+    if ring is None or projection.slices > 1:
+        return projection(x)
+    weight, bias = projection.arrays()
+    return _projected(matmul_scatter(ring, _before_bias(x.dtype, bias), x, weight), bias, x.dtype)
 
 
 def _projection(
@@ -231,10 +266,12 @@ class Attention(nnx.Module):
     ) -> LayerOutput:
         """Attend to this call's keys or, with a cache, to all that it holds."""
         by_head = (*x.shape[:2], -1, self.head_dim)
+        projected = project_in(x, self.q_proj, self.k_proj, self.v_proj)
         # names are for remat policies, see `llama_jax.numerics.remat_policy`
-        query = checkpoint_name(self.q_proj(x), "query").reshape(by_head)
-        key = checkpoint_name(self.k_proj(x), "key").reshape(by_head)
-        value = checkpoint_name(self.v_proj(x), "value").reshape(by_head)
+        query, key, value = (
+            checkpoint_name(out, name).reshape(by_head)
+            for out, name in zip(projected, ("query", "key", "value"), strict=True)
+        )
         query, key = (rotate(heads, call.cos, call.sin) for heads in (query, key))
         query = constrain(query, "batch", "sequence", "heads", "hidden")
         key = constrain(key, "batch", "sequence", "kv_heads", "hidden")
@@ -252,7 +289,7 @@ class Attention(nnx.Module):
             dropout_key=dropout_key,
             output_weights=call.output_attentions,
         )
-        out = checkpoint_name(self.o_proj(out.reshape(*x.shape[:2], -1)), "output")
+        out = checkpoint_name(project_out(out.reshape(*x.shape[:2], -1), self.o_proj), "output")
         return LayerOutput(out, cache, weights)
 
 
@@ -271,11 +308,12 @@ class MLP(nnx.Module):
         slices = config.pretraining_tp or 1
         self.down_proj = project(intermediate, hidden, ("embed", "mlp"), slices)
 
-    def __call__(self, x: Float[Array, "*batch hidden"]) -> Float[Array, "*batch hidden"]:
+    def __call__(self, x: Float[Array, "batch seq hidden"]) -> Float[Array, "batch seq hidden"]:
         """Transform each token."""
-        gate = checkpoint_name(self.gate_proj(x), "gate")
-        up = checkpoint_name(self.up_proj(x), "up")
-        return checkpoint_name(self.down_proj(ACTIVATIONS[self.hidden_act](gate) * up), "down")
+        gate, up = project_in(x, self.gate_proj, self.up_proj)
+        gate, up = checkpoint_name(gate, "gate"), checkpoint_name(up, "up")
+        activated = ACTIVATIONS[self.hidden_act](gate) * up
+        return checkpoint_name(project_out(activated, self.down_proj), "down")
 
 
 class DecoderLayer(nnx.Module):

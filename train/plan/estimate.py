@@ -220,16 +220,20 @@ def weight_traffic(setting: Setting) -> float:
 
 
 def tensor_parallel_traffic(setting: Setting) -> float:
-    """Tensor parallelism (Megatron-LM, arXiv:1909.08053): activations are all-reduced.
+    """Tensor parallelism with the tokens split between blocks (Megatron-LM 3, arXiv:2205.05198).
 
-    Twice a layer, after attention and after the MLP, in each forward pass and in the backward pass.
+    Attention and MLP each gather the tokens of their input and scatter those of their output, summed in
+    float32; the backward pass gathers and scatters the gradients. What the backward pass needs of the
+    forward pass is gathered again unless it is kept, and the sum after attention scattered again.
     """
     if setting.tensor == 1:
         return 0.0
-    again = {"output", "down"} - _kept(setting.remat)
-    all_reduces = (2 + len(again) + 2) * setting.config.num_hidden_layers
-    activations = setting.tokens * setting.config.hidden_size * setting.compute_bytes
-    return all_reduces * activations * ALL_REDUCE
+    gathers = 2 * (2 if setting.remat == "none" else 3)
+    scatters = 2 * 2 + ("output" not in _kept(setting.remat))
+    gathered = gathers * ALL_GATHER * setting.compute_bytes
+    scattered = scatters * REDUCE_SCATTER * max(setting.compute_bytes, FLOAT32_BYTES)
+    numbers = setting.tokens * setting.config.hidden_size * setting.config.num_hidden_layers
+    return numbers * (gathered + scattered)
 
 
 def sequence_parallel_traffic(setting: Setting) -> float:
@@ -264,7 +268,8 @@ def kept_numbers(config: LlamaConfig, remat: Remat | Kept, tensor: int = 1) -> f
     to the host's memory does not count.
 
     Args:
-        tensor: size of the mesh's tensor axis, which splits heads and MLP but not the hidden states.
+        tensor: size of the mesh's tensor axis, which splits heads, MLP and, but for the norms' outputs,
+            the hidden states by their tokens.
     """
     sizes = widths(config, tensor)
     if isinstance(remat, Kept):
@@ -274,7 +279,7 @@ def kept_numbers(config: LlamaConfig, remat: Remat | Kept, tensor: int = 1) -> f
     dots = sum(sizes.values())
     if remat == "dots":
         return dots
-    norms = 2 * (2 + 1) * sizes["input"]
+    norms = 2 * (2 * sizes["input"] + config.hidden_size)
     rotated = sizes["query"] + sizes["key"]
     activation = 2 * sizes["gate"]
     return dots + norms + rotated + activation
@@ -282,7 +287,7 @@ def kept_numbers(config: LlamaConfig, remat: Remat | Kept, tensor: int = 1) -> f
 
 def widths(config: LlamaConfig, tensor: int = 1) -> dict[str, float]:
     """Numbers of a token in a layer's input, the outputs of its projections, and attention's, by name."""
-    hidden = config.hidden_size
+    hidden = config.hidden_size / tensor
     queries = config.num_attention_heads * config.head_size / tensor
     keys = config.kv_heads * config.head_size / tensor
     intermediate = config.intermediate_size / tensor

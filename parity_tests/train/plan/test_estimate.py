@@ -77,6 +77,10 @@ def test_memory() -> None:
     assert kept_numbers(CONFIG, "none") == dots + 600 + 120 + 600
     assert kept_numbers(CONFIG, Kept(("key", "gate"))) == 100 + 20 + 300
     assert kept_numbers(CONFIG, Kept(("key", "gate"), ("input", "up")), tensor=2) == 10 + 150
+    assert kept_numbers(CONFIG, "full", tensor=2) == 50
+    assert kept_numbers(CONFIG, "dots", tensor=2) == dots / 2
+    # but for the outputs of the norms, which are kept as gathered
+    assert kept_numbers(CONFIG, "none", tensor=2) == (dots + 600 + 120 + 600) / 2 + 2 * 50
     assert activation_bytes(ALONE) == 500 * 3 * dots * 2
     assert activation_bytes(ALONE._replace(micro_batches=5)) == 100 * 3 * dots * 2
 
@@ -89,10 +93,11 @@ def test_traffic(remat, forward_passes: int) -> None:
     assert weight_traffic(alone._replace(parameter_shards=4, micro_batches=3)) == 24_000_000
     # float32 gradients, all-reduced
     assert data_parallel_traffic(alone._replace(data=2)) == 8_000_000
-    # activations of 500 x 100 bfloat16 numbers, all-reduced twice a layer
+    # activations of 500 x 100 numbers in three layers: gathered in bfloat16, summed in float32
     passes = forward_passes + 1
     tensor = alone._replace(tensor=2, parameter_shards=2)
-    assert tensor_parallel_traffic(tensor) == passes * 2 * 3 * 2 * (500 * 100 * 2)
+    each = 500 * 100 * (6 * 2 + {"dots": 4, "full": 5}[remat] * 4)
+    assert tensor_parallel_traffic(tensor) == 3 * each
     # keys and values of two heads of 10, of rows over both devices
     sequence = alone._replace(sequence=2, parameter_shards=2)
     assert sequence_parallel_traffic(sequence) == passes * 3 * (1000 * 2 * 20 * 2)
