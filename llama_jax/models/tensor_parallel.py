@@ -17,7 +17,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float
 
 from llama_jax.numerics.matmul import einsum, working_dtype
-from llama_jax.sharding import BATCH_AXES, SEQUENCE_AXIS, TENSOR_AXIS, mesh_axes
+from llama_jax.sharding import SEQUENCE_AXIS, TENSOR_AXIS, mesh_axes, partition_spec
 
 Weights = tuple[Float[Array, "out in"], ...]
 
@@ -27,7 +27,7 @@ class Ring(NamedTuple):
 
     mesh: Any
     axes: frozenset[str]
-    batch: tuple[str, ...] | None
+    batch: tuple[str, ...] | str | None
     sequence: tuple[str, ...]
     size: int
 
@@ -55,10 +55,8 @@ def find_ring(batch: int, seq: int, *features: int) -> Ring | None:
     divides = seq % axes.size(*sequence, TENSOR_AXIS) == 0
     if size == 1 or not divides or any(count % size for count in features):
         return None
-    rows = axes.present(*BATCH_AXES)
-    if batch % axes.size(*rows):
-        rows = ()
-    return Ring(axes.mesh, frozenset(axes.free), rows or None, sequence, size)
+    (rows,) = partition_spec(("batch",), (batch,), axes.sizes)
+    return Ring(axes.mesh, frozenset(axes.free), rows, sequence, size)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))

@@ -3,12 +3,17 @@
 import json
 import os
 import re
+import sys
 
-os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
+# optimized for time to compile; the collectives are the same
+os.environ["XLA_FLAGS"] = (
+    "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0 "
+    "--xla_cpu_use_fusion_emitters=false"
+)
 os.environ["JAX_PLATFORMS"] = "cpu"
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,8 +21,10 @@ import numpy as np
 from flax import nnx
 from jax.sharding import AxisType
 
-from llama_jax import LlamaConfig, LlamaModel
+from llama_jax import LlamaConfig, LlamaModel, quantize
+from llama_jax.attention.zigzag import ZigZag
 from llama_jax.models.tensor_parallel import find_ring, gather_matmul, matmul_scatter
+from llama_jax.numerics.remat_policy import Kept
 from llama_jax.sharding import parameter_shardings
 from parity_tests.reference.errors import relative_error
 from train.hardware.collectives import collectives
@@ -25,14 +32,46 @@ from train.hardware.collectives import collectives
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_enable_x64", True)
 
-LAYERS, BATCH, HIDDEN = 2, 4, 32
-# axes of the mesh, kv heads, length, remat, other options of the config
-CASES: dict[str, tuple[dict[str, int], int, int, str, dict[str, Any]]] = {
-    "tensor4": ({"tensor": 4}, 4, 64, "none", {"attention_bias": True, "mlp_bias": True}),
-    "tensor4-full": ({"tensor": 4}, 4, 64, "full", {}),
-    "fsdp2-sequence2-tensor2": ({"fsdp": 2, "sequence": 2, "tensor": 2}, 2, 160, "full", {}),
-    "data2-tensor4-length18": ({"data": 2, "tensor": 4}, 2, 18, "dots", {}),
-    "tensor4-kv2-slices": ({"tensor": 4}, 2, 16, "dots", {"pretraining_tp": 2}),
+LAYERS, HIDDEN = 2, 32
+
+
+class Case(NamedTuple):
+    """A configuration and a mesh; `bits` of its quantized weights."""
+
+    mesh: dict[str, int]
+    config: dict[str, Any] = {}
+    batch: int = 4
+    length: int = 64
+    remat: Any = "dots"
+    zigzag: bool = False
+    scan_unroll: int = 1
+    bits: int | None = None
+
+
+SIX_HEADS = {"num_attention_heads": 6, "num_key_value_heads": 2, "head_dim": 4}
+THREE_AXES = {"fsdp": 2, "sequence": 2, "tensor": 2}
+CASES = {
+    "tensor4": Case({"tensor": 4}, {"attention_bias": True, "mlp_bias": True}, remat="none"),
+    "tensor4-full": Case({"tensor": 4}, remat="full"),
+    "zigzag": Case(THREE_AXES, {"num_key_value_heads": 2}, length=160, remat="full", zigzag=True),
+    "length18": Case({"data": 2, "tensor": 4}, {"num_key_value_heads": 2}, length=18),
+    "batch2": Case({"data": 2, "fsdp": 2, "tensor": 2}, batch=2, length=18),
+}
+SLOW_CASES = {
+    "batch3": Case({"data": 2, "tensor": 4}, batch=3),
+    "length1": Case({"data": 2, "tensor": 4}, length=1),
+    "tensor8": Case({"tensor": 8}),
+    "tensor3": Case({"tensor": 3}, SIX_HEADS | {"num_key_value_heads": 3}, length=24),
+    "one-kv-head": Case({"tensor": 8}, {"num_key_value_heads": 1}),
+    "six-heads": Case({"tensor": 4}, SIX_HEADS),
+    "intermediate50": Case({"tensor": 4}, {"intermediate_size": 50}),
+    "slices": Case({"tensor": 4}, {"num_key_value_heads": 2, "pretraining_tp": 2}, length=16),
+    "dropout": Case(THREE_AXES, {"attention_dropout": 0.1}),
+    "unrolled": Case({"tensor": 4}, scan_unroll=LAYERS),
+    "kept": Case({"tensor": 4}, remat=Kept(saved=("key", "down"))),
+    "offloaded": Case({"tensor": 4}, remat=Kept(("gate",), offloaded=("input", "output"))),
+    "int8": Case({"fsdp": 2, "tensor": 4}, bits=8),
+    "int4": Case({"fsdp": 2, "tensor": 4}, bits=4),
 }
 
 
@@ -69,43 +108,46 @@ def ring_errors(size: int) -> list[float]:
     return [relative_error(a, b) for a, b in zip(got, want, strict=True)]
 
 
-def decoder(
-    kv_heads: int, length: int, options: dict[str, Any], dtype: Any
-) -> tuple[LlamaModel, Callable[..., Any], Any]:
-    """A model, `run(params, x, remat)` for the loss and its gradients, and its arguments."""
-    config = LlamaConfig(
-        vocab_size=8,
-        hidden_size=HIDDEN,
-        intermediate_size=48,
-        num_hidden_layers=LAYERS,
-        num_attention_heads=8,
-        num_key_value_heads=kv_heads,
-        **options,
-    )
+def decoder(case: Case) -> tuple[LlamaModel, Callable[..., Any]]:
+    """A model, and `run(params, order)` for a loss and its gradients."""
+    fields = {"vocab_size": 8, "hidden_size": HIDDEN, "intermediate_size": 48}
+    heads = {"num_attention_heads": 8, "num_key_value_heads": 4}
+    config = LlamaConfig(**fields | heads | case.config, num_hidden_layers=LAYERS)
     model = LlamaModel(config, rngs=nnx.Rngs(0), dtype=jnp.float64)
-    graphdef, state = nnx.split(model)
-    params = jax.tree.map(lambda leaf: leaf.astype(dtype), nnx.to_pure_dict(state))
+    if case.bits:
+        model = quantize(model, case.bits, group_size=8)
+    graphdef = nnx.graphdef(model)
     rng = np.random.default_rng(0)
-    x = jnp.asarray(rng.normal(size=(BATCH, length, HIDDEN)), dtype)
-    segments = jnp.asarray(np.sort(rng.integers(0, 3, (BATCH, length)), axis=1), jnp.int32)
+    x = rng.normal(size=(case.batch, case.length, HIDDEN))
+    segments = np.sort(rng.integers(0, 3, x.shape[:2]), axis=1).astype(np.int32)
+    cotangent = np.linspace(-1, 2, x.size).reshape(x.shape)
+    dropout_key = jax.random.key(0) if config.attention_dropout else None
 
-    def loss(params: Any, x: Any, remat: Any) -> Any:
-        merged = nnx.merge(graphdef, params)
-        out = merged(inputs_embeds=x, segment_ids=segments, remat=remat).last_hidden_state
-        weights = jnp.linspace(-1, 2, out.size).reshape(out.shape)
-        return jnp.sum(jnp.sin(out.astype(weights.dtype)) * weights)
+    def loss(params: Any, x: Any, segments: Any, cotangent: Any, order: Any) -> Any:
+        out = nnx.merge(graphdef, params)(
+            inputs_embeds=x,
+            segment_ids=segments,
+            remat=case.remat,
+            scan_unroll=case.scan_unroll,
+            dropout_key=dropout_key,
+            token_order=order,
+        )
+        return jnp.sum(jnp.sin(out.last_hidden_state) * cotangent)
 
-    run = jax.jit(jax.value_and_grad(loss, argnums=(0, 1)), static_argnums=2)
-    return model, run, (params, x)
+    # quantized weights have no gradient
+    gradient = jax.value_and_grad(loss, argnums=1 if case.bits else (0, 1))
+    jitted = jax.jit(gradient, static_argnames="order")
 
+    def run(params: Any, order: ZigZag | None) -> tuple[list[np.ndarray], str]:
+        """The numbers, and the compiled program."""
+        slots = np.arange(case.length) if order is None else order.slots(case.length)
+        arrays = [jnp.asarray(array[:, slots]) for array in (x, segments, cotangent)]
+        compiled = jitted.lower(params, *arrays, order=order).compile()
+        value, gradients = compiled(params, *arrays)
+        *of_params, of_x = map(np.asarray, jax.tree.leaves(gradients))
+        return [np.asarray(value), *of_params, of_x[:, np.argsort(slots)]], compiled.as_text()
 
-def on_mesh(model: LlamaModel, run: Any, arguments: Any, sizes: dict[str, int], remat: str) -> Any:
-    """The result over the mesh, and the compiled program."""
-    mesh = mesh_of(sizes)
-    params = jax.device_put(arguments[0], parameter_shardings(model, mesh))
-    with jax.set_mesh(mesh):
-        compiled = run.lower(params, arguments[1], remat).compile()
-        return jax.tree.leaves(compiled(params, arguments[1])), compiled.as_text()
+    return model, run
 
 
 def largest_all_reduce(hlo: str) -> int:
@@ -115,23 +157,40 @@ def largest_all_reduce(hlo: str) -> int:
     return max(int(np.prod([int(n) for n in shape.split(",") if n] or [1])) for shape in arrays)
 
 
+def compare(name: str, case: Case) -> None:
+    """Print the errors of the numbers over the mesh, and what the program there sends.
+
+    activations: elements of [batch, length, hidden] on a device, were they not split over tensor.
+    """
+    model, run = decoder(case)
+    params = nnx.to_pure_dict(nnx.state(model))
+    want, _ = run(params, None)
+    mesh = mesh_of(case.mesh)
+    with jax.set_mesh(mesh):
+        placed = jax.device_put(params, parameter_shardings(model, mesh))
+        order = ZigZag.of(case.length, case.mesh["sequence"]) if case.zigzag else None
+        got, hlo = run(placed, order)
+    token_shards = mesh.size // mesh.shape["tensor"]
+    permutes = collectives(hlo).get("collective-permute")
+    row = {
+        "case": name,
+        "errors": [relative_error(a, b) for a, b in zip(got, want, strict=True)],
+        "permutes": permutes.count if permutes else 0,
+        "largest_all_reduce": largest_all_reduce(hlo),
+        "activations": case.batch * case.length * HIDDEN // token_shards,
+    }
+    print(json.dumps(row), flush=True)
+
+
 def main() -> None:
-    for size in (2, 3, 4):
+    if sys.argv[1:] == ["slow"]:
+        for name, case in SLOW_CASES.items():
+            compare(name, case)
+        return
+    for size in (3, 4):
         print(json.dumps({"case": f"ring{size}", "errors": ring_errors(size)}), flush=True)
-    for name, (sizes, kv_heads, length, remat, options) in CASES.items():
-        model, run, arguments = decoder(kv_heads, length, options, jnp.float64)
-        want = jax.tree.leaves(run(*arguments, remat))
-        got, hlo = on_mesh(model, run, arguments, sizes, remat)
-        pairs = zip(got, want, strict=True)
-        permutes = collectives(hlo).get("collective-permute")
-        row = {
-            "case": name,
-            "errors": [relative_error(np.asarray(a), np.asarray(b)) for a, b in pairs],
-            "permutes": permutes.count if permutes else 0,
-            "largest_all_reduce": largest_all_reduce(hlo),
-            "residual": BATCH * length * HIDDEN,
-        }
-        print(json.dumps(row), flush=True)
+    for name, case in CASES.items():
+        compare(name, case)
 
 
 if __name__ == "__main__":
