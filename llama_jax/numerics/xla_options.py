@@ -14,6 +14,9 @@ from llama_jax.numerics.backend import target_platform
 # default is 0.75; 0.9 is what NVIDIA sets for training (JAX-Toolbox, "Tips for High-Performance LLMs").
 GPU_MEMORY_FRACTION = 0.9
 
+# Of each device that XLA_FLAGS make of a CPU: see `reserve_host_threads`.
+THREADS_PER_HOST_DEVICE = 4
+
 Options = dict[str, str | int | bool]
 
 STEP_OPTIONS: dict[str, Options] = {
@@ -79,3 +82,15 @@ def reserve_gpu_memory() -> None:
     """
     if "XLA_PYTHON_CLIENT_MEM_FRACTION" not in os.environ:  # JAX refuses both
         os.environ.setdefault("XLA_CLIENT_MEM_FRACTION", str(GPU_MEMORY_FRACTION))
+
+
+def reserve_host_threads() -> None:
+    """Let XLA have several threads for each device that XLA_FLAGS make of the CPU.
+
+    By itself it has one. A collective blocks its thread, and XLA runs those that do not depend on each
+    other at once: with a tensor axis, programs of eight devices stopped for ever, all threads waiting for
+    one that had none, and XLA ended the process after 40 s. To be called before JAX looks for devices.
+    """
+    devices = re.search(r"--xla_force_host_platform_device_count=(\d+)", os.environ.get("XLA_FLAGS", ""))
+    if devices:  # XLA reads the number of threads from this variable
+        os.environ.setdefault("NPROC", str(THREADS_PER_HOST_DEVICE * int(devices[1])))

@@ -12,7 +12,7 @@ from llama_jax.files.foreign_weights import describe
 from llama_jax.formatting import summarize
 from llama_jax.generation.config import read_generation_config
 from llama_jax.models.causal_lm import LlamaForCausalLM
-from llama_jax.numerics.xla_options import reserve_gpu_memory
+from llama_jax.numerics.xla_options import reserve_gpu_memory, reserve_host_threads
 from train.checkpoints import require_safe_path
 from train.data.sources import common_index, find_sources, require_same_tokenizer
 from train.data.token_shards import Index
@@ -41,6 +41,7 @@ def begin(options: RunOptions) -> None:
     require_safe_path(folder)
     require_loggers(options.log)
     reserve_gpu_memory()
+    reserve_host_threads()
     join_processes(options.distributed)
     options = with_defaults(with_absolute_paths(options), jax.default_backend())
     sources = find_sources(options.data)

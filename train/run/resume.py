@@ -7,7 +7,7 @@ from pathlib import Path
 import jax
 
 from llama_jax.config import LlamaConfig
-from llama_jax.numerics.xla_options import reserve_gpu_memory
+from llama_jax.numerics.xla_options import reserve_gpu_memory, reserve_host_threads
 from train.checkpoints import require_safe_path
 from train.data import identity
 from train.data.sources import common_index, find_sources
@@ -42,6 +42,7 @@ def resume(folder: Path, saved: RunOptions, options: RunOptions) -> None:
     if rejected := rejected_changes(expected, options, last_saved_step(folder)):
         raise ValueError(f"{folder}: these options cannot change on resume: {'; '.join(rejected)}")
     reserve_gpu_memory()
+    reserve_host_threads()
     join_processes(options.distributed)
     with ExitStack() as stack:
         if jax.process_index() == 0:

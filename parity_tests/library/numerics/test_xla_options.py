@@ -10,6 +10,7 @@ from llama_jax.numerics.xla_options import (
     STEP_OPTIONS,
     STEP_OPTIONS_ACROSS_HOSTS,
     reserve_gpu_memory,
+    reserve_host_threads,
     step_compiler_options,
 )
 from parity_tests.harness.child_process import output_lines
@@ -66,6 +67,25 @@ def test_memory_is_reserved_unless_the_user_did(monkeypatch):
     monkeypatch.delenv(FRACTION)
     reserve_gpu_memory()
     assert os.environ[FRACTION] == str(GPU_MEMORY_FRACTION)
+
+
+@pytest.mark.parametrize(
+    ("flags", "chosen", "threads"),
+    [
+        ("--xla_force_host_platform_device_count=8", None, "32"),
+        ("--xla_force_host_platform_device_count=8", "9", "9"),
+        ("", None, None),
+    ],
+)
+def test_threads_for_devices_made_of_the_cpu(monkeypatch, flags, chosen, threads):
+    import os
+
+    monkeypatch.setenv("XLA_FLAGS", flags)
+    monkeypatch.setenv("NPROC", chosen or "")
+    if chosen is None:
+        monkeypatch.delenv("NPROC")
+    reserve_host_threads()
+    assert os.environ.get("NPROC") == threads
 
 
 @pytest.mark.parametrize("topology", ["h100:2x2", "v5p:2x2x1"])
