@@ -91,6 +91,8 @@ def reserve_host_threads() -> None:
     other at once: with a tensor axis, programs of eight devices stopped for ever, all threads waiting for
     one that had none, and XLA ended the process after 40 s. To be called before JAX looks for devices.
     """
-    devices = re.search(r"--xla_force_host_platform_device_count=(\d+)", os.environ.get("XLA_FLAGS", ""))
+    devices = re.search(
+        r"--xla_force_host_platform_device_count=(\d+)", os.environ.get("XLA_FLAGS", "")
+    )
     if devices:  # XLA reads the number of threads from this variable
         os.environ.setdefault("NPROC", str(THREADS_PER_HOST_DEVICE * int(devices[1])))

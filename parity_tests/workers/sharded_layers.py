@@ -13,7 +13,8 @@ os.environ["XLA_FLAGS"] = (
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["NPROC"] = "32"  # threads: see `reserve_host_threads`
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jax
@@ -40,7 +41,7 @@ class Case(NamedTuple):
     """A configuration and a mesh; `bits` of its quantized weights."""
 
     mesh: dict[str, int]
-    config: dict[str, Any] = {}
+    config: Mapping[str, Any] = MappingProxyType({})
     batch: int = 4
     length: int = 64
     remat: Any = "dots"
@@ -113,7 +114,7 @@ def decoder(case: Case) -> tuple[LlamaModel, Callable[..., Any]]:
     """A model, and `run(params, order)` for a loss and its gradients."""
     fields = {"vocab_size": 8, "hidden_size": HIDDEN, "intermediate_size": 48}
     heads = {"num_attention_heads": 8, "num_key_value_heads": 4}
-    config = LlamaConfig(**fields | heads | case.config, num_hidden_layers=LAYERS)
+    config = LlamaConfig(**fields | heads | dict(case.config), num_hidden_layers=LAYERS)
     model = LlamaModel(config, rngs=nnx.Rngs(0), dtype=jnp.float64)
     if case.bits:
         model = quantize(model, case.bits, group_size=8)

@@ -21,7 +21,6 @@ from parity_tests.harness.cases import (
     MATRIX,
     Case,
     Inputs,
-    hf_model,
     inputs_of,
     weights_of,
 )
@@ -29,7 +28,6 @@ from parity_tests.harness.cases import torch_inputs as as_torch
 from parity_tests.harness.compilation import FAST_COMPILE
 from parity_tests.harness.programs import (
     compiled,
-    hf_numbers,
     oracle_numbers,
     our_inputs,
     our_model,
