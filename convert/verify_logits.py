@@ -117,7 +117,7 @@ def _torch_model(source: Path, checkpoint: Checkpoint) -> Any:
     from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 
     transformers.utils.logging.disable_progress_bar()
-    if checkpoint.format == "Hugging Face":
+    if checkpoint.format == "Hugging Face" and "quantization" not in checkpoint.facts:
         return transformers.LlamaForCausalLM.from_pretrained(source, dtype=torch.float32).eval()
     model = transformers.LlamaForCausalLM(transformers.LlamaConfig.from_dict(checkpoint.config))
     tensors: dict[str, Any] = {}

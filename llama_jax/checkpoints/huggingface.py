@@ -24,6 +24,7 @@ from llama_jax.checkpoints.adapter import (
 from llama_jax.checkpoints.match import Model, abstract_model, compare_shapes, match_checkpoint
 from llama_jax.checkpoints.names import ParamPath, ParamSlice, flat_params, name_table
 from llama_jax.checkpoints.quantized import compressed_tensors_write
+from llama_jax.checkpoints.quantized.weights import with_codes
 from llama_jax.checkpoints.safetensors_read import CODE_DTYPES, read_slice, read_tensor
 from llama_jax.checkpoints.safetensors_write import TensorSpec, write_safetensors
 from llama_jax.checkpoints.weight_files import open_weights
@@ -32,7 +33,12 @@ from llama_jax.files.foreign_weights import ADAPTER_CONFIG
 from llama_jax.files.json_object import read_json_object
 from llama_jax.files.staging import staged_directory, write_text
 from llama_jax.formatting import size, summarize
-from llama_jax.quantization.model import quantization_of, quantize, read_quantization
+from llama_jax.quantization.model import (
+    Quantization,
+    quantization_of,
+    quantize,
+    read_quantization,
+)
 
 # files of an earlier save that would be taken for the new model's
 _STALE = (
@@ -85,6 +91,7 @@ def load(
     directory: str | Path,
     dtype: DTypeLike | None = None,
     rngs: nnx.Rngs | None = None,
+    dequantize: bool = True,
 ) -> Model:
     """Load a model from a directory of safetensors; each tensor is read straight into its parameter.
 
@@ -95,6 +102,7 @@ def load(
         model_class: `LlamaForCausalLM` or another class that takes `(config, rngs=, dtype=)`.
         dtype: of the weights; None keeps the stored one (the widest, if there are several).
         rngs: seeds for task-head weights that the checkpoint lacks; None is `nnx.Rngs(0)`.
+        dequantize: weights that another program quantized; if not, their codes and scales are kept.
 
     Warns:
         UserWarning: a task head was initialized; names its tensors.
@@ -106,6 +114,14 @@ def load(
     directory = Path(directory)
     model_class = _quantized(model_class, directory)
     weights = open_weights(directory)
+    if not dequantize and weights.scheme:
+        try:
+            tensors, bits, group_size = with_codes(weights.tensors)
+        except ValueError as error:
+            raise ValueError(f"{directory}: {error}") from None
+        weights = weights._replace(tensors=tensors)
+        quantization = Quantization(bits, group_size, vocabulary=False)
+        model_class = _quantizing(model_class, quantization)
     match = match_checkpoint(model_class, config, weights, directory, dtype)
     tensors, table, problems = match.tensors, match.table, match.problems
     # with a problem there will be no model, but values are still checked, for a complete error
@@ -319,8 +335,12 @@ def ignored_notes(config: LlamaConfig, directory: Path) -> list[str]:
 def _quantized(model_class: Callable[..., Model], directory: Path) -> Callable[..., Model]:
     """The class, or a function that quantizes its models like those of `directory`."""
     quantization = read_quantization(read_json_object(directory / "config.json"))
-    if quantization is None:
-        return model_class
+    return model_class if quantization is None else _quantizing(model_class, quantization)
+
+
+def _quantizing(
+    model_class: Callable[..., Model], quantization: Quantization
+) -> Callable[..., Model]:
     return lambda *args, **kwargs: quantize(model_class(*args, **kwargs), *quantization)
 
 

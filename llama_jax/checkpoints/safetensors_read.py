@@ -11,7 +11,7 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import ml_dtypes
 import numpy as np
@@ -77,10 +77,20 @@ class DequantizedTensor(StoredTensor):
     Attributes:
         parts: the stored tensors.
         values: computes the weight, in float32; raises ValueError and OSError.
+        kept: the same as a `QuantizedWeight`, where one can hold its codes and scales.
     """
 
     parts: tuple[StoredTensor, ...]
     values: Callable[[], np.ndarray]
+    kept: "KeptCodes | None" = None
+
+
+class KeptCodes(NamedTuple):
+    """A weight as a `QuantizedWeight` has it: `tensors` are codes, scale and, with 4 bits, zero."""
+
+    bits: int
+    group_size: int | None
+    tensors: tuple[DequantizedTensor, ...]
 
 
 def parts_of(tensor: StoredTensor) -> tuple[StoredTensor, ...]:
@@ -236,7 +246,7 @@ def read_array(tensor: StoredTensor) -> np.ndarray:
 def _cast(values: np.ndarray, out: np.ndarray) -> bool:
     with np.errstate(over="ignore", invalid="ignore"):
         out[...] = values.astype(out.dtype, copy=False)
-    return all_finite(np.ascontiguousarray(out))
+    return out.dtype in CODE_DTYPES.values() or all_finite(np.ascontiguousarray(out))
 
 
 def _read_exactly(descriptor: int, out: np.ndarray, tensor: StoredTensor, skip: int) -> None:

@@ -26,6 +26,7 @@ class PretrainedModel(nnx.Module):
         torch_dtype: Any = None,
         adapter: str | Path | None = None,
         rngs: nnx.Rngs | None = None,
+        dequantize: bool = True,
         **config_changes: Any,
     ) -> Self:
         """Load a model from a Hugging Face directory of safetensors, or from the Hub.
@@ -41,6 +42,8 @@ class PretrainedModel(nnx.Module):
             torch_dtype: transformers' old name for `dtype`.
             adapter: directory, or name on the Hub, of a LoRA adapter of PEFT to merge into the model.
             rngs: seeds for task-head weights that the checkpoint lacks; default: `nnx.Rngs(0)`.
+            dequantize: weights that another program quantized. If not, codes and scales are kept as a model
+                that `quantize` made has them, where they are symmetric with 8 or 4 bits.
             config_changes: fields of config.json to override, such as `num_labels`.
 
         Raises:
@@ -57,7 +60,7 @@ class PretrainedModel(nnx.Module):
             require_rngs(rngs)
         directory = local_path(directory)
         config = LlamaConfig.from_pretrained(directory, **config_changes)
-        model = huggingface.load(cls, config, directory, dtype, rngs)
+        model = huggingface.load(cls, config, directory, dtype, rngs, dequantize)
         if adapter is not None:
             model = huggingface.with_adapter(model, config, local_path(adapter))
         model._read_json_files(directory)

@@ -19,6 +19,7 @@ from llama_jax.checkpoints.quantized.scheme import (
     FP8_DTYPES,
     SCALE_DTYPES,
     Arrays,
+    Integers,
     Parts,
     Read,
     Scheme,
@@ -84,7 +85,8 @@ def scheme(fields: Mapping[str, Any], title: str) -> Scheme:
         shape = require_matrix(parts, "weight", "I8", *FP8_DTYPES)
         return _weight(settings, shape, parts, "weight", None)
 
-    return Scheme(title, ("weight", "weight_packed", "weight_shape", *_PARTS), weight)
+    suffixes = ("weight", "weight_packed", "weight_shape", *_PARTS)
+    return Scheme(title, suffixes, weight, optional=not groups)
 
 
 def _groups(fields: Mapping[str, Any]) -> list[tuple[list[str], Mapping[str, Any]]]:
@@ -100,8 +102,8 @@ def _groups(fields: Mapping[str, Any]) -> list[tuple[list[str], Mapping[str, Any
         raise ValueError(
             f"transform_config: found {str(transforms)[:60]}, expected weights without transforms"
         )
-    config = fields.get("config_groups")
-    if not isinstance(config, Mapping) or not config:
+    config = fields.get("config_groups") or {}
+    if not isinstance(config, Mapping):
         raise ValueError(f"config_groups: found {str(config)[:60]}, expected an object of groups")
     groups = []
     for name, group in config.items():
@@ -231,7 +233,16 @@ def _weight(
 
         return by_rows(shape, some)
 
-    return Weight(shape, tuple(needed), values)
+    codes = None
+    if needed == [name, "weight_scale"] and block[0] == 1 and parts[name].dtype[0] == "I":
+        codes = Integers(
+            bits or 8,
+            None if grid[1] == 1 else block[1],
+            parts["weight_scale"].dtype,
+            lambda arrays: integers(arrays[name], bits, columns) if bits else arrays[name],
+            lambda arrays: arrays["weight_scale"],
+        )
+    return Weight(shape, tuple(needed), values, codes)
 
 
 def _block(

@@ -17,6 +17,7 @@ from llama_jax.checkpoints.quantized.packing import unpack
 from llama_jax.checkpoints.quantized.scheme import (
     SCALE_DTYPES,
     Arrays,
+    Integers,
     Parts,
     Read,
     Scheme,
@@ -80,7 +81,27 @@ def scheme(fields: Mapping[str, Any], title: str) -> Scheme:
                 arrays["qweight"], arrays["qzeros"], arrays["scales"], group, bits, offset
             )
 
-        return Weight((rows, columns), tuple(needed), values)
+        def codes(arrays: Arrays) -> np.ndarray:
+            middle = 1 << (bits - 1)
+            zeros = unpack(arrays["qzeros"], bits) + np.uint8(offset)
+            if (zeros != middle).any():
+                raise ValueError(
+                    f"qzeros: found zeros other than {middle}, expected symmetric codes"
+                )
+            order = np.arange(columns) // (columns // groups)
+            if (arrays.get("g_idx", order) != order).any():
+                raise ValueError("g_idx: found groups that are not in order")
+            unsigned = unpack(np.ascontiguousarray(arrays["qweight"].T), bits)
+            return (unsigned - np.uint8(middle)).view(np.int8)
+
+        integers = Integers(
+            bits,
+            None if groups == 1 else columns // groups,
+            parts["scales"].dtype,
+            codes,
+            lambda arrays: np.ascontiguousarray(arrays["scales"].T),
+        )
+        return Weight((rows, columns), tuple(needed), values, integers)
 
     return Scheme(title, ("weight", "qweight", "qzeros", "scales", "g_idx"), weight)
 

@@ -25,6 +25,24 @@ FP8_DTYPES = ("F8_E4M3", "F8_E5M2", "F8_E4M3FNUZ", "F8_E5M2FNUZ")
 _BLOCK = 1 << 21  # values dequantized at a time: bounds the temporaries
 
 
+class Integers(NamedTuple):
+    """A weight that is code * scale with signed codes of 8 or 4 bits, as a `QuantizedWeight` can be.
+
+    Attributes:
+        bits: 8 or 4.
+        group_size: columns that share a scale; None for a scale per row.
+        scale_dtype: as stored.
+        codes: int8 [out, in]; raises ValueError where they turn out to be others.
+        scale: of any shape with the scales of a row one after another.
+    """
+
+    bits: int
+    group_size: int | None
+    scale_dtype: str
+    codes: Callable[[Arrays], np.ndarray]
+    scale: Callable[[Arrays], np.ndarray]
+
+
 class Weight(NamedTuple):
     """A weight that is stored in several tensors.
 
@@ -32,11 +50,13 @@ class Weight(NamedTuple):
         shape: [out, in].
         parts: names of the stored tensors that `values` needs.
         values: computes it in float32 from those; raises ValueError.
+        integers: its codes and scales, where they are of that kind.
     """
 
     shape: tuple[int, int]
     parts: tuple[str, ...]
     values: Callable[[Arrays], np.ndarray]
+    integers: Integers | None = None
 
 
 @dataclass(frozen=True)
@@ -48,11 +68,13 @@ class Scheme:
         suffixes: of the stored tensors that belong to quantized weights.
         weight: `weight(module, parts, read)` is the weight of a module, None where it is not quantized;
             raises ValueError, with the part's name first, for parts that do not fit together.
+        optional: whether there may be no quantized weight at all, but scales of a key/value cache.
     """
 
     title: str
     suffixes: tuple[str, ...]
     weight: Callable[[str, Parts, Read], Weight | None]
+    optional: bool = False
 
 
 def require(parts: Parts, name: str, *dtypes: str) -> StoredTensor:

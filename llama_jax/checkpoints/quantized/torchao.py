@@ -18,6 +18,7 @@ from llama_jax.checkpoints.quantized.scheme import (
     FP8_DTYPES,
     SCALE_DTYPES,
     Arrays,
+    Integers,
     Parts,
     Read,
     Scheme,
@@ -105,7 +106,17 @@ def _by_blocks(parts: Parts, block: tuple[int, int] | None, dtypes: tuple[str, .
 
         return by_rows(shape, some)
 
-    return Weight(shape, tuple(needed), values)
+    def codes(arrays: Arrays) -> np.ndarray:
+        if _ZERO in arrays and arrays[_ZERO].any():
+            raise ValueError(f"{_ZERO}: found zeros other than 0, expected symmetric codes")
+        return arrays[_QDATA]
+
+    integers = None
+    if dtypes == ("I8",) and block[0] == 1:
+        size = None if grid[1] == 1 else block[1]
+        dtype = parts[_SCALE].dtype
+        integers = Integers(8, size, dtype, codes, lambda arrays: arrays[_SCALE])
+    return Weight(shape, tuple(needed), values, integers)
 
 
 def _int4(parts: Parts, block: tuple[int, int] | None) -> Weight:

@@ -39,7 +39,13 @@ class Checkpoint(NamedTuple):
 def open_checkpoint(directory: Path) -> Checkpoint:
     """Raises ValueError, in one line: not a Llama, or tensors missing, unexpected or of wrong shapes."""
     config = LlamaConfig.from_pretrained(directory)
-    match = match_checkpoint(LlamaForCausalLM, config, open_weights(directory), directory)
+    weights = open_weights(directory)
+    if weights.scheme:
+        raise ValueError(
+            f"{directory}: the weights are quantized ({weights.scheme}); compare what they are dequantized "
+            f"to: python -m convert {directory} DIR"
+        )
+    match = match_checkpoint(LlamaForCausalLM, config, weights, directory)
     if match.problems:
         title = f"{directory}: {len(match.problems)} problems"
         raise ValueError(summarize(title, match.problems))

@@ -17,10 +17,11 @@ from safetensors.torch import load_file as load_torch
 
 import convert
 from convert.__main__ import main
-from llama_jax import LlamaForCausalLM
+from llama_jax import LlamaForCausalLM, Quantization, dequantize
 from llama_jax.checkpoints.huggingface import load_params, to_hf_tensors
 from llama_jax.checkpoints.match import abstract_model
 from llama_jax.load import load_model
+from llama_jax.quantization.model import quantization_of
 from parity_tests.library.checkpoints.quantized.tiny import (
     CONFIG,
     KEYS,
@@ -113,6 +114,25 @@ def test_scales_of_activations_and_cache_are_ignored_and_said(tmp_path: Path) ->
     with pytest.warns(UserWarning, match=message):
         LlamaForCausalLM.from_pretrained(tmp_path / "model")
     assert any("input_scale (2)" in note for note in convert.info(tmp_path / "model")["notes"])
+
+
+def test_only_the_cache_is_quantized(tmp_path: Path) -> None:
+    def change(tensors: Tensors, fields: Fields) -> None:
+        _plain(tensors, fields)
+        tensors["model.layers.0.self_attn.v_scale"] = torch.tensor(0.5)
+        fields["config_groups"] = {}
+        fields["kv_cache_scheme"] = {"num_bits": 8, "type": "float"}
+
+    write(tmp_path / "model", "ct_int8_channel", change)
+    with pytest.warns(UserWarning, match=r"v_scale \(1\) ignored"):
+        LlamaForCausalLM.from_pretrained(tmp_path / "model")
+
+
+def test_logits_of_a_quantized_source(tmp_path: Path) -> None:
+    """PyTorch's model has the dequantized weights."""
+    write(tmp_path / "model", "gptq4_v2")
+    todo = convert.plan(tmp_path / "model", tmp_path / "out", logits=True)
+    assert convert.run(todo).logits is not None
 
 
 def _scale_of_the_tensor(tensors: Tensors, fields: Fields) -> None:
@@ -225,6 +245,103 @@ def test_modelopt(tmp_path: Path, file: str) -> None:
         scale = stored[f"{module}.weight_scale"].float() * torch.tensor(0.003)
         expected = values * scale.repeat_interleave(16, 1)
         np.testing.assert_array_equal(tensors[f"{module}.weight"], expected.numpy())
+
+
+def _quantize_all(fixture: str) -> Callable[[Tensors, Fields], None]:
+    """Every projection with the parts of k_proj's fixture, repeated to its shape: a complete model."""
+
+    def change(tensors: Tensors, fields: Fields) -> None:
+        for name in [
+            name
+            for name in tensors
+            if name.endswith("_proj.weight") and tensors[name].is_floating_point()
+        ]:
+            rows, columns = tensors.pop(name).shape
+            across, module = -(-columns // 64), name.removesuffix(".weight")
+            for part in ("weight_packed", "weight_scale", "weight"):
+                stored = tensors.get(f"{KEYS}.{part}")
+                if stored is None:
+                    continue
+                repeats = (-(-rows // 32), 1 if stored.shape[1] == 1 else across)
+                width = stored.shape[1] if stored.shape[1] == 1 else stored.shape[1] * columns // 64
+                tensors[f"{module}.{part}"] = stored.repeat(repeats)[:rows, :width].contiguous()
+            if f"{KEYS}.weight_shape" in tensors:
+                tensors[f"{module}.weight_shape"] = torch.tensor([rows, columns])
+
+    return change
+
+
+@pytest.mark.parametrize(
+    "name", ["ct_int4_group", "ct_int4_bf16", "ct_int8_packed", "ct_int8_channel"]
+)
+def test_codes_and_scales_are_kept(tmp_path: Path, name: str) -> None:
+    write(tmp_path / "model", name, _quantize_all(name))
+    dequantized = LlamaForCausalLM.from_pretrained(tmp_path / "model")
+    kept = LlamaForCausalLM.from_pretrained(tmp_path / "model", dequantize=False)
+    quantization = quantization_of(kept)
+    assert quantization is not None
+    assert not quantization.vocabulary
+    kept.save_pretrained(tmp_path / "ours")
+    ours = LlamaForCausalLM.from_pretrained(tmp_path / "ours")
+    assert quantization_of(ours) == quantization
+    expected = dict(to_hf_tensors(dequantized))
+    for model in (kept, ours):
+        for weight, values in to_hf_tensors(dequantize(model)):
+            np.testing.assert_array_equal(
+                values, expected[weight].astype(values.dtype), err_msg=weight
+            )
+    # and back: the same bytes
+    if "int8_channel" not in name:  # which is not packed
+        kept.save_pretrained(tmp_path / "again", compressed_tensors=True)
+        stored = load_torch(tmp_path / "model" / "model.safetensors")
+        again = load_torch(tmp_path / "again" / "model.safetensors")
+        for weight, tensor in stored.items():
+            if "packed" in weight:
+                assert torch.equal(again[weight], tensor)
+            elif "scale" in weight:
+                assert torch.equal(again[weight].float(), tensor.float())
+
+
+def test_symmetric_gptq_is_kept(tmp_path: Path) -> None:
+    def symmetric(tensors: Tensors, fields: Fields) -> None:
+        for name in [name for name in tensors if name.endswith("qzeros")]:
+            tensors[name].fill_(0x77777777)  # 8, less 1
+            tensors[name.replace("qzeros", "g_idx")] = (torch.arange(64) // 32).int()
+        for name in [name for name in tensors if name.endswith("_proj.weight")]:
+            rows, columns = tensors.pop(name).shape
+            for part, multiple in (("qweight", 8), ("qzeros", 32), ("scales", 32)):
+                stored = tensors[f"{KEYS}.{part}"]
+                wide = stored.repeat(-(-columns // 64), -(-rows // 32))
+                width = rows // 8 if part == "qzeros" else rows
+                tensors[name.replace("weight", part)] = wide[
+                    : columns // multiple, :width
+                ].contiguous()
+
+    write(tmp_path / "model", "gptq4_act_order", symmetric)
+    kept = LlamaForCausalLM.from_pretrained(tmp_path / "model", dequantize=False)
+    assert quantization_of(kept) == Quantization(4, 32, False)
+    expected = dict(to_hf_tensors(LlamaForCausalLM.from_pretrained(tmp_path / "model")))
+    for weight, values in to_hf_tensors(dequantize(kept)):
+        np.testing.assert_array_equal(values, expected[weight], err_msg=weight)
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        ("awq", None, "its codes cannot be kept: only symmetric ones"),
+        ("ct_fp8_channel", None, "its codes cannot be kept"),
+        ("ct_int4_asymmetric", None, "its codes cannot be kept"),
+        ("gptq4_v2", None, "missing"),
+    ],
+)
+def test_codes_that_cannot_be_kept(
+    tmp_path: Path, name: str, change: Callable[[Tensors, Fields], None] | None, message: str
+) -> None:
+    write(tmp_path / "model", name, change)
+    with pytest.raises(ValueError) as error:
+        LlamaForCausalLM.from_pretrained(tmp_path / "model", dequantize=False)
+    assert message in str(error.value)
+    assert str(tmp_path / "model") in str(error.value)
 
 
 def _without(part: str) -> Callable[[Tensors, Fields], None]:
