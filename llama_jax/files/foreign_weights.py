@@ -149,6 +149,12 @@ _READABLE = (
     "mxfp4",
     "torchao",
 )
+# the field that says which of a method's kinds it is
+_KINDS_OF_METHODS = {
+    "MLX": "mode",
+    "bitsandbytes": "bnb_4bit_quant_type",
+    "compressed-tensors": "format",
+}
 _BITS = ("bits", "w_bit", "nbits", "num_bits", "weight_bits", "wbits")
 # fields of config.json that say how the weights are quantized, as three kinds of programs call it
 _FIELDS = ("quantization_config", "compression_config", "quantization")
@@ -184,7 +190,9 @@ def foreign_quantization(fields: Mapping[str, Any]) -> ForeignQuantization | Non
             raise ValueError(f"{key}: found {_short(config)}, expected an object or null")
         method = str(_method(config))
         bits = _bits(config)
-        title = _short(method, quoted=False) + (f", {bits} bits" if bits is not None else "")
+        kind = None if config.get("load_in_8bit") else config.get(_KINDS_OF_METHODS.get(method, ""))
+        shown = f" ({_short(kind, quoted=False)})" if isinstance(kind, str) else ""
+        title = f"{_short(method, quoted=False)}{shown}" + (f", {bits} bits" if bits else "")
         return ForeignQuantization(key, config, method, title)
     return None
 

@@ -16,7 +16,7 @@ def scheme(fields: Mapping[str, Any], title: str) -> Scheme:
     """modelopt of a `quantization_config`."""
     inner = fields.get("quantization")
     algorithm = {**(inner if isinstance(inner, Mapping) else {}), **fields}.get("quant_algo")
-    if algorithm not in _ALGORITHMS:
+    if algorithm not in (*_ALGORITHMS, None):  # None: only the cache is quantized
         raise ValueError(
             f"quant_algo: found {algorithm!r}, expected one of {', '.join(_ALGORITHMS)}"
         )
@@ -27,4 +27,5 @@ def scheme(fields: Mapping[str, Any], title: str) -> Scheme:
             return packed_weight(parts, "weight", microscaling=False, global_scale="weight_scale_2")
         return by_tensor.weight(module, parts, read)
 
-    return Scheme(f"{title}, {algorithm}", (*by_tensor.suffixes, "weight_scale_2"), weight)
+    suffixes = (*by_tensor.suffixes, "weight_scale_2")
+    return Scheme(f"{title}, {algorithm}", suffixes, weight, optional=algorithm is None)
