@@ -70,7 +70,7 @@ def _parser() -> Parser:
     parser.add_argument(
         "--dtype",
         type=_dtype_name,
-        choices=list(dict.fromkeys(dtype for entry in FORMATS.values() for dtype in entry.dtypes)),
+        choices=list(dict.fromkeys(dtype for entry in FORMATS.values() for dtype in entry.choices)),
         help="dtype to write; default: the source's dtype, or float32 if it is quantized. F32, BF16, F16 "
         "and Q8_0 are accepted as well; q8_0 is for GGUF only, which keeps vectors in float32; fp8 is for "
         "hf: the projections as compressed-tensors' FP8, which vLLM loads",

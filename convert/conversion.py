@@ -122,9 +122,9 @@ def plan(
         raise ValueError(f"to: found {to!r}, expected one of {', '.join(writable())}")
     target_format = FORMATS[to]
     dtype = None if dtype is None else dtype_name(str(dtype))
-    if dtype is not None and dtype not in target_format.dtypes:
+    if dtype is not None and dtype not in target_format.choices:
         raise ValueError(
-            f"dtype: found {dtype!r}, expected one of {', '.join(target_format.dtypes)} "
+            f"dtype: found {dtype!r}, expected one of {', '.join(target_format.choices)} "
             f"for {target_format.title}"
         )
     if max_shard_size is not None and to != "hf":

@@ -90,6 +90,13 @@ class Entry:
     dtypes: tuple[str, ...]
     """What `--dtype` may be when it is written; none for a format that is only read."""
     module_name: str
+    quantized: tuple[str, ...] = ()
+    """What else it may be: dtypes of projections alone, while all else keeps its own."""
+
+    @property
+    def choices(self) -> tuple[str, ...]:
+        """All that `--dtype` may be."""
+        return (*self.dtypes, *self.quantized)
 
     @property
     def reader(self) -> Reader:
@@ -109,8 +116,9 @@ FORMATS: dict[str, Entry] = {
     "hf": Entry(
         "Hugging Face",
         "a directory with *.safetensors or pytorch_model*.bin",
-        (*_PLAIN_DTYPES, "fp8"),
+        _PLAIN_DTYPES,
         "convert.formats.huggingface",
+        quantized=("fp8",),
     ),
     "orbax": Entry(
         "Orbax",
