@@ -154,7 +154,7 @@ def test_a_truncated_weights_file_is_detected_without_digests(
             path
             for path in files_of(source)
             if path.name != record.name
-            and path.suffix not in (".json", ".txt")
+            and path.suffix not in (".json", ".txt", ".yaml")
             and path.stat().st_size > 0
             and "_METADATA" not in path.name
         ]
