@@ -30,6 +30,8 @@ from train.options import FILE
 STEPS = 60
 # saves and evaluations take longer than steps, so most kills hit those
 OPTIONS = {"steps": STEPS, "checkpoint__every": 4, "evaluation__every": 6}
+DEVICES = 8
+TENSOR = {"mesh__fsdp": 4, "mesh__tensor": 2}
 
 
 @pytest.fixture(scope="module")
@@ -40,9 +42,10 @@ def full_run(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
-def arguments(tiny: Tiny, run: Path) -> list[str]:
+def arguments(tiny: Tiny, run: Path, **mesh: int) -> list[str]:
     """Begin the run, or resume it if there is one."""
-    return ["resume", str(run)] if (run / FILE).exists() else run_flags(tiny, run, **OPTIONS)
+    begin = run_flags(tiny, run, **OPTIONS, **mesh)
+    return ["resume", str(run)] if (run / FILE).exists() else begin
 
 
 def lines(run: Path) -> int:
@@ -77,9 +80,10 @@ def when_saving(run: Path, chance: random.Random) -> Callable[[], bool]:
 MOMENTS = {"compiling": when_compiling, "stepping": when_stepping, "saving": when_saving}
 
 
-def kill(tiny: Tiny, run: Path, kind: str, chance: random.Random) -> bool:
+def kill(tiny: Tiny, run: Path, kind: str, chance: random.Random, **mesh: int) -> bool:
     """Start or resume the run, kill it at such a moment; returns whether it was killed before it ended."""
-    process = start(arguments(tiny, run), environment(None if kind == "compiling" else tiny.cache))
+    cache = None if kind == "compiling" else tiny.cache
+    process = start(arguments(tiny, run, **mesh), environment(cache, DEVICES if mesh else 1))
     moment = MOMENTS[kind](run, chance)
     while process.poll() is None and not moment():
         time.sleep(0.001)
@@ -96,20 +100,33 @@ def same_run(run: Path, full_run: Path) -> None:
     assert same_bits(state_of(run, STEPS), state_of(full_run, STEPS))
 
 
-@pytest.mark.parametrize("kills", [3, pytest.param(20, marks=pytest.mark.slow)])
-def test_killed_at_random_moments(tiny: Tiny, full_run: Path, tmp_path: Path, kills: int) -> None:
+def kill_and_resume(tiny: Tiny, run: Path, kills: int, **mesh: int) -> None:
+    """Kill the run that often, each time resuming it, and then let it end."""
     chance = random.Random(kills)
-    run, done, seen = tmp_path / "run", 0, []
+    done, seen = 0, []
     for kind in itertools.islice(itertools.cycle(("stepping", "saving", "compiling")), kills):
-        if not kill(tiny, run, kind, chance):
+        if not kill(tiny, run, kind, chance, **mesh):
             shutil.rmtree(run)  # it finished: start another one
         else:
             done += 1
         seen.append((kind, saved_steps(run) if (run / FOLDER).exists() else []))
     print(f"{done} kills: {seen}")
     assert done >= kills * 0.6
-    finish(start(arguments(tiny, run), environment(tiny.cache)))
-    same_run(run, full_run)
+    finish(start(arguments(tiny, run, **mesh), environment(tiny.cache, DEVICES if mesh else 1)))
+
+
+@pytest.mark.parametrize("kills", [3, pytest.param(20, marks=pytest.mark.slow)])
+def test_killed_at_random_moments(tiny: Tiny, full_run: Path, tmp_path: Path, kills: int) -> None:
+    kill_and_resume(tiny, tmp_path / "run", kills)
+    same_run(tmp_path / "run", full_run)
+
+
+@pytest.mark.slow
+def test_killed_on_a_mesh_with_a_tensor_axis(tiny: Tiny, tmp_path: Path) -> None:
+    full, run = tmp_path / "full", tmp_path / "run"
+    finish(start(arguments(tiny, full, **TENSOR), environment(tiny.cache, DEVICES)))
+    kill_and_resume(tiny, run, 5, **TENSOR)
+    same_run(run, full)
 
 
 @pytest.mark.parametrize(
