@@ -16,6 +16,7 @@ STDLIB = "stdlib"
 
 Dtype = Literal["float32", "bfloat16", "float16", "float64"]
 StateDtype = Literal["float32", "bfloat16"]
+ReduceDtype = Literal["float32", "bfloat16"]
 Optimizer = Literal["adamw", "muon", "lion", "adafactor", "sgd"]
 Schedule = Literal["cosine", "linear", "wsd", "constant"]
 SequenceOrder = Literal["zigzag", "contiguous"]
@@ -35,6 +36,8 @@ class ModelOptions:
     """dtype of parameters, gradients and optimizer state; not float16, small gradients would become 0"""
     compute_dtype: Dtype | None = None
     """dtype of the forward and backward pass; default: float32 on a CPU, bfloat16 elsewhere; not float16"""
+    reduce_dtype: ReduceDtype = "float32"
+    """dtype in which devices add up the gradients of weights; bfloat16 sends half, if also computed in it"""
     remat: Remat = "dots"
     """what to recompute in the backward pass: none, all but the outputs of matmuls (dots), or all (full)"""
     remat_save: tuple[KeptName, ...] = ()

@@ -15,6 +15,7 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 from jax.sharding import AbstractMesh, Mesh
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from llama_jax.loss.arguments import check_arrays, check_labels, check_options, find_vocab_axis
@@ -72,6 +73,7 @@ def fused_linear_cross_entropy(
     mode: Mode = "auto",
     vocab_axis: Literal[0, 1] | None = None,
     mesh: Mesh | AbstractMesh | None = None,
+    reduce_dtype: DTypeLike | None = None,
 ) -> LossOutput:
     """Cross-entropy of softcap(scale * (hidden @ kernel) + bias) against `labels`, plus z-loss.
 
@@ -99,6 +101,8 @@ def fused_linear_cross_entropy(
         mesh: a mesh whose axes data, fsdp and sequence split the tokens and tensor the vocabulary;
             None uses the ambient one (`jax.set_mesh`). The first dimension of `labels` is split over
             data and fsdp, the second over sequence (the first over all three if it is the only one).
+        reduce_dtype: in which the kernel's gradient is summed over these shards of the tokens, after each
+            has accumulated its part in float32; None is float32 (float64 for float64).
 
     Cost, in matmuls of 2 T H V FLOPs for T tokens: 1 if no gradient is needed. "sum" and "mean" form
     gradients in the forward pass: 3, or 2 if only `hidden` (or only the kernel) needs one; residuals are
@@ -154,6 +158,7 @@ def fused_linear_cross_entropy(
         shards=shards,
         matmul_dtype=hidden.dtype if hidden.dtype == kernel.dtype else working_dtype,
         working_dtype=working_dtype,
+        reduce_dtype=working_dtype if reduce_dtype is None else jnp.dtype(reduce_dtype),
     )
     head = Head(
         kernel=kernel,

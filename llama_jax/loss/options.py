@@ -50,6 +50,7 @@ class Options(NamedTuple):
         recompute: form all gradients in the backward pass.
         matmul_dtype: of the operands of every matmul.
         working_dtype: of logits, losses and accumulators.
+        reduce_dtype: of the kernel's gradient while it is summed over the shards.
     """
 
     per_token: bool
@@ -64,6 +65,7 @@ class Options(NamedTuple):
     shards: Shards | None
     matmul_dtype: np.dtype[Any]
     working_dtype: np.dtype[Any]
+    reduce_dtype: np.dtype[Any]
 
     @property
     def sum_vocab_axis(self) -> int:

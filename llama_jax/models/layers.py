@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Key
 
 from llama_jax.attention.cache import LayerCache, UnstackedLayerCache
@@ -71,8 +72,12 @@ def linear(
     x: Float[Array, "*batch in"],
     weight: Float[Array, "out in"],
     bias: Float[Array, " out"] | None,
+    reduce_dtype: DTypeLike | None = None,
 ) -> Float[Array, "*batch out"]:
-    """x weight^T + bias, accumulated in float32 and rounded once, after the bias."""
+    """x weight^T + bias, accumulated in float32 and rounded once, after the bias.
+
+    `reduce_dtype` is for the gradient of the weight, see `matmul.weight_gradient`.
+    """
     # CPU matmuls are fastest with a single axis of tokens, most of all in the backward pass; but merging
     # the axes would gather a sequence that is split over devices.
     is_split = mesh_axes().present(SEQUENCE_AXIS, TENSOR_AXIS)
@@ -80,7 +85,14 @@ def linear(
     batch = "abcdefgh"[: tokens.ndim - 1]
     blocked = x.shape[-2:-1] != (1,)  # not a step of decoding
     spec = f"{batch}i,oi->{batch}o"
-    out = einsum(spec, tokens, weight, out_dtype=_before_bias(x.dtype, bias), blocked=blocked)
+    out = einsum(
+        spec,
+        tokens,
+        weight,
+        out_dtype=_before_bias(x.dtype, bias),
+        blocked=blocked,
+        reduce_dtype=reduce_dtype,
+    )
     return _projected(out.reshape(*x.shape[:-1], weight.shape[0]), bias, x.dtype)
 
 
@@ -101,6 +113,7 @@ def sliced_linear(
     weight: Float[Array, "out in"],
     bias: Float[Array, " out"] | None,
     slices: int,
+    reduce_dtype: DTypeLike | None = None,
 ) -> Float[Array, "*batch out"]:
     """`linear` as a sum over `slices` of the input dimension, in order, each rounded.
 
@@ -108,10 +121,10 @@ def sliced_linear(
     """
     size = -(-x.shape[-1] // slices)
     starts = range(0, x.shape[-1], size)
-    total = linear(x[..., :size], weight[:, :size], None)
+    total = linear(x[..., :size], weight[:, :size], None, reduce_dtype)
     for start in starts[1:]:
         part = slice(start, start + size)
-        total = total + linear(x[..., part], weight[:, part], None)
+        total = total + linear(x[..., part], weight[:, part], None, reduce_dtype)
     return total if bias is None else total + _for_every_token(bias, total)
 
 
@@ -125,6 +138,7 @@ class LayerCall:
         mask: who attends to whom.
         attention_implementation: see `attention`.
         output_attentions: return the attention weights.
+        reduce_dtype: see `LlamaModel.__call__`.
     """
 
     cos: Float[Array, "batch seq half"]
@@ -132,6 +146,7 @@ class LayerCall:
     mask: AttentionMask
     attention_implementation: str | None = field(default=None, metadata={"static": True})
     output_attentions: bool = field(default=False, metadata={"static": True})
+    reduce_dtype: DTypeLike | None = field(default=None, metadata={"static": True})
 
 
 class LayerOutput(NamedTuple):
@@ -179,12 +194,14 @@ class Linear(nnx.Module):
         if use_bias:
             self.bias = parameter(rngs, (*stack, out_features), axes[:1], zeros, dtype)
 
-    def __call__(self, x: Float[Array, "*batch in"]) -> Float[Array, "*batch out"]:
+    def __call__(
+        self, x: Float[Array, "*batch in"], reduce_dtype: DTypeLike | None = None
+    ) -> Float[Array, "*batch out"]:
         """Project the last axis."""
         weight, bias = self.arrays()
         if self.slices > 1:
-            return sliced_linear(x, weight, bias, self.slices)
-        return linear(x, weight, bias)
+            return sliced_linear(x, weight, bias, self.slices, reduce_dtype)
+        return linear(x, weight, bias, reduce_dtype)
 
     def arrays(self) -> tuple[Float[Array, "out in"], Float[Array, " out"] | None]:
         """Weight and bias."""
@@ -192,26 +209,27 @@ class Linear(nnx.Module):
 
 
 def project_in(
-    x: Float[Array, "batch seq in"], *projections: Linear
+    x: Float[Array, "batch seq in"], *projections: Linear, reduce_dtype: DTypeLike | None
 ) -> tuple[Float[Array, "batch seq out"], ...]:
     """`x`, from the residual stream, through several projections; where it is split, gathered once."""
     weights, biases = zip(*(projection.arrays() for projection in projections), strict=True)
     ring = find_ring(*x.shape[:2], *(len(weight) for weight in weights))
     if ring is None or any(projection.slices > 1 for projection in projections):
-        return tuple(projection(x) for projection in projections)
-    outs = gather_matmul(ring, _before_bias(x.dtype, *biases), x, weights)
+        return tuple(projection(x, reduce_dtype) for projection in projections)
+    outs = gather_matmul(ring, _before_bias(x.dtype, *biases), reduce_dtype, x, weights)
     return tuple(_projected(out, bias, x.dtype) for out, bias in zip(outs, biases, strict=True))
 
 
 def project_out(
-    x: Float[Array, "batch seq in"], projection: Linear
+    x: Float[Array, "batch seq in"], projection: Linear, reduce_dtype: DTypeLike | None
 ) -> Float[Array, "batch seq out"]:
     """`x` through a projection to the residual stream; summed and split in one step where that is split."""
     ring = find_ring(*x.shape)
     if ring is None or projection.slices > 1:
-        return projection(x)
+        return projection(x, reduce_dtype)
     weight, bias = projection.arrays()
-    return _projected(matmul_scatter(ring, _before_bias(x.dtype, bias), x, weight), bias, x.dtype)
+    out = matmul_scatter(ring, _before_bias(x.dtype, bias), reduce_dtype, x, weight)
+    return _projected(out, bias, x.dtype)
 
 
 def _projection(
@@ -266,7 +284,9 @@ class Attention(nnx.Module):
     ) -> LayerOutput:
         """Attend to this call's keys or, with a cache, to all that it holds."""
         by_head = (*x.shape[:2], -1, self.head_dim)
-        projected = project_in(x, self.q_proj, self.k_proj, self.v_proj)
+        projected = project_in(
+            x, self.q_proj, self.k_proj, self.v_proj, reduce_dtype=call.reduce_dtype
+        )
         # names are for remat policies, see `llama_jax.numerics.remat_policy`
         query, key, value = (
             checkpoint_name(out, name).reshape(by_head)
@@ -289,8 +309,8 @@ class Attention(nnx.Module):
             dropout_key=dropout_key,
             output_weights=call.output_attentions,
         )
-        out = checkpoint_name(project_out(out.reshape(*x.shape[:2], -1), self.o_proj), "output")
-        return LayerOutput(out, cache, weights)
+        out = project_out(out.reshape(*x.shape[:2], -1), self.o_proj, call.reduce_dtype)
+        return LayerOutput(checkpoint_name(out, "output"), cache, weights)
 
 
 class MLP(nnx.Module):
@@ -308,12 +328,14 @@ class MLP(nnx.Module):
         slices = config.pretraining_tp or 1
         self.down_proj = project(intermediate, hidden, ("embed", "mlp"), slices)
 
-    def __call__(self, x: Float[Array, "batch seq hidden"]) -> Float[Array, "batch seq hidden"]:
+    def __call__(
+        self, x: Float[Array, "batch seq hidden"], reduce_dtype: DTypeLike | None = None
+    ) -> Float[Array, "batch seq hidden"]:
         """Transform each token."""
-        gate, up = project_in(x, self.gate_proj, self.up_proj)
+        gate, up = project_in(x, self.gate_proj, self.up_proj, reduce_dtype=reduce_dtype)
         gate, up = checkpoint_name(gate, "gate"), checkpoint_name(up, "up")
         activated = ACTIVATIONS[self.hidden_act](gate) * up
-        return checkpoint_name(project_out(activated, self.down_proj), "down")
+        return checkpoint_name(project_out(activated, self.down_proj, reduce_dtype), "down")
 
 
 class DecoderLayer(nnx.Module):
@@ -342,5 +364,5 @@ class DecoderLayer(nnx.Module):
         x = checkpoint_name(x, "input")
         attended, cache, weights = self.self_attn(self.input_layernorm(x), call, cache, dropout_key)
         x = constrain(x + attended, *RESIDUAL_AXES)
-        x = x + self.mlp(self.post_attention_layernorm(x))
+        x = x + self.mlp(self.post_attention_layernorm(x), call.reduce_dtype)
         return LayerOutput(constrain(x, *RESIDUAL_AXES), cache, weights)

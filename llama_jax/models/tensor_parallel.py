@@ -14,9 +14,10 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
-from llama_jax.numerics.matmul import einsum, working_dtype
+from llama_jax.numerics.matmul import einsum, weight_gradient, working_dtype
 from llama_jax.sharding import SEQUENCE_AXIS, TENSOR_AXIS, mesh_axes, partition_spec
 
 Weights = tuple[Float[Array, "out in"], ...]
@@ -59,13 +60,18 @@ def find_ring(batch: int, seq: int, *features: int) -> Ring | None:
     return Ring(axes.mesh, frozenset(axes.free), rows, sequence, size)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
 def gather_matmul(
-    ring: Ring, out_dtype: jnp.dtype, x: Float[Array, "batch seq in"], weights: Weights
+    ring: Ring,
+    out_dtype: jnp.dtype,
+    reduce_dtype: DTypeLike | None,
+    x: Float[Array, "batch seq in"],
+    weights: Weights,
 ) -> tuple[Float[Array, "batch seq out"], ...]:
     """x weight^T for every weight, with one gather for all of them.
 
-    x has its tokens split over the ring, the weights their rows, the results their features.
+    x has its tokens split over the ring, the weights their rows, the results their features. `reduce_dtype`
+    is for the gradients of the weights, see `matmul.weight_gradient`.
     """
     return _gather_matmul(ring, out_dtype, x, weights)[0]
 
@@ -87,7 +93,7 @@ def _gather_matmul(
 
 
 def _gather_matmul_forward(
-    ring: Ring, out_dtype: jnp.dtype, x: Array, weights: Weights
+    ring: Ring, out_dtype: jnp.dtype, reduce_dtype: DTypeLike | None, x: Array, weights: Weights
 ) -> tuple[tuple[Array, ...], tuple[Array, Weights]]:
     outs, gathered = _gather_matmul(ring, out_dtype, x, weights)
     return outs, (gathered, weights)
@@ -96,23 +102,27 @@ def _gather_matmul_forward(
 def _gather_matmul_backward(
     ring: Ring,
     out_dtype: jnp.dtype,
+    reduce_dtype: DTypeLike | None,
     residuals: tuple[Array, Weights],
     cotangents: tuple[Array, ...],
 ) -> tuple[Array, Weights]:
     x, weights = residuals
     cotangents = tuple(cotangent.astype(x.dtype) for cotangent in cotangents)
     d_x = _matmul_scatter(ring, x.dtype, "bso,oi->bsi", cotangents, weights, P(TENSOR_AXIS))
-    d_weights = tuple(einsum("bso,bsi->oi", cotangent, x) for cotangent in cotangents)
+    d_weights = tuple(
+        weight_gradient("bso,bsi->oi", cotangent, x, reduce_dtype) for cotangent in cotangents
+    )
     return d_x, d_weights
 
 
 gather_matmul.defvjp(_gather_matmul_forward, _gather_matmul_backward)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
 def matmul_scatter(
     ring: Ring,
     out_dtype: jnp.dtype,
+    reduce_dtype: DTypeLike | None,
     x: Float[Array, "batch seq in"],
     weight: Float[Array, "out in"],
 ) -> Float[Array, "batch seq out"]:
@@ -124,13 +134,17 @@ def matmul_scatter(
 
 
 def _matmul_scatter_forward(
-    ring: Ring, out_dtype: jnp.dtype, x: Array, weight: Array
+    ring: Ring, out_dtype: jnp.dtype, reduce_dtype: DTypeLike | None, x: Array, weight: Array
 ) -> tuple[Array, tuple[Array, Array]]:
-    return matmul_scatter(ring, out_dtype, x, weight), (x, weight)
+    return matmul_scatter(ring, out_dtype, reduce_dtype, x, weight), (x, weight)
 
 
 def _matmul_scatter_backward(
-    ring: Ring, out_dtype: jnp.dtype, residuals: tuple[Array, Array], cotangent: Array
+    ring: Ring,
+    out_dtype: jnp.dtype,
+    reduce_dtype: DTypeLike | None,
+    residuals: tuple[Array, Array],
+    cotangent: Array,
 ) -> tuple[Array, Array]:
     x, weight = residuals
 
@@ -140,7 +154,7 @@ def _matmul_scatter_backward(
 
     specs = (ring.residual, P(None, TENSOR_AXIS)), [ring.features, ring.gathered]
     d_x, gathered = _over_ring(ring, run, *specs)(cotangent.astype(x.dtype), weight)
-    return d_x, einsum("bso,bsi->oi", gathered, x)
+    return d_x, weight_gradient("bso,bsi->oi", gathered, x, reduce_dtype)
 
 
 matmul_scatter.defvjp(_matmul_scatter_forward, _matmul_scatter_backward)

@@ -33,6 +33,7 @@ def einsum(
     out_dtype: jnp.dtype | None = None,
     *,
     blocked: bool = True,
+    reduce_dtype: DTypeLike | None = None,
 ) -> Float[Array, "..."]:
     """`jnp.einsum(spec, a, b)` accumulated in float32 (float64 for float64) and rounded once.
 
@@ -42,6 +43,7 @@ def einsum(
         out_dtype: dtype of the result; None keeps the operands'.
         blocked: let float32 on CPU be summed in blocks, which rounds less. Decoding steps turn it off: they
             are bound by reading `b`, and XLA would copy every block of it.
+        reduce_dtype: for the gradient of `b`, see `weight_gradient`.
 
     Raises:
         ValueError: operands of different dtypes.
@@ -53,7 +55,26 @@ def einsum(
         # nothing to round: plain JAX, which has forward mode and higher derivatives
         multiply = _blocked_einsum if blocked else _plain_einsum
         return multiply(spec, a, b).astype(out_dtype)
-    return _low_precision_einsum(spec, out_dtype, a, b)
+    return _low_precision_einsum(spec, out_dtype, reduce_dtype, a, b)
+
+
+def weight_gradient(
+    spec: str,
+    cotangent: Float[Array, "..."],
+    x: Float[Array, "..."],
+    reduce_dtype: DTypeLike | None,
+) -> Float[Array, "..."]:
+    """`einsum(spec, cotangent, x)`, of which every device of a mesh may have a part.
+
+    Each part is accumulated in float32. XLA then adds up what the matmuls of the devices return, so the
+    parts travel in the dtype that these are asked to return.
+
+    Args:
+        reduce_dtype: that dtype, for operands in bfloat16 or float16; None is float32.
+    """
+    if reduce_dtype is None or working_dtype(x.dtype) == x.dtype:
+        return einsum(spec, cotangent, x)
+    return wide_einsum(spec, cotangent, x, reduce_dtype).astype(x.dtype)
 
 
 class _Subscripts(NamedTuple):
@@ -196,29 +217,33 @@ def _contracted_last(a: Array, indices: str, contracted: str) -> tuple[Array, st
     return last.reshape(*last.shape[:-2], depth), indices.replace(contracted, "") + contracted
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _low_precision_einsum(spec: str, out_dtype: jnp.dtype, a: Array, b: Array) -> Array:
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def _low_precision_einsum(
+    spec: str, out_dtype: jnp.dtype, reduce_dtype: DTypeLike | None, a: Array, b: Array
+) -> Array:
     return wide_einsum(spec, a, b, jnp.dtype(jnp.float32)).astype(out_dtype)
 
 
 def _forward(
-    spec: str, out_dtype: jnp.dtype, a: Array, b: Array
+    spec: str, out_dtype: jnp.dtype, reduce_dtype: DTypeLike | None, a: Array, b: Array
 ) -> tuple[Array, tuple[Array, Array]]:
-    return _low_precision_einsum(spec, out_dtype, a, b), (a, b)
+    return _low_precision_einsum(spec, out_dtype, reduce_dtype, a, b), (a, b)
 
 
 def _backward(
-    spec: str, out_dtype: jnp.dtype, operands: tuple[Array, Array], cotangent: Array
+    spec: str,
+    out_dtype: jnp.dtype,
+    reduce_dtype: DTypeLike | None,
+    operands: tuple[Array, Array],
+    cotangent: Array,
 ) -> tuple[Array, Array]:
     a, b = operands
     subscripts = _parse(spec)
     cotangent = cotangent.astype(a.dtype)
     spec_a = f"{subscripts.out},{subscripts.b}->{subscripts.a}"
     spec_b = f"{subscripts.out},{subscripts.a}->{subscripts.b}"
-    return (
-        _low_precision_einsum(spec_a, a.dtype, cotangent, b),
-        _low_precision_einsum(spec_b, b.dtype, cotangent, a),
-    )
+    d_a = einsum(spec_a, cotangent, b)
+    return d_a, weight_gradient(spec_b, cotangent, a, reduce_dtype)
 
 
 _low_precision_einsum.defvjp(_forward, _backward)

@@ -144,7 +144,12 @@ def make_program(
         "attention_implementation": model.attention,
     }
     step = make_step(
-        graphdef, rule, compute_dtype=compute_dtype, z_loss=optimizer.z_loss, **forward
+        graphdef,
+        rule,
+        compute_dtype=compute_dtype,
+        z_loss=optimizer.z_loss,
+        reduce_dtype=_reduce_dtype(model, compute_dtype),
+        **forward,
     )
     evaluate = make_evaluation(graphdef, compute_dtype=compute_dtype, **forward)
     devices = list(mesh.devices.flat)
@@ -219,6 +224,18 @@ def initial_opt_state(program: Program, params: Any) -> Any:
 def model_of(program: Program, params: Any) -> LlamaForCausalLM:
     """The model with `params`."""
     return nnx.merge(program.graphdef, params)
+
+
+def _reduce_dtype(model: ModelOptions, compute_dtype: jnp.dtype) -> jnp.dtype | None:
+    """The dtype in which gradients are summed over devices; None for that in which they accumulate."""
+    if model.reduce_dtype == "float32":
+        return None
+    if compute_dtype != model.reduce_dtype:
+        raise ValueError(
+            f"model.reduce-dtype: found {model.reduce_dtype} with --model.compute-dtype {compute_dtype}, "
+            "expected float32, or both bfloat16"
+        )
+    return compute_dtype
 
 
 def _token_order(order: SequenceOrder, mesh: Mesh, sequence_length: int) -> ZigZag | None:

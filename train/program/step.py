@@ -35,6 +35,7 @@ def make_step(
     *,
     compute_dtype: Any,
     z_loss: float | None,
+    reduce_dtype: Any = None,
     **forward: Any,
 ) -> Callable[..., tuple[Params, optax.OptState, Metrics]]:
     """`step(params, opt_state, batch, dropout_key) -> (params, opt_state, metrics)`.
@@ -46,13 +47,16 @@ def make_step(
 
     Args:
         compute_dtype: not float16: without loss scaling, small gradients become 0 in it.
+        reduce_dtype: see `LlamaModel.__call__`.
         forward: static arguments of `LlamaModel.__call__`: remat, unrolling, attention.
     """
 
     def loss(
         params: Params, batch: Batch, num_tokens: Array, key: Key[Array, ""] | None
     ) -> tuple[Array, tuple[Array, Array]]:
-        out = batch_loss(graphdef, params, batch, compute_dtype, z_loss, key, **forward)
+        out = batch_loss(
+            graphdef, params, batch, compute_dtype, z_loss, key, reduce_dtype, **forward
+        )
         # in the loss's dtype: bfloat16 cannot represent counts above 256 exactly
         count = num_tokens.astype(out.loss.dtype)
         return out.loss / count, (out.ce_loss / count, out.z_loss / count)
@@ -103,6 +107,7 @@ def batch_loss(
     compute_dtype: Any,
     z_loss: float | None,
     dropout_key: Key[Array, ""] | None,
+    reduce_dtype: Any = None,
     **forward: Any,
 ) -> Any:
     """The summed losses (a `LossOutput`) of one micro-batch of arrays [rows, seq]."""
@@ -114,6 +119,7 @@ def batch_loss(
         segment_ids=batch.segment_ids,
         dropout_key=dropout_key,
         token_order=batch.order,
+        reduce_dtype=reduce_dtype,
         **forward,
     )
     return fused_linear_cross_entropy(
@@ -123,6 +129,7 @@ def batch_loss(
         vocab_axis=0,
         reduction="sum",
         z_loss=z_loss,
+        reduce_dtype=reduce_dtype,
     )
 
 
