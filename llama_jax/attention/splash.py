@@ -30,13 +30,33 @@ def splash_attention(
     batch, q, _, dim = query.shape
     k = key.shape[1]
     scaled = (query.astype(working_dtype(query.dtype)) * dim**-0.5).astype(query.dtype)
-    by_head = [array.swapaxes(1, 2) for array in (scaled, key, value)]
-    out = jax.vmap(kernel)(*by_head, _segment_ids(mask, batch, q, k)).swapaxes(1, 2)
+    by_head = tuple(array.swapaxes(1, 2) for array in (scaled, key, value))
+    out = _run(kernel, by_head, _segment_ids(mask, batch, q, k)).swapaxes(1, 2)
     if mask.key_is_token is not None:
         sees_any = sees_something(mask, q, k, block=_LANES)
         # the kernel averages over the keys of a row that sees none
         out = jnp.where(sees_any[:, :, None, None], out, 0)
     return out
+
+
+@jax.custom_vjp
+def _run(kernel: Any, by_head: tuple[Array, ...], segments: Any) -> Array:
+    """The kernel for each row."""
+    return jax.vmap(kernel)(*by_head, segments)
+
+
+def _run_forward(kernel: Any, by_head: tuple[Array, ...], segments: Any) -> tuple[Array, Any]:
+    out, transpose = jax.vjp(lambda *arrays: jax.vmap(kernel)(*arrays, segments), *by_head)
+    # The kernel writes every logsumexp 128 times, and XLA would put off the slice that keeps one until
+    # the backward pass needs it: 1 GiB for 65,536 tokens of 32 heads.
+    return jax.lax.optimization_barrier((out, transpose))
+
+
+def _run_backward(transpose: Any, cotangent: Array) -> tuple[None, tuple[Array, ...], None]:
+    return None, transpose(cotangent), None
+
+
+_run.defvjp(_run_forward, _run_backward)
 
 
 def splash_kernel(

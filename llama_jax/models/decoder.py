@@ -351,6 +351,7 @@ def _scan_layers(
 
     def run_layer(carry: Any, layer_inputs: Any) -> Any:
         x, stored = carry
+        x = jax.lax.optimization_barrier(x)
         layer, index, key = layer_inputs
         layer_cache = None
         if stored is not None:

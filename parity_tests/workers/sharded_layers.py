@@ -93,8 +93,8 @@ def ring_errors(size: int) -> list[float]:
         ring = find_ring(*x.shape, *map(len, weights))
         assert ring is not None
         float64 = jnp.dtype(jnp.float64)
-        first, second = gather_matmul(ring, float64, x, weights)
-        return first, second, matmul_scatter(ring, float64, y, weights[0])
+        first, second = gather_matmul(ring, float64, None, x, weights)
+        return first, second, matmul_scatter(ring, float64, None, y, weights[0])
 
     def plain(x: Any, y: Any, weights: Any) -> Any:
         operands = ((x, weights[0]), (x, weights[1]), (y, weights[0]))
