@@ -37,7 +37,7 @@ class ModelOptions:
     compute_dtype: Dtype | None = None
     """dtype of the forward and backward pass; default: float32 on a CPU, bfloat16 elsewhere; not float16"""
     reduce_dtype: ReduceDtype = "float32"
-    """dtype in which devices add up the gradients of weights; bfloat16 sends half, if also computed in it"""
+    """dtype in which devices add up the gradients of weights; with compute-dtype bfloat16 also bfloat16"""
     remat: Remat = "dots"
     """what to recompute in the backward pass: none, all but the outputs of matmuls (dots), or all (full)"""
     remat_save: tuple[KeptName, ...] = ()

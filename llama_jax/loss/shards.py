@@ -1,11 +1,14 @@
 """How the fused loss is split over a mesh."""
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import AbstractMesh, Mesh
+from jax.typing import DTypeLike
+from jaxtyping import Array
 
 from llama_jax.loss.operands import Gradients
 from llama_jax.loss.options import Options, Shards
-from llama_jax.numerics.reduction import as_sent
+from llama_jax.numerics.backend import target_platform
 from llama_jax.sharding import BATCH_AXES, SEQUENCE_AXIS, TENSOR_AXIS, mesh_axes, partition_spec
 
 
@@ -20,7 +23,7 @@ def sum_over_shards(options: Options, gradients: Gradients) -> Gradients:
         return gradients
     hidden, kernel, bias, scale = gradients
     if kernel is not None and shards.tokens:
-        kernel = as_sent(kernel, options.reduce_dtype)
+        kernel = _as_sent(kernel, options.reduce_dtype)
     if hidden is not None and shards.vocab:
         hidden = jax.lax.psum(hidden, shards.vocab)
     if kernel is not None and shards.hidden:
@@ -39,6 +42,17 @@ def sum_over_shards(options: Options, gradients: Gradients) -> Gradients:
     if scale is not None and scale.ndim == 0 and shards.vocab:
         scale = jax.lax.psum(scale, shards.vocab)
     return Gradients(hidden, kernel, bias, scale)
+
+
+def _as_sent(part: Array, dtype: DTypeLike) -> Array:
+    """A shard's part of a sum, rounded to the dtype that it travels in."""
+    if part.dtype == dtype:
+        return part
+    if target_platform() != "cpu":
+        return part.astype(dtype)
+    # XLA's CPU backend adds up bfloat16 in float32 anyway, but crashes where a `shard_map` asks for it
+    info = jnp.finfo(dtype)
+    return jax.lax.reduce_precision(part, exponent_bits=info.nexp, mantissa_bits=info.nmant)
 
 
 def find_shards(mesh: Mesh | AbstractMesh | None, hidden_shape: tuple[int, ...]) -> Shards | None:

@@ -1,4 +1,4 @@
-"""Gradients in bfloat16, summed over eight host devices. Run by `test_reduce_dtype.py`; prints JSON lines."""
+"""Gradients in bfloat16, summed over eight host devices. Run by `test_reduce_dtype.py`."""
 
 import json
 import os

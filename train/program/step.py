@@ -10,13 +10,10 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
-from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int, Key
 
 from llama_jax.loss import IGNORE_INDEX, fused_linear_cross_entropy
 from llama_jax.numerics.matmul import working_dtype
-from llama_jax.numerics.reduction import as_sent
-from llama_jax.sharding import SEQUENCE_AXIS, TENSOR_AXIS, mesh_axes
 from train.data.batch import Batch
 from train.program.optimizer import global_norm
 
@@ -77,16 +74,22 @@ def make_step(
         micro_batches = batch.labels.shape[0]
         keys = None if dropout_key is None else jax.random.split(dropout_key, micro_batches)
 
-        def run(params: Params, part: Batch, key: Key[Array, ""] | None, count: Array) -> Any:
+        def run(index: Any) -> Any:
+            part, key = jax.tree.map(lambda x: x[index], (batch, keys))
             (_, losses), gradients = gradient(params, part, count, key)
             return losses, gradients
 
         if micro_batches == 1:
-            part, key = jax.tree.map(lambda x: x[0], (batch, keys))
-            (ce_loss, z), gradients = run(params, part, key, count)
+            (ce_loss, z), gradients = run(0)
         else:
-            sums = _summed(run, params, batch, keys, count, reduce_dtype)
-            shapes = jax.eval_shape(run, params, *jax.tree.map(lambda x: x[0], (batch, keys)), count)
+
+            def accumulate(sums: Any, index: Array) -> tuple[Any, None]:
+                return jax.tree.map(lambda a, b: a + b.astype(a.dtype), sums, run(index)), None
+
+            shapes = jax.eval_shape(run, 0)
+            # in a bfloat16 sum, terms below 1/512 of it would be lost
+            zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, working_dtype(x.dtype)), shapes)
+            sums, _ = jax.lax.scan(accumulate, zeros, jnp.arange(micro_batches))
             (ce_loss, z), gradients = jax.tree.map(lambda a, x: a.astype(x.dtype), sums, shapes)
         metrics = Metrics(ce_loss, z, global_norm(gradients), valid)
         # optax mixes integers with floats, and updates of a wider state with parameters
@@ -95,53 +98,6 @@ def make_step(
             return optax.apply_updates(params, updates), opt_state, metrics
 
     return step
-
-
-def _summed(
-    run: Callable[..., Any],
-    params: Params,
-    batch: Batch,
-    keys: Key[Array, " micro"] | None,
-    count: Array,
-    reduce_dtype: Any,
-) -> Any:
-    """The sum of what `run` returns for each micro-batch, in float32 (float64 for float64).
-
-    Replicas of the data axis add up their own gradients first, and sum them over the axis once: they hold
-    as much either way. Over the axes that split parameters, gradients are summed for every micro-batch, or
-    each device would hold them whole.
-    """
-    axes = mesh_axes()
-    # XLA's partitioner crashes on a manual data axis beside sequence or tensor (jax 0.10.2); and dropout
-    # draws its numbers by the row of the complete batch
-    is_simple = keys is None and not axes.present(SEQUENCE_AXIS, TENSOR_AXIS)
-    data = axes.present("data") if is_simple else ()
-
-    def add_up(params: Params, batch: Batch, keys: Any, count: Array) -> Any:
-        def add(sums: Any, part: Any) -> tuple[Any, None]:
-            added = run(params, *part, count)
-            return jax.tree.map(lambda a, b: a + b.astype(a.dtype), sums, added), None
-
-        shapes = jax.eval_shape(run, params, *jax.tree.map(lambda x: x[0], (batch, keys)), count)
-        # in a bfloat16 sum, terms below 1/512 of it would be lost
-        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, working_dtype(x.dtype)), shapes)
-        sums, _ = jax.lax.scan(add, zeros, (batch, keys))
-        if not data:
-            return sums
-        losses, gradients = sums
-        gradients = jax.tree.map(lambda x: as_sent(x, reduce_dtype), gradients)
-        return jax.lax.psum((losses, gradients), data)
-
-    if not data:
-        return add_up(params, batch, keys, count)
-    return jax.shard_map(
-        add_up,
-        mesh=axes.mesh,
-        in_specs=(P(), P(None, data), P(), P()),
-        out_specs=P(),
-        axis_names=set(data),
-        check_vma=False,
-    )(params, batch, keys, count)
 
 
 def batch_loss(
