@@ -44,7 +44,11 @@ def test_a_weights_gradient_leaves_its_matmul_in_the_dtype(reduce_dtype: str | N
 
     jaxpr = str(jax.make_jaxpr(jax.grad(energy))(weight))
     dtypes = re.findall(r":(\w+)\[[^\]]*\] = dot_general", jaxpr)
-    assert dtypes == ["f32", "bf16" if reduce_dtype else "f32"]
+    assert dtypes == [
+        "f32",
+        "f32",
+        "bf16" if reduce_dtype else "f32",
+    ]  # forward, of x, of the weight
 
 
 def test_the_sums_need_the_dtype_of_the_computation() -> None:
