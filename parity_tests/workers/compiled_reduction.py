@@ -20,7 +20,7 @@ def main() -> None:
         batch_size=8,
         sequence_length=512,
         model=ModelOptions(compute_dtype="bfloat16", reduce_dtype=sys.argv[1]),  # type: ignore[arg-type]
-        mesh=MeshOptions(data=1, fsdp=4, tensor=2),
+        mesh=MeshOptions(data=1, fsdp=8),
     )
     config = replace(PRESETS["tiny-4m"], num_hidden_layers=2)
     program = run_program(options, config, topology_devices("v5e:2x4"))
