@@ -1,6 +1,6 @@
 """Mesh axes, and which dimensions of parameters and activations are split over which of them.
 
-A mesh may have any of the four axes. The model knows of it only through `constrain`, which does nothing
+A mesh may have any of the five axes. The model knows of it only through `constrain`, which does nothing
 without an ambient mesh (`jax.set_mesh`).
 """
 
@@ -13,7 +13,9 @@ from flax import nnx
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Shaped
 
-BATCH_AXES = ("data", "fsdp")
+STAGE_AXIS = "stage"
+# rows are split over the stages before and after the layers, which a pipeline runs for all rows
+BATCH_AXES = (STAGE_AXIS, "data", "fsdp")
 SEQUENCE_AXIS = "sequence"
 TENSOR_AXIS = "tensor"
 MESH_AXES = (*BATCH_AXES, SEQUENCE_AXIS, TENSOR_AXIS)
@@ -22,7 +24,7 @@ MESH_AXES = (*BATCH_AXES, SEQUENCE_AXIS, TENSOR_AXIS)
 # outermost first. Weights are split over both fsdp and sequence (ZeRO: devices with different tokens can
 # hold different parts), and over tensor as in Megatron-LM (arXiv:1909.08053).
 RULES: dict[str, tuple[str, ...]] = {
-    "layers": (),
+    "layers": (STAGE_AXIS,),
     "embed": ("fsdp", SEQUENCE_AXIS),
     "vocab": (TENSOR_AXIS,),
     "labels": (),
@@ -30,6 +32,7 @@ RULES: dict[str, tuple[str, ...]] = {
     "kv_heads": (TENSOR_AXIS,),
     "mlp": (TENSOR_AXIS,),
     "batch": BATCH_AXES,
+    "micro_batches": (),
     "sequence": (SEQUENCE_AXIS,),
     "residual_sequence": (SEQUENCE_AXIS, TENSOR_AXIS),
     "hidden": (),

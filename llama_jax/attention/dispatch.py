@@ -48,7 +48,7 @@ def attention(
     *,
     implementation: str | None = None,
     dropout_rate: float = 0.0,
-    dropout_key: Key[Array, ""] | None = None,
+    dropout_key: Key[Array, "*rows"] | None = None,
     output_weights: bool = False,
 ) -> tuple[Float[Array, "batch q heads dim"], Float[Array, "batch heads q k"] | None]:
     """softmax(query key^T / sqrt(dim)) value, head h attending to kv head h // (heads / kv_heads).
@@ -65,6 +65,7 @@ def attention(
             fastest that can do this on the target platform. All but "plain" are differentiable once, in
             reverse mode.
         dropout_rate: of the attention weights, applied only with a `dropout_key`.
+        dropout_key: one, or one for each row.
         output_weights: return the attention weights.
 
     Returns:

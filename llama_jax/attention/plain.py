@@ -14,7 +14,7 @@ def dot_product_attention(
     value: Float[Array, "batch k kv_heads dim"],
     mask: Bool[Array, "b_or_1 1 q k"],
     dropout_rate: float = 0.0,
-    dropout_key: Key[Array, ""] | None = None,
+    dropout_key: Key[Array, "*rows"] | None = None,
 ) -> tuple[Float[Array, "batch q heads dim"], Float[Array, "batch heads q k"]]:
     """softmax(query key^T / sqrt(dim)) value, head h attending to kv head h // (heads / kv_heads).
 
@@ -25,6 +25,7 @@ def dot_product_attention(
     Args:
         mask: True where the query sees the key.
         dropout_rate: of the attention weights, applied only with a `dropout_key`.
+        dropout_key: one, or one for each row.
 
     Returns:
         The output and the attention weights (after dropout), as transformers returns them.
@@ -40,7 +41,9 @@ def dot_product_attention(
     weights = jnp.where(visible, jax.nn.softmax(scores, axis=-1), 0).astype(query.dtype)
     weights = checkpoint_name(weights, "attention")  # saved by remat="dots"
     if dropout_key is not None and dropout_rate > 0:
-        kept = jax.random.bernoulli(dropout_key, 1 - dropout_rate, weights.shape)
+        keys = dropout_key if dropout_key.ndim else jax.random.split(dropout_key, batch)
+        shape = weights.shape[1:]
+        kept = jax.vmap(lambda key: jax.random.bernoulli(key, 1 - dropout_rate, shape))(keys)
         scale = 1 / (1 - dropout_rate) if dropout_rate < 1 else 0.0
         weights = jnp.where(kept, weights * scale, 0)
     out = einsum("bngqk,bknd->bqngd", weights, value, blocked=q > 1)

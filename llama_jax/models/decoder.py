@@ -27,6 +27,7 @@ from llama_jax.inputs.ids import require_ids
 from llama_jax.inputs.keys import as_key
 from llama_jax.inputs.positions import as_array, known_value
 from llama_jax.models.layers import DecoderLayer, LayerCall, RMSNorm, parameter, rms_norm
+from llama_jax.models.pipeline import Pipeline, run_pipeline
 from llama_jax.models.pretrained import PretrainedModel
 from llama_jax.numerics.remat import checkpointed
 from llama_jax.numerics.remat_policy import Kept, Remat
@@ -105,6 +106,7 @@ class DecoderOptions(TypedDict, total=False):
     attention_implementation: Implementation | None
     remat: Remat | Kept
     scan_unroll: int
+    pipeline: Pipeline | None
 
 
 class LlamaModel(PretrainedModel):
@@ -157,6 +159,7 @@ class LlamaModel(PretrainedModel):
         scan_unroll: int = 1,
         token_order: ZigZag | None = None,
         reduce_dtype: DTypeLike | None = None,
+        pipeline: Pipeline | None = None,
     ) -> ModelOutput:
         """Run the decoder.
 
@@ -181,6 +184,8 @@ class LlamaModel(PretrainedModel):
                 "full" (every layer from its input), or all but what a
                 `llama_jax.numerics.remat_policy.Kept` names.
             scan_unroll: layers per iteration of the scan; more compile longer and can run faster.
+            pipeline: run the layers over the axis "stage" of the ambient mesh; None for a scan over them,
+                for which XLA moves weights of other stages.
             token_order: the order in which all arrays given and returned have the tokens of a row; None for
                 the row's own. Over a mesh's sequence axis, `ZigZag` balances the work of the shards.
             reduce_dtype: of a model in bfloat16: the dtype in which the parts of the weights' gradients are
@@ -219,6 +224,13 @@ class LlamaModel(PretrainedModel):
             token_order.require_length(seq)
             if cache is not None:
                 raise ValueError("pass at most one of cache and token_order")
+        if pipeline is not None and (
+            cache is not None or output_hidden_states or output_attentions
+        ):
+            raise ValueError(
+                "pipeline: found it with cache, output_hidden_states or output_attentions, of which it has "
+                "none: call without a pipeline for them"
+            )
         if cache is not None:
             _require_room(cache, self.config, batch, seq)
         inputs = _Inputs(
@@ -235,6 +247,7 @@ class LlamaModel(PretrainedModel):
             scan_unroll,
             token_order,
             None if reduce_dtype is None else jnp.dtype(reduce_dtype),
+            pipeline,
         )
         return _forward(self, inputs, cache, as_key("dropout_key", dropout_key), options)
 
@@ -258,6 +271,7 @@ class _Options(NamedTuple):
     scan_unroll: int
     token_order: ZigZag | None
     reduce_dtype: DTypeLike | None
+    pipeline: Pipeline | None
 
 
 # Jitted as a whole, so that a call outside jit is one dispatch and compiles once per shape; within a
@@ -363,6 +377,17 @@ def _scan_layers(
         return (out.hidden, stored), (layer_input, out.attention_weights)
 
     dropout_keys = None if dropout_key is None else jax.random.split(dropout_key, count)
+    if options.pipeline is not None:
+        x = run_pipeline(
+            options.pipeline,
+            layers,
+            x,
+            call,
+            dropout_keys,
+            remat=options.remat,
+            scan_unroll=options.scan_unroll,
+        )
+        return _RanLayers(x, None, None, None)
     stored: Any = None if cache is None else (cache.keys, cache.values)
     (x, stored), (inputs, weights) = jax.lax.scan(
         checkpointed(run_layer, options.remat, in_scan=options.scan_unroll < count),

@@ -280,7 +280,7 @@ class Attention(nnx.Module):
         x: Float[Array, "batch seq hidden"],
         call: LayerCall,
         cache: LayerCache | UnstackedLayerCache | None = None,
-        dropout_key: Key[Array, ""] | None = None,
+        dropout_key: Key[Array, "*rows"] | None = None,
     ) -> LayerOutput:
         """Attend to this call's keys or, with a cache, to all that it holds."""
         by_head = (*x.shape[:2], -1, self.head_dim)
@@ -358,7 +358,7 @@ class DecoderLayer(nnx.Module):
         x: Float[Array, "batch seq hidden"],
         call: LayerCall,
         cache: LayerCache | UnstackedLayerCache | None = None,
-        dropout_key: Key[Array, ""] | None = None,
+        dropout_key: Key[Array, "*rows"] | None = None,
     ) -> LayerOutput:
         """`Attention` and `MLP`, each behind a norm and with a residual connection around it."""
         x = checkpoint_name(x, "input")

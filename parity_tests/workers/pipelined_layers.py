@@ -1,0 +1,126 @@
+"""The decoder over the stages of a pipeline against one device. Run by `test_pipeline.py`."""
+
+import json
+import os
+import re
+
+os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
+os.environ["JAX_PLATFORMS"] = "cpu"
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.sharding import AxisType
+
+from llama_jax import LlamaConfig, LlamaModel
+from llama_jax.attention.zigzag import ZigZag
+from llama_jax.models.pipeline import Pipeline
+from llama_jax.sharding import parameter_shardings
+from parity_tests.reference.errors import relative_error
+
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+jax.config.update("jax_enable_x64", True)
+
+LAYERS, BATCH, LENGTH, HIDDEN = 8, 8, 16, 32
+
+
+class Case(NamedTuple):
+    """A mesh, a pipeline over it, and how the layers run."""
+
+    mesh: dict[str, int]
+    pipeline: Pipeline
+    remat: str = "dots"
+    scan_unroll: int = 1
+    attention: str | None = None
+    dropout: bool = False
+
+
+CASES = {
+    "stage2-fsdp2-tensor2": Case({"stage": 2, "fsdp": 2, "tensor": 2}, Pipeline(4), "full"),
+    "stage4": Case({"stage": 4}, Pipeline(4), "none"),
+    "stage4-repeats2": Case({"stage": 4, "data": 2}, Pipeline(4, 2), scan_unroll=2),
+    "stage2-repeats4": Case({"stage": 2, "sequence": 2}, Pipeline(8, 4), "full"),
+    "blocked-attention": Case({"stage": 2, "tensor": 2}, Pipeline(4, 2), attention="blocked"),
+    "dropout": Case({"stage": 2, "fsdp": 2}, Pipeline(4), "none", dropout=True),
+}
+# of several layers of one block and several blocks of one stage: what most often goes wrong
+
+
+def mesh_of(sizes: dict[str, int]) -> Any:
+    devices = jax.devices()[: int(np.prod(list(sizes.values())))]
+    types = (AxisType.Auto,) * len(sizes)
+    return jax.make_mesh(tuple(sizes.values()), tuple(sizes), types, devices=devices)
+
+
+def decoder(case: Case, dtype: Any) -> tuple[LlamaModel, Callable[..., Any], Any]:
+    """A model, `run(params, x, pipeline, order)` for the loss and its gradients, and its arguments."""
+    config = LlamaConfig(
+        vocab_size=8,
+        hidden_size=HIDDEN,
+        intermediate_size=48,
+        num_hidden_layers=LAYERS,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        attention_bias=True,
+        attention_dropout=0.3 if case.dropout else 0.0,
+    )
+    model = LlamaModel(config, rngs=nnx.Rngs(0), dtype=jnp.float64)
+    graphdef, state = nnx.split(model)
+    rng = np.random.default_rng(0)
+    # biases and norms are all alike at first, and the layers' weights nearly so
+    params = jax.tree.map(
+        lambda leaf: (leaf + 0.1 * rng.normal(size=leaf.shape)).astype(dtype),
+        nnx.to_pure_dict(state),
+    )
+    x = jnp.asarray(rng.normal(size=(BATCH, LENGTH, HIDDEN)), dtype)
+    segments = jnp.asarray(np.sort(rng.integers(0, 3, (BATCH, LENGTH)), axis=1), jnp.int32)
+    positions = jnp.asarray(rng.integers(0, 40, (BATCH, LENGTH)), jnp.int32)
+    key = jax.random.key(7) if case.dropout else None
+
+    def loss(params: Any, x: Any, pipeline: Pipeline | None) -> Any:
+        out = nnx.merge(graphdef, params)(
+            inputs_embeds=x,
+            segment_ids=segments,
+            position_ids=positions,
+            dropout_key=key,
+            remat=case.remat,
+            scan_unroll=case.scan_unroll,
+            attention_implementation=case.attention,
+            pipeline=pipeline,
+        ).last_hidden_state
+        weights = jnp.linspace(-1, 2, out.size).reshape(out.shape)
+        return jnp.sum(jnp.sin(out.astype(weights.dtype)) * weights)
+
+    run = jax.jit(jax.value_and_grad(loss, argnums=(0, 1)), static_argnums=2)
+    return model, run, (params, x)
+
+
+def on_mesh(case: Case, model: LlamaModel, run: Any, arguments: Any) -> Any:
+    """The result of the pipeline, and the compiled program."""
+    mesh = mesh_of(case.mesh)
+    params = jax.device_put(arguments[0], parameter_shardings(model, mesh))
+    with jax.set_mesh(mesh):
+        compiled = run.lower(params, arguments[1], case.pipeline).compile()
+        return jax.tree.leaves(compiled(params, arguments[1])), compiled.as_text()
+
+
+def errors(got: Any, want: Any) -> list[float]:
+    pairs = zip(got, want, strict=True)
+    return [relative_error(np.asarray(a), np.asarray(b)) for a, b in pairs]
+
+
+def main() -> None:
+    for name, case in CASES.items():
+        model, run, arguments = decoder(case, jnp.float64)
+        want = jax.tree.leaves(run(*arguments, None))
+        got, hlo = on_mesh(case, model, run, arguments)
+        row: dict[str, Any] = {"case": name, "errors": errors(got, want)}
+        print(json.dumps(row), flush=True)
+
+
+if __name__ == "__main__":
+    main()
