@@ -41,6 +41,8 @@ def require_counts(options: RunOptions) -> None:
         "model.scan-unroll": (options.model.scan_unroll, 1),
         "optimizer.warmup-steps": (options.optimizer.warmup_steps, 0),
         "distributed.processes": (distributed.processes, 1),
+        "mesh.stage-micro-batches": (options.mesh.stage_micro_batches, 1),
+        "mesh.stage-repeats": (options.mesh.stage_repeats, 1),
         "distributed.process-id": (distributed.process_id, 0),
         "checkpoint.every": (options.checkpoint.every, 1),
         "checkpoint.keep-last": (options.checkpoint.keep_last, 1),

@@ -105,6 +105,13 @@ class MeshOptions:
     """how a row is split: a shard's tokens are early and late ones, for equal work, or contiguous"""
     tensor: int = 1
     """tensor parallelism: shards of heads, MLP and vocabulary"""
+    stage: int = 1
+    """pipeline parallelism: stages with a part of the layers each, through which parts of the batch pass"""
+    stage_micro_batches: int | None = None
+    """parts of each micro-batch that pass through the stages; default: as many as it divides into, up to 4
+    for each stage"""
+    stage_repeats: int = 1
+    """blocks of layers for each stage, in turn (interleaved schedule): stages idle less and send more"""
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import NamedSharding
+from jax.sharding import AbstractMesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Key
 
@@ -238,8 +238,10 @@ def _over_shards(run: Callable[..., Array], shards: _Shards, *operands: Any) -> 
         **{name: spec for name, spec in field_specs.items() if getattr(mask, name) is not None}
     )
     query_spec, key_spec = P(batch, sequence, heads), P(batch, split_keys, heads)
+    # without manual axes, of which it cannot tell the shape of a shard
+    free_mesh = AbstractMesh(tuple(axes.mesh.shape[name] for name in axes.free), axes.free)
     kernel_specs = [
-        k.manual_sharding_spec(NamedSharding(axes.mesh, P(heads, sequence))) for k in kernel
+        k.manual_sharding_spec(NamedSharding(free_mesh, P(heads, sequence))) for k in kernel
     ]
     return jax.shard_map(
         on_shard,

@@ -137,18 +137,18 @@ def run_pipeline(
             )
             x, _ = jax.lax.scan(run_block, x, place, unroll=min(scan_unroll, size))
             ring = [(source, (source + 1) % stages) for source in range(stages)]
-            return (stream, jax.lax.ppermute(x, STAGE_AXIS, ring)), None
+            return (stream, _send(x, ring)), None
 
         # The first stage reads micro-batches from here and writes them back when they have been around the
         # ring; the others' copies are not used.
+        x = constrain(x, *RESIDUAL_AXES)
         stream = _split_rows(_all_micro_batches(x, pipeline, stages))
         carry = stream, jnp.zeros_like(stream[0])
         iterations = pipeline.iterations(stages)
         (stream, arrived), _ = jax.lax.scan(iterate, carry, jnp.arange(iterations, dtype=jnp.int32))
         stream = _store(stream, arrived, jnp.int32(iterations), stages)
-        done = jnp.where(stage == 0, stream, 0)
-        out = jax.lax.psum_scatter(done, STAGE_AXIS, scatter_dimension=0, tiled=True)
-        return out.swapaxes(0, 1).reshape(x.shape)
+        out = _scatter_from_first(_split_rows(stream), stages).swapaxes(0, 1).reshape(x.shape)
+        return constrain(out, *RESIDUAL_AXES)
 
     split = P(STAGE_AXIS)
     return jax.shard_map(
@@ -169,8 +169,32 @@ def _all_micro_batches(
     A row stays on the devices of the data and fsdp axes that it is on, so every so many rows are of one
     micro-batch.
     """
-    here = array.reshape(-1, pipeline.micro_batches // stages, *array.shape[1:])
-    return jax.lax.all_gather(here.swapaxes(0, 1), STAGE_AXIS, axis=0, tiled=True)
+    here = array.reshape(-1, pipeline.micro_batches // stages, *array.shape[1:]).swapaxes(0, 1)
+    stage = jax.lax.axis_index(STAGE_AXIS)
+    gathered = jnp.zeros((stages, *here.shape), here.dtype)
+    for hops in range(stages):
+        ring = [(source, (source + hops) % stages) for source in range(stages)]
+        arrived = _send(here, ring)
+        slot = (stage - hops) % stages
+        gathered = jax.lax.dynamic_update_index_in_dim(gathered, arrived, slot, axis=0)
+    return gathered.reshape(pipeline.micro_batches, *here.shape[1:])
+
+
+def _scatter_from_first(
+    stream: Float[Array, "micro_batches rows seq hidden"], stages: int
+) -> Float[Array, "micro_batches_of_stage rows seq hidden"]:
+    """Each stage's part of what the first stage has."""
+    parts = stream.reshape(stages, -1, *stream.shape[1:])
+    received = [_send(parts[target], [(0, target)]) for target in range(1, stages)]
+    # of what was sent to others, a stage gets zeros
+    return jnp.where(jax.lax.axis_index(STAGE_AXIS) == 0, parts[0], sum(received[1:], received[0]))
+
+
+def _send(array: Array, pairs: list[tuple[int, int]]) -> Array:
+    """Between stages. Collectives of other kinds would gather what other mesh axes split."""
+    if all(source == target for source, target in pairs):
+        return array
+    return jax.lax.ppermute(array, STAGE_AXIS, pairs)
 
 
 def _as_micro_batches(
@@ -269,6 +293,6 @@ def _deal_blocks(
         slots[block % stages] = block // stages
         sent = jax.lax.dynamic_index_in_dim(blocks, jnp.asarray(at)[stage], 0, keepdims=False)
         pairs = list(zip(senders.tolist(), (block % stages).tolist(), strict=True))
-        sent = jax.lax.ppermute(sent, STAGE_AXIS, pairs)
+        sent = _send(sent, pairs)
         dealt = jax.lax.dynamic_update_index_in_dim(dealt, sent, jnp.asarray(slots)[stage], 0)
     return dealt.reshape(weight.shape)

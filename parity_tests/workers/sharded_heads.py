@@ -45,7 +45,7 @@ def main() -> None:
             "end_positions": rng.integers(0, 8, 4),
         },
     }
-    mesh = jax.make_mesh((1, 2, 1, 2), MESH_AXES, axis_types=(AxisType.Auto,) * 4)
+    mesh = jax.make_mesh((1, 1, 2, 1, 2), MESH_AXES, axis_types=(AxisType.Auto,) * 5)
     for model_class, labels in targets.items():
         model = model_class(CONFIG, rngs=nnx.Rngs(0))
         arrays = {name: jnp.asarray(value, jnp.int32) for name, value in labels.items()}

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 from llama_jax.config import LlamaConfig
 from llama_jax.numerics.remat_policy import Remat
+from llama_jax.sharding import BATCH_AXES
 from train.options import RunOptions
 from train.plan.compiled import Plan
 from train.plan.estimate import Estimate, Model, estimate, measure
@@ -17,6 +18,8 @@ def advice(plan: Plan, options: RunOptions, config: LlamaConfig) -> list[str]:
     if chip is None or math.isnan(plan.peak):
         return []
     measured = measure(config, plan.sequence_length)
+    # what is suggested may leave fewer rows to a micro-batch
+    options = replace(options, mesh=replace(options.mesh, stage_micro_batches=None))
     if not plan.fits:
         return _to_fit(plan, options, measured, plan.peak - chip.usable_memory)
     limits = plan.roofline
@@ -58,7 +61,7 @@ def _to_send_less(plan: Plan, options: RunOptions, measured: Model) -> str | Non
 
 
 def _to_balance(plan: Plan, ratio: float) -> str:
-    shards = plan.mesh["data"] * plan.mesh["fsdp"]
+    shards = _batch_shards(plan)
     rows = math.ceil(plan.batch_size / plan.micro_batches * ratio / shards) * shards
     return f"traffic hardly depends on the rows, so {rows} rows in a micro-batch would balance them"
 
@@ -138,7 +141,7 @@ def _to_fit(plan: Plan, options: RunOptions, measured: Model, missing: float) ->
         optimizer = replace(options.optimizer, offload=True)
         moved = estimate(replace(options, optimizer=optimizer), measured, sizes, chip)
         suggest("--optimizer.offload", estimated.state - moved.state)
-    all_state = estimated.state * math.prod(sizes[axis] for axis in ("fsdp", "sequence", "tensor"))
+    all_state = estimated.state * math.prod(sizes.values()) / sizes["data"]
     if all_state / plan.devices > chip.usable_memory:
         sentences.append(
             f"parameters and optimizer state alone take {_gib(all_state)}: use at least "
@@ -149,7 +152,11 @@ def _to_fit(plan: Plan, options: RunOptions, measured: Model, missing: float) ->
 
 def _rows(plan: Plan) -> int:
     """Rows of a micro-batch on one device."""
-    return plan.batch_size // plan.micro_batches // (plan.mesh["data"] * plan.mesh["fsdp"])
+    return plan.batch_size // plan.micro_batches // _batch_shards(plan)
+
+
+def _batch_shards(plan: Plan) -> int:
+    return math.prod(plan.mesh[axis] for axis in BATCH_AXES)
 
 
 def _divisors(number: int) -> list[int]:

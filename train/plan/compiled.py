@@ -17,6 +17,7 @@ from llama_jax.attention.masks import causal_shares
 from llama_jax.attention.splash import visited_shares
 from llama_jax.config import LlamaConfig
 from llama_jax.inspection.architecture import forward_flops_per_token
+from llama_jax.models.pipeline import Pipeline
 from llama_jax.numerics.remat_policy import KeptName, OffloadedName, Remat
 from train.data.batch import Batch
 from train.hardware.chips import CHIPS, Chip
@@ -64,8 +65,10 @@ class Plan:
     refused: XLA's message if it refused to compile; memory and collectives are then unknown.
     sequence_order: of tokens over the sequence axis. slowest_attention: what the shard of a sequence that
         does most computes in attention's kernel, in units of the mean.
+    pipeline: how the layers run over the stages; None for a single one.
     flops_per_token: of the model: 3 x `forward_flops_per_token`. counted_flops_per_token: of every
-        matmul in the step, recomputation included, as if all devices did as much as the slowest.
+        matmul in the step, recomputation and idle stages included, as if all devices did as much as the
+        slowest.
     chip, roofline: None for devices without a data sheet.
     """
 
@@ -84,6 +87,7 @@ class Plan:
     attention_reason: str | None
     sequence_order: SequenceOrder
     slowest_attention: float
+    pipeline: Pipeline | None
     flops_per_token: float
     counted_flops_per_token: float
     compile_seconds: float
@@ -179,6 +183,7 @@ def make_plan(options: RunOptions, config: LlamaConfig, devices: Sequence[Any]) 
         attention_reason=attention.reason,
         sequence_order=options.mesh.sequence_order,
         slowest_attention=slowest,
+        pipeline=program.pipeline,
         flops_per_token=model_flops,
         counted_flops_per_token=counted / tokens,
         compile_seconds=seconds,

@@ -12,10 +12,13 @@ import jax.numpy as jnp
 
 from llama_jax.config import LlamaConfig
 from llama_jax.inspection.architecture import forward_flops_per_token, parameter_count
+from llama_jax.models.pipeline import Pipeline
 from llama_jax.numerics.remat import POLICIES
 from llama_jax.numerics.remat_policy import Kept, Remat
+from llama_jax.sharding import MESH_AXES
 from train.hardware.chips import CHIPS, Chip
 from train.options import RunOptions
+from train.program.build import find_pipeline
 
 # what seconds are reckoned for where the chip is unknown: a TPU v5p
 DEFAULT_CHIP = CHIPS["TPU v5"]
@@ -62,8 +65,10 @@ class Setting(NamedTuple):
 
     parameter_bytes, compute_bytes: of one number in the parameters' and the computation's dtype.
     moment_bytes: of one number of the optimizer's state; 0 if it is kept in the host's memory.
-    parameter_shards: parts that the parameters are split into, over fsdp, sequence and tensor.
+    parameter_shards: parts that a stage's parameters are split into, over fsdp, sequence and tensor.
     tokens: of a step, on one device; with tensor parallelism, of the device's tensor group.
+    stages, pipeline: a single micro-batch for a single stage. The vocabulary, which every stage has, counts
+        as if it were split like the layers.
     linked: devices of a host, beyond which there is a network; None where all are linked.
     """
 
@@ -79,7 +84,14 @@ class Setting(NamedTuple):
     tensor: int
     parameter_shards: int
     tokens: float
+    stages: int = 1
+    pipeline: Pipeline = Pipeline(1)
     linked: int | None = None
+
+    @property
+    def busy(self) -> float:
+        """The share of a stage's work on the layers whose results are used."""
+        return 1 - self.pipeline.bubble(self.stages)
 
 
 def measure(config: LlamaConfig, sequence_length: int) -> Model:
@@ -99,15 +111,21 @@ def estimate(
 
     Args:
         options: with `model.compute_dtype` filled in.
-        sizes: of the mesh's axes.
+        sizes: of the mesh's axes; those left out are 1.
         chip: None stands for `DEFAULT_CHIP`.
         linked: devices of a host, where hosts are connected by a network.
+
+    Raises:
+        ValueError: as `find_pipeline`.
     """
     chip = chip or DEFAULT_CHIP
+    sizes = dict.fromkeys(MESH_AXES, 1) | dict(sizes)
     devices = math.prod(sizes.values())
     step_tokens = options.batch_size * options.sequence_length
     optimizer = options.optimizer
     moments = jnp.dtype(optimizer.state_dtype or options.model.parameter_dtype)
+    rows = options.batch_size // options.micro_batches
+    pipeline = find_pipeline(options.mesh, model.config, sizes, rows)
     setting = Setting(
         config=model.config,
         parameters=model.parameters,
@@ -121,6 +139,8 @@ def estimate(
         tensor=sizes["tensor"],
         parameter_shards=sizes["fsdp"] * sizes["sequence"] * sizes["tensor"],
         tokens=step_tokens * sizes["tensor"] / devices,
+        stages=sizes["stage"],
+        pipeline=pipeline or Pipeline(1),
         linked=linked,
     )
     flops = (_forward_passes(setting) + 2) * model.forward_flops * step_tokens
@@ -129,7 +149,7 @@ def estimate(
         gradients=gradient_bytes(setting),
         activations=activation_bytes(setting),
         head=head_bytes(setting),
-        compute=flops / devices / chip.flops,
+        compute=flops / devices / chip.flops / setting.busy,
         links=link_seconds(setting, chip),
     )
 
@@ -156,7 +176,7 @@ def _kept(remat: Remat | Kept) -> set[str]:
 def link_seconds(setting: Setting, chip: Chip) -> float:
     """Seconds on the links, or on the network between hosts: the longer of the two.
 
-    Devices next to each other are those of a tensor group, then of sequence, fsdp and data.
+    Devices next to each other are those of a tensor group, then of sequence, fsdp, data and stage.
     """
     # bytes, the size of the groups that exchange them, and how far apart a group's devices are
     traffic = (
@@ -164,6 +184,11 @@ def link_seconds(setting: Setting, chip: Chip) -> float:
         (sequence_parallel_traffic(setting), setting.sequence, setting.tensor),
         (weight_traffic(setting), setting.parameter_shards // setting.tensor, setting.tensor),
         (data_parallel_traffic(setting), setting.data, setting.parameter_shards),
+        (
+            pipeline_traffic(setting),
+            setting.stages,
+            setting.data * setting.parameter_shards,
+        ),
     )
     seconds = sum(sent for sent, *_ in traffic) / chip.link_bandwidth
     if setting.linked is None or chip.network_bandwidth is None:
@@ -179,20 +204,21 @@ def link_seconds(setting: Setting, chip: Chip) -> float:
 def state_bytes(setting: Setting) -> float:
     """The parameters and Adam's two moments of each; other optimizers have less."""
     bytes_each = setting.parameter_bytes + 2 * setting.moment_bytes
-    return setting.parameters * bytes_each / setting.parameter_shards
+    return setting.parameters * bytes_each / (setting.parameter_shards * setting.stages)
 
 
 def gradient_bytes(setting: Setting) -> float:
     """The gradient as the backward pass computes it, and cast to the parameters' dtype."""
     bytes_each = setting.compute_bytes + setting.parameter_bytes
-    return setting.parameters * bytes_each / setting.parameter_shards
+    return setting.parameters * bytes_each / (setting.parameter_shards * setting.stages)
 
 
 def activation_bytes(setting: Setting) -> float:
-    """What all layers keep of a micro-batch for its backward pass."""
+    """What a stage's layers keep of a micro-batch for its backward pass, what nobody reads included."""
     tokens = setting.tokens / setting.micro_batches
     numbers = kept_numbers(setting.config, setting.remat, setting.tensor)
-    return tokens * setting.config.num_hidden_layers * numbers * setting.compute_bytes
+    kept = tokens * setting.config.num_hidden_layers * numbers * setting.compute_bytes
+    return kept / setting.busy
 
 
 def head_bytes(setting: Setting) -> float:
@@ -210,13 +236,15 @@ def head_bytes(setting: Setting) -> float:
 def weight_traffic(setting: Setting) -> float:
     """Fully sharded parameters (ZeRO 3, arXiv:1910.02054): bytes sent for every micro-batch.
 
-    Weights are gathered for the forward and again for the backward pass. Their gradients are all-reduced:
+    In a pipeline, for every block of layers that a stage runs. Weights are gathered for the forward and again for the backward pass. Their gradients are all-reduced:
     that is what XLA compiles, where a reduce-scatter would do with half.
     """
     if setting.parameter_shards == setting.tensor:
         return 0.0  # every device has the weights it needs
-    weights = setting.parameters * setting.compute_bytes / setting.tensor
-    return setting.micro_batches * weights * (2 * ALL_GATHER + ALL_REDUCE)
+    blocks = setting.stages * setting.pipeline.repeats
+    weights = setting.parameters * setting.compute_bytes / (setting.tensor * blocks)
+    times = setting.micro_batches * setting.pipeline.iterations(setting.stages)
+    return times * weights * (2 * ALL_GATHER + ALL_REDUCE)
 
 
 def tensor_parallel_traffic(setting: Setting) -> float:
@@ -233,7 +261,7 @@ def tensor_parallel_traffic(setting: Setting) -> float:
     gathered = gathers * ALL_GATHER * setting.compute_bytes
     scattered = scatters * REDUCE_SCATTER * max(setting.compute_bytes, FLOAT32_BYTES)
     numbers = setting.tokens * setting.config.hidden_size * setting.config.num_hidden_layers
-    return numbers * (gathered + scattered)
+    return numbers * (gathered + scattered) / setting.busy
 
 
 def sequence_parallel_traffic(setting: Setting) -> float:
@@ -248,15 +276,34 @@ def sequence_parallel_traffic(setting: Setting) -> float:
     keys_and_values = 2 * config.kv_heads * config.head_size / setting.tensor
     each_pass = row_tokens * keys_and_values * config.num_hidden_layers * setting.compute_bytes
     gathers = 1 if "attention" in _kept(setting.remat) else 2
-    return each_pass * (gathers * ALL_GATHER + REDUCE_SCATTER)
+    return each_pass * (gathers * ALL_GATHER + REDUCE_SCATTER) / setting.busy
 
 
 def data_parallel_traffic(setting: Setting) -> float:
     """Replicas of the model: gradients are all-reduced once a step, in the parameters' dtype."""
     if setting.data == 1:
         return 0.0
-    gradients = setting.parameters * setting.parameter_bytes / setting.parameter_shards
-    return gradients * ALL_REDUCE
+    shards = setting.parameter_shards * setting.stages
+    return setting.parameters * setting.parameter_bytes / shards * ALL_REDUCE
+
+
+def pipeline_traffic(setting: Setting) -> float:
+    """What a stage passes on after every block, forward and backward, and what of weights it exchanges.
+
+    The rows are gathered for the first stage and scattered when they are done; with repeats, the weights
+    are dealt to the stages in the forward and their gradients in the backward pass.
+    """
+    if setting.stages == 1:
+        return 0.0
+    pipeline, micro_batches = setting.pipeline, setting.micro_batches
+    tokens = setting.tokens * setting.stages / setting.tensor
+    rows = tokens * setting.config.hidden_size * setting.compute_bytes
+    blocks = rows * pipeline.iterations(setting.stages) / pipeline.micro_batches
+    dealt = 0.0
+    if pipeline.repeats > 1:
+        shards = setting.parameter_shards * setting.stages
+        dealt = setting.parameters * setting.compute_bytes / shards * micro_batches
+    return 2 * (blocks + dealt) + rows * 2 * (ALL_GATHER + REDUCE_SCATTER)
 
 
 def kept_numbers(config: LlamaConfig, remat: Remat | Kept, tensor: int = 1) -> float:

@@ -9,7 +9,7 @@ from typing import Any, get_args
 from llama_jax.config import LlamaConfig
 from llama_jax.numerics.remat_policy import Remat
 from train.hardware.chips import CHIPS
-from train.options import MeshOptions, RunOptions
+from train.options import RunOptions
 from train.plan.compiled import Plan, make_plan
 from train.plan.estimate import estimate, measure
 from train.program.mesh import count_slices, spans_slices
@@ -73,8 +73,8 @@ def candidates(
     for sizes in meshes(options, config, len(devices), linked):
         for remat in policies:
             model = replace(options.model, remat=remat)
-            mesh = MeshOptions(**sizes, sequence_order=options.mesh.sequence_order)
-            candidate = replace(options, model=model, mesh=mesh)
+            mesh: dict[str, Any] = {**sizes}
+            candidate = replace(options, model=model, mesh=replace(options.mesh, **mesh))
             cost = estimate(candidate, measured, sizes, chip, linked)
             times = max(cost.compute, cost.links), cost.compute + cost.links
             ranked.append((max(cost.peak / memory, 1.0), *times, candidate))
@@ -86,10 +86,14 @@ def meshes(
 ) -> Iterator[dict[str, int]]:
     """Sizes of all axes that multiply to `count` and divide batch, sequence and heads.
 
+    The stages are those of the options: more only leave devices idle, unless the weights do not fit.
+
     Args:
         linked: devices of a slice or host, which tensor and sequence axes must not leave.
     """
     rows = options.batch_size // options.micro_batches
+    stage = max(options.mesh.stage, 1)
+    parts = options.mesh.stage_micro_batches or stage
     divisors = [n for n in range(1, count + 1) if count % n == 0]
     tensors = [n for n in divisors if n <= LARGEST_TENSOR and config.num_attention_heads % n == 0]
     sequences = [
@@ -98,10 +102,12 @@ def meshes(
         if n == 1 or (n <= LARGEST_SEQUENCE and options.sequence_length % (n * SEQUENCE_UNIT) == 0)
     ]
     for tensor, sequence, data in itertools.product(tensors, sequences, divisors):
-        if count % (tensor * sequence * data) == 0 and rows % (count // (tensor * sequence)) == 0:
-            fsdp = count // (tensor * sequence * data)
-            if spans_slices({"data": data, "fsdp": fsdp}, count // linked):
-                yield {"data": data, "fsdp": fsdp, "sequence": sequence, "tensor": tensor}
+        fsdp, rest = divmod(count, stage * tensor * sequence * data)
+        if rest or rows % (data * fsdp * math.lcm(stage, parts)):
+            continue
+        sizes = {"stage": stage, "data": data, "fsdp": fsdp}
+        if spans_slices(sizes, count // linked):
+            yield {**sizes, "sequence": sequence, "tensor": tensor}
 
 
 def _rank(plan: Plan) -> tuple[Any, ...]:

@@ -65,6 +65,13 @@ def show_plan(console: Console, plan: Plan, advice: Sequence[str]) -> None:
             f"attention of the slowest sequence shard ({plan.sequence_order})",
             f"{plan.slowest_attention:.2f} x the mean",
         )
+    if plan.pipeline is not None:
+        micro_batches, repeats = plan.pipeline
+        again = f" x {repeats} repeats" if repeats > 1 else ""
+        costs.add_row(
+            f"idle share of the stages, {micro_batches} micro-batches{again}",
+            f"{plan.pipeline.bubble(plan.mesh['stage']):.1%}",
+        )
     limits = plan.roofline
     if limits is not None:
         costs.add_row("matmuls, at the chip's bfloat16 peak", f"{limits.compute:.3f} s")

@@ -3,7 +3,8 @@
 `python -m train plan` compiles the same program for devices you need not have.
 """
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -17,10 +18,18 @@ from llama_jax.attention.masks import AttentionMask
 from llama_jax.attention.zigzag import ZigZag
 from llama_jax.config import LlamaConfig
 from llama_jax.models.causal_lm import LlamaForCausalLM
+from llama_jax.models.pipeline import Pipeline
 from llama_jax.numerics.xla_options import step_compiler_options
-from llama_jax.sharding import BATCH_AXES, MESH_AXES, SEQUENCE_AXIS, parameter_shardings
+from llama_jax.sharding import (
+    BATCH_AXES,
+    MESH_AXES,
+    SEQUENCE_AXIS,
+    STAGE_AXIS,
+    parameter_shardings,
+)
 from train.data.batch import Batch
 from train.options import (
+    MeshOptions,
     ModelOptions,
     OptimizerOptions,
     RunOptions,
@@ -40,6 +49,7 @@ class Program(NamedTuple):
 
     step: jitted `(params, opt_state, batch, dropout_key)`, donating the first two.
     evaluate: jitted `(params, batch)`, returning summed loss and number of tokens.
+    pipeline: how the layers run over the mesh's stages; None with a single one.
     """
 
     config: LlamaConfig
@@ -52,6 +62,7 @@ class Program(NamedTuple):
     batch: Any
     step: jax.stages.Wrapped
     evaluate: jax.stages.Wrapped
+    pipeline: Pipeline | None
 
 
 def run_program(
@@ -67,7 +78,7 @@ def run_program(
         make_mesh({axis: getattr(options.mesh, axis) for axis in MESH_AXES}, devices),
         options.model,
         options.optimizer,
-        sequence_order=options.mesh.sequence_order,
+        options=options.mesh,
         steps=options.steps,
         batch_size=options.batch_size,
         micro_batches=options.micro_batches,
@@ -82,7 +93,7 @@ def make_program(
     model: ModelOptions,
     optimizer: OptimizerOptions,
     *,
-    sequence_order: SequenceOrder,
+    options: MeshOptions,
     steps: int,
     batch_size: int,
     micro_batches: int,
@@ -92,6 +103,7 @@ def make_program(
     """The program of a run over `mesh`.
 
     Args:
+        options: how rows and layers are split over `mesh`, whose sizes it leaves to that.
         deterministic: see `step_compiler_options`.
 
     Raises:
@@ -99,11 +111,12 @@ def make_program(
             does not fit the steps; an attention implementation that cannot serve.
     """
     _require_divisible(config, mesh, batch_size // micro_batches, sequence_length)
+    pipeline = find_pipeline(options, config, mesh.shape, batch_size // micro_batches)
     dtype = jnp.dtype(model.parameter_dtype)
     compute_dtype = jnp.dtype(model.compute_dtype or model.parameter_dtype)
     shape = micro_batches, batch_size // micro_batches, sequence_length
     window: Any = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=batch_sharding(mesh))
-    order = _token_order(sequence_order, mesh, sequence_length)
+    order = _token_order(options.sequence_order, mesh, sequence_length)
     batch = Batch(window, window, window, window, order)
     attention_choice(config, mesh, model.attention, compute_dtype, batch)
     for option, used in (
@@ -142,6 +155,7 @@ def make_program(
         "remat": model.remat_policy,
         "scan_unroll": min(model.scan_unroll, config.num_hidden_layers),
         "attention_implementation": model.attention,
+        "pipeline": pipeline,
     }
     step = make_step(
         graphdef,
@@ -173,6 +187,7 @@ def make_program(
             out_shardings=(shardings_of(params), shardings_of(opt_state), replicated),
         ),
         evaluate=jax.jit(evaluate, compiler_options=compiler_options, out_shardings=replicated),
+        pipeline=pipeline,
     )
 
 
@@ -251,12 +266,65 @@ def _token_order(order: SequenceOrder, mesh: Mesh, sequence_length: int) -> ZigZ
     return ZigZag.of(sequence_length, shards)
 
 
+# Parts of a batch for each stage: an idle share of at most (stages - 1) / (5 stages - 1).
+_MICRO_BATCHES_OF_STAGE = 4
+
+
+def find_pipeline(
+    options: MeshOptions, config: LlamaConfig, sizes: Mapping[str, int], rows: int
+) -> Pipeline | None:
+    """How the layers run over the stages of a mesh of `sizes`; None for a single stage.
+
+    Args:
+        rows: of a micro-batch, a multiple of stage x data x fsdp.
+
+    Raises:
+        ValueError: options that do not divide the layers or the rows, or that need a stage axis.
+    """
+    stages, layers, count = sizes[STAGE_AXIS], config.num_hidden_layers, options.stage_micro_batches
+    repeats = options.stage_repeats
+    if stages == 1:
+        for name, value, unused in (("micro-batches", count, None), ("repeats", repeats, 1)):
+            if value != unused:
+                raise ValueError(
+                    f"mesh.stage-{name}: found {value} with --mesh.stage 1, expected more stages or "
+                    "none of it"
+                )
+        return None
+    if layers % stages:
+        raise ValueError(
+            f"mesh.stage: found {stages}, expected a divisor of the {layers} layers: one of "
+            f"{_divisors(layers)}"
+        )
+    if layers // stages % repeats:
+        raise ValueError(
+            f"mesh.stage-repeats: found {repeats}, expected a divisor of the {layers // stages} layers of a "
+            f"stage: one of {_divisors(layers // stages)}"
+        )
+    parts = rows // (sizes["data"] * sizes["fsdp"])
+    possible = [n for n in range(stages, parts + 1, stages) if parts % n == 0]
+    if count is None:
+        count = max(n for n in possible if n <= _MICRO_BATCHES_OF_STAGE * stages)
+    if count not in possible:
+        raise ValueError(
+            f"mesh.stage-micro-batches: found {count}, expected a multiple of {stages} stages that divides "
+            f"the {parts} rows that a micro-batch has for each of data x fsdp: one of "
+            f"{', '.join(map(str, possible))}"
+        )
+    return Pipeline(count, repeats)
+
+
+def _divisors(number: int) -> str:
+    return ", ".join(str(n) for n in range(1, number + 1) if number % n == 0)
+
+
 def _require_divisible(config: LlamaConfig, mesh: Mesh, rows: int, sequence_length: int) -> None:
     sizes = mesh.shape
-    batch_shards = sizes["data"] * sizes["fsdp"]
+    batch_shards = math.prod(sizes[axis] for axis in BATCH_AXES)
     if rows % batch_shards:
+        axes = " x ".join(axis for axis in BATCH_AXES if axis != STAGE_AXIS or sizes[axis] > 1)
         raise ValueError(
-            f"batch-size: found {rows} rows in a micro-batch, expected a multiple of data x fsdp = "
+            f"batch-size: found {rows} rows in a micro-batch, expected a multiple of {axes} = "
             f"{batch_shards}"
         )
     if sequence_length % sizes["sequence"]:

@@ -1,4 +1,4 @@
-"""The device mesh of a run: axes data, fsdp, sequence and tensor, within a slice or over several."""
+"""The device mesh of a run: axes stage, data, fsdp, sequence and tensor, within a slice or over several."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -9,7 +9,7 @@ import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh
 
-from llama_jax.sharding import MESH_AXES
+from llama_jax.sharding import BATCH_AXES, MESH_AXES
 
 
 def mesh_shape(sizes: Mapping[str, int], device_count: int) -> dict[str, int]:
@@ -28,7 +28,9 @@ def mesh_shape(sizes: Mapping[str, int], device_count: int) -> dict[str, int]:
     if len(unset) > 1:
         raise ValueError(f"mesh: found -1 for {' and '.join(unset)}, expected it once")
     known = math.prod(size for size in shape.values() if size != -1)
-    shown = " x ".join(f"{axis} {size}" for axis, size in shape.items() if size != -1)
+    shown = " x ".join(
+        f"{axis} {size}" for axis, size in shape.items() if size != -1 and (axis, size) != ("stage", 1)
+    )
     if unset:
         if device_count % known:
             raise ValueError(
@@ -50,8 +52,8 @@ def in_words(sizes: Mapping[str, int]) -> str:
 def make_mesh(sizes: Mapping[str, int], devices: Sequence[Any] | None = None) -> Mesh:
     """A mesh over `devices` (default: all devices of all processes), laid out for the hardware's links.
 
-    Links between TPU slices, or between GPU hosts, are slow, so the data axis is the first to span them,
-    then fsdp; the other axes stay within one. Axis types are Auto: the compiler shards what is not
+    Links between TPU slices, or between GPU hosts, are slow, so the stage axis is the first to span them,
+    then data and fsdp; the other axes stay within one. Axis types are Auto: the compiler shards what is not
     constrained.
 
     A dimension of the torus may be split over several axes, each of which then has a part of its links.
@@ -124,26 +126,29 @@ def _split_torus(shape: tuple[int, ...], devices: Sequence[Any]) -> np.ndarray[A
 
 
 def shape_over_slices(shape: Mapping[str, int], slices: int) -> dict[str, int]:
-    """Over how many slices each axis spans: data as many as it can, fsdp the rest, the others one.
+    """Over how many slices each axis spans: stage as many as it can, then data, then fsdp, the others one.
 
     Raises:
-        ValueError: data times fsdp is not a multiple of the slices.
+        ValueError: stage times data times fsdp is not a multiple of the slices.
     """
-    data, fsdp = _parts_over_slices(shape, slices)
-    if data * fsdp != slices:
+    spans = _parts_over_slices(shape, slices)
+    if math.prod(spans.values()) != slices:
+        stages = "" if shape["stage"] == 1 else f"stage {shape['stage']}, "
         raise ValueError(
-            f"mesh: found data {shape['data']} and fsdp {shape['fsdp']}, expected their product to be "
-            f"divisible by {slices} slices (of GPUs: hosts)"
+            f"mesh: found {stages}data {shape['data']} and fsdp {shape['fsdp']}, expected their product to "
+            f"be divisible by {slices} slices (of GPUs: hosts)"
         )
-    return dict.fromkeys(shape, 1) | {"data": data, "fsdp": fsdp}
+    return dict.fromkeys(shape, 1) | spans
 
 
 def spans_slices(shape: Mapping[str, int], slices: int) -> bool:
-    """Whether the data and fsdp axes together can be laid over `slices`, as `shape_over_slices` does."""
-    data, fsdp = _parts_over_slices(shape, slices)
-    return data * fsdp == slices
+    """Whether stage, data and fsdp together can be laid over `slices`, as `shape_over_slices` does."""
+    return math.prod(_parts_over_slices(shape, slices).values()) == slices
 
 
-def _parts_over_slices(shape: Mapping[str, int], slices: int) -> tuple[int, int]:
-    data = math.gcd(shape["data"], slices)
-    return data, math.gcd(shape["fsdp"], slices // data)
+def _parts_over_slices(shape: Mapping[str, int], slices: int) -> dict[str, int]:
+    spans = {}
+    for axis in BATCH_AXES:
+        spans[axis] = math.gcd(shape[axis], slices)
+        slices //= spans[axis]
+    return spans

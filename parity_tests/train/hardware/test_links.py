@@ -111,7 +111,7 @@ def test_hosts_of_gpus() -> None:
         for gpu in range(4)
     ]
     assert hosts_of(gpus) == [0] * 4 + [1] * 4
-    mesh = Mesh(np.array(gpus, object).reshape(2, 4, 1, 1), MESH_AXES)
+    mesh = Mesh(np.array(gpus, object).reshape(1, 2, 4, 1, 1), MESH_AXES)
     found = [
         transfer("all-gather", groups_along(mesh, "fsdp")),
         transfer("all-reduce", [list(range(8))]),
@@ -126,7 +126,7 @@ def test_hosts_of_gpus() -> None:
 
 
 def test_devices_without_a_data_sheet() -> None:
-    mesh = jax.make_mesh((1,) * 4, MESH_AXES, axis_types=(AxisType.Auto,) * 4)
+    mesh = jax.make_mesh((1,) * 5, MESH_AXES, axis_types=(AxisType.Auto,) * 5)
     assert hosts_of(jax.devices()) is None
     (row,) = traffic([transfer("all-reduce", [[0]])], mesh)
     assert (row.axes, row.links, row.sent) == ((), "", GB)

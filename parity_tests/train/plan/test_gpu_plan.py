@@ -93,7 +93,7 @@ def test_a_plan(small, tmp_path: Path) -> None:
     assert done.stderr == ""
     result = json.loads(file.read_text())
     gpu = GPUS["h100"]
-    assert result["mesh"] == {"data": 1, "fsdp": 8, "sequence": 1, "tensor": 1}
+    assert result["mesh"] == {"stage": 1, "data": 1, "fsdp": 8, "sequence": 1, "tensor": 1}
     assert (result["devices"], result["hosts"], result["device_kind"]) == (8, 2, gpu.name)
     assert (result["attention"], result["attention_reason"]) == ("triton", NOT_CUDNN)
     assert f"attention triton ({NOT_CUDNN})" in done.stdout.replace("\n", " ")

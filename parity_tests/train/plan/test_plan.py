@@ -119,7 +119,7 @@ def a_plan(peak: float, links: float = 1.0, **changes: Any) -> tuple[Plan, RunOp
     """llama-3.1-8b over 64 chips of 95 GiB, 512 x 8192 tokens, as if it had been compiled."""
     chip = CHIPS["TPU v5"]
     model = replace(PLANNED.model, compute_dtype="bfloat16", remat=changes.pop("remat", "full"))
-    mesh = {"data": 1, "fsdp": 64, "sequence": 1, "tensor": 1} | changes
+    mesh = {"stage": 1, "data": 1, "fsdp": 64, "sequence": 1, "tensor": 1} | changes
     plan = Plan(
         mesh=mesh,
         remat=model.remat,
@@ -136,6 +136,7 @@ def a_plan(peak: float, links: float = 1.0, **changes: Any) -> tuple[Plan, RunOp
         attention_reason=None,
         sequence_order="zigzag",
         slowest_attention=1.0,
+        pipeline=None,
         flops_per_token=3.0,
         counted_flops_per_token=4.0,
         compile_seconds=1.0,
@@ -212,7 +213,7 @@ def test_command(planned):
     """The flags of `run`, no data, the preset's vocabulary; the result as JSON."""
     assert planned["command"]["code"] == 0
     result = planned["command"]["json"]
-    assert result["mesh"] == {"data": 1, "fsdp": 8, "sequence": 1, "tensor": 1}
+    assert result["mesh"] == {"stage": 1, "data": 1, "fsdp": 8, "sequence": 1, "tensor": 1}
     assert result["memory"]["parameters"] == 4_000_000 * 4 // 8
     assert result["roofline"] is None
     assert result["collectives"][0]["kind"] == "all-gather"
@@ -318,7 +319,7 @@ def test_two_slices(tmp_path: Path) -> None:
     done = plan_process(*words.split(), "--mesh.data", "2", "--json", str(file))
     assert done.returncode == 0, done.stderr
     result = json.loads(file.read_text())
-    assert result["mesh"] == {"data": 2, "fsdp": 4, "sequence": 1, "tensor": 1}
+    assert result["mesh"] == {"stage": 1, "data": 2, "fsdp": 4, "sequence": 1, "tensor": 1}
     rows = {row["links"]: row for row in result["traffic"]}
     quarter = result["memory"]["parameters"]
     # an all-reduce among two sends the array once; the embedding's gradient is not split for it

@@ -11,17 +11,18 @@ from hypothesis import strategies as st
 from parity_tests.train.fake_chips import Chip, chips, gpus
 from train.program.mesh import make_mesh, mesh_shape
 
-NAMES = ("data", "fsdp", "sequence", "tensor")
+NAMES = ("stage", "data", "fsdp", "sequence", "tensor")
 
 
 @pytest.mark.parametrize(
     ("sizes", "devices", "expected"),
     [
-        ({}, 1, (1, 1, 1, 1)),
-        ({"data": -1}, 8, (8, 1, 1, 1)),
-        ({"data": -1, "fsdp": 2, "tensor": 2}, 8, (2, 2, 1, 2)),
-        ({"data": 2, "fsdp": -1, "sequence": 2}, 4, (2, 1, 2, 1)),
-        ({"fsdp": 4, "tensor": 2}, 8, (1, 4, 1, 2)),
+        ({}, 1, (1, 1, 1, 1, 1)),
+        ({"data": -1}, 8, (1, 8, 1, 1, 1)),
+        ({"data": -1, "fsdp": 2, "tensor": 2}, 8, (1, 2, 2, 1, 2)),
+        ({"data": 2, "fsdp": -1, "sequence": 2}, 4, (1, 2, 1, 2, 1)),
+        ({"fsdp": 4, "tensor": 2}, 8, (1, 1, 4, 1, 2)),
+        ({"stage": 2, "data": -1, "tensor": 2}, 8, (2, 2, 1, 1, 2)),
     ],
 )
 def test_sizes(sizes: dict[str, int], devices: int, expected: tuple[int, ...]) -> None:
@@ -29,7 +30,7 @@ def test_sizes(sizes: dict[str, int], devices: int, expected: tuple[int, ...]) -
 
 
 @settings(deadline=None)
-@given(sizes=st.lists(st.integers(-1, 5), min_size=4, max_size=4), devices=st.integers(1, 24))
+@given(sizes=st.lists(st.integers(-1, 5), min_size=5, max_size=5), devices=st.integers(1, 24))
 def test_sizes_multiply_to_the_devices_or_are_refused(sizes: list[int], devices: int) -> None:
     requested = dict(zip(NAMES, sizes, strict=True))
     try:
@@ -38,8 +39,8 @@ def test_sizes_multiply_to_the_devices_or_are_refused(sizes: list[int], devices:
         assert re.fullmatch(r"mesh(\.\w+)?: found .+, expected .+", str(error))
         fixed = [size for size in sizes if size != -1]
         count = math.prod(fixed)
-        fits = min(fixed, default=1) > 0 and len(fixed) >= 3 and devices % count == 0
-        assert not fits or (len(fixed) == 4 and count != devices)
+        fits = min(fixed, default=1) > 0 and len(fixed) >= 4 and devices % count == 0
+        assert not fits or (len(fixed) == 5 and count != devices)
         return
     for name, size in shape.items():
         assert requested[name] in (size, -1)
@@ -104,15 +105,15 @@ def test_a_torus(
             assert sorted(len(set(line)) for line in places.T.tolist()) == span, axis
 
 
-@pytest.mark.parametrize("sizes", [{"data": 2, "fsdp": 8}, {"fsdp": 16}, {"data": 4, "tensor": 4}])
+@pytest.mark.parametrize("sizes", [{"data": 2, "fsdp": 8}, {"fsdp": 16}, {"data": 4, "tensor": 4}, {"stage": 2, "data": 8}])
 def test_slices(sizes: dict[str, int]) -> None:
-    """data spans the slices, or fsdp where there are no replicas; every other axis stays within one."""
+    """stage spans the slices, else data, or fsdp without replicas; every other axis stays within one."""
     mesh = make_mesh(sizes, chips((2, 2, 2), slices=2))
     slices = np.vectorize(lambda chip: chip.slice_index)(mesh.devices)
     assert sorted(chip.id for chip in mesh.devices.flat) == sorted(
         chip.id for chip in chips((2, 2, 2), slices=2)
     )
-    outer = "data" if "data" in sizes else "fsdp"
+    outer = next(axis for axis in ("stage", "data", "fsdp") if axis in sizes)
     halves = np.split(slices, 2, axis=NAMES.index(outer))
     assert [set(half.flat) for half in halves] == [{0}, {1}]
 

@@ -52,6 +52,9 @@ LAYOUTS = {
     "two-processes-fsdp4-tensor2": Layout(2, 4, {"fsdp": 4, "tensor": 2}),
     "sequence2-fsdp2-tensor2": Layout(1, 8, {"fsdp": 2, "sequence": 2, "tensor": 2}),
     "two-processes-sequence4-data2": Layout(2, 4, {"data": 2, "sequence": 4}),
+    "stage2-fsdp2-tensor2": Layout(1, 8, {"stage": 2, "fsdp": 2, "tensor": 2}),
+    "stage2-sequence2-tensor2": Layout(1, 8, {"stage": 2, "sequence": 2, "tensor": 2}),
+    "two-processes-stage2-data4": Layout(2, 4, {"stage": 2, "data": 4, "stage-micro-batches": 2}),
     "sequence4-contiguous": Layout(1, 4, {"sequence": 4, "sequence-order": "contiguous"}),
 }
 
@@ -163,7 +166,7 @@ def resumed_copy(tiny: Tiny, run: Path, layout: Layout, tmp_path: Path, steps_do
     for step in saved_steps(copy):
         if step > steps_done:
             shutil.rmtree(copy / FOLDER / str(step))
-    axes = {"data": 1, "fsdp": 1, "sequence": 1, "tensor": 1} | layout.mesh
+    axes = {"stage": 1, "data": 1, "fsdp": 1, "sequence": 1, "tensor": 1} | layout.mesh
     joined = [
         "--distributed.coordinator=None",
         "--distributed.processes=None",
@@ -175,7 +178,7 @@ def resumed_copy(tiny: Tiny, run: Path, layout: Layout, tmp_path: Path, steps_do
 
 
 def test_two_processes_then_resumed_with_one(tiny: Tiny, full_run: Runner, tmp_path: Path) -> None:
-    """fsdp 4 x tensor 2, then sequence 2 x fsdp 2 x tensor 2: the losses are those of one device."""
+    """fsdp 4 x tensor 2, then stage 2 x sequence 2 x tensor 2: the losses are those of one device."""
     single = full_run("single", "float64", 12)
     two = full_run("two-processes-fsdp4-tensor2", "float64", 12)
     assert losses(single)[-1] < losses(single)[0] - 0.05
@@ -185,7 +188,7 @@ def test_two_processes_then_resumed_with_one(tiny: Tiny, full_run: Runner, tmp_p
     ids = tokens(single.with_name("ids"), 1)
     same_tokens(tokens(two.with_name("ids"), 2), ids)
 
-    other = resumed_copy(tiny, two, LAYOUTS["sequence2-fsdp2-tensor2"], tmp_path, steps_done=8)
+    other = resumed_copy(tiny, two, LAYOUTS["stage2-sequence2-tensor2"], tmp_path, steps_done=8)
     error = difference(other, single)
     print(f"resumed with one: {error:.1e}")
     assert 0 < error <= REDUCTION_ORDER["float64"]
@@ -218,7 +221,11 @@ def test_fifty_steps(full_run: Runner, name: str, dtype: str) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "name", ["single", "sequence2-fsdp2-tensor2", "two-processes-fsdp4-tensor2"]
+    "name",
+    [
+        *("single", "sequence2-fsdp2-tensor2", "two-processes-fsdp4-tensor2"),
+        *("stage2-fsdp2-tensor2", "two-processes-stage2-data4"),
+    ],
 )
 def test_resumed_on_the_same_layout_bit_for_bit(
     tiny: Tiny, full_run: Runner, tmp_path: Path, name: str
@@ -227,6 +234,15 @@ def test_resumed_on_the_same_layout_bit_for_bit(
     copy = resumed_copy(tiny, run, LAYOUTS[name], tmp_path, steps_done=24)
     assert metrics_of(copy) == metrics_of(run)
     assert same_bits(state_of(copy, 50), state_of(run, 50))
+
+
+@pytest.mark.slow
+def test_from_a_pipeline_to_one_device(tiny: Tiny, full_run: Runner, tmp_path: Path) -> None:
+    single, piped = full_run("single", "float64", 50), full_run("stage2-fsdp2-tensor2", "float64", 50)
+    copy = resumed_copy(tiny, piped, LAYOUTS["single"], tmp_path, steps_done=24)
+    error = difference(copy, single)
+    print(f"resumed without a pipeline: {error:.1e}")
+    assert 0 < error <= REDUCTION_ORDER["float64"]
 
 
 @pytest.mark.slow

@@ -31,7 +31,10 @@ STEPS = 60
 # saves and evaluations take longer than steps, so most kills hit those
 OPTIONS = {"steps": STEPS, "checkpoint__every": 4, "evaluation__every": 6}
 DEVICES = 8
-TENSOR = {"mesh__fsdp": 4, "mesh__tensor": 2}
+MESHES = {
+    "tensor": {"mesh__fsdp": 4, "mesh__tensor": 2},
+    "stages": {"mesh__stage": 2, "mesh__data": 1, "mesh__fsdp": 2, "mesh__tensor": 2},
+}
 
 
 @pytest.fixture(scope="module")
@@ -122,10 +125,11 @@ def test_killed_at_random_moments(tiny: Tiny, full_run: Path, tmp_path: Path, ki
 
 
 @pytest.mark.slow
-def test_killed_on_a_mesh_with_a_tensor_axis(tiny: Tiny, tmp_path: Path) -> None:
-    full, run = tmp_path / "full", tmp_path / "run"
-    finish(start(arguments(tiny, full, **TENSOR), environment(tiny.cache, DEVICES)))
-    kill_and_resume(tiny, run, 5, **TENSOR)
+@pytest.mark.parametrize("name", MESHES)
+def test_killed_on_a_mesh(tiny: Tiny, tmp_path: Path, name: str) -> None:
+    full, run, mesh = tmp_path / "full", tmp_path / "run", MESHES[name]
+    finish(start(arguments(tiny, full, **mesh), environment(tiny.cache, DEVICES)))
+    kill_and_resume(tiny, run, 5, **mesh)
     same_run(run, full)
 
 
