@@ -30,7 +30,7 @@ from train.hardware.transfers import transfers
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_enable_x64", True)
 
-LAYERS, BATCH, LENGTH, HIDDEN = 8, 8, 16, 32
+LAYERS, LENGTH, HIDDEN = 8, 16, 32
 
 
 class Case(NamedTuple):
@@ -43,13 +43,15 @@ class Case(NamedTuple):
     attention: str | None = None
     dropout: bool = False
     dtype: str = "float64"
+    rows: int = 8
 
 
+NUMBERS = 8 * LENGTH * 8  # bytes, of a number for each token
 EIGHT = {"stage": 2, "fsdp": 2, "tensor": 2}
 CASES = {
     "stage2-fsdp2-tensor2": Case(EIGHT, Pipeline(4)),
     "stage4-repeats2-dropout": Case({"stage": 4}, Pipeline(4, 2), "none", dropout=True),
-    "bfloat16": Case({"stage": 2}, Pipeline(8), dtype="bfloat16"),
+    "bfloat16": Case({"stage": 2}, Pipeline(64), dtype="bfloat16", rows=64),
 }
 SLOW_CASES = {
     "stage4": Case({"stage": 4}, Pipeline(8), "dots"),
@@ -87,9 +89,9 @@ def decoder(case: Case, dtype: Any) -> tuple[LlamaModel, Callable[..., Any], Any
         lambda leaf: jnp.asarray(leaf + 0.1 * rng.normal(size=leaf.shape)).astype(dtype),
         nnx.to_pure_dict(state),
     )
-    x = jnp.asarray(rng.normal(size=(BATCH, LENGTH, HIDDEN)), dtype)
-    segments = jnp.asarray(np.sort(rng.integers(0, 3, (BATCH, LENGTH)), axis=1), jnp.int32)
-    positions = jnp.asarray(rng.integers(0, 40, (BATCH, LENGTH)), jnp.int32)
+    x = jnp.asarray(rng.normal(size=(case.rows, LENGTH, HIDDEN)), dtype)
+    segments = jnp.asarray(np.sort(rng.integers(0, 3, (case.rows, LENGTH)), axis=1), jnp.int32)
+    positions = jnp.asarray(rng.integers(0, 40, (case.rows, LENGTH)), jnp.int32)
     key = jax.random.key(7) if case.dropout else None
 
     def loss(params: Any, x: Any, pipeline: Pipeline | None) -> Any:
@@ -126,7 +128,7 @@ def over_stages(hlo: str, mesh: Any) -> list[tuple[str, int, int]]:
         for transfer in transfers(hlo)
         if any(STAGE_AXIS in row.axes for row in traffic([transfer], mesh))
     ]
-    return sorted(row for row in found if row[2] > BATCH * LENGTH * 8)
+    return sorted(row for row in found if row[2] > NUMBERS)
 
 
 def result(case: Case) -> dict[str, Any]:

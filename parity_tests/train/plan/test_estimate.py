@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 
+from llama_jax.models.pipeline import Pipeline
 from llama_jax.numerics.remat_policy import Kept
 from llama_jax.presets import PRESETS
 from train.hardware.chips import Chip
@@ -21,6 +22,7 @@ from train.plan.estimate import (
     kept_numbers,
     link_seconds,
     measure,
+    pipeline_traffic,
     sequence_parallel_traffic,
     state_bytes,
     tensor_parallel_traffic,
@@ -101,6 +103,23 @@ def test_traffic(remat, forward_passes: int) -> None:
     # keys and values of two heads of 10, of rows over both devices
     sequence = alone._replace(sequence=2, parameter_shards=2)
     assert sequence_parallel_traffic(sequence) == passes * 3 * (1000 * 2 * 20 * 2)
+
+
+def test_a_pipeline() -> None:
+    assert pipeline_traffic(ALONE) == 0
+    staged = ALONE._replace(stages=2, pipeline=Pipeline(4), parameter_shards=4)
+    # a stage has 1000 tokens of 100 numbers, in four parts: five times a part in and out, and all of them
+    # gathered and scattered in both directions
+    rows = 1000 * 100 * 2
+    assert pipeline_traffic(staged) == 2 * 5 * rows / 4 + 4 * rows
+    # half of the weights, for each of the five times, and of a third of them, for 13
+    assert weight_traffic(staged) == 5 * 4_000_000
+    thirds = staged._replace(pipeline=Pipeline(4, 3))
+    assert weight_traffic(thirds) == 13 * 4_000_000 / 3
+    # and the weights that stages exchange, 1/8 of them on a device
+    assert pipeline_traffic(thirds) == 2 * 13 * rows / 4 + 4 * rows + 2 * 250_000
+    assert state_bytes(staged) == 1_500_000
+    assert activation_bytes(staged) == activation_bytes(ALONE) * 5 / 4
 
 
 def test_a_configuration_over_a_mesh() -> None:

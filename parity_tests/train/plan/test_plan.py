@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import io
 import json
 import math
 import os
@@ -15,9 +16,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import pytest
+from rich.console import Console
 
 from llama_jax.attention.splash import splash_kernel
 from llama_jax.attention.zigzag import ZigZag
+from llama_jax.models.pipeline import Pipeline
 from llama_jax.presets import PRESETS
 from parity_tests.harness.child_process import ROOT, output_lines
 from train.data.batch import Batch
@@ -27,6 +30,7 @@ from train.hardware.roofline import Roofline
 from train.options import PLANNED, RunOptions
 from train.plan.advice import advice
 from train.plan.compiled import Plan, kernel_work
+from train.plan.tables import show_plan
 
 LINE_OF_128 = 128 * 4  # bytes
 
@@ -150,6 +154,19 @@ def a_plan(peak: float, links: float = 1.0, **changes: Any) -> tuple[Plan, RunOp
         roofline=Roofline(compute=8.0, memory=0.1, links=links, mfu=0.75, mfu_in_turn=0.5),
     )
     return plan, replace(PLANNED, model=model)
+
+
+def test_idle_stages_are_shown() -> None:
+    plan, _ = a_plan(1e9)
+    for pipeline, line in (
+        (Pipeline(8), "idle share of the stages, 8 micro-batches 11.1%"),
+        (Pipeline(4, 3), "idle share of the stages, 4 micro-batches x 3 repeats 7.7%"),
+    ):
+        with io.StringIO() as text:
+            mesh = {**plan.mesh, "stage": 2, "fsdp": 32}
+            shown = replace(plan, mesh=mesh, pipeline=pipeline)
+            show_plan(Console(file=text, width=200), shown, [])
+            assert line in " ".join(text.getvalue().replace("│", "").split())
 
 
 def test_advice() -> None:
