@@ -23,14 +23,15 @@ from llama_jax.numerics.remat import checkpointed
 from llama_jax.numerics.remat_policy import Kept, Remat
 from llama_jax.sharding import RESIDUAL_AXES, STAGE_AXIS, constrain, mesh_axes
 
-_SLICE = "pipeline_slice"  # what is never kept for the backward pass: a part of an array that is kept
+# what is never kept for the backward pass: a part of an array that is kept
+_SLICE = "pipeline_slice"
 
 
 class Pipeline(NamedTuple):
     """How the layers run over the stages of the ambient mesh.
 
     Attributes:
-        micro_batches: parts of the batch that the stages work on at the same time; a multiple of the stages.
+        micro_batches: parts of the batch that pass through the stages; a multiple of their number.
         repeats: blocks of layers that each stage holds. More leave stages idle for a smaller share of the
             step, and every micro-batch is sent that many times as often.
 
@@ -98,9 +99,7 @@ def run_pipeline(
     micro_batches, repeats = pipeline
     size = count // (stages * repeats)  # layers of a block
 
-    def run_stage(
-        layers: DecoderLayer, x: Array, call: LayerCall, keys: Array | None
-    ) -> Array:
+    def run_stage(layers: DecoderLayer, x: Array, call: LayerCall, keys: Array | None) -> Array:
         stage = jax.lax.axis_index(STAGE_AXIS)
         if repeats > 1:
             layers = jax.tree.map(lambda w: _deal_blocks(w, stages, repeats), layers)
@@ -162,8 +161,8 @@ def run_pipeline(
 
 
 def _all_micro_batches(
-    array: Shaped[Array, "rows *rest"], pipeline: Pipeline, stages: int
-) -> Shaped[Array, "micro_batches rows_of_each *rest"]:
+    array: Shaped[Array, "rows ..."], pipeline: Pipeline, stages: int
+) -> Shaped[Array, "micro_batches rows_of_each ..."]:
     """The micro-batches of all stages, from this stage's rows.
 
     A row stays on the devices of the data and fsdp axes that it is on, so every so many rows are of one
@@ -198,8 +197,8 @@ def _send(array: Array, pairs: list[tuple[int, int]]) -> Array:
 
 
 def _as_micro_batches(
-    array: Shaped[Array, "rows *rest"], pipeline: Pipeline, stages: int
-) -> Shaped[Array, "micro_batches rows_of_each *rest"]:
+    array: Shaped[Array, "rows ..."], pipeline: Pipeline, stages: int
+) -> Shaped[Array, "micro_batches rows_of_each ..."]:
     """The same, of an array that every stage has in full."""
     rest = array.shape[1:]
     by_stage = array.reshape(stages, -1, pipeline.micro_batches // stages, *rest)
@@ -274,8 +273,8 @@ _with_gradient.defvjp(_with_gradient_forward, _with_gradient_backward)
 
 
 def _deal_blocks(
-    weight: Shaped[Array, "layers *rest"], stages: int, repeats: int
-) -> Shaped[Array, "layers *rest"]:
+    weight: Shaped[Array, "layers ..."], stages: int, repeats: int
+) -> Shaped[Array, "layers ..."]:
     """From a stage's part of the layers in order to blocks stage, stage + stages, stage + 2 * stages, ...
 
     In each of `repeats` rounds every stage sends one block and receives one: of the blocks for the same

@@ -236,8 +236,9 @@ def head_bytes(setting: Setting) -> float:
 def weight_traffic(setting: Setting) -> float:
     """Fully sharded parameters (ZeRO 3, arXiv:1910.02054): bytes sent for every micro-batch.
 
-    In a pipeline, for every block of layers that a stage runs. Weights are gathered for the forward and again for the backward pass. Their gradients are all-reduced:
-    that is what XLA compiles, where a reduce-scatter would do with half.
+    In a pipeline, for every block of layers that a stage runs. Weights are gathered for the forward and
+    again for the backward pass. Their gradients are all-reduced: that is what XLA compiles, where a
+    reduce-scatter would do with half.
     """
     if setting.parameter_shards == setting.tensor:
         return 0.0  # every device has the weights it needs

@@ -298,8 +298,8 @@ def find_pipeline(
         )
     if layers // stages % repeats:
         raise ValueError(
-            f"mesh.stage-repeats: found {repeats}, expected a divisor of the {layers // stages} layers of a "
-            f"stage: one of {_divisors(layers // stages)}"
+            f"mesh.stage-repeats: found {repeats}, expected a divisor of the {layers // stages} layers "
+            f"of a stage: one of {_divisors(layers // stages)}"
         )
     parts = rows // (sizes["data"] * sizes["fsdp"])
     possible = [n for n in range(stages, parts + 1, stages) if parts % n == 0]

@@ -29,7 +29,9 @@ def mesh_shape(sizes: Mapping[str, int], device_count: int) -> dict[str, int]:
         raise ValueError(f"mesh: found -1 for {' and '.join(unset)}, expected it once")
     known = math.prod(size for size in shape.values() if size != -1)
     shown = " x ".join(
-        f"{axis} {size}" for axis, size in shape.items() if size != -1 and (axis, size) != ("stage", 1)
+        f"{axis} {size}"
+        for axis, size in shape.items()
+        if size != -1 and (axis, size) != ("stage", 1)
     )
     if unset:
         if device_count % known:

@@ -85,7 +85,7 @@ CONFIG = LlamaConfig(
 
 
 def test_the_share_of_idle_iterations():
-    """As in section 2.2 of arXiv:2104.04473: idle time is (stages - 1) / (repeats * micro-batches) of the rest."""
+    """Section 2.2 of arXiv:2104.04473: of the rest, (stages - 1) / (repeats * micro-batches)."""
     for stages, micro_batches, repeats in ((4, 8, 1), (4, 8, 2), (2, 16, 4)):
         bubble = Pipeline(micro_batches, repeats).bubble(stages)
         assert bubble / (1 - bubble) == pytest.approx((stages - 1) / (repeats * micro_batches))
@@ -122,5 +122,7 @@ def test_misuse():
         {"output_hidden_states": True},
         {"output_attentions": True},
     ):
-        with pytest.raises(ValueError, match=r"^pipeline: found it with .* call without a pipeline"):
+        with pytest.raises(
+            ValueError, match=r"^pipeline: found it with .* call without a pipeline"
+        ):
             model(ids, pipeline=pipeline, **option)

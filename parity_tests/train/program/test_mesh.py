@@ -105,7 +105,10 @@ def test_a_torus(
             assert sorted(len(set(line)) for line in places.T.tolist()) == span, axis
 
 
-@pytest.mark.parametrize("sizes", [{"data": 2, "fsdp": 8}, {"fsdp": 16}, {"data": 4, "tensor": 4}, {"stage": 2, "data": 8}])
+@pytest.mark.parametrize(
+    "sizes",
+    [{"data": 2, "fsdp": 8}, {"fsdp": 16}, {"data": 4, "tensor": 4}, {"stage": 2, "data": 8}],
+)
 def test_slices(sizes: dict[str, int]) -> None:
     """stage spans the slices, else data, or fsdp without replicas; every other axis stays within one."""
     mesh = make_mesh(sizes, chips((2, 2, 2), slices=2))

@@ -238,7 +238,10 @@ def test_resumed_on_the_same_layout_bit_for_bit(
 
 @pytest.mark.slow
 def test_from_a_pipeline_to_one_device(tiny: Tiny, full_run: Runner, tmp_path: Path) -> None:
-    single, piped = full_run("single", "float64", 50), full_run("stage2-fsdp2-tensor2", "float64", 50)
+    single, piped = (
+        full_run("single", "float64", 50),
+        full_run("stage2-fsdp2-tensor2", "float64", 50),
+    )
     copy = resumed_copy(tiny, piped, LAYOUTS["single"], tmp_path, steps_done=24)
     error = difference(copy, single)
     print(f"resumed without a pipeline: {error:.1e}")
