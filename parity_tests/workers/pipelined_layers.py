@@ -10,6 +10,7 @@ os.environ["XLA_FLAGS"] = (
     "--xla_cpu_use_fusion_emitters=false"
 )
 os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["NPROC"] = "32"  # threads: see `reserve_host_threads`
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
