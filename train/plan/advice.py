@@ -132,7 +132,7 @@ def _to_fit(plan: Plan, options: RunOptions, measured: Model, missing: float) ->
                 saved,
             )
     names = options.model.remat_offload
-    if options.model.remat == "full" and "input" not in names:
+    if options.model.remat == "full" and "input" not in names and sizes["stage"] == 1:
         model = replace(options.model, remat_offload=(*names, "input"))
         saved = estimated.activations - _activations(replace(options, model=model), measured, plan)
         suggest(f"--model.remat-offload {' '.join(model.remat_offload)}", saved)

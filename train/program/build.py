@@ -112,6 +112,12 @@ def make_program(
     """
     _require_divisible(config, mesh, batch_size // micro_batches, sequence_length)
     pipeline = find_pipeline(options, config, mesh.shape, batch_size // micro_batches)
+    if pipeline is not None and model.remat_offload:
+        raise ValueError(
+            f"model.remat-offload: found {' '.join(model.remat_offload)} with --mesh.stage "
+            f"{mesh.shape[STAGE_AXIS]}, expected none: XLA brings the values of every block of layers "
+            "back to the device at once; more --micro-batches save memory"
+        )
     dtype = jnp.dtype(model.parameter_dtype)
     compute_dtype = jnp.dtype(model.compute_dtype or model.parameter_dtype)
     shape = micro_batches, batch_size // micro_batches, sequence_length

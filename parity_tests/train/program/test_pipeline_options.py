@@ -6,12 +6,14 @@ import dataclasses
 from typing import Any
 
 import pytest
+from jax.sharding import AbstractMesh
 
 from llama_jax.models.pipeline import Pipeline
 from llama_jax.presets import PRESETS
+from llama_jax.sharding import MESH_AXES
 from train.option_checks import validate
-from train.options import MeshOptions, RunOptions
-from train.program.build import find_pipeline
+from train.options import MeshOptions, ModelOptions, RunOptions
+from train.program.build import find_pipeline, make_program
 
 CONFIG = dataclasses.replace(PRESETS["tiny-4m"], num_hidden_layers=12)
 
@@ -73,6 +75,25 @@ def test_what_is_refused(rows: int, mesh: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError) as caught:
         found(rows, **mesh)
     assert str(caught.value) == message
+
+
+def test_offloading_is_refused() -> None:
+    mesh = AbstractMesh((2, 1, 1, 1, 1), MESH_AXES)
+    options = RunOptions(mesh=MeshOptions(stage=2, data=1))
+    with pytest.raises(
+        ValueError, match=r"^model\.remat-offload: found input with --mesh.stage 2, expe"
+    ):
+        make_program(
+            CONFIG,
+            mesh,  # type: ignore[arg-type]
+            ModelOptions(remat="full", remat_offload=("input",)),
+            options.optimizer,
+            options=options.mesh,
+            steps=1,
+            batch_size=4,
+            micro_batches=1,
+            sequence_length=8,
+        )
 
 
 @pytest.mark.parametrize("name", ["stage_micro_batches", "stage_repeats"])
