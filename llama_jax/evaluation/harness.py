@@ -55,7 +55,8 @@ class HarnessModel(TemplateLM):
             lose their beginning.
         adapter: directory, or name on the Hub, of a LoRA adapter of PEFT.
         seed: of sampling, in tasks that sample.
-        max_batch_size, device: lm_eval's; the device has to be JAX's.
+        max_batch_size, device: not used; lm_eval passes a CUDA device even where there is none, and
+            JAX_PLATFORMS chooses it here.
 
     Raises:
         ValueError: what is there is no model with a tokenizer, or an argument is impossible.
@@ -73,12 +74,6 @@ class HarnessModel(TemplateLM):
         device: str | None = None,
     ) -> None:
         super().__init__()
-        platform = jax.default_backend()
-        if device is not None and device.split(":")[0] not in (
-            platform,
-            "cuda" * (platform == "gpu"),
-        ):
-            raise ValueError(f"device: found {device!r}, but JAX runs on {platform}")
         self.model = load_model(pretrained, dtype, adapter=adapter)
         config = self.model.config
         directory = tokenizer_directory(pretrained)
