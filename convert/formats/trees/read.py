@@ -29,7 +29,7 @@ Shape = tuple[int, ...]
 
 _VOCABULARY = ("model.embed_tokens.weight", "lm_head.weight")
 _NOTABLE_PIECE = 2**28  # bytes
-_SPARE = 200_000_000  # bytes of the 600 MB beside the tensors that the program leaves
+_SPARE = 100_000_000  # bytes of the 600 MB beside the tensors that the program leaves
 _VALUES = 2**21  # read at a time, unless a piece has more
 _MAX_LAYERS = 2**16  # of a damaged shape, more are not listed
 
