@@ -227,7 +227,7 @@ def test_every_argument_is_described(name: str, parser: Parser) -> None:
 def test_the_choices_of_convert_are_those_of_the_formats() -> None:
     choices = {action.dest: action.choices for action in convert._parser()._actions}
     assert choices["to"] == registry.writable()
-    assert set(choices["dtype"]) == {*DTYPES, "q8_0"}
+    assert set(choices["dtype"]) == {*DTYPES, "fp8", "q8_0"}
 
 
 @pytest.mark.parametrize("command", ["llama_jax", "train", "parity_tests", *COMMANDS])
