@@ -23,7 +23,8 @@ if TYPE_CHECKING:
 
     from convert import Plan, Report
 
-_LAYOUTS = "\n".join(f"  {entry.title:<14}{entry.layout}" for entry in FORMATS.values())
+_WIDTH = 2 + max(len(entry.title) for entry in FORMATS.values())
+_LAYOUTS = "\n".join(f"  {entry.title:<{_WIDTH}}{entry.layout}" for entry in FORMATS.values())
 _SOURCE = "checkpoint to read: a path or a name on the Hub (owner/name, or owner/name/FILE.gguf)"
 _EPILOG = f"""\
 python -m convert info SRC shows what is in a checkpoint and writes nothing; python -m convert diff A B \
