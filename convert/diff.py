@@ -96,6 +96,8 @@ def _explained(a: np.ndarray, b: np.ndarray, heads: int) -> str:
     """What was done to `a` to get `b`, the likeliest first."""
     if (kind := _cast(a, b)) is not None:
         return kind
+    if _equal(a, b):
+        return "signs of zeros"
     if heads and (_equal(to_halves(a, heads), b) or _equal(to_pairs(a, heads), b)):
         return "permutation of rows, of RoPE's pairs"
     if a.ndim == 2:
@@ -157,7 +159,7 @@ def _scale(a: np.ndarray, b: np.ndarray) -> float | None:
         return None
     scale = dot / norm
     left, error = max(other - dot * scale, 0.0), other - 2 * dot + norm
-    return scale if left <= _EXPLAINED**2 * error else None
+    return scale if left <= _EXPLAINED**2 * min(error, other) else None
 
 
 def _rank(a: np.ndarray, b: np.ndarray) -> int | None:
@@ -170,14 +172,23 @@ def _rank(a: np.ndarray, b: np.ndarray) -> int | None:
     most = min(_MOST_RANKS, min(a.shape) // _RANK_SHARE)
     if not most:
         return None
-    delta = b.astype(np.float32) - a.astype(np.float32)
-    norm = float(np.linalg.norm(delta))
+    # by a power of two, which rounds nothing, so that no square overflows
+    exponent = np.frexp(max(float(np.abs(values).max(initial=0)) for values in (a, b)))[1]
+    old, new = (
+        np.multiply(
+            values, 2.0 ** -max(int(exponent), -100), dtype=np.result_type(values.dtype, np.float32)
+        ).astype(np.float32, copy=False)
+        for values in (a, b)
+    )
+    delta = new - old
+    norm, rounding = (float(np.linalg.norm(values)) for values in (delta, new))
+    # rounding to the dtype, which is of full rank: a uniform error of one unit in the last place
+    rounding = rounding**2 * _unit(b) ** 2 / 12
+    del old, new
     sketch = np.random.default_rng(0).standard_normal((a.shape[1], most + _SKETCH), np.float32)
     basis, _ = np.linalg.qr(delta @ (delta.T @ (delta @ sketch)) / max(norm, 1e-30) ** 2)
     values = np.linalg.svd(basis.T @ delta, compute_uv=False).astype(np.float64)
     left = norm**2 - np.cumsum(values[:most] ** 2)
-    # rounding to the dtype, which is of full rank: a uniform error of one unit in the last place
-    rounding = float(np.linalg.norm(b.astype(np.float32))) ** 2 * _unit(b) ** 2 / 12
     enough = np.flatnonzero(left <= _EXPLAINED**2 * norm**2 + rounding)
     return int(enough[0]) + 1 if enough.size and rounding < norm**2 / 4 else None
 
@@ -205,5 +216,13 @@ def as_json(comparison: Comparison) -> dict[str, Any]:
     return {
         "config": comparison.config,
         "same": comparison.same,
-        "differences": [vars(each) for each in comparison.differences],
+        "differences": [
+            {name: _finite(value) for name, value in vars(each).items()}
+            for each in comparison.differences
+        ],
     }
+
+
+def _finite(value: Any) -> Any:
+    """None in place of what JSON has no number for: a change relative to zeros."""
+    return None if isinstance(value, float) and not np.isfinite(value) else value

@@ -48,7 +48,8 @@ def averaged(checkpoints: Sequence[Checkpoint], weights: Sequence[float] | None)
             values = checkpoint.load(name).reshape(-1)
             for start in range(0, total.size, _CHUNK):
                 chunk = slice(start, start + _CHUNK)
-                total[chunk] += share * values[chunk].astype(np.float64)
+                with np.errstate(over="ignore"):  # checked by whoever writes the tensor
+                    total[chunk] += share * values[chunk].astype(np.float64)
             del values  # before the next is read
         return total.reshape(shapes[name])
 
@@ -67,8 +68,8 @@ def _shares(weights: Sequence[float] | None, count: int) -> list[float]:
             f"weights: found {len(given)}, expected one for each of {count} checkpoints"
         )
     total = sum(given)
-    if not all(math.isfinite(weight) for weight in given) or not total > 0:
-        raise ValueError(f"weights: found {given}, expected numbers with a sum above 0")
+    if not all(map(math.isfinite, [*given, total])) or not total > 0:
+        raise ValueError(f"weights: found {given}, expected numbers with a finite sum above 0")
     return [weight / total for weight in given]
 
 

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from llama_jax.checkpoints.names import is_buffer, is_code
-from llama_jax.checkpoints.quantized.detect import read_scheme
+from llama_jax.checkpoints.quantized.detect import read_scheme, read_scheme_beside
 from llama_jax.checkpoints.quantized.weights import dequantized
 from llama_jax.checkpoints.safetensors_read import (
     CODE_DTYPES,
@@ -61,7 +61,8 @@ def open_weights(
 ) -> StoredWeights:
     """Read the headers of a directory's weight files.
 
-    Weights that another program quantized, as config.json says, are a `DequantizedTensor` each.
+    Weights that another program quantized, as config.json or its own file says, are a `DequantizedTensor`
+    each.
 
     Args:
         single: name of a file with all tensors.
@@ -105,6 +106,11 @@ def open_weights(
                 weights.problems.append(
                     f"{tensor.name}: in {other.path.name} and in {tensor.path.name}"
                 )
+    if scheme is None and any(name.endswith(".qweight") for name in weights.tensors):
+        try:
+            scheme = read_scheme_beside(directory)
+        except ValueError as error:
+            raise ValueError(f"{directory}: {error}") from None
     if scheme is not None and not weights.problems:
         logical, problems, notes = dequantized(weights.tensors, scheme, fields, read)
         if problems:

@@ -42,7 +42,14 @@ _KINDS: tuple[tuple[str, str], ...] = (
         "pytorch_model_fsdp_*",
         f"a sharded FSDP checkpoint; convert it, {_CONVERT} {{path}}/{{file}} DIR",
     ),
-    ("*.distcp", f"a torch distributed checkpoint; convert it, {_CONVERT} {{path}} DIR"),
+    (
+        ".metadata",
+        f"a torch distributed checkpoint; convert it, {_CONVERT} {{path}} DIR",
+    ),
+    (
+        "*.distcp",
+        "a torch distributed checkpoint without its .metadata, which is written last: saving it did not end",
+    ),
     ("*.ckpt", "a Lightning checkpoint ({file}); save its model with save_pretrained first"),
     ("lit_model.pth", f"a LitGPT checkpoint; convert it, {_CONVERT} {{path}} DIR"),
     *(

@@ -49,6 +49,7 @@ KINDS: dict[str, tuple[str, Callable[[torch.Tensor], torch.Tensor]]] = {
     "scale, -3": (NORM, lambda w: w * -3),
     "low rank, 1": (Q, lambda w: adapted(w, 1)),
     "low rank, 4": (DOWN, lambda w: adapted(w, 4)),
+    "signs of zeros": (DOWN, lambda w: torch.where(w == 0, -0.0, w)),
     "other values": (DOWN, lambda w: w + 0.01 * torch.randn_like(w)),
 }
 
@@ -64,11 +65,35 @@ def model() -> Any:
     )
 
 
+@pytest.mark.parametrize("size", [1e-38, 1e-3, 3e38])
+def test_unlike_values_of_any_size(tmp_path: Path, model: Any, size: float) -> None:
+    """Not "scale, 0", for the first tells nothing of the other; nor an overflow."""
+    before = model.state_dict()
+    other = torch.rand(before[DOWN].shape, generator=torch.Generator().manual_seed(1)) * 2 - 1
+    model.save_pretrained(tmp_path / "one")
+    model.save_pretrained(tmp_path / "other", state_dict=before | {DOWN: other * size})
+    for first, second in (("one", "other"), ("other", "one")):
+        (difference,) = diff(tmp_path / first, tmp_path / second).differences
+        assert difference.kind == "other values"
+
+
+def test_json_of_a_change_from_zeros(
+    tmp_path: Path, model: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = model.state_dict()
+    model.save_pretrained(tmp_path / "one", state_dict=before | {DOWN: 0 * before[DOWN]})
+    model.save_pretrained(tmp_path / "other")
+    assert main(["diff", str(tmp_path / "one"), str(tmp_path / "other"), "--json"]) == 1
+    shown = json.loads(capsys.readouterr().out, parse_constant=pytest.fail)
+    assert shown["differences"][0]["relative"] is None
+
+
 @pytest.mark.parametrize("kind", list(KINDS))
 def test_what_explains_a_difference(tmp_path: Path, model: Any, kind: str) -> None:
     name, change = KINDS[kind]
-    before = model.state_dict()
-    model.save_pretrained(tmp_path / "one")
+    before = {key: tensor.clone() for key, tensor in model.state_dict().items()}
+    before[DOWN][0, 0] = 0.0
+    model.save_pretrained(tmp_path / "one", state_dict=dict(before))
     after = change(before[name])
     model.save_pretrained(tmp_path / "other", state_dict=before | {name: after})
     result = diff(tmp_path / "one", tmp_path / "other")

@@ -158,7 +158,7 @@ def test_means_that_cannot_be(tmp_path: Path, model: Any) -> None:
     message = error(tmp_path, surgery=Surgery(average=[other]))
     assert message.startswith("average: checkpoint 2 has num_hidden_layers 3, expected 4")
     model.save_pretrained(tmp_path / "same")
-    for wrong in ([1.0], [1.0, -1.0], [0.0, 0.0], [float("nan"), 1.0]):
+    for wrong in ([1.0], [1.0, -1.0], [0.0, 0.0], [float("nan"), 1.0], [1e308, 1e308]):
         surgery = Surgery(average=[tmp_path / "same"], weights=wrong)
         assert error(tmp_path, surgery=surgery).startswith("weights: found ")
 

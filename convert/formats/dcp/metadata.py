@@ -67,7 +67,8 @@ def read_metadata(directory: Path) -> dict[str, DistributedTensor]:
         raise ValueError(f"{path}: {path.stat().st_size} bytes, expected at most {_MAX_BYTES}")
     try:
         metadata = _Unpickler(_Stream(content)).load()
-        entries, places = metadata["state_dict_metadata"], _places(metadata["storage_data"])
+        entries = dict(metadata["state_dict_metadata"])
+        places = _places(metadata["storage_data"])
     except _RefusedError as error:
         raise ValueError(f"{path}: {error}") from None
     except Exception as error:  # pickle raises whatever the damage leads it to

@@ -13,6 +13,7 @@ from llama_jax.config import LlamaConfig
 from llama_jax.formatting import first_line
 
 FILE = "model_config.yaml"
+OLD_FILE = "lit_config.json"  # of early versions, with the same keys
 _MAX_BYTES = 2**20
 # what every Llama has; of other models in LitGPT's file, one of these differs
 _LLAMA: dict[str, Any] = {
@@ -22,6 +23,7 @@ _LLAMA: dict[str, Any] = {
     "parallel_residual": False,
     "shared_attention_norm": False,
 }
+_OLD_KEYS = {"norm_class_name": "_norm_class", "mlp_class_name": "_mlp_class"}
 # what is not in a Llama, and must be absent, false, 0 or null
 _ABSENT = (
     *("norm_qk", "post_attention_norm", "post_mlp_norm", "attention_scores_scalar"),
@@ -39,7 +41,11 @@ _BIASED = "attn_bias"  # of the queries, keys and values alone, which is no Llam
 
 
 def read_fields(path: Path) -> dict[str, Any]:
-    """The content of a `model_config.yaml`. Raises ValueError where it is none."""
+    """The content of a `model_config.yaml`, or of a `lit_config.json`, by its present keys.
+
+    Raises:
+        ValueError: a file that is neither.
+    """
     try:
         if path.stat().st_size > _MAX_BYTES:
             raise ValueError(f"{path.stat().st_size} bytes, expected at most {_MAX_BYTES}")
@@ -50,7 +56,7 @@ def read_fields(path: Path) -> dict[str, Any]:
         raise ValueError(f"{path}: not valid YAML ({first_line(error)})") from None
     if not isinstance(fields, dict):
         raise ValueError(f"{path}: found a {type(fields).__name__}, expected keys and values")
-    return fields
+    return {new: fields[old] for new, old in _OLD_KEYS.items() if old in fields} | fields
 
 
 def config_of(fields: Mapping[str, Any], *, vocab_size: int, tied: bool) -> LlamaConfig:

@@ -11,7 +11,7 @@ import numpy as np
 from convert.checkpoint import Checkpoint
 from convert.companions import read_companions, require_inside
 from convert.formats.directory import checkpoint_of, spec_of
-from convert.formats.litgpt.config import FILE, config_of, read_fields
+from convert.formats.litgpt.config import FILE, OLD_FILE, config_of, read_fields
 from convert.formats.litgpt.tensors import (
     EMBEDDING,
     FUSED,
@@ -52,9 +52,11 @@ def read(path: Path, *, tokenizer: bool = True) -> Checkpoint:
             installed.
     """
     home = path if path.is_dir() else path.parent
-    for name in (WEIGHTS, FILE, "config.json"):
+    old = (home / OLD_FILE).exists() and not (home / FILE).exists()
+    config_file = OLD_FILE if old else FILE
+    for name in (WEIGHTS, config_file, "config.json"):
         require_inside(home, name)
-    fields = read_fields(home / FILE)
+    fields = read_fields(home / config_file)
     try:
         file = open_torch_file(home / WEIGHTS, tree=True)
     except ValueError as error:
@@ -66,7 +68,7 @@ def read(path: Path, *, tokenizer: bool = True) -> Checkpoint:
     try:
         config = config_of(fields, vocab_size=max(rows, 1), tied=False)
     except ValueError as error:
-        raise ValueError(f"{home / FILE}: {error}") from None
+        raise ValueError(f"{home / config_file}: {error}") from None
     reader = _Reader(config, stored, by_group, file.load)
     _require_tensors(home, stored, config, by_group)
     may_be_tied = config_json is None or config_json.tie_word_embeddings
@@ -81,7 +83,9 @@ def read(path: Path, *, tokenizer: bool = True) -> Checkpoint:
             )
             config = replace(config, vocab_size=config_json.vocab_size)
         if differences := config_differences(config.to_dict(), config_json.to_dict()):
-            raise ValueError(f"{home}: {FILE} and config.json differ: {'; '.join(differences)}")
+            raise ValueError(
+                f"{home}: {config_file} and config.json differ: {'; '.join(differences)}"
+            )
         config = config_json
     specs = [
         spec_of(name, replace(stored[place_of(name).name], shape=shape))

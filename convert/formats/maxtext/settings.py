@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -106,7 +107,7 @@ def config_of(
         if isinstance(value, str):  # YAML 1.1 reads 1e-5 as a text
             with suppress(ValueError):
                 value = float(value)
-        if not is_number(value):
+        if not is_number(value) or not math.isfinite(value):
             raise ValueError(f"{name}: found {value!r}, expected a number")
         return float(value)
 

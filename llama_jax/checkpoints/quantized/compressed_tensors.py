@@ -252,7 +252,7 @@ def _block(
     rows, columns = shape
     strategy, size = settings.get("strategy"), group_size_of(settings)
     if strategy == "block":
-        block = block_shape(settings.get("block_structure"), "block_structure")
+        block = _block_structure(settings.get("block_structure"))
         if scale != blocks_of(shape, block):
             raise ValueError(
                 f"weight_scale: found shape {list(scale)}, expected {list(blocks_of(shape, block))}, "
@@ -272,6 +272,13 @@ def _block(
         expected = "[1]" if strategy == "tensor" else f"[{rows}, 1]"
         raise ValueError(f"weight_scale: found shape {list(scale)}, expected {expected}")
     return 1, columns
+
+
+def _block_structure(value: Any) -> tuple[int, int]:
+    """Rows and columns of a block: [128, 128], or "128x128" as older versions have it."""
+    if isinstance(value, str) and re.fullmatch(r"[0-9]{1,9}x[0-9]{1,9}", value):
+        value = [int(size) for size in value.split("x")]
+    return block_shape(value, "block_structure")
 
 
 def integers(packed: np.ndarray, bits: int, count: int) -> np.ndarray:

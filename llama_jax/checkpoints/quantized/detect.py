@@ -19,10 +19,12 @@ from llama_jax.checkpoints.quantized import (
 )
 from llama_jax.checkpoints.quantized.scheme import Scheme
 from llama_jax.config import our_quantization
-from llama_jax.files.foreign_weights import foreign_quantization
+from llama_jax.files.foreign_weights import ForeignQuantization, foreign_quantization
 from llama_jax.files.json_object import read_json_object
 
 _MODELOPT = "hf_quant_config.json"
+# files of AutoGPTQ and AutoAWQ, for a config.json that says nothing, and what they mean without a quant_method
+_BESIDE = {"quantize_config.json": "gptq", "quant_config.json": "awq"}
 _SCHEMES: dict[str, Callable[[Mapping[str, Any], str], Scheme]] = {
     "MLX": mlx.scheme,
     "awq": awq.scheme,
@@ -53,8 +55,26 @@ def read_scheme(fields: Mapping[str, Any], directory: Path) -> Scheme | None:
     if config is None and (directory / _MODELOPT).exists():
         own = {"quant_method": "modelopt", **read_json_object(directory / _MODELOPT)}
         file, config = _MODELOPT, foreign_quantization({"quantization_config": own})
-    if config is None:
-        return None
+    return None if config is None else _scheme(file, config)
+
+
+def read_scheme_beside(directory: Path) -> Scheme | None:
+    """The scheme that a file of the program beside config.json tells, for weights that look quantized.
+
+    Raises:
+        ValueError: a file that cannot be read, a scheme that is not supported, or settings that it does not
+            have.
+    """
+    for file, method in _BESIDE.items():
+        if (directory / file).exists():
+            own = {"quant_method": method, **read_json_object(directory / file)}
+            config = foreign_quantization({"quantization_config": own})
+            assert config is not None
+            return _scheme(file, config)
+    return None
+
+
+def _scheme(file: str, config: ForeignQuantization) -> Scheme:
     try:
         if config.method not in _SCHEMES:
             raise ValueError("use the original, unquantized checkpoint")

@@ -258,6 +258,9 @@ def test_refusals(source: Path, tmp_path: Path) -> None:
     assert "holds 2 models, ema.tok_embeddings.weight, tok_embeddings.weight" in twice
     none = after(lambda m: m.state_dict_metadata.pop("tok_embeddings.weight"))
     assert "holds no Llama: expected tok_embeddings.weight" in none
+    assert "damaged, cut short" in after(lambda m: setattr(m, "state_dict_metadata", 5))
+    (source / ".metadata").rename(source / ".metadata.tmp")
+    assert "without its .metadata, which is written last" in error(source, out)
 
 
 def test_a_flipped_number_is_found_without_digests(source: Path, tmp_path: Path) -> None:

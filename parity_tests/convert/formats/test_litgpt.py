@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 from collections.abc import Callable
 from pathlib import Path
@@ -135,6 +136,23 @@ def test_every_tensor_bit_for_bit(
     config = convert.info(out)["config"]
     assert config["tie_word_embeddings"] == model.config.tie_word_embeddings
     assert config["rope_parameters"] == model.config.rope_parameters
+
+
+@pytest.mark.parametrize("prefix", ["", "_"])
+def test_the_config_of_early_versions(tmp_path: Path, prefix: str) -> None:
+    """lit_config.json, with `_norm_class` and `_mlp_class` at first."""
+    model = tiny_model(tie_word_embeddings=False)
+    fields = litgpt_config(model)
+    for name in ("norm_class", "mlp_class"):
+        fields[f"_{name}" if prefix else f"{name}_name"] = fields.pop(f"{name}_name")
+    source = write(tmp_path / "lit", litgpt_tensors(model, by_group=True), {})
+    (source / "model_config.yaml").unlink()
+    (source / "lit_config.json").write_text(json.dumps(fields))
+    out = convert.convert(source, tmp_path / "out")
+    assert same(load_file(out / "model.safetensors"), expected(model)) == []
+    (source / "lit_config.json").write_text(json.dumps(fields | {"n_expert": 8}))
+    with pytest.raises(ValueError, match=r"lit_config.json: n_expert: found 8"):
+        convert.info(source)
 
 
 @pytest.mark.parametrize("kv_heads", [1, 4])

@@ -247,6 +247,57 @@ def test_modelopt(tmp_path: Path, file: str) -> None:
         np.testing.assert_array_equal(tensors[f"{module}.weight"], expected.numpy())
 
 
+@pytest.mark.parametrize(
+    ("name", "file", "keys"),
+    [
+        ("gptq4_v2", "quantize_config.json", {}),
+        ("gptq8_act_order", "quantize_config.json", {}),
+        ("awq", "quant_config.json", {"bits": "w_bit", "group_size": "q_group_size"}),
+        ("awq", "quantize_config.json", {"quant_method": "quant_method"}),
+    ],
+)
+def test_a_file_beside_config_json(
+    tmp_path: Path, name: str, file: str, keys: dict[str, str]
+) -> None:
+    """As AutoGPTQ and AutoAWQ wrote them before transformers knew either."""
+    expected = write(tmp_path, name)
+    path = tmp_path / "config.json"
+    fields = json.loads(path.read_text())
+    own = fields.pop("quantization_config")
+    if "quant_method" not in keys:
+        del own["quant_method"]
+    path.write_text(json.dumps(fields))
+    (tmp_path / file).write_text(json.dumps({keys.get(k, k): v for k, v in own.items()}))
+    tensors = dict(to_hf_tensors(LlamaForCausalLM.from_pretrained(tmp_path)))
+    for weight, reference in expected.items():
+        assert digest(tensors[weight], reference["dtype"]) == reference["sha256"]
+    (tmp_path / file).write_text('{"bits": 5, "quant_method": "gptq"}')
+    with pytest.raises(ValueError, match=f"{file}: quantization_config: .* bits: found 5"):
+        LlamaForCausalLM.from_pretrained(tmp_path)
+
+
+def test_a_file_beside_weights_that_are_not_quantized(tmp_path: Path) -> None:
+    write(tmp_path, "awq", _plain)
+    path = tmp_path / "config.json"
+    fields = json.loads(path.read_text())
+    (tmp_path / "quant_config.json").write_text(json.dumps(fields.pop("quantization_config")))
+    path.write_text(json.dumps(fields))
+    assert "quantization" not in convert.info(tmp_path)
+
+
+def test_a_block_as_a_text(tmp_path: Path) -> None:
+    """compressed-tensors takes "24x48" for [24, 48], as its older versions wrote it."""
+
+    def change(tensors: Tensors, fields: Fields) -> None:
+        weights = fields["config_groups"]["group_0"]["weights"]
+        weights["block_structure"] = "x".join(map(str, weights["block_structure"]))
+
+    expected = write(tmp_path, "ct_fp8_block", change)
+    tensors = dict(to_hf_tensors(LlamaForCausalLM.from_pretrained(tmp_path)))
+    for weight, reference in expected.items():
+        assert digest(tensors[weight], reference["dtype"]) == reference["sha256"]
+
+
 def _quantize_all(fixture: str) -> Callable[[Tensors, Fields], None]:
     """Every projection with the parts of k_proj's fixture, repeated to its shape: a complete model."""
 
