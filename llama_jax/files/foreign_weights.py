@@ -48,7 +48,7 @@ _KINDS: tuple[tuple[str, str], ...] = (
     ),
     (
         "*.distcp",
-        "a torch distributed checkpoint without its .metadata, which is written last: saving it did not end",
+        "a torch distributed checkpoint without its .metadata, which is written last: saving was cut short",
     ),
     ("*.ckpt", "a Lightning checkpoint ({file}); save its model with save_pretrained first"),
     ("lit_model.pth", f"a LitGPT checkpoint; convert it, {_CONVERT} {{path}} DIR"),

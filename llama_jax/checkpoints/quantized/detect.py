@@ -23,7 +23,7 @@ from llama_jax.files.foreign_weights import ForeignQuantization, foreign_quantiz
 from llama_jax.files.json_object import read_json_object
 
 _MODELOPT = "hf_quant_config.json"
-# files of AutoGPTQ and AutoAWQ, for a config.json that says nothing, and what they mean without a quant_method
+# files of AutoGPTQ and AutoAWQ, where config.json says nothing, and their quant_method if they have none
 _BESIDE = {"quantize_config.json": "gptq", "quant_config.json": "awq"}
 _SCHEMES: dict[str, Callable[[Mapping[str, Any], str], Scheme]] = {
     "MLX": mlx.scheme,
