@@ -135,16 +135,22 @@ def _groups(fields: Mapping[str, Any]) -> list[tuple[list[str], Mapping[str, Any
 
 
 def _settings(module: str, groups: list[tuple[list[str], Mapping[str, Any]]]) -> Mapping[str, Any]:
-    """How a module's weight is quantized: its name counts most, then a pattern, then its class."""
+    """How a module's weight is quantized: its name counts most, then a pattern, then its class.
+
+    Classes other than torch's two count least: what a program calls its own linear layers is not known.
+    """
+    own_class = "Embedding" if module.endswith("embed_tokens") else "Linear"
 
     def matches(target: str) -> int:
         if target.startswith("re:"):
             try:
-                return 2 if re.match(target[3:], module) else 0
+                return 3 if re.match(target[3:], module) else 0
             except re.error:
                 raise ValueError(f"targets: found {target!r}, no regular expression") from None
         if target == module or module.endswith(f".{target}"):
-            return 3
+            return 4
+        if target == own_class:
+            return 2
         return 1 if "." not in target and target[:1].isupper() else 0
 
     best: tuple[int, Mapping[str, Any]] = (0, {})

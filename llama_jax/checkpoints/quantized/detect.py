@@ -80,7 +80,7 @@ def _scheme(file: str, config: ForeignQuantization) -> Scheme:
             raise ValueError("use the original, unquantized checkpoint")
         return _SCHEMES[config.method](config.fields, config.title)
     except ValueError as error:
+        place = f"{file}: {config.key}" if file == "config.json" else file
         raise ValueError(
-            f"{file}: {config.key}: the weights are quantized ({config.title}), which is not "
-            f"supported: {error}"
+            f"{place}: the weights are quantized ({config.title}), which is not supported: {error}"
         ) from None

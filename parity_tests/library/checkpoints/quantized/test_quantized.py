@@ -272,7 +272,7 @@ def test_a_file_beside_config_json(
     for weight, reference in expected.items():
         assert digest(tensors[weight], reference["dtype"]) == reference["sha256"]
     (tmp_path / file).write_text('{"bits": 5, "quant_method": "gptq"}')
-    with pytest.raises(ValueError, match=f"{file}: quantization_config: .* bits: found 5"):
+    with pytest.raises(ValueError, match=f"{file}: the weights are .* bits: found 5"):
         LlamaForCausalLM.from_pretrained(tmp_path)
 
 
@@ -283,6 +283,23 @@ def test_a_file_beside_weights_that_are_not_quantized(tmp_path: Path) -> None:
     (tmp_path / "quant_config.json").write_text(json.dumps(fields.pop("quantization_config")))
     path.write_text(json.dumps(fields))
     assert "quantization" not in convert.info(tmp_path)
+
+
+def test_the_groups_of_other_classes(tmp_path: Path) -> None:
+    """A group for embeddings, or for attention's cache, is not one for linear layers with their own."""
+
+    def change(tensors: Tensors, fields: Fields) -> None:
+        (own,) = fields["config_groups"].values()
+        others = [
+            {"targets": [name], "weights": own["weights"] | {"group_size": 16}}
+            for name in ("Embedding", "LlamaAttention")
+        ]
+        fields["config_groups"] = dict(zip("abc", [*others, own], strict=True))
+
+    expected = write(tmp_path, "ct_int4_group", change)
+    tensors = dict(to_hf_tensors(LlamaForCausalLM.from_pretrained(tmp_path)))
+    for weight, reference in expected.items():
+        assert digest(tensors[weight], reference["dtype"]) == reference["sha256"]
 
 
 def test_a_block_as_a_text(tmp_path: Path) -> None:
