@@ -17,7 +17,7 @@ _CHUNK = 2**22  # values added up at a time: bounds the temporaries
 
 
 def averaged(checkpoints: Sequence[Checkpoint], weights: Sequence[float] | None) -> Checkpoint:
-    """The mean of checkpoints, added up in float32, one of them in memory at a time.
+    """The mean of checkpoints, added up in float32, or float64 if one is, one of them in memory at a time.
 
     The config and the tokenizer are the first one's.
 
@@ -30,6 +30,10 @@ def averaged(checkpoints: Sequence[Checkpoint], weights: Sequence[float] | None)
     shares = _shares(weights, len(checkpoints))
     first = checkpoints[0]
     shapes = {spec.name: spec.shape for spec in first.tensors}
+    dtypes = {name: np.dtype(np.float32) for name in shapes}
+    for spec in (spec for checkpoint in checkpoints for spec in checkpoint.tensors):
+        if spec.dtype == np.float64:
+            dtypes[spec.name] = spec.dtype
     for number, other in enumerate(checkpoints[1:], 2):
         if differences := config_differences(other.config, first.config):
             raise ValueError(f"average: checkpoint {number} has {'; '.join(differences)}")
@@ -43,7 +47,7 @@ def averaged(checkpoints: Sequence[Checkpoint], weights: Sequence[float] | None)
             raise ValueError(summarize(f"average: checkpoint {number}", problems))
 
     def load(name: str) -> np.ndarray:
-        total = np.zeros(math.prod(shapes[name]), np.float32)
+        total = np.zeros(math.prod(shapes[name]), dtypes[name])
         for share, checkpoint in zip(shares, checkpoints, strict=True):
             values = checkpoint.load(name).reshape(-1)
             for start in range(0, total.size, _CHUNK):
@@ -56,7 +60,7 @@ def averaged(checkpoints: Sequence[Checkpoint], weights: Sequence[float] | None)
     return replace(
         first,
         format=f"the average of {len(checkpoints)} checkpoints",
-        tensors=tuple(TensorSpec(s.name, np.dtype(np.float32), s.shape) for s in first.tensors),
+        tensors=tuple(TensorSpec(s.name, dtypes[s.name], s.shape) for s in first.tensors),
         load=load,
     )
 

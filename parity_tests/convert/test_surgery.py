@@ -152,6 +152,19 @@ def test_the_mean_of_several_formats(tmp_path: Path, model: Any) -> None:
     assert facts["source"] == "the average of 2 checkpoints"
 
 
+def test_the_mean_of_float64(tmp_path: Path, model: Any) -> None:
+    """Is not rounded to float32."""
+    states = [
+        {k: v.double() + shift for k, v in model.state_dict().items()} for shift in (0, 1e-12)
+    ]
+    for name, state in zip(("model", "other"), states, strict=True):
+        model.double().save_pretrained(tmp_path / name, state_dict=dict(state))
+    out = run(tmp_path, surgery=Surgery(average=[tmp_path / "other"]))
+    for name, tensor in weights(out).items():
+        expected = states[0][name] / 2 + states[1][name] / 2
+        assert torch.equal(tensor, expected), name
+
+
 def test_means_that_cannot_be(tmp_path: Path, model: Any) -> None:
     other = tmp_path / "other"
     tiny_model(num_hidden_layers=3, tie_word_embeddings=False).save_pretrained(other)
