@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import itertools
 import json
-import random
+import os
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -230,28 +231,28 @@ def test_safetensors_alone_reads_it(tmp_path: Path) -> None:
         assert len(list(file.keys())) == 21
 
 
-def killed_at(seconds: float, source: Path, out: Path) -> int:
-    """The exit code of a conversion that is killed after so long."""
-    process = subprocess.Popen(
-        [sys.executable, "-m", "convert", str(source), str(out), "--to", "orbax"],
-        cwd=ROOT,
-        stderr=subprocess.PIPE,
-    )
-    try:
-        process.communicate(timeout=seconds)
-    except subprocess.TimeoutExpired:
-        process.kill()
-        process.communicate()
+def killed_at(share: float, total: int, source: Path, out: Path, to: str) -> int:
+    """The exit code of a conversion that is killed once it has written this share of `total` bytes."""
+    earlier = {*out.parent.iterdir()}
+    command = [sys.executable, "-m", "convert", str(source), str(out), "--to", to]
+    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.DEVNULL)
+    while process.poll() is None:
+        partial = {*out.parent.glob("*.partial")} - earlier
+        if partial and sum(sum(sizes(each).values()) for each in partial) >= share * total:
+            process.kill()
+        time.sleep(0.002)
     return process.returncode
 
 
 def sizes(directory: Path) -> dict[Path, int]:
     """Of every file, but the one in which Orbax notes when and where it was done."""
-    return {
-        path.relative_to(directory): path.stat().st_size
-        for path in directory.rglob("*")
-        if path.is_file() and path.name not in ("commit_success.txt", "_CHECKPOINT_METADATA")
-    }
+    found = {}
+    for folder, _, files in os.walk(directory):
+        for path in (Path(folder, name) for name in files):
+            with suppress(FileNotFoundError):  # renamed meanwhile
+                if path.name not in ("commit_success.txt", "_CHECKPOINT_METADATA"):
+                    found[path.relative_to(directory)] = path.stat().st_size
+    return found
 
 
 def random_model(directory: Path, megabytes: int) -> Path:
@@ -279,24 +280,41 @@ def random_model(directory: Path, megabytes: int) -> Path:
     return directory
 
 
+@pytest.mark.parametrize(
+    ("quantized", "to"),
+    [
+        (None, "orbax"),
+        *(
+            pytest.param(quantized, to, marks=pytest.mark.slow)
+            for quantized, to in (
+                *((None, to) for to in writable() if to != "orbax"),
+                ("q8_0", "hf"),
+                ("fp8", "hf"),
+            )
+        ),
+    ],
+)
 def test_a_killed_conversion_leaves_no_destination_and_the_next_one_cleans_up(
-    tmp_path: Path,
+    tmp_path: Path, quantized: str | None, to: str
 ) -> None:
     source = random_model(tmp_path / "model", 64)
-    begin = time.monotonic()
-    assert killed_at(120, source, tmp_path / "whole") == 0
-    full_time = time.monotonic() - begin
-    expected = sizes(tmp_path / "whole")
-    generator = random.Random(0)
-    # the last one is given all the time it needs: other work may slow it down
-    for moment in (0.5, 0.6, 0.7, 0.8, 0.9, 20.0):
-        code = killed_at(full_time * moment * generator.uniform(0.9, 1.0), source, tmp_path / "out")
-        assert code in (0, -signal.SIGKILL)
-        if (tmp_path / "out").exists():
-            assert sizes(tmp_path / "out") == expected
-            if moment < 1:
-                shutil.rmtree(tmp_path / "out")
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "out", "whole"]
+    if quantized is not None:
+        stored = place_of(tmp_path, "gguf" if quantized == "q8_0" else "fp8")
+        source = convert.convert(source, stored, dtype=quantized)
+    whole, out = tmp_path / "whole", tmp_path / "out"
+    whole.mkdir()
+    out.mkdir()
+    convert.convert(source, place_of(whole, to), to=to)
+    expected = sizes(whole)
+    total = sum(expected.values())
+    # with 0.99 it is killed as it reads back what it wrote, or a moment before
+    for share in (0, 0.5, 0.99):
+        assert killed_at(share, total, source, place_of(out, to), to) == -signal.SIGKILL
+        (left,) = out.iterdir()  # nothing of the one before
+        assert left.name.endswith(".partial")
+    assert killed_at(2, total, source, place_of(out, to), to) == 0
+    assert sizes(out) == expected
+    assert {path.name for path in out.iterdir()} == {path.name for path in whole.iterdir()}
 
 
 # of its own image: what wait4 says of a child begins with what its parent had when it forked
