@@ -17,6 +17,7 @@ import numpy as np
 
 from llama_jax.cli.program import leave, run_program
 from llama_jax.evaluation.scoring import loglikelihood, loglikelihood_rolling, prefix_token
+from llama_jax.generation.loop import bucket
 from llama_jax.load import load_model, tokenizer_directory
 from llama_jax.text.chat_template import chat_templates, render_chat
 from llama_jax.text.encode import encode_text
@@ -205,8 +206,8 @@ class HarnessModel(TemplateLM):
             )
         sampling = _sampling(options)
         kept = [context[new - self.max_length :] for context in contexts]
-        width = max(map(len, kept))
-        # rows of padding, so that the last batch needs no program of its own
+        # padding, so that few lengths are compiled, and none for the last batch alone
+        width = min(bucket(max(map(len, kept))), self.max_length - new)
         rows = min(1 << (len(kept) - 1).bit_length(), self.batch_size)
         ids, mask = np.zeros((rows, width), np.int32), np.zeros((rows, width), np.int32)
         mask[len(kept) :, -1] = 1

@@ -166,6 +166,8 @@ def _after_shared_contexts(
         _require_tokens(
             f"sequence {index}", np.asarray([*pairs[index][0], *pairs[index][1]]), model
         )
+    longest = max((len(pairs[index][1]) for index in itertools.chain(*groups)), default=1)
+    least = _power_of_two(longest, _MIN_LENGTH)  # short ones need no programs of their own
     for batch in _batches([len(pairs[group[0]][0]) for group in groups], batch_size, False):
         contexts = [pairs[groups[number][0]][0] for number in batch]
         width = _bucket(len(contexts[0]))
@@ -177,7 +179,7 @@ def _after_shared_contexts(
         members = [(row, index) for row, number in enumerate(batch) for index in groups[number]]
         members.sort(key=lambda member: -len(pairs[member[1]][1]))
         # the last token of a continuation is only a target
-        new = _power_of_two(len(pairs[members[0][1]][1]), 2**30)
+        new = max(least, _power_of_two(len(pairs[members[0][1]][1]), 2**30))
         last, cache = _prefill(model, ids, is_token, capacity=width + new - 1)
         for start in range(0, len(members), batch_size):
             part = members[start : start + batch_size]

@@ -356,7 +356,9 @@ class _Reader:
             results.append(np.empty(source.shape, source.dtype))
             targets.append(self._as_stored(results[-1], source))
         chunk = _without(source.chunk, source.axis)
-        for block in _blocks(source.extent, chunk, _VALUES // len(results)):
+        # a piece is decoded with all its layers, however few are read
+        layers = 1 if source.axis is None else max(len(results), source.chunk[source.axis])
+        for block in _blocks(source.extent, chunk, _VALUES // layers):
             index = block
             if source.axis is not None:
                 index = (*block[: source.axis], slice(first, end), *block[source.axis :])
