@@ -22,6 +22,7 @@ from transformers import AutoModelForCausalLM
 
 import convert
 from convert.__main__ import main
+from convert.formats import huggingface
 from convert.formats.trees import read as trees
 from llama_jax.checkpoints.orbax import quiet_orbax
 from llama_jax.load import load_model
@@ -408,7 +409,7 @@ def test_memory_of_stacks(tmp_path: Path) -> None:
     assert int(done.stdout) * 1024 <= 600e6 + 3 * hidden * inner * 4
     name = "model.layers.11.mlp.down_proj.weight"
     np.testing.assert_array_equal(
-        convert.formats.huggingface.read(tmp_path / "out").load(name),
+        huggingface.read(tmp_path / "out").load(name),
         leaves["decoder/layers/mlp/wo/kernel"][:, 11].T,
     )
 
