@@ -208,14 +208,34 @@ class Linear(nnx.Module):
         return self.weight[...], self.bias[...] if hasattr(self, "bias") else None
 
 
+@jax.custom_jvp
+def _gathered(weight: Float[Array, "out in"]) -> Float[Array, "out in"]:
+    """`weight`, gathered over the axes that split tokens; its gradient is not.
+
+    Otherwise XLA gathers the weights of attention once more for the gradient of their input, after they
+    were gathered to compute the layer again.
+    """
+    return constrain(weight, "heads", "hidden")
+
+
+_gathered.defjvp(lambda primals, tangents: (_gathered(*primals), *tangents))
+
+
 def project_in(
     x: Float[Array, "batch seq in"], *projections: Linear, reduce_dtype: DTypeLike | None
 ) -> tuple[Float[Array, "batch seq out"], ...]:
     """`x`, from the residual stream, through several projections; where it is split, gathered once."""
     weights, biases = zip(*(projection.arrays() for projection in projections), strict=True)
     ring = find_ring(*x.shape[:2], *(len(weight) for weight in weights))
-    if ring is None or any(projection.slices > 1 for projection in projections):
+    if any(projection.slices > 1 for projection in projections):
         return tuple(projection(x, reduce_dtype) for projection in projections)
+    if ring is None:
+        if mesh_axes().sizes and x.shape[1] > 1:  # of one token, x is smaller than the weights
+            weights = tuple(_gathered(weight) for weight in weights)
+        return tuple(
+            linear(x, weight, bias, reduce_dtype)
+            for weight, bias in zip(weights, biases, strict=True)
+        )
     outs = gather_matmul(ring, _before_bias(x.dtype, *biases), reduce_dtype, x, weights)
     return tuple(_projected(out, bias, x.dtype) for out, bias in zip(outs, biases, strict=True))
 
