@@ -6,7 +6,6 @@ import json
 import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -229,18 +228,3 @@ def test_arguments(checkpoint: Path) -> None:
     ):
         with pytest.raises(ValueError, match=message):
             HarnessModel(str(checkpoint), **arguments)  # type: ignore[arg-type]
-
-
-@pytest.mark.slow
-def test_it_is_faster_than_pytorch(tmp_path: Path) -> None:
-    """Time of both for the same tasks on this processor, JAX's compilations included."""
-    checkpoint = save_checkpoint(
-        tmp_path / "model", hidden_size=256, intermediate_size=768, num_hidden_layers=6
-    )
-    folder = save_tasks(tmp_path / "tasks", 400)
-    seconds = {}
-    for name in ("llama_jax", "hf"):
-        begin = time.perf_counter()
-        responses(name, checkpoint, folder)
-        seconds[name] = time.perf_counter() - begin
-    assert seconds["llama_jax"] <= 0.8 * seconds["hf"], seconds
