@@ -57,9 +57,9 @@ def part_of(
         part: 0, 1 or 2.
         by_group: whether each group's queries, key and value follow each other.
 
-    >>> config = LlamaConfig(hidden_size=4, num_attention_heads=4, num_key_value_heads=2)
-    >>> part_of(np.arange(8), 0, config, by_group=True)
-    array([0, 1, 4, 5])
+    >>> config = LlamaConfig(hidden_size=8, num_attention_heads=4, num_key_value_heads=2)
+    >>> part_of(np.arange(16), 1, config, by_group=True)
+    array([ 4,  5, 12, 13])
     """
     heads, groups, size = config.num_attention_heads, config.kv_heads, config.head_size
     each = heads // groups if by_group else heads
