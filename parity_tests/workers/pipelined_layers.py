@@ -1,17 +1,7 @@
 """The decoder over the stages of a pipeline against one device. Run by `test_pipeline.py`."""
 
 import json
-import os
 import sys
-
-# programs for several devices compile twice as fast with the last two
-os.environ["XLA_FLAGS"] = (
-    "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0 "
-    "--xla_cpu_use_fusion_emitters=false"
-)
-os.environ["JAX_PLATFORMS"] = "cpu"
-os.environ["NPROC"] = "32"  # threads: see `reserve_host_threads`
-
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -24,9 +14,13 @@ from jax.sharding import AxisType
 from llama_jax import LlamaConfig, LlamaModel
 from llama_jax.models.pipeline import Pipeline
 from llama_jax.sharding import STAGE_AXIS, parameter_shardings
+from parity_tests.harness.host_devices import use_host_devices
 from parity_tests.reference.errors import relative_error, rms_error
 from train.hardware.links import traffic
 from train.hardware.transfers import transfers
+
+# programs for several devices compile twice as fast with these
+use_host_devices(8, "--xla_backend_optimization_level=0", "--xla_cpu_use_fusion_emitters=false")
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_enable_x64", True)

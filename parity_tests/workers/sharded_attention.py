@@ -1,11 +1,6 @@
 """Attention on eight host devices against one. Run by `test_attention_sharded.py`; prints JSON lines."""
 
 import json
-import os
-
-os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
-os.environ["JAX_PLATFORMS"] = "cpu"
-os.environ["NPROC"] = "32"  # threads: see `reserve_host_threads`
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +10,10 @@ from jax.sharding import AxisType
 from llama_jax.attention.dispatch import attention
 from llama_jax.attention.masks import AttentionMask
 from llama_jax.attention.zigzag import ZigZag
+from parity_tests.harness.host_devices import use_host_devices
 from parity_tests.reference.errors import relative_error
+
+use_host_devices(8)
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_enable_x64", True)

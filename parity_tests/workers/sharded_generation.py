@@ -1,11 +1,5 @@
 """Generate on eight host devices; prints "same" or the tokens. Run by `test_generation.py`."""
 
-import os
-
-os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
-os.environ["JAX_PLATFORMS"] = "cpu"
-os.environ["NPROC"] = "32"  # threads: see `reserve_host_threads`
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -14,6 +8,9 @@ from jax.sharding import AxisType
 
 from llama_jax import LlamaConfig, LlamaForCausalLM
 from llama_jax.sharding import parameter_shardings
+from parity_tests.harness.host_devices import use_host_devices
+
+use_host_devices(8)
 
 CONFIG = LlamaConfig(
     vocab_size=64,

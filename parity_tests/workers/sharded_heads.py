@@ -1,11 +1,5 @@
 """Losses of the task models on four host devices against one. Run by `test_task_weights.py`."""
 
-import os
-
-os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=4"
-os.environ["JAX_PLATFORMS"] = "cpu"
-os.environ["NPROC"] = "32"  # threads: see `reserve_host_threads`
-
 from typing import Any
 
 import jax
@@ -21,6 +15,9 @@ from llama_jax import (
     LlamaForTokenClassification,
 )
 from llama_jax.sharding import MESH_AXES, parameter_shardings
+from parity_tests.harness.host_devices import use_host_devices
+
+use_host_devices(4)
 
 CONFIG = LlamaConfig(
     vocab_size=64,

@@ -1,18 +1,8 @@
 """The decoder with a split residual stream against one device. Run by `test_tensor_parallel.py`."""
 
 import json
-import os
 import re
 import sys
-
-# optimized for time to compile; the collectives are the same
-os.environ["XLA_FLAGS"] = (
-    "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0 "
-    "--xla_cpu_use_fusion_emitters=false"
-)
-os.environ["JAX_PLATFORMS"] = "cpu"
-os.environ["NPROC"] = "32"  # threads: see `reserve_host_threads`
-
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -28,8 +18,12 @@ from llama_jax.attention.zigzag import ZigZag
 from llama_jax.models.tensor_parallel import find_ring, gather_matmul, matmul_scatter
 from llama_jax.numerics.remat_policy import Kept
 from llama_jax.sharding import parameter_shardings
+from parity_tests.harness.host_devices import use_host_devices
 from parity_tests.reference.errors import relative_error
 from train.hardware.collectives import collectives
+
+# optimized for time to compile; the collectives are the same
+use_host_devices(8, "--xla_backend_optimization_level=0", "--xla_cpu_use_fusion_emitters=false")
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_enable_x64", True)

@@ -2,12 +2,7 @@
 
 import itertools
 import json
-import os
 import re
-
-os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
-os.environ["JAX_PLATFORMS"] = "cpu"
-os.environ["NPROC"] = "32"  # threads: see `reserve_host_threads`
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +10,10 @@ import numpy as np
 from jax.sharding import AxisType
 
 from llama_jax.loss import fused_linear_cross_entropy
+from parity_tests.harness.host_devices import use_host_devices
 from parity_tests.reference.errors import relative_error
+
+use_host_devices(8)
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_enable_x64", True)

@@ -1,11 +1,6 @@
 """Load the weights of a directory over a mesh of eight host devices. Run by `test_hf_params.py`."""
 
-import os
 import sys
-
-os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
-os.environ["JAX_PLATFORMS"] = "cpu"
-os.environ["NPROC"] = "32"  # threads: see `reserve_host_threads`
 
 import jax
 import jax.numpy as jnp
@@ -13,9 +8,12 @@ import numpy as np
 
 from llama_jax import LlamaForCausalLM
 from llama_jax.checkpoints.huggingface import load_params
+from parity_tests.harness.host_devices import use_host_devices
 from train.data.placement import place_batch, rows_of_process
 from train.options import MeshOptions, RunOptions
 from train.program.build import batch_sharding, run_program
+
+use_host_devices(8)
 
 
 def main() -> None:

@@ -1,16 +1,8 @@
 """Gradients in bfloat16, summed over eight host devices. Run by `test_reduce_dtype.py`."""
 
 import json
-import os
 import sys
 from collections import defaultdict
-
-# without the second flag, XLA drops a rounding to bfloat16 that it does not need
-os.environ["XLA_FLAGS"] = (
-    "--xla_force_host_platform_device_count=8 --xla_allow_excess_precision=false"
-)
-os.environ["JAX_PLATFORMS"] = "cpu"
-
 from typing import Any
 
 import jax
@@ -24,11 +16,15 @@ from llama_jax.checkpoints import huggingface
 from llama_jax.loss import shift_labels
 from llama_jax.sharding import BATCH_AXES, SEQUENCE_AXIS, parameter_shardings
 from parity_tests.harness.cases import BASE, Inputs, hf_model, inputs_of, weights_of
+from parity_tests.harness.host_devices import use_host_devices
 from parity_tests.harness.programs import hf_numbers, oracle_numbers, our_model
 from parity_tests.reference.errors import rms_error
 from train.data.batch import Batch
 from train.program.mesh import make_mesh
 from train.program.step import batch_loss
+
+# without this flag, XLA drops a rounding to bfloat16 that it does not need
+use_host_devices(8, "--xla_allow_excess_precision=false")
 
 CONFIG = BASE | {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 8}
 INPUTS = Inputs(batch=8, length=32)

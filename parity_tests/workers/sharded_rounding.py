@@ -1,18 +1,16 @@
 """Rounding over meshes of eight host devices; prints JSON lines. Run by `test_tensor_parallel.py`."""
 
 import json
-import os
-
-os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
-os.environ["JAX_PLATFORMS"] = "cpu"
-os.environ["NPROC"] = "32"  # threads: see `reserve_host_threads`
 
 import jax
 import torch
 from jax.sharding import AxisType
 
 from parity_tests.harness.cases import Inputs, case
+from parity_tests.harness.host_devices import use_host_devices
 from parity_tests.harness.rounding import pooled_errors
+
+use_host_devices(8)
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 

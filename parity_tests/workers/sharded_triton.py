@@ -5,11 +5,7 @@ of one device.
 """
 
 import json
-import os
 from functools import partial
-
-os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
-os.environ["JAX_PLATFORMS"] = "cpu"
 
 import jax
 import jax.numpy as jnp
@@ -18,8 +14,11 @@ from jax.sharding import AxisType
 
 from llama_jax.attention import dispatch
 from parity_tests.harness.compilation import FAST_COMPILE
+from parity_tests.harness.host_devices import use_host_devices
 from parity_tests.library.attention.triton_cases import SMALL, fused, mask_of, operands
 from parity_tests.reference.errors import relative_error
+
+use_host_devices(8)
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 # the kernels are for GPUs; here the host devices stand for them

@@ -4,15 +4,7 @@
 error of two steps against one device, and the share of the state that a device holds.
 """
 
-import os
 import sys
-
-os.environ["XLA_FLAGS"] = (
-    "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
-)
-os.environ["JAX_PLATFORMS"] = "cpu"
-os.environ["NPROC"] = "32"  # threads: see `reserve_host_threads`
-
 from typing import Any, cast
 
 import jax
@@ -20,11 +12,14 @@ import numpy as np
 import optax
 
 from llama_jax import LlamaConfig
+from parity_tests.harness.host_devices import use_host_devices
 from parity_tests.reference.errors import relative_error
 from parity_tests.train.runs import CONFIG
 from train.options import MeshOptions, Optimizer, OptimizerOptions, RunOptions
 from train.plan.compiled import device_bytes
 from train.program.build import Program, initial_opt_state, run_program, shardings_of
+
+use_host_devices(8, "--xla_backend_optimization_level=0")
 
 # wide enough for factored second moments; key and value heads are split over tensor 2
 WIDE = {"hidden_size": 128, "intermediate_size": 136, "num_key_value_heads": 4}

@@ -16,6 +16,7 @@ import numpy as np
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from llama_jax.numerics.xla_options import reserve_host_threads
 from parity_tests.train.runs import Tiny, metrics_of, run_flags, same_bits, state_of
 from train import checkpoints
 from train.__main__ import main
@@ -167,5 +168,6 @@ def outcomes(tiny: Tiny, folder: Path) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
+    reserve_host_threads()  # as a run does, but before this file looks at JAX's arrays
     data, config, folder = map(Path, sys.argv[1:])
     print("\n" + json.dumps(outcomes(Tiny(data, config, folder), folder)))
