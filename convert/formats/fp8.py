@@ -17,6 +17,7 @@ from jaxtyping import Float, Float32, Shaped
 from convert.casting import cast
 from convert.checkpoint import Checkpoint
 from llama_jax.checkpoints.quantized.packing import float8
+from llama_jax.checkpoints.quantized.scheme import by_rows
 from llama_jax.checkpoints.safetensors_write import TensorSpec
 
 DTYPE = "fp8"
@@ -56,35 +57,34 @@ CONFIG: dict[str, Any] = {
 }
 
 
-def is_quantized(spec: TensorSpec) -> bool:
+def is_quantized(name: str) -> bool:
     """Whether a tensor is stored in 8 bits: embedding, head, norms and biases are not."""
-    return _PROJECTION.fullmatch(spec.name) is not None
+    return _PROJECTION.fullmatch(name) is not None
 
 
 def target_specs(checkpoint: Checkpoint) -> list[TensorSpec]:
     """The tensors as the reader will return them: projections dequantized, all else as it is."""
     return [
-        TensorSpec(spec.name, _FLOAT32, spec.shape) if is_quantized(spec) else spec
+        TensorSpec(spec.name, _FLOAT32, spec.shape) if is_quantized(spec.name) else spec
         for spec in checkpoint.tensors
     ]
 
 
 def cast_rule(name: str, values: np.ndarray, dtype: np.dtype[Any]) -> np.ndarray:
     """What becomes of a tensor: a projection is quantized and dequantized again."""
-    if _PROJECTION.fullmatch(name) is None:
+    if not is_quantized(name):
         return cast(name, values, dtype)
-    result = np.empty(values.shape, np.float32)
-    step = max(1, _ROWS // values.shape[1])
-    for start in range(0, len(values), step):
-        rows = cast(name, values[start : start + step], _FLOAT32)
-        codes, scale = quantized(rows)
-        np.multiply(float8(codes), scale, out=result[start : start + step])
-    return result
+
+    def dequantized(part: slice) -> np.ndarray:
+        codes, scale = quantized(cast(name, values[part], _FLOAT32))
+        return float8(codes) * scale
+
+    return by_rows(values.shape, dequantized)
 
 
 def stored_bytes(spec: TensorSpec) -> int:
     """Bytes on disk of a tensor of `target_specs`."""
-    return spec.size + 4 * spec.shape[0] if is_quantized(spec) else spec.nbytes
+    return spec.size + 4 * spec.shape[0] if is_quantized(spec.name) else spec.nbytes
 
 
 def stored_tensors(
@@ -93,7 +93,7 @@ def stored_tensors(
     """What the files have: codes and scales in place of each projection, and what loads them in order."""
     stored: list[TensorSpec] = []
     for spec in specs:
-        if is_quantized(spec):
+        if is_quantized(spec.name):
             stored.append(TensorSpec(spec.name, _FP8, spec.shape))
             stored.append(TensorSpec(f"{spec.name}_scale", _FLOAT32, (spec.shape[0], 1)))
         else:
@@ -104,7 +104,7 @@ def stored_tensors(
         if name in scales:
             return scales.pop(name)
         values = load(name)
-        if _PROJECTION.fullmatch(name) is None:
+        if not is_quantized(name):
             return values
         codes = np.empty(values.shape, _FP8)
         scale = np.empty((len(values), 1), np.float32)

@@ -136,7 +136,7 @@ def write(
     specs, load = list(checkpoint.tensors), checkpoint.load
     fields: dict[str, Any] = {}
     if checkpoint.dtype == fp8.DTYPE:
-        dtype = common_dtype([spec for spec in specs if not fp8.is_quantized(spec)])
+        dtype = common_dtype([spec for spec in specs if not fp8.is_quantized(spec.name)])
         fields = {"quantization_config": fp8.CONFIG, "torch_dtype": dtype, "dtype": dtype}
         specs, load = fp8.stored_tensors(specs, load)
     write_safetensors(path, specs, load, max_shard_size=max_shard_size, progress=progress)

@@ -365,6 +365,7 @@ def _scan_layers(
 
     def run_layer(carry: Any, layer_inputs: Any) -> Any:
         x, stored = carry
+        # lowers the peak on a TPU, by 0.5 GiB for 8B (docs/log.md)
         x = jax.lax.optimization_barrier(x)
         layer, index, key = layer_inputs
         layer_cache = None

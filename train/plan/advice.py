@@ -10,6 +10,7 @@ from llama_jax.sharding import BATCH_AXES
 from train.options import RunOptions
 from train.plan.compiled import Plan
 from train.plan.estimate import Estimate, Model, estimate, measure
+from train.program.mesh import divisors
 
 
 def advice(plan: Plan, options: RunOptions, config: LlamaConfig) -> list[str]:
@@ -49,7 +50,7 @@ def _to_send_less(plan: Plan, options: RunOptions, measured: Model) -> str | Non
 
     # replicas of the model on parts of the hosts: then weights are gathered from fewer of them
     now, free = cost(1), chip.usable_memory - plan.peak
-    costs = {n: cost(n) for n in _divisors(plan.hosts) if plan.mesh["fsdp"] % n == 0}
+    costs = {n: cost(n) for n in divisors(plan.hosts) if plan.mesh["fsdp"] % n == 0}
     fitting = [n for n in costs if costs[n].peak - now.peak <= free]
     best = min(fitting, key=lambda n: costs[n].links)
     if best == 1:
@@ -78,7 +79,7 @@ def _to_recompute_less(
     kept = _activations(options, measured, plan)
     saved = 1 - plan.flops_per_token / plan.counted_flops_per_token
     cheaper: tuple[Remat, ...] = ("none", "dots")
-    for factor, remat in itertools.product(_divisors(_rows(plan)), cheaper):
+    for factor, remat in itertools.product(divisors(_rows(plan)), cheaper):
         micro_batches = plan.micro_batches * factor
         model = replace(options.model, remat=remat, remat_save=(), remat_offload=())
         candidate = replace(options, model=model, micro_batches=micro_batches)
@@ -111,11 +112,11 @@ def _to_fit(plan: Plan, options: RunOptions, measured: Model, missing: float) ->
         full = replace(options, model=replace(options.model, remat="full"))
         saved = estimated.activations - _activations(full, measured, plan)
         suggest("--model.remat full", saved)
-    divisors = _divisors(_rows(plan))[1:]
-    if divisors:
+    factors = divisors(_rows(plan))[1:]
+    if factors:
         # the fewest micro-batches that save enough, or as many as there are rows
-        enough = (n for n in divisors if estimated.activations * (1 - 1 / n) >= missing)
-        factor = next(enough, divisors[-1])
+        enough = (n for n in factors if estimated.activations * (1 - 1 / n) >= missing)
+        factor = next(enough, factors[-1])
         suggest(
             f"--micro-batches {plan.micro_batches * factor}",
             estimated.activations * (1 - 1 / factor),
@@ -157,10 +158,6 @@ def _rows(plan: Plan) -> int:
 
 def _batch_shards(plan: Plan) -> int:
     return math.prod(plan.mesh[axis] for axis in BATCH_AXES)
-
-
-def _divisors(number: int) -> list[int]:
-    return [n for n in range(1, number + 1) if number % n == 0]
 
 
 def _activations(options: RunOptions, measured: Model, plan: Plan) -> float:

@@ -18,7 +18,7 @@ from llama_jax.numerics.remat_policy import Kept, Remat
 from llama_jax.sharding import MESH_AXES
 from train.hardware.chips import CHIPS, Chip
 from train.options import RunOptions
-from train.program.build import find_pipeline
+from train.program.pipeline import find_pipeline
 
 # what seconds are reckoned for where the chip is unknown: a TPU v5p
 DEFAULT_CHIP = CHIPS["TPU v5"]

@@ -12,7 +12,7 @@ from train.hardware.chips import CHIPS
 from train.options import RunOptions
 from train.plan.compiled import Plan, make_plan
 from train.plan.estimate import estimate, measure
-from train.program.mesh import count_slices, spans_slices
+from train.program.mesh import count_slices, divisors, spans_slices
 
 # Larger tensor axes leave few heads to a device and make the all-reduces expensive; larger sequence axes
 # make the shards of a row short.
@@ -94,14 +94,14 @@ def meshes(
     rows = options.batch_size // options.micro_batches
     stage = max(options.mesh.stage, 1)
     parts = options.mesh.stage_micro_batches or stage
-    divisors = [n for n in range(1, count + 1) if count % n == 0]
-    tensors = [n for n in divisors if n <= LARGEST_TENSOR and config.num_attention_heads % n == 0]
+    factors = divisors(count)
+    tensors = [n for n in factors if n <= LARGEST_TENSOR and config.num_attention_heads % n == 0]
     sequences = [
         n
-        for n in divisors
+        for n in factors
         if n == 1 or (n <= LARGEST_SEQUENCE and options.sequence_length % (n * SEQUENCE_UNIT) == 0)
     ]
-    for tensor, sequence, data in itertools.product(tensors, sequences, divisors):
+    for tensor, sequence, data in itertools.product(tensors, sequences, factors):
         fsdp, rest = divmod(count, stage * tensor * sequence * data)
         if rest or rows % (data * fsdp * math.lcm(stage, parts)):
             continue

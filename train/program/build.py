@@ -4,7 +4,7 @@
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -40,6 +40,7 @@ from train.program.mesh import count_slices, make_mesh
 from train.program.optimizer import make_optimizer
 from train.program.optimizer_state import HOST_MEMORY, on_host, require_host_memory
 from train.program.per_layer import Path, map_by_parameter
+from train.program.pipeline import find_pipeline
 from train.program.schedules import learning_rate_schedule
 from train.program.step import make_evaluation, make_step
 
@@ -270,58 +271,6 @@ def _token_order(order: SequenceOrder, mesh: Mesh, sequence_length: int) -> ZigZ
             "mesh's sequence axis; or --mesh.sequence-order contiguous, with more work for later shards"
         )
     return ZigZag.of(sequence_length, shards)
-
-
-# Parts of a batch for each stage: an idle share of at most (stages - 1) / (5 stages - 1).
-_MICRO_BATCHES_OF_STAGE = 4
-
-
-def find_pipeline(
-    options: MeshOptions, config: LlamaConfig, sizes: Mapping[str, int], rows: int
-) -> Pipeline | None:
-    """How the layers run over the stages of a mesh of `sizes`; None for a single stage.
-
-    Args:
-        rows: of a micro-batch, a multiple of stage x data x fsdp.
-
-    Raises:
-        ValueError: options that do not divide the layers or the rows, or that need a stage axis.
-    """
-    stages, layers, count = sizes[STAGE_AXIS], config.num_hidden_layers, options.stage_micro_batches
-    repeats = options.stage_repeats
-    if stages == 1:
-        for name, value, unused in (("micro-batches", count, None), ("repeats", repeats, 1)):
-            if value != unused:
-                raise ValueError(
-                    f"mesh.stage-{name}: found {value} with --mesh.stage 1, expected more stages or "
-                    "none of it"
-                )
-        return None
-    if layers % stages:
-        raise ValueError(
-            f"mesh.stage: found {stages}, expected a divisor of the {layers} layers: one of "
-            f"{_divisors(layers)}"
-        )
-    if layers // stages % repeats:
-        raise ValueError(
-            f"mesh.stage-repeats: found {repeats}, expected a divisor of the {layers // stages} layers "
-            f"of a stage: one of {_divisors(layers // stages)}"
-        )
-    parts = rows // (sizes["data"] * sizes["fsdp"])
-    possible = [n for n in range(stages, parts + 1, stages) if parts % n == 0]
-    if count is None:
-        count = max(n for n in possible if n <= _MICRO_BATCHES_OF_STAGE * stages)
-    if count not in possible:
-        raise ValueError(
-            f"mesh.stage-micro-batches: found {count}, expected a multiple of {stages} stages that divides "
-            f"the {parts} rows that a micro-batch has for each of data x fsdp: one of "
-            f"{', '.join(map(str, possible))}"
-        )
-    return Pipeline(count, repeats)
-
-
-def _divisors(number: int) -> str:
-    return ", ".join(str(n) for n in range(1, number + 1) if number % n == 0)
 
 
 def _require_divisible(config: LlamaConfig, mesh: Mesh, rows: int, sequence_length: int) -> None:

@@ -46,6 +46,15 @@ def mesh_shape(sizes: Mapping[str, int], device_count: int) -> dict[str, int]:
     return shape
 
 
+def divisors(number: int) -> list[int]:
+    """All of them, in order.
+
+    >>> divisors(6)
+    [1, 2, 3, 6]
+    """
+    return [n for n in range(1, number + 1) if number % n == 0]
+
+
 def in_words(sizes: Mapping[str, int]) -> str:
     """A mesh's axes with their sizes, without those of size 1."""
     return " x ".join(f"{axis} {size}" for axis, size in sizes.items() if size > 1) or "1"

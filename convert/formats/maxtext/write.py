@@ -21,7 +21,7 @@ from convert.formats.maxtext.names import LAYERS, rule_of
 from convert.formats.maxtext.settings import FILE, config_of, rope_order, settings_of
 from convert.formats.orbax.write import create_array, write_tree, write_values
 from convert.formats.orbax.write import target_specs as orbax_specs
-from convert.formats.trees.name_map import Rule
+from convert.formats.trees.name_map import DIMENSIONS, Rule
 from convert.formats.trees.scaling import reachable, unscaled
 from convert.formats.trees.tiles import copy
 from convert.same_function import config_differences
@@ -43,19 +43,7 @@ def target_specs(checkpoint: Checkpoint, dtype: str | None) -> list[TensorSpec]:
         settings = settings_of(config)
     except ValueError as error:
         raise ValueError(f"MaxText cannot hold this model: {error}") from None
-    dimensions = {
-        name: getattr(config, name)
-        for name in (
-            "vocab_size",
-            "hidden_size",
-            "intermediate_size",
-            "num_hidden_layers",
-            "num_attention_heads",
-            "num_key_value_heads",
-            "head_dim",
-            "tie_word_embeddings",
-        )
-    }
+    dimensions = {name: getattr(config, name) for name in (*DIMENSIONS, "tie_word_embeddings")}
     expressible = config_of(settings, dimensions, None)
     if differences := config_differences(checkpoint.config, expressible.to_dict()):
         raise ValueError(f"MaxText cannot hold this model: {'; '.join(differences)}")

@@ -37,7 +37,7 @@ from llama_jax.config import LlamaConfig
 
 ROPE_ORDERS = ("halves", "pairs")
 _FIELD = re.compile(r"\{(\w*)\}")
-_NAMES = (
+DIMENSIONS = (
     "vocab_size",
     "hidden_size",
     "intermediate_size",
@@ -148,7 +148,7 @@ def evaluate(number: Number, config: LlamaConfig) -> float:
     if not math.isfinite(value):
         raise ValueError(
             f"found {number!r}, expected an expression of numbers, sqrt(), + - * / and "
-            + ", ".join(_NAMES)
+            + ", ".join(DIMENSIONS)
         )
     return value
 
@@ -157,7 +157,7 @@ def _value(node: ast.expr, config: LlamaConfig) -> float:
     match node:
         case ast.Constant(value=int() | float() as value) if not isinstance(value, bool):
             return value
-        case ast.Name(id=name) if name in _NAMES:
+        case ast.Name(id=name) if name in DIMENSIONS:
             return int(getattr(config, name))
         case ast.BinOp(left=left, op=kind, right=right) if type(kind) in _OPERATORS:
             return _OPERATORS[type(kind)](_value(left, config), _value(right, config))

@@ -8,6 +8,7 @@ of some 64 codes has a scale, `absmax`; `quant_map` is the table of the 16 value
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -25,7 +26,6 @@ from llama_jax.checkpoints.quantized.scheme import (
     require,
     require_matrix,
     require_shape,
-    size_of,
 )
 from llama_jax.numerics.scalars import is_integer
 
@@ -55,7 +55,7 @@ def _int8(parts: Parts, read: Read) -> Weight:
     require(parts, "SCB", *SCALE_DTYPES)
     require_shape(parts, "SCB", (shape[0],), (shape[0], 1))
     if (form := parts.get("weight_format")) is not None:
-        if form.dtype != "U8" or size_of(form.shape) != 1:
+        if form.dtype != "U8" or math.prod(form.shape) != 1:
             raise ValueError(
                 f"weight_format: found {form.dtype} {list(form.shape)}, expected U8 []"
             )
@@ -82,8 +82,8 @@ def dequantize_int8(codes: np.ndarray, scb: np.ndarray) -> np.ndarray:
 
 def _4bits(parts: Parts, read: Read) -> Weight:
     name = next((name for name in _STATES if name in parts), _STATES[0])
-    if size_of(require(parts, name, "U8").shape) > _MAX_STATE:
-        raise ValueError(f"{name}: found {size_of(parts[name].shape)} bytes, expected JSON")
+    if math.prod(require(parts, name, "U8").shape) > _MAX_STATE:
+        raise ValueError(f"{name}: found {math.prod(parts[name].shape)} bytes, expected JSON")
     try:
         state = json.loads(read(parts[name]).tobytes())
         shape, block = state["shape"], state["blocksize"]

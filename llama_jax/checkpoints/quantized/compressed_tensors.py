@@ -6,6 +6,7 @@ each block. https://github.com/vllm-project/compressed-tensors
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -35,7 +36,6 @@ from llama_jax.checkpoints.quantized.scheme import (
     require_matrix,
     require_shape,
     scaled,
-    size_of,
 )
 
 _FORMATS = (
@@ -272,7 +272,7 @@ def _block(
             )
         require_groups(columns, size, scale[1])
         return 1, columns // scale[1]
-    if size_of(scale) == 1:
+    if math.prod(scale) == 1:
         return shape
     if scale not in ((rows,), (rows, 1)) or strategy == "tensor":
         expected = "[1]" if strategy == "tensor" else f"[{rows}, 1]"

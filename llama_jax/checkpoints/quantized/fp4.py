@@ -5,6 +5,7 @@ NVFP4 has a scale of the whole tensor as well, which compressed-tensors divides 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -23,7 +24,6 @@ from llama_jax.checkpoints.quantized.scheme import (
     require_matrix,
     require_shape,
     scaled,
-    size_of,
 )
 
 MX_GROUP, NV_GROUP = 32, 16
@@ -69,7 +69,7 @@ def packed_weight(
     if 2 * half % group:
         raise ValueError(f"group_size: found {group}, which does not divide {2 * half} columns")
     require_shape(parts, "weight_scale", (rows, 2 * half // group))
-    if not microscaling and size_of(require(parts, global_scale, *SCALE_DTYPES).shape) != 1:
+    if not microscaling and math.prod(require(parts, global_scale, *SCALE_DTYPES).shape) != 1:
         raise ValueError(
             f"{global_scale}: found shape {list(parts[global_scale].shape)}, expected [1]"
         )

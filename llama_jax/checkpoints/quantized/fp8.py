@@ -6,6 +6,7 @@ tensor), `fbgemm_fp8` has a scale for each row. All multiply: weight = number * 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -25,7 +26,6 @@ from llama_jax.checkpoints.quantized.scheme import (
     require,
     require_matrix,
     scaled,
-    size_of,
 )
 from llama_jax.numerics.scalars import is_integer
 
@@ -65,7 +65,7 @@ def float_weight(
     """An FP8 weight whose scale, a part of this name, is for the tensor, each row or each block."""
     grid = blocks_of(shape, block)
     found = parts[scale].shape
-    if size_of(found) == 1:
+    if math.prod(found) == 1:
         block = shape
     elif found in ((shape[0],), (shape[0], 1)) and found != grid:
         block = (1, shape[1])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -207,8 +206,3 @@ def groups_of_columns(name: str, order: np.ndarray, groups: int) -> np.ndarray:
     if low < 0 or high >= groups:
         raise ValueError(f"{name}: found groups from {low} to {high}, expected 0 to {groups - 1}")
     return order.astype(np.int64)
-
-
-def size_of(shape: tuple[int, ...]) -> int:
-    """Number of values."""
-    return math.prod(shape)

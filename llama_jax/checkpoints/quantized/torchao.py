@@ -8,6 +8,7 @@ two signed codes a byte and code * scale + zero.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -31,7 +32,6 @@ from llama_jax.checkpoints.quantized.scheme import (
     require_matrix,
     require_shape,
     scaled,
-    size_of,
 )
 from llama_jax.checkpoints.safetensors_read import read_metadata
 from llama_jax.numerics.scalars import is_integer
@@ -79,7 +79,7 @@ def _by_blocks(parts: Parts, block: tuple[int, int] | None, dtypes: tuple[str, .
     shape = require_matrix(parts, _QDATA, *dtypes)
     scale = require(parts, _SCALE, *SCALE_DTYPES).shape
     if block is None:
-        block = shape if size_of(scale) == 1 else (1, shape[1])
+        block = shape if math.prod(scale) == 1 else (1, shape[1])
     block = min(block[0], shape[0]), min(block[1], shape[1])
     if shape[0] % block[0] or shape[1] % block[1]:
         raise ValueError(f"block_size: found {list(block)}, which does not divide {list(shape)}")
@@ -89,7 +89,7 @@ def _by_blocks(parts: Parts, block: tuple[int, int] | None, dtypes: tuple[str, .
         require(parts, _ZERO, "I8", "I16", "I32", "I64", *SCALE_DTYPES)
         needed.append(_ZERO)
     for name in needed[1:]:
-        if size_of(parts[name].shape) != grid[0] * grid[1]:
+        if math.prod(parts[name].shape) != grid[0] * grid[1]:
             raise ValueError(
                 f"{name}: found shape {list(parts[name].shape)}, expected {list(grid)}"
             )

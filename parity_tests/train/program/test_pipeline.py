@@ -13,7 +13,8 @@ from llama_jax.presets import PRESETS
 from llama_jax.sharding import MESH_AXES
 from train.option_checks import validate
 from train.options import MeshOptions, ModelOptions, RunOptions
-from train.program.build import find_pipeline, make_program
+from train.program.build import make_program
+from train.program.pipeline import find_pipeline
 
 CONFIG = dataclasses.replace(PRESETS["tiny-4m"], num_hidden_layers=12)
 
