@@ -249,9 +249,11 @@ def split_weight(text: str) -> tuple[str, float]:
     A path that exists is a directory, whatever its name; otherwise what follows the last `=` is a weight.
 
     Raises:
-        ValueError: a weight that is not a positive number.
+        ValueError: no directory, or a weight that is not a positive number.
     """
     path, sign, number = text.rpartition("=")
+    if not (path if sign else text):
+        raise ValueError("data: is empty; give token directories, PATH or PATH=WEIGHT")
     if not sign or Path(text).exists():
         return text, 1.0
     try:

@@ -196,6 +196,7 @@ if TYPE_CHECKING:
 
 def recognize(path: Path) -> Entry:
     """The format of a path. Raises ValueError where it is none."""
+    from convert.formats.trees.locate import find_tree
     from llama_jax.files.foreign_weights import describe
 
     if not path.exists():
@@ -203,6 +204,11 @@ def recognize(path: Path) -> Entry:
     for entry in FORMATS.values():
         if entry.reader.recognizes(path):
             return entry
+    if (tree := find_tree(path)) is not None:
+        raise ValueError(
+            f"{tree}: an Orbax tree without MaxText's names; give them with --map FILE (see "
+            "docs/conversion.md)"
+        )
     what = describe(path) if path.is_dir() else "not a checkpoint by itself (try its directory)"
     layouts = "; ".join(f"{entry.title} ({entry.layout})" for entry in FORMATS.values())
     raise ValueError(f"{path}: {what}; expected one of: {layouts}")

@@ -63,7 +63,9 @@ def operate(
         ValueError: something that is not in the model, or that its tokenizer does not go with.
     """
     checkpoint = checked(source, checkpoint)
-    if surgery.average or surgery.weights:
+    if surgery.weights is not None and not surgery.average:
+        raise ValueError("weights: of what? give the checkpoints to average with as well (average)")
+    if surgery.average:
         paths = [local_path(os.fspath(path)) for path in surgery.average]
         others = [checked(path, registry.read(path, tokenizer=False)) for path in paths]
         checkpoint = averaged([checkpoint, *others], surgery.weights)

@@ -96,8 +96,15 @@ class Parser(argparse.ArgumentParser):
             value = self._get_value(action, "--")
             self._check_value(action, value)
             return [value] if action.nargs else value
+        # as of a shell's variable that is not set; Path("") would be the current directory
+        words = re.split(r"\W|_", str(action.metavar))
+        is_path = bool(_PATHS.intersection(words)) or not action.option_strings
+        if "" in arg_strings and is_path and action.nargs in (None, "?", "+", "*"):
+            raise argparse.ArgumentError(action, "is empty")
         return super()._get_values(action, arg_strings)
 
+
+_PATHS = {"CHECKPOINT", "DIR", "FILE", "PATH", "RUN"}  # words of the metavars of paths
 
 DTYPES = ("float32", "bfloat16", "float16")
 

@@ -6,6 +6,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 ADAPTER_CONFIG = "adapter_config.json"
+ORBAX_METADATA = "_METADATA"  # Orbax's description of a tree
+# what trainers call the directory of one
+ORBAX_TREES = ("items", "default", "state", "params", "model_params")
 _CONVERT = "from a checkout of the repository: python -m convert"
 # a pattern of file names, and what a directory with such a file is; the first match counts
 _KINDS: tuple[tuple[str, str], ...] = (
@@ -28,11 +31,14 @@ _KINDS: tuple[tuple[str, str], ...] = (
     ("streaming_*", f"an EasyLM checkpoint ({{file}}); convert it, {_CONVERT} {{path}} DIR"),
     *(
         (
-            f"{folder}_METADATA",
+            f"{folder}{ORBAX_METADATA}",
             f"an Orbax checkpoint of another program; convert it, {_CONVERT} {{path}} DIR (with --map FILE "
             "if the program is not MaxText)",
         )
-        for folder in ("", "items/", "*/items/", "checkpoints/*/*/", "default/", "*/default/")
+        for folder in (
+            "",
+            *(f"{step}{name}/" for step in ("", "*/", "checkpoints/*/") for name in ORBAX_TREES),
+        )
     ),
     ("tf_model*.h5", "TensorFlow weights ({file}); load and save them with transformers 4"),
     ("*.onnx", "an ONNX model ({file}); get the checkpoint it was made from"),

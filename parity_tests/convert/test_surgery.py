@@ -174,6 +174,7 @@ def test_means_that_cannot_be(tmp_path: Path, model: Any) -> None:
     for wrong in ([1.0], [1.0, -1.0], [0.0, 0.0], [float("nan"), 1.0], [1e308, 1e308]):
         surgery = Surgery(average=[tmp_path / "same"], weights=wrong)
         assert error(tmp_path, surgery=surgery).startswith("weights: found ")
+    assert error(tmp_path, surgery=Surgery(weights=[1.0])).startswith("weights: of what?")
 
 
 def test_some_tensors_are_cast(tmp_path: Path, model: Any) -> None:

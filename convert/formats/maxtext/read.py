@@ -17,11 +17,12 @@ from convert.formats.maxtext.settings import (
     rope_order,
 )
 from convert.formats.orbax.arrays import open_arrays
-from convert.formats.trees.locate import METADATA, find_tree, home_of
+from convert.formats.trees.locate import find_tree, home_of
 from convert.formats.trees.name_map import NameMap
 from convert.formats.trees.read import read_tree, require_tree
 from convert.same_function import config_differences
 from llama_jax.config import LlamaConfig
+from llama_jax.files.foreign_weights import ORBAX_METADATA
 
 _KEYS = (b'"token_embedder"', b'"pre_self_attention_layer_norm"')
 
@@ -30,7 +31,7 @@ def recognizes(path: Path) -> bool:
     """Whether it looks like one: a run, step or tree of Orbax whose arrays have MaxText's names."""
     try:
         tree = find_tree(path)
-        content = b"" if tree is None else (tree / METADATA).read_bytes()
+        content = b"" if tree is None else (tree / ORBAX_METADATA).read_bytes()
     except (OSError, ValueError):
         return False
     return any(key in content for key in _KEYS)

@@ -6,9 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from llama_jax.checkpoints.orbax import CHECKPOINTS
-
-METADATA = "_METADATA"  # Orbax's description of a tree
-_STATE = ("items", "default", "state", "params", "model_params")  # names that trainers give to one
+from llama_jax.files.foreign_weights import ORBAX_METADATA, ORBAX_TREES
 
 
 def find_tree(path: Path) -> Path | None:
@@ -19,10 +17,10 @@ def find_tree(path: Path) -> Path | None:
     """
     if not path.is_dir():
         return None
-    if (path / METADATA).is_file():
+    if (path / ORBAX_METADATA).is_file():
         return path
-    trees = sorted(file.parent for file in path.glob(f"*/{METADATA}"))
-    named = [path / name for name in _STATE if path / name in trees]
+    trees = sorted(file.parent for file in path.glob(f"*/{ORBAX_METADATA}"))
+    named = [path / name for name in ORBAX_TREES if path / name in trees]
     if len(trees) == 1 or named:
         return named[0] if named else trees[0]
     if trees:
@@ -39,7 +37,7 @@ def homes(tree: Path) -> Iterator[Path]:
     """Directories that may have a tree's config.json: its own, its step's and its run's."""
     directory = tree.absolute()
     yield directory
-    while directory.name in (*_STATE, CHECKPOINTS) or directory.name.isdecimal():
+    while directory.name in (*ORBAX_TREES, CHECKPOINTS) or directory.name.isdecimal():
         directory = directory.parent
         yield directory
 

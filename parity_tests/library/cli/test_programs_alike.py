@@ -153,6 +153,40 @@ def test_an_argument_too_many(capsys: pytest.CaptureFixture[str]) -> None:
     assert error == "unexpected argument 'N'; see python -m llama_jax info --help"
 
 
+@pytest.mark.parametrize(
+    ("command", "argument"),
+    [
+        ("llama_jax generate", "--model"),
+        ("llama_jax info", "PRESET|DIR"),
+        ("train run", "--out"),
+        ("train run", "--model.init-from"),
+        ("train resume", "RUN"),
+        ("train tokenize", "--out"),
+        ("convert", "SRC"),
+        ("convert", "DST"),
+        ("convert", "--average"),
+        ("parity_tests report", "HF_DIR"),
+    ],
+)
+def test_an_empty_path(command: str, argument: str, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = list(COMMANDS[command])
+    if argument == "DST":
+        arguments[1] = ""
+    elif not argument.startswith("--"):
+        arguments[0] = ""
+    elif argument in arguments:
+        arguments[arguments.index(argument) + 1] = ""
+    else:
+        arguments += [argument, ""]
+    error = error_of(command, arguments, capsys)
+    assert error == f"{argument}: is empty; see python -m {command} --help"
+
+
+def test_an_empty_directory_of_tokens(capsys: pytest.CaptureFixture[str]) -> None:
+    for text in ("", "=2"):
+        assert error_of("train run", ["--data", text], capsys).startswith("data: is empty")
+
+
 def test_spellings_of_options() -> None:
     parser = Parser()
     parser.add_argument("--batch-size", type=int)

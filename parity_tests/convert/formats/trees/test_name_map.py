@@ -12,10 +12,12 @@ import pytest
 
 import convert
 from convert.__main__ import main
+from convert.formats.registry import recognize
 from convert.formats.trees.locate import find_tree
 from convert.formats.trees.name_map import evaluate, read_name_map
 from convert.formats.trees.scaling import scaled, unscaled
 from llama_jax import LlamaConfig
+from llama_jax.files.foreign_weights import describe
 from parity_tests.convert.formats.gguf.tiny_gguf import tiny_model
 from parity_tests.convert.formats.maxtext.test_maxtext import (
     SIZES,
@@ -280,3 +282,16 @@ def test_the_tree_of_a_run_is_found(tmp_path: Path) -> None:
         (tmp_path / f"two/{name}/_METADATA").touch()
     with pytest.raises(ValueError, match="found the trees a, b; give one of them"):
         find_tree(tmp_path / "two")
+
+
+def test_a_tree_of_another_program_needs_a_map(tmp_path: Path) -> None:
+    tree = tmp_path / "checkpoints/10/state"
+    tree.mkdir(parents=True)
+    (tree / "_METADATA").write_text('{"tree_metadata": {}}')
+    (tmp_path / "config.json").write_text("{}")
+    for path in (tmp_path, tree):
+        with pytest.raises(
+            ValueError, match=r"10/state: an Orbax tree .* give them with --map FILE"
+        ):
+            recognize(path)
+        assert "an Orbax checkpoint of another program" in describe(path)
