@@ -65,8 +65,13 @@ def _add_run(program: Parser) -> None:
 
 def _run(arguments: argparse.Namespace) -> None:
     from train.run.begin import begin
+    from train.run.continued import options_to_continue
 
-    begin(_options(RunOptions(), arguments))
+    options = _options(RunOptions(), arguments)
+    if options.init_from is not None:
+        options = _options(options_to_continue(options.init_from), arguments)
+
+    begin(options)
 
 
 def _options(defaults: RunOptions, arguments: argparse.Namespace) -> RunOptions:
@@ -123,6 +128,19 @@ def _add_export(program: Parser) -> None:
         help="load the directory with transformers, and compare PyTorch's validation loss with the run's",
     )
     parser.add_argument(
+        "--with-optimizer",
+        action=OnOff,
+        default=False,
+        help="also write what training continues from, in PyTorch or here, to DIR/training_state: moments, "
+        "step, schedule, the batches to come",
+    )
+    parser.add_argument(
+        "--batches",
+        type=not_negative,
+        metavar="N",
+        help="with --with-optimizer, steps whose batches are listed; default: all that remain",
+    )
+    parser.add_argument(
         "--push",
         metavar="OWNER/NAME",
         help="upload DIR to this repository on the Hub; a new one is private",
@@ -144,7 +162,15 @@ def _export(arguments: argparse.Namespace) -> None:
     folder, directory, dtype = arguments.folder, arguments.directory, arguments.dtype
     say = console(stderr=True, soft_wrap=True)
     options = _saved_options(folder)
-    step = export_run(folder, options, directory, step=arguments.step, dtype=dtype)
+    step = export_run(
+        folder,
+        options,
+        directory,
+        step=arguments.step,
+        dtype=dtype,
+        with_optimizer=arguments.with_optimizer,
+        batches=arguments.batches,
+    )
     say.print(f"written: {printable(str(directory))}, step {step}")
     if arguments.verify:
         loss = verify_export(folder, options, directory, step=step, dtype=dtype)

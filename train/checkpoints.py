@@ -175,6 +175,43 @@ def restore_params(manager: ocp.CheckpointManager, params: Any, step: int) -> An
     return restored
 
 
+def restore_part(
+    manager: ocp.CheckpointManager, params: Any, opt_state: Any, step: int
+) -> Any:
+    """Of the optimizer state of `step` only some leaves, so that the others take no memory.
+
+    Args:
+        params: as in `restore`; they are not read.
+        opt_state: as in `restore`, with `ocp.PLACEHOLDER`, which is returned as it is, for the others.
+    """
+
+    def arguments(leaf: Any) -> Any:
+        if leaf is ocp.PLACEHOLDER:
+            return ocp.RestoreArgs()
+        return ocp.ArrayRestoreArgs(
+            sharding=leaf.sharding, global_shape=leaf.shape, dtype=leaf.dtype
+        )
+
+    wanted = [leaf for leaf in jax.tree.leaves(opt_state) if leaf is not ocp.PLACEHOLDER]
+    handler = ocp.PyTreeCheckpointHandler(restore_concurrent_gb=_concurrent_gigabytes(wanted))
+    with ocp.Checkpointer(handler) as reader:
+        path = Path(manager.directory) / str(step) / "opt_state"
+        arrays = ocp.args.PyTreeRestore(opt_state, restore_args=jax.tree.map(arguments, opt_state))
+        restored = reader.restore(path, args=arrays)
+    leaves = jax.tree.leaves(restored)
+    saved = facts_of(manager, step)["fingerprints"][len(jax.tree.leaves(params)) :]
+    pairs = [
+        (leaf, number)
+        for leaf, number in zip(leaves, saved, strict=True)
+        if leaf is not ocp.PLACEHOLDER
+    ]
+    if fingerprints([leaf for leaf, _ in pairs]) != [number for _, number in pairs]:
+        raise ValueError(
+            f"{manager.directory}: step {step}: the optimizer state is not what was saved"
+        )
+    return restored
+
+
 class _IncompatibleError(ValueError):
     """Not damage: no checkpoint in this folder fits, so there is nothing to fall back to."""
 
@@ -244,12 +281,16 @@ def _read_arrays(manager: ocp.CheckpointManager, step: int, name: str, abstract:
     Orbax would let 96 GB be under way. One array must fit: cutting a shard out of the chunks of another
     mesh may take all of them.
     """
-    sizes = (leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(abstract))
-    gigabytes = 1 + 2 * max(sizes) // 10**9
+    gigabytes = _concurrent_gigabytes(jax.tree.leaves(abstract))
     handler = ocp.StandardCheckpointHandler(restore_concurrent_gb=gigabytes)
     with ocp.Checkpointer(handler) as reader:
         path = Path(manager.directory) / str(step) / name
         return reader.restore(path, args=ocp.args.StandardRestore(abstract))
+
+
+def _concurrent_gigabytes(leaves: list[Any]) -> int:
+    """About two arrays."""
+    return 1 + 2 * max(leaf.size * leaf.dtype.itemsize for leaf in leaves) // 10**9
 
 
 def facts_of(manager: ocp.CheckpointManager, step: int) -> dict[str, Any]:

@@ -174,6 +174,8 @@ class RunOptions:
     """folder of the run"""
     data: tuple[str, ...] = (STDLIB,)
     """token directories, PATH or PATH=WEIGHT; `stdlib` is the source code of Python's standard library"""
+    init_from: Path | None = None
+    """directory of `export --with-optimizer` or `resume_torch.py`, or with torch's optimizer.pt: continue it"""
     steps: int = 300
     """optimizer steps"""
     batch_size: int = 8
@@ -236,11 +238,12 @@ def with_absolute_paths(options: RunOptions) -> RunOptions:
         model = dataclasses.replace(model, config=config)
     if model.init_from is not None:
         model = dataclasses.replace(model, init_from=local_path(model.init_from).absolute())
+    init_from = None if options.init_from is None else options.init_from.absolute()
     data = tuple(
         text if split_weight(text)[0] == STDLIB else str(Path(text).absolute())
         for text in options.data
     )
-    return dataclasses.replace(options, data=data, model=model)
+    return dataclasses.replace(options, data=data, model=model, init_from=init_from)
 
 
 def split_weight(text: str) -> tuple[str, float]:

@@ -223,29 +223,48 @@ def load_params(
         [*match.problems, *(f"{name}: missing" for name in match.missing_head)], directory
     )
     warn_ignored(config, directory, weights.notes)
-    names_of: dict[ParamPath, list[str]] = {}
-    for name, target in match.table.items():
-        names_of.setdefault(target.path, []).append(name)  # in the order of the layers
     problems: list[str] = []
+
+    def read(name: str, index: tuple[slice, ...], out: np.ndarray) -> None:
+        if not read_slice(match.tensors[name], index, out):
+            problems.append(f"{name}: holds non-finite values as {out.dtype}")
+
+    loaded = place_tensors(match.table, params, read)
+    _require_no_problems(problems, directory)
+    return loaded
+
+
+def place_tensors(
+    table: Mapping[str, ParamSlice],
+    params: dict[str, Any],
+    read: Callable[[str, tuple[slice, ...], np.ndarray], None],
+) -> dict[str, Any]:
+    """Arrays like `params` from tensors by Hugging Face's names; each process reads only its devices' parts.
+
+    Args:
+        table: as `name_table` returns it.
+        params: as for `load_params`.
+        read: `read(name, index, out)` puts `tensor[index]` into `out`.
+    """
+    names_of: dict[ParamPath, list[str]] = {}
+    for name, target in table.items():
+        names_of.setdefault(target.path, []).append(name)  # in the order of the layers
 
     def load_array(path: tuple[Any, ...], leaf: Any) -> jax.Array:
         names = names_of[tuple(str(key.key) for key in path)]
-        stacked = match.table[names[0]].layer is not None
+        stacked = table[names[0]].layer is not None
 
         def read_part(index: Any) -> np.ndarray:
             index = tuple(slice(*s.indices(n)) for s, n in zip(index, leaf.shape, strict=True))
             part = _aligned(tuple(s.stop - s.start for s in index), leaf.dtype)
             tensors, rest = (names[index[0]], index[1:]) if stacked else (names, index)
             for name, out in zip(tensors, part if stacked else [part], strict=True):
-                if not read_slice(match.tensors[name], rest, out):
-                    problems.append(f"{name}: holds non-finite values as {leaf.dtype}")
+                read(name, rest, out)
             return part
 
         return jax.make_array_from_callback(leaf.shape, leaf.sharding, read_part)
 
-    loaded = jax.tree_util.tree_map_with_path(load_array, params)
-    _require_no_problems(problems, directory)
-    return loaded
+    return jax.tree_util.tree_map_with_path(load_array, params)
 
 
 def save(

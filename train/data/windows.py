@@ -3,6 +3,7 @@
 import math
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import grain
 import numpy as np
@@ -58,6 +59,33 @@ def windows(
     ]
     if split == "validation":
         return grain.MapDataset.concatenate(datasets)
+    return _mixed(datasets, sources, seed)
+
+
+def window_numbers(
+    sources: Sequence[Source], *, sequence_length: int, seed: int
+) -> grain.MapDataset[tuple[int, int]]:
+    """Which windows the training data of `windows` has: of each element the source and the number in it.
+
+    Raises:
+        ValueError: as `open_tokens`.
+    """
+
+    def numbered(source: int, tokens: Tokens) -> grain.MapDataset[tuple[int, int]]:
+        count = _window_count(tokens, sequence_length)
+        return grain.MapDataset.range(count).map(lambda number: (source, number))
+
+    datasets = [
+        numbered(source, open_tokens(directory, "train"))
+        for source, (directory, _) in enumerate(sources)
+    ]
+    return _mixed(datasets, sources, seed)
+
+
+def _mixed(
+    datasets: Sequence[grain.MapDataset[Any]], sources: Sequence[Source], seed: int
+) -> grain.MapDataset[Any]:
+    """One endless dataset of those of the sources, each shuffled anew in every epoch."""
     # a separate seed for each source, or two of one size would be shuffled alike
     seeds = np.random.SeedSequence(seed).generate_state(len(datasets), np.uint32)
     endless = [
@@ -149,11 +177,15 @@ class _Windows:
     vocab_size: int
 
     def __len__(self) -> int:
-        # a last token that is only a label needs no window
-        return max(1, -(-(len(self.tokens) - 1) // self.sequence_length))
+        return _window_count(self.tokens, self.sequence_length)
 
     def __getitem__(self, number: int) -> Window:
         return window(self.tokens, number, self.sequence_length, self.vocab_size)
+
+
+def _window_count(tokens: Tokens, sequence_length: int) -> int:
+    # a last token that is only a label needs no window
+    return max(1, -(-(len(tokens) - 1) // sequence_length))
 
 
 def _closing(dataset: grain.IterDataset[Window]) -> Generator[Window, None, None]:

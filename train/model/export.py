@@ -15,7 +15,9 @@ from train.data.identity import require_identity
 from train.data.sources import find_sources
 from train.data.windows import batches
 from train.model.evaluate import evaluate, validation_windows
+from train.model.export_state import export_state, require_exportable
 from train.model.restore import load_directory, restore_run
+from train.model.training_state import FOLDER as STATE
 from train.model.verify import relative_difference, tolerance, torch_loss
 from train.monitoring.metrics_log import read_metrics
 from train.options import FILE, RunOptions
@@ -46,15 +48,25 @@ def export_model(model: LlamaForCausalLM, directory: Path, run: Path) -> None:
 
 
 def export_run(
-    folder: Path, options: RunOptions, directory: Path, *, step: int | None, dtype: Any
+    folder: Path,
+    options: RunOptions,
+    directory: Path,
+    *,
+    step: int | None,
+    dtype: Any,
+    with_optimizer: bool = False,
+    batches: int | None = None,
 ) -> int:
     """Write a checkpoint of the run as a Hugging Face directory; returns its step.
 
     Args:
         dtype: of the weights that are written; None for that of the parameters.
+        with_optimizer: also write what training continues from, see `train.model.training_state`.
+        batches: how many steps' batches that lists; None: all that remain.
 
     Raises:
-        ValueError: as `restore_run`; `directory` is a file, or contains a run or a checkpoint.
+        ValueError: as `restore_run`; `directory` is a file, or contains a run, a checkpoint or a training
+            state; with the optimizer, as `require_exportable`.
     """
     if directory.exists() and not directory.is_dir():
         raise ValueError(f"{directory}: is a file; choose another directory to export to")
@@ -64,10 +76,19 @@ def export_run(
         raise ValueError(
             f"{directory}: already contains a checkpoint; choose another directory or remove it"
         )
+    if (directory / STATE).exists():
+        raise ValueError(
+            f"{directory}: already contains a training state; choose another directory or remove it"
+        )
+    if with_optimizer:
+        require_exportable(folder, options, dtype)
     chosen, program, params = restore_run(folder, options, step)
     if dtype is not None:
         params = jax.tree.map(lambda leaf: leaf.astype(jnp.dtype(dtype)), params)
     export_model(model_of(program, params), directory, folder)
+    if with_optimizer:
+        del params  # the moments take its place
+        export_state(folder, options, directory, program, step=chosen, batches=batches)
     return chosen
 
 

@@ -27,8 +27,13 @@ def restore_run(folder: Path, options: RunOptions, step: int | None) -> tuple[in
     config = LlamaConfig.from_pretrained(folder)
     # nothing is trained, so a schedule that this version refuses must not be in the way
     defaults = RunOptions()
+    optimizer = dataclasses.replace(
+        defaults.optimizer,
+        name=options.optimizer.name,
+        state_dtype=options.optimizer.state_dtype,
+    )
     options = dataclasses.replace(
-        options, mesh=MeshOptions(), optimizer=defaults.optimizer, steps=defaults.steps
+        options, mesh=MeshOptions(), optimizer=optimizer, steps=defaults.steps
     )
     program = run_program(options, config, jax.devices()[:1])
     with closing(

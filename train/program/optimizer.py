@@ -69,11 +69,18 @@ DIRECTIONS: dict[str, Direction] = {
 def decay_mask(params: Any) -> Any:
     """True for weight matrices, including embedding and head; False for norms and biases."""
 
-    def is_matrix(path: tuple[Any, ...], _: Any) -> bool:
-        name = keystr(path, simple=True, separator=".")
-        return not name.endswith("bias") and "norm" not in name
+    return jax.tree_util.tree_map_with_path(
+        lambda path, _: decays(keystr(path, simple=True, separator=".")), params
+    )
 
-    return jax.tree_util.tree_map_with_path(is_matrix, params)
+
+def decays(name: str) -> bool:
+    """Whether weight decay applies to the parameter of a name, ours or Hugging Face's.
+
+    >>> decays("model.layers.0.mlp.up_proj.weight"), decays("model.norm.weight")
+    (True, False)
+    """
+    return not name.endswith("bias") and "norm" not in name
 
 
 def make_optimizer(

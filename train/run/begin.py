@@ -21,6 +21,7 @@ from train.monitoring.loggers import require_loggers
 from train.option_checks import validate
 from train.options import RunOptions, with_absolute_paths, with_defaults
 from train.program.build import run_program
+from train.run.continued import open_state, require_continuable, with_weights
 from train.run.folder import require_new, write_folder
 from train.run.lock import locked
 from train.run.loop import train_loop
@@ -36,6 +37,7 @@ def begin(options: RunOptions) -> None:
             loss that is not finite; a checkpoint that cannot be saved.
     """
     validate(options)
+    options = with_weights(options)
     folder = options.out
     require_new(folder)
     require_safe_path(folder)
@@ -58,6 +60,8 @@ def begin(options: RunOptions) -> None:
     program = run_program(options, config)
     if options.model.init_from is not None:
         _require_initial_weights(options, config, index)
+    if options.init_from is not None:
+        require_continuable(open_state(options.init_from), options, config, sources)
     with ExitStack() as stack:
         if jax.process_index() == 0:
             # only now: whatever can be refused has been refused before there is a folder

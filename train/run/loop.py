@@ -26,6 +26,7 @@ from train.options import RunOptions
 from train.options_toml import to_toml
 from train.program.build import Program, initial_opt_state, initial_params, model_of
 from train.program.donation import donatable
+from train.run.continued import continued_opt_state, open_state
 from train.run.evaluation import evaluate_step
 from train.run.folder import EXPORTS
 from train.run.stop import agreement, stop_signals
@@ -107,7 +108,7 @@ def train_loop(
 def _initial_state(
     program: Program, options: RunOptions, manager: ocp.CheckpointManager
 ) -> tuple[int, Any, Any]:
-    """Steps done, parameters, optimizer state: from a checkpoint, from other weights, or random."""
+    """Steps done, parameters, optimizer state: from a checkpoint, another run, other weights, or random."""
     restored = checkpoints.restore(
         manager, program.params, program.opt_state, model=program.config.to_dict()
     )
@@ -118,6 +119,9 @@ def _initial_state(
         params = initial_params(program, options.seed)
     else:
         params = donatable(load_params(LlamaForCausalLM, source, program.params))
+    if options.init_from is not None:
+        state = open_state(options.init_from)
+        return state.step, params, donatable(continued_opt_state(state, program))
     return 0, params, initial_opt_state(program, params)
 
 

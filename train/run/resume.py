@@ -11,10 +11,12 @@ from llama_jax.numerics.xla_options import reserve_gpu_memory, reserve_host_thre
 from train.checkpoints import require_safe_path
 from train.data import identity
 from train.data.sources import common_index, find_sources
+from train.model.training_state import TrainingState, require_intact
 from train.option_checks import validate
 from train.options import RunOptions, with_absolute_paths
 from train.program.build import run_program
 from train.run.changes import rejected_changes
+from train.run.continued import open_state
 from train.run.folder import last_saved_step, replace_options
 from train.run.lock import locked
 from train.run.loop import train_loop
@@ -39,7 +41,13 @@ def resume(folder: Path, saved: RunOptions, options: RunOptions) -> None:
     require_safe_path(folder)
     moved = identity.may_be_moved(folder, saved.data, options.data)
     expected = replace(saved, data=options.data) if moved else saved
-    if rejected := rejected_changes(expected, options, last_saved_step(folder)):
+    done = last_saved_step(folder)
+    state = open_state(saved.init_from) if not done and saved.init_from is not None else None
+    if isinstance(state, TrainingState):
+        require_intact(state)
+    if state is not None:
+        done = state.step
+    if rejected := rejected_changes(expected, options, done):
         raise ValueError(f"{folder}: these options cannot change on resume: {'; '.join(rejected)}")
     reserve_gpu_memory()
     reserve_host_threads()

@@ -1,0 +1,181 @@
+"""Read `torch.optim.AdamW.state_dict()`, saved as optimizer.pt beside a Hugging Face directory's weights."""
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import ml_dtypes
+import numpy as np
+
+from llama_jax.checkpoints.match import abstract_model, compare_shapes
+from llama_jax.checkpoints.names import name_table, unwrap_names
+from llama_jax.checkpoints.safetensors_read import all_finite
+from llama_jax.config import LlamaConfig
+from llama_jax.files.json_object import read_json_object
+from llama_jax.formatting import first_line, summarize
+from llama_jax.models.causal_lm import LlamaForCausalLM
+from train.options import OptimizerOptions
+from train.program.optimizer import decays
+
+FILE = "optimizer.pt"
+NAMES = "optimizer.json"
+_MOMENTS = ("exp_avg", "exp_avg_sq")
+# where trainers put it in the dictionary that they save
+_NESTED = ("optimizer", "optimizer_state_dict", "optim")
+
+
+class TorchOptimizer(NamedTuple):
+    """AdamW's state of a model.
+
+    tensors: Hugging Face name -> the moments by torch's names.
+    groups: Hugging Face name -> the hyperparameters of its group.
+    """
+
+    path: Path
+    step: int
+    tensors: dict[str, dict[str, Any]]
+    groups: dict[str, dict[str, Any]]
+
+    def read(self, moment: str, name: str, index: tuple[slice, ...], out: np.ndarray) -> None:
+        """Put a part of a moment into `out`. Raises ValueError for numbers that are not finite."""
+        out[...] = _numpy(self.tensors[name][moment][index]).astype(out.dtype)
+        if not all_finite(np.ascontiguousarray(out)):
+            raise ValueError(f"{self.path}: {name}: {moment} holds non-finite values as {out.dtype}")
+
+
+def read_optimizer(directory: Path) -> TorchOptimizer:
+    """The state in `directory`/optimizer.pt; its tensors stay in the file until they are read.
+
+    Parameters are found by their names: torch saves them since 2.6 if the optimizer was made with
+    `model.named_parameters()`; otherwise optimizer.json lists them, `{"param_names": [...]}`, in the
+    optimizer's order.
+
+    Raises:
+        ValueError: torch is not installed; a file that is damaged, or not an AdamW's; no names, or not as
+            many as parameters; moments or steps that are missing; parameters after different steps.
+    """
+    path = directory / FILE
+    content = _load(path)
+    content = next((content[key] for key in _NESTED if isinstance(content.get(key), Mapping)), content)
+    states, groups = content.get("state"), content.get("param_groups")
+    if not isinstance(states, Mapping) or not isinstance(groups, Sequence) or not groups:
+        raise ValueError(f"{path}: not what torch.optim.AdamW.state_dict() returns")
+    names = _names(path, groups)
+    group_of = {
+        names[key]: {field: value for field, value in group.items() if field != "params"}
+        for group in groups
+        for key in group["params"]
+    }
+    tensors: dict[str, dict[str, Any]] = {}
+    steps: dict[int, str] = {}
+    for key, state in states.items():
+        name = names.get(key)
+        if name is None:
+            raise ValueError(f"{path}: found the state of a parameter {key!r} that is in no group")
+        for field in ("step", *_MOMENTS):
+            if field not in state:
+                raise ValueError(
+                    f"{path}: {name}: found {', '.join(map(str, state)) or 'nothing'}, expected "
+                    f"{field} too, as torch.optim.AdamW has it"
+                )
+        if "max_exp_avg_sq" in state:
+            raise ValueError(f"{path}: {name}: found the state of amsgrad, expected plain AdamW's")
+        tensors[name] = {field: state[field] for field in _MOMENTS}
+        steps.setdefault(int(state["step"]), name)
+    if missing := [name for name in group_of if name not in tensors]:
+        raise ValueError(summarize(str(path), [f"{name}: has no moments" for name in missing]))
+    if len(steps) > 1 or min(steps) < 1:
+        shown = ", ".join(f"{step} at {name}" for step, name in sorted(steps.items())[:3])
+        raise ValueError(f"{path}: found steps {shown}, expected the same of all, at least 1")
+    return TorchOptimizer(path, min(steps), tensors, group_of)
+
+
+def require_fit(
+    state: TorchOptimizer, config: LlamaConfig, optimizer: OptimizerOptions
+) -> None:
+    """Raise ValueError unless the state is of a model of `config`, and of AdamW with these options."""
+    abstract = abstract_model(LlamaForCausalLM, config, "float32")
+    table = name_table(abstract)
+    problems = []
+    for moment in _MOMENTS:
+        shapes = {name: tuple(tensors[moment].shape) for name, tensors in state.tensors.items()}
+        problems += [
+            f"{moment} of {line}" for line in compare_shapes(shapes, table, abstract)
+        ]
+    if problems:
+        raise ValueError(summarize(f"{state.path}: {len(problems)} problems", problems))
+    for name, group in state.groups.items():
+        for unsupported in ("amsgrad", "maximize"):
+            if group.get(unsupported):
+                raise ValueError(f"{state.path}: {name}: found {unsupported}, expected AdamW without it")
+        decay = optimizer.weight_decay if decays(name) else 0.0
+        betas = tuple(group.get("betas", (None, None)))
+        for option, actual, expected in (
+            ("beta1", betas[0], optimizer.beta1),
+            ("beta2", betas[1], optimizer.beta2),
+            ("eps", group.get("eps"), optimizer.eps),
+            ("weight-decay", group.get("weight_decay"), decay),
+        ):
+            if not isinstance(actual, int | float) or not math.isclose(actual, expected):
+                remedy = f"pass --optimizer.{option}"
+                if option == "weight-decay" and (not decays(name) or actual == 0):
+                    remedy = "here weight decay applies to matrices, not to norms and biases"
+                raise ValueError(
+                    f"{state.path}: {name}: {option}: found {actual}, expected {expected}: {remedy}"
+                )
+        if decay and group.get("decoupled_weight_decay") is False:
+            raise ValueError(f"{state.path}: {name}: found Adam's coupled weight decay, expected AdamW")
+
+
+def _load(path: Path) -> Mapping[str, Any]:
+    try:
+        import torch
+    except ImportError:
+        raise ValueError(
+            f"{path}: torch is needed to read it; in the checkout: pip install '.[parity]'"
+        ) from None
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except Exception as error:  # damage shows as any exception
+        raise ValueError(f"{path}: cannot be read ({first_line(error)})") from None
+    if not isinstance(content, Mapping):
+        raise ValueError(f"{path}: found a {type(content).__name__}, expected a dictionary")
+    return content
+
+
+def _names(path: Path, groups: Sequence[Any]) -> dict[Any, str]:
+    """The name of each parameter, by its key in the state."""
+    try:
+        keys = [key for group in groups for key in group["params"]]
+    except (KeyError, TypeError):
+        raise ValueError(f"{path}: param_groups: not what torch.optim.AdamW writes") from None
+    listed = path.with_name(NAMES)
+    if all(isinstance(key, str) for key in keys):  # FSDP's
+        names = keys
+    elif all("param_names" in group for group in groups):
+        names = [name for group in groups for name in group["param_names"]]
+    elif listed.exists():
+        names = read_json_object(listed).get("param_names")
+        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+            raise ValueError(f"{listed}: param_names: not a list of names")
+        path = listed
+    else:
+        raise ValueError(
+            f"{path}: has no names of parameters: make the optimizer with model.named_parameters() (torch "
+            f'2.6), or write them in its order to {listed.name}, {{"param_names": [...]}}'
+        )
+    if len(names) != len(keys) or len(set(names)) != len(names):
+        raise ValueError(
+            f"{path}: found {len(set(names))} different names, expected one for each of {len(keys)} parameters"
+        )
+    unwrapped = unwrap_names(names)
+    return {key: unwrapped[name].name for key, name in zip(keys, names, strict=True)}
+
+
+def _numpy(tensor: Any) -> np.ndarray:
+    import torch
+
+    if tensor.dtype == torch.bfloat16:
+        return tensor.contiguous().view(torch.uint16).numpy().view(ml_dtypes.bfloat16)
+    return tensor.numpy()
