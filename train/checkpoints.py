@@ -175,9 +175,7 @@ def restore_params(manager: ocp.CheckpointManager, params: Any, step: int) -> An
     return restored
 
 
-def restore_part(
-    manager: ocp.CheckpointManager, params: Any, opt_state: Any, step: int
-) -> Any:
+def restore_part(manager: ocp.CheckpointManager, params: Any, opt_state: Any, step: int) -> Any:
     """Of the optimizer state of `step` only some leaves, so that the others take no memory.
 
     Args:

@@ -83,7 +83,7 @@ def export_state(
         with (staging / BATCHES).open("wb") as file:
             for numbers in batch_numbers(options, sources, step, step + listed):
                 file.write(numbers.astype("<i8").tobytes())
-        manifest = describe(options, program.config, sources, step=step, listed=listed)
+        manifest = describe(options, program.config, sources, step)
         manifest["files"] = {
             name: {"bytes": path.stat().st_size, "sha256": digest_of(path)}
             for name, path in listed_files(directory, staging).items()
@@ -96,9 +96,7 @@ def batch_numbers(
 ) -> Iterator[np.ndarray]:
     """Source and window of each row of the batches of steps `first` to `last`: [steps, rows, 2] int64."""
     rows = options.batch_size
-    order = window_numbers(
-        sources, sequence_length=options.sequence_length, seed=options.seed
-    )
+    order = window_numbers(sources, sequence_length=options.sequence_length, seed=options.seed)
     for start in range(first, last, _STEPS_AT_ONCE):
         stop = min(start + _STEPS_AT_ONCE, last)
         numbers = [order[number] for number in range(start * rows, stop * rows)]
@@ -106,12 +104,7 @@ def batch_numbers(
 
 
 def describe(
-    options: RunOptions,
-    config: LlamaConfig,
-    sources: Sequence[Source],
-    *,
-    step: int,
-    listed: int,
+    options: RunOptions, config: LlamaConfig, sources: Sequence[Source], step: int
 ) -> dict[str, Any]:
     """The contents of state.json, without the files."""
     optimizer = options.optimizer
@@ -139,8 +132,8 @@ def describe(
             "sequence_length": options.sequence_length,
             "batch_size": options.batch_size,
             "micro_batches": options.micro_batches,
-            "next_window": step * options.batch_size,
-            "batches": {"first_step": step, "steps": listed},
+            # the step of the first batch in batches.bin
+            "first_step": step,
             "sources": [_describe_source(source) for source in sources],
         },
         # keys of dropout are a function of the seed and the step

@@ -41,7 +41,9 @@ class TorchOptimizer(NamedTuple):
         """Put a part of a moment into `out`. Raises ValueError for numbers that are not finite."""
         out[...] = _numpy(self.tensors[name][moment][index]).astype(out.dtype)
         if not all_finite(np.ascontiguousarray(out)):
-            raise ValueError(f"{self.path}: {name}: {moment} holds non-finite values as {out.dtype}")
+            raise ValueError(
+                f"{self.path}: {name}: {moment} holds non-finite values as {out.dtype}"
+            )
 
 
 def read_optimizer(directory: Path) -> TorchOptimizer:
@@ -57,7 +59,9 @@ def read_optimizer(directory: Path) -> TorchOptimizer:
     """
     path = directory / FILE
     content = _load(path)
-    content = next((content[key] for key in _NESTED if isinstance(content.get(key), Mapping)), content)
+    content = next(
+        (content[key] for key in _NESTED if isinstance(content.get(key), Mapping)), content
+    )
     states, groups = content.get("state"), content.get("param_groups")
     if not isinstance(states, Mapping) or not isinstance(groups, Sequence) or not groups:
         raise ValueError(f"{path}: not what torch.optim.AdamW.state_dict() returns")
@@ -91,24 +95,22 @@ def read_optimizer(directory: Path) -> TorchOptimizer:
     return TorchOptimizer(path, min(steps), tensors, group_of)
 
 
-def require_fit(
-    state: TorchOptimizer, config: LlamaConfig, optimizer: OptimizerOptions
-) -> None:
+def require_fit(state: TorchOptimizer, config: LlamaConfig, optimizer: OptimizerOptions) -> None:
     """Raise ValueError unless the state is of a model of `config`, and of AdamW with these options."""
     abstract = abstract_model(LlamaForCausalLM, config, "float32")
     table = name_table(abstract)
     problems = []
     for moment in _MOMENTS:
         shapes = {name: tuple(tensors[moment].shape) for name, tensors in state.tensors.items()}
-        problems += [
-            f"{moment} of {line}" for line in compare_shapes(shapes, table, abstract)
-        ]
+        problems += [f"{moment} of {line}" for line in compare_shapes(shapes, table, abstract)]
     if problems:
         raise ValueError(summarize(f"{state.path}: {len(problems)} problems", problems))
     for name, group in state.groups.items():
         for unsupported in ("amsgrad", "maximize"):
             if group.get(unsupported):
-                raise ValueError(f"{state.path}: {name}: found {unsupported}, expected AdamW without it")
+                raise ValueError(
+                    f"{state.path}: {name}: found {unsupported}, expected AdamW without it"
+                )
         decay = optimizer.weight_decay if decays(name) else 0.0
         betas = tuple(group.get("betas", (None, None)))
         for option, actual, expected in (
@@ -125,7 +127,9 @@ def require_fit(
                     f"{state.path}: {name}: {option}: found {actual}, expected {expected}: {remedy}"
                 )
         if decay and group.get("decoupled_weight_decay") is False:
-            raise ValueError(f"{state.path}: {name}: found Adam's coupled weight decay, expected AdamW")
+            raise ValueError(
+                f"{state.path}: {name}: found Adam's coupled weight decay, expected AdamW"
+            )
 
 
 def _load(path: Path) -> Mapping[str, Any]:

@@ -158,7 +158,9 @@ def _require_same_data(state: TrainingState, sources: Sequence[Source]) -> None:
     listed = state.manifest["data"].get("sources")
     if not isinstance(listed, list) or len(listed) != len(sources):
         count = len(listed) if isinstance(listed, list) else 0
-        raise ValueError(f"data: found {len(sources)} token directories, expected {count} by {path}")
+        raise ValueError(
+            f"data: found {len(sources)} token directories, expected {count} by {path}"
+        )
     for (directory, weight), expected in zip(sources, listed, strict=True):
         digest = data_digest(read_index(directory))
         if digest != expected.get("digest"):
