@@ -32,8 +32,6 @@ def read(path, dtype):
 
 
 class Source:
-    """The training windows of a token directory, whose shards must be those listed."""
-
     def __init__(self, directory, listed, length):
         index, self.length = json.loads((directory / "index.json").read_text()), length
         if [[s["file"], s["tokens"], s["sha256"]] for s in index["splits"]["train"]] != listed:
@@ -79,10 +77,12 @@ def facts(path):
     return {"bytes": path.stat().st_size, "sha256": digest}
 
 
-def train(model, directory, out, steps, data=()):
-    """Train `model`, which has the weights of `directory`, for `steps` steps; write it to `out`."""
+def train(directory, out, steps, data, device, load=AutoModelForCausalLM.from_pretrained):
+    """Train the model in `directory` for `steps` steps, and write it and its state to `out`."""
     folder = directory / "training_state"
     state = json.loads((folder / "state.json").read_text())
+    if missing := {"step", "files", "data", "optimizer", "schedule", "rng"} - state.keys():
+        raise ValueError(f"{folder / 'state.json'}: has no {', '.join(sorted(missing))}")
     for name, listed in state["files"].items():
         if not (directory / name).is_file() or facts(directory / name) != listed:
             raise ValueError(f"{directory / name}: missing, or not what state.json lists")
@@ -93,7 +93,8 @@ def train(model, directory, out, steps, data=()):
         raise ValueError(f"{directory}: lists {len(order)} of {steps} batches, or {out} exists")
     pairs = zip(data or [s["path"] for s in batches["sources"]], batches["sources"], strict=True)
     sources = [Source(Path(p), s["shards"], batches["sequence_length"]) for p, s in pairs]
-    parameters, groups = dict(model.named_parameters()), ([], [])
+    model, groups = load(directory, dtype="auto").to(device).train(), ([], [])
+    parameters = dict(model.named_parameters())
     for name, parameter in parameters.items():
         groups[name in adamw["no_decay"]].append(parameter)
     groups = [{"params": groups[0], "weight_decay": adamw["weight_decay"]}, {"params": groups[1]}]
@@ -101,19 +102,20 @@ def train(model, directory, out, steps, data=()):
     for moment, tensors in (moments := {"exp_avg": {}, "exp_avg_sq": {}}).items():
         for path in (folder / moment).glob("*.safetensors"):
             tensors |= load_file(path)
-        if wrong := sorted(tensors.keys() ^ parameters.keys()):
-            raise ValueError(f"{folder / moment}: missing or unexpected: {', '.join(wrong)}")
+        pairs = [{(n, t.shape) for n, t in values.items()} for values in (tensors, parameters)]
+        if wrong := sorted({name for name, _ in pairs[0] ^ pairs[1]}):
+            raise ValueError(f"{folder / moment}: missing, unexpected or misshapen: {wrong}")
         for name, parameter in parameters.items():
             optimizer.state[parameter]["step"] = torch.tensor(float(first))
             tensors[name] = optimizer.state[parameter][moment] = tensors[name].to(parameter)
-    lines, bfloat16 = [], state["compute_dtype"] == "bfloat16"
+    lines = []
     for step, numbers in enumerate(order, first):
         torch.manual_seed(state["rng"]["seed"] + step)  # of dropout
         batch = torch.stack([sources[source].window(number) for source, number in numbers])
         count, total = max(int((batch[:, 3] != -100).sum()), 1), 0.0
         optimizer.zero_grad()
-        for rows in batch.to(parameter.device).chunk(batches["micro_batches"]):
-            loss, z_loss = losses(model, rows, bfloat16)
+        for rows in batch.to(device).chunk(batches["micro_batches"]):
+            loss, z_loss = losses(model, rows, state["compute_dtype"] == "bfloat16")
             ((loss + adamw["z_loss"] * z_loss) / count).backward()
             total += loss.item() / count
         norm = torch.stack([p.grad.norm() for p in parameters.values()]).norm().item()
@@ -141,9 +143,7 @@ if __name__ == "__main__":
     parser.add_argument("--steps", type=int, required=True)
     parser.add_argument("--data", nargs="*", default=[])
     parser.add_argument("--device", default="cpu")
-    args = parser.parse_args()
     try:
-        model = AutoModelForCausalLM.from_pretrained(args.directory, dtype="auto")
-        train(model.to(args.device).train(), args.directory, args.out, args.steps, args.data)
+        train(**vars(parser.parse_args()))
     except (OSError, ValueError) as error:
-        parser.exit(2, f"error: {error}\n")
+        parser.exit(2, f"error: {' '.join(str(error).split())}\n")

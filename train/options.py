@@ -175,7 +175,8 @@ class RunOptions:
     data: tuple[str, ...] = (STDLIB,)
     """token directories, PATH or PATH=WEIGHT; `stdlib` is the source code of Python's standard library"""
     init_from: Path | None = None
-    """directory of `export --with-optimizer` or `resume_torch.py`, or with torch's optimizer.pt: continue it"""
+    """continue the run whose weights and optimizer state are in this directory, with its options: of `export
+    --with-optimizer` or `resume_torch.py`; or a Hugging Face directory with torch's optimizer.pt"""
     steps: int = 300
     """optimizer steps"""
     batch_size: int = 8

@@ -15,7 +15,6 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from llama_jax.config import LlamaConfig
-from llama_jax.models.causal_lm import LlamaForCausalLM
 from parity_tests import resume_torch
 from parity_tests.harness.cases import BASE
 from parity_tests.reference.errors import worst
@@ -38,9 +37,15 @@ pytestmark = pytest.mark.usefixtures("compile_once")
 class OracleModel:
     """The oracle with the weights of a directory, called as transformers' model is."""
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, dtype: str) -> None:
         tensors = load_file(directory / "model.safetensors")
         self.weights = {name: tensor.double().requires_grad_() for name, tensor in tensors.items()}
+
+    def to(self, device: str) -> OracleModel:
+        return self
+
+    def train(self) -> OracleModel:
+        return self
 
     def named_parameters(self) -> Any:
         return self.weights.items()
@@ -124,7 +129,7 @@ def edited(directory: Path, edit: Callable[[dict[str, Any]], Any]) -> Path:
 
 
 def in_torch(directory: Path, out: Path, steps: int) -> Path:
-    resume_torch.train(OracleModel(directory), directory, out, steps)
+    resume_torch.train(directory, out, steps, [], "cpu", OracleModel)
     return out
 
 

@@ -41,12 +41,11 @@ def require_exportable(folder: Path, options: RunOptions, dtype: Any) -> None:
     """Raise ValueError if the state cannot be written for torch, or the data is not there."""
     if options.optimizer.name != "adamw":
         raise ValueError(
-            f"with-optimizer: found a run with {options.optimizer.name}, expected adamw, which torch has too"
+            f"with-optimizer: found {options.optimizer.name}, expected adamw: torch has the same"
         )
     if dtype is not None:
         raise ValueError(
-            f"dtype: found {dtype} with --with-optimizer: leave it out, a run continues from the weights as "
-            "they are"
+            f"dtype: found {dtype} with --with-optimizer: leave it out, to keep the weights as they are"
         )
     require_identity(
         folder, find_sources(options.data), "restore it, or export without --with-optimizer"

@@ -1,4 +1,4 @@
-"""Read `torch.optim.AdamW.state_dict()`, saved as optimizer.pt beside a Hugging Face directory's weights."""
+"""Read `torch.optim.AdamW.state_dict()`, saved as optimizer.pt beside the weights of a model."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -160,10 +160,10 @@ def _names(path: Path, groups: Sequence[Any]) -> dict[Any, str]:
     elif all("param_names" in group for group in groups):
         names = [name for group in groups for name in group["param_names"]]
     elif listed.exists():
-        names = read_json_object(listed).get("param_names")
-        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        content = read_json_object(listed).get("param_names")
+        if not isinstance(content, list) or not all(isinstance(name, str) for name in content):
             raise ValueError(f"{listed}: param_names: not a list of names")
-        path = listed
+        names, path = content, listed
     else:
         raise ValueError(
             f"{path}: has no names of parameters: make the optimizer with model.named_parameters() (torch "
@@ -171,7 +171,8 @@ def _names(path: Path, groups: Sequence[Any]) -> dict[Any, str]:
         )
     if len(names) != len(keys) or len(set(names)) != len(names):
         raise ValueError(
-            f"{path}: found {len(set(names))} different names, expected one for each of {len(keys)} parameters"
+            f"{path}: found {len(set(names))} different names, expected one for each of the {len(keys)} "
+            "parameters"
         )
     unwrapped = unwrap_names(names)
     return {key: unwrapped[name].name for key, name in zip(keys, names, strict=True)}

@@ -1,4 +1,4 @@
-"""The training state beside an exported model: a directory `training_state` that a torch loop can train on from.
+"""The training state beside an exported model: the directory `training_state`, to train on from elsewhere.
 
     state.json            step, optimizer, schedule, position in the data, and the SHA-256 of every file
     run.toml              the run's options, but for those of its machine
@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import optax
 
 from llama_jax.checkpoints.match import abstract_model, match_checkpoint
-from llama_jax.checkpoints.names import flat_params, name_table
+from llama_jax.checkpoints.names import name_table
 from llama_jax.checkpoints.weight_files import open_weights
 from llama_jax.config import LlamaConfig
 from llama_jax.files.json_object import read_json_object
@@ -102,6 +102,10 @@ def require_intact(state: TrainingState) -> None:
             raise ValueError(f"{manifest}: files: found {name!r}, expected a file in {directory}")
         if not path.is_file():
             raise ValueError(f"{path}: no such file, but {MANIFEST} lists it")
+        if not isinstance(expected, dict) or not {"bytes", "sha256"} <= expected.keys():
+            raise ValueError(
+                f"{manifest}: files: {name}: found {expected!r}, expected bytes and sha256"
+            )
         size, digest = expected["bytes"], expected["sha256"]
         if path.stat().st_size != size:
             raise ValueError(
