@@ -174,9 +174,6 @@ class RunOptions:
     """folder of the run"""
     data: tuple[str, ...] = (STDLIB,)
     """token directories, PATH or PATH=WEIGHT; `stdlib` is the source code of Python's standard library"""
-    init_from: Path | None = None
-    """continue the run whose weights and optimizer state are in this directory, with its options: of `export
-    --with-optimizer` or `resume_torch.py`; or a Hugging Face directory with torch's optimizer.pt"""
     steps: int = 300
     """optimizer steps"""
     batch_size: int = 8
@@ -187,6 +184,9 @@ class RunOptions:
     """split the batch into this many parts, run one after the other; gradients are summed"""
     seed: int = 0
     """seed of the initial weights, the order of the data and dropout"""
+    init_from: Path | None = None
+    """continue the run whose weights and optimizer state are in this directory: one of `export
+    --with-optimizer` or `resume_torch.py`, with its options, or of other programs with an optimizer.pt"""
     export_every: int = 0
     """steps between exports to Hugging Face directories in the run's folder; 0: none"""
     deterministic: bool = False

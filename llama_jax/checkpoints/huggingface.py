@@ -239,7 +239,7 @@ def place_tensors(
     params: dict[str, Any],
     read: Callable[[str, tuple[slice, ...], np.ndarray], None],
 ) -> dict[str, Any]:
-    """Arrays like `params` from tensors by Hugging Face's names; each process reads only its devices' parts.
+    """Arrays like `params` from tensors by Hugging Face's names; each process reads its devices' parts.
 
     Args:
         table: as `name_table` returns it.
