@@ -26,7 +26,7 @@ from llama_jax.numerics import matmul
 from parity_tests.report.measure.metrics import errors
 from parity_tests.report.programs.checkpoint import Checkpoint, open_checkpoint
 from parity_tests.report.programs.oracle_layers import OracleProgram
-from parity_tests.report.programs.program import OUTPUT
+from parity_tests.report.programs.steps import OUTPUT
 from parity_tests.report.tokens import bundled_tokens
 
 _ROWS = 64  # positions whose float64 logits are compared at once

@@ -23,8 +23,8 @@ from parity_tests.harness.compilation import FAST_COMPILE
 from parity_tests.harness.programs import our_inputs, our_model
 from parity_tests.reference import oracle
 from parity_tests.reference.errors import relative_error
-from parity_tests.report.programs import jax_layers, oracle_layers
-from parity_tests.report.programs.program import LAYER_STEPS, OUTPUT
+from parity_tests.report.programs import jax_steps, oracle_layers
+from parity_tests.report.programs.steps import AFTER_ATTENTION, LAYER_STEPS, OUTPUT
 
 Steps = dict[str, Any]
 
@@ -52,7 +52,7 @@ def oracle_steps(
         of_layer = {n.removeprefix(prefix): w for n, w in weights.items() if n.startswith(prefix)}
         layer_steps = oracle_layers.layer_steps(config, of_layer, x, cos, sin, visible)
         steps[f"{name}.input"] = x
-        steps[f"{name}.after_attention"] = x + layer_steps["self_attn.o_proj"]
+        steps[f"{name}.{AFTER_ATTENTION}"] = x + layer_steps["self_attn.o_proj"]
         steps |= {_full_name(name, step): value for step, value in layer_steps.items()}
         x = layer_steps[OUTPUT]
     x = steps["norm"] = oracle.rms_norm(x, weights["model.norm.weight"], config["rms_norm_eps"])
@@ -96,11 +96,13 @@ def our_steps(ours: LlamaForCausalLM, inputs: Mapping[str, Any], oracles: Steps)
         name = f"layers.{layer}"
         block = jax.tree.map(lambda stacked, layer=layer: stacked[layer], decoder.layers)
         layer_inputs = {
-            step: exact[_full_name(name, step)] for step in (*LAYER_STEPS, "after_attention")
+            step: exact[_full_name(name, step)] for step in (*LAYER_STEPS, AFTER_ATTENTION)
         }
-        layer_steps = jax_layers.layer_steps(
-            block, exact[f"{name}.input"], cos, sin, mask, layer_inputs
+        x = exact[f"{name}.input"]
+        layer_steps = jax_steps.layer_steps(
+            block, x, cos, sin, mask, lambda step, _, of_layer=layer_inputs: of_layer[step]
         )
+        layer_steps[OUTPUT] = jax_steps.call_layer(block, x, cos, sin, mask)
         steps |= {_full_name(name, step): layer_steps[step] for step in LAYER_STEPS}
     steps["norm"] = decoder.norm(exact[f"layers.{config.num_hidden_layers - 1}"])
     head = decoder.embed_tokens if config.tie_word_embeddings else ours.lm_head

@@ -8,7 +8,8 @@ from torch import Tensor
 
 from parity_tests.report.measure.metrics import Comparison, compare
 from parity_tests.report.programs.checkpoint import EMBEDDING
-from parity_tests.report.programs.program import OUTPUT, Programs
+from parity_tests.report.programs.program import Programs
+from parity_tests.report.programs.steps import OUTPUT
 
 
 def backward(

@@ -7,7 +7,8 @@ import numpy as np
 from torch import Tensor
 
 from parity_tests.report.measure.metrics import Comparison, compare
-from parity_tests.report.programs.program import OUTPUT, Programs, Steps
+from parity_tests.report.programs.program import Programs, Steps
+from parity_tests.report.programs.steps import OUTPUT
 
 
 class Forward(NamedTuple):

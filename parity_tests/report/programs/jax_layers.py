@@ -10,16 +10,16 @@ import numpy as np
 from flax import nnx
 from torch import Tensor
 
-from llama_jax import LlamaConfig, LlamaForCausalLM
+from llama_jax import LlamaForCausalLM
 from llama_jax.attention import masks
 from llama_jax.attention.masks import AttentionMask
 from llama_jax.checkpoints import huggingface
 from llama_jax.models import causal_lm, decoder, layers
 from parity_tests.report.programs.checkpoint import EMBEDDING, NORM, Checkpoint, read, read_layer
-from parity_tests.report.programs.program import LAYER_STEPS, OUTPUT, Gradients, Steps
+from parity_tests.report.programs.jax_steps import Arrays, call_layer, decoder_layer, layer_steps
+from parity_tests.report.programs.program import Gradients, Steps
+from parity_tests.report.programs.steps import LAYER_STEPS, OUTPUT
 from parity_tests.report.programs.tensors import as_torch
-
-Arrays = dict[str, jax.Array]
 
 
 class JaxProgram:
@@ -105,75 +105,19 @@ class JaxProgram:
 
     def _layer(self, index: int) -> layers.DecoderLayer:
         tensors = read_layer(self.checkpoint, index, self.dtype)
-        tensors = {f"layers.0.{name}": tensor for name, tensor in tensors.items()}
-        stack = huggingface.from_hf_tensors(_OneLayer, self.config, tensors, self.dtype)
-        return jax.tree.map(lambda stacked: stacked[0], stack.layers)
-
-
-class _OneLayer(nnx.Module):
-    """A stack of one decoder layer, which the library's own reader can fill."""
-
-    def __init__(self, config: LlamaConfig, *, rngs: nnx.Rngs, dtype: Any):
-        self.config = config
-        self.layers = layers.DecoderLayer(config, stack=(1,), dtype=dtype, rngs=rngs)
-
-
-def layer_steps(
-    layer: layers.DecoderLayer,
-    x: jax.Array,
-    cos: jax.Array,
-    sin: jax.Array,
-    mask: AttentionMask,
-    inputs: Mapping[str, jax.Array] | None = None,
-) -> Arrays:
-    """Every intermediate of a decoder layer by `LAYER_STEPS`, its modules run one after the other.
-
-    Args:
-        x [B, T, H]; cos, sin [B, T, D / 2].
-        inputs: what each module reads instead of what the modules before it returned, by the same names;
-            `after_attention` is the sum of x and `self_attn.o_proj`.
-    """
-    attn, mlp = layer.self_attn, layer.mlp
-    steps: Arrays = {}
-    inputs = steps if inputs is None else inputs
-    heads = (*x.shape[:2], -1, attn.head_dim)
-    steps["input_layernorm"] = layer.input_layernorm(x)
-    for p in "qkv":
-        steps[f"self_attn.{p}_proj"] = getattr(attn, f"{p}_proj")(inputs["input_layernorm"])
-    for p in "qk":
-        projected = inputs[f"self_attn.{p}_proj"].reshape(heads)
-        steps[f"self_attn.rotate.{p}"] = layers.rotate(projected, cos, sin)
-    q, k = inputs["self_attn.rotate.q"], inputs["self_attn.rotate.k"]
-    mixed, _ = layers.attention(q, k, inputs["self_attn.v_proj"].reshape(heads), mask)
-    steps["self_attn.attention"] = mixed.reshape(*x.shape[:2], -1)
-    steps["self_attn.o_proj"] = attn.o_proj(inputs["self_attn.attention"])
-    steps["after_attention"] = x + steps["self_attn.o_proj"]
-    normed = layer.post_attention_layernorm(inputs["after_attention"])
-    steps["post_attention_layernorm"] = normed
-    steps["mlp.gate_proj"] = mlp.gate_proj(inputs["post_attention_layernorm"])
-    steps["mlp.up_proj"] = mlp.up_proj(inputs["post_attention_layernorm"])
-    act = layers.ACTIVATIONS[mlp.hidden_act]
-    steps["mlp.act"] = act(inputs["mlp.gate_proj"]) * inputs["mlp.up_proj"]
-    steps["mlp.down_proj"] = mlp.down_proj(inputs["mlp.act"])
-    steps[OUTPUT] = _call_layer(layer, x, cos, sin, mask)
-    return steps
-
-
-def _call_layer(
-    layer: layers.DecoderLayer, x: jax.Array, cos: jax.Array, sin: jax.Array, mask: AttentionMask
-) -> jax.Array:
-    return layer(x, layers.LayerCall(cos, sin, mask)).hidden
+        return decoder_layer(self.config, tensors, self.dtype)
 
 
 @jax.jit
 def _run_layer(layer: Any, x: jax.Array, cos: jax.Array, sin: jax.Array) -> Arrays:
-    return layer_steps(layer, x, cos, sin, AttentionMask())
+    mask = AttentionMask()
+    return layer_steps(layer, x, cos, sin, mask) | {OUTPUT: call_layer(layer, x, cos, sin, mask)}
 
 
 @jax.jit
 def _layer_vjp(layer: Any, x: jax.Array, cos: jax.Array, sin: jax.Array, cotangent: Any) -> Any:
     def run(layer: Any, x: jax.Array) -> jax.Array:
-        return _call_layer(layer, x, cos, sin, AttentionMask())
+        return call_layer(layer, x, cos, sin, AttentionMask())
 
     return jax.vjp(run, layer, x)[1](cotangent)
 

@@ -10,7 +10,8 @@ from torch.nn.functional import cross_entropy
 
 from parity_tests.reference import oracle
 from parity_tests.report.programs.checkpoint import EMBEDDING, NORM, Checkpoint, read, read_layer
-from parity_tests.report.programs.program import OUTPUT, Gradients, Steps
+from parity_tests.report.programs.program import Gradients, Steps
+from parity_tests.report.programs.steps import AFTER_ATTENTION, OUTPUT, Read, as_computed
 from parity_tests.report.programs.tensors import as_torch, gradients
 
 _QUERIES = 128  # at a time: float64 scores of a whole sequence would be the largest array of all
@@ -96,23 +97,27 @@ def layer_steps(
     cos: Tensor,
     sin: Tensor,
     visible: Tensor,
+    read: Read = as_computed,
 ) -> Steps:
     """Every intermediate of a decoder layer, by `LAYER_STEPS`, in forward order.
 
     `weights` are the layer's, by their names in it. x [B, T, H]; cos, sin [B, T, D]; `visible`
-    [B, 1, T, T] shows nothing beyond the diagonal. Rotated heads are [B, T, heads, D].
+    [B, 1, T, T] shows nothing beyond the diagonal. Rotated heads are [B, T, heads, D]. `read`: what later
+    steps read in place of a step's value.
     """
     batch, length, _ = x.shape
     eps, dim, slices = config["rms_norm_eps"], oracle.head_dim(config), config.get("pretraining_tp")
     steps: Steps = {}
 
+    def step(name: str, value: Tensor) -> Tensor:
+        steps[name] = value
+        return read(name, value)
+
     def linear(name: str, x: Tensor, slices: int | None = 1) -> Tensor:
-        steps[name] = oracle.linear(weights, name, x, slices or 1)
-        return steps[name]
+        return step(name, oracle.linear(weights, name, x, slices or 1))
 
     def norm(name: str, x: Tensor) -> Tensor:
-        steps[name] = oracle.rms_norm(x, weights[f"{name}.weight"], eps)
-        return steps[name]
+        return step(name, oracle.rms_norm(x, weights[f"{name}.weight"], eps))
 
     normed = norm("input_layernorm", x)
     q, k, v = (
@@ -120,15 +125,17 @@ def layer_steps(
         for p in "qkv"
     )
     q, k = oracle.rotate(q, cos, sin), oracle.rotate(k, cos, sin)
-    for name, rotated in (("q", q), ("k", k)):
-        steps[f"self_attn.rotate.{name}"] = rotated.transpose(1, 2)
+    q, k = (
+        step(f"self_attn.rotate.{name}", rotated.transpose(1, 2)).transpose(1, 2)
+        for name, rotated in (("q", q), ("k", k))
+    )
     mixed = _attention(q, k, v, visible).transpose(1, 2).reshape(batch, length, -1)
-    steps["self_attn.attention"] = mixed
-    x = x + linear("self_attn.o_proj", mixed, slices)
+    mixed = step("self_attn.attention", mixed)
+    x = read(AFTER_ATTENTION, x + linear("self_attn.o_proj", mixed, slices))
     normed = norm("post_attention_layernorm", x)
     gate, up = linear("mlp.gate_proj", normed), linear("mlp.up_proj", normed)
-    steps["mlp.act"] = oracle.ACTIVATIONS[config["hidden_act"]](gate) * up
-    steps[OUTPUT] = x + linear("mlp.down_proj", steps["mlp.act"], slices)
+    product = step("mlp.act", oracle.ACTIVATIONS[config["hidden_act"]](gate) * up)
+    steps[OUTPUT] = x + linear("mlp.down_proj", product, slices)
     return steps
 
 

@@ -18,24 +18,6 @@ from parity_tests.report.programs.checkpoint import Checkpoint
 Steps = dict[str, Tensor]
 Gradients = dict[str, Tensor]
 
-OUTPUT = ""  # a layer's output has the layer's name and none of its own
-
-# The intermediates of a decoder layer in forward order, by the names of Hugging Face's modules.
-LAYER_STEPS = (
-    "input_layernorm",
-    *(f"self_attn.{name}_proj" for name in "qkv"),
-    "self_attn.rotate.q",
-    "self_attn.rotate.k",
-    "self_attn.attention",
-    "self_attn.o_proj",
-    "post_attention_layernorm",
-    "mlp.gate_proj",
-    "mlp.up_proj",
-    "mlp.act",
-    "mlp.down_proj",
-    OUTPUT,
-)
-
 
 class Program(Protocol):
     """A Llama, one layer at a time.

@@ -12,7 +12,8 @@ from parity_tests.reference.errors import rms_error, worst
 from parity_tests.report.programs.checkpoint import EMBEDDING, open_checkpoint
 from parity_tests.report.programs.jax_layers import JaxProgram
 from parity_tests.report.programs.oracle_layers import OracleProgram
-from parity_tests.report.programs.program import LAYER_STEPS, OUTPUT, CanGenerate, Program
+from parity_tests.report.programs.program import CanGenerate, Program
+from parity_tests.report.programs.steps import LAYER_STEPS, OUTPUT
 from parity_tests.report.programs.torch_layers import TorchProgram
 
 LENGTH = 40

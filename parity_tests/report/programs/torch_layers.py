@@ -12,7 +12,8 @@ from transformers.models.llama import modeling_llama as hf
 
 from llama_jax.formatting import first_line
 from parity_tests.report.programs.checkpoint import EMBEDDING, NORM, Checkpoint, read, read_layer
-from parity_tests.report.programs.program import LAYER_STEPS, OUTPUT, Gradients, Steps
+from parity_tests.report.programs.program import Gradients, Steps
+from parity_tests.report.programs.steps import LAYER_STEPS, OUTPUT
 from parity_tests.report.programs.tensors import as_torch, gradients, torch_dtype
 
 _LOSS_BLOCK = 256  # positions whose logits are in memory at once

@@ -1,0 +1,848 @@
+"""Record what a Llama in PyTorch computes, to be checked on another machine.
+
+This file needs torch, safetensors and the standard library; copy it to wherever the model runs.
+
+    python record_torch.py HF_DIR --out TRACE             a checkpoint, by transformers
+
+    from record_torch import record, recording
+
+    record(model, ids, "TRACE")                           any model, for one forward and backward pass
+    with recording(model, "TRACE") as trace:              a training step of your own
+        loss = cross_entropy(model(ids)[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
+        trace.loss(loss, labels=ids)
+        loss.backward()
+        trace.step(optimizer)
+
+A trace is a folder: safetensors files, one for each layer and direction, and manifest.json, written last.
+In a checkout of the project, `python -m parity_tests check TRACE --model HF_DIR` then says whether the model
+computes what its checkpoint should compute, and where it departs first. At most one layer's arrays are held
+in memory.
+
+Arrays are named after Hugging Face's modules, whatever the model calls its own: `model.layers.3.mlp.up_proj`
+and then `.output` or `.input`; `.output_grad` or `.input_grad` for the gradient of the loss with respect to
+that array; `.weight.grad` for a parameter's. Models of Hugging Face, Meta, torchtitan and LitGPT are
+recognized. For any other, `names` maps its modules to Hugging Face's:
+
+    names = {
+        "blocks.{layer}": "model.layers.{layer}",
+        "blocks.{layer}.attn.q": "model.layers.{layer}.self_attn.q_proj:pairs",
+        "blocks.{layer}.attn.kv": ("model.layers.{layer}.self_attn.k_proj:pairs",
+                                   "model.layers.{layer}.self_attn.v_proj"),
+        ...
+    }
+
+A tuple is a fused projection, whose output has the parts side by side. `:pairs` marks projections whose rows
+are in Meta's order, where the two features that rotary embeddings turn together are neighbours.
+"""
+
+import argparse
+import contextlib
+import hashlib
+import json
+import os
+import platform
+import re
+import shutil
+import sys
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy, scaled_dot_product_attention
+from torch.overrides import TorchFunctionMode
+
+FORMAT = 1
+NameMap = Mapping[str, str | tuple[str, ...]]
+
+_LAYER = "model.layers.{layer}"
+_MODULES = (
+    *("input_layernorm", "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+    *("self_attn.o_proj", "post_attention_layernorm"),
+    *("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"),
+)
+# modules whose input is recorded too: it is the output of none
+_WITH_INPUT = ("self_attn.o_proj", "post_attention_layernorm", "mlp.down_proj")
+_ROTARY = "model.rotary_emb"
+
+
+def _map(
+    ends: tuple[str, str, str], layer: str, modules: Mapping[str, str | tuple[str, ...]]
+) -> NameMap:
+    """Of embedding, final norm and head; of the layers; and of the modules in a layer."""
+
+    def in_layer(name: str) -> str:
+        return f"{_LAYER}.{name}"
+
+    return {
+        ends[0]: "model.embed_tokens",
+        layer: _LAYER,
+        **{
+            f"{layer}.{module}": in_layer(to) if isinstance(to, str) else tuple(map(in_layer, to))
+            for module, to in modules.items()
+        },
+        ends[1]: "model.norm",
+        ends[2]: "lm_head",
+    }
+
+
+HUGGING_FACE = _map(
+    ("model.embed_tokens", "model.norm", "lm_head"), _LAYER, {name: name for name in _MODULES}
+)
+META = _map(  # and torchtitan
+    ("tok_embeddings", "norm", "output"),
+    "layers.{layer}",
+    {
+        "attention_norm": "input_layernorm",
+        "attention.wq": "self_attn.q_proj:pairs",
+        "attention.wk": "self_attn.k_proj:pairs",
+        "attention.wv": "self_attn.v_proj",
+        "attention.wo": "self_attn.o_proj",
+        "ffn_norm": "post_attention_layernorm",
+        "feed_forward.w1": "mlp.gate_proj",
+        "feed_forward.w3": "mlp.up_proj",
+        "feed_forward.w2": "mlp.down_proj",
+    },
+)
+LITGPT = _map(
+    ("transformer.wte", "transformer.ln_f", "lm_head"),
+    "transformer.h.{layer}",
+    {
+        "norm_1": "input_layernorm",
+        "attn.qkv": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+        "attn.proj": "self_attn.o_proj",
+        "norm_2": "post_attention_layernorm",
+        "mlp.fc_1": "mlp.gate_proj",
+        "mlp.fc_2": "mlp.up_proj",
+        "mlp.proj": "mlp.down_proj",
+    },
+)
+KNOWN = {"Hugging Face": HUGGING_FACE, "Meta and torchtitan": META, "LitGPT": LITGPT}
+
+
+class Heads(NamedTuple):
+    """Query heads, key/value heads and the size of one."""
+
+    query: int
+    key: int
+    dim: int
+
+
+class _Part(NamedTuple):
+    """A module of Hugging Face's within one of the model's: its rows, and whether pairs are neighbours."""
+
+    name: str
+    rows: slice
+    pairs: bool
+
+
+def record(
+    model: nn.Module,
+    ids: Tensor,
+    out: str | os.PathLike[str],
+    *,
+    labels: Tensor | None = None,
+    names: NameMap | None = None,
+    heads: tuple[int, int, int] | None = None,
+    backward: bool = True,
+    settings: Mapping[str, Any] | None = None,
+    **inputs: Tensor,
+) -> Path:
+    """Run `model` once on `ids` and write a trace of it.
+
+    The loss is transformers', or for other models the mean cross-entropy of the logits that they return.
+
+    Args:
+        model: a causal language model; in evaluation mode, unless it has no dropout.
+        ids: token ids [B, T].
+        out: the folder to write; must not exist.
+        labels: [B, T], not shifted, -100 where none counts; default: `ids`.
+        names, heads, settings: as for `recording`.
+        backward: record gradients too.
+        inputs: further tensors to call the model with, such as `attention_mask` and `position_ids`.
+
+    Returns:
+        The folder.
+
+    Raises:
+        ValueError: as `recording`.
+    """
+    labels = ids if labels is None else labels
+    with recording(model, out, names=names, heads=heads, settings=settings) as trace:
+        with contextlib.nullcontext() if backward else torch.no_grad():
+            if hasattr(model, "config") and hasattr(model, "generate"):
+                loss = model(input_ids=ids, labels=labels, **inputs).loss
+            else:
+                logits = _first_tensor(model(ids, **inputs))
+                targets = labels[:, 1:].flatten().to(logits.device)
+                loss = cross_entropy(logits[:, :-1].flatten(0, 1).float(), targets)
+        trace.loss(loss, labels=labels)
+        if backward:
+            loss.backward()
+    if backward:
+        model.zero_grad(set_to_none=True)
+    return trace.folder
+
+
+@contextlib.contextmanager
+def recording(
+    model: nn.Module,
+    out: str | os.PathLike[str],
+    *,
+    names: NameMap | None = None,
+    heads: tuple[int, int, int] | None = None,
+    settings: Mapping[str, Any] | None = None,
+    quiet: bool = False,
+) -> Iterator["Recorder"]:
+    """Record the one call of `model` within the block, and its backward pass if there is one.
+
+    How large the trace will be is printed on stderr before anything is written.
+
+    Args:
+        model: a causal language model that is called with token ids [B, T].
+        out: the folder to write; must not exist. After an error nothing is left of it.
+        names: the model's modules by Hugging Face's names, see above; default: found by itself.
+        heads: query heads, key/value heads, size of a head; needed for `:pairs` and fused projections,
+            default: those of `model.config`.
+        settings: of precision, what cannot be seen from here: `matmul` is "float32", "tf32", "bfloat16" or
+            "float16", the format to which operands of float32 matmuls are rounded.
+        quiet: print nothing.
+
+    Raises:
+        ValueError: torch is too old, names that are not the model's, a folder that exists, too little room
+            on its disk, gradients from before, or more or fewer than one call.
+    """
+    _require_hooks()
+    recorder = Recorder(model, Path(out), names, heads, settings or {}, quiet)
+    with recorder:
+        yield recorder
+
+
+class Recorder:
+    """Hooks on a model and the folder that they write to; made by `recording`."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        folder: Path,
+        names: NameMap | None,
+        heads: tuple[int, int, int] | None,
+        settings: Mapping[str, Any],
+        quiet: bool,
+    ) -> None:
+        if os.path.lexists(folder):
+            raise ValueError(f"{folder}: exists, expected a new folder")
+        if not folder.absolute().parent.is_dir():
+            raise ValueError(f"{folder.parent}: no such directory")
+        self.model, self.folder, self.settings, self.quiet = model, folder, settings, quiet
+        self.heads = _heads(model) if heads is None else Heads(*heads)
+        self.modules = _modules(model, _known_names(model) if names is None else names, self.heads)
+        self.parameters = dict(_parameters(self.modules))
+        if any(parameter.grad is not None for _, parameter in self.parameters.values()):
+            raise ValueError("the model has gradients already: call model.zero_grad() first")
+        self._handles: list[Any] = []
+        self._stack = contextlib.ExitStack()
+        self._calls, self._layer = 0, ""
+        self._outputs: set[str] = set()
+        self._dtypes: set[str] = set()
+        self._manifest: dict[str, Any] = {}
+        self._writer = _Writer(folder.with_name(f".{folder.name}.partial"))
+
+    def __enter__(self) -> "Recorder":
+        self._writer.folder.mkdir()
+        try:
+            self._hook()
+        except BaseException:
+            self.__exit__(*sys.exc_info())
+            raise
+        return self
+
+    def __exit__(self, kind: Any, error: Any, traceback: Any) -> None:
+        self._stack.close()
+        for handle in self._handles:
+            handle.remove()
+        try:
+            if kind is None:
+                if self._calls != 1:
+                    raise ValueError(
+                        f"the model was called {self._calls} times while recording, expected once"
+                    )
+                self._finish()
+        finally:
+            shutil.rmtree(self._writer.folder, ignore_errors=True)
+
+    def loss(self, loss: Tensor, labels: Tensor | None = None) -> None:
+        """Record the loss, and the labels [B, T] that it is of, not shifted."""
+        self._writer.add("loss", loss)
+        if labels is not None:
+            self._writer.add("labels", labels)
+
+    def step(self, optimizer: torch.optim.Optimizer, max_norm: float | None = None) -> None:
+        """Record an optimizer step, which is taken here.
+
+        Args:
+            optimizer: Adam, AdamW or SGD.
+            max_norm: clip the gradient to this norm first, as `torch.nn.utils.clip_grad_norm_` does.
+        """
+        names = {id(parameter): name for name, (_, parameter) in self.parameters.items()}
+        fields = ("lr", "betas", "eps", "weight_decay", "momentum", "decoupled_weight_decay")
+        groups, steps = [], set()
+        for group in optimizer.param_groups:
+            of_group = [names[id(p)] for p in group["params"] if id(p) in names]
+            groups.append(
+                {key: group[key] for key in fields if key in group} | {"parameters": of_group}
+            )
+            for parameter in group["params"]:
+                name, state = names.get(id(parameter)), optimizer.state.get(parameter, {})
+                steps.add(int(state.get("step", 0)))
+                for moment in ("exp_avg", "exp_avg_sq", "momentum_buffer"):
+                    if name is not None and state.get(moment) is not None:
+                        self._add_parameter(f"{name}.{moment}", name, state[moment])
+        norm = None
+        if max_norm is not None:
+            norm = float(nn.utils.clip_grad_norm_(self.model.parameters(), max_norm))
+        optimizer.step()
+        for name, (_, parameter) in self.parameters.items():
+            self._add_parameter(f"{name}.stepped", name, parameter)
+        self._manifest["optimizer"] = {
+            "class": type(optimizer).__name__,
+            "step": max(steps, default=0),
+            "max_norm": max_norm,
+            "norm": norm,
+            "groups": groups,
+        }
+
+    def _hook(self) -> None:
+        handles = self._handles
+        handles.append(self.model.register_forward_pre_hook(self._begin, with_kwargs=True))
+        for module, parts in self.modules:
+            names = [part.name for part in parts]
+            if re.fullmatch(r"model\.layers\.\d+", names[0]):
+                handles.append(
+                    module.register_forward_pre_hook(
+                        lambda _, __, layer=names[0]: setattr(self, "_layer", layer)
+                    )
+                )
+            if names[0].endswith(_WITH_INPUT):
+
+                def record_input(_: Any, arguments: Any, options: Any, parts: Any = parts) -> None:
+                    x = _first_tensor([*arguments, *options.values()])
+                    self._activation(parts, "input", x)
+
+                handles.append(module.register_forward_pre_hook(record_input, with_kwargs=True))
+
+            def record_output(_: Any, __: Any, output: Any, parts: Any = parts) -> None:
+                self._activation(parts, "output", _first_tensor(output))
+
+            handles.append(module.register_forward_hook(record_output))
+        rotary = dict(self.model.named_modules()).get(_ROTARY)
+        if rotary is not None:
+
+            def record_angles(_: Any, __: Any, output: Any) -> None:
+                if isinstance(output, tuple) and len(output) == 2:
+                    for name, values in zip(("cos", "sin"), output, strict=True):
+                        self._add(f"{_ROTARY}.{name}", values)
+
+            handles.append(rotary.register_forward_hook(record_angles))
+        for name, (part, parameter) in self.parameters.items():
+            if parameter.requires_grad and part.rows.start is None:
+                handles.append(
+                    parameter.register_post_accumulate_grad_hook(
+                        lambda p, name=name: self._add_parameter(f"{name}.grad", name, p.grad)
+                    )
+                )
+        by_tensor: dict[int, list[str]] = {}
+        for name, (part, parameter) in self.parameters.items():
+            if parameter.requires_grad and part.rows.start is not None:
+                by_tensor.setdefault(id(parameter), []).append(name)
+        for of_tensor in by_tensor.values():  # of fused projections
+
+            def record_parts(p: Tensor, names: list[str] = of_tensor) -> None:
+                for name in names:
+                    self._add_parameter(f"{name}.grad", name, p.grad)
+
+            parameter = self.parameters[of_tensor[0]][1]
+            handles.append(parameter.register_post_accumulate_grad_hook(record_parts))
+        self._stack.enter_context(_Attention(self))
+
+    def _begin(self, _: nn.Module, arguments: Any, options: Mapping[str, Any]) -> None:
+        """The model is called: write what it is called with, and tell how large the trace will be."""
+        self._calls += 1
+        if self._calls > 1:
+            return
+        ids = options.get("input_ids", arguments[0] if arguments else None)
+        if not isinstance(ids, Tensor) or ids.ndim != 2 or ids.is_floating_point():
+            raise ValueError("the model was not called with token ids [batch, length]")
+        size = self._size(*ids.shape)
+        room = shutil.disk_usage(self._writer.folder).free
+        if size > room:
+            raise ValueError(
+                f"{self.folder}: the trace takes about {size / 1e9:.2f} GB, and {room / 1e9:.2f} GB are free"
+            )
+        if not self.quiet:
+            print(f"recording about {size / 1e9:.2f} GB into {self.folder}", file=sys.stderr)
+        inputs = {"input_ids": ids} | {
+            name: options[name]
+            for name in ("attention_mask", "position_ids", "segment_ids")
+            if isinstance(options.get(name), Tensor)
+        }
+        for name, values in inputs.items():
+            self._writer.add(name, values)
+        self._manifest |= self._facts()
+
+    def _size(self, batch: int, length: int) -> int:
+        """Bytes of the trace."""
+        size, with_gradient = 0, torch.is_grad_enabled()
+        hidden = 0
+        for module, parts in self.modules:
+            weight = getattr(module, "weight", None)
+            if parts[0].name == "model.embed_tokens" and weight is not None:
+                hidden = weight.shape[-1]
+            itemsize = next(module.parameters()).element_size()
+            width = hidden if weight is None else weight.shape[0]
+            width = weight.shape[-1] if parts[0].name == "model.embed_tokens" else width
+            if parts[0].name.endswith(_WITH_INPUT) and weight is not None:
+                width += weight.shape[-1]
+            if parts[0].name.endswith(("q_proj", "k_proj")):
+                heads = (
+                    (self.heads.query + self.heads.key) * self.heads.dim
+                    if len(parts) > 1
+                    else width
+                )
+                width += heads  # rotated
+            size += batch * length * width * itemsize * (1 + with_gradient)
+        if with_gradient:
+            tensors = {id(p): p.numel() * p.element_size() for _, p in self.parameters.values()}
+            size += sum(tensors.values())
+        return size
+
+    def _activation(self, parts: Sequence[_Part], kind: str, tensor: Tensor | None) -> None:
+        """Record an output or input of a module, and later its gradient."""
+        if tensor is None or self._calls != 1 or f"{parts[0].name}.{kind}" in self._outputs:
+            return  # a layer that is computed again for its gradient
+        self._outputs.add(f"{parts[0].name}.{kind}")
+        self._add_parts(parts, kind, tensor)
+        if kind == "output":
+            self._dtypes.add(str(tensor.dtype).removeprefix("torch."))
+        if tensor.requires_grad:
+            tensor.register_hook(lambda grad: self._add_parts(parts, f"{kind}_grad", grad))
+
+    def _add_parts(self, parts: Sequence[_Part], kind: str, tensor: Tensor) -> None:
+        for part in parts:
+            values = tensor if kind.startswith("input") else tensor[..., part.rows]
+            if part.pairs:
+                values = _halves(values, -1, self.heads.dim)
+            self._add(f"{part.name}.{kind}", values)
+
+    def _add_parameter(self, name: str, of: str, values: Tensor | None) -> None:
+        if values is not None:
+            self._add(name, _in_hugging_faces_rows(values, self.parameters[of][0], self.heads))
+
+    def _add(self, name: str, values: Tensor) -> None:
+        self._writer.add(name, values)
+
+    def attention(self, query: Tensor, key: Tensor) -> None:
+        """Record rotated queries and keys [B, heads, T, D], as attention gets them."""
+        name = f"{self._layer}.self_attn.rotate"
+        if not self._layer or self._calls != 1 or f"{name}.q" in self._outputs or query.ndim != 4:
+            return
+        if (
+            self.heads.dim == 0
+            or query.shape[1] != self.heads.query
+            or query.requires_grad != key.requires_grad
+        ):
+            return
+        self._outputs.add(f"{name}.q")
+        pairs = any(part.pairs for _, parts in self.modules for part in parts)
+        group = key.shape[1] // self.heads.key
+
+        def add(which: str, kind: str, values: Tensor) -> None:
+            if which == "k" and group > 1:  # repeated for every query head
+                values = values.unflatten(1, (-1, group))
+                values = values.sum(2) if kind == "output_grad" else values[:, :, 0]
+            values = values.transpose(1, 2)
+            if pairs:
+                values = _halves(values, -1, self.heads.dim)
+            self._add(f"{name}.{which}.{kind}", values)
+
+        for which, tensor in (("q", query), ("k", key)):
+            add(which, "output", tensor)
+            if tensor.requires_grad:
+                tensor.register_hook(lambda grad, which=which: add(which, "output_grad", grad))
+
+    def _facts(self) -> dict[str, Any]:
+        """What the manifest says of model and machine, when the model is called."""
+        device = next(self.model.parameters()).device.type
+        if hasattr(torch, "is_autocast_enabled"):
+            autocast = (
+                str(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else None
+            )
+        config = getattr(self.model, "config", None)
+        config = config.to_dict() if hasattr(config, "to_dict") else None
+        weights = {
+            name: _digest(_in_hugging_faces_rows(parameter.detach(), part, self.heads))
+            for name, (part, parameter) in self.parameters.items()
+        }
+        precision = {
+            "parameters": _only({str(p.dtype) for p in self.model.parameters()}),
+            "autocast": autocast and autocast.removeprefix("torch."),
+            "matmul": _matmul_precision(device),
+            "attention": getattr(getattr(self.model, "config", None), "_attn_implementation", None),
+        }
+        return {
+            "format": FORMAT,
+            "program": f"{type(self.model).__module__.partition('.')[0]}.{type(self.model).__name__}",
+            "versions": {"python": platform.python_version(), "torch": torch.__version__}
+            | _versions(),
+            "device": torch.cuda.get_device_name() if device == "cuda" else device,
+            "precision": precision | dict(self.settings),
+            "shape": {
+                "vocab_size": _rows(self.parameters, "model.embed_tokens.weight"),
+                "num_hidden_layers": 1 + max(_layers(self.modules), default=-1),
+                "num_attention_heads": self.heads.query or None,
+                "num_key_value_heads": self.heads.key or None,
+            },
+            "config": config,
+            "config_digest": config and hashlib.sha256(_json(config)).hexdigest(),
+            "weights": weights,
+            "weights_digest": hashlib.sha256(_json(weights)).hexdigest(),
+        }
+
+    def _finish(self) -> None:
+        self._writer.flush()
+        manifest = self._manifest | {"dtypes": sorted(self._dtypes), "arrays": self._writer.arrays}
+        text = json.dumps(manifest, indent=1, default=str)
+        (self._writer.folder / "manifest.json").write_text(text)
+        self._writer.folder.rename(self.folder)
+
+
+class _Attention(TorchFunctionMode):
+    """Shows the recorder what `scaled_dot_product_attention` is called with."""
+
+    def __init__(self, recorder: Recorder) -> None:
+        super().__init__()
+        self.recorder = recorder
+
+    def __torch_function__(
+        self, function: Any, types: Any, arguments: Any = (), options: Any = None
+    ) -> Any:
+        options = options or {}
+        if function is scaled_dot_product_attention:
+            named = dict(zip(("query", "key"), arguments, strict=False)) | options
+            self.recorder.attention(named["query"], named["key"])
+        return function(*arguments, **options)
+
+
+class _Writer:
+    """Writes arrays in the order of their coming, a file for each run of arrays of one section."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.arrays: dict[str, dict[str, Any]] = {}
+        self._section, self._files = "", 0
+        self._held: dict[str, Tensor] = {}
+
+    def add(self, name: str, values: Tensor) -> None:
+        section = section_of(name)
+        if section != self._section:
+            self.flush()
+            self._section = section
+        if name in self._held or name in self.arrays:
+            raise ValueError(
+                f"{name} is recorded twice; one backward pass can be recorded at a time"
+            )
+        # a copy: the model may change its own in place
+        self._held[name] = values.detach().to(
+            "cpu", copy=True, memory_format=torch.contiguous_format
+        )
+
+    def flush(self) -> None:
+        if not self._held:
+            return
+        file = f"{self._files:04d}-{self._section}.safetensors"
+        save_file(self._held, self.folder / file)
+        for name, values in self._held.items():
+            dtype = str(values.dtype).removeprefix("torch.")
+            self.arrays[name] = {"file": file, "shape": list(values.shape), "dtype": dtype}
+        self._held.clear()
+        self._files += 1
+
+
+def section_of(name: str) -> str:
+    """`layers.N` for what is in a layer, `embedding` or `head`."""
+    layer = re.match(r"model\.(layers\.\d+)\.", name)
+    if layer:
+        return layer[1]
+    return "head" if name.startswith(("model.norm", "lm_head", "loss", "labels")) else "embedding"
+
+
+def _require_hooks() -> None:
+    if not hasattr(Tensor, "register_post_accumulate_grad_hook"):
+        raise ValueError(
+            f"torch {torch.__version__} has no hooks on gradients, expected torch 2.1 or newer"
+        )
+
+
+def _known_names(model: nn.Module) -> NameMap:
+    """The map that fits the model."""
+    present = {name for name, _ in model.named_modules()}
+    for names in KNOWN.values():
+        if all(key.format(layer=0) in present for key in names):
+            return names
+    tried = ", ".join(KNOWN)
+    raise ValueError(
+        f"{type(model).__name__}: its modules have none of the names of {tried}; give names={{...}} for "
+        f"its modules: {_some(present)}"
+    )
+
+
+def _modules(model: nn.Module, names: NameMap, heads: Heads) -> list[tuple[nn.Module, list[_Part]]]:
+    """The model's modules with what they are in Hugging Face's names; in the model's order."""
+    patterns = {re.compile(re.escape(key).replace(r"\{layer\}", r"(\d+)")): key for key in names}
+    modules, used, seen = [], set(), set()
+    for name, module in model.named_modules():
+        for pattern, key in patterns.items():
+            match = pattern.fullmatch(name)
+            if match is None:
+                continue
+            used.add(key)
+            value = names[key]
+            texts = [value] if isinstance(value, str) else list(value)
+            texts = [text.format(layer=match[1] if match.groups() else "") for text in texts]
+            parts = _split(texts, heads, module)
+            for part in parts:
+                if part.name in seen:
+                    raise ValueError(f"names: two modules are {part.name}")
+                if not re.fullmatch(_CANONICAL, part.name):
+                    raise ValueError(f"names: {part.name} is no module of Hugging Face's Llama")
+                seen.add(part.name)
+            modules.append((module, parts))
+    unused = [key for key in names if key not in used]
+    if unused:
+        present = {name for name, _ in model.named_modules()}
+        raise ValueError(
+            f"names: {unused[0]!r} is no module of the model, which has {_some(present)}"
+        )
+    return modules
+
+
+_CANONICAL = (
+    r"model\.(embed_tokens|norm|layers\.\d+(\.("
+    + "|".join(map(re.escape, _MODULES))
+    + r"))?)|lm_head"
+)
+
+
+def _split(texts: list[str], heads: Heads, module: nn.Module) -> list[_Part]:
+    """The parts of a module, by the values of a name map."""
+    names = [text.removesuffix(":pairs") for text in texts]
+    pairs = [text.endswith(":pairs") for text in texts]
+    if heads.dim == 0 and (any(pairs) or any("_attn." in name for name in names[1:])):
+        raise ValueError(
+            "names: ':pairs' and fused projections need heads=(query, key/value, size)"
+        )
+    if len(names) == 1:
+        return [_Part(names[0], slice(None), pairs[0])]
+    rows = module.get_parameter("weight").shape[0]
+    if all(name.endswith(("q_proj", "k_proj", "v_proj")) for name in names):
+        sizes = [
+            heads.dim * (heads.query if name.endswith("q_proj") else heads.key) for name in names
+        ]
+    else:
+        sizes = [rows // len(names)] * len(names)
+    if sum(sizes) != rows:
+        raise ValueError(
+            f"names: {names[0]} and the other parts have {sum(sizes)} rows, the module {rows}"
+        )
+    ends = [sum(sizes[: index + 1]) for index in range(len(sizes))]
+    return [
+        _Part(name, slice(end - size, end), turned)
+        for name, size, end, turned in zip(names, sizes, ends, pairs, strict=True)
+    ]
+
+
+def _parameters(
+    modules: Iterable[tuple[nn.Module, list[_Part]]],
+) -> Iterator[tuple[str, tuple[_Part, nn.Parameter]]]:
+    """Hugging Face's names of the parameters; a tied one has its first."""
+    seen: set[int] = set()
+    for module, parts in modules:
+        own = [(name, p) for name, p in module.named_parameters(recurse=False) if id(p) not in seen]
+        for name, parameter in own:
+            seen.add(id(parameter))
+            for part in parts:
+                yield f"{part.name}.{name}", (part, parameter)
+
+
+def _in_hugging_faces_rows(values: Tensor, part: _Part, heads: Heads) -> Tensor:
+    values = values[part.rows]
+    return _halves(values, 0, heads.dim) if part.pairs else values
+
+
+def _halves(values: Tensor, axis: int, dim: int) -> Tensor:
+    """Features from Meta's order, pairs side by side, to Hugging Face's: first halves, then second."""
+    pairs = values.unflatten(axis, (-1, dim // 2, 2))
+    first = axis if axis >= 0 else axis - 2
+    return pairs.transpose(first + 1, first + 2).flatten(first, first + 2)
+
+
+def _heads(model: nn.Module) -> Heads:
+    config = getattr(model, "config", None)
+    query = getattr(config, "num_attention_heads", None) or getattr(config, "n_head", 0)
+    key = getattr(config, "num_key_value_heads", None) or getattr(config, "n_query_groups", query)
+    hidden = getattr(config, "hidden_size", None) or getattr(config, "n_embd", 0)
+    dim = getattr(config, "head_dim", None) or getattr(config, "head_size", None)
+    return Heads(query, key, dim or (hidden // query if query else 0))
+
+
+def _digest(values: Tensor) -> str:
+    """SHA-256 of the values as float32 (float64 of float64), so that their dtype makes no difference."""
+    if values.dtype != torch.float64:
+        values = values.float()
+    return hashlib.sha256(values.cpu().contiguous().numpy().data).hexdigest()
+
+
+def _matmul_precision(device: str) -> str:
+    """To what operands of float32 matmuls are rounded."""
+    if device != "cuda":
+        return "float32"
+    tf32 = torch.backends.cuda.matmul.allow_tf32 and torch.cuda.get_device_capability() >= (8, 0)
+    return "tf32" if tf32 else "float32"
+
+
+def _versions() -> dict[str, str]:
+    transformers = sys.modules.get("transformers")
+    return {} if transformers is None else {"transformers": transformers.__version__}
+
+
+def _layers(modules: Iterable[tuple[nn.Module, list[_Part]]]) -> Iterator[int]:
+    for _, parts in modules:
+        match = re.match(r"model\.layers\.(\d+)", parts[0].name)
+        if match:
+            yield int(match[1])
+
+
+def _rows(parameters: Mapping[str, tuple[_Part, nn.Parameter]], name: str) -> int | None:
+    return parameters[name][1].shape[0] if name in parameters else None
+
+
+def _only(dtypes: set[str]) -> str:
+    return " ".join(sorted(dtype.removeprefix("torch.") for dtype in dtypes))
+
+
+def _first_tensor(values: Any) -> Tensor:
+    """The tensor in what a module takes or returns."""
+    if isinstance(values, Tensor):
+        return values
+    if hasattr(values, "logits"):
+        return values.logits
+    found = next((value for value in values if isinstance(value, Tensor)), None)
+    if found is None:
+        raise ValueError("a module takes or returns no tensor")
+    return found
+
+
+def _some(names: Iterable[str], limit: int = 8) -> str:
+    kinds = list(
+        dict.fromkeys(re.sub(r"\b\d+\b", "{layer}", name) for name in sorted(names) if name)
+    )
+    return ", ".join(kinds[:limit]) + (", ..." if len(kinds) > limit else "")
+
+
+def _json(value: Any) -> bytes:
+    return json.dumps(value, sort_keys=True, default=str).encode()
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Record a Hugging Face checkpoint; returns the exit code."""
+    parser = argparse.ArgumentParser(
+        prog="record_torch.py", description="Record a Hugging Face checkpoint."
+    )
+    parser.add_argument("directory", metavar="HF_DIR")
+    add_options(parser)
+    try:
+        run(parser.parse_args(arguments))
+    except (ValueError, OSError) as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """The options of `run`, but for the directory."""
+    parser.add_argument("--out", required=True, metavar="TRACE", help="folder to write")
+    parser.add_argument(
+        "--tokens",
+        metavar="FILE",
+        help="token ids, integers in text; default: a text, by the checkpoint's tokenizer",
+    )
+    parser.add_argument(
+        "--length", type=int, metavar="N", default=512, help="tokens at most; default: 512"
+    )
+    parser.add_argument("--dtype", choices=_DTYPES, default="fp32", help="dtype of the weights")
+    parser.add_argument("--autocast", choices=("bf16", "fp16"), help="record under autocast")
+    parser.add_argument("--device", default="cpu", help="torch's name of it; default: cpu")
+    parser.add_argument(
+        "--attention", default="sdpa", help="transformers' name of it; default: sdpa"
+    )
+    parser.add_argument("--forward-only", action="store_true", help="leave out gradients")
+
+
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def run(options: argparse.Namespace) -> Path:
+    """Record the checkpoint in `options.directory`. Raises ValueError."""
+    try:
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+    except ImportError:
+        raise ValueError(
+            "transformers is not installed; call record(model, ids, out) instead"
+        ) from None
+    if not Path(options.directory).is_dir():
+        raise ValueError(f"{options.directory}: no such directory")
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            options.directory, dtype=_DTYPES[options.dtype], attn_implementation=options.attention
+        )
+    except Exception as error:  # of many types
+        raise ValueError(
+            f"{options.directory}: transformers cannot load it: {str(error)[:200]}"
+        ) from None
+    model = model.eval().to(options.device)
+    if options.tokens is None:
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(options.directory)
+            ids = tokenizer(Path(__file__).read_text())["input_ids"]
+        except Exception:  # of many types
+            raise ValueError(f"{options.directory}: no tokenizer; give --tokens FILE") from None
+    else:
+        ids = _read_tokens(Path(options.tokens), model.config.vocab_size)
+    length = min(options.length, getattr(model.config, "max_position_embeddings", options.length))
+    tokens = torch.tensor([ids[:length]], device=options.device)
+    if tokens.shape[1] < 2:
+        raise ValueError(f"found {tokens.shape[1]} tokens, expected at least 2")
+    autocast = contextlib.nullcontext()
+    if options.autocast:
+        autocast = torch.autocast(options.device.partition(":")[0], _DTYPES[options.autocast])
+    with autocast:
+        return record(model, tokens, options.out, backward=not options.forward_only)
+
+
+def _read_tokens(path: Path, vocabulary: int) -> list[int]:
+    try:
+        ids = [int(word) for word in path.read_text().replace(",", " ").split()]
+    except ValueError:
+        raise ValueError(
+            f"{path}: expected token ids, integers separated by spaces or commas"
+        ) from None
+    for token in ids:
+        if not 0 <= token < vocabulary:
+            raise ValueError(f"{path}: found token {token}, expected 0 to {vocabulary - 1}")
+    return ids
+
+
+if __name__ == "__main__":
+    sys.exit(main())
