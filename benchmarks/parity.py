@@ -24,8 +24,9 @@ from benchmarks.real_checkpoint import real_checkpoint
 from llama_jax import PRESETS, LlamaConfig, formatting
 from llama_jax.cli.arguments import Parser
 from parity_tests.report.estimate import estimate, total_memory
+from parity_tests.report.measure.errors import compare
 from parity_tests.report.measure.forward import forward
-from parity_tests.report.measure.metrics import Comparison, compare
+from parity_tests.report.measure.metrics import Comparison
 from parity_tests.report.programs.checkpoint import Checkpoint, open_checkpoint
 from parity_tests.report.programs.jax_layers import JaxProgram
 from parity_tests.report.programs.oracle_layers import OracleProgram

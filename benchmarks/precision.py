@@ -23,7 +23,7 @@ from rich.table import Table
 from benchmarks.real_checkpoint import real_checkpoint
 from llama_jax import LlamaForCausalLM, formatting
 from llama_jax.numerics import matmul
-from parity_tests.report.measure.metrics import errors
+from parity_tests.report.measure.errors import errors
 from parity_tests.report.programs.checkpoint import Checkpoint, open_checkpoint
 from parity_tests.report.programs.oracle_layers import OracleProgram
 from parity_tests.report.programs.steps import OUTPUT

@@ -1,4 +1,4 @@
-"""`python -m parity_tests report|mutate`: check a Llama checkpoint against PyTorch, module by module."""
+"""`python -m parity_tests report|mutate|record|check`: is a Llama the same function elsewhere?"""
 
 from llama_jax.cli.startup import end_on_interrupt
 
@@ -62,6 +62,8 @@ def _parser() -> Parser:
         metavar="DIR",
         help="compare with this checkpoint in llama_jax, instead of with PyTorch",
     )
+    _add_record(parser)
+    _add_check(parser)
     parser.add_command(
         "mutate",
         _mutate,
@@ -70,15 +72,141 @@ def _parser() -> Parser:
     return parser
 
 
-def _report(options: argparse.Namespace) -> int:
-    for path in (options.json, options.html):
+def _add_record(parser: Parser) -> None:
+    record = parser.add_command(
+        "record",
+        _record,
+        help="record what a checkpoint computes in PyTorch or llama_jax, to be checked elsewhere",
+    )
+    record.add_argument(
+        "directory",
+        type=Path,
+        metavar="HF_DIR",
+        help="Hugging Face checkpoint, or its name on the Hub",
+    )
+    record.add_argument("--out", type=Path, required=True, metavar="TRACE", help="folder to write")
+    record.add_argument(
+        "--program",
+        choices=("transformers", "llama_jax"),
+        default="transformers",
+        help="what computes; default: transformers",
+    )
+    record.add_argument(
+        "--tokens",
+        type=Path,
+        metavar="FILE",
+        help="token ids to run, .npy or integers in text; default: tokens of a bundled text",
+    )
+    record.add_argument(
+        "--length", type=int, default=512, metavar="N", help="tokens at most; default: 512"
+    )
+    record.add_argument(
+        "--dtype", choices=tuple(_DTYPES), default="fp32", help="dtype of the weights"
+    )
+    record.add_argument(
+        "--autocast",
+        choices=("bf16", "fp16"),
+        help="run transformers under autocast",
+    )
+    record.add_argument(
+        "--attention",
+        choices=("sdpa", "eager"),
+        default="sdpa",
+        help="attention of transformers; default: sdpa",
+    )
+    record.add_argument("--forward-only", action="store_true", help="leave out gradients")
+
+
+def _add_check(parser: Parser) -> None:
+    check = parser.add_command(
+        "check",
+        _check,
+        help="say whether a recorded program is the same function, and where it departs first",
+    )
+    check.add_argument("trace", type=Path, metavar="TRACE", help="folder that was recorded")
+    check.add_argument(
+        "other", type=Path, nargs="?", metavar="TRACE2", help="compare with this recording"
+    )
+    check.add_argument(
+        "--model", type=Path, metavar="HF_DIR", help="the checkpoint that was recorded"
+    )
+    check.add_argument("--json", type=Path, metavar="FILE", help="write every number")
+    check.add_argument("--html", type=Path, metavar="FILE", help="write a page with pictures")
+
+
+_DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
+
+
+def _record(options: argparse.Namespace) -> int:
+    if options.length < 2:
+        raise ValueError(f"--length: found {options.length}, expected at least 2")
+    if options.program == "llama_jax" and options.autocast:
+        raise ValueError("--autocast: only transformers has it")
+
+    from parity_tests.traces.record_checkpoint import record_checkpoint
+
+    record_checkpoint(
+        options.directory,
+        options.out,
+        program=options.program,
+        tokens=options.tokens,
+        length=options.length,
+        dtype=_DTYPES[options.dtype],
+        attention=options.attention,
+        autocast=options.autocast and _DTYPES[options.autocast],
+        backward=not options.forward_only,
+    )
+    return 0
+
+
+def _check(options: argparse.Namespace) -> int:
+    if (options.model is None) == (options.other is None):
+        raise ValueError("give --model HF_DIR or a second trace")
+    _require_writable(options.json, options.html)
+
+    from parity_tests.report.output.files import write_html, write_json
+    from parity_tests.traces import output
+    from parity_tests.traces.check import check
+    from parity_tests.traces.compare import compare
+    from parity_tests.traces.progress import section_progress
+
+    out = console()
+    if options.other is not None:
+        if options.html is not None:
+            raise ValueError("--html: only for a check with --model")
+        differences = compare(options.trace, options.other)
+        output.show_differences(differences, out)
+        if options.json is not None:
+            write_json(output.differences_to_json(differences), options.json)
+        return 0 if differences.holds else 1
+    from llama_jax.files.hub import local_path
+
+    with section_progress(console(stderr=True)) as start:
+        verdict = check(options.trace, local_path(options.model), start=start)
+    output.show(verdict, out)
+    if options.json is not None:
+        write_json(output.to_json(verdict), options.json)
+        out.print(f"wrote {printable(str(options.json))}", soft_wrap=True)
+    if options.html is not None:
+        write_html(output.page(verdict), options.html)
+        out.print(f"wrote {printable(str(options.html))}", soft_wrap=True)
+    return 0 if verdict.holds else 1
+
+
+def _require_writable(*paths: Path | None) -> None:
+    for path in paths:
         if path is not None and not path.absolute().parent.is_dir():
             raise ValueError(f"{path.parent}: directory does not exist")
         if path is not None and path.is_dir():
             raise ValueError(f"{path}: is a directory, expected a file")
 
+
+def _report(options: argparse.Namespace) -> int:
+    _require_writable(options.json, options.html)
+
     from parity_tests.report.output.files import write_html, write_json
-    from parity_tests.report.output.tables import show
+    from parity_tests.report.output.page import page
+    from parity_tests.report.output.tables import show, to_json
     from parity_tests.report.run import report
 
     out = console()
@@ -91,10 +219,12 @@ def _report(options: argparse.Namespace) -> int:
         console=console(stderr=True),
     )
     show(made, out)
-    for path, write in ((options.json, write_json), (options.html, write_html)):
-        if path is not None:
-            write(made, path)
-            out.print(f"wrote {printable(str(path))}", soft_wrap=True)
+    if options.json is not None:
+        write_json(to_json(made), options.json)
+        out.print(f"wrote {printable(str(options.json))}", soft_wrap=True)
+    if options.html is not None:
+        write_html(page(made), options.html)
+        out.print(f"wrote {printable(str(options.html))}", soft_wrap=True)
     return 0 if made.holds else 1
 
 

@@ -13,15 +13,15 @@ This file needs torch, safetensors and the standard library; copy it to wherever
         loss.backward()
         trace.step(optimizer)
 
-A trace is a folder: safetensors files, one for each layer and direction, and manifest.json, written last.
-In a checkout of the project, `python -m parity_tests check TRACE --model HF_DIR` then says whether the model
-computes what its checkpoint should compute, and where it departs first. At most one layer's arrays are held
-in memory.
+A trace is a folder: safetensors files, one for each layer and direction, and manifest.json, written
+last. In a checkout of the project, `python -m parity_tests check TRACE --model HF_DIR` then says whether
+the model computes what its checkpoint should compute, and where it departs first. At most one layer's
+arrays are held in memory.
 
-Arrays are named after Hugging Face's modules, whatever the model calls its own: `model.layers.3.mlp.up_proj`
-and then `.output` or `.input`; `.output_grad` or `.input_grad` for the gradient of the loss with respect to
-that array; `.weight.grad` for a parameter's. Models of Hugging Face, Meta, torchtitan and LitGPT are
-recognized. For any other, `names` maps its modules to Hugging Face's:
+Arrays are named after Hugging Face's modules, whatever the model calls its own:
+`model.layers.3.mlp.up_proj` and then `.output` or `.input`; `.output_grad` or `.input_grad` for the
+gradient of the loss with respect to that array; `.weight.grad` for a parameter's. Models of Hugging Face,
+Meta, torchtitan and LitGPT are recognized. For any other, `names` maps its modules to Hugging Face's:
 
     names = {
         "blocks.{layer}": "model.layers.{layer}",
@@ -31,8 +31,8 @@ recognized. For any other, `names` maps its modules to Hugging Face's:
         ...
     }
 
-A tuple is a fused projection, whose output has the parts side by side. `:pairs` marks projections whose rows
-are in Meta's order, where the two features that rotary embeddings turn together are neighbours.
+A tuple is a fused projection, whose output has the parts side by side. `:pairs` marks projections whose
+rows are in Meta's order, where the two features that rotary embeddings turn together are neighbours.
 """
 
 import argparse
@@ -66,6 +66,7 @@ _MODULES = (
 # modules whose input is recorded too: it is the output of none
 _WITH_INPUT = ("self_attn.o_proj", "post_attention_layernorm", "mlp.down_proj")
 _ROTARY = "model.rotary_emb"
+_NOT_ONCE = "the model was called {} times while recording, expected once"
 
 
 def _map(
@@ -266,9 +267,7 @@ class Recorder:
         try:
             if kind is None:
                 if self._calls != 1:
-                    raise ValueError(
-                        f"the model was called {self._calls} times while recording, expected once"
-                    )
+                    raise ValueError(_NOT_ONCE.format(self._calls))
                 self._finish()
         finally:
             shutil.rmtree(self._writer.folder, ignore_errors=True)
@@ -371,7 +370,7 @@ class Recorder:
         """The model is called: write what it is called with, and tell how large the trace will be."""
         self._calls += 1
         if self._calls > 1:
-            return
+            raise ValueError(_NOT_ONCE.format(self._calls))
         ids = options.get("input_ids", arguments[0] if arguments else None)
         if not isinstance(ids, Tensor) or ids.ndim != 2 or ids.is_floating_point():
             raise ValueError("the model was not called with token ids [batch, length]")
@@ -379,10 +378,10 @@ class Recorder:
         room = shutil.disk_usage(self._writer.folder).free
         if size > room:
             raise ValueError(
-                f"{self.folder}: the trace takes about {size / 1e9:.2f} GB, and {room / 1e9:.2f} GB are free"
+                f"{self.folder}: the trace takes about {_size(size)}, and {_size(room)} are free"
             )
         if not self.quiet:
-            print(f"recording about {size / 1e9:.2f} GB into {self.folder}", file=sys.stderr)
+            print(f"recording about {_size(size)} into {self.folder}", file=sys.stderr)
         inputs = {"input_ids": ids} | {
             name: options[name]
             for name in ("attention_mask", "position_ids", "segment_ids")
@@ -395,14 +394,14 @@ class Recorder:
     def _size(self, batch: int, length: int) -> int:
         """Bytes of the trace."""
         size, with_gradient = 0, torch.is_grad_enabled()
-        hidden = 0
+        hidden = itemsize = 0
         for module, parts in self.modules:
-            weight = getattr(module, "weight", None)
-            if parts[0].name == "model.embed_tokens" and weight is not None:
-                hidden = weight.shape[-1]
-            itemsize = next(module.parameters()).element_size()
+            weight: Any = getattr(module, "weight", None)
             width = hidden if weight is None else weight.shape[0]
-            width = weight.shape[-1] if parts[0].name == "model.embed_tokens" else width
+            if weight is not None:
+                itemsize = weight.element_size()
+            if weight is not None and parts[0].name == "model.embed_tokens":
+                width = hidden = weight.shape[-1]
             if parts[0].name.endswith(_WITH_INPUT) and weight is not None:
                 width += weight.shape[-1]
             if parts[0].name.endswith(("q_proj", "k_proj")):
@@ -475,11 +474,10 @@ class Recorder:
     def _facts(self) -> dict[str, Any]:
         """What the manifest says of model and machine, when the model is called."""
         device = next(self.model.parameters()).device.type
-        if hasattr(torch, "is_autocast_enabled"):
-            autocast = (
-                str(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else None
-            )
-        config = getattr(self.model, "config", None)
+        autocast = None
+        if torch.is_autocast_enabled(device):
+            autocast = str(torch.get_autocast_dtype(device)).removeprefix("torch.")
+        config: Any = getattr(self.model, "config", None)
         config = config.to_dict() if hasattr(config, "to_dict") else None
         weights = {
             name: _digest(_in_hugging_faces_rows(parameter.detach(), part, self.heads))
@@ -487,7 +485,7 @@ class Recorder:
         }
         precision = {
             "parameters": _only({str(p.dtype) for p in self.model.parameters()}),
-            "autocast": autocast and autocast.removeprefix("torch."),
+            "autocast": autocast,
             "matmul": _matmul_precision(device),
             "attention": getattr(getattr(self.model, "config", None), "_attn_implementation", None),
         }
@@ -579,9 +577,10 @@ def section_of(name: str) -> str:
 
 
 def _require_hooks() -> None:
-    if not hasattr(Tensor, "register_post_accumulate_grad_hook"):
+    needed = (Tensor, "register_post_accumulate_grad_hook"), (torch, "get_autocast_dtype")
+    if not all(hasattr(owner, name) for owner, name in needed):
         raise ValueError(
-            f"torch {torch.__version__} has no hooks on gradients, expected torch 2.1 or newer"
+            f"torch {torch.__version__} lacks hooks on gradients, expected 2.4 or newer"
         )
 
 
@@ -689,7 +688,7 @@ def _halves(values: Tensor, axis: int, dim: int) -> Tensor:
 
 
 def _heads(model: nn.Module) -> Heads:
-    config = getattr(model, "config", None)
+    config: Any = getattr(model, "config", None)
     query = getattr(config, "num_attention_heads", None) or getattr(config, "n_head", 0)
     key = getattr(config, "num_key_value_heads", None) or getattr(config, "n_query_groups", query)
     hidden = getattr(config, "hidden_size", None) or getattr(config, "n_embd", 0)
@@ -722,6 +721,10 @@ def _layers(modules: Iterable[tuple[nn.Module, list[_Part]]]) -> Iterator[int]:
         match = re.match(r"model\.layers\.(\d+)", parts[0].name)
         if match:
             yield int(match[1])
+
+
+def _size(count: int) -> str:
+    return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.2f} MB"
 
 
 def _rows(parameters: Mapping[str, tuple[_Part, nn.Parameter]], name: str) -> int | None:
@@ -793,38 +796,46 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-def run(options: argparse.Namespace) -> Path:
-    """Record the checkpoint in `options.directory`. Raises ValueError."""
+def load(
+    directory: str | os.PathLike[str], dtype: torch.dtype, attention: str = "sdpa"
+) -> nn.Module:
+    """A checkpoint as transformers runs it, for evaluation. Raises ValueError."""
     try:
-        from transformers import AutoModelForCausalLM, AutoTokenizer
+        from transformers import AutoModelForCausalLM
     except ImportError:
         raise ValueError(
             "transformers is not installed; call record(model, ids, out) instead"
         ) from None
-    if not Path(options.directory).is_dir():
-        raise ValueError(f"{options.directory}: no such directory")
+    if not Path(directory).is_dir():
+        raise ValueError(f"{directory}: no such directory")
     try:
         model = AutoModelForCausalLM.from_pretrained(
-            options.directory, dtype=_DTYPES[options.dtype], attn_implementation=options.attention
+            directory, dtype=dtype, attn_implementation=attention
         )
     except Exception as error:  # of many types
-        raise ValueError(
-            f"{options.directory}: transformers cannot load it: {str(error)[:200]}"
-        ) from None
-    model = model.eval().to(options.device)
+        raise ValueError(f"{directory}: transformers cannot load it: {str(error)[:200]}") from None
+    return model.eval()
+
+
+def run(options: argparse.Namespace) -> Path:
+    """Record the checkpoint in `options.directory`. Raises ValueError."""
+    model = load(options.directory, _DTYPES[options.dtype], options.attention).to(options.device)
+    config: Any = model.config
     if options.tokens is None:
         try:
+            from transformers import AutoTokenizer
+
             tokenizer = AutoTokenizer.from_pretrained(options.directory)
             ids = tokenizer(Path(__file__).read_text())["input_ids"]
         except Exception:  # of many types
             raise ValueError(f"{options.directory}: no tokenizer; give --tokens FILE") from None
     else:
-        ids = _read_tokens(Path(options.tokens), model.config.vocab_size)
-    length = min(options.length, getattr(model.config, "max_position_embeddings", options.length))
+        ids = _read_tokens(Path(options.tokens), config.vocab_size)
+    length = min(options.length, getattr(config, "max_position_embeddings", options.length))
     tokens = torch.tensor([ids[:length]], device=options.device)
     if tokens.shape[1] < 2:
         raise ValueError(f"found {tokens.shape[1]} tokens, expected at least 2")
-    autocast = contextlib.nullcontext()
+    autocast: Any = contextlib.nullcontext()
     if options.autocast:
         autocast = torch.autocast(options.device.partition(":")[0], _DTYPES[options.autocast])
     with autocast:

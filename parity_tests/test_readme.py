@@ -148,3 +148,13 @@ def test_python_in_the_guides(page, folder, monkeypatch):
 def test_training_flags_in_the_guides(arguments):
     """They are parsed, not run."""
     train_parser().parse_args(arguments)
+
+
+@pytest.mark.parametrize(
+    "command", commands(GUIDES["traces"]), ids=lambda command: "-".join(command[2:5])
+)
+def test_commands_of_traces(command, folder, monkeypatch):
+    """After the Python of that page; the port called BROKEN is."""
+    monkeypatch.chdir(folder)
+    main = importlib.import_module(f"{command[2]}.__main__").main
+    assert main(command[3:]) == (1 if "BROKEN" in command else 0)

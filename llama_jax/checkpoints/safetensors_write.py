@@ -147,10 +147,7 @@ def write_safetensors(
     shards = plan_shards(specs, max_shard_size)
     with staging_in(directory, SINGLE_FILE) as staging:
         for name, members in shards.items():
-            with (staging / name).open("wb") as file:
-                file.write(_header(members))
-                for spec in members:
-                    _write_tensor(file, spec, load(spec.name), progress)
+            write_file(staging / name, members, load, progress=progress)
         names = list(shards)
         if len(shards) > 1:
             index = {
@@ -164,6 +161,20 @@ def write_safetensors(
     written = [directory / name for name in names]
     remove_stale(directory, keep=written)
     return written
+
+
+def write_file(
+    path: Path,
+    specs: Sequence[TensorSpec],
+    load: Callable[[str], np.ndarray],
+    *,
+    progress: Callable[[int], None] | None = None,
+) -> None:
+    """Write one file at `path`, as `write_safetensors` does but for the renaming."""
+    with path.open("wb") as file:
+        file.write(_header(specs))
+        for spec in specs:
+            _write_tensor(file, spec, load(spec.name), progress)
 
 
 def _header(specs: Iterable[TensorSpec]) -> bytes:

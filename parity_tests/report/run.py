@@ -16,9 +16,10 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 from llama_jax.files.hub import local_path
 from parity_tests.report.estimate import Estimate, estimate, model_bytes, total_memory
 from parity_tests.report.measure.backward import backward
+from parity_tests.report.measure.errors import compare
 from parity_tests.report.measure.forward import forward
 from parity_tests.report.measure.greedy import Greedy, greedy
-from parity_tests.report.measure.metrics import Comparison, compare, pooled
+from parity_tests.report.measure.metrics import Comparison, pooled
 from parity_tests.report.measure.outputs import Outputs, outputs
 from parity_tests.report.programs.checkpoint import open_checkpoint, require_same_shapes
 from parity_tests.report.programs.jax_layers import JaxProgram

@@ -99,9 +99,11 @@ def our_steps(ours: LlamaForCausalLM, inputs: Mapping[str, Any], oracles: Steps)
             step: exact[_full_name(name, step)] for step in (*LAYER_STEPS, AFTER_ATTENTION)
         }
         x = exact[f"{name}.input"]
-        layer_steps = jax_steps.layer_steps(
-            block, x, cos, sin, mask, lambda step, _, of_layer=layer_inputs: of_layer[step]
-        )
+
+        def read(step: str, _: Any, of_layer: Steps = layer_inputs) -> Any:
+            return of_layer[step]
+
+        layer_steps = jax_steps.layer_steps(block, x, cos, sin, mask, read)
         layer_steps[OUTPUT] = jax_steps.call_layer(block, x, cos, sin, mask)
         steps |= {_full_name(name, step): layer_steps[step] for step in LAYER_STEPS}
     steps["norm"] = decoder.norm(exact[f"layers.{config.num_hidden_layers - 1}"])

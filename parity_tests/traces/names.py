@@ -1,8 +1,8 @@
 """Names of recorded arrays, and which steps of a Llama they are.
 
-A step is named as in the report: `embed_tokens`, `rotary.cos`, `layers.3.mlp.act`, `layers.3` for the layer's
-output, `norm`, `lm_head`, `loss`. In a trace an array has the name of Hugging Face's module and what it is
-of it: `model.layers.3.mlp.down_proj.input`.
+A step is named as in the report: `embed_tokens`, `rotary.cos`, `layers.3.mlp.act`, `layers.3` for the
+layer's output, `norm`, `lm_head`, `loss`. In a trace an array has the name of Hugging Face's module and
+what it is of it: `model.layers.3.mlp.down_proj.input`.
 """
 
 import re

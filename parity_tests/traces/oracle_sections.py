@@ -26,7 +26,10 @@ class OracleSections:
         self.checkpoint, self.dtype, self.inputs = checkpoint, dtype, inputs
         self.fields, self.layers = checkpoint.fields, checkpoint.config.num_hidden_layers
         self.visible = oracle.visibility(
-            *inputs.ids.shape, _optional(inputs.attention_mask), _optional(inputs.segment_ids)
+            inputs.ids.shape[0],
+            inputs.ids.shape[1],
+            _optional(inputs.attention_mask),
+            _optional(inputs.segment_ids),
         )
 
     def weights(self, section: str) -> _Tensors:

@@ -1,4 +1,7 @@
-"""llama_jax's Llama, one section at a time, in the precision of a recording or in float64; needs no torch."""
+"""llama_jax's Llama, one section at a time, in the precision of a recording or in float64.
+
+Needs no torch.
+"""
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -16,6 +19,7 @@ from llama_jax.checkpoints import huggingface
 from llama_jax.loss import IGNORE_INDEX
 from llama_jax.models import causal_lm, decoder, layers
 from llama_jax.numerics import matmul
+from parity_tests.harness.compilation import FAST_COMPILE
 from parity_tests.report.programs.checkpoint import EMBEDDING, NORM, Checkpoint, read, read_layer
 from parity_tests.report.programs.jax_steps import decoder_layer, layer_steps
 from parity_tests.report.programs.steps import OUTPUT
@@ -24,7 +28,8 @@ from parity_tests.traces.sections import Inputs, Values
 
 _Arrays = dict[str, jax.Array]
 
-_MANTISSA = {"tf32": 10, "bfloat16": 7, "float16": 10}
+_SMALL = 1_000_000  # elements, of what takes longer to compile than to run
+_MANTISSA = {"tf32": 10, "bfloat16": 7, "bfloat16_3x": 15, "float16": 10}
 
 
 class Precision(NamedTuple):
@@ -44,14 +49,25 @@ class Precision(NamedTuple):
 
 
 class OurSections:
-    """llama_jax's modules, with weights of `precision.parameters`, computing in `precision.compute`."""
+    """llama_jax's modules, with weights of `precision.parameters`, computing in `precision.compute`.
 
-    def __init__(self, checkpoint: Checkpoint, precision: Precision, inputs: Inputs) -> None:
+    Args:
+        compiled: programs that were compiled for the same model before, and will be; default: none.
+    """
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        precision: Precision,
+        inputs: Inputs,
+        compiled: dict[Any, Any] | None = None,
+    ) -> None:
         self.checkpoint, self.precision, self.inputs = checkpoint, precision, inputs
         self.config, self.dtype = checkpoint.config, jnp.dtype(precision.compute)
         self.layers = self.config.num_hidden_layers
         self.name = "llama_jax" if self.dtype != np.float64 else "llama_jax in float64"
-        self._compiled: dict[Any, Any] = {}
+        self._compiled = {} if compiled is None else compiled
+        self._model = (repr(self.config), checkpoint.head, repr(precision))
 
     def forward(self, section: str, values: Values) -> dict[str, np.ndarray]:
         with jax.enable_x64(self.dtype == np.float64):
@@ -84,11 +100,13 @@ class OurSections:
         renamed = [{to.get(name, name): a for name, a in group.items()} for group in arrays]
         operands = self._weights(section), self._constants(), *renamed
         shapes = [(array.shape, array.dtype) for array in jax.tree.leaves(operands)]
-        key = (function, role, jax.tree.structure(operands), *shapes)
+        key = (self._model, function, role, jax.tree.structure(operands), *shapes)
         if key not in self._compiled:
             with self._rounding():
                 program = jax.jit(partial(function, self, role))
-                self._compiled[key] = program.lower(*operands).compile()
+                small = sum(array.size for array in jax.tree.leaves(operands)) < _SMALL
+                options: dict[str, Any] = FAST_COMPILE if small else {}
+                self._compiled[key] = program.lower(*operands).compile(options)
         result = self._compiled[key](*operands)
         steps, *rest = result if isinstance(result, tuple) else (result,)
         steps = {back.get(name, name): array for name, array in steps.items()}

@@ -14,7 +14,7 @@ DTYPES = {
     "bfloat16": np.dtype(ml_dtypes.bfloat16),
     "float16": np.dtype(np.float16),
 }
-_MATMULS = ("float32", "tf32", "bfloat16", "float16")
+_MATMULS = ("float32", "tf32", "bfloat16_3x", "bfloat16")
 
 
 def precision_of(trace: Trace) -> Precision:

@@ -1,4 +1,4 @@
-"""Traces on disk: what a program computed, as safetensors with a manifest. `record_torch.py` has the format."""
+"""Traces on disk: what a program computed, as safetensors with a manifest; see `record_torch.py`."""
 
 import hashlib
 import json
@@ -103,6 +103,9 @@ def _manifest(folder: Path) -> dict[str, Any]:
     for key in ("precision", "weights"):
         if not isinstance(manifest.get(key), dict):
             raise ValueError(f"{path}: {key}: missing; which model was recorded cannot be told")
+    for key in ("shape", "config", "optimizer"):
+        if not isinstance(manifest.get(key) or {}, dict):
+            raise ValueError(f"{path}: {key}: expected an object")
     if not manifest["weights"]:
         raise ValueError(f"{path}: weights: no digest of any; which model was recorded is unknown")
     return manifest

@@ -6,7 +6,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from parity_tests.report.measure.metrics import Comparison, compare
+from parity_tests.report.measure.errors import compare
+from parity_tests.report.measure.metrics import Comparison
 from parity_tests.report.programs.checkpoint import EMBEDDING
 from parity_tests.report.programs.program import Programs
 from parity_tests.report.programs.steps import OUTPUT

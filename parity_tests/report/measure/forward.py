@@ -6,7 +6,8 @@ from typing import NamedTuple
 import numpy as np
 from torch import Tensor
 
-from parity_tests.report.measure.metrics import Comparison, compare
+from parity_tests.report.measure.errors import compare
+from parity_tests.report.measure.metrics import Comparison
 from parity_tests.report.programs.program import Programs, Steps
 from parity_tests.report.programs.steps import OUTPUT
 

@@ -7,7 +7,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from parity_tests.report.measure.metrics import Comparison, Errors, errors
+from parity_tests.report.measure.errors import errors
+from parity_tests.report.measure.metrics import Comparison, Errors
 from parity_tests.report.programs.program import Programs
 
 _BLOCK = 64  # positions whose logits are in memory at once

@@ -4,12 +4,11 @@ import numpy as np
 import pytest
 import torch
 
+from parity_tests.report.measure.errors import compare, errors
 from parity_tests.report.measure.metrics import (
     Comparison,
     Errors,
     by_layer_group,
-    compare,
-    errors,
     first_to_drift,
     position_of_drift,
 )

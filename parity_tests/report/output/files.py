@@ -1,24 +1,22 @@
-"""Write a report to files; each appears under its name only when it is complete."""
+"""Write results to files; each appears under its name only when it is complete."""
 
 import json
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from llama_jax.files.staging import replacing, write_text
-from parity_tests.report.output.page import page
-from parity_tests.report.output.tables import to_json
-from parity_tests.report.run import Report
 
 
-def write_json(report: Report, path: Path) -> None:
-    """Every number of the report. JSON has no NaN or infinity: they are null."""
-    _write(path, json.dumps(_finite(to_json(report)), indent=1, allow_nan=False) + "\n")
+def write_json(values: Mapping[str, Any], path: Path) -> None:
+    """JSON has no NaN or infinity: they are null."""
+    _write(path, json.dumps(_finite(values), indent=1, allow_nan=False) + "\n")
 
 
-def write_html(report: Report, path: Path) -> None:
-    """One page with tables and pictures, which needs no other file."""
-    _write(path, page(report))
+def write_html(page: str, path: Path) -> None:
+    """A page that needs no other file."""
+    _write(path, page)
 
 
 def _write(path: Path, text: str) -> None:

@@ -1,10 +1,8 @@
 """Plots of a report, as PNG."""
 
-import io
 from collections.abc import Iterator
 
 import numpy as np
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
@@ -14,15 +12,12 @@ from parity_tests.report.measure.metrics import (
     Comparison,
     allowed,
     first_to_drift,
-    pooled,
     position_of_drift,
     windows,
 )
 from parity_tests.report.measure.outputs import BINS
+from parity_tests.report.output.plots import OURS, THEIRS, by_name, png, short, shortened
 from parity_tests.report.run import Report
-
-_OURS, _THEIRS = "#2a6fdb", "#d1672b"
-_COLUMNS = 250  # of a heat map: longer sequences are pooled to as many
 
 
 def pictures(report: Report) -> Iterator[tuple[str, str, bytes]]:
@@ -36,7 +31,7 @@ def pictures(report: Report) -> Iterator[tuple[str, str, bytes]]:
     yield (
         "Error by module",
         f"In forward order. The dotted line is the tolerance, {ROUNDING_RATIO} x {report.theirs}.",
-        _by_name(report, report.modules, "module"),
+        _errors(report, report.modules, "module"),
     )
     yield (
         "Error by position",
@@ -52,7 +47,7 @@ def pictures(report: Report) -> Iterator[tuple[str, str, bytes]]:
         yield (
             "Error by gradient",
             f"In backward order, over the first {report.backward_length} tokens.",
-            _by_name(report, report.parameters, "parameter"),
+            _errors(report, report.parameters, "parameter"),
         )
 
 
@@ -62,8 +57,8 @@ def _heat_maps(report: Report) -> bytes:
         for module in report.modules
         if module.name.startswith("layers.") and module.name.count(".") == 1
     ]
-    ours = np.stack([_shortened(layer.ours.by_position) for layer in outputs])
-    theirs = np.stack([_shortened(layer.theirs.by_position) for layer in outputs])
+    ours = np.stack([shortened(layer.ours.by_position) for layer in outputs])
+    theirs = np.stack([shortened(layer.theirs.by_position) for layer in outputs])
     floor = np.finfo(np.float32).tiny
     figure = Figure(figsize=(11, 6), layout="constrained")
     top, bottom = figure.subplots(2, 1, sharex=True)
@@ -73,7 +68,7 @@ def _heat_maps(report: Report) -> bytes:
         np.percentile(finite, 1), max(np.percentile(finite, 99), np.percentile(finite, 1) * 2)
     )
     image = top.imshow(finite, aspect="auto", norm=norm, extent=extent, cmap="viridis")
-    figure.colorbar(image, ax=top, label=f"error of {_short(report.ours)}")
+    figure.colorbar(image, ax=top, label=f"error of {short(report.ours)}")
     ratio = np.log2(np.maximum(finite, floor) / np.maximum(theirs, floor))
     image = bottom.imshow(ratio, aspect="auto", vmin=-1, vmax=1, extent=extent, cmap="RdBu_r")
     bar = figure.colorbar(image, ax=bottom, label="ratio", ticks=[-1, 0, 1])
@@ -82,29 +77,21 @@ def _heat_maps(report: Report) -> bytes:
         axes.set_ylabel("layer")
         axes.yaxis.set_major_locator(MaxNLocator(integer=True))
     bottom.set_xlabel("position")
-    return _png(figure)
+    return png(figure)
 
 
-def _by_name(report: Report, comparisons: list[Comparison], label: str) -> bytes:
-    figure = Figure(figsize=(11, 3.8), layout="constrained")
-    axes = figure.add_subplot(xlabel=label, ylabel="relative rms error", yscale="log")
-    for name, values, color, style in (
-        (report.theirs, [c.theirs.rms for c in comparisons], _THEIRS, "-"),
-        (report.ours, [c.ours.rms for c in comparisons], _OURS, "-"),
-        ("allowed", [allowed(c.theirs.rms, c.eps) for c in comparisons], "gray", ":"),
-    ):
-        positive = [value if value > 0 else np.nan for value in values]  # the axis is logarithmic
-        axes.plot(positive, style, color=color, linewidth=1, label=_short(name))
+def _errors(report: Report, comparisons: list[Comparison], label: str) -> bytes:
     drifted = first_to_drift(comparisons)
-    if drifted is not None:
-        index = [comparison.name for comparison in comparisons].index(drifted)
-        axes.plot(
-            index, comparisons[index].ours.rms, "o", color="red", label=f"first to drift: {drifted}"
-        )
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.grid(alpha=0.3)
-    axes.legend()
-    return _png(figure)
+    names = [comparison.name for comparison in comparisons]
+    return by_name(
+        {
+            report.theirs: [c.theirs.rms for c in comparisons],
+            report.ours: [c.ours.rms for c in comparisons],
+        },
+        [allowed(c.theirs.rms, c.eps) for c in comparisons],
+        label,
+        None if drifted is None else (names.index(drifted), f"first to drift: {drifted}"),
+    )
 
 
 def _sequence(report: Report) -> bytes:
@@ -112,21 +99,21 @@ def _sequence(report: Report) -> bytes:
     starts, ours, theirs = zip(*windows(logits), strict=True)
     figure = Figure(figsize=(11, 5), layout="constrained")
     top, bottom = figure.subplots(2, 1, sharex=True)
-    for name, values, color in ((report.theirs, theirs, _THEIRS), (report.ours, ours, _OURS)):
-        top.step(starts, values, where="post", color=color, label=_short(name))
+    for name, values, color in ((report.theirs, theirs, THEIRS), (report.ours, ours, OURS)):
+        top.step(starts, values, where="post", color=color, label=short(name))
     bound = [allowed(error, report.eps) for error in theirs]
     top.step(starts, bound, ":", where="post", color="gray", label="allowed")
     position = position_of_drift(logits)
     if position is not None:
         top.axvline(position, color="red", linewidth=1, label=f"first to drift: {position}")
     top.set(ylabel="error of logits", yscale="log")
-    for program, color in ((report.outputs.theirs, _THEIRS), (report.outputs.ours, _OURS)):
+    for program, color in ((report.outputs.theirs, THEIRS), (report.outputs.ours, OURS)):
         bottom.plot(np.maximum(program.kl, 1e-18), ".", color=color, markersize=2)
     bottom.set(ylabel="KL divergence", yscale="log", xlabel="position")
     for axes in (top, bottom):
         axes.grid(alpha=0.3)
     top.legend()
-    return _png(figure)
+    return png(figure)
 
 
 def _histogram(report: Report) -> bytes:
@@ -134,30 +121,13 @@ def _histogram(report: Report) -> bytes:
     axes = figure.add_subplot(xlabel="|error| / rms of the row, log10", ylabel="logits")
     used = np.zeros(len(BINS) - 1, bool)
     for name, program, color in (
-        (report.theirs, report.outputs.theirs, _THEIRS),
-        (report.ours, report.outputs.ours, _OURS),
+        (report.theirs, report.outputs.theirs, THEIRS),
+        (report.ours, report.outputs.ours, OURS),
     ):
-        axes.stairs(program.histogram, BINS, color=color, fill=True, alpha=0.4, label=_short(name))
+        axes.stairs(program.histogram, BINS, color=color, fill=True, alpha=0.4, label=short(name))
         used |= program.histogram > 0
     if used.any():
         first, last = np.flatnonzero(used)[[0, -1]]
         axes.set_xlim(BINS[first], BINS[last + 1])
     axes.legend()
-    return _png(figure)
-
-
-def _shortened(errors: np.ndarray) -> np.ndarray:
-    """Errors by position, pooled to at most `_COLUMNS`."""
-    parts = np.array_split(errors, min(len(errors), _COLUMNS))
-    return np.array([pooled(part) for part in parts])
-
-
-def _short(name: str) -> str:
-    return name if len(name) < 30 else f"...{name[-27:]}"
-
-
-def _png(figure: Figure) -> bytes:
-    file = io.BytesIO()
-    figure.set_canvas(FigureCanvasAgg(figure))
-    figure.savefig(file, format="png", dpi=110)
-    return file.getvalue()
+    return png(figure)

@@ -1,12 +1,10 @@
 """The report as tables for a terminal, and as JSON."""
 
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, Literal
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
-from rich.box import SIMPLE_HEAD
 from rich.console import Console
-from rich.table import Table
 
 from parity_tests.reference.tolerances import ROUNDING_RATIO
 from parity_tests.report.measure.metrics import (
@@ -18,9 +16,9 @@ from parity_tests.report.measure.metrics import (
     position_of_drift,
 )
 from parity_tests.report.measure.outputs import disagreements, ties
+from parity_tests.report.output.html import Rows
+from parity_tests.report.output.text import compact, table
 from parity_tests.report.run import Report
-
-Rows = Sequence[tuple[str, ...]]
 
 GROUP_COLUMNS = (
     *("", "rms\nours", "theirs", "ratio", "max\nours", "theirs", "ULPs\nours", "theirs"),
@@ -61,10 +59,10 @@ def group_rows(comparisons: Sequence[Comparison]) -> Rows:
         rows.append(
             (
                 group.name,
-                _compact(group.ours, 2),
-                _compact(group.theirs, 2),
+                compact(group.ours, 2),
+                compact(group.theirs, 2),
                 f"{group.ours / group.theirs:.2f}" if group.theirs else "",
-                *(_compact(max(error.max for error in side), 1) for side in (ours, theirs)),
+                *(compact(max(error.max for error in side), 1) for side in (ours, theirs)),
                 *(f"{pooled([error.ulps for error in side]):.0f}" for side in (ours, theirs)),
                 next((part for part in worst.name.split(".") if part.isdigit()), ""),
             )
@@ -122,15 +120,15 @@ def show(report: Report, console: Console) -> None:
     """Print it, in at least 80 columns: in fewer, numbers would be broken over lines."""
     console.width = max(console.width, 80)
     console.print(heading(report), style="table.title", soft_wrap=True)
-    console.print(_table(None, ("", report.ours, report.theirs), summary(report)))
+    console.print(table(None, ("", report.ours, report.theirs), summary(report)))
     for title, comparisons in (("modules", report.modules), ("gradients", report.parameters)):
         if comparisons:
             rows = [row[:-1] for row in group_rows(comparisons)]  # the worst layer does not fit
             title = f"errors of {title} against the float64 oracle, pooled over layers"
-            console.print(_table(title, GROUP_COLUMNS[:-1], rows))
+            console.print(table(title, GROUP_COLUMNS[:-1], rows))
     failed = check_rows(report, only_failed=True)
     if failed:
-        console.print(_table("out of tolerance", CHECK_COLUMNS, failed))
+        console.print(table("out of tolerance", CHECK_COLUMNS, failed))
     for line in conclusions(report):
         console.print(line, soft_wrap=True)
 
@@ -182,21 +180,3 @@ def _comparison_json(comparison: Comparison) -> Mapping[str, object]:
         "theirs": numbers(comparison.theirs),
         "drifted": comparison.drifted,
     }
-
-
-def _compact(value: float, digits: int) -> str:
-    """9.36e-6, not 9.36e-06: the table must fit into 80 columns."""
-    return f"{value:.{digits}e}".replace("e-0", "e-").replace("e+0", "e+") if value else "0"
-
-
-def _table(title: str | None, columns: Iterable[str], rows: Rows) -> Table:
-    table = Table(
-        title=title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False
-    )
-    for index, column in enumerate(columns):
-        justify: Literal["left", "right"] = "right" if index else "left"
-        table.add_column(column, justify=justify, overflow="fold", no_wrap=not index)
-    for name, *cells in rows:
-        short = name.replace("model.", "").replace("layers.*.", "").removesuffix(".weight")
-        table.add_row(short, *cells)
-    return table

@@ -1,0 +1,113 @@
+"""A recorded optimizer step against its definition, from the recorded gradients.
+
+Source: the documentation of `torch.optim.SGD`, `Adam` and `AdamW`.
+"""
+
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
+
+import ml_dtypes
+import numpy as np
+
+from parity_tests.report.programs.checkpoint import Checkpoint, read
+from parity_tests.traces.residuals import Residual, residual
+from parity_tests.traces.trace import MANIFEST, Trace
+
+_CLIP_EPS = 1e-6  # of torch.nn.utils.clip_grad_norm_
+
+
+class _Moments(NamedTuple):
+    """Before the step; zeros at the first one."""
+
+    first: np.ndarray
+    second: np.ndarray
+
+
+def step_residuals(trace: Trace, checkpoint: Checkpoint, dtype: np.dtype) -> Iterator[Residual]:
+    """Residuals of every parameter's update; none where no step was recorded.
+
+    Args:
+        dtype: of the parameters.
+
+    Raises:
+        ValueError: an optimizer that is not known.
+    """
+    stated = trace.manifest.get("optimizer")
+    if stated is None:
+        return
+    kind = stated.get("class")
+    if kind not in ("SGD", "Adam", "AdamW"):
+        path = trace.folder / MANIFEST
+        raise ValueError(f"{path}: optimizer: found {kind}, expected SGD, Adam or AdamW")
+    scale = _clip(trace, stated)
+    for group in stated["groups"]:
+        for name in group["parameters"]:
+            gradient = f"{name}.grad"
+            if gradient not in trace.stored or name not in checkpoint.stored:
+                continue
+            before = read(checkpoint, name, dtype)
+            after = trace.read(f"{name}.stepped").astype(np.float64)
+            updates = []
+            for working in (np.dtype(np.float64), np.dtype(np.float32)):
+                g = np.multiply(trace.read(gradient).astype(working), scale, dtype=working)
+                moments = _moments(trace, name, g)
+                stepped = _step(kind, group, stated["step"] + 1, before.astype(working), g, moments)
+                rounded = stepped if working == np.float64 else stepped.astype(dtype)
+                updates.append(rounded.astype(np.float64) - before.astype(np.float64))
+            exact, rounded = updates
+            rows = len(exact) if exact.ndim > 1 else 1
+            yield residual(
+                name,
+                "step",
+                after - before.astype(np.float64),
+                exact,
+                rounded,
+                eps=float(ml_dtypes.finfo(dtype).eps),
+                rows=rows,
+            )
+
+
+def _clip(trace: Trace, stated: Mapping[str, Any]) -> float:
+    """What gradients are multiplied by."""
+    if stated.get("max_norm") is None:
+        return 1.0
+    squares = sum(
+        float(np.sum(np.square(trace.read(array), dtype=np.float64)))
+        for array in trace.stored
+        if array.endswith(".grad")
+    )
+    return min(1.0, stated["max_norm"] / (squares**0.5 + _CLIP_EPS))
+
+
+def _moments(trace: Trace, name: str, gradient: np.ndarray) -> _Moments:
+    arrays = []
+    for moments in (("exp_avg", "momentum_buffer"), ("exp_avg_sq",)):
+        present = [f"{name}.{m}" for m in moments if f"{name}.{m}" in trace.stored]
+        values = trace.read(present[0]) if present else np.zeros_like(gradient)
+        arrays.append(values.astype(gradient.dtype))
+    return _Moments(*arrays)
+
+
+def _step(
+    kind: str,
+    group: Mapping[str, Any],
+    step: int,
+    weight: np.ndarray,
+    gradient: np.ndarray,
+    moments: _Moments,
+) -> np.ndarray:
+    """The parameter after the step, in the dtype of its operands."""
+    number = weight.dtype.type
+    rate, decay = number(group["lr"]), number(group.get("weight_decay", 0.0))
+    if kind == "AdamW" or group.get("decoupled_weight_decay"):
+        weight = weight * (1 - rate * decay)
+    else:
+        gradient = gradient + decay * weight
+    if kind == "SGD":
+        momentum = number(group.get("momentum", 0.0))
+        return weight - rate * (momentum * moments.first + gradient)
+    beta1, beta2 = (number(beta) for beta in group["betas"])
+    first = beta1 * moments.first + (1 - beta1) * gradient
+    second = beta2 * moments.second + (1 - beta2) * np.square(gradient)
+    root = np.sqrt(second) / np.sqrt(1 - beta2 ** number(step)) + number(group["eps"])
+    return weight - rate / (1 - beta1 ** number(step)) * first / root
