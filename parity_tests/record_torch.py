@@ -689,8 +689,10 @@ def _halves(values: Tensor, axis: int, dim: int) -> Tensor:
 
 def _heads(model: nn.Module) -> Heads:
     config: Any = getattr(model, "config", None)
-    query = getattr(config, "num_attention_heads", None) or getattr(config, "n_head", 0)
-    key = getattr(config, "num_key_value_heads", None) or getattr(config, "n_query_groups", query)
+    query: Any = getattr(config, "num_attention_heads", None) or getattr(config, "n_head", 0)
+    key: Any = getattr(config, "num_key_value_heads", None) or getattr(
+        config, "n_query_groups", query
+    )
     hidden = getattr(config, "hidden_size", None) or getattr(config, "n_embd", 0)
     dim = getattr(config, "head_dim", None) or getattr(config, "head_size", None)
     return Heads(query, key, dim or (hidden // query if query else 0))

@@ -127,19 +127,23 @@ def record_jax(
     return folder
 
 
-def sown(model: nnx.Module) -> dict[str, jax.Array]:
-    """What the modules of a model have sown (`nnx.Module.sow`), for the dict that `loss` returns.
+def sown(state: nnx.State) -> dict[str, jax.Array]:
+    """What `nnx.capture` collected of a model's modules, for the dict that `loss` returns.
 
-    The names are paths, with keys joined by dots. Intermediates are removed from the model.
+    The names are paths, with keys joined by dots. Of what a module has sown several times, the last counts.
+
+    >>> class Doubled(nnx.Module):
+    ...     def __call__(self, x):
+    ...         self.sow(nnx.Intermediate, "twice", 2 * x)
+    ...         return x
+    >>> _, state = nnx.capture(Doubled(), nnx.Intermediate)(jnp.float32(3))
+    >>> {name: float(array) for name, array in sown(state).items()}
+    {'twice': 6.0}
     """
-    state = nnx.pop(model, nnx.Intermediate)
     arrays = {}
     for path, variable in nnx.to_flat_state(state):
-        values = (
-            variable[...] if not isinstance(variable.get_value(), tuple) else variable.get_value()
-        )
-        last = values[-1] if isinstance(values, tuple) else values
-        arrays[".".join(map(str, path))] = last
+        values = variable.get_value() if isinstance(variable, nnx.Variable) else variable
+        arrays[".".join(map(str, path))] = values[-1] if isinstance(values, tuple) else values
     return arrays
 
 

@@ -110,6 +110,7 @@ def test_other_programs_that_are_right(dtype: torch.dtype, directory: Path, tmp_
         assert verdict.holds, verdict.findings
 
 
+@pytest.mark.slow
 def test_recordings_of_less_are_checked_from_what_there_is(directory: Path, tmp_path: Path) -> None:
     tokens = jnp.asarray(ids_of().numpy(), jnp.int32)
     weights = {name: weight.numpy() for name, weight in weights_of(CASE.config).items()}

@@ -30,6 +30,7 @@ def test_a_recording_over_eight_devices(sharded: tuple[Path, Path]) -> None:
     assert verdict.reference == "float64 oracle"
 
 
+@pytest.mark.slow
 def test_a_check_without_torch(sharded: tuple[Path, Path], tmp_path: Path) -> None:
     program = (
         "import sys; sys.modules |= {'torch': None, 'transformers': None}; "

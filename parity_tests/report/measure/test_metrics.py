@@ -39,7 +39,7 @@ def test_blocks_of_rows_make_no_difference(monkeypatch: pytest.MonkeyPatch) -> N
     reference = torch.from_numpy(rng.normal(size=(37, 5)))
     values = reference + 1e-6 * torch.from_numpy(rng.normal(size=(37, 5)))
     at_once = errors(values, reference, EPS, 37)
-    monkeypatch.setattr("parity_tests.report.measure.metrics._BLOCK", 20)
+    monkeypatch.setattr("parity_tests.report.measure.errors._BLOCK", 20)
     for in_blocks, expected in zip(errors(values, reference, EPS, 37), at_once, strict=True):
         np.testing.assert_allclose(np.asarray(in_blocks), np.asarray(expected), rtol=1e-12)
 
