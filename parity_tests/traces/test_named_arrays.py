@@ -3,6 +3,7 @@
 import doctest
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +14,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from parity_tests.traces import named_arrays, names, precision
 from parity_tests.traces import record_jax as recorder
-from parity_tests.traces.named_arrays import with_named_arrays
+from parity_tests.traces.named_arrays import Named, with_named_arrays
 from parity_tests.traces.record_jax import record_jax, sown
 from parity_tests.traces.trace import open_trace
 
@@ -43,9 +44,10 @@ def program(weights: jax.Array, x: jax.Array) -> jax.Array:
     return jnp.sum(jnp.square(checkpoint_name(doubled(x), "end")))
 
 
-def plain(weights: jax.Array, x: jax.Array, added: dict[str, list[jax.Array]]) -> tuple:
+def plain(weights: jax.Array, x: jax.Array, added: Named) -> tuple[jax.Array, Any]:
     """The same with what is added written out."""
-    hidden, ends = [None] * LENGTH, [None] * LENGTH
+    hidden: list[Any] = [None] * LENGTH
+    ends: list[Any] = [None] * LENGTH
     for index in reversed(range(LENGTH)):
         hidden[index] = x = jnp.tanh(x @ weights[index]) + added["hidden"][index]
         ends[index] = x = x + 1 + added["end"][index]
