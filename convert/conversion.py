@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import shutil
+import tempfile
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -23,8 +25,10 @@ from convert.surgery import Surgery, operate
 from convert.surgery.shards import shard_size_for
 from convert.verify_logits import Comparison, compare_logits, require_torch_and_memory
 from llama_jax.checkpoints.safetensors_write import TensorSpec
-from llama_jax.files.hub import local_path
+from llama_jax.files.paths import destination_path, source_path
+from llama_jax.files.remote import is_remote, remote_path
 from llama_jax.files.staging import move, staging_in, to_disk
+from llama_jax.files.upload import require_absent, uploading, write_bytes
 
 DEFAULT_SHARD = huggingface.DEFAULT_SHARD
 _SPARE = 1_000_000  # bytes of disk beyond the tensors and the files beside: headers, the index
@@ -69,10 +73,16 @@ class Plan:
         return _BASE_MEMORY + 3 * largest
 
     @property
+    def workplace(self) -> Path:
+        """The local directory in which the output is made: of the destination, or one to upload from."""
+        remote = is_remote(self.destination)
+        return Path(tempfile.gettempdir()) if remote else self.destination.parent
+
+    @property
     def seconds(self) -> float:
-        """An estimate, from a short trial of the disk and the processor."""
+        """An estimate, from a short trial of the disk and the processor; without up- and downloads."""
         return seconds(
-            self.destination.parent,
+            self.workplace,
             read=sum(spec.nbytes for spec in self.checkpoint.tensors),
             written=self.bytes_to_write,
             verify=self.verify,
@@ -116,7 +126,7 @@ def plan(
             that exists, is inside the source or has no parent directory; an unknown format or dtype; too
             little disk, or for `logits` memory.
     """
-    target = Path(os.path.abspath(destination))
+    target = destination_path(destination)
     to = to or ("gguf" if target.suffix == ".gguf" else "hf")
     if to not in writable():
         raise ValueError(f"to: found {to!r}, expected one of {', '.join(writable())}")
@@ -137,20 +147,15 @@ def plan(
         )
     if not scan_layers and to != "maxtext":
         raise ValueError(f"scan_layers is for MaxText only, not for {target_format.title}")
-    path = local_path(os.fspath(source))
+    path = source_path(source)
     if not path.exists():
         raise ValueError(f"{source}: not found")
-    if os.path.lexists(target):
-        raise ValueError(f"{destination}: exists already; choose another name or remove it")
-    if path.is_dir() and target.resolve().is_relative_to(path.resolve()):
+    if is_remote(target):
+        require_absent(target)
+    else:
+        _require_writable(target, destination)
+    if path.is_dir() and _is_inside(target, path):
         raise ValueError(f"{destination}: is inside the source {source}; choose a path outside it")
-    if not target.parent.is_dir():
-        problem = (
-            "not a directory" if target.parent.exists() else "no such directory; create it first"
-        )
-        raise ValueError(f"{target.parent}: {problem}")
-    if not os.access(target.parent, os.W_OK | os.X_OK):
-        raise ValueError(f"{target.parent}: no permission to write there")
     checkpoint = _read(path, name_map, rope, rename, tokenizer=tokenizer)
     if logits:
         require_torch_and_memory(checkpoint)
@@ -161,7 +166,7 @@ def plan(
     if adapter is not None:
         if logits:
             raise ValueError("logits: cannot be compared with PyTorch's while an adapter is merged")
-        directory = local_path(os.fspath(adapter))
+        directory = source_path(adapter)
         checkpoint, rounding = with_adapter(checkpoint, directory, chosen, tokenizer=tokenizer)
     if surgery:
         if logits:
@@ -185,17 +190,37 @@ def plan(
         rounding=rounding,
     )
     needed = result.bytes_to_write + _SPARE + sum(map(len, checkpoint.files.values()))
-    free = shutil.disk_usage(target.parent).free
+    free = shutil.disk_usage(result.workplace).free
     if free < needed:
-        raise ValueError(f"{target.parent}: {free} bytes free, expected at least {needed}")
+        raise ValueError(f"{result.workplace}: {free} bytes free, expected at least {needed}")
     return result
+
+
+def _require_writable(target: Path, destination: str | os.PathLike[str]) -> None:
+    """Raise ValueError unless a local target is absent, and its directory can be written."""
+    if os.path.lexists(target):
+        raise ValueError(f"{destination}: exists already; choose another name or remove it")
+    if not target.parent.is_dir():
+        problem = (
+            "not a directory" if target.parent.exists() else "no such directory; create it first"
+        )
+        raise ValueError(f"{target.parent}: {problem}")
+    if not os.access(target.parent, os.W_OK | os.X_OK):
+        raise ValueError(f"{target.parent}: no permission to write there")
+
+
+def _is_inside(target: Path, directory: Path) -> bool:
+    if is_remote(target) or is_remote(directory):
+        return str(target).startswith(f"{directory}/")
+    return target.resolve().is_relative_to(directory.resolve())
 
 
 def run(plan: Plan, progress: Callable[[int], None] | None = None) -> Report:
     """Do what `plan` says.
 
     Args:
-        progress: is called with the number of bytes just written, then just compared.
+        progress: is called with the number of bytes just written, then just compared; where the
+            destination is remote, then also just uploaded and compared there.
 
     Raises:
         ValueError: values that are not finite or do not fit the dtype, damage in the source, or an output
@@ -211,8 +236,13 @@ def run(plan: Plan, progress: Callable[[int], None] | None = None) -> Report:
     }
     options = all_options.get(plan.to, {})
     source = replace(plan.checkpoint, dtype=plan.dtype)
-    with staging_in(plan.destination.parent, plan.destination.name) as staging:
-        output = staging / plan.destination.name
+    with ExitStack() as stack:
+        upload = None
+        if is_remote(plan.destination):
+            upload = stack.enter_context(uploading(plan.destination))
+        name = plan.destination.name
+        staging = stack.enter_context(staging_in(plan.workplace, name))
+        output = staging / name
         with record.recording(plan.source, source, plan.specs, cast_rule) as (checkpoint, futures):
             target_format.write(checkpoint, output, progress, **options)
             records = {name: future.result() for name, future in futures.items()}
@@ -231,10 +261,16 @@ def run(plan: Plan, progress: Callable[[int], None] | None = None) -> Report:
             "logits": None if comparison is None else comparison._asdict(),
         }
         record.write(record.record_path(output), facts, records)
-        to_disk(staging)  # most of it is there already: it was written while tensors were compared
-        if output.is_file():
-            os.replace(record.record_path(output), record.record_path(plan.destination))
-        move(output, plan.destination)
+        if upload is not None:
+            if output.is_file():
+                content = record.record_path(output).read_bytes()
+                write_bytes(record.record_path(plan.destination), content)
+            upload(output, progress, verify=plan.verify)
+        else:
+            to_disk(staging)  # most of it is there: it was written while tensors were compared
+            if output.is_file():
+                os.replace(record.record_path(output), record.record_path(plan.destination))
+            move(output, plan.destination)
     changed = {
         name: written.changes for name, written in records.items() if written.changes is not None
     }
@@ -319,8 +355,8 @@ def _read(
 ) -> Checkpoint:
     if rope not in (None, "halves", "pairs"):
         raise ValueError(f"rope: found {rope!r}, expected halves or pairs")
-    file = None if name_map is None else Path(name_map)
-    names = None if rename is None else read_rename(Path(rename))
+    file = None if name_map is None else remote_path(name_map) or Path(name_map)
+    names = None if rename is None else read_rename(remote_path(rename) or Path(rename))
     return registry.read(path, tokenizer=tokenizer, name_map=file, rope=rope, rename=names)
 
 
@@ -338,7 +374,7 @@ def info(
     Raises:
         ValueError: nothing there is a checkpoint.
     """
-    path = local_path(os.fspath(source))
+    path = source_path(source)
     problems: list[str] = []
     try:
         checkpoint = _read(path, name_map, rope)

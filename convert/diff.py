@@ -16,7 +16,7 @@ from convert.formats.llama_tensors import rotary_heads, to_halves, to_pairs
 from convert.record import checked
 from convert.same_function import config_differences
 from llama_jax.config import LlamaConfig
-from llama_jax.files.hub import local_path
+from llama_jax.files.paths import source_path
 
 _CHUNK = 2**22  # values compared at a time: bounds the temporaries
 _MOST_RANKS = 64  # a difference of more is not called low
@@ -55,7 +55,7 @@ def diff(one: str | os.PathLike[str], other: str | os.PathLike[str]) -> Comparis
     Raises:
         ValueError: one of them is no checkpoint, or damaged.
     """
-    paths = [local_path(os.fspath(path)) for path in (one, other)]
+    paths = [source_path(path) for path in (one, other)]
     first, second = (checked(path, registry.read(path, tokenizer=False)) for path in paths)
     same, differences = 0, []
     for name in dict.fromkeys(spec.name for spec in (*first.tensors, *second.tensors)):

@@ -11,6 +11,7 @@ from typing import Any
 from gguf.metadata import Metadata
 
 from convert.companions import require_inside
+from llama_jax.files.download import on_disk
 
 FILE = "README.md"
 # the facts of a checkpoint, and what the front matter calls them
@@ -34,7 +35,7 @@ def card_facts(directory: Path) -> tuple[dict[str, Any], list[str]]:
     try:
         if path.stat().st_size > _MAX_BYTES:
             raise ValueError(f"larger than {_MAX_BYTES} bytes")
-        fields = Metadata.load_model_card(directory)
+        fields = Metadata.load_model_card(on_disk(path).parent)
     except Exception:  # PyYAML and the decoder raise whatever is wrong
         return {}, [f"{FILE}: unreadable front matter; name, license and languages are left out"]
     facts: dict[str, Any] = {}

@@ -74,6 +74,7 @@ def _add_info(program: Parser) -> None:
 def _info(options: argparse.Namespace) -> None:
     from llama_jax import PRESETS, LlamaConfig
     from llama_jax.files.hub import hub_name
+    from llama_jax.files.remote import remote_path
     from llama_jax.inspection.architecture import show
 
     if options.model is None:
@@ -81,7 +82,7 @@ def _info(options: argparse.Namespace) -> None:
         return
     if options.model in PRESETS:
         config = PRESETS[options.model]
-    elif Path(options.model).is_dir() or hub_name(options.model):
+    elif Path(options.model).is_dir() or hub_name(options.model) or remote_path(options.model):
         config = LlamaConfig.from_pretrained(options.model)
     else:
         raise ValueError(

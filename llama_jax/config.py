@@ -18,8 +18,8 @@ from llama_jax.files.foreign_weights import (
     quantization_refusal,
     without_quantization,
 )
-from llama_jax.files.hub import local_path
 from llama_jax.files.json_object import read_json_object
+from llama_jax.files.paths import source_path
 from llama_jax.numerics.activations import ACTIVATIONS
 from llama_jax.numerics.rope import (
     longrope_attention_factor,
@@ -328,7 +328,7 @@ class LlamaConfig:
             raise TypeError(
                 f"{', '.join(sorted(unknown))}: unknown keyword; expected fields of LlamaConfig"
             )
-        path = local_path(directory, weights=False) / "config.json"
+        path = source_path(directory, weights=False) / "config.json"
         if not path.parent.is_dir():
             raise ValueError(f"{path.parent}: {describe(path.parent)}")
         if not path.exists():

@@ -7,7 +7,7 @@ from llama_jax.checkpoints.huggingface import with_adapter
 from llama_jax.checkpoints.orbax import is_orbax, load_orbax, locate
 from llama_jax.config import LlamaConfig
 from llama_jax.files.foreign_weights import describe
-from llama_jax.files.hub import local_path
+from llama_jax.files.paths import source_path
 from llama_jax.generation.config import read_generation_config
 from llama_jax.models.causal_lm import LlamaForCausalLM
 from llama_jax.text.companions import tokenizer_home
@@ -39,7 +39,7 @@ def load_model(
     if is_orbax(directory):
         model = load_orbax(LlamaForCausalLM, directory, dtype)
         if adapter is not None:
-            model = with_adapter(model, model.config, local_path(adapter))
+            model = with_adapter(model, model.config, source_path(adapter))
         model.generation_config = read_generation_config(_home(directory), model.config)
         return model
     return LlamaForCausalLM.from_pretrained(directory, dtype=dtype, adapter=adapter)
@@ -65,7 +65,7 @@ def _home(directory: Path) -> Path:
 
 
 def _readable(directory: str | Path, *, weights: bool = True) -> Path:
-    directory = local_path(directory, weights=weights)
+    directory = source_path(directory, weights=weights)
     if not directory.is_dir():
         raise ValueError(f"{directory}: {describe(directory)}")
     return directory

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Literal
 
 from llama_jax.attention.implementation import Implementation
-from llama_jax.files.hub import local_path
+from llama_jax.files.paths import source_path
 from llama_jax.numerics.remat_policy import Kept, KeptName, OffloadedName, Remat
 
 FILE = "run.toml"
@@ -235,10 +235,10 @@ def with_absolute_paths(options: RunOptions) -> RunOptions:
     """
     model = options.model
     if model.config is not None:
-        config = local_path(model.config, weights=False).absolute()
+        config = source_path(model.config, weights=False).absolute()
         model = dataclasses.replace(model, config=config)
     if model.init_from is not None:
-        model = dataclasses.replace(model, init_from=local_path(model.init_from).absolute())
+        model = dataclasses.replace(model, init_from=source_path(model.init_from).absolute())
     init_from = None if options.init_from is None else options.init_from.absolute()
     data = tuple(
         text if split_weight(text)[0] == STDLIB else str(Path(text).absolute())

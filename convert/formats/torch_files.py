@@ -29,6 +29,7 @@ from llama_jax.checkpoints.safetensors_read import (
     stored_dtype,
 )
 from llama_jax.files.foreign_weights import POINTER, is_pointer
+from llama_jax.files.reading import open_file, read_bytes
 from llama_jax.formatting import first_line
 
 OLD_FORM_NOTE = "has the form from before torch 1.6: all of it is held in memory"
@@ -112,33 +113,49 @@ def require_torch() -> None:
         ) from None
 
 
-class _Bounded(io.FileIO):
+class _Bounded(io.RawIOBase):
     """A part of a file, as if it were one.
 
     One read allocates no more than the part holds, or than a structure of tensors can take.
     """
 
     def __init__(self, path: Path, start: int = 0, size: int | None = None) -> None:
-        super().__init__(path)
+        self._file = open_file(path, None if size is None else start + size)
         self.start = start
-        self.size = os.fstat(self.fileno()).st_size - start if size is None else size
+        self.size = self._file.seek(0, os.SEEK_END) - start if size is None else size
         self.seek(0)
+
+    def close(self) -> None:
+        self._file.close()
+        super().close()
+
+    def fileno(self) -> int:
+        return self._file.fileno()
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any, /) -> int | None:
+        return self._file.readinto(buffer)
 
     def seek(self, offset: int, whence: int = os.SEEK_SET, /) -> int:
         base = {os.SEEK_SET: 0, os.SEEK_CUR: self.tell(), os.SEEK_END: self.size}[whence]
         if base + offset < 0:
             raise OSError(f"a position of {base + offset}")
-        return super().seek(self.start + base + offset) - self.start
+        return self._file.seek(self.start + base + offset) - self.start
 
     def tell(self) -> int:
-        return super().tell() - self.start
+        return self._file.tell() - self.start
 
     def read(self, size: int | None = -1, /) -> bytes:
         left = max(self.size - self.tell(), 0)
         size = left if size is None or size < 0 else min(size, left)
         if size > _MAX_STRUCTURE:
             raise ValueError(f"a part of {size} bytes, expected at most {_MAX_STRUCTURE}")
-        return super().read(size) or b""
+        return read_bytes(self._file, size)
 
 
 def _open_zip(
@@ -209,7 +226,7 @@ def _content(file: _Bounded, entry: zipfile.ZipInfo) -> bytes:
 
 def _state_dict(
     path: Path,
-    source: io.BytesIO | _Bounded,
+    source: Any,
     device: str,
     only: str | None = None,
     *,
@@ -218,6 +235,7 @@ def _state_dict(
     """What torch loads from a file, if it is tensors by name and nothing else.
 
     Args:
+        source: a stream of the file.
         only: the name of the tensor that is all of it.
     """
     import torch
@@ -363,7 +381,7 @@ def _read(file: _Bounded, location: _Location, flat: np.ndarray, *, check: bool)
         raise ValueError(f"its bytes have CRC-32 {crc:08x}, expected {entry.CRC:08x}: damaged")
 
 
-def _data_offset(file: io.FileIO, entry: zipfile.ZipInfo) -> int:
+def _data_offset(file: _Bounded, entry: zipfile.ZipInfo) -> int:
     """Where an entry's bytes begin: after its local header, whose padding only that header tells."""
     file.seek(entry.header_offset)
     header = file.read(30) or b""

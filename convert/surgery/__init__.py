@@ -17,7 +17,7 @@ from convert.surgery.average import averaged
 from convert.surgery.cast_only import with_cast
 from convert.surgery.layers import with_layers
 from convert.surgery.vocabulary import with_vocab_size
-from llama_jax.files.hub import local_path
+from llama_jax.files.paths import source_path
 
 __all__ = ["Surgery", "averaged", "operate", "with_cast", "with_layers", "with_vocab_size"]
 
@@ -66,7 +66,7 @@ def operate(
     if surgery.weights is not None and not surgery.average:
         raise ValueError("weights: of what? give the checkpoints to average with as well (average)")
     if surgery.average:
-        paths = [local_path(os.fspath(path)) for path in surgery.average]
+        paths = [source_path(path) for path in surgery.average]
         others = [checked(path, registry.read(path, tokenizer=False)) for path in paths]
         checkpoint = averaged([checkpoint, *others], surgery.weights)
     if surgery.layers is not None:

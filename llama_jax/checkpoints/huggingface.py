@@ -31,7 +31,10 @@ from llama_jax.checkpoints.weight_files import open_weights
 from llama_jax.config import LlamaConfig
 from llama_jax.files.foreign_weights import ADAPTER_CONFIG
 from llama_jax.files.json_object import read_json_object
+from llama_jax.files.paths import source_path
+from llama_jax.files.remote import remote_path
 from llama_jax.files.staging import staged_directory, write_text
+from llama_jax.files.upload import output_directory
 from llama_jax.formatting import size, summarize
 from llama_jax.quantization.model import (
     Quantization,
@@ -111,7 +114,7 @@ def load(
         ValueError: one message with every tensor that is missing, unexpected, duplicate, truncated, of the
             wrong shape, or not finite.
     """
-    directory = Path(directory)
+    directory = source_path(directory)
     model_class = _quantized(model_class, directory)
     weights = open_weights(directory)
     if not dequantize and weights.scheme:
@@ -214,7 +217,7 @@ def load_params(
     Raises:
         ValueError: as `load`; non-finite values are only detected in the parts that are read.
     """
-    directory = Path(directory)
+    directory = source_path(directory)
     dtype = jax.tree.leaves(params)[0].dtype
     config = LlamaConfig.from_pretrained(directory)
     weights = open_weights(directory)
@@ -280,7 +283,7 @@ def save(
 
     Files are moved into `directory` once all are complete. The weights of an earlier save in it, and what
     describes them (generation config, adapter, record of a conversion), are replaced or removed; other
-    files are left alone.
+    files are left alone. A remote directory must not exist; it is uploaded from a temporary one.
 
     Args:
         max_shard_size: bytes per file, or text such as "5GB"; smaller models get one `model.safetensors`.
@@ -291,6 +294,17 @@ def save(
         ValueError: `directory` is a file, max_shard_size is not a size, or compressed-tensors cannot hold
             the model.
     """
+    if remote_path(directory) is not None:
+        with output_directory(directory) as local:
+            save(
+                model,
+                config,
+                local,
+                max_shard_size=max_shard_size,
+                json_files=json_files,
+                compressed_tensors=compressed_tensors,
+            )
+        return
     directory, shard_size = Path(directory), size(max_shard_size)
     leaves, table = flat_params(model), name_table(model)
     specs = []

@@ -1,7 +1,6 @@
 """Load models from Orbax directories: runs of `python -m train`, or written by `python -m convert`."""
 
 import logging
-import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,6 +16,7 @@ from llama_jax.checkpoints.huggingface import warn_ignored
 from llama_jax.checkpoints.match import OTHER_HEAD, same_values
 from llama_jax.checkpoints.safetensors_read import all_finite
 from llama_jax.config import LlamaConfig
+from llama_jax.files.download import on_disk
 from llama_jax.formatting import first_line, summarize
 
 Model = TypeVar("Model", bound=nnx.Module)
@@ -38,7 +38,7 @@ def is_orbax(path: Path) -> bool:
 def require_utf8(path: Path) -> None:
     """Raise ValueError for a path that is not UTF-8, which Orbax requires."""
     try:
-        os.path.abspath(path).encode()
+        str(path.absolute()).encode()
     except UnicodeEncodeError:
         raise ValueError(
             f"{path}: the path is not UTF-8, or the locale is not; rename it"
@@ -110,7 +110,7 @@ def load_orbax(model_class: Callable[..., Model], path: Path, dtype: Any = None)
         target = jax.tree.map(
             lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device), target
         )
-        restored = checkpointer.restore(params.absolute(), target)
+        restored = checkpointer.restore(on_disk(params).absolute(), target)
         if problems := _check_values(restored, config):
             raise ValueError(summarize(f"{len(problems)} problems", problems))
     if config.tie_word_embeddings:
@@ -134,7 +134,7 @@ def _one_line_errors(params: Path) -> Iterator[None]:
 def _stored_tree(params: Path) -> Any:
     """The tree of the stored arrays, without their values."""
     with _one_line_errors(params), quiet_orbax(), ocp.StandardCheckpointer() as checkpointer:
-        return checkpointer.metadata(params.absolute()).item_metadata.tree
+        return checkpointer.metadata(on_disk(params).absolute()).item_metadata.tree
 
 
 def _named_leaves(tree: Any) -> dict[str, Any]:

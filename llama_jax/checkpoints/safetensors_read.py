@@ -5,6 +5,7 @@ copied out. Here bytes go from the file into the destination array, a few MB at 
 non-finite values while they are in the processor's cache.
 """
 
+import io
 import json
 import math
 import os
@@ -17,6 +18,7 @@ import ml_dtypes
 import numpy as np
 
 from llama_jax.files.foreign_weights import POINTER, is_pointer
+from llama_jax.files.reading import fill, open_file, read_bytes
 
 FLOAT_DTYPES: dict[str, np.dtype] = {
     "F64": np.dtype(np.float64),
@@ -137,21 +139,22 @@ def read_metadata(path: Path) -> dict[str, Any]:
 def _header(path: Path) -> tuple[dict[str, Any], int, int]:
     """The header of a file, where its data begin, and its size."""
     try:
-        with path.open("rb") as file:
-            size = os.fstat(file.fileno()).st_size
-            prefix = file.read(8)
+        with open_file(path) as file:
+            size = file.seek(0, os.SEEK_END)
+            file.seek(0)
+            prefix = read_bytes(file, 8)
             if len(prefix) < 8:
                 raise ValueError(f"{path.name}: found {size} bytes, expected a safetensors file")
             length = int.from_bytes(prefix, "little")
             if length > min(size - 8, _MAX_HEADER_BYTES):
                 file.seek(0)
-                if is_pointer(file.read(64)):
+                if is_pointer(read_bytes(file, 64)):
                     raise ValueError(f"{path.name}: {POINTER}")
                 raise ValueError(
                     f"{path.name}: found {size - 8} bytes, expected {length} of the header: truncated, or "
                     "not a safetensors file"
                 )
-            text = file.read(length)
+            text = read_bytes(file, length)
     except OSError as error:
         raise ValueError(f"{path.name}: cannot be read ({error.strerror})") from None
     try:
@@ -185,11 +188,11 @@ def read_tensor(tensor: StoredTensor, out: np.ndarray) -> bool:
     step = _CHUNK_BYTES // max(source.itemsize, target.itemsize)
     scratch = None if source == target.dtype else np.empty(min(step, target.size), source)
     finite = True
-    with open(tensor.path, "rb", buffering=0) as file:
+    with open_file(tensor.path, tensor.offset + tensor.nbytes) as file:
         for begin in range(0, target.size, step):
             part = target[begin : begin + step]
             values = part if scratch is None else scratch[: part.size]
-            _read_exactly(file.fileno(), values, tensor, begin * source.itemsize)
+            _read_exactly(file, values, tensor, begin * source.itemsize)
             if scratch is not None:
                 with np.errstate(over="ignore", invalid="ignore"):
                     part[...] = values.astype(target.dtype)
@@ -218,12 +221,12 @@ def read_slice(tensor: StoredTensor, index: tuple[slice, ...], out: np.ndarray) 
     row_bytes = math.prod(tensor.shape[1:]) * source.itemsize
     step = max(1, _CHUNK_BYTES // max(row_bytes, 1))
     finite = True
-    with open(tensor.path, "rb", buffering=0) as file:
+    with open_file(tensor.path, tensor.offset + tensor.nbytes) as file:
         for begin in range(0, len(rows), step):
             count = min(step, len(rows) - begin)
             scratch = np.empty((count, *tensor.shape[1:]), source)
             skip = (rows.start + begin) * row_bytes
-            _read_exactly(file.fileno(), scratch.reshape(-1), tensor, skip)
+            _read_exactly(file, scratch.reshape(-1), tensor, skip)
             part = out[begin : begin + count]
             with np.errstate(over="ignore", invalid="ignore"):
                 part[...] = scratch[(slice(None), *rest)].astype(out.dtype)
@@ -238,8 +241,8 @@ def read_array(tensor: StoredTensor) -> np.ndarray:
         ValueError, OSError: as `read_tensor`.
     """
     values = np.empty(tensor.shape, STORED_DTYPES[tensor.dtype])
-    with open(tensor.path, "rb", buffering=0) as file:
-        _read_exactly(file.fileno(), values.reshape(-1), tensor, 0)
+    with open_file(tensor.path, tensor.offset + tensor.nbytes) as file:
+        _read_exactly(file, values.reshape(-1), tensor, 0)
     return values
 
 
@@ -249,14 +252,10 @@ def _cast(values: np.ndarray, out: np.ndarray) -> bool:
     return out.dtype in CODE_DTYPES.values() or all_finite(np.ascontiguousarray(out))
 
 
-def _read_exactly(descriptor: int, out: np.ndarray, tensor: StoredTensor, skip: int) -> None:
-    view = out.view(np.uint8).data
-    while view:
-        count = os.preadv(descriptor, [view], tensor.offset + skip)
-        if count == 0:
-            raise ValueError(f"{tensor.path.name}: ends inside tensor {tensor.name}: truncated")
-        view = view[count:]
-        skip += count
+def _read_exactly(file: io.RawIOBase, out: np.ndarray, tensor: StoredTensor, skip: int) -> None:
+    file.seek(tensor.offset + skip)
+    if fill(file, out.view(np.uint8).data) < out.nbytes:
+        raise ValueError(f"{tensor.path.name}: ends inside tensor {tensor.name}: truncated")
 
 
 def all_finite(values: np.ndarray) -> bool:

@@ -46,16 +46,22 @@ def add_quantize(program: Parser) -> None:
 def quantize(options: argparse.Namespace) -> None:
     """Quantize, write, and print the bytes saved and the change in perplexity. Raises ValueError."""
     from llama_jax.evaluation.divergence import divergence
+    from llama_jax.files.paths import destination_path
+    from llama_jax.files.remote import is_remote
     from llama_jax.files.staging import staged_directory
+    from llama_jax.files.upload import output_directory, require_absent
     from llama_jax.load import companions_directory, load_model, tokenizer_directory
     from llama_jax.quantization import model as quantization
     from llama_jax.text.companions import copy_companions
     from llama_jax.text.lines import read_text
     from llama_jax.text.tokenizer import load_tokenizer
 
-    if options.out.exists():
+    out = destination_path(options.out)
+    if is_remote(out):
+        require_absent(out)
+    elif options.out.exists():
         raise ValueError(f"--out: {options.out} already exists; choose another directory")
-    if not_a_directory := [path for path in options.out.parents if path.is_file()]:
+    elif not_a_directory := [path for path in options.out.parents if path.is_file()]:
         raise ValueError(f"--out: {not_a_directory[0]} is a file, expected a directory")
     ids = []
     if options.text is not None:
@@ -72,13 +78,15 @@ def quantize(options: argparse.Namespace) -> None:
     if ids:  # before anything is written: a text may be too short
         window = min(_WINDOW, model.config.max_position_embeddings)
         difference = divergence(model, quantized, ids, window=window)
-    with staged_directory(options.out, into_existing=False) as staging:
+    staged = output_directory(out) if is_remote(out) else staged_directory(out, into_existing=False)
+    with staged as staging:
         quantized.save_pretrained(staging, compressed_tensors=for_others)
         copy_companions(companions_directory(options.model), staging)
     old_size, new_size = map(quantization.weight_bytes, (model, quantized))
-    out = printable(str(options.out))
     ratio = new_size / old_size
-    print(f"{out}: {old_size} bytes of weights before, {new_size} after, {ratio:.1%}")
+    print(
+        f"{printable(str(options.out))}: {old_size} bytes of weights before, {new_size} after, {ratio:.1%}"
+    )
     for bits, count in sorted(quantization.matrices_by_bits(quantized).items()):
         if count:
             print(f"{count} matrices in {bits} bits")

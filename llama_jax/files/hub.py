@@ -64,7 +64,7 @@ def hub_name(path: str | Path) -> HubName | None:
     return HubName(match["repository"], match["revision"], match["file"])
 
 
-def local_path(path: str | Path, *, weights: bool = True) -> Path:
+def cached_path(path: str | Path, *, weights: bool = True) -> Path:
     """`path` itself, or for a name on the Hub the directory in the cache that its files are now in.
 
     Files that are not in the cache yet are downloaded. Where the Hub cannot be reached, what the cache has

@@ -11,6 +11,8 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from llama_jax.files.download import on_disk
+
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -135,7 +137,7 @@ def copy_file(source: Path, destination: Path) -> None:
     staged = destination.with_name(f".{destination.name}.partial")
     try:
         with writing(destination):
-            shutil.copyfile(source, staged)
+            shutil.copyfile(on_disk(source), staged)
         os.replace(staged, destination)
     finally:
         staged.unlink(missing_ok=True)

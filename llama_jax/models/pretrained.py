@@ -8,7 +8,7 @@ from flax import nnx
 from llama_jax.checkpoints import huggingface
 from llama_jax.checkpoints.dtypes import requested_dtype
 from llama_jax.config import LlamaConfig
-from llama_jax.files.hub import local_path
+from llama_jax.files.paths import source_path
 from llama_jax.inputs.keys import require_rngs
 
 
@@ -58,11 +58,11 @@ class PretrainedModel(nnx.Module):
         dtype = _one_dtype(dtype, torch_dtype)
         if rngs is not None:
             require_rngs(rngs)
-        directory = local_path(directory)
+        directory = source_path(directory)
         config = LlamaConfig.from_pretrained(directory, **config_changes)
         model = huggingface.load(cls, config, directory, dtype, rngs, dequantize)
         if adapter is not None:
-            model = huggingface.with_adapter(model, config, local_path(adapter))
+            model = huggingface.with_adapter(model, config, source_path(adapter))
         model._read_json_files(directory)
         return model
 

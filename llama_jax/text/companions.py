@@ -3,7 +3,6 @@
 `train` (tokenize, run, export), `convert` and `quantize` all copy the files listed here.
 """
 
-import os
 from pathlib import Path
 
 from llama_jax.files.staging import copy_file
@@ -52,7 +51,7 @@ def companion_files(
         paths |= {name: home / name for name in TOKENIZER_FILES}
         templates = sorted((home / TEMPLATES).glob("*.jinja"))
         paths |= {f"{TEMPLATES}/{path.name}": path for path in templates}
-    return {name: path for name, path in paths.items() if os.path.lexists(path)}
+    return {name: path for name, path in paths.items() if path.exists() or path.is_symlink()}
 
 
 def copy_companions(

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llama_jax.files.hub import local_path
+from llama_jax.files.paths import source_path
 from llama_jax.text.sentencepiece import (
     hugging_face_json,
     metaspace_parts,
@@ -65,7 +65,7 @@ def load_tokenizer(directory: str | Path) -> Tokenizer:
     >>> load_tokenizer(".").encode("hello new world").ids
     [1, 0, 2]
     """
-    path, files = _open(local_path(directory, weights=False))
+    path, files = _open(source_path(directory, weights=False))
     try:
         return read_tokenizer(files)
     except ValueError as error:

@@ -10,8 +10,9 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
+from llama_jax.files.remote import is_remote
 from llama_jax.text.companions import TEMPLATES, TOKENIZER_FILES
 from llama_jax.text.tokenizer_json import Json
 
@@ -85,7 +86,7 @@ def read_files(directory: str | Path) -> dict[str, bytes]:
     Raises:
         ValueError: a file cannot be read.
     """
-    directory = Path(directory)
+    directory = cast(Path, directory) if is_remote(directory) else Path(directory)
     paths = [directory / name for name in _FILES]
     paths += sorted((directory / TEMPLATES).glob("*.jinja"))
     files = {}

@@ -13,7 +13,7 @@ import transformers
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from llama_jax.files.hub import local_path
+from llama_jax.files.paths import source_path
 from parity_tests.report.estimate import Estimate, estimate, model_bytes, total_memory
 from parity_tests.report.measure.backward import backward
 from parity_tests.report.measure.errors import compare
@@ -100,14 +100,14 @@ def report(
     begin, console = time.perf_counter(), console or Console(quiet=True)
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    checkpoint, compute = open_checkpoint(local_path(directory)), DTYPES[dtype]
+    checkpoint, compute = open_checkpoint(source_path(directory)), DTYPES[dtype]
     ours: Program
     theirs: Program
     if against is None:
         ours, theirs = program(checkpoint, compute), TorchProgram(checkpoint, compute)
         names = ours.name, theirs.name
     else:
-        other = open_checkpoint(local_path(against))
+        other = open_checkpoint(source_path(against))
         require_same_shapes(checkpoint, other)
         ours, theirs = program(other, compute), program(checkpoint, compute)
         names = str(against), str(directory)

@@ -15,7 +15,7 @@ from typing import TypeVar
 
 import numpy as np
 
-from llama_jax.files.hub import local_path
+from llama_jax.files.paths import source_path
 from llama_jax.text.tokenizer import load_tokenizer
 from train.data.digests import sources_digest, tokenizer_files_digest
 from train.data.documents import read_documents
@@ -80,7 +80,7 @@ def tokenize(
         raise ValueError(f"shard_tokens: found {shard_tokens}, expected at least 1")
     if not sources:
         raise ValueError("sources: give at least one file, directory or glob")
-    out, tokenizer = Path(out), local_path(tokenizer, weights=False)
+    out, tokenizer = Path(out), source_path(tokenizer, weights=False)
     home = tokenizer.parent if tokenizer.is_file() else tokenizer
     encoder = load_tokenizer(tokenizer)
     tokenizer_json = encoder.to_str()

@@ -12,7 +12,7 @@ import jax
 
 from llama_jax.config import LlamaConfig
 from llama_jax.files.foreign_weights import describe
-from llama_jax.files.hub import local_path
+from llama_jax.files.paths import source_path
 from llama_jax.text.companions import tokenizer_home
 from train.data.identity import require_identity
 from train.data.placement import placed_batches
@@ -99,7 +99,7 @@ def evaluate_target(
         )
         _, program, params = restore_run(target, options, step)
     else:
-        target = local_path(target)
+        target = source_path(target)
         if not target.is_dir():
             raise ValueError(f"{target}: {describe(target)}")
         if not data:

@@ -7,17 +7,19 @@ flat chunks. EasyLM writes a stream of [path, bytes of one such leaf].
 
 from __future__ import annotations
 
+import io
 import math
 import os
 import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from llama_jax.checkpoints.safetensors_read import FLOAT_DTYPES, StoredTensor, all_finite
+from llama_jax.files.reading import file_size, fill, open_file
 
 _DTYPES = {"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 _ARRAY_EXTENSION = 1
@@ -43,7 +45,7 @@ class Leaf:
         values = np.empty(stored.shape, FLOAT_DTYPES[stored.dtype])
         view = values.reshape(-1).view(np.uint8)
         position = 0
-        with stored.path.open("rb", buffering=0) as file:
+        with open_file(stored.path, max(offset + size for offset, size in self.parts)) as file:
             for offset, size in self.parts:
                 position = _read_part(file, view, position, offset, size, stored)
         if not all_finite(values):
@@ -58,12 +60,9 @@ def _read_part(
 ) -> int:
     file.seek(offset)
     end = position + size
-    while position < end:
-        count = file.readinto(view[position:end].data)
-        if not count:
-            raise ValueError(f"{stored.path}: ends inside {stored.name}: cut short")
-        position += count
-    return position
+    if fill(file, view[position:end].data) < size:
+        raise ValueError(f"{stored.path}: ends inside {stored.name}: cut short")
+    return end
 
 
 def find_leaves(path: Path) -> dict[str, Leaf]:
@@ -72,8 +71,9 @@ def find_leaves(path: Path) -> dict[str, Leaf]:
     Raises:
         ValueError: not a file of Flax's, or a damaged or truncated one.
     """
-    with path.open("rb") as file:
-        scanner = _Scanner(path, file, os.fstat(file.fileno()).st_size)
+    size = file_size(path)
+    with open_file(path) as raw, io.BufferedReader(raw) as file:
+        scanner = _Scanner(path, file, size)
         leaves: dict[str, Leaf] = {}
         for name, leaf in scanner.objects():
             if name in leaves:
@@ -127,7 +127,7 @@ class _Scanner:
     """Walks through a file, from leaf to leaf."""
 
     path: Path
-    file: BinaryIO
+    file: io.BufferedReader[Any]
     size: int
 
     def objects(self) -> Iterator[tuple[str, Leaf]]:

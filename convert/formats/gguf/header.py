@@ -9,8 +9,8 @@ file; the gguf library says what the types are and dequantizes their blocks.
 
 from __future__ import annotations
 
+import io
 import math
-import mmap
 import re
 import struct
 from dataclasses import dataclass
@@ -21,6 +21,7 @@ import numpy as np
 from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 
 from llama_jax.files.foreign_weights import POINTER, is_pointer
+from llama_jax.files.reading import file_size, open_file
 
 _SCALARS = {  # metadata value type -> struct format
     0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d",
@@ -29,6 +30,7 @@ _FLOAT32, _STRING, _ARRAY = 6, 8, 9
 _MIN_KEY_VALUE = 8 + 4 + 1  # length of an empty key, its type, the smallest value
 _MIN_TENSOR = 8 + 4 + 4 + 8  # length of an empty name, dimension count, type, offset
 _MAX_ARRAY = 2**24  # elements of an array; the largest vocabularies have 2**18
+_BUFFER = 2**20  # bytes read at a time
 _MAX_DIMENSIONS = 4  # GGML_MAX_DIMS
 
 
@@ -103,20 +105,20 @@ def _join_shards(path: Path, count: Any) -> GgufHeader:
 
 
 def _read_file(path: Path) -> GgufHeader:
-    size = path.stat().st_size
+    size = file_size(path)
     if size < 24:
         raise ValueError(f"{path}: {size} bytes, too short for a GGUF file")
-    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+    with open_file(path) as raw, io.BufferedReader(raw, _BUFFER) as file:
         try:
-            return _parse(path, data)
+            return _parse(path, file, size)
         except (struct.error, UnicodeDecodeError) as error:
             raise ValueError(f"{path}: damaged GGUF header ({error})") from error
 
 
-def _parse(path: Path, data: mmap.mmap) -> GgufHeader:
-    magic, version, tensor_count, key_count = struct.unpack_from("<4sIQQ", data)
-    if is_pointer(bytes(data[:64])):
+def _parse(path: Path, file: io.BufferedReader[Any], size: int) -> GgufHeader:
+    if is_pointer(file.peek(64)[:64]):
         raise ValueError(f"{path}: {POINTER}")
+    magic, version, tensor_count, key_count = struct.unpack("<4sIQQ", file.read(24))
     if magic != b"GGUF":
         raise ValueError(f"{path}: starts with {magic!r}, expected b'GGUF'")
     if version & 0xFFFF == 0:
@@ -124,7 +126,7 @@ def _parse(path: Path, data: mmap.mmap) -> GgufHeader:
     if version not in (2, 3):
         raise ValueError(f"{path}: GGUF version {version}, expected 2 or 3")
 
-    cursor = _Cursor(path, data, 24)
+    cursor = _Cursor(path, file, size)
     cursor.check_count("metadata entries", key_count, _MIN_KEY_VALUE)
     metadata: dict[str, Any] = {}
     for _ in range(key_count):
@@ -142,8 +144,8 @@ def _parse(path: Path, data: mmap.mmap) -> GgufHeader:
     return GgufHeader(
         version,
         metadata,
-        _with_absolute_offsets(path, tensors, start, alignment, len(data)),
-        len(data),
+        _with_absolute_offsets(path, tensors, start, alignment, size),
+        size,
     )
 
 
@@ -212,13 +214,17 @@ def _few(names: list[str], limit: int = 8) -> str:
 
 
 class _Cursor:
-    """A position in the file that cannot be moved past its end."""
+    """A position in the file, after its first 24 bytes, that cannot be moved past its end."""
 
-    def __init__(self, path: Path, data: mmap.mmap, position: int) -> None:
-        self.path, self.data, self.position = path, data, position
+    def __init__(self, path: Path, file: io.BufferedReader[Any], size: int) -> None:
+        self.path, self.file, self.size, self.position = path, file, size, 24
+
+    def take(self, count: int) -> bytes:
+        self.position += count
+        return self.file.read(count)
 
     def check_count(self, what: str, count: int, smallest: int) -> None:
-        room = len(self.data) - self.position
+        room = self.size - self.position
         if count * smallest > room:
             raise ValueError(
                 f"{self.path}: {count} {what} cannot fit in the {room} bytes that follow; "
@@ -226,17 +232,13 @@ class _Cursor:
             )
 
     def scalar(self, code: str) -> Any:
-        (value,) = struct.unpack_from("<" + code, self.data, self.position)
-        self.position += struct.calcsize("<" + code)
+        (value,) = struct.unpack("<" + code, self.take(struct.calcsize("<" + code)))
         return value
 
     def string(self, what: str) -> str:
         length = self.scalar("Q")
         self.check_count(f"bytes of {what}", length, 1)
-        end = self.position + length
-        text = self.data[self.position : end].decode("utf-8")
-        self.position = end
-        return text
+        return self.take(length).decode("utf-8")
 
     def value(self, key: str, type_id: int) -> Any:
         if type_id == _STRING:
@@ -261,6 +263,5 @@ class _Cursor:
             raise ValueError(f"{self.path}: metadata {key!r} is an array of unknown type {type_id}")
         dtype = np.dtype(_SCALARS[type_id]).newbyteorder("<")
         self.check_count(f"values of {key}", count, dtype.itemsize)
-        values = np.frombuffer(self.data, dtype, count, self.position).copy()
-        self.position += values.nbytes
+        values = np.frombuffer(self.take(count * dtype.itemsize), dtype)
         return list(values) if type_id == _FLOAT32 else values.tolist()

@@ -29,6 +29,7 @@ from convert.formats.gguf.tokenizer.read import TokenizerFiles, tokenizer_files
 from convert.model_card import FILE as CARD
 from convert.model_card import card_of
 from llama_jax.config import LlamaConfig
+from llama_jax.files.reading import open_file, read_bytes
 from llama_jax.formatting import summarize
 
 
@@ -36,8 +37,8 @@ def recognizes(path: Path) -> bool:
     """Whether it looks like one: a file named *.gguf, or that begins with GGUF."""
     if not path.is_file():
         return False
-    with path.open("rb") as file:
-        return path.suffix == ".gguf" or file.read(4) == b"GGUF"
+    with open_file(path) as file:
+        return path.suffix == ".gguf" or read_bytes(file, 4) == b"GGUF"
 
 
 def read(path: Path, *, tokenizer: bool = True) -> Checkpoint:

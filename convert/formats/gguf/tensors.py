@@ -14,6 +14,7 @@ from convert.formats.gguf.header import GgufHeader, GgufTensor
 from convert.formats.llama_tensors import renamed, rotary_heads, tensor_shapes, to_halves
 from llama_jax.checkpoints.safetensors_write import TensorSpec
 from llama_jax.config import LlamaConfig
+from llama_jax.files.reading import fill, open_file
 
 PLAIN_DTYPES: dict[GGMLQuantizationType, np.dtype[Any]] = {
     GGMLQuantizationType.F32: np.dtype(np.float32),
@@ -133,12 +134,12 @@ def read_values(tensor: GgufTensor) -> np.ndarray:
     rows = out.reshape(-1, tensor.shape[-1])
     row_bytes = tensor.nbytes // len(rows) if len(rows) else 0
     step = max(1, _CHUNK // max(1, tensor.shape[-1]))
-    with tensor.path.open("rb") as file:
+    with open_file(tensor.path, tensor.offset + tensor.nbytes) as file:
         file.seek(tensor.offset)
         for start in range(0, len(rows), step):
             part = rows[start : start + step]
-            data = np.fromfile(file, np.uint8, len(part) * row_bytes)
-            if data.size != len(part) * row_bytes:
+            data = np.empty(len(part) * row_bytes, np.uint8)
+            if fill(file, data.data) != data.size:
                 raise ValueError(f"{tensor.path}: ends within tensor {tensor.name}")
             if tensor.type in PLAIN_DTYPES:
                 part[...] = data.view(out.dtype).reshape(part.shape)

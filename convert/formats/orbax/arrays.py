@@ -14,6 +14,7 @@ import tensorstore as ts
 
 from llama_jax.checkpoints.safetensors_read import FLOAT_DTYPES
 from llama_jax.checkpoints.safetensors_write import DTYPE_NAMES as STORED_NAMES
+from llama_jax.files.download import on_disk
 from llama_jax.files.json_object import read_json_object
 from llama_jax.formatting import first_line
 
@@ -116,18 +117,19 @@ class StoredArray:
 
 
 def open_arrays(params: Path) -> list[StoredArray]:
-    """Every array of the checkpoint in the directory `params`.
+    """Every array of the checkpoint in the directory `params`; a remote one is copied first.
 
     Raises:
         ValueError: a directory that is no Orbax checkpoint, is damaged, or has a link that leaves it.
     """
     if not (params / "_METADATA").is_file():
         raise ValueError(f"{params}: not an Orbax checkpoint (no _METADATA in it)")
-    for link in params.rglob("*"):
-        if link.is_symlink() and not link.resolve().is_relative_to(params.resolve()):
+    local = on_disk(params)
+    for link in local.rglob("*"):
+        if link.is_symlink() and not link.resolve().is_relative_to(local.resolve()):
             raise ValueError(f"{link}: a link to {link.resolve()}, expected it to stay within")
-    base: dict[str, Any] = file_store(params)
-    if (params / "manifest.ocdbt").exists():
+    base: dict[str, Any] = file_store(local)
+    if (local / "manifest.ocdbt").exists():
         base = {"driver": "ocdbt", "base": base}
     try:
         keys = [key.decode() for key in ts.KvStore.open(base).result().list().result()]
@@ -143,7 +145,7 @@ def open_arrays(params: Path) -> list[StoredArray]:
         raise ValueError(f"{params}: not an Orbax checkpoint ({first_line(error)})") from None
     fingerprints = _fingerprints(params, list(stores))
     return [
-        StoredArray(name, params / name, store, complete[name], fingerprints.get(name))
+        StoredArray(name, local / name, store, complete[name], fingerprints.get(name))
         for name, store in stores.items()
     ]
 

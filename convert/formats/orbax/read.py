@@ -33,7 +33,8 @@ def read(path: Path, *, tokenizer: bool = True) -> Checkpoint:
     home, params = locate(path)
     require_inside(home, "config.json")
     config = LlamaConfig.from_pretrained(home)
-    reader = _Reader(params, open_arrays(params))
+    arrays = open_arrays(params)
+    reader = _Reader(params, arrays)
     rows = rows_by_loading(lambda tensor: reader.load(tensor.name))
     stored, notes = model_tensors(path, config, reader.weights(), rows)
     return checkpoint_of(
@@ -43,7 +44,12 @@ def read(path: Path, *, tokenizer: bool = True) -> Checkpoint:
         tensors=[spec_of(name, tensor) for name, tensor in stored.items()],
         load=lambda name: reader.load(stored[name].name),
         stored=stored.values(),
-        weight_files=[file for file in params.rglob("*") if file.is_file()],
+        weight_files=[
+            file
+            for directory in {array.directory.parent for array in arrays}
+            for file in directory.rglob("*")
+            if file.is_file()
+        ],
         files=read_companions(home, tokenizer=tokenizer),
         notes=notes,
     )

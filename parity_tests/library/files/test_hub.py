@@ -16,7 +16,7 @@ from tokenizers import Tokenizer, models
 import convert
 from llama_jax import LlamaConfig, LlamaForCausalLM, load_tokenizer
 from llama_jax.__main__ import main
-from llama_jax.files.hub import hub_name, local_path, push
+from llama_jax.files.hub import cached_path, hub_name, push
 from llama_jax.load import load_config, load_model
 from parity_tests.harness.child_process import ROOT
 from parity_tests.harness.hub import TOKEN, Hub, serve
@@ -137,7 +137,7 @@ def test_only_what_is_needed_is_downloaded(hub: Hub, checkpoint: Path) -> None:
 )
 def test_one_kind_of_weights_is_downloaded(hub: Hub, files: tuple[str, str], taken: str) -> None:
     hub.repositories[NAME] = {"config.json": b"{}"} | dict.fromkeys(files, b"1")
-    local_path(NAME)
+    cached_path(NAME)
     got = downloads(hub) - {"config.json"}
     assert taken in got
     assert got == {taken} or got == set(files)
@@ -154,26 +154,26 @@ def test_a_gguf_file_by_name(hub: Hub, checkpoint: Path, tmp_path: Path) -> None
         load_model(converted)(ids).logits, load_model(checkpoint)(ids).logits
     )
     with pytest.raises(ValueError, match=r"GGUF files only.*q/tiny\.F32\.gguf, tiny\.Q2_K\.gguf"):
-        local_path("owner/gguf")
+        cached_path("owner/gguf")
     with pytest.raises(ValueError, match="has no such file"):
-        local_path("owner/gguf/absent.gguf")
+        cached_path("owner/gguf/absent.gguf")
 
 
 def test_without_network_the_cache_is_used(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
-    before = local_path(NAME)
+    before = cached_path(NAME)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    assert local_path(NAME) == before
+    assert cached_path(NAME) == before
     with pytest.raises(ValueError, match="HF_HUB_OFFLINE forbids") as error:
-        local_path("owner/other")
+        cached_path("owner/other")
     assert "\n" not in str(error.value)
 
 
 def test_no_network(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
-    before = local_path(NAME)
+    before = cached_path(NAME)
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")  # refuses connections
-    assert local_path(NAME) == before
+    assert cached_path(NAME) == before
     with pytest.raises(ValueError, match="no such directory, and the Hub cannot be reached"):
-        local_path("owner/other")
+        cached_path("owner/other")
 
 
 def test_refusals(hub: Hub) -> None:
@@ -193,7 +193,7 @@ def test_refusals(hub: Hub) -> None:
         ("owner/a--b", "no name on the Hub"),
     ):
         with pytest.raises(ValueError, match=message) as error:
-            local_path(name)
+            cached_path(name)
         assert str(error.value).startswith(f"{name}: ")
         assert "\n" not in str(error.value)
 
@@ -221,7 +221,7 @@ def test_a_cache_that_cannot_be_written(
 def test_without_huggingface_hub(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     with pytest.raises(ValueError, match=r"no such directory; .*'llama-jax\[hub\]'"):
-        local_path(NAME)
+        cached_path(NAME)
 
 
 def test_programs(hub: Hub, tmp_path: Path) -> None:
