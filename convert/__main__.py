@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 _WIDTH = 2 + max(len(entry.title) for entry in FORMATS.values())
 _LAYOUTS = "\n".join(f"  {entry.title:<{_WIDTH}}{entry.layout}" for entry in FORMATS.values())
-_SOURCE = "checkpoint to read: a path or a name on the Hub (owner/name, or owner/name/FILE.gguf)"
+_SOURCE = "checkpoint to read: a path, a URL such as s3://bucket/model, or a name on the Hub"
 _EPILOG = f"""\
 python -m convert info SRC shows what is in a checkpoint and writes nothing; python -m convert diff A B \
 compares two.
@@ -62,7 +62,7 @@ def _parser() -> Parser:
         epilog=_EPILOG,
     )
     parser.add_argument("source", metavar="SRC", help=_SOURCE)
-    parser.add_argument("destination", metavar="DST", help="directory or file to write")
+    parser.add_argument("destination", metavar="DST", help="directory or file to write, or its URL")
     parser.add_argument(
         "--to",
         choices=writable(),
@@ -211,9 +211,14 @@ def _convert(options: argparse.Namespace) -> int:
 
     from convert import Surgery, plan, run
     from llama_jax.files.hub import push, require_pushable
+    from llama_jax.files.remote import is_remote, remote_path
 
     if options.push is not None:
         require_pushable(options.push)
+        if remote_path(options.destination) is not None:
+            raise ValueError(
+                "push: DST must be a local directory; push to the Hub, or write to a URL"
+            )
     say = console(stderr=True, soft_wrap=True)
     todo = plan(
         options.source,
@@ -246,6 +251,8 @@ def _convert(options: argparse.Namespace) -> int:
     with progress_bar("{task.description}", *columns, console=say) as progress:
         compared = sum(spec.nbytes for spec in todo.specs) if todo.verify else 0
         total = todo.bytes_to_write + compared
+        if is_remote(todo.destination):
+            total *= 2
         task = progress.add_task("writing, then comparing", total=total)
         report = run(todo, lambda count: progress.advance(task, count))
     _print_report(report, say)

@@ -27,6 +27,7 @@ BROKEN_PIPE = 128 + signal.SIGPIPE  # as a shell reports a program that the sign
 _LONGEST = 2000  # characters of an error
 # errors of the user, the machine or the input; any other is a bug of ours, and shown with its traceback
 _REPORTED = (ValueError, OSError, MemoryError, OverflowError, RecursionError, Warning)
+_STORAGE = ("aiobotocore", "aiohttp", "azure", "botocore", "gcsfs", "google", "httpx", "requests")
 _OUT_OF_MEMORY = ("RESOURCE_EXHAUSTED", "OUT_OF_MEMORY", "ut of memory")
 
 
@@ -80,7 +81,7 @@ def run_program(
             code, system_exit = ERROR, None
             _print_error(one_line(_stdout_error(error) or error))
         except BaseException as error:
-            if not (is_of_tokenizers(error) or _is_of_a_backend(error)):
+            if not (is_of_tokenizers(error) or _is_of_a_backend(error) or _is_of_storage(error)):
                 raise
             _print_error(one_line(error))
     for stream in (sys.stdout, sys.stderr):
@@ -132,6 +133,11 @@ def _is_of_a_backend(error: BaseException) -> bool:
     """Whether XLA raised it, which it cannot have done before JAX is imported."""
     errors = sys.modules.get("jax.errors")
     return errors is not None and isinstance(error, errors.JaxRuntimeError)
+
+
+def _is_of_storage(error: BaseException) -> bool:
+    """Whether it is an error of a client library for remote files: an object store, or its network."""
+    return type(error).__module__.partition(".")[0] in _STORAGE
 
 
 def json_line(value: Any) -> str:

@@ -84,9 +84,8 @@ def quantize(options: argparse.Namespace) -> None:
         copy_companions(companions_directory(options.model), staging)
     old_size, new_size = map(quantization.weight_bytes, (model, quantized))
     ratio = new_size / old_size
-    print(
-        f"{printable(str(options.out))}: {old_size} bytes of weights before, {new_size} after, {ratio:.1%}"
-    )
+    name = printable(str(out if is_remote(out) else options.out))
+    print(f"{name}: {old_size} bytes of weights before, {new_size} after, {ratio:.1%}")
     for bits, count in sorted(quantization.matrices_by_bits(quantized).items()):
         if count:
             print(f"{count} matrices in {bits} bits")

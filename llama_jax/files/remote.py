@@ -8,6 +8,7 @@ such as s3fs, with its environment variables.
 
 import os
 import re
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -26,7 +27,7 @@ def remote_path(path: str | os.PathLike[str]) -> Path | None:
     `pathlib.Path` turns "s3://bucket" into "s3:/bucket", which is accepted too.
 
     Raises:
-        ValueError: a scheme that is not known, or universal_pathlib is not installed.
+        ValueError: a scheme that is not known, or whose package is not installed.
 
     >>> remote_path("models/llama") is None
     True
@@ -43,16 +44,26 @@ def remote_path(path: str | os.PathLike[str]) -> Path | None:
         return None
     url = f"{match['scheme']}://{match['rest'].rstrip('/')}"
     try:
+        from fsspec import get_filesystem_class
         from upath import UPath
     except ImportError:
         extra = _EXTRAS.get(match["scheme"], "remote")
         raise ValueError(
             f"{url}: universal_pathlib is not installed: pip install 'llama-jax[{extra}]'"
         ) from None
-    with storage_errors(url):
-        remote = UPath(url)
-        _ = remote.fs  # imports what the scheme needs
-    return cast(Path, remote)
+    try:
+        get_filesystem_class(match["scheme"])  # imports what it needs
+    except ImportError as error:
+        extra = _EXTRAS.get(match["scheme"])
+        what = f"pip install 'llama-jax[{extra}]'" if extra else first_line(error)
+        raise ValueError(f"{url}: a package for {match['scheme']}:// is missing: {what}") from None
+    except ValueError:
+        raise ValueError(
+            f"{url}: fsspec knows no {match['scheme']}://, expected s3://, gs:// or the like"
+        ) from None
+    with storage_errors(url), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of schemes for which upath has no class of its own
+        return cast(Path, UPath(url))
 
 
 def is_remote(path: Any) -> bool:
@@ -76,20 +87,14 @@ def storage_errors(path: Path | str) -> Iterator[None]:
     """Within, whatever a file system raises becomes an error of one line that names `path`.
 
     Raises:
-        ValueError: a package that is not installed; nothing there; no permission, or no credentials; a
-            service that cannot be reached.
+        ValueError: nothing there; no permission, or no credentials; a service that cannot be reached.
         OSError: a local disk is full or broken.
     """
     scheme = str(path).partition(":")[0]
     try:
         yield
-    except ImportError as error:
-        needed = f"pip install 'llama-jax[{_EXTRAS[scheme]}]'" if scheme in _EXTRAS else None
-        raise ValueError(
-            f"{path}: {needed or first_line(error)} is needed for {scheme}://"
-        ) from None
     except FileNotFoundError:
-        raise ValueError(f"{path}: not found; check the name of the bucket too") from None
+        raise ValueError(f"{path}: not found: no file, folder or bucket of that name") from None
     except PermissionError as error:
         raise ValueError(
             f"{path}: no permission ({first_line(error)}); check the credentials for {scheme}://"

@@ -49,7 +49,21 @@ def uploading(path: Path) -> Iterator[Callable[..., None]]:
     store, marker, claim = file_system(path), marker_of(path), uuid.uuid4().hex.encode()
     with storage_errors(path):
         _remove(path)
-        write_bytes(marker, claim)
+        _write(marker, claim)
+
+    def is_claimed() -> bool:
+        store.invalidate_cache()
+        try:
+            content: bytes = store.cat_file(name_in(marker))
+        except FileNotFoundError:
+            return False
+        return content == claim
+
+    def require_claim() -> None:
+        if not is_claimed():
+            raise ValueError(
+                f"{path}: another process writes there too, or has removed {marker.name}"
+            )
 
     def upload(
         local: Path, progress: Callable[[int], None] | None = None, *, verify: bool = True
@@ -58,21 +72,21 @@ def uploading(path: Path) -> Iterator[Callable[..., None]]:
         files = _files(local)
         with storage_errors(path):
             for name, file in files.items():
+                require_claim()
                 _put(file, path / name if name else path, progress)
             if verify:
                 for name, file in files.items():
                     _compare(file, path / name if name else path, progress)
-            store.invalidate_cache()
-            stored = store.find(name_in(path))
-            if store.cat_file(name_in(marker)) != claim or len(stored) != len(files):
-                raise ValueError(f"{path}: another process writes there too")
+            require_claim()
+            if len(store.find(name_in(path))) != len(files):
+                raise ValueError(f"{path}: has files of another process")
             store.rm_file(name_in(marker))
 
     try:
         yield upload
     except BaseException:
         with suppress(Exception):
-            if store.cat_file(name_in(marker)) == claim:
+            if is_claimed():
                 _remove(path)
                 store.rm_file(name_in(marker))
         raise
@@ -106,8 +120,12 @@ def output_directory(path: str | Path) -> Iterator[Path]:
 def write_bytes(path: Path, content: bytes) -> None:
     """Write a small remote file, or replace it. Raises ValueError if that is not possible."""
     with storage_errors(path):
-        _make_parent(path)
-        file_system(path).pipe_file(name_in(path), content)
+        _write(path, content)
+
+
+def _write(path: Path, content: bytes) -> None:
+    _make_parent(path)
+    file_system(path).pipe_file(name_in(path), content)
 
 
 def _files(local: Path) -> dict[str, Path]:

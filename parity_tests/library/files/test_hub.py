@@ -136,7 +136,7 @@ def test_only_what_is_needed_is_downloaded(hub: Hub, checkpoint: Path) -> None:
     ],
 )
 def test_one_kind_of_weights_is_downloaded(hub: Hub, files: tuple[str, str], taken: str) -> None:
-    hub.repositories[NAME] = {"config.json": b"{}"} | dict.fromkeys(files, b"1")
+    hub.repositories[NAME] = {"config.json": b"{}"} | {f: f.encode() for f in files}
     cached_path(NAME)
     got = downloads(hub) - {"config.json"}
     assert taken in got

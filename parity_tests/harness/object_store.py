@@ -1,0 +1,70 @@
+"""An object store on the loopback, and one in memory whose operations can be made to fail."""
+
+import logging
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import fsspec
+import pytest
+from fsspec.implementations.memory import MemoryFileSystem
+from moto.server import ThreadedMotoServer
+
+BUCKET = "bucket"
+
+
+@contextmanager
+def serve_s3() -> Iterator[dict[str, str]]:
+    """moto's S3 with one empty bucket; yields the environment variables with which clients find it."""
+    logging.getLogger("werkzeug").setLevel(logging.ERROR)
+    server = ThreadedMotoServer(port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    environment = {
+        "AWS_ENDPOINT_URL": f"http://{host}:{port}",
+        "AWS_ACCESS_KEY_ID": "name",
+        "AWS_SECRET_ACCESS_KEY": "secret",
+        "AWS_DEFAULT_REGION": "us-east-1",
+    }
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in environment.items():
+            patch.setenv(name, value)
+        patch.delenv("AWS_PROFILE", raising=False)
+        store = fsspec.get_filesystem_class("s3")
+        store.clear_instance_cache()
+        store().mkdir(BUCKET)
+        try:
+            yield environment
+        finally:
+            store.clear_instance_cache()
+            server.stop()
+
+
+def memory_folder() -> str:
+    """The URL of a new folder in memory."""
+    return f"memory://{uuid.uuid4().hex}"
+
+
+class Stopped(BaseException):
+    """The process ended: not even what it does on errors is done."""
+
+
+@contextmanager
+def stop_after(operations: int) -> Iterator[list[str]]:
+    """Within, the store in memory does so many changes, and then only raises `Stopped`.
+
+    Yields the names of the changes that were done.
+    """
+    done: list[str] = []
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("pipe_file", "put_file", "rm", "rm_file"):
+            original = getattr(MemoryFileSystem, name)
+
+            def change(self, *args, _name=name, _original=original, **options):
+                if len(done) >= operations:
+                    raise Stopped
+                done.append(_name)
+                return _original(self, *args, **options)
+
+            patch.setattr(MemoryFileSystem, name, change)
+        yield done
