@@ -54,9 +54,11 @@ def remote_path(path: str | os.PathLike[str]) -> Path | None:
     try:
         get_filesystem_class(match["scheme"])  # imports what it needs
     except ImportError as error:
-        extra = _EXTRAS.get(match["scheme"])
-        what = f"pip install 'llama-jax[{extra}]'" if extra else first_line(error)
-        raise ValueError(f"{url}: a package for {match['scheme']}:// is missing: {what}") from None
+        package = _EXTRAS.get(match["scheme"])
+        advice = f"pip install 'llama-jax[{package}]'" if package else first_line(error)
+        raise ValueError(
+            f"{url}: a package for {match['scheme']}:// is missing: {advice}"
+        ) from None
     except ValueError:
         raise ValueError(
             f"{url}: fsspec knows no {match['scheme']}://, expected s3://, gs:// or the like"

@@ -23,14 +23,14 @@ from parity_tests.convert.formats.gguf.tiny_gguf import same, tiny_model
 from parity_tests.convert.formats.test_flax import write_easylm, write_flax
 from parity_tests.convert.test_conversion import MEASURED, random_model, weights
 from parity_tests.harness.child_process import ROOT
-from parity_tests.harness.object_store import BUCKET, memory_folder, serve_s3
+from parity_tests.harness.object_store import memory_folder, serve_s3
 from parity_tests.library.checkpoints.test_adapter import base_model, write_adapter
 
 
 @pytest.fixture(scope="module")
 def s3() -> Iterator[str]:
-    with serve_s3():
-        yield f"s3://{BUCKET}"
+    with serve_s3() as url:
+        yield url
 
 
 @pytest.fixture(scope="module")

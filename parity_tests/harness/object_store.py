@@ -10,12 +10,10 @@ import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 from moto.server import ThreadedMotoServer
 
-BUCKET = "bucket"
-
 
 @contextmanager
-def serve_s3() -> Iterator[dict[str, str]]:
-    """moto's S3 with one empty bucket; yields the environment variables with which clients find it."""
+def serve_s3() -> Iterator[str]:
+    """moto's S3 with one empty bucket, whose URL is yielded; the environment tells clients where it is."""
     logging.getLogger("werkzeug").setLevel(logging.ERROR)
     server = ThreadedMotoServer(port=0, verbose=False)
     server.start()
@@ -32,9 +30,10 @@ def serve_s3() -> Iterator[dict[str, str]]:
         patch.delenv("AWS_PROFILE", raising=False)
         store = fsspec.get_filesystem_class("s3")
         store.clear_instance_cache()
-        store().mkdir(BUCKET)
+        bucket = f"bucket-{uuid.uuid4().hex}"  # moto has one store for all servers of a process
+        store().mkdir(bucket)
         try:
-            yield environment
+            yield f"s3://{bucket}"
         finally:
             store.clear_instance_cache()
             server.stop()
