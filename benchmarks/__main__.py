@@ -17,6 +17,7 @@ MODULES = {
     "convert": "conversion",
     "decode": "decode",
     "gpu": "gpu",
+    "harness": "harness",
     "load": "load_time",
     "loss": "loss",
     "parity": "parity",
@@ -24,13 +25,14 @@ MODULES = {
     "precision": "precision",
     "step": "step",
 }
-WITH_OPTIONS = ("convert", "gpu", "parity", "pod")
+WITH_OPTIONS = ("convert", "gpu", "harness", "parity", "pod")
 
 _EPILOG = """\
 compile    compile time of 32 layers against that of 4, forward and gradient
 convert    every pair of formats: time against `cp`, peak memory (options: convert --help)
 decode     greedy decoding and prefill against transformers: tokens per second
 gpu        on an NVIDIA GPU: its tests, step, loss and decode, results kept (options: gpu --help)
+harness    lm_eval with our model class and with its own for PyTorch (options: harness --help)
 load       from_pretrained of a bfloat16 directory against `cat` of the same file; peak memory
 loss       the fused loss against plain JAX, torch and other fused losses: memory, time and error
 parity     our error against transformers', real checkpoint and every preset (options: parity --help)

@@ -192,7 +192,12 @@ def _scores(keys: Array, mask: AttentionMask, block: _Blocks) -> tuple[Array, Ar
     assert mask.key_slots is not None
     scores = einsum("bngqd,bnkd->bngqk", block.query, keys, out_dtype=working)
     visible = masks.attention_mask(
-        block.slots, mask.key_slots, mask.key_is_token, block.segments, mask.key_segments
+        block.slots,
+        mask.key_slots,
+        mask.key_is_token,
+        block.segments,
+        mask.key_segments,
+        mask.visible_until,
     )[:, :, None]
     return jnp.where(visible, scores * keys.shape[-1] ** -0.5, jnp.finfo(working).min), visible
 
@@ -213,11 +218,12 @@ def _groups(size: int, query: Array, key: Array, mask: AttentionMask) -> list[_G
 def _keys_until(frontier: int, key: Array, query: Array, mask: AttentionMask) -> AttentionMask:
     """The key side of the mask for the first `frontier` keys."""
     _, key_slots = slots_of(mask, query.shape[1], key.shape[1])
-    is_token, segments = mask.key_is_token, mask.key_segments
+    is_token, segments, until = mask.key_is_token, mask.key_segments, mask.visible_until
     return AttentionMask(
         key_slots=key_slots[:frontier],
         key_is_token=None if is_token is None else is_token[:, :frontier],
         key_segments=None if segments is None else segments[:, :frontier],
+        visible_until=None if until is None else until[:, :frontier],
     )
 
 

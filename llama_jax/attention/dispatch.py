@@ -141,7 +141,11 @@ def choose_implementation(
             return f"the platform {platform!r}, expected {' or '.join(map(repr, homes))}"
         if needs_weights:
             return "attention weights or dropout of them, expected neither"
-        return _WHY_NOT[name](query, mask, sequence_shards) if name in _WHY_NOT else None
+        if name not in _WHY_NOT:
+            return None
+        if mask.visible_until is not None:
+            return "visible_until, expected none"
+        return _WHY_NOT[name](query, mask, sequence_shards)
 
     if implementation is not None:
         if implementation not in get_args(Implementation):
@@ -233,6 +237,7 @@ def _over_shards(run: Callable[..., Array], shards: _Shards, *operands: Any) -> 
         "key_is_token": P(batch),
         "query_segments": P(batch, sequence),
         "key_segments": P(batch),
+        "visible_until": P(batch),
     }
     mask_specs = mask._replace(
         **{name: spec for name, spec in field_specs.items() if getattr(mask, name) is not None}

@@ -20,6 +20,7 @@ class AttentionMask(NamedTuple):
         key_is_token: False for padding; None if there is none.
         query_segments, key_segments: packed documents; None for both if there is one per row.
         order: of the tokens, and so of all arrays along the sequence; None for that of the row.
+        visible_until: the last query slot that sees each key; None if all later ones do.
     """
 
     query_slots: Int[Array, " q"] | None = None
@@ -28,6 +29,7 @@ class AttentionMask(NamedTuple):
     query_segments: Int[Array, "batch q"] | None = None
     key_segments: Int[Array, "batch k"] | None = None
     order: ZigZag | None = None
+    visible_until: Int[Array, "batch k"] | None = None
 
 
 def attention_mask(
@@ -36,8 +38,9 @@ def attention_mask(
     key_is_token: Bool[Array, "batch k"] | None,
     query_segments: Int[Array, "batch q"] | None,
     key_segments: Int[Array, "batch k"] | None,
+    visible_until: Int[Array, "batch k"] | None = None,
 ) -> Bool[Array, "b_or_1 1 q k"]:
-    """True where a query sees a key: causal, the key is a token, and both are of the same segment.
+    """True where a query sees a key: causal, the key is a token still visible, and of the same segment.
 
     The batch axis is 1 if nothing depends on the row.
     """
@@ -47,6 +50,8 @@ def attention_mask(
     if query_segments is not None:
         assert key_segments is not None
         mask = mask & (query_segments[:, None, :, None] == key_segments[:, None, None, :])
+    if visible_until is not None:
+        mask = mask & (query_slots[None, None, :, None] <= visible_until[:, None, None, :])
     return mask
 
 
@@ -62,7 +67,11 @@ def slots_of(mask: AttentionMask, q: int, k: int) -> tuple[Int[Array, " {q}"], I
 def dense_mask(mask: AttentionMask, q: int, k: int) -> Bool[Array, "b_or_1 1 q k"]:
     """The full `attention_mask`, for implementations that hold the scores anyway."""
     return attention_mask(
-        *slots_of(mask, q, k), mask.key_is_token, mask.query_segments, mask.key_segments
+        *slots_of(mask, q, k),
+        mask.key_is_token,
+        mask.query_segments,
+        mask.key_segments,
+        mask.visible_until,
     )
 
 
@@ -75,7 +84,12 @@ def sees_something(mask: AttentionMask, q: int, k: int, block: int) -> Bool[Arra
         slot, segment = query
         segment = None if segment is None else segment[:, None]
         visible = attention_mask(
-            slot[None], key_slots, mask.key_is_token, segment, mask.key_segments
+            slot[None],
+            key_slots,
+            mask.key_is_token,
+            segment,
+            mask.key_segments,
+            mask.visible_until,
         )
         return jnp.any(visible, axis=(1, 2, 3))
 

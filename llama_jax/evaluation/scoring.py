@@ -1,13 +1,12 @@
 """Log-probabilities of tokens, as evaluation harnesses need them.
 
-Sequences are sorted by length and padded to a few lengths, so that few programs are compiled. Logits exist
-for one chunk of tokens at a time.
+Sequences are packed into rows of one length, in which a beginning that several share is there once, so that
+little is padding and one or two programs are compiled. Logits exist for one chunk of scored tokens at a
+time.
 """
 
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
-from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
 import jax
@@ -15,8 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from llama_jax.attention.cache import KVCache, init_cache
 from llama_jax.config import LlamaConfig
+from llama_jax.evaluation.packing import Family, Row, pack, padded_length, write_row
 from llama_jax.loss import default_chunk
 from llama_jax.models.causal_lm import LlamaForCausalLM
 from llama_jax.numerics.matmul import einsum, working_dtype
@@ -26,7 +25,10 @@ from llama_jax.text.incremental import common_length
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
-_MIN_LENGTH = 16
+_ROW_LENGTHS = (256, 512, 1024, 2048)
+_COMPILATION = (
+    512  # in tokens that run meanwhile: on a CPU, a program of 135M takes 2 s, 1,000 tokens 3 s
+)
 
 
 class TokenScores(NamedTuple):
@@ -74,32 +76,10 @@ def token_scores(
     >>> long.log_probs.shape, short.log_probs.shape
     ((3,), (1,))
     """
-    config = model.config
     arrays = [np.asarray(sequence, np.int32) for sequence in sequences]
     for index, ids in enumerate(arrays):
         _require_tokens(f"sequence {index}", ids, model)
-    scores: list[TokenScores] = [
-        TokenScores(np.empty(0, working_dtype(model.dtype)), np.empty(0, bool))
-    ] * len(arrays)
-    # the last token of a sequence is only a target
-    lengths = [len(ids) - 1 for ids in arrays]
-    # longrope's frequencies depend on the longest position in a batch (those of `dynamic` do only beyond
-    # max_position_embeddings, which is refused above)
-    same_length = config.rope["rope_type"] == "longrope"
-    for batch in _batches(lengths, batch_size, same_length):
-        longest = lengths[batch[0]]
-        shape = _power_of_two(len(batch), batch_size), _bucket(longest)
-        inputs, targets = np.zeros(shape, np.int32), np.zeros(shape, np.int32)
-        for row, index in enumerate(batch):
-            inputs[row, : lengths[index]] = arrays[index][:-1]
-            targets[row, : lengths[index]] = arrays[index][1:]
-        # padding must not be the longest position either
-        positions = np.minimum(np.arange(shape[1], dtype=np.int32), longest - 1)[None]
-        log_probs, greedy = map(np.asarray, _score(model, inputs, targets, positions))
-        for row, index in enumerate(batch):
-            unpadded = slice(lengths[index])
-            scores[index] = TokenScores(log_probs[row, unpadded], greedy[row, unpadded])
-    return scores
+    return _score_from(model, [ids.tolist() for ids in arrays], [0] * len(arrays), batch_size)
 
 
 def loglikelihood(
@@ -132,67 +112,11 @@ def loglikelihood(
         for name, tokens in (("context", context), ("continuation", continuation)):
             if not len(tokens):
                 raise ValueError(f"{name} {index}: found no tokens, expected at least one")
-    groups: dict[tuple[int, ...], list[int]] = {}
-    for index, (context, _) in enumerate(pairs):
-        groups.setdefault(tuple(context), []).append(index)
-    # frequencies that depend on the length are those of the whole sequence
-    may_share = model.config.rope["rope_type"] not in ("dynamic", "longrope")
-    shared = [indices for indices in groups.values() if may_share and len(indices) > 1]
-    scores: dict[int, TokenScores] = {}
-    for index, score in _after_shared_contexts(model, pairs, shared, batch_size):
-        scores[index] = score
-    alone = [index for index in range(len(pairs)) if index not in scores]
-    sequences = [[*pairs[index][0], *pairs[index][1]] for index in alone]
-    for index, score in zip(
-        alone, token_scores(model, sequences, batch_size=batch_size), strict=True
-    ):
-        length = len(pairs[index][1])
-        scores[index] = TokenScores(score.log_probs[-length:], score.greedy[-length:])
-    return [scores[index] for index in range(len(pairs))]
-
-
-def _after_shared_contexts(
-    model: LlamaForCausalLM,
-    pairs: Sequence[tuple[Sequence[int], Sequence[int]]],
-    groups: Sequence[list[int]],
-    batch_size: int,
-) -> Iterator[tuple[int, TokenScores]]:
-    """The scores of several continuations of each context, which is run once.
-
-    Args:
-        groups: indices of pairs that have the same context.
-    """
-    for index in itertools.chain(*groups):
-        _require_tokens(
-            f"sequence {index}", np.asarray([*pairs[index][0], *pairs[index][1]]), model
-        )
-    longest = max((len(pairs[index][1]) for index in itertools.chain(*groups)), default=1)
-    least = _power_of_two(longest, _MIN_LENGTH)  # short ones need no programs of their own
-    for batch in _batches([len(pairs[group[0]][0]) for group in groups], batch_size, False):
-        contexts = [pairs[groups[number][0]][0] for number in batch]
-        width = _bucket(len(contexts[0]))
-        rows = _power_of_two(len(batch), batch_size)
-        ids, is_token = np.zeros((rows, width), np.int32), np.zeros((rows, width), bool)
-        for row, context in enumerate(contexts):
-            ids[row, width - len(context) :] = context
-            is_token[row, width - len(context) :] = True
-        members = [(row, index) for row, number in enumerate(batch) for index in groups[number]]
-        members.sort(key=lambda member: -len(pairs[member[1]][1]))
-        # the last token of a continuation is only a target
-        new = max(least, _power_of_two(len(pairs[members[0][1]][1]), 2**30))
-        last, cache = _prefill(model, ids, is_token, capacity=width + new - 1)
-        for start in range(0, len(members), batch_size):
-            part = members[start : start + batch_size]
-            size = _power_of_two(len(part), batch_size)
-            targets, source = np.zeros((size, new), np.int32), np.zeros(size, np.int32)
-            for row, (context_row, index) in enumerate(part):
-                continuation = pairs[index][1]
-                targets[row, : len(continuation)] = continuation
-                source[row] = context_row
-            log_probs, greedy = map(np.asarray, _continue(model, last, cache, source, targets))
-            for row, (_, index) in enumerate(part):
-                length = len(pairs[index][1])
-                yield index, TokenScores(log_probs[row, :length], greedy[row, :length])
+    sequences = [[*map(int, context), *map(int, tokens)] for context, tokens in pairs]
+    for index, ids in enumerate(sequences):
+        _require_tokens(f"sequence {index}", np.asarray(ids, np.int32), model)
+    starts = [len(context) - 1 for context, _ in pairs]
+    return _score_from(model, sequences, starts, batch_size)
 
 
 def loglikelihood_rolling(
@@ -355,66 +279,138 @@ def token_log_probs(
     return log_probs.reshape(-1)[:count], greedy.reshape(-1)[:count]
 
 
-@jax.jit
-def _score(
+def _score_from(
     model: LlamaForCausalLM,
-    inputs: Int[Array, "batch seq"],
-    targets: Int[Array, "batch seq"],
-    positions: Int[Array, "1 seq"],
-) -> tuple[Float[Array, "batch seq"], Bool[Array, "batch seq"]]:
-    hidden = model.model(inputs, position_ids=positions).last_hidden_state
-    flat = hidden.reshape(-1, hidden.shape[-1])
-    chunk = default_chunk(model.config.vocab_size)
-    log_probs, greedy = token_log_probs(flat, model.head_weight, targets.reshape(-1), chunk)
-    return log_probs.reshape(targets.shape), greedy.reshape(targets.shape)
+    sequences: Sequence[list[int]],
+    starts: Sequence[int],
+    batch_size: int,
+) -> list[TokenScores]:
+    """The scores of the tokens of each sequence that follow the one at its start."""
+    empty = TokenScores(np.empty(0, working_dtype(model.dtype)), np.empty(0, bool))
+    scores = [empty] * len(sequences)
+    for numbers in _same_frequencies(model.config, sequences):
+        # the last token of a sequence is only a target
+        inputs = [sequences[number][:-1] for number in numbers]
+        counts = [
+            len(tokens) - starts[number] for number, tokens in zip(numbers, inputs, strict=True)
+        ]
+        chunk = min(default_chunk(model.config.vocab_size), padded_length(sum(counts)))
+        for rows in _batches(model.config, inputs, batch_size):
+            arrays = (np.stack(arrays) for arrays in list(zip(*rows, strict=True))[:3])
+            hidden = _hidden(model, *arrays)
+            members = [(row, local) for row in range(len(rows)) for local in rows[row].slots]
+            slots = [
+                row * len(rows[row].ids) + rows[row].slots[local][starts[numbers[local]] :]
+                for row, local in members
+            ]
+            targets = [
+                sequences[numbers[local]][starts[numbers[local]] + 1 :] for _, local in members
+            ]
+            log_probs, greedy = _in_chunks(
+                model, hidden, np.concatenate(slots), np.concatenate(targets), chunk
+            )
+            ends = np.cumsum([len(part) for part in slots])[:-1]
+            for (_, local), *of_tokens in zip(
+                members, np.split(log_probs, ends), np.split(greedy, ends), strict=True
+            ):
+                scores[numbers[local]] = TokenScores(*of_tokens)
+    return scores
 
 
-@partial(jax.jit, static_argnames="capacity")
-def _prefill(
-    model: LlamaForCausalLM,
-    ids: Int[Array, "batch seq"],
-    is_token: Bool[Array, "batch seq"],
-    capacity: int,
-) -> tuple[Float[Array, "batch hidden"], KVCache]:
-    """The last hidden state of each context, padded on the left, and the cache after it."""
-    positions = jnp.maximum(jnp.cumsum(is_token, axis=-1, dtype=jnp.int32) - 1, 0)
-    out = model.model(
-        ids,
-        attention_mask=is_token,
-        position_ids=positions,
-        cache=init_cache(model.config, len(ids), capacity, model.dtype),
+def _same_frequencies(config: LlamaConfig, sequences: Sequence[list[int]]) -> Iterator[list[int]]:
+    """Numbers of sequences that may share a row: all, but for longrope.
+
+    Its frequencies depend on the longest position in a batch (those of `dynamic` do only beyond
+    max_position_embeddings). Sequences of a single token have nothing to score.
+    """
+    rope = config.rope
+    limit = rope["original_max_position_embeddings"] if rope["rope_type"] == "longrope" else None
+    numbers = [number for number, tokens in enumerate(sequences) if len(tokens) > 1]
+    for long in (False, True):
+        group = [
+            n for n in numbers if (limit is not None and len(sequences[n]) - 1 > limit) == long
+        ]
+        if group:
+            yield group
+
+
+def _batches(
+    config: LlamaConfig, inputs: Sequence[list[int]], batch_size: int
+) -> Iterator[list[Row]]:
+    """Rows of all sequences, padded to few shapes; of as many tokens as `batch_size` of the longest."""
+    longest = padded_length(max(map(len, inputs)))
+    most = batch_size * longest
+    packed = min(
+        (pack(inputs, least) for least in _row_lengths(most, sum(map(len, inputs)))),
+        key=lambda packed: _cost(packed, config.hidden_size),
     )
-    assert out.cache is not None
-    return out.last_hidden_state[:, -1], out.cache
+    for length, rows in packed.items():
+        most_rows = max(most // length, 1)
+        batches = -(-len(rows) // most_rows)
+        size = min(_rounded(-(-len(rows) // batches)), most_rows)
+        for start in range(0, len(rows), size):
+            batch = rows[start : start + size]
+            batch += [[]] * (size - len(batch))
+            yield [write_row(inputs, families, length) for families in batch]
+
+
+def _row_lengths(most: int, total: int) -> list[int]:
+    """Lengths of rows to choose from, for batches of up to `most` tokens of `total`."""
+    tokens = min(most, total)
+    return [length for length in _ROW_LENGTHS if length <= tokens] or [padded_length(tokens)]
+
+
+def _cost(packed: dict[int, list[list[Family]]], hidden: int) -> float:
+    """The time of rows, in tokens: attention to n keys is about n / (4 hidden) of a layer's matmuls."""
+    return sum(
+        _COMPILATION + len(rows) * length * (1 + length / (4 * hidden))
+        for length, rows in packed.items()
+    )
+
+
+def _rounded(count: int) -> int:
+    """At least `count`, and at most a quarter more: 1, ..., 8, 10, 12, 14, 16, 20, ..."""
+    step = 1 << max(count.bit_length() - 3, 0)
+    return -(-count // step) * step
 
 
 @jax.jit
-def _continue(
+def _hidden(
     model: LlamaForCausalLM,
-    last: Float[Array, "contexts hidden"],
-    cache: KVCache,
-    source: Int[Array, " batch"],
-    targets: Int[Array, "batch seq"],
-) -> tuple[Float[Array, "batch seq"], Bool[Array, "batch seq"]]:
-    """The scores of continuations, row r of which follows the context `source[r]`."""
-    hidden = last[source][:, None]
-    if targets.shape[1] > 1:
-        tokens = cache.is_token.sum(axis=1, dtype=jnp.int32)[source]
-        own = replace(
-            cache,
-            keys=jax.tree.map(lambda array: array[:, source], cache.keys),
-            values=jax.tree.map(lambda array: array[:, source], cache.values),
-            is_token=cache.is_token[source],
-            segments=cache.segments[source],
-        )
-        inputs = targets[:, :-1]
-        positions = tokens[:, None] + jnp.arange(inputs.shape[1], dtype=jnp.int32)[None]
-        out = model.model(inputs, position_ids=positions, cache=own)
-        hidden = jnp.concatenate([hidden, out.last_hidden_state], axis=1)
-    flat = hidden.reshape(-1, hidden.shape[-1])
-    chunk = default_chunk(model.config.vocab_size)
-    log_probs, greedy = token_log_probs(flat, model.head_weight, targets.reshape(-1), chunk)
-    return log_probs.reshape(targets.shape), greedy.reshape(targets.shape)
+    ids: Int[Array, "rows length"],
+    positions: Int[Array, "rows length"],
+    visible_until: Int[Array, "rows length"],
+) -> Float[Array, "tokens hidden"]:
+    out = model.model(ids, position_ids=positions, visible_until=visible_until)
+    return out.last_hidden_state.reshape(-1, out.last_hidden_state.shape[-1])
+
+
+def _in_chunks(
+    model: LlamaForCausalLM,
+    hidden: Float[Array, "tokens hidden"],
+    slots: Int[np.ndarray, " scored"],
+    targets: Int[np.ndarray, " scored"],
+    chunk: int,
+) -> tuple[Float[np.ndarray, " scored"], Bool[np.ndarray, " scored"]]:
+    """`token_log_probs` of the targets after the tokens in `slots`."""
+    missing = -len(slots) % chunk
+    padded = np.pad(np.stack([slots, targets]).astype(np.int32), ((0, 0), (0, missing)))
+    parts = [
+        _log_probs(model, hidden, *padded[:, start : start + chunk])
+        for start in range(0, padded.shape[1], chunk)
+    ]
+    log_probs, greedy = (np.concatenate(part)[: len(slots)] for part in zip(*parts, strict=True))
+    return log_probs, greedy
+
+
+@jax.jit
+def _log_probs(
+    model: LlamaForCausalLM,
+    hidden: Float[Array, "tokens hidden"],
+    slots: Int[Array, " chunk"],
+    targets: Int[Array, " chunk"],
+) -> tuple[Float[Array, " chunk"], Bool[Array, " chunk"]]:
+    return token_log_probs(hidden[slots], model.head_weight, targets, len(targets))
 
 
 def _require_tokens(name: str, ids: np.ndarray, model: LlamaForCausalLM) -> None:
@@ -429,30 +425,3 @@ def _require_tokens(name: str, ids: np.ndarray, model: LlamaForCausalLM) -> None
     outside = ids[(ids < 0) | (ids >= vocab)]
     if outside.size:
         raise ValueError(f"{name}: found token {outside[0]}, expected 0 to {vocab - 1}")
-
-
-def _batches(lengths: Sequence[int], batch_size: int, same_length: bool) -> Iterator[list[int]]:
-    """Batches of the indices of sequences that have anything to score, the longest first.
-
-    Args:
-        same_length: only batch sequences of equal length.
-    """
-    indices = sorted((i for i, n in enumerate(lengths) if n), key=lambda i: -lengths[i])
-    for _, group in itertools.groupby(indices, key=lambda i: lengths[i] if same_length else 0):
-        members = list(group)
-        for start in range(0, len(members), batch_size):
-            yield members[start : start + batch_size]
-
-
-def _bucket(length: int) -> int:
-    """The next of 16, 24, 32, 48, 64, ...; beyond 16, at most a third is padding."""
-    size = _MIN_LENGTH
-    while size < length:
-        if size * 3 // 2 >= length:
-            return size * 3 // 2
-        size *= 2
-    return size
-
-
-def _power_of_two(rows: int, most: int) -> int:
-    return min(1 << (rows - 1).bit_length(), most)

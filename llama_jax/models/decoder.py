@@ -158,6 +158,7 @@ class LlamaModel(PretrainedModel):
         remat: Remat | Kept = "dots",
         scan_unroll: int = 1,
         token_order: ZigZag | None = None,
+        visible_until: Tokens | None = None,
         reduce_dtype: DTypeLike | None = None,
         pipeline: Pipeline | None = None,
     ) -> ModelOutput:
@@ -188,13 +189,16 @@ class LlamaModel(PretrainedModel):
                 for which XLA moves weights of other stages.
             token_order: the order in which all arrays given and returned have the tokens of a row; None for
                 the row's own. Over a mesh's sequence axis, `ZigZag` balances the work of the shards.
+            visible_until: [batch, seq], the last index in the row that attends to each token; default: all
+                later ones do. It lets sequences that begin alike share a row, each with its own end
+                (`llama_jax.evaluation.packing`); they need `position_ids` as well.
             reduce_dtype: of a model in bfloat16: the dtype in which the parts of the weights' gradients are
                 added up that the devices of a mesh compute, each in float32. None is float32; bfloat16
                 halves what they send.
 
         Raises:
-            ValueError: shapes that do not match, a cache with a token order, ids outside the vocabulary or
-                a full cache (the last two only outside jit, where values are known).
+            ValueError: shapes that do not match, two of `cache`, `token_order` and `visible_until`, ids
+                outside the vocabulary or a full cache (these two only outside jit, where values are known).
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("pass exactly one of input_ids and inputs_embeds")
@@ -207,10 +211,14 @@ class LlamaModel(PretrainedModel):
                 f"{self.config.hidden_size}] of at least one"
             )
         batch, seq = tokens.shape[:2]
-        attention_mask, segment_ids, position_ids = map(
-            as_array, (attention_mask, segment_ids, position_ids)
+        attention_mask, segment_ids, position_ids, visible_until = map(
+            as_array, (attention_mask, segment_ids, position_ids, visible_until)
         )
-        for name, value in (("attention_mask", attention_mask), ("segment_ids", segment_ids)):
+        for name, value in (
+            ("attention_mask", attention_mask),
+            ("segment_ids", segment_ids),
+            ("visible_until", visible_until),
+        ):
             if value is not None and value.shape != (batch, seq):
                 raise ValueError(f"{name}: found shape {value.shape}, expected {(batch, seq)}")
         if position_ids is not None and position_ids.shape not in ((1, seq), (batch, seq)):
@@ -224,6 +232,8 @@ class LlamaModel(PretrainedModel):
             token_order.require_length(seq)
             if cache is not None:
                 raise ValueError("pass at most one of cache and token_order")
+        if visible_until is not None and (cache is not None or token_order is not None):
+            raise ValueError("pass at most one of visible_until, cache and token_order")
         if pipeline is not None and (
             cache is not None or output_hidden_states or output_attentions
         ):
@@ -238,6 +248,7 @@ class LlamaModel(PretrainedModel):
             None if attention_mask is None else jnp.asarray(attention_mask, bool),
             None if position_ids is None else jnp.asarray(position_ids),
             None if segment_ids is None else jnp.asarray(segment_ids, jnp.int32),
+            None if visible_until is None else jnp.asarray(visible_until, jnp.int32),
         )
         options = _Options(
             bool(output_hidden_states),
@@ -259,6 +270,7 @@ class _Inputs(NamedTuple):
     is_token: Bool[Array, "batch seq"] | None
     position_ids: Int[Array, "_ seq"] | None
     segment_ids: Int[Array, "batch seq"] | None
+    visible_until: Int[Array, "batch seq"] | None
 
 
 class _Options(NamedTuple):
@@ -302,7 +314,7 @@ def _forward(
         x.dtype,
     )
     mask, cache = mask_and_cache(batch, seq, inputs.is_token, inputs.segment_ids, cache)
-    mask = mask._replace(order=options.token_order)
+    mask = mask._replace(order=options.token_order, visible_until=inputs.visible_until)
     call = LayerCall(
         cos,
         sin,

@@ -44,8 +44,11 @@ def mask_of(kind, seq):
         segments = jnp.asarray(np.sort(rng.integers(0, 4, (BATCH, seq)), axis=1), jnp.int32)
     if "scattered" in kind:  # a segment that goes on after another
         segments = jnp.asarray(rng.integers(0, 3, (BATCH, seq)), jnp.int32)
+    until = None
+    if "until" in kind:
+        until = jnp.asarray(np.arange(seq) + rng.integers(-1, seq, (BATCH, seq)), jnp.int32)
     tokens = None if is_token.all() else jnp.asarray(is_token)
-    return AttentionMask(None, None, tokens, segments, segments)
+    return AttentionMask(None, None, tokens, segments, segments, visible_until=until)
 
 
 def value_and_gradients(run, operands):
@@ -74,7 +77,7 @@ MASKS = [
 ]
 
 
-@pytest.mark.parametrize("kind", MASKS)
+@pytest.mark.parametrize("kind", [*MASKS, "until", "left packed until"])
 @pytest.mark.parametrize(
     ("seq", "block"),
     # one token, less than a block, blocks, a part of one, blocks that share a frontier
@@ -261,3 +264,9 @@ def test_dense_mask_equals_attention_mask():
     want = attention_mask(slots, slots, is_token, segments, segments)
     assert (dense_mask(mask, 4, 4) == want).all()
     assert (sees_something(mask, 4, 4, block=3) == want.any(axis=(1, 3))).all()
+
+
+def test_a_key_is_visible_until_a_query():
+    mask = AttentionMask(visible_until=jnp.asarray([[3, 1, -1, 9]]))
+    want = [[1, 0, 0, 0], [1, 1, 0, 0], [1, 0, 0, 0], [1, 0, 0, 1]]
+    assert (np.asarray(dense_mask(mask, 4, 4))[0, 0] == np.asarray(want, bool)).all()

@@ -45,6 +45,18 @@ def choice(platform, *, dim=64, seq=256, dtype=jnp.bfloat16, mask=PACKED, shards
             "cudnn: found float32, expected bfloat16 or float16; "
             "triton: found float32, expected bfloat16 or float16",
         ),
+        (
+            "gpu",
+            {"mask": AttentionMask(visible_until=SEGMENTS)},
+            "blocked",
+            "cudnn: found visible_until, expected none; triton: found visible_until, expected none",
+        ),
+        (
+            "tpu",
+            {"mask": AttentionMask(visible_until=SEGMENTS)},
+            "blocked",
+            "splash: found visible_until, expected none",
+        ),
         ("tpu", {}, "splash", None),
         (
             "tpu",

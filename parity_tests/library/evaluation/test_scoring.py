@@ -20,8 +20,7 @@ from llama_jax import LlamaConfig, LlamaForCausalLM
 from llama_jax.__main__ import main
 from llama_jax.evaluation import scoring
 from llama_jax.evaluation.scoring import (
-    _bucket,
-    _score,
+    _hidden,
     encode_pair,
     loglikelihood,
     loglikelihood_rolling,
@@ -111,15 +110,15 @@ def test_a_continuation_is_scored_like_the_end_of_the_sequence(model: LlamaForCa
         assert np.array_equal(got.log_probs, want.log_probs[-len(target) :])
 
 
-@pytest.mark.parametrize("name", ["tied", "rope_longrope_long"])
+@pytest.mark.parametrize("name", ["tied", "rope_longrope_long", "rope_dynamic_past"])
 @pytest.mark.parametrize("batch_size", [2, 5])
 def test_continuations_of_one_context_in_float64(
     name: str, batch_size: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Contexts of several lengths, which are run once; and one that has a single continuation."""
     config = BY_NAME[name].config | {"num_hidden_layers": 1, "max_position_embeddings": 64}
-    contexts = texts(3, (5, 20, 1))
-    lengths = ((1, 4, 2, 1), (3, 1, 1), (2,))
+    contexts = texts(3, (5, 20, 14, 1))
+    lengths = ((1, 4, 2, 1), (3, 1, 1), (1, 5), (2,))
     pairs = [
         (context, continuation)
         for number, (context, sizes) in enumerate(zip(contexts, lengths, strict=True))
@@ -127,13 +126,14 @@ def test_continuations_of_one_context_in_float64(
     ]
     pairs = pairs[::2] + pairs[1::2]
     weights = weights_of(config)
-    whole: list[tuple[int, ...]] = []
+    run = 0
 
-    def score(model: LlamaForCausalLM, inputs: Any, *rest: Any) -> Any:
-        whole.append(inputs.shape)
-        return _score(model, inputs, *rest)
+    def count_tokens(model: LlamaForCausalLM, ids: Any, positions: Any, visible_until: Any) -> Any:
+        nonlocal run
+        run += int((visible_until >= 0).sum())
+        return _hidden(model, ids, positions, visible_until)
 
-    monkeypatch.setattr(scoring, "_score", score)
+    monkeypatch.setattr(scoring, "_hidden", count_tokens)
     with jax.enable_x64(True):
         got = loglikelihood(our_model(config, weights, jnp.float64), pairs, batch_size=batch_size)
     for (context, continuation), scores in zip(pairs, got, strict=True):
@@ -143,8 +143,10 @@ def test_continuations_of_one_context_in_float64(
         assert relative_error(scores.log_probs, expected) <= FLOAT64_BAR
         greedy = (logits[0].argmax(-1) == torch.tensor(ids[1:])).tolist()
         assert scores.greedy.tolist() == greedy[-len(continuation) :]
-    # frequencies that depend on the length are not shared
-    assert whole == [(1, 16)] if name == "tied" else len(whole) > 1
+    # every context once, and of each continuation all but the last token; beyond 16 tokens, longrope has
+    # other frequencies
+    again = 14 if name == "rope_longrope_long" else 0
+    assert run == (5 + 3 + 1) + (20 + 2) + (14 + 4) + again + (1 + 1)
 
 
 @settings(deadline=None)
@@ -183,15 +185,9 @@ def test_logits_of_all_tokens_never_exist() -> None:
 
 
 def test_few_programs_are_compiled(model: LlamaForCausalLM) -> None:
-    before = _score._cache_size()
+    before = _hidden._cache_size()
     token_scores(model, texts(4, tuple(range(2, 60))), batch_size=4)
-    assert _score._cache_size() - before <= len({_bucket(length) for length in range(1, 60)}) == 5
-
-
-@settings(deadline=None)
-@given(st.integers(1, 100_000))
-def test_padding_is_at_most_half_the_length(length: int) -> None:
-    assert length <= _bucket(length) <= max(16, length * 3 / 2)
+    assert _hidden._cache_size() - before <= 2
 
 
 @pytest.mark.parametrize(
