@@ -127,7 +127,7 @@ def record_jax(
     return folder
 
 
-def sown(state: nnx.State) -> dict[str, jax.Array]:
+def sown(state: nnx.State[Any, Any]) -> dict[str, jax.Array]:
     """What `nnx.capture` collected of a model's modules, for the dict that `loss` returns.
 
     The names are paths, with keys joined by dots. Of what a module has sown several times, the last counts.
