@@ -64,6 +64,7 @@ def residual(
     rows: int,
     counted: np.ndarray | None = None,
     heads: int = 0,
+    least: float = 0.0,
 ) -> Residual:
     """Compare an array with its exact values.
 
@@ -73,6 +74,7 @@ def residual(
         rows: number of rows, of equal size.
         counted: bool [rows], which of them are compared; default: all.
         heads: number of heads that a row has side by side; 0 for none.
+        least: rms of a row that no row of middling size falls below.
     """
     parts = list(
         _squares(
@@ -89,7 +91,7 @@ def residual(
         none = np.zeros(rows)
         return Residual(name, direction, 0.0, 0.0, 0.0, none, none, none, 0.0, 0.0, eps)
     size = squares["exact"][counted]
-    middling = np.median(size[size > 0]) if (size > 0).any() else 0.0
+    middling = max(float(np.median(size[size > 0])) if (size > 0).any() else 0.0, least**2)
     explained = squares["rounded"] + (eps / 2) ** 2 * (squares["exact"] + middling)
     ratios = np.where(counted, _ratio(squares["error"], explained), 0.0)
     scale = np.maximum(squares["exact"], middling * 2.0**-12)

@@ -156,15 +156,18 @@ class Walk:
                 eps *= max(1.0, tokens**0.5 / 4)
             rows = len(exact) if exact.ndim > 1 else 1
             return compare(eps=eps, rows=rows, counted=counted)
+        least = 0.0
         if name == "lm_head" and direction == "backward":
             eps *= _LOSS_ROUNDINGS
+            # p - 1 of a likely token: the difference is small, its terms are not
+            least = 1 / tokens / exact.shape[-1] ** 0.5
         rows = exact.shape[0] * exact.shape[1]
         mask = self.inputs.attention_mask
         counted = None if mask is None or rows != mask.size else mask.reshape(-1).astype(bool)
         heads = 0
         if name.endswith(_HEADS):
             heads = exact[0, 0].size // self.config.head_size
-        return compare(eps=eps, rows=rows, counted=counted, heads=heads)
+        return compare(eps=eps, rows=rows, counted=counted, heads=heads, least=least)
 
     def _rounded_logits(self, loss: np.ndarray) -> float:
         """The relative change of the loss, as an eps, if it is not computed from rounded logits.
