@@ -125,7 +125,7 @@ class _Interpreter:
 
     def _scan(self, parameters: Any, inputs: list[Any]) -> list[Any]:
         body, length = parameters["jaxpr"], parameters["length"]
-        consts, carry = parameters["num_consts"], parameters["num_carry"]
+        consts, carry = _scan_counts(parameters)
         start, xs = inputs[consts : consts + carry], inputs[consts + carry :]
         added = self._of_iterations(body.jaxpr, length)
         kept: list[str] = []
@@ -162,6 +162,14 @@ class _Interpreter:
                 arrays = [arrays] if length == 1 else arrays
                 stacked.setdefault(name, []).append(jnp.stack(arrays))
         return stacked
+
+
+def _scan_counts(parameters: Any) -> tuple[int, int]:
+    """How many of a scan's inputs are constants, and how many are carried."""
+    if "num_consts" in parameters:
+        return parameters["num_consts"], parameters["num_carry"]
+    consts, carry, _ = (len(part) for part in parameters["ft_in"].unpack())  # since JAX 0.12
+    return consts, carry
 
 
 def _has_names(equation: Any) -> bool:
