@@ -1,4 +1,4 @@
-"""`python -m parity_tests report|mutate|record|check`: is a Llama the same function elsewhere?"""
+"""`python -m parity_tests report|mutate|record|check|trajectory`: is a Llama the same elsewhere?"""
 
 from llama_jax.cli.startup import end_on_interrupt
 
@@ -8,7 +8,7 @@ if __name__ == "__main__":
 import argparse
 from pathlib import Path
 
-from llama_jax.cli.arguments import Parser, program_parser
+from llama_jax.cli.arguments import Parser, number, program_parser
 from llama_jax.cli.program import leave, run_program
 from llama_jax.formatting import console, printable
 
@@ -69,6 +69,7 @@ def _parser() -> Parser:
         _mutate,
         help="run the report under each deliberate mistake and show which module it names",
     )
+    _add_trajectory(parser)
     return parser
 
 
@@ -226,6 +227,64 @@ def _report(options: argparse.Namespace) -> int:
         write_html(page(made), options.html)
         out.print(f"wrote {printable(str(options.html))}", soft_wrap=True)
     return 0 if made.holds else 1
+
+
+def _add_trajectory(program: Parser) -> None:
+    parser = program.add_command(
+        "trajectory",
+        _trajectory,
+        help="compare the metrics of two training runs: where they part, and whether it is rounding",
+    )
+    parser.add_argument(
+        "logs",
+        nargs=2,
+        type=Path,
+        metavar="LOG",
+        help="a run's folder, metrics.jsonl, also of resume_torch.py, MaxText's metrics_file, CSV, or an "
+        "event file of TensorBoard",
+    )
+    parser.add_argument(
+        "--rounding",
+        nargs=2,
+        type=Path,
+        metavar="LOG",
+        help="logs of two runs that differ in rounding alone, such as one with other --micro-batches; one "
+        "of them may be among the logs compared",
+    )
+    parser.add_argument(
+        "--factor",
+        type=number,
+        default=30.0,
+        metavar="X",
+        help="how many times the difference of those two is taken for rounding (default: 30)",
+    )
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write every number")
+    parser.add_argument(
+        "--picture", type=Path, metavar="FILE", help="draw the differences over steps, as PNG"
+    )
+
+
+def _trajectory(options: argparse.Namespace) -> int:
+    _require_writable(options.json, options.picture)
+    if not options.factor >= 1:
+        raise ValueError(f"factor: found {options.factor}, expected at least 1")
+
+    from parity_tests.trajectory.compare import compare
+    from parity_tests.trajectory.logs import read_log
+    from parity_tests.trajectory.output import show, write_json, write_picture
+
+    a, b = map(read_log, options.logs)
+    rounding = None
+    if options.rounding is not None:
+        c, d = map(read_log, options.rounding)
+        rounding = c, d
+    made, out = compare(a, b, rounding, options.factor), console()
+    show(made, out)
+    for path, write in ((options.json, write_json), (options.picture, write_picture)):
+        if path is not None:
+            write(made, path)
+            out.print(f"wrote {printable(str(path))}", soft_wrap=True)
+    return 0 if made.departs is None else 1
 
 
 def _mutate(options: argparse.Namespace) -> int:

@@ -1,0 +1,154 @@
+"""Where two runs part, beside what two roundings of one run do."""
+
+import math
+from collections.abc import Iterable
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from parity_tests.trajectory.logs import Log, relative_difference
+
+# what a step computes, and what it is given: rounding makes only the former drift
+OUTCOMES = ("loss", "grad_norm", "validation_loss")
+INPUTS = ("learning_rate", "num_tokens")
+INPUT_TOLERANCE = 1e-6  # relative: the rounding of a schedule in float32
+FACTOR = 30.0
+
+
+class Curve(NamedTuple):
+    """Of one metric, by step, the difference of A and B and the largest so far of the two roundings.
+
+    All [steps]; `rounding` is empty without two roundings. `departs` is the first step at which the
+    difference is more than the factor times the rounding, or None.
+    """
+
+    metric: str
+    steps: np.ndarray
+    differences: np.ndarray
+    rounding: np.ndarray
+    floor: float
+    departs: int | None
+
+    @property
+    def ratios(self) -> np.ndarray:
+        """Difference as a multiple of the rounding."""
+        return self.differences / np.maximum(self.rounding, self.floor)
+
+
+class Input(NamedTuple):
+    """A metric that is given to the steps: the first one at which A and B have different values."""
+
+    metric: str
+    step: int
+    a: float
+    b: float
+
+
+class Trajectory(NamedTuple):
+    """curves: of outcomes that both logs have. inputs: those that differ. departs: see `Curve`."""
+
+    a: Path
+    b: Path
+    factor: float
+    curves: list[Curve]
+    inputs: list[Input]
+    has_rounding: bool
+
+    @property
+    def departs(self) -> Curve | None:
+        """The curve that departs first; None if none does."""
+        departing = [curve for curve in self.curves if curve.departs is not None]
+        return min(departing, key=lambda curve: curve.departs or 0, default=None)
+
+    @property
+    def same(self) -> bool:
+        """Whether no outcome differs at all."""
+        return not any(curve.differences.any() for curve in self.curves)
+
+
+def compare(a: Log, b: Log, rounding: tuple[Log, Log] | None, factor: float = FACTOR) -> Trajectory:
+    """Compare the outcomes at all steps that A and B have in common, and the inputs.
+
+    Differences by rounding grow from step to step, so those of A and B are compared with the largest that
+    `rounding`, two runs that differ in nothing else, has had up to the step. The factor is for chance, and
+    for programs that round in more places than those two differ in.
+
+    Raises:
+        ValueError: no metric or no step in common; roundings that have none of them.
+    """
+    names = [name for name in OUTCOMES if name in a.metrics and name in b.metrics]
+    if not names:
+        raise ValueError(
+            f"{a.path} and {b.path}: no common metric among {', '.join(OUTCOMES)}: found "
+            f"{_listed(a.metrics)} and {_listed(b.metrics)}"
+        )
+    curves = []
+    for name in names:
+        steps = sorted(a.metrics[name].keys() & b.metrics[name].keys())
+        if rounding is not None:
+            steps = [step for step in steps if step <= _last(rounding, name)]
+        if steps:
+            curves.append(_curve(name, steps, a, b, rounding, factor))
+    if not curves:
+        if rounding is not None:
+            raise ValueError(
+                f"{rounding[0].path} and {rounding[1].path}: have no common step of {' or '.join(names)} "
+                f"before the last of {a.path} and {b.path}"
+            )
+        raise ValueError(
+            f"{a.path} and {b.path}: no common step: the one has {_span(a)}, the other {_span(b)}"
+        )
+    inputs = [first for name in INPUTS if (first := _first_other(name, a, b)) is not None]
+    return Trajectory(a.path, b.path, factor, curves, inputs, rounding is not None)
+
+
+def _curve(
+    name: str, steps: list[int], a: Log, b: Log, rounding: tuple[Log, Log] | None, factor: float
+) -> Curve:
+    one, other = a.metrics[name], b.metrics[name]
+    differences = np.asarray([relative_difference(one[step], other[step]) for step in steps])
+    floor = max(map(_resolution, (one.values(), other.values())))
+    if rounding is None:
+        return Curve(name, np.asarray(steps), differences, np.zeros(0), floor, None)
+    c, d = (log.metrics[name] for log in rounding)
+    common = sorted(c.keys() & d.keys())
+    largest = np.maximum.accumulate([relative_difference(c[step], d[step]) for step in common])
+    # before the first step that the roundings have, there is none to compare with
+    at = np.searchsorted(common, steps, side="right") - 1
+    allowed = np.where(at < 0, 0.0, largest[np.maximum(at, 0)])
+    beyond = differences > factor * np.maximum(allowed, floor)
+    departs = int(np.asarray(steps)[beyond][0]) if beyond.any() else None
+    return Curve(name, np.asarray(steps), differences, allowed, floor, departs)
+
+
+def _resolution(values: Iterable[float]) -> float:
+    """Half of the last bit of the values' dtype, relative: of float32 if all of them are such numbers."""
+    numbers = np.asarray(list(values))
+    with np.errstate(over="ignore", invalid="ignore"):
+        narrow = np.array_equal(
+            numbers.astype(np.float32).astype(np.float64), numbers, equal_nan=True
+        )
+    return 2.0**-24 if narrow else 2.0**-53
+
+
+def _last(rounding: tuple[Log, Log], name: str) -> float:
+    c, d = (log.metrics.get(name, {}) for log in rounding)
+    return max(c.keys() & d.keys(), default=-math.inf)
+
+
+def _first_other(name: str, a: Log, b: Log) -> Input | None:
+    one, other = a.metrics.get(name, {}), b.metrics.get(name, {})
+    for step in sorted(one.keys() & other.keys()):
+        if relative_difference(one[step], other[step]) > INPUT_TOLERANCE:
+            return Input(name, step, one[step], other[step])
+    return None
+
+
+def _listed(names: Iterable[str]) -> str:
+    return ", ".join(sorted(names)) or "none"
+
+
+def _span(log: Log) -> str:
+    steps = log.steps
+    return f"steps {steps[0]} to {steps[-1]}"

@@ -1,0 +1,227 @@
+"""Trajectories with a known departure, and of real runs: rounding is told from another learning rate."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from parity_tests.__main__ import main
+from parity_tests.train.conftest import compile_once, tiny  # noqa: F401
+from parity_tests.train.runs import Tiny, run_flags
+from train.__main__ import main as train
+from train.monitoring.metrics_log import read_metrics
+
+STEPS = 60
+
+
+def losses(seed: int, departs: int | None = None) -> list[float]:
+    """Losses that fall; each seed has a rounding of its own, which grows by 10% a step.
+
+    From step `departs` on there is another 0.1% of the loss.
+    """
+    rng, step = np.random.default_rng(seed), np.arange(1, STEPS + 1)
+    exact = 2 + 3 * np.exp(-step / 30)
+    noise = 1e-7 * 1.1**step * rng.normal(size=STEPS)
+    other = np.zeros(STEPS) if departs is None else 1e-3 * (step >= departs)
+    return (exact * (1 + noise + other)).tolist()
+
+
+def lines(values: Iterable[float], first: int = 1, **more: Any) -> list[dict[str, Any]]:
+    return [{"step": step, "loss": value} | more for step, value in enumerate(values, first)]
+
+
+def write(path: Path, lines: Iterable[dict[str, Any]]) -> Path:
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return path
+
+
+@pytest.fixture
+def logs(tmp_path: Path) -> dict[str, Path]:
+    """a, b, c and d differ by rounding; departed does not."""
+    made = {
+        name: write(tmp_path / f"{name}.jsonl", lines(losses(n))) for n, name in enumerate("abcd")
+    }
+    made["departed"] = write(tmp_path / "departed.jsonl", lines(losses(1, departs=20)))
+    return made
+
+
+def run(*arguments: Path | str) -> int:
+    return main(["trajectory", *map(str, arguments)])
+
+
+def test_rounding(logs: dict[str, Path], capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(logs["a"], logs["b"], "--rounding", logs["c"], logs["d"]) == 0
+    assert "\nrounding: the difference is at most " in capsys.readouterr().out
+
+
+def test_a_departure_at_a_known_step(
+    logs: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = [logs["a"], logs["departed"], "--rounding", logs["c"], logs["d"]]
+    files = ["--json", tmp_path / "t.json", "--picture", tmp_path / "t.png"]
+    assert run(*arguments, *files) == 1
+    assert "\ndeparts at step 20: loss differs by 1.0e-03, " in capsys.readouterr().out
+    content = json.loads((tmp_path / "t.json").read_text())
+    assert content["departs"] == 20
+    assert content["metrics"]["loss"]["steps"] == list(range(1, STEPS + 1))
+    assert (tmp_path / "t.png").read_bytes().startswith(b"\x89PNG")
+    assert run(*arguments, "--factor", "1e6") == 0
+
+
+def test_without_two_roundings(logs: dict[str, Path], capsys: pytest.CaptureFixture[str]) -> None:
+    """Nothing is claimed, unless nothing differs."""
+    assert run(logs["a"], logs["departed"]) == 0
+    assert "whether it is rounding cannot be told without two runs" in capsys.readouterr().out
+    assert run(logs["a"], logs["a"]) == 0
+    assert "the same at every common step" in capsys.readouterr().out
+
+
+def test_columns_are_aligned_by_step(
+    tmp_path: Path, logs: dict[str, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One log begins later, has every second step, evaluations and a repeated line, and is cut off."""
+    some = [line for line in lines(losses(1, departs=20)) if line["step"] >= 7 and line["step"] % 2]
+    wrong = [{"step": 9, "loss": 99.0}, {"step": 10, "validation_loss": 3.0, "sample": "text"}]
+    other = write(tmp_path / "some.jsonl", [*wrong, *some])
+    other.write_text(other.read_text() + '{"step": 61, "lo')
+    assert run(logs["a"], other, "--rounding", logs["c"], logs["d"]) == 1
+    out = capsys.readouterr().out
+    assert "7 to 59" in out
+    assert "departs at step 21" in out
+
+
+def test_what_the_steps_are_given(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    one = write(tmp_path / "one", lines(losses(0), learning_rate=1e-3, num_tokens=100))
+    changed = lines(losses(1), learning_rate=1e-3, num_tokens=100)
+    changed[4]["learning_rate"], changed[8]["num_tokens"] = 1.01e-3, 99
+    assert run(one, write(tmp_path / "other", changed)) == 0
+    out = capsys.readouterr().out
+    assert "learning_rate differs from step 5 on: 0.001 and 0.00101" in out
+    assert "num_tokens differs from step 9 on: 100 and 99" in out
+
+
+@pytest.mark.parametrize("form", ["maxtext", "csv", "tensorboard"])
+def test_logs_of_other_programs(
+    form: str, tmp_path: Path, logs: dict[str, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    values, path = losses(0), tmp_path / form
+    if form == "maxtext":  # its steps begin at 0
+        made = [
+            {"learning/loss": value, "perf/mfu": 0.3, "step": float(step), "run_name": "r"}
+            for step, value in enumerate(values)
+        ]
+        write(path, made)
+    elif form == "csv":
+        path = path.with_suffix(".csv")
+        with path.open("w", newline="") as file:
+            writer = csv.DictWriter(file, ["step", "run_name", "loss", "eval_loss"])
+            writer.writeheader()
+            writer.writerows(line | {"run_name": "r", "eval_loss": ""} for line in lines(values))
+    else:
+        writer = pytest.importorskip("tensorboardX").SummaryWriter(str(path))
+        for step, value in enumerate(values, 1):
+            writer.add_scalar("loss", value, step)
+        writer.close()
+    assert run(logs["a"], path, "--json", tmp_path / "t.json") == 0
+    content = json.loads((tmp_path / "t.json").read_text())["metrics"]["loss"]
+    assert content["steps"] == list(range(1, STEPS + 1))
+    # TensorBoard keeps float32
+    assert max(content["differences"]) <= (2.0**-24 if form == "tensorboard" else 0.0)
+
+
+def test_a_loss_that_is_not_a_number(
+    tmp_path: Path, logs: dict[str, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    values = losses(1)
+    values[30] = float("nan")
+    path = write(tmp_path / "nan", lines(values))
+    arguments = [logs["a"], path, "--rounding", logs["c"], logs["d"]]
+    files = ["--json", tmp_path / "t.json", "--picture", tmp_path / "t.png"]
+    assert run(*arguments, *files) == 1
+    assert "departs at step 31: loss differs by inf" in capsys.readouterr().out
+    assert (
+        json.loads((tmp_path / "t.json").read_text())["metrics"]["loss"]["differences"][30] is None
+    )
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "bad: has no metrics"),
+        ('{"loss": 1}\n', "bad, line 1: has no step; found loss"),
+        ('{"step": 1.5, "loss": 1}\n', "bad, line 1: has no step; found step, loss"),
+        ('{"step": 1, "loss": 1}\n[1]\n', "bad, line 2: found a list, expected an object"),
+        ('{"step": 1,\n"loss": 1}\n', "bad, line 1: not valid JSON ("),
+        ('{"step": 1, "sample": "text"}\n', "bad: has no metrics"),
+        ('{"step": 1, "accuracy": 1}\n', "no common metric among loss, grad_norm, validation_loss"),
+        (
+            '{"step": 900, "loss": 1}\n',
+            "no common step: the one has steps 1 to 60, the other steps 900",
+        ),
+    ],
+)
+def test_logs_that_cannot_be_compared(
+    text: str,
+    message: str,
+    tmp_path: Path,
+    logs: dict[str, Path],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    bad = tmp_path / "bad"
+    bad.write_text(text)
+    assert run(logs["a"], bad) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert message in line
+
+
+def test_arguments_that_are_wrong(
+    tmp_path: Path, logs: dict[str, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    late = write(tmp_path / "late", lines(losses(3), first=1000))
+    for arguments, message in (
+        ([tmp_path / "none"], "none: no such file or directory"),
+        ([tmp_path], "has no metrics.jsonl"),
+        ([logs["b"], "--factor", "0.5"], "factor: found 0.5, expected at least 1"),
+        ([logs["b"], "--json", tmp_path / "no" / "t"], "directory does not exist"),
+        ([logs["b"], "--rounding", logs["c"], late], "late: have no common step of loss"),
+    ):
+        assert run(logs["a"], *arguments) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert message in line
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("compile_once")
+def test_real_runs(
+    tiny: Tiny,  # noqa: F811
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Another order of summation is rounding; 1% of the learning rate departs at once."""
+    changes: dict[str, dict[str, Any]] = {
+        "plain": {},
+        "two": {"micro_batches": 2},
+        "four": {"micro_batches": 4},
+        "rate": {"optimizer__learning_rate": 3.03e-3},
+        "decay": {"optimizer__weight_decay": 0.101},
+    }
+    for name, change in changes.items():
+        flags = run_flags(tiny, tmp_path / name, steps=40, checkpoint__every=40, **change)
+        assert train(flags) == 0
+    rounding = ["--rounding", tmp_path / "plain", tmp_path / "two"]
+    assert len(read_metrics(tmp_path / "plain")) == 50
+    capsys.readouterr()
+    assert run(tmp_path / "two", tmp_path / "four", *rounding) == 0
+    assert "rounding: " in capsys.readouterr().out
+    assert run(tmp_path / "four", tmp_path / "rate", *rounding) == 1
+    out = capsys.readouterr().out
+    assert "learning_rate differs from step 1 on: 0.0015 and 0.001515" in out
+    assert "departs at step 2: " in out
+    assert run(tmp_path / "four", tmp_path / "decay", *rounding) == 1
+    assert "learning_rate" not in capsys.readouterr().out
