@@ -108,7 +108,7 @@ def _curve(
 ) -> Curve:
     one, other = a.metrics[name], b.metrics[name]
     differences = np.asarray([relative_difference(one[step], other[step]) for step in steps])
-    floor = max(map(_resolution, (one.values(), other.values())))
+    floor = max(map(_resolution, (a, b, *(rounding or ()))))
     if rounding is None:
         return Curve(name, np.asarray(steps), differences, np.zeros(0), floor, None)
     c, d = (log.metrics[name] for log in rounding)
@@ -122,13 +122,19 @@ def _curve(
     return Curve(name, np.asarray(steps), differences, allowed, floor, departs)
 
 
-def _resolution(values: Iterable[float]) -> float:
-    """Half of the last bit of the values' dtype, relative: of float32 if all of them are such numbers."""
-    numbers = np.asarray(list(values))
-    with np.errstate(over="ignore", invalid="ignore"):
-        narrow = np.array_equal(
-            numbers.astype(np.float32).astype(np.float64), numbers, equal_nan=True
-        )
+def _resolution(log: Log) -> float:
+    """Half of the last bit of the run's dtype, relative: float32 if all values of an outcome are in it.
+
+    Others may be sums of float32 in Python, such as a validation loss over several batches.
+    """
+
+    def is_narrow(name: str) -> bool:
+        numbers = np.asarray(list(log.metrics[name].values()))
+        with np.errstate(over="ignore", invalid="ignore"):
+            rounded = numbers.astype(np.float32).astype(np.float64)
+        return np.array_equal(rounded, numbers, equal_nan=True)
+
+    narrow = any(is_narrow(name) for name in OUTCOMES if name in log.metrics)
     return 2.0**-24 if narrow else 2.0**-53
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import csv
 import json
+import re
+import shutil
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -12,6 +14,7 @@ import numpy as np
 import pytest
 
 from parity_tests.__main__ import main
+from parity_tests.harness.child_process import ROOT
 from parity_tests.train.conftest import compile_once, tiny  # noqa: F401
 from parity_tests.train.runs import Tiny, run_flags
 from train.__main__ import main as train
@@ -194,6 +197,45 @@ def test_arguments_that_are_wrong(
         assert run(logs["a"], *arguments) == 2
         (line,) = capsys.readouterr().err.splitlines()
         assert message in line
+
+
+def test_bits_that_float32_has_not(tmp_path: Path) -> None:
+    """A sum in Python has digits beyond float32's; where the roundings do not differ, they do not count."""
+    narrow = np.float32(losses(0)).tolist()
+    wide = np.asarray(losses(0))
+    paths = [
+        write(
+            tmp_path / name,
+            [
+                {"step": step, "loss": loss, "validation_loss": other}
+                for step, (loss, other) in enumerate(zip(narrow, values.tolist(), strict=True), 1)
+            ],
+        )
+        for name, values in (
+            ("one", wide),
+            ("other", wide * (1 + 1e-7)),
+            ("far", wide * (1 + 1e-5)),
+        )
+    ]
+    assert run(*paths[:2], "--rounding", paths[0], paths[0]) == 0
+    assert run(*paths[::2], "--rounding", paths[0], paths[0]) == 1
+
+
+def test_the_command_of_the_guide(
+    tmp_path: Path,
+    logs: dict[str, Path],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    guide = (ROOT / "docs" / "parity.md").read_text()
+    (command,) = re.findall(r"^python -m parity_tests (trajectory .*)$", guide, re.MULTILINE)
+    monkeypatch.chdir(tmp_path)
+    for run_name, log in (("a", "a"), ("b", "departed"), ("c", "c")):
+        (tmp_path / "runs" / run_name).mkdir(parents=True)
+        shutil.copy(logs[log], tmp_path / "runs" / run_name / "metrics.jsonl")
+    assert main(command.split()) == 1
+    assert "departs at step 20" in capsys.readouterr().out
+    assert (tmp_path / "trajectory.png").is_file()
 
 
 @pytest.mark.slow
