@@ -8,6 +8,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from llama_jax.formatting import first_line
+
 # other programs' names
 _NAMES = {
     "learning/loss": "loss",
@@ -62,7 +64,7 @@ def read_log(path: Path) -> Log:
         first = 1 if any(name.startswith("learning/") for name in line) else 0
         values = {_NAMES.get(name, name): value for name, value in line.items()}
         step = _number(values.pop("step", None))
-        if step is None or step != int(step):
+        if step is None or not step.is_integer():
             raise ValueError(
                 f"{where}: has no step; found {', '.join(map(str, line)) or 'nothing'}"
             )
@@ -96,7 +98,7 @@ def _number(value: Any) -> float | None:
         return None
     try:
         return float(value)
-    except ValueError:
+    except (ValueError, OverflowError):
         return None
 
 
@@ -109,7 +111,7 @@ def _json_lines(file: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
         where = f"{file}, line {number}"
         try:
             line = json.loads(text)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"{where}: not valid JSON ({error})") from None
         if not isinstance(line, dict):
             raise ValueError(f"{where}: found a {type(line).__name__}, expected an object")
@@ -139,7 +141,10 @@ def _events(file: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
             f"{file}: tensorboardX is needed to read it: pip install '.[tensorboard]'"
         ) from None
     for payload in _records(file):
-        event = Event.FromString(payload)
+        try:
+            event = Event.FromString(payload)
+        except Exception as error:  # protobuf's, which has several implementations
+            raise ValueError(f"{file}: a damaged event file ({first_line(error)})") from None
         for value in event.summary.value:
             if value.HasField("simple_value"):
                 yield str(file), {"step": event.step, value.tag: value.simple_value}

@@ -47,7 +47,7 @@ def show(trajectory: Trajectory, out: Console) -> None:
     table = Table(box=None, pad_edge=False)
     columns = ["metric", "steps", "first", "largest", "last"]
     if trajectory.has_rounding:
-        columns += ["two roundings", "largest ratio", "departs"]
+        columns += ["rounding", "ratio", "departs"]
     for column in columns:
         table.add_column(column, justify="left" if column == "metric" else "right")
     for curve in trajectory.curves:

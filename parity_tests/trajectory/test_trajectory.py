@@ -6,6 +6,7 @@ import csv
 import json
 import re
 import shutil
+import struct
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -162,6 +163,8 @@ def test_a_loss_that_is_not_a_number(
         ('{"step": 1, "loss": 1}\n[1]\n', "bad, line 2: found a list, expected an object"),
         ('{"step": 1,\n"loss": 1}\n', "bad, line 1: not valid JSON ("),
         ('{"step": 1, "sample": "text"}\n', "bad: has no metrics"),
+        ('{"step": Infinity, "loss": 1}\n', "bad, line 1: has no step; found step, loss"),
+        ("\\x00", "bad, line 1: not valid JSON ("),
         ('{"step": 1, "accuracy": 1}\n', "no common metric among loss, grad_norm, validation_loss"),
         (
             '{"step": 900, "loss": 1}\n',
@@ -181,6 +184,21 @@ def test_logs_that_cannot_be_compared(
     assert run(logs["a"], bad) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert message in line
+
+
+def test_files_that_are_damaged(
+    tmp_path: Path, logs: dict[str, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "bytes").write_bytes(b"\xff\xfe")
+    record = struct.pack("<QI", 4, 0) + b"\xff" * 4 + bytes(4)
+    (tmp_path / "events.out.tfevents.1").write_bytes(record)
+    for name, message in (
+        ("bytes", "not UTF-8; expected JSON lines, CSV or an event file"),
+        ("events.out.tfevents.1", "a damaged event file ("),
+    ):
+        assert run(logs["a"], tmp_path / name) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert line.startswith(f"error: {tmp_path / name}: {message}")
 
 
 def test_arguments_that_are_wrong(
