@@ -269,9 +269,10 @@ def _trajectory(options: argparse.Namespace) -> int:
     if not options.factor >= 1:
         raise ValueError(f"factor: found {options.factor}, expected at least 1")
 
+    from parity_tests.report.output.files import write_json
     from parity_tests.trajectory.compare import compare
     from parity_tests.trajectory.logs import read_log
-    from parity_tests.trajectory.output import show, write_json, write_picture
+    from parity_tests.trajectory.output import show, to_json, write_picture
 
     a, b = map(read_log, options.logs)
     rounding = None
@@ -280,10 +281,12 @@ def _trajectory(options: argparse.Namespace) -> int:
         rounding = c, d
     made, out = compare(a, b, rounding, options.factor), console()
     show(made, out)
-    for path, write in ((options.json, write_json), (options.picture, write_picture)):
-        if path is not None:
-            write(made, path)
-            out.print(f"wrote {printable(str(path))}", soft_wrap=True)
+    if options.json is not None:
+        write_json(to_json(made), options.json)
+        out.print(f"wrote {printable(str(options.json))}", soft_wrap=True)
+    if options.picture is not None:
+        write_picture(made, options.picture)
+        out.print(f"wrote {printable(str(options.picture))}", soft_wrap=True)
     return 0 if made.departs is None else 1
 
 

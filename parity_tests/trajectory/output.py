@@ -1,7 +1,5 @@
 """Show a comparison of trajectories: as text, as JSON and as a picture."""
 
-import json
-import math
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +9,7 @@ from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
 
-from llama_jax.files.staging import replacing, write_text
+from llama_jax.files.staging import replacing
 from llama_jax.formatting import printable
 from parity_tests.trajectory.compare import Curve, Trajectory
 
@@ -70,9 +68,9 @@ def show(trajectory: Trajectory, out: Console) -> None:
     out.print(verdict(trajectory), soft_wrap=True)
 
 
-def write_json(trajectory: Trajectory, path: Path) -> None:
-    """Every number. JSON has no infinity: null."""
-    fields = {
+def to_json(trajectory: Trajectory) -> dict[str, Any]:
+    """Every number."""
+    return {
         "a": str(trajectory.a),
         "b": str(trajectory.b),
         "verdict": verdict(trajectory),
@@ -81,18 +79,13 @@ def write_json(trajectory: Trajectory, path: Path) -> None:
         "inputs": [given._asdict() for given in trajectory.inputs],
         "metrics": {curve.metric: _fields(curve) for curve in trajectory.curves},
     }
-    with replacing(path) as staged:
-        write_text(staged, json.dumps(fields, indent=1, allow_nan=False) + "\n")
 
 
 def _fields(curve: Curve) -> dict[str, Any]:
-    def finite(values: np.ndarray) -> list[float | None]:
-        return [value if math.isfinite(value) else None for value in values.tolist()]
-
     return {
         "steps": curve.steps.tolist(),
-        "differences": finite(curve.differences),
-        "rounding": finite(curve.rounding),
+        "differences": curve.differences.tolist(),
+        "rounding": curve.rounding.tolist(),
         "departs": curve.departs,
     }
 
