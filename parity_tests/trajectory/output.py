@@ -42,7 +42,7 @@ def verdict(trajectory: Trajectory) -> str:
 
 def show(trajectory: Trajectory, out: Console) -> None:
     """A table of the metrics, the inputs that differ, and the verdict."""
-    table = Table(box=None, pad_edge=False)
+    table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0))
     columns = ["metric", "steps", "first", "largest", "last"]
     if trajectory.has_rounding:
         columns += ["rounding", "ratio", "departs"]
