@@ -2,7 +2,11 @@
 
 import contextlib
 import json
+import os
 import re
+import shutil
+import subprocess
+import sys
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -18,10 +22,11 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from transformers.models.llama import modeling_llama
 
+from parity_tests import record_torch
 from parity_tests.__main__ import main
 from parity_tests.harness import independent_llama, independent_torch_llama
 from parity_tests.harness.cases import BY_NAME, hf_model, weights_of, write_hf_directory
-from parity_tests.record_torch import record, recording
+from parity_tests.record_torch import META, record, recording
 from parity_tests.traces.check import Verdict, check
 from parity_tests.traces.record_jax import record_jax
 from parity_tests.traces.trace import open_trace
@@ -108,6 +113,61 @@ def test_other_programs_that_are_right(dtype: torch.dtype, directory: Path, tmp_
         verdict = checked(trace, directory)
         assert first(verdict) is None
         assert verdict.holds, verdict.findings
+
+
+class FusedAttention(independent_torch_llama.Attention):
+    """Queries, keys and values are one projection."""
+
+    def __init__(self, separate: independent_torch_llama.Attention) -> None:
+        super().__init__(CASE.config)
+        parts = [projection.weight for projection in (separate.wq, separate.wk, separate.wv)]
+        self.wqkv = torch.nn.Linear(48, sum(map(len, parts)), bias=False)
+        self.wqkv.weight = torch.nn.Parameter(torch.cat(parts))
+        self.wo = separate.wo
+        del self.wq, self.wk, self.wv
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.wqkv(x).split((48, 16, 16), dim=-1)
+        self.wq, self.wk, self.wv = (lambda _, part=part: part for part in (q, k, v))
+        return super().forward(x)
+
+
+def test_a_fused_projection_by_a_map_of_names(directory: Path, tmp_path: Path) -> None:
+    model = independent()
+    for layer in model.layers:
+        layer.attention = FusedAttention(layer.attention)
+    names = {key: value for key, value in META.items() if not key.endswith((".wq", ".wk", ".wv"))}
+    attention = "model.layers.{layer}.self_attn"
+    parts = f"{attention}.q_proj:pairs", f"{attention}.k_proj:pairs", f"{attention}.v_proj"
+    names["layers.{layer}.attention.wqkv"] = parts
+    trace = record(model, ids_of(), tmp_path / "trace", names=names, heads=(6, 2, 8))
+    verdict = checked(trace, directory)
+    assert first(verdict) is None
+    assert verdict.holds, verdict.findings
+    assert len(verdict.values) == 2 * 15 + 4
+    assert len(verdict.gradients) == 2 * 15 + 3 + 2 * 9 + 3
+    swapped = names | {"layers.{layer}.attention.wqkv": (parts[0], parts[2], parts[1])}
+    trace = record(model, ids_of(), tmp_path / "swapped", names=swapped, heads=(6, 2, 8))
+    assert first(checked(trace, directory)) == ("layers.0.self_attn.k_proj", "forward")
+
+
+def test_the_recorder_alone(directory: Path, tmp_path: Path) -> None:
+    """Copied to a folder of its own, as a program."""
+    script = shutil.copy(record_torch.__file__, tmp_path)
+    (tmp_path / "tokens.txt").write_text(" ".join(map(str, range(2, 34))))
+    options = "--tokens", "tokens.txt", "--out", "trace", "--attention", "eager"
+    done = subprocess.run(
+        [sys.executable, script, directory, *options, "--forward-only"],
+        cwd=tmp_path,
+        env={name: value for name, value in os.environ.items() if name != "PYTHONPATH"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    verdict = checked(tmp_path / "trace", directory)
+    assert verdict.holds
+    assert (verdict.shape, len(verdict.gradients)) == ((1, 32), 0)
 
 
 @pytest.mark.slow
