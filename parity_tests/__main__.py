@@ -180,10 +180,10 @@ def _check(options: argparse.Namespace) -> int:
         if options.json is not None:
             write_json(output.differences_to_json(differences), options.json)
         return 0 if differences.holds else 1
-    from llama_jax.files.hub import local_path
+    from llama_jax.files.paths import source_path
 
     with section_progress(console(stderr=True)) as start:
-        verdict = check(options.trace, local_path(options.model), start=start)
+        verdict = check(options.trace, source_path(options.model), start=start)
     output.show(verdict, out)
     if options.json is not None:
         write_json(output.to_json(verdict), options.json)

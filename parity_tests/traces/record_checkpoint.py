@@ -7,7 +7,7 @@ import numpy as np
 
 from llama_jax import LlamaForCausalLM
 from llama_jax.checkpoints import huggingface
-from llama_jax.files.hub import local_path
+from llama_jax.files.paths import source_path
 from parity_tests.report.programs.checkpoint import open_checkpoint
 from parity_tests.report.tokens import bundled_tokens, read_tokens
 from parity_tests.traces.precision import DTYPES
@@ -55,7 +55,7 @@ def record_checkpoint(
     Raises:
         ValueError: in one line: no checkpoint, no tokens, or a folder that exists.
     """
-    checkpoint = open_checkpoint(local_path(directory))
+    checkpoint = open_checkpoint(source_path(directory))
     ids = bundled_tokens(checkpoint) if tokens is None else read_tokens(tokens, checkpoint)
     ids = ids[:, :length]
     if program == "transformers":

@@ -128,7 +128,9 @@ class FusedAttention(independent_torch_llama.Attention):
 
     def forward(self, x: Tensor) -> Tensor:
         q, k, v = self.wqkv(x).split((48, 16, 16), dim=-1)
-        self.wq, self.wk, self.wv = (lambda _, part=part: part for part in (q, k, v))
+        projections: dict[str, Any] = {"wq": q, "wk": k, "wv": v}
+        for name, part in projections.items():
+            setattr(self, name, lambda _, part=part: part)
         return super().forward(x)
 
 
