@@ -48,6 +48,11 @@ class MeshAxes(NamedTuple):
     free: tuple[str, ...]
     sizes: dict[str, int]
 
+    @property
+    def in_shard_map(self) -> bool:
+        """Whether other axes of the mesh are manual."""
+        return len(self.free) < len(self.mesh.axis_names)
+
     def present(self, *names: str) -> tuple[str, ...]:
         """Those of `names` with a size larger than 1."""
         return tuple(name for name in names if name in self.sizes)

@@ -19,6 +19,7 @@ StateDtype = Literal["float32", "bfloat16"]
 ReduceDtype = Literal["float32", "bfloat16"]
 Optimizer = Literal["adamw", "muon", "lion", "adafactor", "sgd"]
 Schedule = Literal["cosine", "linear", "wsd", "constant"]
+FsdpGather = Literal["layer", "step"]
 SequenceOrder = Literal["zigzag", "contiguous"]
 
 
@@ -99,6 +100,9 @@ class MeshOptions:
     """data parallelism: replicas of the model, each with a part of the batch"""
     fsdp: int = 1
     """fully sharded data parallelism: shards of the weights, each with a part of the batch"""
+    fsdp_gather: FsdpGather = "layer"
+    """when fsdp gathers weights and reduces gradients: layer by layer in each micro-batch (ZeRO-3), or once
+    a step (ZeRO-1), which sends less and holds all of both, in the computation's dtype and in float32"""
     sequence: int = 1
     """sequence parallelism: shards of each row"""
     sequence_order: SequenceOrder = "zigzag"

@@ -33,7 +33,7 @@ from llama_jax.numerics.remat import checkpointed
 from llama_jax.numerics.remat_policy import Kept, Remat
 from llama_jax.numerics.rope import rope_cos_sin
 from llama_jax.numerics.scalars import is_integer, plain_number
-from llama_jax.sharding import RESIDUAL_AXES, constrain
+from llama_jax.sharding import RESIDUAL_AXES, TENSOR_AXIS, constrain, mesh_axes
 
 # what a caller may pass: JAX or numpy arrays
 Tokens = Int[Array, "batch seq"] | Int[np.ndarray, "batch seq"]
@@ -85,7 +85,14 @@ class Embedding(nnx.Module):
     def __call__(self, input_ids: Int[Array, "batch seq"]) -> Float[Array, "batch seq hidden"]:
         """Rows of the table; NaN for an id outside the vocabulary, never another token's row."""
 
+        axes = mesh_axes()
+        # in a `shard_map` over other axes, XLA's partitioner (jax 0.10.2) crashes on a table that tensor is
+        # not the only one to split
+        gather = axes.in_shard_map and axes.present(TENSOR_AXIS)
+
         def take(table: Array) -> Array:
+            if gather:
+                table = constrain(table, "vocab", "hidden")
             # fills with NaN; of a quantized table, the codes with some integer and the scales with NaN
             return table.at[input_ids].get(mode="fill", wrap_negative_indices=False)
 

@@ -119,6 +119,11 @@ def make_program(
             f"{mesh.shape[STAGE_AXIS]}, expected none: XLA brings the values of every block of layers "
             "back to the device at once; more --micro-batches save memory"
         )
+    if options.fsdp_gather == "step" and config.attention_dropout:
+        raise ValueError(
+            f"mesh.fsdp-gather: found step for a model with attention_dropout {config.attention_dropout}, "
+            "expected layer: all devices would draw the same numbers"
+        )
     dtype = jnp.dtype(model.parameter_dtype)
     compute_dtype = jnp.dtype(model.compute_dtype or model.parameter_dtype)
     shape = micro_batches, batch_size // micro_batches, sequence_length
@@ -170,6 +175,7 @@ def make_program(
         compute_dtype=compute_dtype,
         z_loss=optimizer.z_loss,
         reduce_dtype=_reduce_dtype(model, compute_dtype),
+        gather_once=options.fsdp_gather == "step",
         **forward,
     )
     evaluate = make_evaluation(graphdef, compute_dtype=compute_dtype, **forward)

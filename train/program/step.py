@@ -13,11 +13,9 @@ from flax import nnx
 from jaxtyping import Array, Float, Int, Key
 
 from llama_jax.loss import IGNORE_INDEX, fused_linear_cross_entropy
-from llama_jax.numerics.matmul import working_dtype
 from train.data.batch import Batch
+from train.program.accumulation import Params, sum_over_micro_batches
 from train.program.optimizer import global_norm
-
-Params = Any
 
 
 class Metrics(NamedTuple):
@@ -36,6 +34,7 @@ def make_step(
     compute_dtype: Any,
     z_loss: float | None,
     reduce_dtype: Any = None,
+    gather_once: bool = False,
     **forward: Any,
 ) -> Callable[..., tuple[Params, optax.OptState, Metrics]]:
     """`step(params, opt_state, batch, dropout_key) -> (params, opt_state, metrics)`.
@@ -48,6 +47,7 @@ def make_step(
     Args:
         compute_dtype: not float16: without loss scaling, small gradients become 0 in it.
         reduce_dtype: see `LlamaModel.__call__`.
+        gather_once: see `MeshOptions.fsdp_gather`.
         forward: static arguments of `LlamaModel.__call__`: remat, unrolling, attention.
     """
 
@@ -61,7 +61,9 @@ def make_step(
         count = num_tokens.astype(out.loss.dtype)
         return out.loss / count, (out.ce_loss / count, out.z_loss / count)
 
-    gradient = jax.value_and_grad(loss, has_aux=True)
+    def gradient(*operands: Any) -> tuple[tuple[Array, Array], Params]:
+        (_, losses), gradients = jax.value_and_grad(loss, has_aux=True)(*operands)
+        return losses, gradients
 
     def step(
         params: Params,
@@ -70,27 +72,16 @@ def make_step(
         dropout_key: Key[Array, ""] | None = None,
     ) -> tuple[Params, optax.OptState, Metrics]:
         valid = jnp.sum(batch.labels != IGNORE_INDEX, dtype=jnp.int32)
-        count = jnp.maximum(valid, 1)
-        micro_batches = batch.labels.shape[0]
-        keys = None if dropout_key is None else jax.random.split(dropout_key, micro_batches)
-
-        def run(index: Any) -> Any:
-            part, key = jax.tree.map(lambda x: x[index], (batch, keys))
-            (_, losses), gradients = gradient(params, part, count, key)
-            return losses, gradients
-
-        if micro_batches == 1:
-            (ce_loss, z), gradients = run(0)
-        else:
-
-            def accumulate(sums: Any, index: Array) -> tuple[Any, None]:
-                return jax.tree.map(lambda a, b: a + b.astype(a.dtype), sums, run(index)), None
-
-            shapes = jax.eval_shape(run, 0)
-            # in a bfloat16 sum, terms below 1/512 of it would be lost
-            zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, working_dtype(x.dtype)), shapes)
-            sums, _ = jax.lax.scan(accumulate, zeros, jnp.arange(micro_batches))
-            (ce_loss, z), gradients = jax.tree.map(lambda a, x: a.astype(x.dtype), sums, shapes)
+        (ce_loss, z), gradients = sum_over_micro_batches(
+            gradient,
+            params,
+            batch,
+            jnp.maximum(valid, 1),
+            dropout_key,
+            gather_once=gather_once,
+            compute_dtype=compute_dtype,
+            reduce_dtype=reduce_dtype,
+        )
         metrics = Metrics(ce_loss, z, global_norm(gradients), valid)
         # optax mixes integers with floats, and updates of a wider state with parameters
         with jax.numpy_dtype_promotion("standard"):
