@@ -80,6 +80,8 @@ def transfers(hlo: str) -> Iterator[Transfer]:
         groups = replica_groups(instruction.rest, devices)
         if kind == "collective-permute":
             groups = _pairs(instruction)
+            if all(len(pair) == 2 and pair[0] == pair[1] for pair in groups):
+                continue  # what every device keeps; part of a permute between slices
         size = max(map(len, groups))
         if kind == "all-gather":
             array *= size
