@@ -44,7 +44,7 @@ class Estimate(NamedTuple):
     """Bytes that one device holds, and seconds of its matmuls and of what it sends, for one step.
 
     state: parameters and optimizer state. activations: what the layers keep for the backward pass.
-    head: the vocabulary projection and the loss.
+    head: the vocabulary projection and the loss. sent: bytes, all that takes the seconds of `links`.
     """
 
     state: float
@@ -53,6 +53,7 @@ class Estimate(NamedTuple):
     head: float
     compute: float
     links: float
+    sent: float
 
     @property
     def peak(self) -> float:
@@ -65,11 +66,13 @@ class Setting(NamedTuple):
 
     parameter_bytes, compute_bytes: of one number in the parameters' and the computation's dtype.
     moment_bytes: of one number of the optimizer's state; 0 if it is kept in the host's memory.
+    reduce_bytes: of one number of a weight's gradient while devices add it up.
     parameter_shards: parts that a stage's parameters are split into, over fsdp, sequence and tensor.
     tokens: of a step, on one device; with tensor parallelism, of the device's tensor group.
     stages, pipeline: a single micro-batch for a single stage. The vocabulary, which every stage has, counts
         as if it were split like the layers.
     linked: devices of a host, beyond which there is a network; None where all are linked.
+    gathered_over: fsdp's size if it gathers weights and reduces gradients once a step, else 1.
     """
 
     config: LlamaConfig
@@ -79,6 +82,7 @@ class Setting(NamedTuple):
     parameter_bytes: int
     moment_bytes: int
     compute_bytes: int
+    reduce_bytes: int
     data: int
     sequence: int
     tensor: int
@@ -87,6 +91,7 @@ class Setting(NamedTuple):
     stages: int = 1
     pipeline: Pipeline = Pipeline(1)
     linked: int | None = None
+    gathered_over: int = 1
 
     @property
     def busy(self) -> float:
@@ -126,6 +131,8 @@ def estimate(
     moments = jnp.dtype(optimizer.state_dtype or options.model.parameter_dtype)
     rows = options.batch_size // options.micro_batches
     pipeline = find_pipeline(options.mesh, model.config, sizes, rows)
+    compute_bytes = jnp.dtype(options.model.compute_dtype).itemsize
+    reduces_in_bfloat16 = options.model.reduce_dtype == "bfloat16"
     setting = Setting(
         config=model.config,
         parameters=model.parameters,
@@ -133,7 +140,8 @@ def estimate(
         micro_batches=options.micro_batches,
         parameter_bytes=jnp.dtype(options.model.parameter_dtype).itemsize,
         moment_bytes=0 if optimizer.offload else moments.itemsize,
-        compute_bytes=jnp.dtype(options.model.compute_dtype).itemsize,
+        compute_bytes=compute_bytes,
+        reduce_bytes=compute_bytes if reduces_in_bfloat16 else max(compute_bytes, FLOAT32_BYTES),
         data=sizes["data"],
         sequence=sizes["sequence"],
         tensor=sizes["tensor"],
@@ -142,6 +150,7 @@ def estimate(
         stages=sizes["stage"],
         pipeline=pipeline or Pipeline(1),
         linked=linked,
+        gathered_over=sizes["fsdp"] if options.mesh.fsdp_gather == "step" else 1,
     )
     flops = (_forward_passes(setting) + 2) * model.forward_flops * step_tokens
     return Estimate(
@@ -151,6 +160,7 @@ def estimate(
         head=head_bytes(setting),
         compute=flops / devices / chip.flops / setting.busy,
         links=link_seconds(setting, chip),
+        sent=sum(sent for sent, *_ in _traffic(setting)),
     )
 
 
@@ -178,18 +188,7 @@ def link_seconds(setting: Setting, chip: Chip) -> float:
 
     Devices next to each other are those of a tensor group, then of sequence, fsdp, data and stage.
     """
-    # bytes, the size of the groups that exchange them, and how far apart a group's devices are
-    traffic = (
-        (tensor_parallel_traffic(setting), setting.tensor, 1),
-        (sequence_parallel_traffic(setting), setting.sequence, setting.tensor),
-        (weight_traffic(setting), setting.parameter_shards // setting.tensor, setting.tensor),
-        (data_parallel_traffic(setting), setting.data, setting.parameter_shards),
-        (
-            pipeline_traffic(setting),
-            setting.stages,
-            setting.data * setting.parameter_shards,
-        ),
-    )
+    traffic = _traffic(setting)
     seconds = sum(sent for sent, *_ in traffic) / chip.link_bandwidth
     if setting.linked is None or chip.network_bandwidth is None:
         return seconds
@@ -201,6 +200,18 @@ def link_seconds(setting: Setting, chip: Chip) -> float:
     return max(seconds, between_hosts / chip.network_bandwidth)
 
 
+def _traffic(setting: Setting) -> list[tuple[float, int, int]]:
+    """Bytes, the size of the groups that exchange them, and how far apart a group's devices are."""
+    shards = setting.parameter_shards
+    return [
+        (tensor_parallel_traffic(setting), setting.tensor, 1),
+        (sequence_parallel_traffic(setting), setting.sequence, setting.tensor),
+        (weight_traffic(setting), shards // setting.tensor, setting.tensor),
+        (data_parallel_traffic(setting), setting.data, shards),
+        (pipeline_traffic(setting), setting.stages, setting.data * shards),
+    ]
+
+
 def state_bytes(setting: Setting) -> float:
     """The parameters and Adam's two moments of each; other optimizers have less."""
     bytes_each = setting.parameter_bytes + 2 * setting.moment_bytes
@@ -208,9 +219,17 @@ def state_bytes(setting: Setting) -> float:
 
 
 def gradient_bytes(setting: Setting) -> float:
-    """The gradient as the backward pass computes it, and cast to the parameters' dtype."""
-    bytes_each = setting.compute_bytes + setting.parameter_bytes
-    return setting.parameters * bytes_each / (setting.parameter_shards * setting.stages)
+    """The gradient as the backward pass computes it, and cast to the parameters' dtype or added up.
+
+    Gathered once a step, weights are held as well, and of neither is there a part for each device of fsdp.
+    """
+    compute, parameter = setting.compute_bytes, setting.parameter_bytes
+    shards = setting.parameter_shards * setting.stages
+    if setting.gathered_over == 1:
+        return setting.parameters * (compute + parameter) / shards
+    sums = max(compute, FLOAT32_BYTES) if setting.micro_batches > 1 else 0
+    held = (2 * compute + sums) * setting.gathered_over + parameter
+    return setting.parameters * held / shards
 
 
 def activation_bytes(setting: Setting) -> float:
@@ -238,14 +257,22 @@ def weight_traffic(setting: Setting) -> float:
 
     In a pipeline, for every block of layers that a stage runs. Weights are gathered for the forward and
     again for the backward pass. Their gradients are all-reduced: that is what XLA compiles, where a
-    reduce-scatter would do with half.
+    reduce-scatter would do with half. With `gathered_over`, fsdp does so once a step (ZeRO 1), and what
+    remains is over the sequence axis.
     """
     if setting.parameter_shards == setting.tensor:
         return 0.0  # every device has the weights it needs
+    gathered, reduced = setting.compute_bytes * ALL_GATHER, setting.reduce_bytes * ALL_REDUCE
+    once = 0.0
+    if setting.gathered_over > 1:
+        weights = setting.parameters / (setting.tensor * setting.sequence * setting.stages)
+        once = weights * (gathered + reduced)
+        if setting.sequence == 1:
+            return once
     blocks = setting.stages * setting.pipeline.repeats
-    weights = setting.parameters * setting.compute_bytes / (setting.tensor * blocks)
+    weights = setting.parameters / (setting.tensor * blocks)
     times = setting.micro_batches * setting.pipeline.iterations(setting.stages)
-    return times * weights * (2 * ALL_GATHER + ALL_REDUCE)
+    return once + times * weights * (2 * gathered + reduced)
 
 
 def tensor_parallel_traffic(setting: Setting) -> float:
@@ -281,11 +308,11 @@ def sequence_parallel_traffic(setting: Setting) -> float:
 
 
 def data_parallel_traffic(setting: Setting) -> float:
-    """Replicas of the model: gradients are all-reduced once a step, in the parameters' dtype."""
+    """Replicas of the model: gradients are all-reduced once a step, for all micro-batches."""
     if setting.data == 1:
         return 0.0
     shards = setting.parameter_shards * setting.stages
-    return setting.parameters * setting.parameter_bytes / shards * ALL_REDUCE
+    return setting.parameters * setting.reduce_bytes / shards * ALL_REDUCE
 
 
 def pipeline_traffic(setting: Setting) -> float:

@@ -48,6 +48,7 @@ ALONE = Setting(
     parameter_bytes=4,
     moment_bytes=4,
     compute_bytes=2,
+    reduce_bytes=4,
     data=1,
     sequence=1,
     tensor=1,
@@ -71,6 +72,10 @@ def test_memory() -> None:
     assert state_bytes(ALONE._replace(moment_bytes=2)) == 8_000_000
     assert state_bytes(ALONE._replace(moment_bytes=0)) == 4_000_000
     assert gradient_bytes(ALONE) == 6_000_000
+    # weights and a gradient in bfloat16, a sum in float32, all of it complete; a quarter of the result
+    once = ALONE._replace(parameter_shards=4, gathered_over=4, micro_batches=2)
+    assert gradient_bytes(once) == 8_000_000 + 1_000_000
+    assert gradient_bytes(once._replace(micro_batches=1)) == 4_000_000 + 1_000_000
     assert state_bytes(ALONE._replace(parameter_shards=8)) == 1_500_000
     assert head_bytes(ALONE) == 1000 * 100 * (2 + 2 + 4) + 500 * 100 * 4
     dots = 100 + (100 + 20 + 20 + 100 + 100) + (300 + 300 + 100)
@@ -90,9 +95,16 @@ def test_memory() -> None:
 @pytest.mark.parametrize(("remat", "forward_passes"), [("dots", 1), ("full", 2)])
 def test_traffic(remat, forward_passes: int) -> None:
     alone = ALONE._replace(remat=remat)
-    # two gathers of 2 MB, and an all-reduce, which sends 2 MB twice
-    assert weight_traffic(alone._replace(parameter_shards=4)) == 8_000_000
-    assert weight_traffic(alone._replace(parameter_shards=4, micro_batches=3)) == 24_000_000
+    # two gathers of 2 MB, and an all-reduce, which sends 4 MB twice
+    sharded = alone._replace(parameter_shards=4)
+    assert weight_traffic(sharded) == 12_000_000
+    assert weight_traffic(sharded._replace(reduce_bytes=2)) == 8_000_000
+    assert weight_traffic(sharded._replace(micro_batches=3)) == 36_000_000
+    # once, and if they are also split over a sequence axis, over that for each micro-batch
+    once = sharded._replace(gathered_over=4, micro_batches=3)
+    assert weight_traffic(once) == 2_000_000 + 8_000_000
+    split = once._replace(parameter_shards=8, sequence=2)
+    assert weight_traffic(split) == (2_000_000 + 8_000_000) / 2 + 36_000_000
     # float32 gradients, all-reduced
     assert data_parallel_traffic(alone._replace(data=2)) == 8_000_000
     # activations of 500 x 100 numbers in three layers: gathered in bfloat16, summed in float32
@@ -113,9 +125,9 @@ def test_a_pipeline() -> None:
     rows = 1000 * 100 * 2
     assert pipeline_traffic(staged) == 2 * 5 * rows / 4 + 4 * rows
     # half of the weights, for each of the five times, and of a third of them, for 13
-    assert weight_traffic(staged) == 5 * 4_000_000
+    assert weight_traffic(staged) == 5 * 6_000_000
     thirds = staged._replace(pipeline=Pipeline(4, 3))
-    assert weight_traffic(thirds) == 13 * 4_000_000 / 3
+    assert weight_traffic(thirds) == 13 * 6_000_000 / 3
     # and the weights that stages exchange, 1/8 of them on a device
     assert pipeline_traffic(thirds) == 2 * 13 * rows / 4 + 4 * rows + 2 * 250_000
     assert state_bytes(staged) == 1_500_000
@@ -130,8 +142,12 @@ def test_a_configuration_over_a_mesh() -> None:
     cost = estimate(options, model, {"data": 2, "fsdp": 2, "sequence": 1, "tensor": 1}, None)
     # forward, forward again, and twice that backward
     assert cost.compute == 4 * model.forward_flops * 8 * 64 / 4 / DEFAULT_CHIP.flops
-    sent = model.parameters * 2 * 4 + model.parameters / 2 * 4 * 2
+    sent = model.parameters * (2 * 2 + 4 * 2) + model.parameters / 2 * 4 * 2
+    assert cost.sent == sent
     assert cost.links == sent / DEFAULT_CHIP.link_bandwidth
+    rounded = replace(options, model=replace(options.model, reduce_dtype="bfloat16"))
+    mesh = {"data": 2, "fsdp": 2}
+    assert estimate(rounded, model, mesh, None).sent == model.parameters * 8 + model.parameters * 2
     assert cost.state == model.parameters * 12 / 2
     # of a layer's weights, 100 x (100 + 20 + 20 + 100 + 3 x 300), only gate is not computed again
     kept = replace(options.model, remat_save=("gate",), remat_offload=("input",))
@@ -148,12 +164,12 @@ def test_a_configuration_over_a_mesh() -> None:
     ("shape", "between_hosts"),
     [
         # devices of a group on one host carry a part of its ring each
-        ({"parameter_shards": 8}, 8_000_000 / 4),
+        ({"parameter_shards": 8}, 12_000_000 / 4),
         ({"parameter_shards": 4}, 0),
         ({"parameter_shards": 4, "data": 2}, 8_000_000 / 4),
         ({"parameter_shards": 2, "data": 4}, 8_000_000 * 2 / 4 / 2),
         # of two fsdp groups of eight in hosts of four, their devices being two apart
-        ({"parameter_shards": 16, "tensor": 2}, 8_000_000 / 2 / 2),
+        ({"parameter_shards": 16, "tensor": 2}, 12_000_000 / 2 / 2),
     ],
 )
 def test_the_network_between_hosts(shape: dict[str, int], between_hosts: float) -> None:
