@@ -53,6 +53,7 @@ SLOW_CASES = {
 
 
 def options_of(case: Case) -> RunOptions:
+    sizes: dict[str, Any] = {"data": 1} | case.mesh
     return RunOptions(
         batch_size=ROWS * case.micro_batches,
         sequence_length=LENGTH,
@@ -60,11 +61,11 @@ def options_of(case: Case) -> RunOptions:
         model=ModelOptions(parameter_dtype="float64", compute_dtype="float64"),
         # clipped, so that an error of the gradient's norm reaches every parameter
         optimizer=OptimizerOptions("sgd", clip_norm=0.01, z_loss=0.01, warmup_steps=0),
-        mesh=MeshOptions(fsdp_gather=case.gather, **{"data": 1} | case.mesh),
+        mesh=MeshOptions(fsdp_gather=case.gather, **sizes),
     )
 
 
-def batch_of(program: Program, vocab: int) -> Batch:
+def batch_of(program: Program, vocab: int) -> Any:
     """Different numbers of labels everywhere: replicas, rows and a micro-batch have none at all."""
     micro_batches = program.batch.labels.shape[0]
     rng = np.random.default_rng(0)
@@ -81,10 +82,10 @@ def batch_of(program: Program, vocab: int) -> Batch:
     order = program.batch.order
     slots = np.arange(LENGTH) if order is None else np.asarray(order.slots(LENGTH))
     sharding = program.batch.labels.sharding
-    arrays = (
+    ids, labels, segments, positions = (
         jax.device_put(array[..., slots], sharding) for array in (ids, labels, segments, positions)
     )
-    return Batch(*arrays, order)
+    return Batch(ids, labels, segments, positions, order)
 
 
 def one_step(options: RunOptions, config: LlamaConfig, devices: Any) -> tuple[Any, Any, Program]:

@@ -7,11 +7,12 @@ import math
 import re
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
 from llama_jax.attention.masks import causal_shares
 from llama_jax.attention.splash import visited_shares
@@ -26,7 +27,8 @@ from train.hardware.flops import matmul_flops
 from train.hardware.links import Traffic, hosts_of, traffic
 from train.hardware.roofline import Roofline, roofline
 from train.hardware.transfers import transfers
-from train.options import RunOptions, SequenceOrder
+from train.options import FsdpGather, RunOptions, SequenceOrder
+from train.plan.estimate import estimate, measure
 from train.program.build import attention_choice, run_program
 from train.program.mesh import count_slices
 
@@ -53,6 +55,17 @@ class Memory(NamedTuple):
     host: int
 
 
+class Alternative(NamedTuple):
+    """A step with the other `MeshOptions.fsdp_gather`, not compiled: bytes that a device holds and sends.
+
+    Those of the compiled step, with the weights' and gradients' part of them exchanged for the estimate's.
+    """
+
+    fsdp_gather: FsdpGather
+    peak: float
+    sent: float
+
+
 @dataclass(frozen=True)
 class Plan:
     """One configuration, compiled. Bytes are of one device, FLOPs per token of all devices together.
@@ -69,6 +82,8 @@ class Plan:
     flops_per_token: of the model: 3 x `forward_flops_per_token`. counted_flops_per_token: of every
         matmul in the step, recomputation and idle stages included, as if all devices did as much as the
         slowest.
+    alternative: the step with fsdp's other way to gather, by the estimate; None without micro-batches or
+        fsdp.
     chip, roofline: None for devices without a data sheet.
     """
 
@@ -79,6 +94,7 @@ class Plan:
     batch_size: int
     sequence_length: int
     micro_batches: int
+    fsdp_gather: FsdpGather
     compute_dtype: str
     device_kind: str
     devices: int
@@ -97,6 +113,7 @@ class Plan:
     memory: Memory | None
     collectives: tuple[Collective, ...]
     traffic: tuple[Traffic, ...]
+    alternative: Alternative | None
     chip: Chip | None
     roofline: Roofline | None
 
@@ -175,6 +192,7 @@ def make_plan(options: RunOptions, config: LlamaConfig, devices: Sequence[Any]) 
         batch_size=options.batch_size,
         sequence_length=options.sequence_length,
         micro_batches=options.micro_batches,
+        fsdp_gather=options.mesh.fsdp_gather,
         compute_dtype=str(options.model.compute_dtype),
         device_kind=kind,
         devices=len(devices),
@@ -193,9 +211,32 @@ def make_plan(options: RunOptions, config: LlamaConfig, devices: Sequence[Any]) 
         memory=memory,
         collectives=sends,
         traffic=links,
+        alternative=None
+        if compiled is None
+        else _alternative(options, config, program.mesh, peak, links),
         chip=chip,
         roofline=limits,
     )
+
+
+def _alternative(
+    options: RunOptions, config: LlamaConfig, mesh: Mesh, peak: float, links: Sequence[Traffic]
+) -> Alternative | None:
+    if options.micro_batches == 1 or mesh.shape["fsdp"] == 1 or config.attention_dropout:
+        return None
+    other: FsdpGather = "layer" if options.mesh.fsdp_gather == "step" else "step"
+    model = measure(config, options.sequence_length)
+    now, then = (
+        estimate(
+            replace(options, mesh=replace(options.mesh, fsdp_gather=gather)),
+            model,
+            mesh.shape,
+            None,
+        )
+        for gather in (options.mesh.fsdp_gather, other)
+    )
+    kept = sum(row.sent for row in links if "fsdp" not in row.axes)
+    return Alternative(other, peak + then.gradients - now.gradients, kept + then.weights_sent)
 
 
 def remat_in_words(plan: Plan) -> str:

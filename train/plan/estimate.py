@@ -44,7 +44,8 @@ class Estimate(NamedTuple):
     """Bytes that one device holds, and seconds of its matmuls and of what it sends, for one step.
 
     state: parameters and optimizer state. activations: what the layers keep for the backward pass.
-    head: the vocabulary projection and the loss. sent: bytes, all that takes the seconds of `links`.
+    head: the vocabulary projection and the loss. sent: bytes that take the seconds of `links`, of which
+        weights_sent are weights that fsdp gathers, and their gradients.
     """
 
     state: float
@@ -54,6 +55,7 @@ class Estimate(NamedTuple):
     compute: float
     links: float
     sent: float
+    weights_sent: float
 
     @property
     def peak(self) -> float:
@@ -161,6 +163,7 @@ def estimate(
         compute=flops / devices / chip.flops / setting.busy,
         links=link_seconds(setting, chip),
         sent=sum(sent for sent, *_ in _traffic(setting)),
+        weights_sent=weight_traffic(setting),
     )
 
 

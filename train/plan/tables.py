@@ -10,7 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from train.hardware.links import Traffic
-from train.plan.compiled import Plan, remat_in_words
+from train.plan.compiled import Alternative, Plan, remat_in_words
 from train.program.mesh import in_words
 
 
@@ -54,6 +54,9 @@ def show_plan(console: Console, plan: Plan, advice: Sequence[str]) -> None:
         console.print(sends)
     if plan.chip is not None and plan.traffic:
         console.print(_links(plan.traffic))
+
+    if plan.alternative is not None:
+        console.print(_ways_to_gather(plan, plan.alternative))
 
     costs = _table("time", "quantity", "value")
     costs.add_row("model FLOPs per token, 3 x forward", f"{plan.flops_per_token:.4g}")
@@ -103,6 +106,17 @@ def _links(traffic: Sequence[Traffic]) -> Table:
         table.add_row(" x ".join(row.axes), row.links, *amounts, *times)
     total = sum(row.seconds for row in traffic), sum(row.exposed_seconds for row in traffic)
     table.add_row("all, one after another", "", "", "", *(f"{seconds:.3f} s" for seconds in total))
+    return table
+
+
+def _ways_to_gather(plan: Plan, alternative: Alternative) -> Table:
+    """What a device holds and sends by how often weights are gathered and gradients reduced."""
+    title = f"weights and gradients of {plan.micro_batches} micro-batches, one device"
+    table = _table(title, "--mesh.fsdp-gather", "peak", "sent")
+    sent = sum(collective.sent for collective in plan.collectives)
+    table.add_row(plan.fsdp_gather, gib(plan.peak), gib(sent))
+    other = f"{alternative.fsdp_gather} (estimated)"
+    table.add_row(other, f"about {gib(alternative.peak)}", f"about {gib(alternative.sent)}")
     return table
 
 

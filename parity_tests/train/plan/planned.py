@@ -100,6 +100,8 @@ def plan_of(options):
         "flops": plan.flops_per_token,
         "forward": forward_flops_per_token(CONFIG, options.sequence_length),
         "counted": plan.counted_flops_per_token,
+        "alternative": plan.alternative,
+        "sent": sum(collective.sent for collective in plan.collectives),
         "collectives": [collective.kind for collective in plan.collectives],
     }
 

@@ -29,7 +29,7 @@ from train.hardware.flops import matmul_flops
 from train.hardware.roofline import Roofline
 from train.options import PLANNED, RunOptions
 from train.plan.advice import advice
-from train.plan.compiled import Plan, kernel_work
+from train.plan.compiled import Alternative, Plan, kernel_work
 from train.plan.tables import show_plan
 
 LINE_OF_128 = 128 * 4  # bytes
@@ -107,6 +107,28 @@ def test_flops_of_the_slowest_shard(order: str, shards: int) -> None:
     assert counted == pytest.approx(expected, rel=1e-3)  # the sums of dO * O are in it
 
 
+def test_the_other_way_to_gather_weights(planned):
+    """With micro-batches: gathered once they send less and hold more, by the estimate."""
+    plans = planned["plans"]
+    assert plans["none"]["alternative"] is None
+    gather, peak, sent = plans["micro"]["alternative"]
+    assert gather == "step"
+    # two weights and a sum in float32 of what tensor 2 leaves, instead of an eighth of a gradient twice
+    parameters = plans["micro"]["memory"]["parameters"] * 4
+    assert peak - plans["micro"]["peak"] == pytest.approx(parameters * 2.75, rel=0.1)
+    assert 0 < sent < plans["micro"]["sent"]
+
+
+def test_both_ways_to_gather_weights_are_shown() -> None:
+    plan, _ = a_plan(1e9)
+    with io.StringIO() as text:
+        other = Alternative("step", peak=2 * GIB, sent=3 * GIB)
+        show_plan(Console(file=text, width=200), replace(plan, alternative=other), [])
+        lines = [" ".join(line.replace("│", "").split()) for line in text.getvalue().splitlines()]
+    assert "layer 954 MiB 0 B" in lines
+    assert "step (estimated) about 2 GiB about 3 GiB" in lines
+
+
 def test_search(planned):
     search = planned["search"]
     meshes = [mesh for mesh, _ in search["candidates"]]
@@ -132,6 +154,7 @@ def a_plan(peak: float, links: float = 1.0, **changes: Any) -> tuple[Plan, RunOp
         batch_size=512,
         sequence_length=8192,
         micro_batches=1,
+        fsdp_gather="layer",
         compute_dtype="bfloat16",
         device_kind="TPU v5",
         devices=64,
@@ -150,6 +173,7 @@ def a_plan(peak: float, links: float = 1.0, **changes: Any) -> tuple[Plan, RunOp
         memory=None,
         collectives=(),
         traffic=(),
+        alternative=None,
         chip=chip,
         roofline=Roofline(compute=8.0, memory=0.1, links=links, mfu=0.75, mfu_in_turn=0.5),
     )
@@ -329,11 +353,13 @@ def test_a_topology(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @needs_libtpu
-def test_two_slices(tmp_path: Path) -> None:
-    """Replicas on two slices of four chips: each chip sends its quarter of the gradients over."""
+@pytest.mark.parametrize("micro_batches", ["1", "4"])
+def test_two_slices(tmp_path: Path, micro_batches: str) -> None:
+    """Replicas on two slices of four chips: each chip sends its quarter of the gradients over, once."""
     file = tmp_path / "plan.json"
-    words = "--topology 2xv5e:2x2 --model.preset tiny-4m --sequence-length 512 --batch-size 16"
-    done = plan_process(*words.split(), "--mesh.data", "2", "--json", str(file))
+    words = "--topology 2xv5e:2x2 --model.preset tiny-4m --sequence-length 512 --batch-size 64"
+    flags = ("--mesh.data", "2", "--micro-batches", micro_batches, "--json", str(file))
+    done = plan_process(*words.split(), *flags)
     assert done.returncode == 0, done.stderr
     result = json.loads(file.read_text())
     assert result["mesh"] == {"stage": 1, "data": 2, "fsdp": 4, "sequence": 1, "tensor": 1}

@@ -63,7 +63,9 @@ def test_dropout_needs_a_gather_for_each_layer() -> None:
     config = dataclasses.replace(PRESETS["tiny-4m"], attention_dropout=0.1)
     sizes = {"fsdp": 2}
     mesh: Any = AbstractMesh(tuple(sizes.get(axis, 1) for axis in MESH_AXES), MESH_AXES)
-    with pytest.raises(ValueError, match="mesh.fsdp-gather: found step for a model with attention"):
+    with pytest.raises(
+        ValueError, match=r"mesh\.fsdp-gather: found step for a model with attention"
+    ):
         make_program(
             config,
             mesh,
