@@ -139,6 +139,7 @@ class LlamaForCausalLM(PretrainedModel):
         attention_implementation: Implementation | None = None,
         remat: Remat | Kept = "dots",
         scan_unroll: int = 1,
+        reduce_dtype: DTypeLike | None = None,
     ) -> CausalLMOutput:
         """Logits and, with `labels`, the loss. See `LlamaModel.__call__` for the other arguments.
 
@@ -165,19 +166,27 @@ class LlamaForCausalLM(PretrainedModel):
             attention_implementation=attention_implementation,
             remat=remat,
             scan_unroll=scan_unroll,
+            reduce_dtype=reduce_dtype,
         )
         hidden = keep_positions(decoded.last_hidden_state, logits_to_keep)
         head = self.head_weight
         working = working_dtype(hidden.dtype)
         blocked = hidden.shape[1] > 1  # not a decoding step
-        logits = einsum("bsh,vh->bsv", hidden, head, out_dtype=working, blocked=blocked)
+        logits = einsum(
+            "bsh,vh->bsv",
+            hidden,
+            head,
+            out_dtype=working,
+            blocked=blocked,
+            reduce_dtype=reduce_dtype,
+        )
         loss = None
         if labels is not None:
             labels = as_array(labels)
             batch_and_seq = decoded.last_hidden_state.shape[:2]
             require_labels(labels, batch_and_seq, self.config.vocab_size)
             kept = keep_positions(shift_labels(jnp.asarray(labels)), logits_to_keep)
-            loss = causal_lm_loss(hidden, head, kept, num_items_in_batch)
+            loss = causal_lm_loss(hidden, head, kept, num_items_in_batch, reduce_dtype)
         return CausalLMOutput(
             logits=logits.astype(hidden.dtype),
             loss=loss,
@@ -370,14 +379,23 @@ def causal_lm_loss(
     head: Float[Array, "vocab hidden"],
     labels: Int[Array, "batch kept"],
     num_items_in_batch: float | Array | np.ndarray | None,
+    reduce_dtype: DTypeLike | None = None,
 ) -> Float[Array, ""]:
     """The loss of shifted labels without holding the logits, averaged over valid labels or items."""
     if num_items_in_batch is None:
-        return fused_linear_cross_entropy(hidden, head, labels, vocab_axis=0).loss
+        return fused_linear_cross_entropy(
+            hidden, head, labels, vocab_axis=0, reduce_dtype=reduce_dtype
+        ).loss
     items = jnp.asarray(num_items_in_batch)
     if items.size != 1:
         raise ValueError(f"num_items_in_batch: found shape {items.shape}, expected one number")
     divisor = items.reshape(())
     return fused_linear_cross_entropy(
-        hidden, head, labels, vocab_axis=0, reduction="sum", loss_div_factor=divisor
+        hidden,
+        head,
+        labels,
+        vocab_axis=0,
+        reduction="sum",
+        loss_div_factor=divisor,
+        reduce_dtype=reduce_dtype,
     ).loss

@@ -113,6 +113,7 @@ class DecoderOptions(TypedDict, total=False):
     attention_implementation: Implementation | None
     remat: Remat | Kept
     scan_unroll: int
+    reduce_dtype: DTypeLike | None
     pipeline: Pipeline | None
 
 

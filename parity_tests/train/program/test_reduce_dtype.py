@@ -10,9 +10,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import pytest
+from flax import nnx
+from jax.sharding import AbstractMesh, AxisType
 
+from llama_jax import LlamaConfig, LlamaForCausalLM
 from llama_jax.numerics.matmul import einsum
 from llama_jax.presets import PRESETS
+from parity_tests.harness.cases import BASE
 from parity_tests.harness.child_process import output_lines
 from parity_tests.reference.tolerances import ROUNDING_RATIO
 from train.options import MeshOptions, ModelOptions, RunOptions
@@ -47,6 +51,31 @@ def test_a_weights_gradient_leaves_its_matmul_in_the_dtype(reduce_dtype: str | N
     forward, of_x, of_weight = dtypes
     assert (forward, of_x) == ("f32", "f32")
     assert of_weight == ("bf16" if reduce_dtype else "f32")
+
+
+@pytest.mark.parametrize("items", [None, 6.0])
+@pytest.mark.parametrize("reduce_dtype", [None, "bfloat16"])
+def test_a_model_with_a_head_takes_the_dtype(reduce_dtype: str | None, items: float | None) -> None:
+    """Of its layers' weights, of the head by its logits and, where rows are split, by its loss."""
+    model = nnx.eval_shape(
+        lambda: LlamaForCausalLM(LlamaConfig.from_dict(BASE), rngs=nnx.Rngs(0), dtype=jnp.bfloat16)
+    )
+    graphdef, state = nnx.split(model)
+    ids: Any = jax.ShapeDtypeStruct((2, 8), jnp.int32)
+
+    def energy(state: Any, ids: Any) -> Any:
+        out = nnx.merge(graphdef, state)(
+            ids, labels=ids, num_items_in_batch=items, reduce_dtype=reduce_dtype
+        )
+        return out.loss + jnp.sum(out.logits.astype(jnp.float32))
+
+    with jax.sharding.use_abstract_mesh(AbstractMesh((2,), ("fsdp",), (AxisType.Auto,))):
+        jaxpr = str(jax.make_jaxpr(jax.grad(energy))(state, ids))
+    rounded = re.findall(r":bf16\[[^\]]*\] = dot_general", jaxpr)
+    assert len(rounded) == (8 if reduce_dtype else 0)  # seven weights of the scanned layer
+    # how the loss rounds on a CPU
+    of_head = rf":f32\[{BASE['hidden_size']},{BASE['vocab_size']}\] = reduce_precision"
+    assert len(re.findall(of_head, jaxpr)) == (1 if reduce_dtype else 0)
 
 
 def test_the_sums_need_the_dtype_of_the_computation() -> None:
