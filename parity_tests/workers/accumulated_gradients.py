@@ -41,8 +41,7 @@ CASES = {
 }
 SLOW_CASES = {
     "data2-fsdp4": Case({"data": 2, "fsdp": 4}, micro_batches=3),
-    "data2-fsdp2-tensor2": Case({"data": 2, "fsdp": 2, "tensor": 2}),
-    "data2-sequence2-tensor2": Case({"data": 2, "sequence": 2, "tensor": 2}),
+    "data2-fsdp2-sequence2": Case({"data": 2, "fsdp": 2, "sequence": 2}),
     "stage2-data2-fsdp2": Case({"stage": 2, "data": 2, "fsdp": 2}),
     "fsdp8-once": Case({"fsdp": 8}, "step"),
     "data2-fsdp4-once-in-one": Case({"data": 2, "fsdp": 4}, "step", micro_batches=1),
