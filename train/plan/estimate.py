@@ -311,11 +311,16 @@ def sequence_parallel_traffic(setting: Setting) -> float:
 
 
 def data_parallel_traffic(setting: Setting) -> float:
-    """Replicas of the model: gradients are all-reduced once a step, for all micro-batches."""
+    """Replicas of the model: gradients are all-reduced once a step, for all micro-batches.
+
+    For each of them beside a tensor axis, unless weights are gathered once, too.
+    """
     if setting.data == 1:
         return 0.0
     shards = setting.parameter_shards * setting.stages
-    return setting.parameters * setting.reduce_bytes / shards * ALL_REDUCE
+    for_each = setting.tensor > 1 and setting.gathered_over == 1
+    times = setting.micro_batches if for_each else 1
+    return times * setting.parameters * setting.reduce_bytes / shards * ALL_REDUCE
 
 
 def pipeline_traffic(setting: Setting) -> float:

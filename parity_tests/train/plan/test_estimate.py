@@ -106,7 +106,14 @@ def test_traffic(remat, forward_passes: int) -> None:
     split = once._replace(parameter_shards=8, sequence=2)
     assert weight_traffic(split) == (2_000_000 + 8_000_000) / 2 + 36_000_000
     # float32 gradients, all-reduced
-    assert data_parallel_traffic(alone._replace(data=2)) == 8_000_000
+    replicas = alone._replace(data=2, micro_batches=3)
+    assert data_parallel_traffic(replicas) == 8_000_000
+    assert data_parallel_traffic(replicas._replace(reduce_bytes=2)) == 4_000_000
+    # beside a tensor axis for each micro-batch, unless fsdp does it once as well
+    halves = replicas._replace(tensor=2, parameter_shards=2)
+    assert data_parallel_traffic(halves) == 3 * 4_000_000
+    quarters = halves._replace(parameter_shards=4, gathered_over=2)
+    assert data_parallel_traffic(quarters) == 2_000_000
     # activations of 500 x 100 numbers in three layers: gathered in bfloat16, summed in float32
     passes = forward_passes + 1
     tensor = alone._replace(tensor=2, parameter_shards=2)
