@@ -9,6 +9,7 @@ import ml_dtypes
 import numpy as np
 
 from llama_jax.checkpoints.safetensors_read import all_finite
+from llama_jax.files.buffers import empty
 
 
 class Changes(NamedTuple):
@@ -36,23 +37,42 @@ def cast(name: str, values: np.ndarray, dtype: np.dtype[Any]) -> np.ndarray:
     >>> cast("norm", np.float32([1.0009765, 2.0]), np.dtype(np.float16))
     array([1.001, 2.   ], dtype=float16)
     """
-    if not all_finite(values):
-        count = int(values.size - np.isfinite(values).sum())
-        raise ValueError(f"tensor {name}: {count} values are NaN or infinite, expected none")
     if values.dtype == dtype:
+        if not all_finite(values):
+            raise _not_finite(name, values)
         return values
-    with np.errstate(over="ignore"):
-        result = values.astype(dtype)
-    if not all_finite(result):
-        count = int(result.size - np.isfinite(result).sum())
-        raise ValueError(
-            f"tensor {name}: {count} values overflow {dtype}, "
-            f"largest magnitude {float(np.abs(values).max()):g}; choose bfloat16 or float32"
-        )
+    result = empty(values.shape, dtype)
+    before, after = values.reshape(-1), result.reshape(-1)
+    for start in range(0, before.size, _BLOCK):
+        part = slice(start, start + _BLOCK)
+        if not all_finite(before[part]):
+            raise _not_finite(name, values)
+        with np.errstate(over="ignore"):
+            after[part] = before[part]
+        if not all_finite(after[part]):
+            raise _overflow(name, values, dtype)
     return result
 
 
-_CHUNK = 2**20  # values compared at a time: bounds the temporaries
+def _not_finite(name: str, values: np.ndarray) -> ValueError:
+    with np.errstate(invalid="ignore"):  # some NaNs of bfloat16 signal
+        count = int(values.size - np.isfinite(values).sum())
+    return ValueError(f"tensor {name}: {count} values are NaN or infinite, expected none")
+
+
+def _overflow(name: str, values: np.ndarray, dtype: np.dtype[Any]) -> ValueError:
+    """Of values that are finite, unless some of them are not."""
+    if not all_finite(values):
+        return _not_finite(name, values)
+    with np.errstate(over="ignore"):
+        count = int(values.size - np.isfinite(values.astype(dtype)).sum())
+    return ValueError(
+        f"tensor {name}: {count} values overflow {dtype}, "
+        f"largest magnitude {float(np.abs(values).max()):g}; choose bfloat16 or float32"
+    )
+
+
+_BLOCK = 2**17  # values at a time, which stay in the processor's cache
 
 
 def changes(before: np.ndarray, after: np.ndarray) -> Changes | None:
@@ -67,11 +87,16 @@ def changes(before: np.ndarray, after: np.ndarray) -> Changes | None:
     wide = np.float64 if np.float64 in (before.dtype, after.dtype) else np.float32
     rounded = to_zero = subnormal = 0
     all_before, all_after = before.reshape(-1), after.reshape(-1)
-    for start in range(0, all_before.size, _CHUNK):
-        old = all_before[start : start + _CHUNK].astype(wide)
-        new = all_after[start : start + _CHUNK].astype(wide)
+    for start in range(0, all_before.size, _BLOCK):
+        old = all_before[start : start + _BLOCK].astype(wide, copy=False)
+        new = all_after[start : start + _BLOCK].astype(wide, copy=False)
         changed = old != new
-        rounded += int(changed.sum())
-        to_zero += int((changed & (new == 0)).sum())
-        subnormal += int((changed & (new != 0) & (np.abs(new) < smallest)).sum())
+        count = int(np.count_nonzero(changed))
+        if not count:
+            continue
+        small = changed & (np.abs(new) < smallest)
+        zeros = int(np.count_nonzero(new[small] == 0))
+        rounded += count
+        to_zero += zeros
+        subnormal += int(np.count_nonzero(small)) - zeros
     return Changes(rounded, to_zero, subnormal) if rounded else None

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import ml_dtypes
@@ -38,6 +39,8 @@ class Checkpoint:
     dtype: str | None
     """Of a source, the dtype that loses nothing worth keeping, a key of DTYPES; of what a writer gets, the
     one to write. None: each tensor's own."""
+    weight_files: tuple[Path, ...] = ()
+    """The files that `load` reads, where they are known."""
     files: Mapping[str, bytes] = field(default_factory=dict)
     """Files that go with the weights, by name: tokenizer, templates, generation config."""
     digests: Mapping[str, str] = field(default_factory=dict)

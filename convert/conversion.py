@@ -25,6 +25,7 @@ from convert.surgery import Surgery, operate
 from convert.surgery.shards import shard_size_for
 from convert.verify_logits import Comparison, compare_logits, require_torch_and_memory
 from llama_jax.checkpoints.safetensors_write import TensorSpec
+from llama_jax.files.buffers import reused_buffers
 from llama_jax.files.paths import destination_path, source_path
 from llama_jax.files.remote import is_remote, remote_path
 from llama_jax.files.staging import move, staging_in, to_disk
@@ -243,11 +244,13 @@ def run(plan: Plan, progress: Callable[[int], None] | None = None) -> Report:
         name = plan.destination.name
         staging = stack.enter_context(staging_in(plan.workplace, name))
         output = staging / name
-        with record.recording(plan.source, source, plan.specs, cast_rule) as (checkpoint, futures):
+        recording = record.recording(plan.source, source, plan.specs, cast_rule)
+        with reused_buffers(), recording as (checkpoint, futures):
             target_format.write(checkpoint, output, progress, **options)
             records = {name: future.result() for name, future in futures.items()}
         if plan.verify:
-            read_back(target_format.read, output, checkpoint.config, records, progress)
+            with reused_buffers():
+                read_back(target_format.read, output, checkpoint.config, records, progress)
         comparison = None
         if plan.logits:
             written = target_format.read(output, tokenizer=False)

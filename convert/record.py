@@ -23,6 +23,7 @@ from convert.casting import CastRule, Changes, changes
 from convert.checkpoint import Checkpoint
 from llama_jax.checkpoints.safetensors_write import TensorSpec
 from llama_jax.files.json_object import read_json_object
+from llama_jax.files.page_cache import forgetting
 
 FILE = "conversion.json"
 _SHA256 = re.compile("[0-9a-f]{64}")
@@ -137,8 +138,11 @@ def recording(
     def require(name: str, sha256: str) -> None:
         _require_digest(source, checkpoint, name, sha256)
 
+    forget = forgetting(checkpoint.weight_files)
+
     def fetch(name: str) -> _Loaded:
         values = checkpoint.load(name)
+        forget(values.nbytes)
         try:
             result = cast_rule(name, values, dtypes[name])
         except ValueError as error:

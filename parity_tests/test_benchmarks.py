@@ -1,5 +1,7 @@
 """Parts of the benchmarks: emulated precision, drift from the oracle, presets grouped by shape."""
 
+from pathlib import Path
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,13 +10,17 @@ import torch
 from flax import nnx
 from torch.nn.functional import cross_entropy, kl_div
 
+import benchmarks.conversion as conversion
 import benchmarks.step as step
 from benchmarks.__main__ import main
+from benchmarks.foreign_checkpoints import FOREIGN
 from benchmarks.isolated import FailedError, measure
 from benchmarks.parity import same_shapes
 from benchmarks.precision import BFLOAT16, TF32, drift, emulated, emulated_einsum
 from benchmarks.report import markdown
+from convert.formats import registry
 from llama_jax import PRESETS, LlamaConfig, LlamaForCausalLM
+from llama_jax.inspection.architecture import tensors
 
 # Rounding to b bits leaves a uniform error of one ulp / sqrt(12); of normal numbers that is 0.21 * 2**-b.
 ROUNDED = 0.21
@@ -141,3 +147,51 @@ def test_without_a_gpu_one_line_says_so(
     assert capsys.readouterr().out == "no NVIDIA GPU here: nothing was run\n"
     assert main(["gpu", "--parts", "stop"]) == 2
     assert "found 'stop', expected one of step, loss, decode, tests" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("kind", sorted(FOREIGN))
+def test_checkpoints_of_other_programs_can_be_read(tmp_path: Path, kind: str) -> None:
+    config = LlamaConfig(
+        vocab_size=64,
+        hidden_size=128,
+        intermediate_size=256,
+        num_hidden_layers=2,
+        num_attention_heads=16,
+        num_key_value_heads=16,
+        head_dim=8,
+        rope_parameters=PRESETS["llama-3.1-8b"].rope_parameters,
+        max_position_embeddings=PRESETS["llama-3.1-8b"].max_position_embeddings,
+        rms_norm_eps=1e-5,
+    )
+    FOREIGN[kind](config, tmp_path / kind)
+    checkpoint = registry.read(tmp_path / kind, tokenizer=False)
+    shapes = {spec.name: spec.shape for spec in checkpoint.tensors}
+    assert shapes == {tensor.name: tuple(tensor.shape) for tensor in tensors(config)}
+    for name, shape in shapes.items():
+        values = checkpoint.load(name).astype(np.float64)
+        assert values.shape == shape
+        assert np.isfinite(values).all()
+        assert values.std() > 0
+
+
+def test_a_conversion_is_compared_with_cp_by_bytes_and_processor_time() -> None:
+    """One that reads 1 and writes 3 moves twice what `cp` of its source moves."""
+    timing = conversion.Timing("a-b", 12.0, 8.0, 1, 100, 300, 3.0, 1.0, 0.5)
+    assert timing.ratio == pytest.approx(2.0)
+    assert timing.processor_ratio == pytest.approx(4.0)
+
+
+def test_what_was_run_is_measured(tmp_path: Path) -> None:
+    seconds, used, printed = conversion.timed(["sh", "-c", "echo 5"])
+    assert (seconds > 0, used >= 0, printed) == (True, True, "5\n")
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder/file").write_bytes(b"12345")
+    assert conversion.size(tmp_path) == conversion.size(tmp_path / "folder/file") == 5
+    conversion.forget(tmp_path)
+    assert (tmp_path / "folder/file").read_bytes() == b"12345"
+
+
+@pytest.mark.parametrize("pair", ["hf", "hf-fp8", "orbax-hf"])
+def test_a_pair_without_its_source_is_an_error(pair: str) -> None:
+    with pytest.raises(ValueError, match="--pairs"):
+        conversion.require_sources([pair])

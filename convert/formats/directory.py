@@ -67,14 +67,16 @@ def checkpoint_of(
         files: see `Checkpoint.files`.
     """
     card, card_notes = card_facts(directory)
+    unique_files = tuple(dict.fromkeys(weight_files))
     return Checkpoint(
         format=title,
         config=config.to_dict() | {"architectures": ["LlamaForCausalLM"]},
         tensors=tuple(tensors),
         load=load,
         dtype=common_dtype(tensors),
+        weight_files=unique_files,
         files=files,
-        facts=_stored_facts(stored, weight_files) | card,
+        facts=_stored_facts(stored, unique_files) | card,
         notes=(*notes, *ignored_notes(config, directory), *card_notes),
     )
 
@@ -124,4 +126,4 @@ def _stored_facts(stored: Iterable[StoredTensor], files: Iterable[Path]) -> dict
         entry = sizes.setdefault(tensor.dtype, {"tensors": 0, "bytes": 0})
         entry["tensors"] += 1
         entry["bytes"] += tensor.nbytes
-    return {"stored": sizes, "file_bytes": sum(file.stat().st_size for file in set(files))}
+    return {"stored": sizes, "file_bytes": sum(file.stat().st_size for file in files)}

@@ -45,6 +45,7 @@ from llama_jax.checkpoints.weight_files import (
     read_rows,
 )
 from llama_jax.config import LlamaConfig
+from llama_jax.files.buffers import empty
 
 __all__ = [
     "cast_rule",
@@ -190,7 +191,7 @@ def _require_files_inside(path: Path, single: str, index: str) -> None:
 def _read(tensor: StoredTensor) -> np.ndarray:
     if isinstance(tensor, DequantizedTensor):
         return _computed(tensor)
-    values = np.empty(tensor.shape, FLOAT_DTYPES[tensor.dtype])
+    values = empty(tensor.shape, FLOAT_DTYPES[tensor.dtype])
     if not read_tensor(tensor, values):
         raise _not_finite(tensor, values)
     return values

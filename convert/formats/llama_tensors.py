@@ -13,6 +13,7 @@ import numpy as np
 from jaxtyping import Shaped
 
 from llama_jax.config import LlamaConfig
+from llama_jax.files.buffers import empty
 
 
 def tensor_shapes(config: LlamaConfig) -> dict[str, tuple[int, ...]]:
@@ -84,8 +85,7 @@ def to_halves(values: Shaped[np.ndarray, "rows ..."], heads: int) -> Shaped[np.n
     """
     if not heads:
         return values
-    pairs = values.reshape(heads, -1, 2, *values.shape[1:])
-    return pairs.swapaxes(1, 2).reshape(values.shape)
+    return _swapped(values, (heads, -1, 2))
 
 
 def to_pairs(values: Shaped[np.ndarray, "rows ..."], heads: int) -> Shaped[np.ndarray, "rows ..."]:
@@ -96,5 +96,12 @@ def to_pairs(values: Shaped[np.ndarray, "rows ..."], heads: int) -> Shaped[np.nd
     """
     if not heads:
         return values
-    halves = values.reshape(heads, 2, -1, *values.shape[1:])
-    return halves.swapaxes(1, 2).reshape(values.shape)
+    return _swapped(values, (heads, 2, -1))
+
+
+def _swapped(values: np.ndarray, rows: tuple[int, int, int]) -> np.ndarray:
+    """Rows of shape `rows` with the last two axes of these swapped."""
+    swapped = values.reshape(*rows, *values.shape[1:]).swapaxes(1, 2)
+    result = empty(values.shape, values.dtype)
+    result.reshape(swapped.shape)[...] = swapped
+    return result

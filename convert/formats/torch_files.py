@@ -28,6 +28,7 @@ from llama_jax.checkpoints.safetensors_read import (
     all_finite,
     stored_dtype,
 )
+from llama_jax.files.buffers import empty
 from llama_jax.files.foreign_weights import POINTER, is_pointer
 from llama_jax.files.reading import open_file, read_bytes
 from llama_jax.formatting import first_line
@@ -51,7 +52,8 @@ class TorchFile:
     tensors: Mapping[str, StoredTensor]
     """By name, in the file's order."""
     load: Callable[..., np.ndarray]
-    """`load(name, rows=None)`: the values, or those of the first `rows` rows; raises ValueError."""
+    """`load(name, rows=None, out=None)`: the values, or those of the first `rows` rows, perhaps in `out`,
+    which is C-contiguous; raises ValueError."""
     in_memory: bool = False
     """Whether all of the file is held in memory: it has the form from before torch 1.6."""
 
@@ -203,14 +205,14 @@ def _open_old_form(path: Path, file: _Bounded, tree: bool) -> TorchFile:
     values = _state_dict(path, file, "cpu", tree=tree)
     tensors = {name: _described(path, name, tensor, 0) for name, tensor in values.items()}
 
-    def load(name: str, rows: int | None = None) -> np.ndarray:
+    def load(name: str, rows: int | None = None, out: np.ndarray | None = None) -> np.ndarray:
         import torch
 
         tensor = values[name].detach()
         tensor = tensor if rows is None else tensor[:rows]
         copy = tensor.clone(memory_format=torch.contiguous_format).reshape(-1)
         raw = copy.view(torch.uint8).numpy().view(stored_dtype(tensors[name].dtype))
-        return _finite(tensors[name], raw.reshape(tuple(tensor.shape)))
+        return _placed(_finite(tensors[name], raw.reshape(tuple(tensor.shape))), out)
 
     return TorchFile(tensors, load, in_memory=True)
 
@@ -335,14 +337,20 @@ class _Reader:
     """Where in the file the zip begins, and how many bytes it has."""
     checked: set[str] = field(default_factory=set)
 
-    def load(self, name: str, rows: int | None = None) -> np.ndarray:
-        """The values of a tensor, C-contiguous; or of its first `rows` rows, unchecked."""
+    def load(self, name: str, rows: int | None = None, out: np.ndarray | None = None) -> np.ndarray:
+        """The values of a tensor, C-contiguous; or of its first `rows` rows, unchecked.
+
+        Args:
+            out: where they are to be; C-contiguous, of their dtype and shape.
+        """
         tensor, location = self.tensors[name], self.locations[name]
         dtype = stored_dtype(tensor.dtype)
         shape = tensor.shape if rows is None else (min(rows, tensor.shape[0]), *tensor.shape[1:])
         if 0 in shape:
             return np.empty(shape, dtype)
-        flat = np.empty(_span(shape, location) - location.offset, dtype)
+        count = _span(shape, location) - location.offset
+        place = empty((count,), dtype) if out is None or out.size != count else out
+        flat = place.reshape(-1)
         check = rows is None and location.entry.filename not in self.checked
         try:
             with _Bounded(tensor.path, *self.part) as file:
@@ -353,7 +361,15 @@ class _Reader:
             self.checked.add(location.entry.filename)
         strides = tuple(stride * dtype.itemsize for stride in location.strides)
         values = np.asarray(np.lib.stride_tricks.as_strided(flat, shape, strides), order="C")
-        return _finite(tensor, values)
+        return _placed(_finite(tensor, values), out)
+
+
+def _placed(values: np.ndarray, out: np.ndarray | None) -> np.ndarray:
+    """`values`, in `out` if there is one."""
+    if out is None or np.may_share_memory(values, out):
+        return values
+    out[...] = values
+    return out
 
 
 def _read(file: _Bounded, location: _Location, flat: np.ndarray, *, check: bool) -> None:

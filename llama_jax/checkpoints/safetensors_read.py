@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import ml_dtypes
 import numpy as np
 
+from llama_jax.files.buffers import empty
 from llama_jax.files.foreign_weights import POINTER, is_pointer
 from llama_jax.files.reading import fill, open_file, read_bytes
 
@@ -58,6 +59,7 @@ TORCH_DTYPES = {
 
 _MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library
 _CHUNK_BYTES = 1 << 22  # small enough to stay in the processor's cache
+_CACHED = 1 << 17  # values that stay in the cache of one core
 
 
 @dataclass(frozen=True)
@@ -240,7 +242,7 @@ def read_array(tensor: StoredTensor) -> np.ndarray:
     Raises:
         ValueError, OSError: as `read_tensor`.
     """
-    values = np.empty(tensor.shape, STORED_DTYPES[tensor.dtype])
+    values = empty(tensor.shape, STORED_DTYPES[tensor.dtype])
     with open_file(tensor.path, tensor.offset + tensor.nbytes) as file:
         _read_exactly(file, values.reshape(-1), tensor, 0)
     return values
@@ -262,14 +264,20 @@ def all_finite(values: np.ndarray) -> bool:
     """Whether a floating-point array of any dtype has no NaN and no infinity."""
     # Read as integers, positive floats are ordered by value, followed by inf and nan. Negative floats have
     # the sign bit set, so they are ordered in the same way as unsigned integers. Two maxima read each value
-    # twice and write nothing, which is several times faster than np.isfinite.
+    # twice, the second time from the cache, and write nothing: several times faster than np.isfinite.
     if not values.size:
         return True
     size = values.dtype.itemsize
     infinity = int(np.array(np.inf, values.dtype).view(f"i{size}"))
     minus_infinity = int(np.array(-np.inf, values.dtype).view(f"u{size}"))
-    signed_max, unsigned_max = values.view(f"i{size}").max(), values.view(f"u{size}").max()
-    return int(signed_max) < infinity and int(unsigned_max) < minus_infinity
+    flat = values.reshape(-1)
+    for start in range(0, flat.size, _CACHED):
+        part = flat[start : start + _CACHED]
+        if int(part.view(f"i{size}").max()) >= infinity:
+            return False
+        if int(part.view(f"u{size}").max()) >= minus_infinity:
+            return False
+    return True
 
 
 def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

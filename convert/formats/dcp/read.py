@@ -17,6 +17,7 @@ from convert.formats.torch_files import STORED_DTYPES, open_torch_tensor, requir
 from convert.formats.trainer_state import model_of
 from convert.renaming import Rename
 from llama_jax.checkpoints.safetensors_read import FLOAT_DTYPES, StoredTensor
+from llama_jax.files.buffers import empty
 from llama_jax.formatting import summarize
 
 _STEP = re.compile(r"step-(\d+)")  # torchtitan's
@@ -112,15 +113,21 @@ class _Reader:
         tensor = self.tensors[name]
         if len(tensor.pieces) == 1:
             return self._piece(name, tensor, tensor.pieces[0])
-        values = np.empty(tensor.shape, FLOAT_DTYPES[STORED_DTYPES[tensor.dtype]])
+        values = empty(tensor.shape, FLOAT_DTYPES[STORED_DTYPES[tensor.dtype]])
         for piece in tensor.pieces:
             place = tuple(
                 slice(begin, begin + n) for begin, n in zip(piece.offsets, piece.shape, strict=True)
             )
-            values[place] = self._piece(name, tensor, piece)
+            part = values[place]
+            if part.flags.c_contiguous:
+                self._piece(name, tensor, piece, part)
+            else:
+                part[...] = self._piece(name, tensor, piece)
         return values
 
-    def _piece(self, name: str, tensor: DistributedTensor, piece: Piece) -> np.ndarray:
+    def _piece(
+        self, name: str, tensor: DistributedTensor, piece: Piece, out: np.ndarray | None = None
+    ) -> np.ndarray:
         file = self.directory / piece.file
         try:
             opened = open_torch_tensor(file, name, piece.start, piece.size)
@@ -133,5 +140,5 @@ class _Reader:
                 f"{file}: tensor {name}: holds {stored.dtype}{list(stored.shape)}, expected "
                 f"{dtype}{list(piece.shape)}"
             )
-        values: np.ndarray = opened.load(name)
+        values: np.ndarray = opened.load(name, out=out)
         return values

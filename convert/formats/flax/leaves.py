@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from llama_jax.checkpoints.safetensors_read import FLOAT_DTYPES, StoredTensor, all_finite
+from llama_jax.files.buffers import empty
 from llama_jax.files.reading import file_size, fill, open_file
 
 _DTYPES = {"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16"}
@@ -42,7 +43,7 @@ class Leaf:
     def read(self) -> np.ndarray:
         """Its values, C-contiguous. Raises ValueError where they are not finite or the file ends early."""
         stored = self.stored
-        values = np.empty(stored.shape, FLOAT_DTYPES[stored.dtype])
+        values = empty(stored.shape, FLOAT_DTYPES[stored.dtype])
         view = values.reshape(-1).view(np.uint8)
         position = 0
         with open_file(stored.path, max(offset + size for offset, size in self.parts)) as file:

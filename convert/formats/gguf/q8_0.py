@@ -11,6 +11,7 @@ from jaxtyping import Float, Float32, UInt8
 
 from convert.casting import cast
 from llama_jax.checkpoints.safetensors_read import all_finite
+from llama_jax.files.buffers import empty
 
 _TYPE = GGMLQuantizationType.Q8_0
 _BLOCK = GGML_QUANT_SIZES[_TYPE][0]
@@ -38,7 +39,7 @@ def dequantized(
     Raises:
         ValueError: values that are not finite, or overflow the scale (float16, so from 8.3e6 on).
     """
-    result = np.empty(values.shape, np.float32)
+    result = empty(values.shape, np.dtype(np.float32))
     step = max(1, _CHUNK // math.prod(values.shape[1:]))
     for start in range(0, len(values), step):
         rows = cast(name, values[start : start + step], result.dtype)

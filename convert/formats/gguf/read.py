@@ -82,6 +82,7 @@ def read(path: Path, *, tokenizer: bool = True) -> Checkpoint:
     if (card := card_of(facts)) is not None:
         files[CARD] = card
     return Checkpoint(
+        weight_files=(path,),
         format=f"GGUF v{header.version}",
         config=config,
         tensors=tuple(source.spec for source in sources.values()),

@@ -14,6 +14,7 @@ from convert.formats.gguf.header import GgufHeader, GgufTensor
 from convert.formats.llama_tensors import renamed, rotary_heads, tensor_shapes, to_halves
 from llama_jax.checkpoints.safetensors_write import TensorSpec
 from llama_jax.config import LlamaConfig
+from llama_jax.files.buffers import empty
 from llama_jax.files.reading import fill, open_file
 
 PLAIN_DTYPES: dict[GGMLQuantizationType, np.dtype[Any]] = {
@@ -130,7 +131,7 @@ def read_values(tensor: GgufTensor) -> np.ndarray:
 
     Peak memory is the result and a few megabytes: blocks are read and dequantized in groups of rows.
     """
-    out = np.empty(tensor.shape, _dtype(tensor.type))
+    out = empty(tensor.shape, _dtype(tensor.type))
     rows = out.reshape(-1, tensor.shape[-1])
     row_bytes = tensor.nbytes // len(rows) if len(rows) else 0
     step = max(1, _CHUNK // max(1, tensor.shape[-1]))

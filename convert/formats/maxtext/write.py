@@ -27,6 +27,7 @@ from convert.formats.trees.tiles import copy
 from convert.same_function import config_differences
 from llama_jax.checkpoints.safetensors_write import TensorSpec
 from llama_jax.config import LlamaConfig
+from llama_jax.files.buffers import empty
 from llama_jax.files.staging import write_text
 
 _ITEMS = "0/items"
@@ -128,7 +129,7 @@ def _stored(values: np.ndarray, rule: Rule, shape: tuple[int, ...]) -> np.ndarra
     """A tensor as MaxText's array of `shape`."""
     if rule.transpose is None:
         return values
-    result = np.empty(shape, values.dtype)
+    result = empty(shape, values.dtype)
     moved = result.transpose(rule.transpose)
     copy(moved, values.reshape(moved.shape))
     return result

@@ -18,6 +18,7 @@ from convert.formats.torch_files import TorchFile
 from llama_jax.checkpoints.safetensors_read import FLOAT_DTYPES
 from llama_jax.checkpoints.safetensors_write import TensorSpec
 from llama_jax.config import LlamaConfig
+from llama_jax.files.buffers import empty
 
 _MODULES = {  # Hugging Face's -> Meta's
     "model.embed_tokens": "tok_embeddings",
@@ -87,7 +88,7 @@ class MergedTensor:
         name = self.tensor.name
         if len(self.shards) == 1:
             return self.shards[0].load(name)
-        merged = np.empty(self.spec.shape, self.spec.dtype)
+        merged = empty(self.spec.shape, self.spec.dtype)
         by_axis = np.moveaxis(merged, self.axis, 0)
         step = len(by_axis) * self.copies // len(self.shards)
         for number, shard in enumerate(self.shards):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -14,6 +15,7 @@ import tensorstore as ts
 
 from llama_jax.checkpoints.safetensors_read import FLOAT_DTYPES
 from llama_jax.checkpoints.safetensors_write import DTYPE_NAMES as STORED_NAMES
+from llama_jax.files.buffers import empty
 from llama_jax.files.download import on_disk
 from llama_jax.files.json_object import read_json_object
 from llama_jax.formatting import first_line
@@ -169,6 +171,23 @@ def _fingerprints(params: Path, arrays: list[str]) -> dict[str, int]:
     if not isinstance(recorded, list) or len(recorded) < len(ordered):
         raise ValueError(f"{file}: has no fingerprints of all {len(ordered)} arrays")
     return dict(zip(ordered, recorded, strict=False))
+
+
+def read_into_buffer(store: ts.TensorStore, dtype: np.dtype[Any]) -> np.ndarray:
+    """The values of an array, or of a part of one, in memory of `buffers.empty`."""
+    return start_reading(store, dtype)()
+
+
+def start_reading(store: ts.TensorStore, dtype: np.dtype[Any]) -> Callable[[], np.ndarray]:
+    """The same in the background; what is returned waits for the values and returns them."""
+    values = empty(tuple(store.shape), dtype)
+    written = ts.array(values, dtype=store.dtype, copy=False, write=True).write(store)
+
+    def wait() -> np.ndarray:
+        written.result()
+        return values
+
+    return wait
 
 
 def chunk_shape(store: ts.TensorStore) -> tuple[int, ...]:

@@ -11,12 +11,13 @@ import numpy as np
 from convert.checkpoint import Checkpoint
 from convert.companions import read_companions, require_inside
 from convert.formats.directory import checkpoint_of, model_tensors, rows_by_loading, spec_of
-from convert.formats.orbax.arrays import Slot, StoredArray, open_arrays
+from convert.formats.orbax.arrays import Slot, StoredArray, open_arrays, read_into_buffer
 from llama_jax.checkpoints.fingerprint import fingerprint
 from llama_jax.checkpoints.orbax import locate
 from llama_jax.checkpoints.safetensors_read import FLOAT_DTYPES, StoredTensor, read_tensor
 from llama_jax.checkpoints.weight_files import StoredWeights
 from llama_jax.config import LlamaConfig
+from llama_jax.files.buffers import empty
 from llama_jax.formatting import first_line
 
 
@@ -107,11 +108,11 @@ class _Reader:
 
     def _values(self, array: StoredArray, layer: int | None) -> np.ndarray:
         if layer is None:
-            return array.store.read().result()
+            return read_into_buffer(array.store, FLOAT_DTYPES[array.dtype])
         if (file := array.layer_file(layer)) is not None:
             return _read_layer_file(file, array)
         if array.chunk_shape[0] == 1:
-            return array.store[layer].read().result()
+            return read_into_buffer(array.store[layer], FLOAT_DTYPES[array.dtype])
         stack = self._stack
         if stack is None or stack[0] != array.name:
             stack = self._stack = None  # freed before the next one is read
@@ -137,6 +138,6 @@ def _read_layer_file(file: Path, array: StoredArray) -> np.ndarray:
     size, expected = file.stat().st_size, math.prod(shape) * dtype.itemsize
     if size != expected:
         raise ValueError(f"{size} bytes in {file}, expected {expected}")
-    values = np.empty(shape, dtype)
+    values = empty(shape, dtype)
     read_tensor(StoredTensor(file, file.name, array.dtype, shape, 0, expected), values)
     return values

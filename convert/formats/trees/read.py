@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from convert.checkpoint import Checkpoint
 from convert.companions import read_companions, require_inside
 from convert.formats.directory import checkpoint_of
 from convert.formats.llama_tensors import rotary_heads, tensor_shapes, to_halves
-from convert.formats.orbax.arrays import StoredArray, open_arrays
+from convert.formats.orbax.arrays import StoredArray, open_arrays, start_reading
 from convert.formats.trees.locate import find_tree, home_of
 from convert.formats.trees.name_map import NameMap, Place, Rule
 from convert.formats.trees.scaling import scaled
@@ -23,6 +24,7 @@ from convert.formats.trees.tiles import copy
 from llama_jax.checkpoints.safetensors_read import FLOAT_DTYPES, StoredTensor
 from llama_jax.checkpoints.safetensors_write import TensorSpec
 from llama_jax.config import LlamaConfig
+from llama_jax.files.buffers import empty
 from llama_jax.formatting import first_line, summarize
 
 Shape = tuple[int, ...]
@@ -336,7 +338,9 @@ class _Reader:
         array, layer = source.array.name, source.layer
         if self._group[0] != array or layer not in self._group[1]:
             self._group = "", {}  # freed before the next ones are read
-            end = min(layer + self._layers_at_a_time(source), len(source.names))
+            left = len(source.names) - layer
+            groups = -(-left // self._layers_at_a_time(source))
+            end = layer + -(-left // groups)  # groups of equal size take the least memory
             self._group = array, dict(enumerate(self._read(source, layer, end), layer))
         return self._group[1].pop(layer)
 
@@ -345,37 +349,59 @@ class _Reader:
             return 1
         tensor = math.prod(source.shape) * source.dtype.itemsize
         # of the layers read before, one is being written and one has just been returned; a piece is held
-        # as it is stored and decoded
-        left = self._memory - 2 * tensor - 2 * source.piece_bytes
-        return max(1, left // tensor)
+        # as it is stored and decoded, and perhaps another one
+        pieces = 2 * source.piece_bytes * (1 + self._reads_ahead(source))
+        return max(1, (self._memory - 2 * tensor - pieces) // tensor)
+
+    def _reads_ahead(self, source: _Source) -> bool:
+        """Whether memory suffices to decode a piece while the one before is copied."""
+        tensor = math.prod(source.shape) * source.dtype.itemsize
+        return 3 * tensor + 4 * source.piece_bytes <= self._memory
 
     def _read(self, source: _Source, first: int, end: int) -> list[np.ndarray]:
         """The tensors in some layers of an array; of an array without layers, one."""
-        store, results, targets = source.array.store, [], []
+        results, targets = [], []
         for _ in range(first, end):
-            results.append(np.empty(source.shape, source.dtype))
+            results.append(empty(source.shape, source.dtype))
             targets.append(self._as_stored(results[-1], source))
-        chunk = _without(source.chunk, source.axis)
-        # a piece is decoded with all its layers, however few are read
-        layers = 1 if source.axis is None else max(len(results), source.chunk[source.axis])
-        for block in _blocks(source.extent, chunk, _VALUES // layers):
-            index = block
-            if source.axis is not None:
-                index = (*block[: source.axis], slice(first, end), *block[source.axis :])
-            piece = store[index].read().result()
-            piece = piece[None] if source.axis is None else np.moveaxis(piece, source.axis, 0)
+        for block, piece in self._pieces(source, first, end):
             for target, values in zip(targets, piece, strict=True):
                 copy(target[block], values)
+            del piece, values  # before the next is read
         for result, target in zip(results, targets, strict=True):
             if not np.may_share_memory(result, target):
                 self._reshape_into(result, target, source)
         return results
 
+    def _pieces(
+        self, source: _Source, first: int, end: int
+    ) -> Iterator[tuple[tuple[slice, ...], np.ndarray]]:
+        """Parts of some layers, those first, and where they belong; one may be decoded ahead."""
+        chunk = _without(source.chunk, source.axis)
+        # a piece is decoded with all its layers, however few are read
+        layers = 1 if source.axis is None else max(end - first, source.chunk[source.axis])
+        started: deque[tuple[tuple[slice, ...], Callable[[], np.ndarray]]] = deque()
+
+        def finished() -> tuple[tuple[slice, ...], np.ndarray]:
+            block, wait = started.popleft()
+            piece = wait()
+            return block, piece[None] if source.axis is None else np.moveaxis(piece, source.axis, 0)
+
+        for block in _blocks(source.extent, chunk, _VALUES // layers):
+            index = block
+            if source.axis is not None:
+                index = (*block[: source.axis], slice(first, end), *block[source.axis :])
+            started.append((block, start_reading(source.array.store[index], source.dtype)))
+            if len(started) > self._reads_ahead(source):
+                yield finished()
+        while started:
+            yield finished()
+
     def _as_stored(self, tensor: np.ndarray, source: _Source) -> np.ndarray:
         """A view of a tensor with the axes of the array; where `reshape` allows none, another array."""
         reshaped = source.rule.reshaped(source.extent, self._config)
         if reshaped != source.extent:
-            return np.empty(source.extent, source.dtype)
+            return empty(source.extent, source.dtype)
         order = source.rule.transpose or tuple(range(len(reshaped)))
         moved = tensor.reshape([reshaped[axis] for axis in order])
         return moved.transpose([order.index(axis) for axis in range(len(order))])

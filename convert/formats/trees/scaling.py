@@ -6,7 +6,9 @@ from collections.abc import Callable
 
 import numpy as np
 
-_CHUNK = 2**20  # values at a time, for the temporaries
+from llama_jax.files.buffers import empty
+
+_CHUNK = 2**16  # values at a time, which stay in the processor's cache
 
 
 def scaled(values: np.ndarray, factor: float) -> np.ndarray:
@@ -37,7 +39,7 @@ def _by_chunks(
 ) -> np.ndarray:
     if factor == 1:
         return values
-    result = np.empty_like(values, order="C")
+    result = empty(values.shape, values.dtype)
     before, after = np.ascontiguousarray(values).reshape(-1), result.reshape(-1)
     for start in range(0, before.size, _CHUNK):
         part = slice(start, start + _CHUNK)

@@ -51,8 +51,8 @@ def float8(codes: Shaped[np.ndarray, "*shape"]) -> Float32[np.ndarray, "*shape"]
     array([   0.5, -448. ], dtype=float32)
     """
     if codes.shape and codes.shape[-1] % 2 == 0 and codes.flags.c_contiguous:
-        # two at a time, which is ten times as fast as a cast
-        return _pairs(codes.dtype)[codes.view(np.uint16)].view(np.float32)
+        # two at a time, which is twenty times as fast as a cast
+        return _look_up(_pairs(codes.dtype), codes.view(np.uint16))
     return codes.astype(np.float32)
 
 
@@ -79,7 +79,13 @@ def codebook(
     codes = np.arange(256)
     halves = (codes & 15, codes >> 4) if low_first else (codes >> 4, codes & 15)
     table = np.stack([values[half] for half in halves], axis=-1)
-    return table.view(np.uint64)[:, 0][packed].view(np.float32)
+    return _look_up(table.view(np.uint64)[:, 0], packed)
+
+
+def _look_up(pairs: np.ndarray, codes: np.ndarray) -> np.ndarray:
+    """The two float32 numbers that each code stands for; the table has all codes of their dtype."""
+    # indexing would take three times as long: it converts the indices itself and checks their range
+    return np.take(pairs, codes.astype(np.intp), mode="wrap").view(np.float32)
 
 
 def exponents(codes: UInt8[np.ndarray, "*shape"]) -> Float32[np.ndarray, "*shape"]:

@@ -1,0 +1,80 @@
+"""Memory that is used again."""
+
+import gc
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+
+import ml_dtypes
+import numpy as np
+import pytest
+
+from llama_jax.files.buffers import empty, reused_buffers
+
+FLOAT32 = np.dtype(np.float32)
+BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
+SHAPE = (1024, 1024)
+
+
+def address(array: np.ndarray) -> int:
+    return int(array.__array_interface__["data"][0])
+
+
+def test_memory_is_used_again_once_no_array_refers_to_it() -> None:
+    with reused_buffers():
+        first = empty(SHAPE, BFLOAT16)
+        assert first.shape == SHAPE
+        assert first.dtype == BFLOAT16
+        assert first.flags.c_contiguous
+        assert first.flags.writeable
+        place = address(first)
+        del first
+        assert address(empty(SHAPE, BFLOAT16)) == place
+        assert address(empty((500, 1024), FLOAT32)) == place
+        assert address(empty((200, 1024), FLOAT32)) != place  # much smaller
+
+
+@pytest.mark.parametrize(
+    "view",
+    [
+        lambda array: array[5:6, 7:8],
+        lambda array: array.T.reshape(-1).view(np.uint8),
+        lambda array: array.reshape(-1).view(np.uint8).data,
+        lambda array: np.lib.stride_tricks.as_strided(array, (2, 2), (4, 4)),
+        lambda array: iter(array),
+    ],
+    ids=["slice", "other dtype", "memoryview", "strided", "iterator"],
+)
+def test_memory_is_kept_as_long_as_anything_refers_to_it(
+    view: Callable[[np.ndarray], object],
+) -> None:
+    with reused_buffers():
+        array = empty(SHAPE, FLOAT32)
+        array[...] = 7
+        place, left = address(array), view(array)
+        del array
+        gc.collect()
+        other = empty(SHAPE, FLOAT32)
+        assert address(other) != place
+        del left, other
+
+
+def test_threads_never_share_memory() -> None:
+    def fill(value: int) -> bool:
+        for _ in range(50):
+            array = empty((512, 1024), FLOAT32)
+            array[...] = value
+            if not (array == value).all():
+                return False
+        return True
+
+    with reused_buffers(), ThreadPoolExecutor(4) as pool:
+        assert all(pool.map(fill, range(4)))
+
+
+def test_outside_it_is_numpys_memory() -> None:
+    assert empty(SHAPE, FLOAT32).base is None
+    with reused_buffers():
+        assert empty((3,), FLOAT32).base is None
+        assert empty(SHAPE, FLOAT32).base is not None
+    assert empty(SHAPE, FLOAT32).base is None
+    assert empty((0, 4), FLOAT32).shape == (0, 4)
