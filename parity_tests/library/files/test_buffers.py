@@ -37,7 +37,7 @@ def test_memory_is_used_again_once_no_array_refers_to_it() -> None:
     "view",
     [
         lambda array: array[5:6, 7:8],
-        lambda array: array.T.reshape(-1).view(np.uint8),
+        lambda array: array.reshape(-1).view(np.uint8).T,
         lambda array: array.reshape(-1).view(np.uint8).data,
         lambda array: np.lib.stride_tricks.as_strided(array, (2, 2), (4, 4)),
         lambda array: iter(array),
