@@ -11,11 +11,15 @@ import os
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import get_args
 
 from llama_jax.cli.arguments import Parser, not_negative, positive, program_parser
 from llama_jax.cli.program import leave, run_program
+from llama_jax.files.paths import destination_path
+from llama_jax.files.remote import remote_path
 from llama_jax.formatting import console, printable, progress_bar
 from train.flags import OnOff, add_options, parse_options, with_options
 from train.options import FILE, PLANNED, Dtype, RunOptions
@@ -66,12 +70,18 @@ def _add_run(program: Parser) -> None:
 def _run(arguments: argparse.Namespace) -> None:
     from train.run.begin import begin
     from train.run.continued import options_to_continue
+    from train.run.remote import mirrored, new_run, require_one_process
 
     options = _options(RunOptions(), arguments)
     if options.init_from is not None:
         options = _options(options_to_continue(options.init_from), arguments)
-
-    begin(options)
+    if remote_path(options.out) is None:
+        begin(options)
+        return
+    url = destination_path(options.out)
+    require_one_process(url, options.distributed)
+    with new_run(url) as folder, mirrored(folder, url, options.checkpoint):
+        begin(replace(options, out=folder))
 
 
 def _options(defaults: RunOptions, arguments: argparse.Namespace) -> RunOptions:
@@ -92,16 +102,31 @@ def _add_resume(program: Parser) -> None:
         "those that do not change the result (mesh, logging, remat, ...) and the number of steps may be "
         "overridden.",
     )
-    parser.add_argument("folder", type=Path, metavar="RUN", help="folder of the run")
+    parser.add_argument("folder", type=Path, metavar="RUN", help="folder of the run, or its URL")
     add_options(parser, RunOptions(), show_defaults=False)
 
 
 def _resume(arguments: argparse.Namespace) -> None:
-    saved = _saved_options(arguments.folder)
+    url = remote_path(arguments.folder)
+    if url is None:
+        _resume_folder(arguments.folder, arguments)
+        return
+
+    from train.run.remote import local_run, mirrored, require_one_process
+
+    with local_run(url) as folder:
+        options = with_options(_saved_options(folder), arguments)
+        require_one_process(url, options.distributed)
+        with mirrored(folder, url, options.checkpoint):
+            _resume_folder(folder, arguments)
+
+
+def _resume_folder(folder: Path, arguments: argparse.Namespace) -> None:
+    saved = _saved_options(folder)
 
     from train.run.resume import resume
 
-    resume(arguments.folder, saved, with_options(saved, arguments))
+    resume(folder, saved, with_options(saved, arguments))
 
 
 def _add_export(program: Parser) -> None:
@@ -110,7 +135,7 @@ def _add_export(program: Parser) -> None:
         _export,
         help="write the model of a run as a Hugging Face directory, with its tokenizer",
     )
-    parser.add_argument("folder", type=Path, metavar="RUN", help="folder of the run")
+    parser.add_argument("folder", type=Path, metavar="RUN", help="folder of the run, or its URL")
     parser.add_argument(
         "directory",
         type=Path,
@@ -155,11 +180,35 @@ def _add_checkpoint(parser: Parser) -> None:
 
 def _export(arguments: argparse.Namespace) -> None:
     from llama_jax.files.hub import push, require_pushable
-    from train.model.export import export_run, verify_export
+    from llama_jax.files.upload import output_directory, require_absent
 
     if arguments.push is not None:
         require_pushable(arguments.push)
-    folder, directory, dtype = arguments.folder, arguments.directory, arguments.dtype
+    target = remote_path(arguments.directory)
+    if target is not None:
+        require_absent(target)
+    with ExitStack() as stack:
+        folder = _run_folder(arguments.folder, arguments.step, stack)
+        directory = stack.enter_context(output_directory(arguments.directory))
+        step = _export_folder(folder, directory, target or directory, arguments)
+        if arguments.push is not None:
+            address = push(directory, arguments.push, message=f"Step {step}")
+            console(stderr=True, soft_wrap=True).print(f"pushed: {printable(address)}")
+
+
+def _run_folder(folder: Path, step: int | None, stack: ExitStack) -> Path:
+    """The folder of a run or, of a remote one, a copy of it with the checkpoint of `step`."""
+    from train.run.remote import local_run
+
+    url = remote_path(folder)
+    return folder if url is None else stack.enter_context(local_run(url, step))
+
+
+def _export_folder(folder: Path, directory: Path, name: Path, arguments: argparse.Namespace) -> int:
+    """Export and verify; returns the step. `name` is what the user calls `directory`."""
+    from train.model.export import export_run, verify_export
+
+    dtype = arguments.dtype
     say = console(stderr=True, soft_wrap=True)
     options = _saved_options(folder)
     step = export_run(
@@ -171,7 +220,7 @@ def _export(arguments: argparse.Namespace) -> None:
         with_optimizer=arguments.with_optimizer,
         batches=arguments.batches,
     )
-    say.print(f"written: {printable(str(directory))}, step {step}")
+    say.print(f"written: {printable(str(name))}, step {step}")
     if arguments.verify:
         loss = verify_export(folder, options, directory, step=step, dtype=dtype)
         reported = "none at that step" if loss.reported is None else f"{loss.reported:.6f}"
@@ -179,9 +228,7 @@ def _export(arguments: argparse.Namespace) -> None:
             f"validation loss over {loss.num_tokens:,} tokens: PyTorch {loss.torch:.6f}, here "
             f"{loss.ours:.6f}, reported by the run {reported}"
         )
-    if arguments.push is not None:
-        address = push(directory, arguments.push, message=f"Step {step}")
-        say.print(f"pushed: {printable(address)}")
+    return step
 
 
 def _add_evaluate(program: Parser) -> None:
@@ -231,17 +278,20 @@ def _add_evaluate(program: Parser) -> None:
 def _evaluate(arguments: argparse.Namespace) -> None:
     from train.model.evaluate import evaluate_target
 
-    target = arguments.target
-    loss = evaluate_target(
-        target,
-        tuple(arguments.data),
-        _saved_options(target) if (target / FILE).is_file() else None,
-        limit=arguments.batches,
-        batch_size=arguments.batch_size,
-        sequence_length=arguments.sequence_length,
-        step=arguments.step,
-        dtype=arguments.dtype,
-    )
+    with ExitStack() as stack:
+        target = remote_path(arguments.target) or arguments.target
+        if (target / FILE).is_file():
+            target = _run_folder(target, arguments.step, stack)
+        loss = evaluate_target(
+            target,
+            tuple(arguments.data),
+            _saved_options(target) if (target / FILE).is_file() else None,
+            limit=arguments.batches,
+            batch_size=arguments.batch_size,
+            sequence_length=arguments.sequence_length,
+            step=arguments.step,
+            dtype=arguments.dtype,
+        )
     print(f"loss {loss.loss:.6f}  perplexity {loss.perplexity:.4f}  tokens {loss.num_tokens:,}")
 
 

@@ -8,6 +8,7 @@ from typing import Literal
 
 from llama_jax.attention.implementation import Implementation
 from llama_jax.files.paths import source_path
+from llama_jax.files.remote import remote_path
 from llama_jax.numerics.remat_policy import Kept, KeptName, OffloadedName, Remat
 
 FILE = "run.toml"
@@ -175,7 +176,7 @@ class RunOptions:
     """A pretraining run."""
 
     out: Path = Path("runs/run")
-    """folder of the run"""
+    """folder of the run, or its URL in an object store"""
     data: tuple[str, ...] = (STDLIB,)
     """token directories, PATH or PATH=WEIGHT; `stdlib` is the source code of Python's standard library"""
     steps: int = 300
@@ -238,6 +239,11 @@ def with_absolute_paths(options: RunOptions) -> RunOptions:
     A model's name on the Hub becomes the directory of the cache that its files are in.
     """
     model = options.model
+    for option, path in (("model.config", model.config), ("init-from", options.init_from)):
+        if path is not None:
+            require_local(option, path)
+    if model.init_from is not None:
+        require_local("model.init-from", model.init_from)
     if model.config is not None:
         config = source_path(model.config, weights=False).absolute()
         model = dataclasses.replace(model, config=config)
@@ -251,6 +257,12 @@ def with_absolute_paths(options: RunOptions) -> RunOptions:
     return dataclasses.replace(options, data=data, model=model, init_from=init_from)
 
 
+def require_local(option: str, path: str | Path) -> None:
+    """Raise ValueError for the path of an option that is remote."""
+    if (remote := remote_path(path)) is not None:
+        raise ValueError(f"{option}: {remote} is remote; copy it to this machine first")
+
+
 def split_weight(text: str) -> tuple[str, float]:
     """The directory and the weight of one `--data` argument.
 
@@ -262,6 +274,7 @@ def split_weight(text: str) -> tuple[str, float]:
     path, sign, number = text.rpartition("=")
     if not (path if sign else text):
         raise ValueError("data: is empty; give token directories, PATH or PATH=WEIGHT")
+    require_local("data", text)
     if not sign or Path(text).exists():
         return text, 1.0
     try:

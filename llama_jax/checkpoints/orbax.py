@@ -17,6 +17,7 @@ from llama_jax.checkpoints.match import OTHER_HEAD, same_values
 from llama_jax.checkpoints.safetensors_read import all_finite
 from llama_jax.config import LlamaConfig
 from llama_jax.files.download import on_disk
+from llama_jax.files.paths import marker_of
 from llama_jax.formatting import first_line, summarize
 
 Model = TypeVar("Model", bound=nnx.Module)
@@ -58,7 +59,7 @@ def locate(path: Path) -> tuple[Path, Path]:
         steps = sorted(
             int(step.name)
             for step in (path / CHECKPOINTS).iterdir()
-            if step.name.isdigit() and (step / PARAMS).is_dir()
+            if step.name.isdigit() and (step / PARAMS).is_dir() and not marker_of(step).exists()
         )
         if not steps:
             raise ValueError(f"{path / CHECKPOINTS}: found no checkpoint, expected one")

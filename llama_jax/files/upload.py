@@ -123,6 +123,18 @@ def write_bytes(path: Path, content: bytes) -> None:
         _write(path, content)
 
 
+def remove(path: Path) -> None:
+    """Remove a remote file or folder; it is incomplete from the beginning, for `source_path` refuses it.
+
+    Raises ValueError if that is not possible.
+    """
+    marker = marker_of(path)
+    with storage_errors(path):
+        _write(marker, b"removed")
+        _remove(path)
+        file_system(path).rm_file(name_in(marker))
+
+
 def _write(path: Path, content: bytes) -> None:
     _make_parent(path)
     file_system(path).pipe_file(name_in(path), content)

@@ -17,6 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from llama_jax.text.lines import byte_lines, not_utf8
+from train.options import require_local
 
 # Characters beyond which a text file is cut, at the end of a line, into several documents: more than almost
 # any book has, and few enough to hold in memory and to tokenize at once.
@@ -36,6 +37,7 @@ def source_files(source: str | Path) -> list[Path]:
     Raises:
         ValueError: there is no such file.
     """
+    require_local("text", source)
     path = Path(source)
     if path.is_dir():
         names = path.rglob("*")

@@ -32,6 +32,7 @@ from train.data.token_shards import (
     write_shard,
 )
 from train.data.tokenizer_copy import copy_tokenizer
+from train.options import require_local
 
 T = TypeVar("T")
 
@@ -80,6 +81,7 @@ def tokenize(
         raise ValueError(f"shard_tokens: found {shard_tokens}, expected at least 1")
     if not sources:
         raise ValueError("sources: give at least one file, directory or glob")
+    require_local("out", out)
     out, tokenizer = Path(out), source_path(tokenizer, weights=False)
     home = tokenizer.parent if tokenizer.is_file() else tokenizer
     encoder = load_tokenizer(tokenizer)

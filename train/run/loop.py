@@ -29,6 +29,7 @@ from train.program.donation import donatable
 from train.run.continued import continued_opt_state, open_state
 from train.run.evaluation import evaluate_step
 from train.run.folder import EXPORTS
+from train.run.remote import name_of
 from train.run.stop import agreement, stop_signals
 
 
@@ -94,15 +95,16 @@ def train_loop(
                 _save(manager, done, params, opt_state, program, options)
             if reporter.stopping:
                 checkpoints.wait(manager)
-                display.say(
-                    f"stopped after step {done}, saved; resume with: python -m train resume {folder}"
-                )
+                again = f"python -m train resume {name_of(folder)}"
+                display.say(f"stopped after step {done}, saved; resume with: {again}")
                 return
             reporter.restart_clock()  # the next step is timed without all this
         checkpoints.wait(manager)
         if first_process:
             metrics_log.draw_loss(folder)
-        display.say(f"done: {printable(str(folder))} ({metrics_log.FILE}, {metrics_log.PICTURE})")
+        display.say(
+            f"done: {printable(str(name_of(folder)))} ({metrics_log.FILE}, {metrics_log.PICTURE})"
+        )
 
 
 def _initial_state(
