@@ -110,6 +110,7 @@ def mirrored(folder: Path, url: Path, options: CheckpointOptions) -> Iterator[No
     except BaseException:
         ended.set()
         thread.join()
+        mirror.require_claim()  # it may be what ended the run
         with suppress(Exception):
             mirror.copy(last=True)
         raise
@@ -157,6 +158,11 @@ class _Mirror:
             return True
         return content == self._claim
 
+    def require_claim(self) -> None:
+        """Raise ValueError if another process has the run."""
+        if not self.is_claimed():
+            raise ValueError(f"{self._url}: another process has taken over this run")
+
     def copy(self, *, last: bool = False) -> None:
         """Copy files that have changed, then new checkpoints, then exports; remove old checkpoints.
 
@@ -173,8 +179,8 @@ class _Mirror:
         files = self._changed()
         if not (new or last or not self._copied):
             files = []  # the lines of metrics go with the checkpoints
-        if (files or new or last) and not self.is_claimed():
-            raise ValueError(f"{self._url}: another process has taken over this run")
+        if files or new or last:
+            self.require_claim()
         for file in files:
             status = file.stat()
             name = file.relative_to(self._folder).as_posix()
