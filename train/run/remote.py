@@ -175,6 +175,7 @@ class _Mirror:
         new = sorted(
             (step for step in steps if f"{CHECKPOINTS}/{step.name}" not in self._directories),
             key=lambda path: int(path.name),
+            reverse=True,  # the newest is what matters most
         )
         files = self._changed()
         if not (new or last or not self._copied):
@@ -222,7 +223,7 @@ class _Mirror:
             with uploading(self._url / name) as upload:
                 # what a checkpoint holds is compared with its fingerprints whenever it is read
                 upload(directory, verify=False)
-        except FileNotFoundError:
+        except (ValueError, OSError):
             if directory.exists():
                 raise
             return  # a newer checkpoint has replaced it meanwhile
