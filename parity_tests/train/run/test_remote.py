@@ -159,7 +159,7 @@ def test_of_two_processes_the_later_one_has_the_run(
 
 @pytest.mark.slow
 def test_killed_on_an_object_store(tiny: Tiny, tmp_path: Path) -> None:
-    options = STEPS | {"steps": 1500, "checkpoint__every": 100, "evaluation__every": 500}
+    options = STEPS | {"steps": 6000, "checkpoint__every": 300, "evaluation__every": 2000}
     finish(start(run_flags(tiny, tmp_path / "full", **options), environment(tiny.cache)))
     with serve_s3() as bucket:
         url, _store = f"{bucket}/run", fsspec.filesystem("s3")
@@ -170,10 +170,10 @@ def test_killed_on_an_object_store(tiny: Tiny, tmp_path: Path) -> None:
             time.sleep(0.01)
         process.communicate()
         assert process.returncode == -signal.SIGKILL
-        assert 1500 not in steps_of(url)
+        assert 6000 not in steps_of(url)
         err = finish(start(["resume", url], environment(tiny.cache)))
         assert "resumed after step" in err
         with local_run(remote_path(url)) as copy:
-            assert saved_steps(copy) == [1500]
-            assert same_bits(state_of(copy, 1500), state_of(tmp_path / "full", 1500))
+            assert saved_steps(copy) == [6000]
+            assert same_bits(state_of(copy, 6000), state_of(tmp_path / "full", 6000))
             assert metrics_of(copy) == metrics_of(tmp_path / "full")
