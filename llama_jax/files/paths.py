@@ -18,7 +18,7 @@ def source_path(path: str | os.PathLike[str], *, weights: bool = True) -> Path:
         ValueError: as `hub.cached_path`; nothing at the URL, no way to reach it, or an upload to it that
             was interrupted.
 
-    >>> source_path("models/llama")
+    >>> source_path("./models/llama")
     PosixPath('models/llama')
     """
     if is_remote(path):
