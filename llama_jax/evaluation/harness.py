@@ -42,6 +42,9 @@ if TYPE_CHECKING:
 _BATCH_SIZE = 16
 _NEW_TOKENS = 256  # as lm_eval's own models, where a task does not say
 _STEPS = 8  # between two looks for stop strings
+_COMPILATION = (
+    1024  # in tokens that run meanwhile: on a CPU, a prefill of 135M takes 4 s to compile
+)
 
 
 @register_model("llama_jax")
@@ -176,24 +179,21 @@ class HarnessModel(TemplateLM):
         order = sorted(range(len(requests)), key=lambda i: (settings(i), -len(contexts[i])))
         for _settings, group in groupby(order, key=settings):
             members = list(group)
-            for start in range(0, len(members), self.batch_size):
-                batch = members[start : start + self.batch_size]
-                options = requests[batch[0]].args[1]
-                texts = self._generate([contexts[i] for i in batch], dict(options))
-                for index, text in zip(batch, texts, strict=True):
-                    results[index] = text
-                    self.cache_hook.add_partial("generate_until", requests[index].args, text)
+            options = requests[members[0]].args[1]
+            texts = self._generate([contexts[i] for i in members], dict(options))
+            for index, text in zip(members, texts, strict=True):
+                results[index] = text
+                self.cache_hook.add_partial("generate_until", requests[index].args, text)
         return results
 
     def _generate(self, contexts: list[list[int]], options: dict[str, Any]) -> list[str]:
-        """Continue a batch of contexts.
+        """Continue contexts, the longest first, in batches of one size and few lengths.
 
         Args:
             options: of the task: until, max_gen_toks, do_sample, temperature, top_p, top_k.
         """
         until = options.pop("until", None) or []
         stops = [until] if isinstance(until, str) else list(until)
-        ends = self.model.config.eos_token_ids
         eot = self.eot_token_id
         if eot is not None and (text := self._tokenizer.id_to_token(eot)) not in stops:
             stops.append(text)
@@ -206,34 +206,41 @@ class HarnessModel(TemplateLM):
             )
         sampling = _sampling(options)
         kept = [context[new - self.max_length :] for context in contexts]
-        # padding, so that few lengths are compiled, and none for the last batch alone
-        width = min(bucket(max(map(len, kept))), self.max_length - new)
-        rows = min(1 << (len(kept) - 1).bit_length(), self.batch_size)
-        ids, mask = np.zeros((rows, width), np.int32), np.zeros((rows, width), np.int32)
-        mask[len(kept) :, -1] = 1
-        for row, context in enumerate(kept):
-            ids[row, width - len(context) :] = context
-            mask[row, width - len(context) :] = 1
-        stream = self.model.stream(
-            ids,
-            mask,
-            max_new_tokens=new,
-            key=jax.random.key(self._seed),
-            eos_token_id=() if eot is None else tuple({eot, *ends}),
-            pad_token_id=eot or 0,
-            **sampling,
-        )
-        steps: list[np.ndarray] = []
-        for step in stream:
-            steps.append(step)
-            if len(steps) % _STEPS == 0 and all(
-                self._stopped(steps, r, stops) for r in range(len(kept))
-            ):
-                break
-        tokens = np.stack(steps, axis=1)
-        return [
-            _before(self.tok_decode(_until_end(row, eot)), stops) for row in tokens[: len(kept)]
-        ]
+        count = -(-len(kept) // self.batch_size)
+        rows = -(-len(kept) // count)
+        batches = [kept[start : start + rows] for start in range(0, len(kept), rows)]
+        longest = [min(bucket(len(batch[0])), self.max_length - new) for batch in batches]
+        widths = few_widths(longest, _COMPILATION / rows)
+        texts: list[str] = []
+        for batch, width in zip(batches, widths, strict=True):
+            ids, mask = np.zeros((rows, width), np.int32), np.zeros((rows, width), np.int32)
+            mask[len(batch) :, -1] = 1
+            for row, context in enumerate(batch):
+                ids[row, width - len(context) :] = context
+                mask[row, width - len(context) :] = 1
+            stream = self.model.stream(
+                ids,
+                mask,
+                max_new_tokens=new,
+                key=jax.random.key(self._seed),
+                eos_token_id=() if eot is None else tuple({eot, *self.model.config.eos_token_ids}),
+                pad_token_id=eot or 0,
+                cache_capacity=widths[0] + new - 1,  # of all batches, which then share a program
+                **sampling,
+            )
+            steps: list[np.ndarray] = []
+            for step in stream:
+                steps.append(step)
+                if len(steps) % _STEPS == 0 and all(
+                    self._stopped(steps, row, stops) for row in range(len(batch))
+                ):
+                    break
+            tokens = np.stack(steps, axis=1)
+            texts += [
+                _before(self.tok_decode(_until_end(row, eot)), stops)
+                for row in tokens[: len(batch)]
+            ]
+        return texts
 
     def _stopped(self, steps: list[np.ndarray], row: int, stops: Sequence[str]) -> bool:
         tokens = [int(step[row]) for step in steps]
@@ -265,6 +272,36 @@ class HarnessModel(TemplateLM):
     def tokenizer_name(self) -> str:
         """What lm_eval's cache of requests is named after."""
         return self._name.replace("/", "__")
+
+
+def few_widths(longest: Sequence[int], compilation: float) -> list[int]:
+    """The widths of batches, the longest first: those for which padding and compiling take the least time.
+
+    Args:
+        longest: the least width of each batch, in descending order.
+        compilation: the time of compiling for one more width, in tokens of each row that run meanwhile.
+
+    >>> few_widths([100, 90, 30, 30], 25)
+    [100, 100, 30, 30]
+    >>> few_widths([100, 90, 30, 30], 1000)
+    [100, 100, 100, 100]
+    """
+    # of the first n batches: the cost, and where those of the last width begin
+    best: list[tuple[float, int]] = [(0, 0)]
+    for end in range(1, len(longest) + 1):
+        best.append(
+            min(
+                (best[begin][0] + compilation + (end - begin) * longest[begin], begin)
+                for begin in range(end)
+            )
+        )
+    widths: list[int] = []
+    end = len(longest)
+    while end:
+        begin = best[end][1]
+        widths = [longest[begin]] * (end - begin) + widths
+        end = begin
+    return widths
 
 
 def _positive(name: str, value: Any, limit: int | None) -> int:

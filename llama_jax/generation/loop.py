@@ -195,10 +195,11 @@ def _start(
         output_scores=request.output_scores,
     )
     decoder = unstack_layers(model) if unstacked else model
+    begin = jnp.asarray(width, jnp.int32)  # traced: prompts of all widths share a program
 
     def continue_to(state: _State, count: int) -> _State:
         end = jnp.asarray(width + count, jnp.int32)
-        return _decode(decoder, state, end, width, sampling, ending, key)
+        return _decode(decoder, state, end, begin, sampling, ending, key)
 
     return _Started(state, padding, continue_to)
 
@@ -321,12 +322,12 @@ def _prefill(
     return _append(state, out.logits[:, -1], width, sampling, ending, key)
 
 
-@partial(jax.jit, static_argnames="width", donate_argnames="state")
+@partial(jax.jit, donate_argnames="state")
 def _decode(
     model: CausalModel,
     state: _State,
     end: Int[Array, ""],
-    width: int,
+    width: Int[Array, ""],
     sampling: Sampling,
     ending: Ending,
     key: Key[Array, ""] | None,
@@ -347,7 +348,7 @@ def _decode(
 def _append(
     state: _State,
     logits: Float[Array, "batch vocab"],
-    width: int,
+    width: int | Int[Array, ""],
     sampling: Sampling,
     ending: Ending,
     key: Key[Array, ""] | None,

@@ -218,6 +218,42 @@ def test_the_command_line(checkpoint: Path, tmp_path: Path) -> None:
     assert "no such directory" in done.stderr.splitlines()[-1]
 
 
+def test_widths_take_the_least_time() -> None:
+    """Beside every way of cutting the batches into groups of one width."""
+    from llama_jax.evaluation.harness import few_widths
+
+    rng = np.random.default_rng(0)
+    for _ in range(50):
+        longest = sorted(map(int, rng.integers(1, 200, rng.integers(1, 8))), reverse=True)
+        compilation = float(rng.integers(0, 300))
+        costs = []
+        for cuts in range(1 << (len(longest) - 1)):
+            width, cost = longest[0], compilation
+            for index, least in enumerate(longest):
+                if index and cuts >> (index - 1) & 1:
+                    width, cost = least, cost + compilation
+                cost += width
+            costs.append(cost)
+        widths = few_widths(longest, compilation)
+        assert all(width >= least for width, least in zip(widths, longest, strict=True))
+        assert sum(widths) + compilation * len(set(widths)) <= min(costs)
+
+
+def test_few_programs_are_compiled(tmp_path: Path) -> None:
+    """For prompts of any length: one that decodes, and one for each width."""
+    from llama_jax.evaluation.harness import HarnessModel
+    from llama_jax.generation import loop
+
+    model = HarnessModel(str(save_checkpoint(tmp_path, max_position_embeddings=512)), batch_size=4)
+    rng = np.random.default_rng(0)
+    contexts = [rng.integers(2, 300, n).tolist() for n in range(200, 2, -18)]
+    before = loop._prefill._cache_size(), loop._decode._cache_size()
+    texts = model._generate(contexts, {"max_gen_toks": 4})
+    after = loop._prefill._cache_size(), loop._decode._cache_size()
+    assert len(texts) == len(contexts)
+    assert (after[0] - before[0], after[1] - before[1]) == (1, 1)
+
+
 def test_arguments(checkpoint: Path) -> None:
     from llama_jax.evaluation.harness import HarnessModel
 

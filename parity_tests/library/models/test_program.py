@@ -155,6 +155,16 @@ def test_dropout_needs_a_key_and_scales_the_rest():
         (lambda m: m(IDS, attention_mask=jnp.ones((2, 9))), "attention_mask: found shape (2, 9)"),
         (lambda m: m(IDS, segment_ids=jnp.ones((1, 10), int)), "segment_ids: found shape (1, 10)"),
         (
+            lambda m: m.model(IDS, visible_until=jnp.ones((1, 10), int)),
+            "visible_until: found shape (1, 10)",
+        ),
+        (
+            lambda m: m.model(
+                IDS, visible_until=IDS, cache=init_cache(m.config, 2, 16, jnp.float32)
+            ),
+            "at most one of visible_until, cache and token_order",
+        ),
+        (
             lambda m: m(IDS, position_ids=jnp.ones((3, 10), int)),
             "position_ids: found shape (3, 10)",
         ),
