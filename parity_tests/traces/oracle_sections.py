@@ -1,4 +1,4 @@
-"""The float64 oracle, one section at a time. To put a fault into it, patch a function of `oracle`."""
+"""The float64 oracle, one section at a time."""
 
 from typing import Any
 
@@ -18,12 +18,19 @@ _Tensors = dict[str, Tensor]
 
 
 class OracleSections:
-    """The checkpoint's weights rounded to `dtype`, everything after that in float64."""
+    """The checkpoint's weights rounded to `dtype`, everything after that in `working`."""
 
     name = "float64 oracle"
 
-    def __init__(self, checkpoint: Checkpoint, dtype: np.dtype, inputs: Inputs) -> None:
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        dtype: np.dtype,
+        inputs: Inputs,
+        working: torch.dtype = torch.float64,
+    ) -> None:
         self.checkpoint, self.dtype, self.inputs = checkpoint, dtype, inputs
+        self.working = working
         self.fields, self.layers = checkpoint.fields, checkpoint.config.num_hidden_layers
         self.visible = oracle.visibility(
             inputs.ids.shape[0],
@@ -33,7 +40,7 @@ class OracleSections:
         )
 
     def weights(self, section: str) -> _Tensors:
-        """The parameters of a section, float64, by their names in the checkpoint."""
+        """The parameters of a section by their names in the checkpoint."""
         if section == "embedding":
             names = [EMBEDDING]
         elif section == "head":
@@ -41,16 +48,27 @@ class OracleSections:
         else:
             layer = read_layer(self.checkpoint, int(section.removeprefix("layers.")), self.dtype)
             prefix = f"model.{section}."
-            return {prefix + name: as_torch(layer.pop(name)).double() for name in list(layer)}
-        return {name: as_torch(read(self.checkpoint, name, self.dtype)).double() for name in names}
+            return {prefix + n: as_torch(layer.pop(n)).to(self.working) for n in list(layer)}
+        return {name: self.weight(name) for name in names}
+
+    def weight(self, name: str) -> Tensor:
+        """A parameter of the checkpoint."""
+        return as_torch(read(self.checkpoint, name, self.dtype)).to(self.working)
+
+    def computed(self, step: str, value: Tensor) -> Tensor:
+        """What a step computes; a place to change it."""
+        return value
+
+    def has_read(self, step: str, value: Tensor) -> None:
+        """Called with what later steps read of a step."""
 
     def forward(self, section: str, values: Values) -> dict[str, np.ndarray]:
         with torch.no_grad():
-            steps = self._run(section, self.weights(section), _as_tensors(values), {})
+            steps = self._run(section, self.weights(section), self._tensors(values), {})
         return {name: value.numpy() for name, value in steps.items()}
 
     def backward(self, section: str, values: Values, cotangents: Values) -> dict[str, np.ndarray]:
-        tensors, begin = _as_tensors(values), _as_tensors(cotangents)
+        tensors, begin = self._tensors(values), self._tensors(cotangents)
         inner = [name for name in begin if name != output_of(section)]
         shifts = {name: torch.zeros_like(begin[name]).requires_grad_() for name in inner}
         hidden = input_of(section, self.layers)
@@ -72,16 +90,18 @@ class OracleSections:
 
         def read(step: str, value: Tensor) -> Tensor:
             if step in shifts:
-                return values.get(step, value).detach().reshape(value.shape) + shifts[step]
-            if step in values:  # its gradient flows on to what computed it
-                return values[step].reshape(value.shape) + (value - value.detach())
+                value = values.get(step, value).detach().reshape(value.shape) + shifts[step]
+            elif step in values:  # its gradient flows on to what computed it
+                value = values[step].reshape(value.shape) + (value - value.detach())
+            self.has_read(step, value)
             return value
 
         ids = torch.from_numpy(self.inputs.ids.astype(np.int64))
         if section == "embedding":
-            cos, sin = oracle.cos_sin(self.fields, torch.from_numpy(self.inputs.positions))
+            positions = torch.from_numpy(self.inputs.positions)
+            cos, sin = oracle.cos_sin(self.fields, positions, self.working)
             embedded = oracle.embed(self.fields, weights[EMBEDDING], ids)
-            return {"embed_tokens": embedded, COS: cos, SIN: sin}
+            return {"embed_tokens": self.computed("embed_tokens", embedded), COS: cos, SIN: sin}
         before = input_of(section, self.layers)
         assert before is not None
         x = read(before, values[before])
@@ -91,26 +111,34 @@ class OracleSections:
         steps: _Tensors = {}
 
         def read_step(name: str, value: Tensor) -> Tensor:
-            steps[f"{section}.{name}"] = value
-            return read(f"{section}.{name}", value)
+            name = f"{section}.{name}"
+            steps[name] = value = self.computed(name, value)
+            return read(name, value)
 
         of_layer = {name.removeprefix(prefix): weight for name, weight in weights.items()}
         batch = len(ids)
         cos, sin = (values[name].expand(batch, -1, -1) for name in (COS, SIN))
         output = layer_steps(self.fields, of_layer, x, cos, sin, self.visible, read_step)[OUTPUT]
-        return steps | {section: output}
+        return steps | {section: self.computed(section, output)}
 
     def _head(self, weights: _Tensors, x: Tensor, read: Any) -> _Tensors:
-        steps = {"norm": oracle.rms_norm(x, weights[NORM], self.fields["rms_norm_eps"])}
-        head = weights[self.checkpoint.head]
-        steps["lm_head"] = read("norm", steps["norm"]) @ head.T
+        steps: _Tensors = {}
+
+        def step(name: str, value: Tensor) -> Tensor:
+            steps[name] = value = self.computed(name, value)
+            return read(name, value)
+
+        normed = step("norm", oracle.rms_norm(x, weights[NORM], self.fields["rms_norm_eps"]))
+        logits = step("lm_head", normed @ weights[self.checkpoint.head].T)
         labels = torch.from_numpy(self.inputs.targets)
-        steps["loss"] = oracle.causal_lm_loss(read("lm_head", steps["lm_head"]), labels)
+        steps["loss"] = self.computed("loss", oracle.causal_lm_loss(logits, labels))
         return steps
 
-
-def _as_tensors(values: Values) -> _Tensors:
-    return {name: as_torch(np.ascontiguousarray(value)).double() for name, value in values.items()}
+    def _tensors(self, values: Values) -> _Tensors:
+        return {
+            name: as_torch(np.ascontiguousarray(value)).to(self.working)
+            for name, value in values.items()
+        }
 
 
 def _optional(array: np.ndarray | None) -> Tensor | None:

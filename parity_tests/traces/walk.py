@@ -29,9 +29,6 @@ def _nothing() -> None:
 class Walk:
     """What is compared with what.
 
-    To try a hypothesis, walk again with an `exact` that has a fault, `only` over the sections in question,
-    and compare the residuals.
-
     Args:
         trace: the recording.
         config: of the checkpoint.
@@ -84,7 +81,7 @@ class Walk:
                 continue
             recorded = self._recorded(steps_of(section), gradient=True)
             exact, rounded = (
-                program.backward(section, self._values(section, index), carried[index] | recorded)
+                program.backward(section, self.values(section, index), carried[index] | recorded)
                 for index, program in enumerate(self.programs)
             )
             if section == "head" and EMBEDDING in exact:  # tied: it is the head's weight too
@@ -111,12 +108,12 @@ class Walk:
 
     def _run(self, section: str) -> Pair:
         exact, rounded = (
-            program.forward(section, self._values(section, index))
+            program.forward(section, self.values(section, index))
             for index, program in enumerate(self.programs)
         )
         return exact, rounded
 
-    def _values(self, section: str, program: int) -> dict[str, np.ndarray]:
+    def values(self, section: str, program: int) -> dict[str, np.ndarray]:
         """What a program reads in a section: what was recorded, or else what it has computed."""
         before = input_of(section, len(self.sections) - 2)
         if before is None:

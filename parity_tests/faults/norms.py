@@ -1,0 +1,157 @@
+"""Mistakes in RMSNorm."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from parity_tests.faults.change import (
+    Change,
+    Config,
+    Fault,
+    Steps,
+    Weights,
+    in_bfloat16,
+    of_number,
+    one,
+    several,
+)
+
+NORMS = ("input_layernorm", "post_attention_layernorm", "norm")
+
+
+def instead(norm: Callable[[Tensor, Tensor, float], Tensor]) -> Change:
+    """Another function in place of RMSNorm."""
+    return Change(functions={"rms_norm": lambda _: norm})
+
+
+def _rsqrt_mean(x: Tensor, eps: float) -> Tensor:
+    return torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
+
+
+def _layer_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    return instead_of_mean(x - x.mean(-1, keepdim=True), weight, eps)
+
+
+def instead_of_mean(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """RMSNorm itself."""
+    return x * _rsqrt_mean(x, eps) * weight
+
+
+def _all_in_bfloat16(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    narrow = x.to(torch.bfloat16)
+    scale = torch.rsqrt(narrow.pow(2).mean(-1, keepdim=True) + eps)
+    return (narrow * scale * weight.to(torch.bfloat16)).to(x.dtype)
+
+
+def _swapped(weights: Weights, *_: Any) -> Weights:
+    names = [name for name in weights if name.endswith("_layernorm.weight")]
+    values = [weights[name] for name in reversed(names)]
+    return weights | dict(zip(names, values, strict=True))
+
+
+def _post_norm() -> Change:
+    """Each norm is applied to what attention or the MLP returns, and not to what they read."""
+
+    def linear(name: str) -> Callable[[Steps, Tensor], Tensor]:
+        def step(steps: Steps, value: Tensor) -> Tensor:
+            x = steps.read["x" if name.startswith("self_attn") else "after_attention"]
+            y = x @ steps.weights[f"{name}.weight"].T
+            bias = steps.weights.get(f"{name}.bias")
+            return y.reshape(value.shape) if bias is None else y.reshape(value.shape) + bias
+
+        return step
+
+    def norm(name: str, of: str) -> Callable[[Steps, Tensor], Tensor]:
+        def step(steps: Steps, value: Tensor) -> Tensor:
+            if of not in steps.read:
+                return value
+            weight, eps = steps.weights[f"{name}.weight"], steps.fields["rms_norm_eps"]
+            return instead_of_mean(steps.read[of], weight, eps)
+
+        return step
+
+    projections = [*(f"self_attn.{p}_proj" for p in "qkv"), "mlp.gate_proj", "mlp.up_proj"]
+    return Change(
+        steps={
+            "input_layernorm": norm("input_layernorm", "self_attn.o_proj"),
+            "post_attention_layernorm": norm("post_attention_layernorm", "mlp.down_proj"),
+            "after_attention": lambda s, v: s.read["x"] + s.read["input_layernorm"],
+            "": lambda s, v: s.read["after_attention"] + s.read["post_attention_layernorm"],
+        }
+        | {name: linear(name) for name in projections}
+    )
+
+
+def _eps(value: float) -> Change:
+    return Change(fields=lambda fields: dict(fields) | {"rms_norm_eps": value})
+
+
+def _eps_values(fields: Config) -> list[float]:
+    values = (1e-5, 1e-6, 1e-8, 1e-12, 1e-4, 1e-3, 1.1920929e-7)
+    return [value for value in values if value != fields["rms_norm_eps"]]
+
+
+FAULTS: list[Fault] = [
+    of_number("norm_eps", "eps of the norms is {}", NORMS, _eps_values, _eps),
+    one("norm_eps_zero", "the norms have no eps", NORMS, _eps(0.0)),
+    one(
+        "norm_eps_outside_root",
+        "eps of the norms is added outside the root",
+        NORMS,
+        instead(lambda x, w, eps: x / (x.square().mean(-1, keepdim=True).sqrt() + eps) * w),
+    ),
+    one(
+        "norm_weight_plus_one",
+        "norms multiply by 1 + weight",
+        NORMS,
+        instead(lambda x, w, eps: instead_of_mean(x, w + 1, eps)),
+    ),
+    one(
+        "norm_weight_dropped",
+        "norms do not multiply by their weight",
+        NORMS,
+        instead(lambda x, w, eps: instead_of_mean(x, torch.ones_like(w), eps)),
+    ),
+    one(
+        "norms_swapped",
+        "the two norms of a layer are swapped",
+        ("input_layernorm", "post_attention_layernorm"),
+        Change(weights=_swapped),
+    ),
+    one("layer_norm", "norms subtract the mean (LayerNorm)", NORMS, instead(_layer_norm)),
+    one(
+        "norm_sum",
+        "norms divide by the root of the sum, not of the mean",
+        NORMS,
+        instead(
+            lambda x, w, eps: x * torch.rsqrt(x.square().sum(-1, keepdim=True) + eps) * w
+        ),
+    ),
+    one("norm_dropped", "a norm is left out", NORMS, instead(lambda x, w, eps: x)),
+    one("post_norm", "norms follow attention and the MLP", (*NORMS[:2], "self_attn.q_proj"), _post_norm()),
+    several(
+        "norm_bfloat16",
+        "norms are in bfloat16 ({})",
+        NORMS,
+        {
+            "every step": instead(_all_in_bfloat16),
+            "what they read": instead(lambda x, w, eps: instead_of_mean(in_bfloat16(x), w, eps)),
+            "before the weight": instead(lambda x, w, eps: in_bfloat16(x * _rsqrt_mean(x, eps)) * w),
+            "what they return": instead(lambda x, w, eps: in_bfloat16(instead_of_mean(x, w, eps))),
+            "the weight": instead(lambda x, w, eps: instead_of_mean(x, in_bfloat16(w), eps)),
+            "the mean of squares": instead(
+                lambda x, w, eps: x * in_bfloat16(_rsqrt_mean(x, eps)) * w
+            ),
+            "up to the weight": instead(
+                lambda x, w, eps: (
+                    x.to(torch.bfloat16)
+                    * torch.rsqrt(x.to(torch.bfloat16).pow(2).mean(-1, keepdim=True) + eps)
+                ).to(x.dtype)
+                * w
+            ),
+        },
+        rounds=True,
+    ),
+]

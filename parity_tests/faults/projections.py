@@ -1,0 +1,237 @@
+"""Mistakes in matrices, the MLP and the residual stream."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from parity_tests.faults.attention import K, Q, V, _swapped, rows
+from parity_tests.faults.change import (
+    Change,
+    Config,
+    Fault,
+    Steps,
+    Variants,
+    in_bfloat16,
+    of_number,
+    one,
+    several,
+)
+from parity_tests.reference import oracle
+from parity_tests.traces.sections import Inputs
+
+GATE, UP, DOWN, O = "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj", "self_attn.o_proj"
+MATRICES = (Q, K, V, O, GATE, UP, DOWN)
+ACT = ("mlp.act",)
+RESIDUAL = ("after_attention", "")
+
+
+def _transposed(name: str) -> Change:
+    def transpose(w: Tensor, _: Config) -> Tensor:
+        return w.T.reshape(w.shape) if w.ndim == 2 else w
+
+    return rows((name,), transpose)
+
+
+def _biases_dropped(fields: Config, _: Inputs) -> Variants:
+    def without(*names: str) -> Change:
+        return Change(
+            weights=lambda weights, *_: {
+                name: value
+                for name, value in weights.items()
+                if not (name.endswith(".bias") and any(f"{n}." in name for n in names))
+            }
+        )
+
+    if fields.get("attention_bias"):
+        yield "attention", without(Q, K, V, O)
+        for name in (Q, K, V, O):
+            yield name, without(name)
+    if fields.get("mlp_bias"):
+        yield "the MLP", without(GATE, UP, DOWN)
+        for name in (GATE, UP, DOWN):
+            yield name, without(name)
+
+
+def _linear(change: Callable[[Any, Any, str, Tensor, Any], Tensor], **options: Any) -> Change:
+    def replacement(right: Any) -> Any:
+        return lambda weights, name, x, slices=1: change(right, weights, name, x, slices)
+
+    return Change(functions={"linear": replacement}, **options)
+
+
+def _rounded(to: Callable[[Tensor], Tensor]) -> Change:
+    def change(right: Any, weights: Any, name: str, x: Tensor, slices: Any) -> Tensor:
+        weight = f"{name}.weight"
+        return right(dict(weights) | {weight: to(weights[weight])}, name, to(x), slices)
+
+    return _linear(change)
+
+
+def _ten_bits(x: Tensor) -> Tensor:
+    """Rounded to 10 bits of mantissa, as TF32."""
+    bits = x.detach().float().contiguous().view(torch.int32)
+    return ((bits + 0x1000) & ~0x1FFF).view(torch.float32).to(x.dtype) + (x - x.detach())
+
+
+def _float16(x: Tensor) -> Tensor:
+    return x.to(torch.float16).to(x.dtype)
+
+
+def _activations(fields: Config, _: Inputs) -> Variants:
+    right = oracle.ACTIVATIONS[fields["hidden_act"]]
+    seen = [right]
+    for name, function in oracle.ACTIVATIONS.items():
+        if function not in seen and name != "swish":
+            seen.append(function)
+            yield name, Change(fields=lambda f, name=name: dict(f) | {"hidden_act": name})
+
+
+def _act(change: Callable[[Callable[[Tensor], Tensor], Tensor, Tensor], Tensor]) -> Change:
+    """Another product of gate and up."""
+
+    def step(steps: Steps, value: Tensor) -> Tensor:
+        function = oracle.ACTIVATIONS[steps.fields["hidden_act"]]
+        gate, up = (steps.read[name].reshape(value.shape) for name in (GATE, UP))
+        return change(function, gate, up)
+
+    return Change(steps={ACT[0]: step})
+
+
+def _sum(
+    of_attention: Callable[[Steps], Tensor], of_mlp: Callable[[Steps], Tensor]
+) -> Change:
+    """Another residual stream."""
+    return Change(
+        steps={"after_attention": lambda s, _: of_attention(s), "": lambda s, _: of_mlp(s)}
+    )
+
+
+def _weighted(stream: float, branch: float) -> Change:
+    return _sum(
+        lambda s: stream * s.read["x"] + branch * s.read[O],
+        lambda s: stream * s.read["after_attention"] + branch * s.read[DOWN],
+    )
+
+
+def _parallel(steps: Steps, value: Tensor) -> Tensor:
+    weight = steps.weights["post_attention_layernorm.weight"]
+    return oracle.rms_norm(steps.read["x"], weight, steps.fields["rms_norm_eps"])
+
+
+FAULTS: list[Fault] = [
+    several("transposed", "{} is transposed", MATRICES, {name: _transposed(name) for name in MATRICES}),
+    one("gate_up_swapped", "gate_proj and up_proj are swapped", (GATE, UP), _swapped(GATE, UP)),
+    Fault("biases_dropped", "biases of {} are left out", MATRICES, _biases_dropped),
+    several(
+        "matmul_rounded",
+        "operands of matmuls are rounded to {}",
+        (*MATRICES, "lm_head"),
+        {
+            "tf32": _rounded(_ten_bits),
+            "bfloat16": _rounded(in_bfloat16),
+            "float16": _rounded(_float16),
+        },
+        rounds=True,
+    ),
+    one(
+        "matmul_result_bfloat16",
+        "results of matmuls are in bfloat16",
+        MATRICES,
+        _linear(lambda right, *args: in_bfloat16(right(*args))),
+        rounds=True,
+    ),
+    Fault("activation", "the activation is {}", ACT, _activations),
+    one(
+        "activation_of_up",
+        "the activation is of up_proj, not of gate_proj",
+        ACT,
+        _act(lambda f, gate, up: gate * f(up)),
+    ),
+    one("gate_left_out", "the product lacks the gate", ACT, _act(lambda f, gate, up: f(up))),
+    one("up_left_out", "the product lacks up_proj", ACT, _act(lambda f, gate, up: f(gate))),
+    one(
+        "activation_of_product",
+        "the activation is of the product of gate and up",
+        ACT,
+        _act(lambda f, gate, up: f(gate * up)),
+    ),
+    of_number(
+        "activation_clamped",
+        "gate and up are clamped at {}",
+        ACT,
+        lambda _: (7.0, 10.0, 1.0),
+        lambda limit: _act(
+            lambda f, gate, up: f(gate.clamp(max=limit)) * up.clamp(-limit, limit)
+        ),
+    ),
+    several(
+        "activation_bfloat16",
+        "the MLP's product is in bfloat16 ({})",
+        ACT,
+        {
+            "the product": _act(lambda f, gate, up: in_bfloat16(f(gate) * up)),
+            "the activation": _act(lambda f, gate, up: in_bfloat16(f(gate)) * up),
+            "what it reads": _act(lambda f, gate, up: f(in_bfloat16(gate)) * in_bfloat16(up)),
+            "every step": _act(
+                lambda f, gate, up: in_bfloat16(in_bfloat16(f(in_bfloat16(gate))) * in_bfloat16(up))
+            ),
+        },
+        rounds=True,
+    ),
+    of_number(
+        "residual_multiplier",
+        "attention and the MLP are multiplied by {} before they are added",
+        RESIDUAL,
+        lambda fields: (0.22, 0.5, 2.0**-0.5, (2 * fields["num_hidden_layers"]) ** -0.5, 2.0),
+        lambda value: _weighted(1.0, value),
+    ),
+    of_number(
+        "residual_weight",
+        "the residual stream is multiplied by {}",
+        RESIDUAL,
+        lambda _: (0.5, 2.0**-0.5, 2.0),
+        lambda value: _weighted(value, 1.0),
+    ),
+    one("residual_mean", "the residual stream is a mean, not a sum", RESIDUAL, _weighted(0.5, 0.5)),
+    one("residual_dropped", "the residual connection is left out", RESIDUAL, _weighted(0.0, 1.0)),
+    one("residual_subtracted", "attention and the MLP are subtracted", RESIDUAL, _weighted(1.0, -1.0)),
+    one(
+        "residual_of_norm",
+        "the residual connection begins after the norm",
+        RESIDUAL,
+        _sum(
+            lambda s: s.read["input_layernorm"] + s.read[O],
+            lambda s: s.read["post_attention_layernorm"] + s.read[DOWN],
+        ),
+    ),
+    one(
+        "mlp_beside_attention",
+        "the MLP reads what attention reads, not what it returns",
+        ("post_attention_layernorm",),
+        Change(steps={"post_attention_layernorm": _parallel}),
+    ),
+    several(
+        "residual_bfloat16",
+        "the residual stream is in bfloat16 ({})",
+        RESIDUAL,
+        {
+            "each sum": _sum(
+                lambda s: in_bfloat16(s.read["x"] + s.read[O]),
+                lambda s: in_bfloat16(s.read["after_attention"] + s.read[DOWN]),
+            ),
+            "operands and sums": _sum(
+                lambda s: in_bfloat16(in_bfloat16(s.read["x"]) + in_bfloat16(s.read[O])),
+                lambda s: in_bfloat16(
+                    in_bfloat16(s.read["after_attention"]) + in_bfloat16(s.read[DOWN])
+                ),
+            ),
+            "what is added": _sum(
+                lambda s: s.read["x"] + in_bfloat16(s.read[O]),
+                lambda s: s.read["after_attention"] + in_bfloat16(s.read[DOWN]),
+            ),
+        },
+        rounds=True,
+    ),
+]
