@@ -41,9 +41,7 @@ def attend(
 ) -> Change:
     """Attention with other scores before the mask, another softmax, other shares."""
 
-    def attention(
-        q: Tensor, k: Tensor, v: Tensor, visible: Tensor
-    ) -> tuple[Tensor, Tensor]:
+    def attention(q: Tensor, k: Tensor, v: Tensor, visible: Tensor) -> tuple[Tensor, Tensor]:
         group = q.shape[1] // k.shape[1]
         k, v = k.repeat_interleave(group, dim=1), v.repeat_interleave(group, dim=1)
         s = scores(q @ k.transpose(-1, -2) / math.sqrt(q.shape[-1]))
@@ -90,7 +88,7 @@ def _scales(fields: Config) -> list[float]:
         fields["hidden_size"],
     )
     kv_dim = hidden // fields["num_key_value_heads"]
-    values = (1.0, dim**-1.0, (hidden // heads) ** -0.5, hidden**-0.5, kv_dim**-0.5, dim**-0.25)
+    values = ((hidden // heads) ** -0.5, hidden**-0.5, kv_dim**-0.5, dim**-0.25)
     return [value for value in values if not math.isclose(value, dim**-0.5)]
 
 
@@ -152,8 +150,9 @@ def _padding(_: Config, inputs: Inputs) -> Variants:
         flipped = np.ascontiguousarray(inputs.attention_mask[:, ::-1])
         yield "is on the other side", Change(inputs=lambda i: i._replace(attention_mask=flipped))
         inverted = 1 - inputs.attention_mask.astype(np.int64)
-        yield "is taken for text, and text for it", Change(
-            inputs=lambda i: i._replace(attention_mask=inverted)
+        yield (
+            "is taken for text, and text for it",
+            Change(inputs=lambda i: i._replace(attention_mask=inverted)),
         )
 
 
@@ -181,15 +180,19 @@ def _from_metas_order(w: Tensor, fields: Config) -> Tensor:
 
 def _heads_by_group(w: Tensor, fields: Config) -> Tensor:
     """Query heads in the order of tiled key/value heads."""
-    return w.unflatten(0, (fields["num_key_value_heads"], -1, oracle.head_dim(fields))).transpose(
-        0, 1
-    ).flatten(0, 2)
+    return (
+        w.unflatten(0, (fields["num_key_value_heads"], -1, oracle.head_dim(fields)))
+        .transpose(0, 1)
+        .flatten(0, 2)
+    )
 
 
 def _heads_reversed_group(w: Tensor, fields: Config) -> Tensor:
-    return w.unflatten(0, (-1, fields["num_key_value_heads"], oracle.head_dim(fields))).transpose(
-        0, 1
-    ).flatten(0, 2)
+    return (
+        w.unflatten(0, (-1, fields["num_key_value_heads"], oracle.head_dim(fields)))
+        .transpose(0, 1)
+        .flatten(0, 2)
+    )
 
 
 def _features_first(w: Tensor, fields: Config) -> Tensor:
@@ -201,7 +204,7 @@ def _features_last(w: Tensor, fields: Config) -> Tensor:
     return w.unflatten(0, (oracle.head_dim(fields), -1)).transpose(0, 1).flatten(0, 1)
 
 
-def _swapped(one: str, other: str) -> Change:
+def swapped(one: str, other: str) -> Change:
     def weights(weights: Weights, *_: Any) -> Weights:
         def partner(name: str) -> str:
             if f"{one}." in name:
@@ -281,8 +284,8 @@ FAULTS: list[Fault] = [
             "heads before features, q": rows((Q,), _features_last),
         },
     ),
-    one("kv_swapped", "k_proj and v_proj are swapped", (K, V), _swapped(K, V)),
-    one("qk_swapped", "q_proj and k_proj are swapped", (Q, K), _swapped(Q, K)),
+    one("kv_swapped", "k_proj and v_proj are swapped", (K, V), swapped(K, V)),
+    one("qk_swapped", "q_proj and k_proj are swapped", (Q, K), swapped(Q, K)),
     one(
         "kv_heads_tiled",
         "key/value heads are tiled, not repeated: query head n reads head n % K",
@@ -318,8 +321,10 @@ FAULTS: list[Fault] = [
                 lambda visible, a: _shown(visible, a, diagonal=-1)
             ),
             "but for the first query, they do not see themselves": _visible(
-                lambda visible, a: _shown(visible, a, diagonal=-1)
-                | (torch.eye(a[1], dtype=torch.bool) & (torch.arange(a[1]) == 0)[:, None])
+                lambda visible, a: (
+                    _shown(visible, a, diagonal=-1)
+                    | (torch.eye(a[1], dtype=torch.bool) & (torch.arange(a[1]) == 0)[:, None])
+                )
             ),
         },
     ),
@@ -339,7 +344,12 @@ FAULTS: list[Fault] = [
         lambda _: (20.0, 30.0, 50.0),
         _capped,
     ),
-    one("softmax_plus_one", "the softmax has 1 added to its sum", MIXED, attend(softmax=_softmax_plus_one)),
+    one(
+        "softmax_plus_one",
+        "the softmax has 1 added to its sum",
+        MIXED,
+        attend(softmax=_softmax_plus_one),
+    ),
     one(
         "softmax_of_keys",
         "the softmax is over queries, not keys",
@@ -353,7 +363,12 @@ FAULTS: list[Fault] = [
         MIXED,
         Change(steps={MIXED[0]: _heads_mixed}),
     ),
-    one("qk_norm", "queries and keys are normalized", MIXED, _on_heads(lambda q, k, v: (_normed(q), _normed(k), v))),
+    one(
+        "qk_norm",
+        "queries and keys are normalized",
+        MIXED,
+        _on_heads(lambda q, k, v: (_normed(q), _normed(k), v)),
+    ),
     several(
         "softmax_bfloat16",
         "attention is in bfloat16 ({})",

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from parity_tests.faults.change import Change, Fault, Family, in_bfloat16, one, several
+from parity_tests.faults.change import Change, Family, Fault, in_bfloat16, one, several
 from parity_tests.faults.norms import NORMS
 from parity_tests.faults.rotary import ROTATED
 
@@ -114,13 +114,9 @@ FAULTS: list[Fault] = [
         "gradients of {} are in bfloat16",
         ("lm_head", "norm", "self_attn.attention", "mlp.act"),
         {
-            "logits": Change(
-                steps={"lm_head": lambda _, x: with_gradient(x, in_bfloat16)}
-            ),
+            "logits": Change(steps={"lm_head": lambda _, x: with_gradient(x, in_bfloat16)}),
             "weights and inputs of projections": Change(
-                functions={
-                    "linear": lambda right: lambda *a: with_gradient(right(*a), in_bfloat16)
-                }
+                functions={"linear": lambda right: lambda *a: with_gradient(right(*a), in_bfloat16)}
             ),
         },
         rounds=True,

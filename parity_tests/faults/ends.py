@@ -42,9 +42,7 @@ def _tied(weights: Weights, _: Config, read: Callable[[str], Tensor]) -> Weights
 
 
 def _head_reshaped(weights: Weights, *_: Any) -> Weights:
-    return {
-        name: w.T.reshape(w.shape) if w.ndim == 2 else w for name, w in weights.items()
-    }
+    return {name: w.T.reshape(w.shape) if w.ndim == 2 else w for name, w in weights.items()}
 
 
 def _reversed(weights: Weights, *_: Any) -> Weights:
@@ -117,11 +115,10 @@ def _ignored_counted(right: Any, logits: Tensor, labels: Tensor, _: Any) -> Tens
 
 def _padded(fields: Config, _: Inputs) -> Variants:
     size = fields["vocab_size"]
-    for multiple in (2, 8, 16, 32, 64, 128, 256, 512, 1024):
-        extra = -size % multiple
-        if extra:
-            yield size + extra, _with_rows(extra)
-    yield size + 1, _with_rows(1)
+    multiples = (2, 8, 16, 32, 64, 128, 256, 512, 1024)
+    padded = {size + 1, *(size + -size % multiple for multiple in multiples)} - {size}
+    for rows in sorted(padded):
+        yield rows, _with_rows(rows - size)
 
 
 def _with_rows(extra: int) -> Change:
@@ -136,10 +133,13 @@ def _padding_counted(_: Config, inputs: Inputs) -> Variants:
     pad = inputs.attention_mask
     if pad is not None:
         hidden = torch.from_numpy(np.asarray(pad) == 0)
-        yield "", _loss(
-            lambda right, logits, labels, count: right(
-                logits, labels.masked_fill(hidden, IGNORE), count
-            )
+        yield (
+            "",
+            _loss(
+                lambda right, logits, labels, count: right(
+                    logits, labels.masked_fill(hidden, IGNORE), count
+                )
+            ),
         )
 
 
@@ -223,9 +223,7 @@ FAULTS: list[Fault] = [
         LOSS,
         {
             "all tokens": _counted(lambda labels: labels.numel()),
-            "all tokens but the last of each row": _counted(
-                lambda labels: labels[:, 1:].numel()
-            ),
+            "all tokens but the last of each row": _counted(lambda labels: labels[:, 1:].numel()),
             "all labels that count, also the first of each row": _counted(
                 lambda labels: int((labels != IGNORE).sum())
             ),

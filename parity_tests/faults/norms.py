@@ -125,12 +125,15 @@ FAULTS: list[Fault] = [
         "norm_sum",
         "norms divide by the root of the sum, not of the mean",
         NORMS,
-        instead(
-            lambda x, w, eps: x * torch.rsqrt(x.square().sum(-1, keepdim=True) + eps) * w
-        ),
+        instead(lambda x, w, eps: x * torch.rsqrt(x.square().sum(-1, keepdim=True) + eps) * w),
     ),
     one("norm_dropped", "a norm is left out", NORMS, instead(lambda x, w, eps: x)),
-    one("post_norm", "norms follow attention and the MLP", (*NORMS[:2], "self_attn.q_proj"), _post_norm()),
+    one(
+        "post_norm",
+        "norms follow attention and the MLP",
+        (*NORMS[:2], "self_attn.q_proj"),
+        _post_norm(),
+    ),
     several(
         "norm_bfloat16",
         "norms are in bfloat16 ({})",
@@ -138,7 +141,9 @@ FAULTS: list[Fault] = [
         {
             "every step": instead(_all_in_bfloat16),
             "what they read": instead(lambda x, w, eps: instead_of_mean(in_bfloat16(x), w, eps)),
-            "before the weight": instead(lambda x, w, eps: in_bfloat16(x * _rsqrt_mean(x, eps)) * w),
+            "before the weight": instead(
+                lambda x, w, eps: in_bfloat16(x * _rsqrt_mean(x, eps)) * w
+            ),
             "what they return": instead(lambda x, w, eps: in_bfloat16(instead_of_mean(x, w, eps))),
             "the weight": instead(lambda x, w, eps: instead_of_mean(x, in_bfloat16(w), eps)),
             "the mean of squares": instead(
@@ -146,10 +151,12 @@ FAULTS: list[Fault] = [
             ),
             "up to the weight": instead(
                 lambda x, w, eps: (
-                    x.to(torch.bfloat16)
-                    * torch.rsqrt(x.to(torch.bfloat16).pow(2).mean(-1, keepdim=True) + eps)
-                ).to(x.dtype)
-                * w
+                    (
+                        x.to(torch.bfloat16)
+                        * torch.rsqrt(x.to(torch.bfloat16).pow(2).mean(-1, keepdim=True) + eps)
+                    ).to(x.dtype)
+                    * w
+                )
             ),
         },
         rounds=True,

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from parity_tests.faults.attention import K, Q, V, _swapped, rows
+from parity_tests.faults.attention import K, Q, V, rows, swapped
 from parity_tests.faults.change import (
     Change,
     Config,
@@ -21,8 +21,8 @@ from parity_tests.faults.change import (
 from parity_tests.reference import oracle
 from parity_tests.traces.sections import Inputs
 
-GATE, UP, DOWN, O = "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj", "self_attn.o_proj"
-MATRICES = (Q, K, V, O, GATE, UP, DOWN)
+GATE, UP, DOWN, OUT = "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj", "self_attn.o_proj"
+MATRICES = (Q, K, V, OUT, GATE, UP, DOWN)
 ACT = ("mlp.act",)
 RESIDUAL = ("after_attention", "")
 
@@ -45,8 +45,8 @@ def _biases_dropped(fields: Config, _: Inputs) -> Variants:
         )
 
     if fields.get("attention_bias"):
-        yield "attention", without(Q, K, V, O)
-        for name in (Q, K, V, O):
+        yield "attention", without(Q, K, V, OUT)
+        for name in (Q, K, V, OUT):
             yield name, without(name)
     if fields.get("mlp_bias"):
         yield "the MLP", without(GATE, UP, DOWN)
@@ -54,25 +54,35 @@ def _biases_dropped(fields: Config, _: Inputs) -> Variants:
             yield name, without(name)
 
 
-def _linear(change: Callable[[Any, Any, str, Tensor, Any], Tensor], **options: Any) -> Change:
-    def replacement(right: Any) -> Any:
-        return lambda weights, name, x, slices=1: change(right, weights, name, x, slices)
+class _RoundedMatmul(torch.autograd.Function):
+    """x @ W^T of rounded operands, as hardware does it, also in the backward pass."""
 
-    return Change(functions={"linear": replacement}, **options)
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, to: Callable[[Tensor], Tensor]) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.to = to
+        return to(x) @ to(weight).T
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, Tensor, None]:
+        (x, weight), g = map(ctx.to, ctx.saved_tensors), ctx.to(g)
+        return g @ weight, g.flatten(0, -2).T @ x.flatten(0, -2), None
 
 
 def _rounded(to: Callable[[Tensor], Tensor]) -> Change:
-    def change(right: Any, weights: Any, name: str, x: Tensor, slices: Any) -> Tensor:
-        weight = f"{name}.weight"
-        return right(dict(weights) | {weight: to(weights[weight])}, name, to(x), slices)
+    def linear(weights: Any, name: str, x: Tensor, slices: int = 1) -> Tensor:
+        y = _RoundedMatmul.apply(x, weights[f"{name}.weight"], to)
+        bias = weights.get(f"{name}.bias")
+        return y if bias is None else y + bias
 
-    return _linear(change)
+    return Change(functions={"linear": lambda _: linear})
 
 
 def _ten_bits(x: Tensor) -> Tensor:
     """Rounded to 10 bits of mantissa, as TF32."""
-    bits = x.detach().float().contiguous().view(torch.int32)
-    return ((bits + 0x1000) & ~0x1FFF).view(torch.float32).to(x.dtype) + (x - x.detach())
+    bits = x.float().contiguous().view(torch.int32)
+    even = (bits >> 13) & 1
+    return ((bits + 0xFFF + even) & ~0x1FFF).view(torch.float32).to(x.dtype)
 
 
 def _float16(x: Tensor) -> Tensor:
@@ -85,7 +95,11 @@ def _activations(fields: Config, _: Inputs) -> Variants:
     for name, function in oracle.ACTIVATIONS.items():
         if function not in seen and name != "swish":
             seen.append(function)
-            yield name, Change(fields=lambda f, name=name: dict(f) | {"hidden_act": name})
+            yield name, _with_activation(name)
+
+
+def _with_activation(name: str) -> Change:
+    return Change(fields=lambda fields: dict(fields) | {"hidden_act": name})
 
 
 def _act(change: Callable[[Callable[[Tensor], Tensor], Tensor, Tensor], Tensor]) -> Change:
@@ -99,9 +113,7 @@ def _act(change: Callable[[Callable[[Tensor], Tensor], Tensor, Tensor], Tensor])
     return Change(steps={ACT[0]: step})
 
 
-def _sum(
-    of_attention: Callable[[Steps], Tensor], of_mlp: Callable[[Steps], Tensor]
-) -> Change:
+def _sum(of_attention: Callable[[Steps], Tensor], of_mlp: Callable[[Steps], Tensor]) -> Change:
     """Another residual stream."""
     return Change(
         steps={"after_attention": lambda s, _: of_attention(s), "": lambda s, _: of_mlp(s)}
@@ -110,7 +122,7 @@ def _sum(
 
 def _weighted(stream: float, branch: float) -> Change:
     return _sum(
-        lambda s: stream * s.read["x"] + branch * s.read[O],
+        lambda s: stream * s.read["x"] + branch * s.read[OUT],
         lambda s: stream * s.read["after_attention"] + branch * s.read[DOWN],
     )
 
@@ -121,8 +133,10 @@ def _parallel(steps: Steps, value: Tensor) -> Tensor:
 
 
 FAULTS: list[Fault] = [
-    several("transposed", "{} is transposed", MATRICES, {name: _transposed(name) for name in MATRICES}),
-    one("gate_up_swapped", "gate_proj and up_proj are swapped", (GATE, UP), _swapped(GATE, UP)),
+    several(
+        "transposed", "{} is transposed", MATRICES, {name: _transposed(name) for name in MATRICES}
+    ),
+    one("gate_up_swapped", "gate_proj and up_proj are swapped", (GATE, UP), swapped(GATE, UP)),
     Fault("biases_dropped", "biases of {} are left out", MATRICES, _biases_dropped),
     several(
         "matmul_rounded",
@@ -139,7 +153,7 @@ FAULTS: list[Fault] = [
         "matmul_result_bfloat16",
         "results of matmuls are in bfloat16",
         MATRICES,
-        _linear(lambda right, *args: in_bfloat16(right(*args))),
+        Change(functions={"linear": lambda right: lambda *args: in_bfloat16(right(*args))}),
         rounds=True,
     ),
     Fault("activation", "the activation is {}", ACT, _activations),
@@ -162,9 +176,7 @@ FAULTS: list[Fault] = [
         "gate and up are clamped at {}",
         ACT,
         lambda _: (7.0, 10.0, 1.0),
-        lambda limit: _act(
-            lambda f, gate, up: f(gate.clamp(max=limit)) * up.clamp(-limit, limit)
-        ),
+        lambda limit: _act(lambda f, gate, up: f(gate.clamp(max=limit)) * up.clamp(-limit, limit)),
     ),
     several(
         "activation_bfloat16",
@@ -196,13 +208,18 @@ FAULTS: list[Fault] = [
     ),
     one("residual_mean", "the residual stream is a mean, not a sum", RESIDUAL, _weighted(0.5, 0.5)),
     one("residual_dropped", "the residual connection is left out", RESIDUAL, _weighted(0.0, 1.0)),
-    one("residual_subtracted", "attention and the MLP are subtracted", RESIDUAL, _weighted(1.0, -1.0)),
+    one(
+        "residual_subtracted",
+        "attention and the MLP are subtracted",
+        RESIDUAL,
+        _weighted(1.0, -1.0),
+    ),
     one(
         "residual_of_norm",
         "the residual connection begins after the norm",
         RESIDUAL,
         _sum(
-            lambda s: s.read["input_layernorm"] + s.read[O],
+            lambda s: s.read["input_layernorm"] + s.read[OUT],
             lambda s: s.read["post_attention_layernorm"] + s.read[DOWN],
         ),
     ),
@@ -218,17 +235,17 @@ FAULTS: list[Fault] = [
         RESIDUAL,
         {
             "each sum": _sum(
-                lambda s: in_bfloat16(s.read["x"] + s.read[O]),
+                lambda s: in_bfloat16(s.read["x"] + s.read[OUT]),
                 lambda s: in_bfloat16(s.read["after_attention"] + s.read[DOWN]),
             ),
             "operands and sums": _sum(
-                lambda s: in_bfloat16(in_bfloat16(s.read["x"]) + in_bfloat16(s.read[O])),
+                lambda s: in_bfloat16(in_bfloat16(s.read["x"]) + in_bfloat16(s.read[OUT])),
                 lambda s: in_bfloat16(
                     in_bfloat16(s.read["after_attention"]) + in_bfloat16(s.read[DOWN])
                 ),
             ),
             "what is added": _sum(
-                lambda s: s.read["x"] + in_bfloat16(s.read[O]),
+                lambda s: s.read["x"] + in_bfloat16(s.read[OUT]),
                 lambda s: s.read["after_attention"] + in_bfloat16(s.read[DOWN]),
             ),
         },

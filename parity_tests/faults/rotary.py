@@ -70,7 +70,13 @@ def with_rope(**changes: Any) -> Change:
 
 
 def _thetas(fields: Config) -> list[float]:
-    known = [10000.0, 500000.0, 1000000.0, 100000.0, *(p.rope["rope_theta"] for p in PRESETS.values())]
+    known = [
+        10000.0,
+        500000.0,
+        1000000.0,
+        100000.0,
+        *(p.rope["rope_theta"] for p in PRESETS.values()),
+    ]
     return [float(theta) for theta in known if theta != oracle.rope_settings(fields)["rope_theta"]]
 
 
@@ -124,8 +130,9 @@ def _long_and_short(fields: Config, _: Inputs) -> Variants:
 def _truncate(fields: Config, _: Inputs) -> Variants:
     rope = oracle.rope_settings(fields)
     if rope["rope_type"] == "yarn":
-        yield str(not rope.get("truncate", True)).lower(), with_rope(
-            truncate=not rope.get("truncate", True)
+        yield (
+            str(not rope.get("truncate", True)).lower(),
+            with_rope(truncate=not rope.get("truncate", True)),
         )
 
 
@@ -167,6 +174,10 @@ def _angles(change: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]) -> Change
         return lambda *args: change(*cos_sin(*args))
 
     return Change(functions={"cos_sin": replacement}, angles=True)
+
+
+def _slower(angles: tuple[Tensor, float], times: float) -> tuple[Tensor, float]:
+    return angles[0] / times, angles[1]
 
 
 def _frequencies_in_bfloat16(right: Any) -> Any:
@@ -246,6 +257,16 @@ FAULTS: list[Fault] = [
         ANGLES,
         _long_and_short,
     ),
+    of_number(
+        "positions_divided",
+        "positions are divided by {}",
+        ANGLES,
+        lambda _: (2.0, 4.0, 8.0, 16.0, 32.0),
+        lambda value: Change(
+            functions={"inverse_frequencies": lambda right: lambda *a: _slower(right(*a), value)},
+            angles=True,
+        ),
+    ),
     several(
         "position_off_by_one",
         "positions {}",
@@ -257,7 +278,6 @@ FAULTS: list[Fault] = [
             "are rolled by one": _moved(lambda p, _: np.roll(p, 1, axis=1)),
         },
     ),
-    one("positions_zero", "all positions are 0", ANGLES, _moved(lambda p, _: 0 * p)),
     Fault(
         "positions_not_restarted",
         "position_ids are ignored: positions count from 0 in every row",
@@ -299,6 +319,7 @@ FAULTS: list[Fault] = [
             "keys are": _only("k"),
         },
     ),
+    one("positions_zero", "all positions are 0", ANGLES, _moved(lambda p, _: 0 * p)),
     one(
         "rope_twice",
         "queries and keys are rotated twice",

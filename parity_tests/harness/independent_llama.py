@@ -113,29 +113,76 @@ def norm(x: jax.Array, weight: jax.Array, eps: float) -> jax.Array:
     return (wide * scale).astype(x.dtype) * weight[None, None]
 
 
-def angles(length: int, dim: int, theta: float) -> jax.Array:
-    """Of each position and pair, [T, D / 2]."""
+def angles(positions: jax.Array, dim: int, theta: float) -> jax.Array:
+    """Of positions [B or 1, T] and each pair, [B or 1, T, D / 2]."""
     frequencies = jnp.float32(theta) ** (-jnp.arange(0, dim, 2, dtype=jnp.float32) / dim)
-    return jnp.arange(length, dtype=jnp.float32)[:, None] * frequencies[None]
+    return positions.astype(jnp.float32)[..., None] * frequencies[None, None]
 
 
 def rotate(x: jax.Array, turned_by: jax.Array) -> jax.Array:
     """Rotary embedding of x [B, T, heads, D], whose pairs are D / 2 apart."""
-    cos, sin = (f(turned_by).astype(x.dtype)[None, :, None] for f in (jnp.cos, jnp.sin))
+    cos, sin = (f(turned_by).astype(x.dtype)[:, :, None] for f in (jnp.cos, jnp.sin))
     a, b = jnp.split(x, 2, axis=-1)
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)
 
 
-def mix(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-    """Causal attention of q [B, T, N, D] to k, v [B, T, K, D]."""
+def mask(length: int, segments: jax.Array | None) -> jax.Array:
+    """Which query sees which key, [B or 1, T, T]."""
+    seen = jnp.tril(jnp.ones((1, length, length), bool))
+    return seen if segments is None else seen & (segments[:, :, None] == segments[:, None])
+
+
+def mix(q: jax.Array, k: jax.Array, v: jax.Array, seen: jax.Array) -> jax.Array:
+    """Attention of q [B, T, N, D] to k, v [B, T, K, D]."""
     k, v = (jnp.repeat(x, q.shape[2] // k.shape[2], axis=2) for x in (k, v))
     scores = jnp.einsum("btnd,bsnd->bnts", q, k).astype(jnp.float32) * q.shape[-1] ** -0.5
-    seen = jnp.tril(jnp.ones(scores.shape[-2:], bool))
-    shares = jax.nn.softmax(jnp.where(seen[None, None], scores, -1e30), axis=-1).astype(q.dtype)
+    shares = jax.nn.softmax(jnp.where(seen[:, None], scores, -1e30), axis=-1).astype(q.dtype)
     return jnp.einsum("bnts,bsnd->btnd", shares, v)
 
 
-def block(config: Config, layer: Params, index: int, x: jax.Array) -> jax.Array:
+def gated(gate: jax.Array, up: jax.Array) -> jax.Array:
+    """What the last kernel of the MLP reads."""
+    return jax.nn.silu(gate) * up
+
+
+def add(stream: jax.Array, branch: jax.Array) -> jax.Array:
+    """The residual connection."""
+    return stream + branch
+
+
+def embed(table: jax.Array, ids: jax.Array) -> jax.Array:
+    """The rows of tokens."""
+    return table[ids]
+
+
+def project(x: jax.Array, kernel: jax.Array) -> jax.Array:
+    """x [B, T, in] times a kernel [in, out]."""
+    return x @ kernel
+
+
+def unembed(params: Params, x: jax.Array) -> jax.Array:
+    """Logits."""
+    return x @ (params["head"] if "head" in params else params["table"].T)
+
+
+def cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
+    """Mean over the labels that are not -100, each of the position before."""
+    targets = labels[:, 1:]
+    chosen = jnp.take_along_axis(
+        jax.nn.log_softmax(logits[:, :-1]), jnp.maximum(targets, 0)[..., None], axis=-1
+    )
+    counts = (targets != -100).astype(jnp.float32)
+    return -jnp.sum(chosen[..., 0] * counts) / jnp.sum(counts)
+
+
+def block(
+    config: Config,
+    layer: Params,
+    index: int,
+    x: jax.Array,
+    positions: jax.Array,
+    segments: jax.Array | None,
+) -> jax.Array:
     """One layer."""
     query, key, dim = sizes(config)
     eps = config["rms_norm_eps"]
@@ -143,26 +190,32 @@ def block(config: Config, layer: Params, index: int, x: jax.Array) -> jax.Array:
     def named(array: jax.Array, name: str) -> jax.Array:
         return checkpoint_name(array, f"block{index}.{name}")
 
-    qkv = named(named(norm(x, layer["norm1"], eps), "normed") @ layer["qkv"], "qkv")
+    qkv = named(project(named(norm(x, layer["norm1"], eps), "normed"), layer["qkv"]), "qkv")
     heads = (*x.shape[:2], -1, dim)
     q, k, v = (part.reshape(heads) for part in jnp.split(qkv, (query, query + key), axis=-1))
-    turned_by = angles(x.shape[1], dim, config["rope_theta"])
+    turned_by = angles(positions, dim, config["rope_theta"])
     q, k = named(rotate(q, turned_by), "q"), named(rotate(k, turned_by), "k")
-    mixed = named(mix(q, k, v).reshape(*x.shape[:2], -1), "mixed")
-    x = named(x + named(mixed @ layer["out"], "attended"), "middle")
+    mixed = mix(q, k, v, mask(x.shape[1], segments)).reshape(*x.shape[:2], -1)
+    x = named(add(x, named(project(named(mixed, "mixed"), layer["out"]), "attended")), "middle")
     normed = named(norm(x, layer["norm2"], eps), "normed2")
     gate_up = named(jnp.einsum("bth,hci->btci", normed, layer["gate_up"]), "gate_up")
-    act = named(jax.nn.silu(gate_up[..., 0, :]) * gate_up[..., 1, :], "act")
-    return named(x + named(act @ layer["down"], "down"), "end")
+    act = named(gated(gate_up[..., 0, :], gate_up[..., 1, :]), "act")
+    return named(add(x, named(project(act, layer["down"]), "down")), "end")
 
 
-def loss(config: Config, params: Params, ids: jax.Array) -> jax.Array:
-    """Mean cross-entropy of the next token."""
-    x = checkpoint_name(params["table"][ids], "embedded")
+def loss(
+    config: Config,
+    params: Params,
+    ids: jax.Array,
+    labels: jax.Array | None = None,
+    positions: jax.Array | None = None,
+    segments: jax.Array | None = None,
+) -> jax.Array:
+    """Mean cross-entropy of the next token; all inputs are [B, T]."""
+    x = checkpoint_name(embed(params["table"], ids), "embedded")
+    positions = jnp.arange(ids.shape[1])[None] if positions is None else positions
     for index, layer in enumerate(params["layers"]):
-        x = block(config, layer, index, x)
+        x = block(config, layer, index, x, positions, segments)
     x = checkpoint_name(norm(x, params["norm"], config["rms_norm_eps"]), "normed")
-    head = params["head"] if "head" in params else params["table"].T
-    logits = checkpoint_name(x @ head, "logits").astype(jnp.float32)
-    chosen = jnp.take_along_axis(jax.nn.log_softmax(logits[:, :-1]), ids[:, 1:, None], axis=-1)
-    return -jnp.mean(chosen)
+    logits = checkpoint_name(unembed(params, x), "logits").astype(jnp.float32)
+    return cross_entropy(logits, ids if labels is None else labels)

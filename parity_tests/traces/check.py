@@ -6,7 +6,7 @@ import resource
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -22,6 +22,9 @@ from parity_tests.traces.sections import Inputs
 from parity_tests.traces.trace import Trace, digest, open_trace
 from parity_tests.traces.walk import Walk
 
+if TYPE_CHECKING:  # needs torch
+    from parity_tests.traces.cause import Cause
+
 
 class Verdict(NamedTuple):
     """What a check found.
@@ -35,6 +38,7 @@ class Verdict(NamedTuple):
         findings: differences of weights and config, as sentences.
         values, gradients: residuals in forward and in backward order.
         steps: residuals of the parameters' updates.
+        causes: of the departures; None where torch is not installed.
         seconds, peak: time, and bytes of the whole process.
     """
 
@@ -47,6 +51,7 @@ class Verdict(NamedTuple):
     values: list[Residual]
     gradients: list[Residual]
     steps: list[Residual]
+    causes: "list[Cause] | None"
     seconds: float
     peak: int
 
@@ -67,6 +72,7 @@ def check(
     *,
     start: Callable[[int], Callable[[], None]] = lambda steps: lambda: None,
     compiled: dict[Any, Any] | None = None,
+    with_causes: bool = True,
 ) -> Verdict:
     """Compare every array of a trace with what a checkpoint should compute.
 
@@ -78,6 +84,7 @@ def check(
         directory: the Hugging Face checkpoint.
         start: called with the number of sections; what it returns is called after each.
         compiled: what several checks of one model share.
+        with_causes: seek the causes of departures.
 
     Raises:
         ValueError: in one line: no trace, or one of another model.
@@ -91,6 +98,15 @@ def check(
     values = list(walk.forward(advance=advance))
     gradients = list(walk.backward(advance=advance)) if with_gradients else []
     manifest = trace.manifest
+    parameters = precision_of(trace).parameters
+    steps = list(step_residuals(trace, checkpoint, parameters))
+    causes: list[Cause] | None = []
+    if importlib.util.find_spec("torch") is None:
+        causes = None
+    elif with_causes:
+        from parity_tests.traces.cause import find_causes
+
+        causes = find_causes(walk, checkpoint, parameters, [*values, *gradients])
     return Verdict(
         title=str(folder),
         program=f"{manifest.get('program', 'unknown')} on {manifest.get('device', 'unknown')}",
@@ -100,7 +116,8 @@ def check(
         findings=findings,
         values=values,
         gradients=gradients,
-        steps=list(step_residuals(trace, checkpoint, precision_of(trace).parameters)),
+        steps=steps,
+        causes=causes,
         seconds=time.perf_counter() - begin,
         peak=1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss,
     )

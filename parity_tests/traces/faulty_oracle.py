@@ -85,9 +85,7 @@ class _Changed(OracleSections):
         for change in self.changes:
             weights = change.weights(weights, self.fields, self.weight)
         prefix = f"model.{section}."
-        self.steps = Steps(
-            self.fields, {n.removeprefix(prefix): w for n, w in weights.items()}, {}
-        )
+        self.steps = Steps(self.fields, {n.removeprefix(prefix): w for n, w in weights.items()}, {})
         return weights
 
     def computed(self, step: str, value: Tensor) -> Tensor:

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from html import escape
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from matplotlib.colors import LogNorm
@@ -17,6 +17,9 @@ from parity_tests.report.output.text import compact, table
 from parity_tests.traces.check import Verdict
 from parity_tests.traces.compare import JUMP, Difference, Differences
 from parity_tests.traces.residuals import LIMIT, Residual
+
+if TYPE_CHECKING:  # needs torch
+    from parity_tests.traces.cause import Cause
 
 COLUMNS = "", "rms\nrecorded", "expected", "times what\nrounding explains", "worst layer"
 _SHOWN = 8  # departures in the text
@@ -33,6 +36,7 @@ def conclusions(verdict: Verdict) -> list[str]:
     lines += verdict.findings
     if departures:
         lines.append(f"departs first: {where(departures[0], verdict.shape)}")
+    lines += causes(verdict)
     if departures and departures[0].direction == "backward":
         lines.append("all values are right: the fault is in the backward pass")
     if departures and departures[0].direction == "step":
@@ -43,6 +47,42 @@ def conclusions(verdict: Verdict) -> list[str]:
     )
     lines.append(f"took {verdict.seconds:.0f} s; peak memory {verdict.peak / 1e9:.1f} GB")
     return lines
+
+
+def causes(verdict: Verdict) -> list[str]:
+    """The causes, as sentences."""
+    if verdict.causes is None:
+        return ["torch is not installed: no cause was sought"] if verdict.departures else []
+    lines = []
+    for cause in verdict.causes:
+        array = f"{cause.departure.name}, {cause.departure.direction}"
+        if cause.name is None:
+            lines.append(f"cause of {array}: unknown; no fault of the catalogue explains it")
+            if cause.nearest:
+                lines[-1] += f" (nearest: {cause.nearest}; {_fall(cause)})"
+            continue
+        text = f"cause: {cause.words}: with it in the oracle, the {_fall(cause)}"
+        arrays = "1 departure" if cause.explained == 1 else f"{cause.explained} departures"
+        text += f"; explains {arrays}{_layers(cause, verdict)}"
+        if cause.equals:
+            text += f". As well explained by: {', or '.join(cause.equals)}"
+        lines.append(text)
+    return lines
+
+
+def _fall(cause: "Cause") -> str:
+    before, after = (compact(value, 1) for value in (cause.departure.rms, cause.after))
+    return f"error of {cause.departure.name} falls from {before} to {after}"
+
+
+def _layers(cause: "Cause", verdict: Verdict) -> str:
+    every = {name.split(".")[1] for name in (r.name for r in verdict.values) if "layers." in name}
+    if not cause.layers:
+        return ""
+    if len(cause.layers) == len(every) and len(every) > 1:
+        return ", in all layers"
+    some = ", ".join(map(str, cause.layers[:8])) + (", ..." if len(cause.layers) > 8 else "")
+    return f", in layer {some}" if len(cause.layers) == 1 else f", in layers {some}"
 
 
 def where(residual: Residual, shape: tuple[int, int]) -> str:
@@ -130,6 +170,7 @@ def to_json(verdict: Verdict) -> Mapping[str, Any]:
         "limit": LIMIT,
         "findings": verdict.findings,
         "first_to_depart": None if first is None else _numbers(first, verdict.shape),
+        "causes": None if verdict.causes is None else [_of_cause(c) for c in verdict.causes],
         "values": [_numbers(residual, verdict.shape) for residual in verdict.values],
         "gradients": [_numbers(residual, verdict.shape) for residual in verdict.gradients],
         "updates": [_numbers(residual, verdict.shape) for residual in verdict.steps],
@@ -239,6 +280,20 @@ def _numbers(residual: Residual, shape: tuple[int, int]) -> Mapping[str, Any]:
         "row": None if position is None else position[0],
         "position": None if position is None else position[1],
         "heads": list(residual.heads),
+    }
+
+
+def _of_cause(cause: "Cause") -> Mapping[str, Any]:
+    return {
+        "name": cause.name,
+        "words": cause.words,
+        "departure": cause.departure.name,
+        "direction": cause.departure.direction,
+        "rms": cause.departure.rms,
+        "rms_with_it": cause.after,
+        "departures_explained": cause.explained,
+        "layers": list(cause.layers),
+        "as_well": list(cause.equals),
     }
 
 

@@ -238,9 +238,9 @@ def test_a_fault_in_torch_is_named(directory: Path, tmp_path: Path) -> None:
 def test_a_fault_in_jax_is_named(directory: Path, tmp_path: Path) -> None:
     right = independent_llama.mix
 
-    def sees_the_future(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-        late = jnp.arange(q.shape[1])[None, :, None, None] >= 20
-        return jnp.where(late, jnp.mean(right(q, k, v), axis=1, keepdims=True), right(q, k, v))
+    def sees_the_future(q: jax.Array, *others: jax.Array) -> jax.Array:
+        late, mixed = jnp.arange(q.shape[1])[None, :, None, None] >= 20, right(q, *others)
+        return jnp.where(late, jnp.mean(mixed, axis=1, keepdims=True), mixed)
 
     with mock.patch.object(independent_llama, "mix", sees_the_future):
         trace = record_independent(tmp_path / "trace")

@@ -55,7 +55,8 @@ class Walk:
             advance: called after every section.
         """
         for section in self.sections if only is None else only:
-            if only is not None and section != "embedding" and COS not in self._carried:
+            is_known = COS in self._carried or array_of(COS) in self.trace.stored
+            if only is not None and section != "embedding" and not is_known:
                 self._carry("embedding", self._run("embedding"))  # of which all read the angles
             exact, rounded = self._run(section)
             for step in steps_of(section):
@@ -74,12 +75,16 @@ class Walk:
             only: as in `forward`; the gradients of what these sections return have to be recorded.
         """
         one = np.ones(())
-        carried: Pair = ({"loss": one}, {"loss": one})
+        carried: Pair = ({}, {})
         of_head: list[np.ndarray] = []
         for section in reversed(self.sections):
             if only is not None and section not in only:
                 continue
+            if section == "head":
+                carried = ({"loss": one}, {"loss": one})
             recorded = self._recorded(steps_of(section), gradient=True)
+            if output_of(section) not in carried[0]:  # of a section that was left out
+                carried = ({}, {})
             exact, rounded = (
                 program.backward(section, self.values(section, index), carried[index] | recorded)
                 for index, program in enumerate(self.programs)
