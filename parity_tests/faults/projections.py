@@ -127,11 +127,6 @@ def _weighted(stream: float, branch: float) -> Change:
     )
 
 
-def _parallel(steps: Steps, value: Tensor) -> Tensor:
-    weight = steps.weights["post_attention_layernorm.weight"]
-    return oracle.rms_norm(steps.read["x"], weight, steps.fields["rms_norm_eps"])
-
-
 FAULTS: list[Fault] = [
     several(
         "transposed", "{} is transposed", MATRICES, {name: _transposed(name) for name in MATRICES}
@@ -226,8 +221,8 @@ FAULTS: list[Fault] = [
     one(
         "mlp_beside_attention",
         "the MLP reads what attention reads, not what it returns",
-        ("post_attention_layernorm",),
-        Change(steps={"post_attention_layernorm": _parallel}),
+        RESIDUAL,
+        _sum(lambda s: s.read["x"], lambda s: s.read["x"] + s.read[OUT] + s.read[DOWN]),
     ),
     several(
         "residual_bfloat16",

@@ -27,8 +27,8 @@ ANGLES = ("rotary.cos", "rotary.sin", *ROTATED)
 
 # of each field, what published checkpoints have
 _FIELDS: Mapping[str, tuple[float, ...]] = {
-    "factor": (1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 40.0),
-    "low_freq_factor": (1.0, 2.0, 4.0),
+    "factor": (2.0, 4.0, 8.0, 16.0, 32.0, 40.0),
+    "low_freq_factor": (1.0, 2.0),
     "high_freq_factor": (1.0, 2.0, 4.0, 8.0),
     "original_max_position_embeddings": (2048.0, 4096.0, 8192.0, 16384.0, 32768.0),
     "beta_fast": (32.0, 16.0, 64.0),

@@ -7,7 +7,7 @@ cause. The search goes on from there with the next departure, so that several fa
 the other.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -26,6 +26,9 @@ _FALL = 8.0
 """By which the error has to fall if the fault rounds: a value may be rounded up here and down there."""
 _FALL_OF_GRADIENTS = 3.0
 _MOST = 4  # causes
+_GRID = 31  # numbers from which a fit begins, if it fails from the known ones
+_NO_SENSE = (ValueError, RuntimeError, ArithmeticError, KeyError, IndexError)
+"""Of a change that makes no sense in a model."""
 _HELD = 1 << 29  # bytes of rounding errors that are kept
 
 Key = tuple[str, str]
@@ -129,6 +132,12 @@ class Search:
         confirmed = [self._confirm(h) for h in explaining]
         fewest = min(map(_left, confirmed))
         best, *equal = (c for c in confirmed if _left(c) == fewest)
+        names = {best.hypothesis.fault.name}
+        others = []
+        for other in equal:  # one of each fault
+            if other.hypothesis.fault.name not in names:
+                names.add(other.hypothesis.fault.name)
+                others.append(other.hypothesis)
         self._put_in(best)
         sections = {self._section(key) for key in best.explained}
         return Cause(
@@ -138,8 +147,8 @@ class Search:
             after=best.hypothesis.residual.rms,
             explained=len(best.explained),
             layers=tuple(sorted(int(s[7:]) for s in sections if s.startswith("layers."))),
-            equals=tuple(c.hypothesis.words for c in equal),
-            equal_names=tuple(c.hypothesis.fault.name for c in equal),
+            equals=tuple(other.words for other in others),
+            equal_names=tuple(other.fault.name for other in others),
         )
 
     def _unknown(self, first: Residual) -> Cause:
@@ -186,7 +195,7 @@ class Search:
         sections = self._after(section) if backward else self._before(section)
         try:
             found = self._walked(change, sections, backward)
-        except (ValueError, RuntimeError, ArithmeticError, KeyError, IndexError):
+        except _NO_SENSE:
             return None  # makes no sense in this model
         return found.get(_key(first))
 
@@ -207,34 +216,54 @@ class Search:
 
     def _fit(self, first: Residual, family: Family) -> float | None:
         """The number that explains an array best: Gauss-Newton on its logarithm."""
-        section = self._section(_key(first))
-        recorded = self.walk.trace.read(array_of(first.name)).astype(np.float64).reshape(-1)
+        error = self._error(first, family)
+        try:
+            starts = [float(np.log(value)) for value in family.values]
+            best = self._descend(error, min(starts, key=lambda start: _norm(error(start))))
+            if best is None or _norm(error(best)) > 1e-4 * _norm(error(starts[0])):
+                grid = np.linspace(min(starts) - 3.0, max(starts) + 3.0, _GRID)
+                best = self._descend(error, float(min(grid, key=lambda at: _norm(error(at)))))
+        except _NO_SENSE:
+            return None
+        inside = best is not None and min(starts) - 5.0 < best < max(starts) + 5.0
+        return float(np.exp(best)) if best is not None and inside else None
+
+    def _descend(self, error: Callable[[float], np.ndarray], log: float) -> float:
+        for _ in range(20):
+            now = error(log)
+            slope = (error(log + 1e-5) - error(log - 1e-5)) / 2e-5
+            if not _norm(slope) > 0:
+                return log
+            step = float(np.clip(-np.dot(slope, now) / np.dot(slope, slope), -1.0, 1.0))
+            while abs(step) > 1e-12 and not _norm(error(log + step)) < _norm(now):
+                step /= 4
+            log += step
+            if abs(step) < 1e-10:
+                break
+        return log
+
+    def _error(self, first: Residual, family: Family) -> Callable[[float], np.ndarray]:
+        """Of the exact value of an array, by the logarithm of a number; of the loss, of its gradient."""
+        gradient = array_of("lm_head", gradient=True)
+        of_gradient = first.name == "loss" and gradient in self.walk.trace.stored
+        array = gradient if of_gradient else array_of(first.name)
+        recorded = self.walk.trace.read(array).astype(np.float64)
+        sections = self._before(self._section(_key(first)))
 
         def error(log: float) -> np.ndarray:
-            change = family.change(float(np.exp(log)))
-            walk = self._walk(change, self._before(section))
-            values: dict[str, np.ndarray] = {}
-            for each in self._before(section):
-                values = self._exact(walk, each, values)
-            return values[first.name].reshape(-1) - recorded
+            walk = self._walk(family.change(float(np.exp(log))), sections)
+            if of_gradient:
+                values = walk.values("head", 0)
+                begin = {"loss": np.ones(()), "lm_head": recorded}
+                exact = walk.programs[0].backward("head", values, begin)["lm_head"]
+            else:
+                steps: dict[str, np.ndarray] = {}
+                for section in sections:
+                    steps = self._exact(walk, section, steps)
+                exact = steps[first.name]
+            return (exact - recorded.reshape(-1, *exact.shape[1:])).reshape(-1)
 
-        try:
-            starts = [np.log(value) for value in family.values]
-            log = min(starts, key=lambda start: _norm(error(start)))
-            for _ in range(20):
-                now = error(log)
-                slope = (error(log + 1e-5) - error(log - 1e-5)) / 2e-5
-                if not _norm(slope) > 0:
-                    return None
-                step = float(np.clip(-np.dot(slope, now) / np.dot(slope, slope), -1.0, 1.0))
-                while abs(step) > 1e-12 and not _norm(error(log + step)) < _norm(now):
-                    step /= 4
-                log += step
-                if abs(step) < 1e-10:
-                    break
-            return float(np.exp(log))
-        except (ValueError, RuntimeError, ArithmeticError, KeyError, IndexError):
-            return None
+        return error
 
     def _exact(self, walk: Walk, section: str, before: dict[str, np.ndarray]) -> dict[str, Any]:
         values = dict(walk.values(section, 0))

@@ -121,9 +121,18 @@ class Rounded:
     def forward(self, section: str, values: Values) -> dict[str, np.ndarray]:
         steps = self.narrow.forward(section, values)
         noise = self.difference("forward", section, values)
-        return {n: v + noise[n].reshape(v.shape) for n, v in steps.items() if n in noise}
+        return _added(steps, noise)
 
     def backward(self, section: str, values: Values, cotangents: Values) -> dict[str, np.ndarray]:
         steps = self.narrow.backward(section, values, cotangents)
         noise = self.difference("backward", section, values, cotangents)
-        return {n: v + noise[n].reshape(v.shape) for n, v in steps.items() if n in noise}
+        return _added(steps, noise)
+
+
+def _added(steps: dict[str, np.ndarray], noise: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Sums of arrays; rotary angles may be of every row, or one for all."""
+    sums = {}
+    for name in steps.keys() & noise.keys():
+        value, error = steps[name], noise[name]
+        sums[name] = value + (error.reshape(value.shape) if error.size == value.size else error)
+    return sums
