@@ -1,7 +1,7 @@
 """Faults in transformers' Llama, written without the catalogue."""
 
 import contextlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 from unittest import mock
@@ -13,7 +13,7 @@ from torch.nn import functional as F  # noqa: N812
 from transformers.models.llama import modeling_llama as llama
 
 from parity_tests.harness.cases import BY_NAME, hf_model, scaled, weights_of
-from parity_tests.record_torch import record
+from parity_tests.record_torch import record, recording
 
 Config = dict[str, Any]
 BASE = BY_NAME["gqa_3_to_1"].config
@@ -94,7 +94,7 @@ def ids_of(seed: int = 0, length: int = 40) -> Tensor:
     return torch.from_numpy(np.random.default_rng(seed).integers(0, 61, (2, length)))
 
 
-def _inputs(names: tuple[str, ...], ids: Tensor) -> dict[str, Tensor]:
+def _inputs(names: Iterable[str], ids: Tensor) -> dict[str, Tensor]:
     rng = np.random.default_rng(1)
     counts = torch.from_numpy(rng.random(tuple(ids.shape)) > [[0.1], [0.6]])
     mask = torch.ones_like(ids)
@@ -107,14 +107,14 @@ def record_plants(out: Path, *plants: Plant, seed: int = 0) -> Path:
     """A recording of the model with these faults. Its manifest has the checkpoint's config and digests."""
     right = CONFIGS[plants[0].of]
     config, weights = dict(right), weights_of(right)
-    attention, names = "sdpa", ()
+    attention, names = "sdpa", list[str]()
     for plant in plants:
-        config |= plant.config
+        config |= dict(plant.config)
         if plant.rope:
-            rope = dict(config["rope_parameters"]) | plant.rope
+            rope = dict(config["rope_parameters"]) | dict(plant.rope)
             config["rope_parameters"] = {n: v for n, v in rope.items() if v is not None}
         attention = plant.attention if plant.attention != "sdpa" else attention
-        names += plant.inputs
+        names.extend(plant.inputs)
     model = hf_model(config, weights, attention).eval()
     with contextlib.ExitStack() as stack:
         for plant in plants:
@@ -122,7 +122,8 @@ def record_plants(out: Path, *plants: Plant, seed: int = 0) -> Path:
             for name, wrong in plant.functions.items():
                 stack.enter_context(mock.patch.object(llama, name, wrong))
         ids = ids_of(seed)
-        return record(model, ids, out, **_inputs(tuple(dict.fromkeys(names)), ids))
+        inputs: dict[str, Any] = _inputs(names, ids)
+        return record(model, ids, out, **inputs)
 
 
 def bf16(x: Tensor) -> Tensor:
@@ -490,3 +491,93 @@ PLANTS: dict[str, Plant] = {
         "vocabulary_padded", "loss", change=_loss(lambda x, y: _ce(F.pad(x, (0, 3)), y))
     ),
 }
+
+
+class AdamW(torch.optim.Optimizer):
+    """Adam with decoupled weight decay, written out; `faults` are mistakes in it by name."""
+
+    def __init__(self, groups: Any, faults: frozenset[str], **settings: Any) -> None:
+        super().__init__(groups, settings)
+        self.faults = faults
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        decays = [group["weight_decay"] for group in self.param_groups]
+        for group in self.param_groups:
+            for p in group["params"]:
+                decay = max(decays) if "decay_of_norms" in self.faults else group["weight_decay"]
+                self._update(p, p.grad, group, decay)
+
+    def _update(self, p: Tensor, g: Tensor, group: Any, decay: float) -> None:
+        state, faults = self.state[p], self.faults
+        if not state:
+            state.update(step=0, exp_avg=torch.zeros_like(p), exp_avg_sq=torch.zeros_like(p))
+        state["step"] += 1
+        lr, (b1, b2) = group["lr"], group["betas"]
+        if "decay_dropped" in faults:
+            decay = 0.0
+        if "adam_betas_swapped" in faults:
+            b1, b2 = b2, b1
+        if "decay_coupled" in faults:
+            g = g + decay * p
+        else:
+            p.mul_(1 - (1.0 if "decay_not_times_rate" in faults else lr) * decay)
+        m = state["exp_avg"].lerp_(g, 1 - b1)
+        v = state["exp_avg_sq"].mul_(b2).addcmul_(g, g, value=1 - b2)
+        steps = state["step"] + ("adam_step" in faults)
+        c1, c2 = 1 - b1**steps, 1 - b2**steps
+        if "bias_correction" in faults:
+            c1 = c2 = 1.0
+        if "bias_correction_of_second" in faults:
+            c2 = 1.0
+        if "adam_eps_inside_root" in faults:
+            p.sub_(lr * (m / c1) / (v / c2 + group["eps"]).sqrt())
+        elif "adam_eps" in faults:
+            p.sub_(lr * (m / c1) / ((v / c2).sqrt() + 1e-5))
+        else:
+            p.sub_(lr * (m / c1) / ((v / c2).sqrt() + group["eps"]))
+
+
+OPTIMIZER_FAULTS = (
+    *("decay_of_norms", "decay_dropped", "decay_coupled", "decay_not_times_rate"),
+    *("bias_correction", "bias_correction_of_second", "adam_eps_inside_root", "adam_eps"),
+    *("adam_betas_swapped", "adam_step", "clip_by_value", "clip_dropped", "clip_of_each"),
+)
+
+
+def record_step(out: Path, fault: str | None) -> Path:
+    """A recording of the second step of `AdamW`, with a clipped gradient."""
+    model = hf_model(BASE, weights_of(BASE)).eval()
+    parameters = list(model.parameters())
+    matrices = [p for p in parameters if p.ndim > 1]
+    norms = [p for p in parameters if p.ndim == 1]
+    groups = [{"params": matrices}, {"params": norms, "weight_decay": 0.0}]
+    faults = frozenset([fault] if fault else [])
+    settings = {"lr": 1e-2, "betas": (0.9, 0.99), "eps": 1e-8, "weight_decay": 0.1}
+    optimizer, ids = AdamW(groups, faults, **settings), ids_of()
+    before = [p.detach().clone() for p in parameters]
+    model(input_ids=ids, labels=ids).loss.backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    with torch.no_grad():  # the checkpoint's weights again
+        for parameter, value in zip(parameters, before, strict=True):
+            parameter.copy_(value)
+
+    def clip(*_: Any, **__: Any) -> Tensor:
+        for p in parameters:
+            assert p.grad is not None
+            norm = p.grad.norm()
+            if fault == "clip_by_value":
+                p.grad.clamp_(-0.01, 0.01)
+            if fault == "clip_of_each":
+                p.grad.mul_((0.01 / (norm + 1e-6)).clamp(max=1.0))
+        return torch.zeros(())
+
+    with recording(model, out) as trace, contextlib.ExitStack() as stack:
+        loss = model(input_ids=ids, labels=ids).loss
+        trace.loss(loss, labels=ids)
+        loss.backward()
+        if fault is not None and fault.startswith("clip"):
+            stack.enter_context(mock.patch.object(torch.nn.utils, "clip_grad_norm_", clip))
+        trace.step(optimizer, max_norm=0.01)
+    return out

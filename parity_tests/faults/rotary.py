@@ -284,7 +284,12 @@ FAULTS: list[Fault] = [
         ANGLES,
         _not_restarted,
     ),
-    Fault("positions_of_tokens", "positions {}", ANGLES, _restarted),
+    Fault(
+        "positions_of_tokens",
+        "positions do not count from 0 in every row: they {}",
+        ANGLES,
+        _restarted,
+    ),
     one(
         "rope_neighbours",
         "rotary pairs are neighbours (2i, 2i + 1), not half a head apart",

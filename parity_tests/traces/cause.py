@@ -13,13 +13,16 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
+from parity_tests.faults import optimizer
 from parity_tests.faults.catalogue import FAULTS
 from parity_tests.faults.change import Change, Family, Fault
 from parity_tests.report.programs.checkpoint import EMBEDDING, Checkpoint
 from parity_tests.traces.faulty_oracle import FaultyOracle, Rounded
 from parity_tests.traces.names import COS, SIN, array_of, input_of, output_of, section_of, steps_of
+from parity_tests.traces.optimizer_step import Rule, step_residuals
 from parity_tests.traces.oracle_sections import OracleSections
 from parity_tests.traces.residuals import Residual
+from parity_tests.traces.trace import Trace
 from parity_tests.traces.walk import Walk
 
 _FALL = 8.0
@@ -387,6 +390,48 @@ def find_causes(
     """
     assert isinstance(walk.programs[0], OracleSections)
     return list(Search(walk, checkpoint, dtype, residuals).causes())
+
+
+def find_step_cause(
+    trace: Trace, checkpoint: Checkpoint, dtype: Any, residuals: Iterable[Residual]
+) -> Cause | None:
+    """The fault that explains the departures of an optimizer's step; None without any.
+
+    Args:
+        dtype: of the parameters.
+        residuals: what `step_residuals` has found.
+    """
+    every = {residual.name: residual for residual in residuals}
+    departing = [residual for residual in every.values() if residual.departs]
+    if not departing:
+        return None
+    first, found = departing[0], []
+
+    def walked(rule: Rule, only: Iterable[str]) -> dict[str, Residual]:
+        with np.errstate(divide="ignore", invalid="ignore"):  # without eps
+            return {r.name: r for r in step_residuals(trace, checkpoint, dtype, rule, {*only})}
+
+    for fault in optimizer.faults():
+        after = walked(fault.rule, [first.name])[first.name]
+        if after.departs:
+            continue
+        with_it = walked(fault.rule, every)
+        explained = sum(not with_it[residual.name].departs for residual in departing)
+        broken = sum(with_it[n].departs for n, r in every.items() if not r.departs)
+        found.append((broken - explained, fault, after, explained))
+    if not found:
+        return Cause(None, "unknown", first, first.rms, 0)
+    least = min(left for left, *_ in found)
+    (_, fault, after, explained), *equal = (each for each in found if each[0] == least)
+    return Cause(
+        name=fault.name,
+        words=fault.words,
+        departure=first,
+        after=after.rms,
+        explained=explained,
+        equals=tuple(each[1].words for each in equal),
+        equal_names=tuple(each[1].name for each in equal),
+    )
 
 
 def _key(residual: Residual) -> Key:

@@ -104,9 +104,11 @@ def check(
     if importlib.util.find_spec("torch") is None:
         causes = None
     elif with_causes:
-        from parity_tests.traces.cause import find_causes
+        from parity_tests.traces.cause import find_causes, find_step_cause
 
         causes = find_causes(walk, checkpoint, parameters, [*values, *gradients])
+        of_step = find_step_cause(trace, checkpoint, parameters, steps)
+        causes += [] if of_step is None else [of_step]
     return Verdict(
         title=str(folder),
         program=f"{manifest.get('program', 'unknown')} on {manifest.get('device', 'unknown')}",

@@ -3,7 +3,7 @@
 Source: the documentation of `torch.optim.SGD`, `Adam` and `AdamW`.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Container, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import ml_dtypes
@@ -16,18 +16,40 @@ from parity_tests.traces.trace import MANIFEST, Trace
 _CLIP_EPS = 1e-6  # of torch.nn.utils.clip_grad_norm_
 
 
-class _Moments(NamedTuple):
+class Moments(NamedTuple):
     """Before the step; zeros at the first one."""
 
     first: np.ndarray
     second: np.ndarray
 
 
-def step_residuals(trace: Trace, checkpoint: Checkpoint, dtype: np.dtype) -> Iterator[Residual]:
+class Rule(NamedTuple):
+    """How an optimizer steps; to put a fault into it, replace a field.
+
+    Attributes:
+        clip: the gradient that the step uses, of the gradient, the factor that clips all, and max_norm.
+        group: the settings for a parameter with so many axes, of its own and of all groups.
+        step: the parameter after the step, in the dtype of its operands.
+    """
+
+    clip: "Callable[[np.ndarray, float, float | None], np.ndarray]"
+    group: "Callable[[Mapping[str, Any], list[Mapping[str, Any]], int], Mapping[str, Any]]"
+    step: "Callable[[str, Mapping[str, Any], int, np.ndarray, np.ndarray, Moments], np.ndarray]"
+
+
+def step_residuals(
+    trace: Trace,
+    checkpoint: Checkpoint,
+    dtype: np.dtype,
+    rule: Rule | None = None,
+    only: Container[str] | None = None,
+) -> Iterator[Residual]:
     """Residuals of every parameter's update; none where no step was recorded.
 
     Args:
         dtype: of the parameters.
+        rule: default: the right one.
+        only: names of parameters; default: all.
 
     Raises:
         ValueError: an optimizer that is not known.
@@ -39,19 +61,22 @@ def step_residuals(trace: Trace, checkpoint: Checkpoint, dtype: np.dtype) -> Ite
     if kind not in ("SGD", "Adam", "AdamW"):
         path = trace.folder / MANIFEST
         raise ValueError(f"{path}: optimizer: found {kind}, expected SGD, Adam or AdamW")
-    scale = _clip(trace, stated)
-    for group in stated["groups"]:
-        for name in group["parameters"]:
+    scale, rule = _clip(trace, stated), RIGHT if rule is None else rule
+    for own in stated["groups"]:
+        for name in own["parameters"]:
             gradient = f"{name}.grad"
+            if only is not None and name not in only:
+                continue
             if gradient not in trace.stored or name not in checkpoint.stored:
                 continue
             before = read(checkpoint, name, dtype)
             after = trace.read(f"{name}.stepped").astype(np.float64)
-            updates = []
+            updates, group = [], rule.group(own, stated["groups"], before.ndim)
             for working in (np.dtype(np.float64), np.dtype(np.float32)):
-                g = np.multiply(trace.read(gradient).astype(working), scale, dtype=working)
+                g = rule.clip(trace.read(gradient).astype(working), scale, stated.get("max_norm"))
                 moments = _moments(trace, name, g)
-                stepped = _step(kind, group, stated["step"] + 1, before.astype(working), g, moments)
+                count, weight = stated["step"] + 1, before.astype(working)
+                stepped = rule.step(kind, group, count, weight, g, moments)
                 rounded = stepped if working == np.float64 else stepped.astype(dtype)
                 updates.append(rounded.astype(np.float64) - before.astype(np.float64))
             exact, rounded = updates
@@ -79,22 +104,22 @@ def _clip(trace: Trace, stated: Mapping[str, Any]) -> float:
     return min(1.0, stated["max_norm"] / (squares**0.5 + _CLIP_EPS))
 
 
-def _moments(trace: Trace, name: str, gradient: np.ndarray) -> _Moments:
+def _moments(trace: Trace, name: str, gradient: np.ndarray) -> Moments:
     arrays = []
     for moments in (("exp_avg", "momentum_buffer"), ("exp_avg_sq",)):
         present = [f"{name}.{m}" for m in moments if f"{name}.{m}" in trace.stored]
         values = trace.read(present[0]) if present else np.zeros_like(gradient)
         arrays.append(values.astype(gradient.dtype))
-    return _Moments(*arrays)
+    return Moments(*arrays)
 
 
-def _step(
+def step(
     kind: str,
     group: Mapping[str, Any],
     step: int,
     weight: np.ndarray,
     gradient: np.ndarray,
-    moments: _Moments,
+    moments: Moments,
 ) -> np.ndarray:
     """The parameter after the step, in the dtype of its operands."""
     number = weight.dtype.type
@@ -111,3 +136,10 @@ def _step(
     second = beta2 * moments.second + (1 - beta2) * np.square(gradient)
     root = np.sqrt(second) / np.sqrt(1 - beta2 ** number(step)) + number(group["eps"])
     return weight - rate / (1 - beta1 ** number(step)) * first / root
+
+
+RIGHT = Rule(
+    clip=lambda gradient, scale, _: gradient * gradient.dtype.type(scale),
+    group=lambda own, _, __: own,
+    step=step,
+)

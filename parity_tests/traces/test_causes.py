@@ -1,31 +1,169 @@
 """The cause of a departure is named, of faults in programs that know nothing of the catalogue."""
 
+import itertools
+import random
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from parity_tests.faults.planted_jax import CASE, PLANTS, record_plants
+from parity_tests.faults import planted_jax, planted_torch
+from parity_tests.faults.catalogue import FAULTS
 from parity_tests.harness.cases import weights_of, write_hf_directory
-from parity_tests.traces.check import check
+from parity_tests.traces.check import Verdict, check
+from parity_tests.traces.names import section_of, sections, steps_of
 
 COMPILED: dict[Any, Any] = {}
-SAMPLE = ("Meta's rows", "scaled by 0.3")
+JAX_SAMPLE = ("Meta's rows",)
+TORCH_SAMPLE = (
+    *("yarn beta_slow", "norm bf16", "kv tiled", "residual times 0.22", "mean of means"),
+    *("padding seen",),
+)
+STEP_SAMPLE = ("decay_of_norms", "adam_eps_inside_root", "clip_by_value")
+Plants = tuple[Any, ...]
 
 
 @pytest.fixture(scope="module")
-def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_hf_directory(
-        tmp_path_factory.mktemp("causes") / "checkpoint", CASE.config, weights_of(CASE.config)
-    )
+def directories(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The checkpoints by the names of their configs."""
+    folder = tmp_path_factory.mktemp("causes")
+    for name, config in planted_torch.CONFIGS.items():
+        write_hf_directory(folder / name, config, weights_of(config))
+    return folder
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(n, marks=() if n in SAMPLE else pytest.mark.slow) for n in PLANTS]
-)
-def test_a_fault_in_jax(name: str, directory: Path, tmp_path: Path) -> None:
-    plant = PLANTS[name]
-    verdict = check(record_plants(tmp_path / "trace", plant), directory, compiled=COMPILED)
+def of_jax(directories: Path, out: Path, *plants: Any) -> Verdict:
+    trace = planted_jax.record_plants(out, *plants)
+    return check(trace, directories / "base", compiled=COMPILED)
+
+
+def of_torch(directories: Path, out: Path, *plants: Any) -> Verdict:
+    trace = planted_torch.record_plants(out, *plants)
+    return check(trace, directories / plants[0].of, compiled=COMPILED)
+
+
+def assert_named(plant: Any, verdict: Verdict) -> None:
     assert verdict.departures[0].name == plant.begins
     assert verdict.causes is not None
     assert verdict.causes[0].name == plant.fault
+    assert verdict.causes[0].after < 1e-2 * verdict.departures[0].rms
+
+
+@pytest.mark.parametrize("name", JAX_SAMPLE)
+def test_a_fault_in_jax(name: str, directories: Path, tmp_path: Path) -> None:
+    plant = planted_jax.PLANTS[name]
+    assert_named(plant, of_jax(directories, tmp_path / "trace", plant))
+
+
+@pytest.mark.parametrize("name", TORCH_SAMPLE)
+def test_a_fault_in_torch(name: str, directories: Path, tmp_path: Path) -> None:
+    plant = planted_torch.PLANTS[name]
+    assert_named(plant, of_torch(directories, tmp_path / "trace", plant))
+
+
+def test_both_faults_of_a_pair_are_named(directories: Path, tmp_path: Path) -> None:
+    pair = [planted_torch.PLANTS[name] for name in ("theta 500000", "gelu")]
+    verdict = of_torch(directories, tmp_path / "trace", *pair)
+    assert verdict.causes is not None
+    assert [cause.name for cause in verdict.causes] == ["rope_theta", "activation"]
+
+
+def test_a_fault_that_is_not_in_the_catalogue_is_unknown(directories: Path, tmp_path: Path) -> None:
+    plant = planted_torch.Plant(
+        "", planted_torch.ACT, change=planted_torch._mlp(lambda g, u: (g.sin() + u) * g)
+    )
+    verdict = of_torch(directories, tmp_path / "trace", plant)
+    assert verdict.causes is not None
+    assert [cause.name for cause in verdict.causes] == [None]
+    assert verdict.causes[0].departure.name == planted_torch.ACT
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [
+        pytest.param(f, marks=() if f in STEP_SAMPLE else pytest.mark.slow)
+        for f in planted_torch.OPTIMIZER_FAULTS
+    ],
+)
+def test_a_fault_in_an_optimizer(fault: str, directories: Path, tmp_path: Path) -> None:
+    trace = planted_torch.record_step(tmp_path / "trace", fault)
+    verdict = check(trace, directories / "base", compiled=COMPILED)
+    assert verdict.departures[0].direction == "step"
+    assert verdict.causes is not None
+    assert [cause.name for cause in verdict.causes] == [fault]
+
+
+def test_a_right_step_has_no_cause(directories: Path, tmp_path: Path) -> None:
+    trace = planted_torch.record_step(tmp_path / "trace", None)
+    verdict = check(trace, directories / "base", compiled=COMPILED)
+    assert (len(verdict.steps), verdict.holds) == (21, True)
+
+
+def test_a_right_program_has_no_cause(directories: Path, tmp_path: Path) -> None:
+    right = planted_torch.Plant("", "", "llama3")
+    verdict = of_torch(directories, tmp_path / "trace", right)
+    assert (verdict.holds, verdict.causes) == (True, [])
+
+
+def test_every_fault_has_a_name_of_its_own() -> None:
+    assert len(FAULTS) >= 40
+    assert all(name == fault.name for name, fault in FAULTS.items())
+    assert len({fault.words for fault in FAULTS.values()}) == len(FAULTS)
+
+
+def _order(plant: Any) -> int:
+    layers = ["layers.0", "layers.1"]
+    assert section_of(plant.begins) in ("embedding", "head", *layers)
+    every = [step for section in sections(2) for step in steps_of(section)]
+    return every.index(plant.begins)
+
+
+def _pairs(plants: dict[str, Any], count: int) -> Iterator[tuple[str, Plants]]:
+    """Of faults in different steps that do not replace the same function; the first one first."""
+    apart = [
+        (f"{one} and {other}", tuple(sorted((plants[one], plants[other]), key=_order)))
+        for one, other in itertools.combinations(plants, 2)
+        if plants[one].begins != plants[other].begins
+        and not set(plants[one].functions) & set(plants[other].functions)
+        and not (plants[one].inputs and plants[other].inputs)
+        and getattr(plants[one], "of", "base") == getattr(plants[other], "of", "base") == "base"
+        and getattr(plants[one], "attention", "sdpa") == getattr(plants[other], "attention", "sdpa")
+    ]
+    yield from random.Random(0).sample(apart, count)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("program", ["jax", "torch"])
+def test_how_many_are_named_right(program: str, directories: Path, tmp_path: Path) -> None:
+    """Every single fault, and a sample of pairs; `pytest -s` prints the table."""
+    module, diagnose = {"jax": (planted_jax, of_jax), "torch": (planted_torch, of_torch)}[program]
+    plants: dict[str, Any] = dict(module.PLANTS)
+    rows = [("single", name, (plant,)) for name, plant in plants.items()]
+    rows += [("pair", *pair) for pair in _pairs(plants, 30 if program == "jax" else 100)]
+    right: dict[str, list[bool]] = {"module": [], "single": [], "pair": [], "both": []}
+    equals = 0
+    for index, (kind, name, planted) in enumerate(rows):
+        verdict = diagnose(directories, tmp_path / str(index), *planted)
+        names = [cause.name for cause in verdict.causes or ()]
+        begins = verdict.departures[0].name if verdict.departures else None
+        named = bool(names) and names[0] == planted[0].fault
+        right[kind].append(named)
+        if kind == "single":
+            right["module"].append(begins == planted[0].begins)
+            equals += bool(verdict.causes and verdict.causes[0].equals)
+        else:
+            right["both"].append({plant.fault for plant in planted} <= set(names))
+        if not named or begins != planted[0].begins:
+            print(f"\n{program}: missed: {name}: {begins}, {names}", end="")
+    print()
+    for kind, results in right.items():
+        print(f"{program}, {kind}: {sum(results)} of {len(results)}")
+    print(f"{program}: {equals} singles with others that explain as much")
+
+    def share(kind: str) -> float:
+        return sum(right[kind]) / len(right[kind])
+
+    assert share("single") >= 0.95
+    assert share("module") >= 0.98
+    assert share("pair") >= 0.85
