@@ -24,12 +24,16 @@ Buffers = dict[tuple[str, ...], np.ndarray]
 
 
 class Mutation(NamedTuple):
-    """`target.attribute` becomes `replacement(original)`; `begins_at` is the first module to drift."""
+    """`target.attribute` becomes `replacement(original)`; `begins_at` is the first module to drift.
+
+    `fault` is its name in `faults/catalogue.py`, by which a check of a recording names it.
+    """
 
     target: Any
     attribute: str
     replacement: Callable[[Any], Any]
     begins_at: str
+    fault: str
 
 
 @contextlib.contextmanager
@@ -158,21 +162,47 @@ def mean_over_all(loss: Any) -> Any:
 
 MUTATIONS: dict[str, Mutation] = {
     "no_qk_permutation": Mutation(
-        huggingface, "_merge", while_loading(no_permutation), "layers.0.self_attn.q_proj"
+        huggingface,
+        "_merge",
+        while_loading(no_permutation),
+        "layers.0.self_attn.q_proj",
+        "no_qk_permutation",
     ),
-    "rope_theta_10000": Mutation(decoder, "rope_cos_sin", theta_10000, "rotary.cos"),
-    "rope_scaling_dropped": Mutation(decoder, "rope_cos_sin", scaling_dropped, "rotary.cos"),
+    "rope_theta_10000": Mutation(decoder, "rope_cos_sin", theta_10000, "rotary.cos", "rope_theta"),
+    "rope_scaling_dropped": Mutation(
+        decoder, "rope_cos_sin", scaling_dropped, "rotary.cos", "rope_scaling_dropped"
+    ),
     "norms_swapped": Mutation(
-        huggingface, "_merge", while_loading(norms_swapped), "layers.0.input_layernorm"
+        huggingface,
+        "_merge",
+        while_loading(norms_swapped),
+        "layers.0.input_layernorm",
+        "norms_swapped",
     ),
-    "eps_1e-6": Mutation(layers, "rms_norm", eps_1e_6, "layers.0.input_layernorm"),
+    "eps_1e-6": Mutation(layers, "rms_norm", eps_1e_6, "layers.0.input_layernorm", "norm_eps"),
     "o_proj_transposed": Mutation(
-        huggingface, "_merge", while_loading(o_proj_transposed), "layers.0.self_attn.o_proj"
+        huggingface,
+        "_merge",
+        while_loading(o_proj_transposed),
+        "layers.0.self_attn.o_proj",
+        "transposed",
     ),
-    "kv_heads_tiled": Mutation(layers, "attention", tiled_kv_heads, "layers.0.self_attn.attention"),
-    "position_off_by_one": Mutation(decoder, "rope_cos_sin", position_off_by_one, "rotary.cos"),
-    "mask_off_by_one": Mutation(masks, "attention_mask", mask_off_by_one, "mask"),
-    "loss_without_shift": Mutation(causal_lm, "shift_labels", no_shift, "loss"),
-    "mean_over_all_tokens": Mutation(causal_lm, "causal_lm_loss", mean_over_all, "loss"),
-    "bfloat16_cast": Mutation(layers, "attention", bfloat16_cast, "layers.0.self_attn.attention"),
+    "kv_heads_tiled": Mutation(
+        layers, "attention", tiled_kv_heads, "layers.0.self_attn.attention", "kv_heads_tiled"
+    ),
+    "position_off_by_one": Mutation(
+        decoder, "rope_cos_sin", position_off_by_one, "rotary.cos", "position_off_by_one"
+    ),
+    "mask_off_by_one": Mutation(
+        masks, "attention_mask", mask_off_by_one, "mask", "mask_off_by_one"
+    ),
+    "loss_without_shift": Mutation(
+        causal_lm, "shift_labels", no_shift, "loss", "loss_without_shift"
+    ),
+    "mean_over_all_tokens": Mutation(
+        causal_lm, "causal_lm_loss", mean_over_all, "loss", "mean_over_all_tokens"
+    ),
+    "bfloat16_cast": Mutation(
+        layers, "attention", bfloat16_cast, "layers.0.self_attn.attention", "softmax_bfloat16"
+    ),
 }

@@ -6,13 +6,17 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from parity_tests.faults import planted_jax, planted_torch
 from parity_tests.faults.catalogue import FAULTS
 from parity_tests.harness.cases import weights_of, write_hf_directory
+from parity_tests.harness.mutations import MUTATIONS, mutate
+from parity_tests.report.mutate import write_case
 from parity_tests.traces.check import Verdict, check
 from parity_tests.traces.names import section_of, sections, steps_of
+from parity_tests.traces.record_checkpoint import record_checkpoint
 
 COMPILED: dict[Any, Any] = {}
 JAX_SAMPLE = ("Meta's rows",)
@@ -106,8 +110,33 @@ def test_a_right_program_has_no_cause(directories: Path, tmp_path: Path) -> None
     assert (verdict.holds, verdict.causes) == (True, [])
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [n for n in MUTATIONS if n != "mean_over_all_tokens"])
+def test_a_mutation_of_llama_jax(name: str, tmp_path: Path) -> None:
+    """But for the one of a loss that recordings of llama_jax do not use."""
+    checkpoint, tokens = write_case(tmp_path)
+    ids = tmp_path / "tokens.txt"
+    ids.write_text(" ".join(map(str, np.load(tokens))))
+    with mutate(name):
+        record_checkpoint(
+            checkpoint,
+            tmp_path / "trace",
+            program="llama_jax",
+            tokens=ids,
+            length=64,
+            dtype="float32",
+            attention="sdpa",
+            autocast=None,
+            backward=True,
+        )
+    causes = check(tmp_path / "trace", checkpoint).causes
+    assert causes is not None
+    assert causes[0].name == MUTATIONS[name].fault
+
+
 def test_every_fault_has_a_name_of_its_own() -> None:
     assert len(FAULTS) >= 40
+    assert {mutation.fault for mutation in MUTATIONS.values()} <= FAULTS.keys()
     assert all(name == fault.name for name, fault in FAULTS.items())
     assert len({fault.words for fault in FAULTS.values()}) == len(FAULTS)
 
