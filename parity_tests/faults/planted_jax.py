@@ -266,7 +266,9 @@ PLANTS: dict[str, Plant] = {
     "half rotated": Plant("rope_partly", ROTATED, {"rotate": _half_rotated}),
     "cos and sin bf16": Plant("rope_bfloat16", ROTATED, {"rotate": _rotate_bf16}),
     "positions divided": Plant(
-        "positions_divided", ROTATED, _before("angles", lambda p, *a: (p.astype(jnp.float32) / 4, *a))
+        "positions_divided",
+        ROTATED,
+        _before("angles", lambda p, *a: (p.astype(jnp.float32) / 4, *a)),
     ),
     "eps 1e-6": Plant("norm_eps", NORM1, config={"rms_norm_eps": 1e-6}),
     "eps 1e-12": Plant("norm_eps", NORM1, config={"rms_norm_eps": 1e-12}),
