@@ -154,8 +154,8 @@ def no_shift(shift: Any) -> Any:
 
 
 def mean_over_all(loss: Any) -> Any:
-    def wrong(hidden: Any, head: Any, labels: Any, num_items: Any) -> Any:
-        return loss(hidden, head, labels, labels.size if num_items is None else num_items)
+    def wrong(hidden: Any, head: Any, labels: Any, num_items: Any, *rest: Any) -> Any:
+        return loss(hidden, head, labels, labels.size if num_items is None else num_items, *rest)
 
     return wrong
 

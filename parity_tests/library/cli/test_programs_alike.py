@@ -35,8 +35,12 @@ COMMANDS: dict[str, list[str]] = {
     "train tokenize": ["SRC", "--tokenizer", "T", "--out", "O"],
     "convert": ["SRC", "DST"],
     "convert info": ["SRC"],
+    "convert diff": ["A", "B"],
     "parity_tests report": ["DIR"],
+    "parity_tests record": ["DIR", "--out", "O"],
+    "parity_tests check": ["TRACE"],
     "parity_tests mutate": [],
+    "parity_tests trajectory": ["A", "B"],
     "benchmarks": ["loss"],
 }
 WRONG_VALUES = {
