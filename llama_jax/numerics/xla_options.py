@@ -8,6 +8,8 @@ or for TPUs in LIBTPU_INIT_ARGS, is left alone. docs/nvidia.md has what each opt
 import os
 import re
 
+import jax
+
 from llama_jax.numerics.backend import target_platform
 
 # Of a GPU's memory, what XLA takes at its start; the rest is for CUDA's context, NCCL and cuDNN. JAX's own
@@ -19,6 +21,17 @@ THREADS_PER_HOST_DEVICE = 4
 
 Options = dict[str, str | int | bool]
 
+
+def _pipelined(collective: str) -> Options:
+    """In a loop, start a collective during the iteration before its own."""
+    if jax.__version_info__ < (0, 11, 1):
+        return {_OLD_PIPELINED + collective: True}
+    return {_PIPELINED + collective: "COLLECTIVE_PIPELINING_MODE_ON"}
+
+
+# XLA_FLAGS take both names, `compiler_options` the one of their version
+_OLD_PIPELINED, _PIPELINED = "xla_gpu_enable_pipelined_", "xla_gpu_pipeline_"
+
 STEP_OPTIONS: dict[str, Options] = {
     "cpu": {
         # XLA hoists the conversion of a bfloat16 array to float32 out of a loop that reads slices of it:
@@ -29,7 +42,7 @@ STEP_OPTIONS: dict[str, Options] = {
         # A layer's weights are gathered during the layer before it ("Tips for High-Performance LLMs"), and
         # in fewer, larger gathers than XLA's 30 MB makes: two for 8B. NVIDIA's threshold is 1 GiB, but
         # there is less to hide one gather of a complete layer behind.
-        "xla_gpu_enable_pipelined_all_gather": True,
+        **_pipelined("all_gather"),
         "xla_gpu_all_gather_combine_threshold_bytes": 256 * 2**20,
     },
 }
@@ -39,7 +52,7 @@ STEP_OPTIONS_ACROSS_HOSTS: dict[str, Options] = {
     "gpu": {
         # The gradients of a layer are reduced during the next one (ibid.). That holds them unreduced for
         # as long, which is not worth it where NVLink reduces them.
-        "xla_gpu_enable_pipelined_all_reduce": True,
+        **_pipelined("all_reduce"),
     },
 }
 
@@ -66,6 +79,7 @@ def step_compiler_options(
     set_by_user = _names_in(os.environ.get("XLA_FLAGS", ""))
     if platform == "tpu":
         set_by_user |= _names_in(os.environ.get("LIBTPU_INIT_ARGS", ""))
+    set_by_user |= {name.replace(_OLD_PIPELINED, _PIPELINED) for name in set_by_user}
     options = {name: value for name, value in options.items() if name not in set_by_user}
     return options | (DETERMINISTIC.get(platform, {}) if deterministic else {})
 

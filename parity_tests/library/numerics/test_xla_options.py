@@ -2,6 +2,7 @@
 
 import json
 
+import jax
 import pytest
 
 from llama_jax.numerics.xla_options import (
@@ -16,7 +17,9 @@ from llama_jax.numerics.xla_options import (
 from parity_tests.harness.child_process import output_lines
 
 FRACTION, OLD_FRACTION = "XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION"
-PIPELINED = "xla_gpu_enable_pipelined_all_gather"
+# XLA renamed it between the versions of jax 0.11.0 and 0.11.1
+OLD_PIPELINED = "xla_gpu_enable_pipelined_all_gather"
+PIPELINED = "xla_gpu_pipeline_all_gather" if jax.__version_info__ >= (0, 11, 1) else OLD_PIPELINED
 
 
 @pytest.fixture(autouse=True)
@@ -35,7 +38,10 @@ def test_across_hosts_there_are_more():
     assert across == within | STEP_OPTIONS_ACROSS_HOSTS["gpu"] != within
 
 
-@pytest.mark.parametrize("flags", [f"--{PIPELINED}=false", f"--xla_dump_to=/x  --{PIPELINED}"])
+@pytest.mark.parametrize(
+    "flags",
+    [f"--{PIPELINED}=false", f"--xla_dump_to=/x  --{PIPELINED}", f"--{OLD_PIPELINED}=true"],
+)
 def test_what_the_user_sets_is_left_alone(monkeypatch, flags):
     monkeypatch.setenv("XLA_FLAGS", flags)
     expected = {name: value for name, value in STEP_OPTIONS["gpu"].items() if name != PIPELINED}
@@ -86,6 +92,13 @@ def test_threads_for_devices_made_of_the_cpu(monkeypatch, flags, chosen, threads
         monkeypatch.delenv("NPROC")
     reserve_host_threads()
     assert os.environ.get("NPROC") == threads
+
+
+def test_the_options_have_the_names_of_this_version():
+    """jaxlib refuses others before it compiles, for a CPU as well."""
+    options = step_compiler_options("gpu", across_hosts=True, deterministic=True)
+    assert PIPELINED in options
+    jax.jit(lambda x: x, compiler_options=options).lower(1.0).compile()
 
 
 @pytest.mark.parametrize("topology", ["h100:2x2", "v5p:2x2x1"])
