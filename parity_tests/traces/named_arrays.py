@@ -4,7 +4,7 @@ The names are in the program's jaxpr, which is evaluated anew here, equation by 
 named, it is kept, and zeros are added to it: the gradient with respect to these zeros is the array's.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -25,6 +25,7 @@ _CALLS = {  # primitives that run a jaxpr once, and where they have it
     "custom_vjp_call": "call_jaxpr",
     "custom_vjp_call_jaxpr": "fun_jaxpr",
 }
+_ENTERED = (*_CALLS, "scan")
 
 
 class _Entry(NamedTuple):
@@ -39,7 +40,7 @@ def with_named_arrays(function: Callable[..., Any]) -> Callable[..., tuple[Any, 
 
     The new function's first argument are arrays that are added to the named ones, or None. A name within a
     scan has one array for each iteration. Names within while loops, branches, `shard_map` and scans in
-    scans are left out.
+    scans are left out, and so are arrays of integers, which have no gradient.
 
     >>> from jax.ad_checkpoint import checkpoint_name
     >>> def program(x):
@@ -94,9 +95,10 @@ class _Interpreter:
 
     def _equation(self, equation: Any, inputs: list[Any]) -> list[Any]:
         kind, parameters = equation.primitive.name, equation.params
-        if kind == "name":
-            return [self._name(parameters["name"], inputs[0])]
-        if not _has_names(equation) or kind not in (*_CALLS, "scan"):
+        name = _name_of(equation)
+        if name is not None:
+            return [self._name(name, inputs[0])]
+        if kind not in _ENTERED or not any(_names(j, _ENTERED) for j in _inner(equation)):
             options = equation.primitive.get_bind_params(parameters)
             with equation.ctx.manager:
                 outputs = equation.primitive.bind(*inputs, **options)
@@ -156,7 +158,7 @@ class _Interpreter:
         if self._added is None:
             return None
         stacked: Named = {}
-        for name in _names(body):
+        for name in _names(body, _CALLS):
             arrays = self._next(name, length)
             if arrays is not None:
                 arrays = [arrays] if length == 1 else arrays
@@ -172,18 +174,23 @@ def _scan_counts(parameters: Any) -> tuple[int, int]:
     return consts, carry
 
 
-def _has_names(equation: Any) -> bool:
-    return any(_names(jaxpr) for jaxpr in _inner(equation))
+def _name_of(equation: Any) -> str | None:
+    """The name that an equation gives to an array of floats."""
+    if equation.primitive.name != "name":
+        return None
+    is_float = jnp.issubdtype(equation.outvars[0].aval.dtype, jnp.floating)
+    return equation.params["name"] if is_float else None
 
 
-def _names(jaxpr: Any) -> list[str]:
-    """The names in a jaxpr, in order."""
+def _names(jaxpr: Any, entered: Container[str]) -> list[str]:
+    """The names in a jaxpr and in what these primitives run in it, in order."""
     names = []
     for equation in jaxpr.eqns:
-        if equation.primitive.name == "name":
-            names.append(equation.params["name"])
-        else:
-            names += [name for inner in _inner(equation) for name in _names(inner)]
+        name = _name_of(equation)
+        if name is not None:
+            names.append(name)
+        elif equation.primitive.name in entered:
+            names += [name for inner in _inner(equation) for name in _names(inner, entered)]
     return names
 
 

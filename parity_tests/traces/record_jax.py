@@ -148,11 +148,7 @@ def sown(state: nnx.State[Any, Any]) -> dict[str, jax.Array]:
 
 
 def _wanted(named: Named, names: Mapping[str, Target]) -> Named:
-    return {
-        name: [a for a in arrays if jnp.issubdtype(a.dtype, jnp.floating)]
-        for name, arrays in named.items()
-        if _find(names, name) is not None
-    }
+    return {name: arrays for name, arrays in named.items() if _find(names, name) is not None}
 
 
 def _find(names: Mapping[str, Target], name: str) -> tuple[str, int | None] | None:

@@ -87,6 +87,32 @@ def test_names_where_nothing_can_be_recorded_are_left_out() -> None:
     np.testing.assert_array_equal(out, jnp.zeros((2, 2)))
 
 
+def test_a_name_both_where_it_is_recorded_and_where_it_is_left_out() -> None:
+    """In a scan in a scan and in a while loop; and of an array of integers."""
+
+    def scanned(x: jax.Array, weight: jax.Array) -> tuple[jax.Array, None]:
+        def inner(x: jax.Array, one: jax.Array) -> tuple[jax.Array, None]:
+            return checkpoint_name(x + one, "x"), None
+
+        x, _ = jax.lax.scan(inner, x, jnp.ones(2))
+        x = jax.lax.cond(x[0, 0] < 0, lambda x: checkpoint_name(-x, "x"), lambda x: x, x)
+        return checkpoint_name(x @ weight, "end"), None
+
+    def program(x: jax.Array) -> jax.Array:
+        x, _ = jax.lax.scan(scanned, x, WEIGHTS)
+        count = checkpoint_name(jnp.int32(2), "x")
+        return jnp.sum(jnp.square(checkpoint_name(count.astype(x.dtype) * x, "x")))
+
+    run = with_named_arrays(program)
+    out, named = run(None, X)
+    assert {name: len(arrays) for name, arrays in named.items()} == {"end": LENGTH, "x": 1}
+    assert out == pytest.approx(float(jnp.sum(jnp.square(named["x"][0]))), rel=1e-6)
+    zeros = jax.tree.map(jnp.zeros_like, named)
+    gradient = jax.grad(lambda added: run(added, X)[0])(zeros)
+    np.testing.assert_allclose(gradient["x"][0], 2 * named["x"][0], rtol=1e-6)
+    np.testing.assert_allclose(gradient["end"][-1], 4 * named["x"][0], rtol=1e-6)
+
+
 class Scaled(nnx.Module):
     def __init__(self) -> None:
         self.weight = nnx.Param(jnp.arange(3.0))
