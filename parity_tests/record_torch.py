@@ -66,6 +66,11 @@ _MODULES = (
 # modules whose input is recorded too: it is the output of none
 _WITH_INPUT = ("self_attn.o_proj", "post_attention_layernorm", "mlp.down_proj")
 _ROTARY = "model.rotary_emb"
+# of an optimizer's groups; the check refuses a step with one of the last four
+_SETTINGS = (
+    *("lr", "betas", "eps", "weight_decay", "momentum", "decoupled_weight_decay"),
+    *("amsgrad", "dampening", "maximize", "nesterov"),
+)
 _NOT_ONCE = "the model was called {} times while recording, expected once"
 
 
@@ -285,20 +290,21 @@ class Recorder:
             optimizer: Adam, AdamW or SGD.
             max_norm: clip the gradient to this norm first, as `torch.nn.utils.clip_grad_norm_` does.
         """
-        names = {id(parameter): name for name, (_, parameter) in self.parameters.items()}
-        fields = ("lr", "betas", "eps", "weight_decay", "momentum", "decoupled_weight_decay")
+        names: dict[int, list[str]] = {}  # a fused projection has several
+        for name, (_, parameter) in self.parameters.items():
+            names.setdefault(id(parameter), []).append(name)
         groups, steps = [], set()
         for group in optimizer.param_groups:
-            of_group = [names[id(p)] for p in group["params"] if id(p) in names]
-            groups.append(
-                {key: group[key] for key in fields if key in group} | {"parameters": of_group}
-            )
+            of_group: list[str] = []
             for parameter in group["params"]:
-                name, state = names.get(id(parameter)), optimizer.state.get(parameter, {})
+                state = optimizer.state.get(parameter, {})
                 steps.add(int(state.get("step", 0)))
-                for moment in ("exp_avg", "exp_avg_sq", "momentum_buffer"):
-                    if name is not None and state.get(moment) is not None:
-                        self._add_parameter(f"{name}.{moment}", name, state[moment])
+                for name in names.get(id(parameter), ()):
+                    of_group.append(name)
+                    for moment in ("exp_avg", "exp_avg_sq", "momentum_buffer"):
+                        self._add_parameter(f"{name}.{moment}", name, state.get(moment))
+            settings = {key: _number(group[key]) for key in _SETTINGS if key in group}
+            groups.append(settings | {"parameters": of_group})
         norm = None
         if max_norm is not None:
             norm = float(nn.utils.clip_grad_norm_(self.model.parameters(), max_norm))
@@ -342,28 +348,16 @@ class Recorder:
             def record_angles(_: Any, __: Any, output: Any) -> None:
                 if isinstance(output, tuple) and len(output) == 2:
                     for name, values in zip(("cos", "sin"), output, strict=True):
-                        self._add(f"{_ROTARY}.{name}", values)
+                        self._writer.add(f"{_ROTARY}.{name}", values)
 
             handles.append(rotary.register_forward_hook(record_angles))
-        for name, (part, parameter) in self.parameters.items():
-            if parameter.requires_grad and part.rows.start is None:
+        for name, (_, parameter) in self.parameters.items():
+            if parameter.requires_grad:
                 handles.append(
                     parameter.register_post_accumulate_grad_hook(
                         lambda p, name=name: self._add_parameter(f"{name}.grad", name, p.grad)
                     )
                 )
-        by_tensor: dict[int, list[str]] = {}
-        for name, (part, parameter) in self.parameters.items():
-            if parameter.requires_grad and part.rows.start is not None:
-                by_tensor.setdefault(id(parameter), []).append(name)
-        for of_tensor in by_tensor.values():  # of fused projections
-
-            def record_parts(p: Tensor, names: list[str] = of_tensor) -> None:
-                for name in names:
-                    self._add_parameter(f"{name}.grad", name, p.grad)
-
-            parameter = self.parameters[of_tensor[0]][1]
-            handles.append(parameter.register_post_accumulate_grad_hook(record_parts))
         self._stack.enter_context(_Attention(self))
 
     def _begin(self, _: nn.Module, arguments: Any, options: Mapping[str, Any]) -> None:
@@ -433,14 +427,13 @@ class Recorder:
             values = tensor if kind.startswith("input") else tensor[..., part.rows]
             if part.pairs:
                 values = _halves(values, -1, self.heads.dim)
-            self._add(f"{part.name}.{kind}", values)
+            self._writer.add(f"{part.name}.{kind}", values)
 
     def _add_parameter(self, name: str, of: str, values: Tensor | None) -> None:
         if values is not None:
-            self._add(name, _in_hugging_faces_rows(values, self.parameters[of][0], self.heads))
-
-    def _add(self, name: str, values: Tensor) -> None:
-        self._writer.add(name, values)
+            self._writer.add(
+                name, _in_hugging_faces_rows(values, self.parameters[of][0], self.heads)
+            )
 
     def attention(self, query: Tensor, key: Tensor) -> None:
         """Record rotated queries and keys [B, heads, T, D], as attention gets them."""
@@ -464,7 +457,7 @@ class Recorder:
             values = values.transpose(1, 2)
             if pairs:
                 values = _halves(values, -1, self.heads.dim)
-            self._add(f"{name}.{which}.{kind}", values)
+            self._writer.add(f"{name}.{which}.{kind}", values)
 
         for which, tensor in (("q", query), ("k", key)):
             add(which, "output", tensor)
@@ -729,6 +722,11 @@ def _size(count: int) -> str:
     return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.2f} MB"
 
 
+def _number(value: Any) -> Any:
+    """A setting of an optimizer, which may be a tensor."""
+    return value.item() if isinstance(value, Tensor) else value
+
+
 def _rows(parameters: Mapping[str, tuple[_Part, nn.Parameter]], name: str) -> int | None:
     return parameters[name][1].shape[0] if name in parameters else None
 
@@ -821,6 +819,8 @@ def load(
 
 def run(options: argparse.Namespace) -> Path:
     """Record the checkpoint in `options.directory`. Raises ValueError."""
+    if options.length < 2:
+        raise ValueError(f"--length: found {options.length}, expected at least 2")
     model = load(options.directory, _DTYPES[options.dtype], options.attention).to(options.device)
     config: Any = model.config
     if options.tokens is None:

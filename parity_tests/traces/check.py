@@ -92,27 +92,27 @@ def check(
     begin = time.perf_counter()
     trace, checkpoint = open_trace(folder), open_checkpoint(directory)
     walk, findings = prepare(trace, checkpoint, compiled)
+    precision = precision_of(trace)
+    steps = list(step_residuals(trace, checkpoint, precision.parameters))
     kinds = {p.kind for p in map(place, trace.stored) if p is not None}
     with_gradients = bool({"gradient", "weight gradient"} & kinds)
     advance = start(len(walk.sections) * (2 if with_gradients else 1))
     values = list(walk.forward(advance=advance))
     gradients = list(walk.backward(advance=advance)) if with_gradients else []
     manifest = trace.manifest
-    parameters = precision_of(trace).parameters
-    steps = list(step_residuals(trace, checkpoint, parameters))
     causes: list[Cause] | None = []
     if importlib.util.find_spec("torch") is None:
         causes = None
     elif with_causes:
         from parity_tests.traces.cause import find_causes, find_step_cause
 
-        causes = find_causes(walk, checkpoint, parameters, [*values, *gradients])
-        of_step = find_step_cause(trace, checkpoint, parameters, steps)
+        causes = find_causes(walk, checkpoint, precision.parameters, [*values, *gradients])
+        of_step = find_step_cause(trace, checkpoint, precision.parameters, steps)
         causes += [] if of_step is None else [of_step]
     return Verdict(
         title=str(folder),
         program=f"{manifest.get('program', 'unknown')} on {manifest.get('device', 'unknown')}",
-        precision=describe(precision_of(trace)),
+        precision=describe(precision),
         reference=walk.programs[0].name,
         shape=walk.inputs.ids.shape,
         findings=findings,

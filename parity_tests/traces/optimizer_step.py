@@ -13,6 +13,7 @@ from parity_tests.report.programs.checkpoint import Checkpoint, read
 from parity_tests.traces.residuals import Residual, residual
 from parity_tests.traces.trace import MANIFEST, Trace
 
+_UNKNOWN = ("amsgrad", "dampening", "maximize", "nesterov")
 _CLIP_EPS = 1e-6  # of torch.nn.utils.clip_grad_norm_
 
 
@@ -52,15 +53,13 @@ def step_residuals(
         only: names of parameters; default: all.
 
     Raises:
-        ValueError: an optimizer that is not known.
+        ValueError: an optimizer, or a setting of one, that is not known; a damaged manifest.
     """
     stated = trace.manifest.get("optimizer")
     if stated is None:
         return
-    kind = stated.get("class")
-    if kind not in ("SGD", "Adam", "AdamW"):
-        path = trace.folder / MANIFEST
-        raise ValueError(f"{path}: optimizer: found {kind}, expected SGD, Adam or AdamW")
+    _require_known(stated, trace)
+    kind = stated["class"]
     scale, rule = _clip(trace, stated), RIGHT if rule is None else rule
     for own in stated["groups"]:
         for name in own["parameters"]:
@@ -69,6 +68,8 @@ def step_residuals(
                 continue
             if gradient not in trace.stored or name not in checkpoint.stored:
                 continue
+            if f"{name}.stepped" not in trace.stored:
+                raise ValueError(f"{trace.folder}: {name}.stepped: missing")
             before = read(checkpoint, name, dtype)
             after = trace.read(f"{name}.stepped").astype(np.float64)
             updates, group = [], rule.group(own, stated["groups"], before.ndim)
@@ -90,6 +91,22 @@ def step_residuals(
                 eps=float(ml_dtypes.finfo(dtype).eps),
                 rows=rows,
             )
+
+
+def _require_known(stated: Mapping[str, Any], trace: Trace) -> None:
+    where, kind = f"{trace.folder / MANIFEST}: optimizer", stated.get("class")
+    if kind not in ("SGD", "Adam", "AdamW"):
+        raise ValueError(f"{where}: found {kind}, expected SGD, Adam or AdamW")
+    groups = stated.get("groups")
+    needed = {"lr", "parameters"} if kind == "SGD" else {"lr", "parameters", "betas", "eps"}
+    if not isinstance(stated.get("step"), int) or not isinstance(groups, list):
+        raise ValueError(f"{where}: expected a step and groups")
+    for group in groups:
+        if not isinstance(group, dict) or not needed <= group.keys():
+            raise ValueError(f"{where}: expected {', '.join(sorted(needed))} of each group")
+        for setting in _UNKNOWN:
+            if group.get(setting):
+                raise ValueError(f"{where}: {setting}: steps with it cannot be checked")
 
 
 def _clip(trace: Trace, stated: Mapping[str, Any]) -> float:

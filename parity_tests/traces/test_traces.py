@@ -18,7 +18,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
+from torch.nn.functional import cross_entropy
 from torch.overrides import TorchFunctionMode
 from transformers.models.llama import modeling_llama
 
@@ -93,7 +95,7 @@ def test_every_array_of_transformers_is_recorded_and_right(trace: Path, director
     verdict = checked(trace, directory)
     assert verdict.holds
     assert first(verdict) is None
-    # 16 values of each layer; embedding, cos, sin, norm, logits, loss
+    # 15 values of each layer; embedding, cos, sin, norm, logits, loss
     assert len(verdict.values) == 2 * 15 + 6
     # as many gradients but for cos, sin and the loss, and of 9 parameters of each layer, and of 3 others
     assert len(verdict.gradients) == 2 * 15 + 3 + 2 * 9 + 3
@@ -134,21 +136,27 @@ class FusedAttention(independent_torch_llama.Attention):
         return super().forward(x)
 
 
-def test_a_fused_projection_by_a_map_of_names(directory: Path, tmp_path: Path) -> None:
+def fused() -> tuple[Any, dict[str, str | tuple[str, ...]]]:
+    """A model with fused projections, and the map of its names."""
     model = independent()
     for layer in model.layers:
         layer.attention = FusedAttention(layer.attention)
     names = {key: value for key, value in META.items() if not key.endswith((".wq", ".wk", ".wv"))}
     attention = "model.layers.{layer}.self_attn"
     parts = f"{attention}.q_proj:pairs", f"{attention}.k_proj:pairs", f"{attention}.v_proj"
-    names["layers.{layer}.attention.wqkv"] = parts
+    return model, names | {"layers.{layer}.attention.wqkv": parts}
+
+
+def test_a_fused_projection_by_a_map_of_names(directory: Path, tmp_path: Path) -> None:
+    model, names = fused()
     trace = record(model, ids_of(), tmp_path / "trace", names=names, heads=(6, 2, 8))
     verdict = checked(trace, directory)
     assert first(verdict) is None
     assert verdict.holds, verdict.findings
     assert len(verdict.values) == 2 * 15 + 4
     assert len(verdict.gradients) == 2 * 15 + 3 + 2 * 9 + 3
-    swapped = names | {"layers.{layer}.attention.wqkv": (parts[0], parts[2], parts[1])}
+    q, k, v = names["layers.{layer}.attention.wqkv"]
+    swapped = names | {"layers.{layer}.attention.wqkv": (q, v, k)}
     trace = record(model, ids_of(), tmp_path / "swapped", names=swapped, heads=(6, 2, 8))
     assert first(checked(trace, directory)) == ("layers.0.self_attn.k_proj", "forward")
 
@@ -192,12 +200,6 @@ def test_recordings_of_less_are_checked_from_what_there_is(directory: Path, tmp_
         verdicts.append(checked(trace, directory))
     assert verdicts[0].holds
     assert first(verdicts[1]) == ("layers.0.self_attn.attention", "forward")
-
-
-def swap_norms(model: Any) -> None:
-    layer = model.model.layers[1]
-    one, other = layer.input_layernorm, layer.post_attention_layernorm
-    layer.input_layernorm, layer.post_attention_layernorm = other, one
 
 
 @contextlib.contextmanager
@@ -360,6 +362,54 @@ def test_an_optimizer_step(fault: str | None, directory: Path, tmp_path: Path) -
     assert verdict.holds == (fault is None)
     if fault is not None:
         assert verdict.departures[0].direction == "step"
+
+
+def record_step(out: Path, model: Any, optimizer: Any, **options: Any) -> Path:
+    ids = ids_of()
+    with recording(model, out, **options) as trace:
+        output = model(ids)
+        logits = output if isinstance(output, Tensor) else output.logits
+        loss = cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
+        trace.loss(loss, labels=ids)
+        loss.backward()
+        trace.step(optimizer, max_norm=0.5)
+    return out
+
+
+def test_the_step_of_a_fused_projection_is_checked_in_all_its_parts(
+    directory: Path, tmp_path: Path
+) -> None:
+    model, names = fused()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=torch.tensor(1e-3), weight_decay=0.1)
+    trace = record_step(tmp_path / "trace", model, optimizer, names=names, heads=(6, 2, 8))
+    verdict = checked(trace, directory)
+    assert len(verdict.steps) == 2 * 9 + 3
+    assert verdict.holds
+    _, k, _ = names["layers.{layer}.attention.wqkv"]
+    one = k.format(layer=1).removesuffix(":pairs") + ".weight"
+    path = trace / open_trace(trace).stored[f"{one}.stepped"].path.name
+    tensors = load_file(path)
+    tensors[f"{one}.stepped"][3] += 1e-3
+    save_file(tensors, path)
+    assert [r.name for r in checked(trace, directory).departures] == [one]
+
+
+@pytest.mark.parametrize(
+    ("setting", "optimizer"),
+    [
+        ("nesterov", partial(torch.optim.SGD, momentum=0.9, nesterov=True)),
+        ("dampening", partial(torch.optim.SGD, momentum=0.9, dampening=0.5)),
+        ("maximize", partial(torch.optim.SGD, maximize=True)),
+        ("amsgrad", partial(torch.optim.AdamW, amsgrad=True)),
+    ],
+)
+def test_a_step_that_cannot_be_checked_is_an_error(
+    setting: str, optimizer: Any, directory: Path, tmp_path: Path
+) -> None:
+    model = hugging_face()
+    trace = record_step(tmp_path / "trace", model, optimizer(model.parameters(), lr=1e-3))
+    with pytest.raises(ValueError, match=f"optimizer: {setting}: steps with it cannot be checked"):
+        checked(trace, directory)
 
 
 def test_two_recordings(trace: Path, directory: Path, tmp_path: Path, capsys: Any) -> None:
