@@ -5,6 +5,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
+from llama_jax.checkpoints.safetensors_read import STORED_DTYPES
 from parity_tests.traces.our_sections import Precision
 from parity_tests.traces.trace import MANIFEST, Trace
 
@@ -40,15 +41,12 @@ def precision_of(trace: Trace) -> Precision:
     if autocast:
         _dtype(trace, "autocast", autocast)
         return Precision(widest, np.dtype(np.float32), autocast, autocast)
-    projections = {
-        entry["dtype"]
-        for array, entry in trace.manifest["arrays"].items()
+    projections = [
+        STORED_DTYPES[stored.dtype]
+        for array, stored in trace.stored.items()
         if array.endswith("_proj.output")
-    }
-    compute = min(
-        (widest, *(_dtype(trace, "arrays", name) for name in projections)),
-        key=lambda dtype: dtype.itemsize,
-    )
+    ]
+    compute = min((widest, *projections), key=lambda dtype: dtype.itemsize)
     if compute.itemsize != np.dtype(np.float32).itemsize:
         operands = "float32"  # not rounded further
     return Precision(widest, compute, operands)
@@ -69,7 +67,7 @@ def describe(precision: Precision) -> str:
 
 
 def _dtype(trace: Trace, key: str, name: Any) -> np.dtype:
-    if name not in DTYPES:
+    if not isinstance(name, str) or name not in DTYPES:
         raise ValueError(
             f"{trace.folder / MANIFEST}: {key}: found {name!r}, expected {', '.join(DTYPES)}"
         )

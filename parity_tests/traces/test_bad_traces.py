@@ -90,6 +90,41 @@ DAMAGE: dict[str, tuple[Callable[[Path], Any], str]] = {
         lambda trace: edit(trace, lambda m: m["precision"].update(parameters="float8")),
         "parameters: found 'float8', expected float64, float32, bfloat16, float16",
     ),
+    "dtype that is none": (
+        lambda trace: edit(trace, lambda m: m["precision"].update(autocast=["float16"])),
+        "autocast: found ['float16'], expected float64, float32, bfloat16, float16",
+    ),
+    "optimizer without groups": (
+        lambda trace: edit(trace, lambda m: m.update(optimizer={"class": "AdamW", "step": 0})),
+        "manifest.json: optimizer: expected a step and groups",
+    ),
+    "group without settings": (
+        lambda trace: edit(
+            trace, lambda m: m.update(optimizer={"class": "SGD", "step": 0, "groups": [{"lr": 1}]})
+        ),
+        "manifest.json: optimizer: expected lr, parameters of each group",
+    ),
+    "missing parameter after the step": (
+        lambda trace: edit(
+            trace,
+            lambda m: m.update(
+                optimizer={
+                    "class": "SGD",
+                    "step": 0,
+                    "groups": [{"lr": 1, "parameters": ["model.norm.weight"]}],
+                }
+            ),
+        ),
+        "model.norm.weight.stepped: missing",
+    ),
+    "integers": (
+        lambda trace: save(trace, {UP: torch.zeros(1, 12, 44, dtype=torch.int64)}),
+        f"{UP}: found int64, expected float64, float32, float16 or bfloat16",
+    ),
+    "ids that are no integers": (
+        lambda trace: save(trace, {"input_ids": torch.full((1, 12), 1.5)}),
+        "input_ids: found float32, expected integers",
+    ),
     "missing array": (lambda trace: save(trace, {UP: None}), f"{UP}: missing"),
     "missing ids": (
         lambda trace: edit(trace, lambda manifest: manifest["arrays"].pop("input_ids")),
@@ -244,6 +279,9 @@ def test_recordings_that_cannot_be(
     with pytest.raises(ValueError, match=r"lacks hooks on gradients, expected 2\.4 or newer"):
         record(model(), IDS, tmp_path / "trace")
     assert not list(tmp_path.iterdir())
+    options = [str(tmp_path / "absent"), "--out", str(tmp_path / "trace"), "--length", "-5"]
+    assert record_torch.main(options) == 2
+    assert capsys.readouterr().err.endswith("error: --length: found -5, expected at least 2\n")
     assert record_torch.main([str(tmp_path / "absent"), "--out", str(tmp_path / "trace")]) == 2
     assert (
         capsys.readouterr().err.splitlines()[-1]

@@ -8,7 +8,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from llama_jax.checkpoints.safetensors_read import StoredTensor, read_array, read_header
+from llama_jax.checkpoints.safetensors_read import (
+    FLOAT_DTYPES,
+    STORED_DTYPES,
+    StoredTensor,
+    read_array,
+    read_header,
+)
 from llama_jax.formatting import summarize
 from parity_tests.traces.names import INPUTS, Kind, place
 
@@ -31,10 +37,7 @@ class Trace(NamedTuple):
 
     def read(self, array: str) -> np.ndarray:
         """The values of an array, in their own dtype."""
-        values = read_array(self.stored[array])
-        if values.dtype.kind in "fV" and not np.isfinite(values.astype(np.float32)).all():
-            return values  # the comparison names what is not finite
-        return values
+        return read_array(self.stored[array])
 
     def named(self, kind: Kind) -> dict[str, str]:
         """The arrays of a kind: what they are of -> their names."""
@@ -51,7 +54,8 @@ def open_trace(folder: Path) -> Trace:
 
     Raises:
         ValueError: in one line: no trace, an unfinished one, a manifest that is damaged or without digests,
-            files that are missing or truncated, or arrays that are not as the manifest says.
+            files that are missing or truncated, or arrays that are not as the manifest says or not numbers
+            of the right kind.
     """
     manifest = _manifest(folder)
     listed: Mapping[str, Any] = manifest["arrays"]
@@ -67,6 +71,11 @@ def open_trace(folder: Path) -> Trace:
     for name, entry in listed.items():
         if name in found and list(found[name].shape) != entry["shape"]:
             problems.append(f"{name}: found {list(found[name].shape)}, expected {entry['shape']}")
+    problems += [
+        f"{name}: found {STORED_DTYPES[tensor.dtype]}, expected {expected}"
+        for name, tensor in found.items()
+        if name in listed and (expected := _expected_dtype(name, tensor.dtype))
+    ]
     unknown = [name for name in listed if place(name) is None]
     problems += [f"{name}: not the name of an array of a Llama" for name in unknown]
     if "input_ids" not in listed:
@@ -109,6 +118,15 @@ def _manifest(folder: Path) -> dict[str, Any]:
     if not manifest["weights"]:
         raise ValueError(f"{path}: weights: no digest of any; which model was recorded is unknown")
     return manifest
+
+
+def _expected_dtype(array: str, dtype: str) -> str | None:
+    """What the array should be of, if it is not."""
+    if array == "attention_mask":  # any numbers, 0 for hidden
+        return None
+    if array in INPUTS:
+        return None if STORED_DTYPES[dtype].kind in "iu" else "integers"
+    return None if dtype in FLOAT_DTYPES else "float64, float32, float16 or bfloat16"
 
 
 def digest(values: np.ndarray) -> str:
