@@ -1,7 +1,7 @@
 """Two recordings of one model, array by array: where do they part?
 
-Without the checkpoint nothing tells the exact values, so errors are those that both have gathered from the
-first token on. They grow from module to module, but slowly: rounding multiplies them by a few, a fault by
+Without the checkpoint nothing tells the exact values, so the errors of all modules before are in every
+difference. They grow from module to module, but slowly: rounding multiplies them by a few, a fault by
 hundreds. The recordings part at the first array whose difference is `JUMP` times that of any array before
 it.
 """
