@@ -1,4 +1,4 @@
-"""`python -m parity_tests report|mutate|record|check|trajectory`: is a Llama the same elsewhere?"""
+"""`python -m parity_tests`: compare checkpoints, recordings and training runs of Llama with references."""
 
 from llama_jax.cli.startup import end_on_interrupt
 
@@ -7,10 +7,14 @@ if __name__ == "__main__":
 
 import argparse
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from llama_jax.cli.arguments import Parser, number, program_parser
 from llama_jax.cli.program import leave, run_program
 from llama_jax.formatting import console, printable
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -25,7 +29,8 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _parser() -> Parser:
     parser = program_parser(
-        "python -m parity_tests", "Check a Llama checkpoint against PyTorch, module by module."
+        "python -m parity_tests",
+        "Check checkpoints, other programs and training runs of Llama, module by module or step by step.",
     )
     report = parser.add_command(
         "report",
@@ -112,7 +117,6 @@ def _add_record(parser: Parser) -> None:
     record.add_argument(
         "--attention",
         choices=("sdpa", "eager"),
-        default="sdpa",
         help="attention of transformers; default: sdpa",
     )
     record.add_argument("--forward-only", action="store_true", help="leave out gradients")
@@ -141,8 +145,10 @@ _DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 def _record(options: argparse.Namespace) -> int:
     if options.length < 2:
         raise ValueError(f"--length: found {options.length}, expected at least 2")
-    if options.program == "llama_jax" and options.autocast:
-        raise ValueError("--autocast: only transformers has it")
+    if options.program == "llama_jax":
+        for name in ("autocast", "attention"):
+            if getattr(options, name) is not None:
+                raise ValueError(f"--{name}: only for --program transformers")
 
     from parity_tests.traces.record_checkpoint import record_checkpoint
 
@@ -153,7 +159,7 @@ def _record(options: argparse.Namespace) -> int:
         tokens=options.tokens,
         length=options.length,
         dtype=_DTYPES[options.dtype],
-        attention=options.attention,
+        attention=options.attention or "sdpa",
         autocast=options.autocast and _DTYPES[options.autocast],
         backward=not options.forward_only,
     )
@@ -163,8 +169,11 @@ def _record(options: argparse.Namespace) -> int:
 def _check(options: argparse.Namespace) -> int:
     if (options.model is None) == (options.other is None):
         raise ValueError("give --model HF_DIR or a second trace")
+    if options.other is not None and options.html is not None:
+        raise ValueError("--html: only for a check with --model")
     _require_writable(options.json, options.html)
 
+    from llama_jax.files.paths import source_path
     from parity_tests.report.output.files import write_html, write_json
     from parity_tests.traces import output
     from parity_tests.traces.check import check
@@ -173,24 +182,21 @@ def _check(options: argparse.Namespace) -> int:
 
     out = console()
     if options.other is not None:
-        if options.html is not None:
-            raise ValueError("--html: only for a check with --model")
         differences = compare(options.trace, options.other)
         output.show_differences(differences, out)
         if options.json is not None:
             write_json(output.differences_to_json(differences), options.json)
+            _say_written(options.json, out)
         return 0 if differences.holds else 1
-    from llama_jax.files.paths import source_path
-
     with section_progress(console(stderr=True)) as start:
         verdict = check(options.trace, source_path(options.model), start=start)
     output.show(verdict, out)
     if options.json is not None:
         write_json(output.to_json(verdict), options.json)
-        out.print(f"wrote {printable(str(options.json))}", soft_wrap=True)
+        _say_written(options.json, out)
     if options.html is not None:
         write_html(output.page(verdict), options.html)
-        out.print(f"wrote {printable(str(options.html))}", soft_wrap=True)
+        _say_written(options.html, out)
     return 0 if verdict.holds else 1
 
 
@@ -200,6 +206,10 @@ def _require_writable(*paths: Path | None) -> None:
             raise ValueError(f"{path.parent}: directory does not exist")
         if path is not None and path.is_dir():
             raise ValueError(f"{path}: is a directory, expected a file")
+
+
+def _say_written(path: Path, out: "Console") -> None:
+    out.print(f"wrote {printable(str(path))}", soft_wrap=True)
 
 
 def _report(options: argparse.Namespace) -> int:
@@ -222,10 +232,10 @@ def _report(options: argparse.Namespace) -> int:
     show(made, out)
     if options.json is not None:
         write_json(to_json(made), options.json)
-        out.print(f"wrote {printable(str(options.json))}", soft_wrap=True)
+        _say_written(options.json, out)
     if options.html is not None:
         write_html(page(made), options.html)
-        out.print(f"wrote {printable(str(options.html))}", soft_wrap=True)
+        _say_written(options.html, out)
     return 0 if made.holds else 1
 
 
@@ -283,10 +293,10 @@ def _trajectory(options: argparse.Namespace) -> int:
     show(made, out)
     if options.json is not None:
         write_json(to_json(made), options.json)
-        out.print(f"wrote {printable(str(options.json))}", soft_wrap=True)
+        _say_written(options.json, out)
     if options.picture is not None:
         write_picture(made, options.picture)
-        out.print(f"wrote {printable(str(options.picture))}", soft_wrap=True)
+        _say_written(options.picture, out)
     return 0 if made.departs is None else 1
 
 

@@ -287,7 +287,8 @@ class Recorder:
         """Record an optimizer step, which is taken here.
 
         Args:
-            optimizer: Adam, AdamW or SGD.
+            optimizer: Adam, AdamW or SGD; steps with amsgrad, dampening, maximize or nesterov cannot be
+                checked.
             max_norm: clip the gradient to this norm first, as `torch.nn.utils.clip_grad_norm_` does.
         """
         names: dict[int, list[str]] = {}  # a fused projection has several

@@ -59,7 +59,6 @@ class Cause(NamedTuple):
     explained: int
     layers: tuple[int, ...] = ()
     equals: tuple[str, ...] = ()
-    equal_names: tuple[str, ...] = ()
     nearest: str = ""
 
 
@@ -151,7 +150,6 @@ class Search:
             explained=len(best.explained),
             layers=tuple(sorted(int(s[7:]) for s in sections if s.startswith("layers."))),
             equals=tuple(other.words for other in others),
-            equal_names=tuple(other.fault.name for other in others),
         )
 
     def _unknown(self, first: Residual) -> Cause:
@@ -167,19 +165,11 @@ class Search:
         if first.direction == "backward":
             return True
         for section in self._before(self._section(_key(first))):
-            steps = [_local(step) for step in steps_of(section)]
-            last = (
-                steps.index(_local(first.name))
-                if section == self._section(_key(first))
-                else len(steps)
-            )
-            for begin in fault.begins:
-                if section == self._section(_key(first)) and begin == _local(first.name):
-                    return True
-                hidden = f"{section}.{begin}" if section.startswith("layers.") else begin
-                if begin == "":
-                    hidden = section
-                if begin in steps[:last] and array_of(hidden) not in self.walk.trace.stored:
+            for step in steps_of(section):
+                can_begin = _local(step) in fault.begins
+                if step == first.name:
+                    return can_begin
+                if can_begin and array_of(step) not in self.walk.trace.stored:
                     return True
         return False
 
@@ -430,7 +420,6 @@ def find_step_cause(
         after=after.rms,
         explained=explained,
         equals=tuple(each[1].words for each in equal),
-        equal_names=tuple(each[1].name for each in equal),
     )
 
 

@@ -72,7 +72,6 @@ def check(
     *,
     start: Callable[[int], Callable[[], None]] = lambda steps: lambda: None,
     compiled: dict[Any, Any] | None = None,
-    with_causes: bool = True,
 ) -> Verdict:
     """Compare every array of a trace with what a checkpoint should compute.
 
@@ -84,7 +83,6 @@ def check(
         directory: the Hugging Face checkpoint.
         start: called with the number of sections; what it returns is called after each.
         compiled: what several checks of one model share.
-        with_causes: seek the causes of departures.
 
     Raises:
         ValueError: in one line: no trace, or one of another model.
@@ -100,10 +98,8 @@ def check(
     values = list(walk.forward(advance=advance))
     gradients = list(walk.backward(advance=advance)) if with_gradients else []
     manifest = trace.manifest
-    causes: list[Cause] | None = []
-    if importlib.util.find_spec("torch") is None:
-        causes = None
-    elif with_causes:
+    causes: list[Cause] | None = None
+    if importlib.util.find_spec("torch") is not None:
         from parity_tests.traces.cause import find_causes, find_step_cause
 
         causes = find_causes(walk, checkpoint, precision.parameters, [*values, *gradients])
@@ -164,12 +160,8 @@ def _inputs(trace: Trace, config: LlamaConfig) -> Inputs:
             "ids of another tokenizer"
         )
     for name, array in arrays.items():
-        if (
-            name == "position_ids"
-            and array.ndim == 2
-            and array.shape in ((1, ids.shape[1]), ids.shape)
-        ):
-            continue
+        if name == "position_ids" and array.shape == (1, ids.shape[1]):
+            continue  # one for all rows
         if array.shape != ids.shape:
             raise ValueError(
                 f"{trace.folder}: {name}: found shape {list(array.shape)}, expected {list(ids.shape)}"
@@ -181,7 +173,8 @@ def _inputs(trace: Trace, config: LlamaConfig) -> Inputs:
             raise ValueError(
                 f"{trace.folder}: labels: found {wrong[0]}, expected -100 or 0 to {config.vocab_size - 1}"
             )
-    return Inputs(ids, labels, *(arrays.get(n) for n in Inputs._fields[2:]))
+    del arrays["input_ids"]
+    return Inputs(ids, **arrays)
 
 
 def _require_same_model(trace: Trace, checkpoint: Checkpoint) -> list[str]:

@@ -119,10 +119,10 @@ def heading(verdict: Verdict) -> str:
 
 def rows(residuals: Sequence[Residual]) -> html.Rows:
     """`COLUMNS` of every module or parameter, pooled over layers."""
-    by_name = {residual.name: residual for residual in residuals}
+    of_name = {residual.name: residual for residual in residuals}
     result = []
     for group in by_layer_group(map(_comparison, residuals)):
-        members = [by_name[member.name] for member in group.members]
+        members = [of_name[member.name] for member in group.members]
         worst = max(members, key=lambda r: np.inf if np.isnan(r.ratio) else r.ratio)
         layer = next((part for part in worst.name.split(".") if part.isdigit()), "")
         numbers = (compact(value, 2) for value in (group.ours, group.theirs))

@@ -1,5 +1,6 @@
 """Record a Hugging Face checkpoint: as transformers runs it, or as llama_jax does."""
 
+import contextlib
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -12,8 +13,6 @@ from parity_tests.report.programs.checkpoint import open_checkpoint
 from parity_tests.report.tokens import bundled_tokens, read_tokens
 from parity_tests.traces.precision import DTYPES
 from parity_tests.traces.record_jax import record_jax
-
-PROGRAMS = ("transformers", "llama_jax")
 
 _LAYER = "model.layers.{layer}"
 _NAMES = {  # of llama_jax's remat policies
@@ -45,7 +44,7 @@ def record_checkpoint(
     Args:
         directory: or a name on the Hub.
         out: the folder to write; must not exist.
-        program: one of `PROGRAMS`.
+        program: "transformers" or "llama_jax".
         tokens: a file of token ids; default: a text in this repository.
         length: tokens at most.
         dtype: of the weights, one of `DTYPES`.
@@ -90,8 +89,6 @@ def _record_transformers(
     autocast: str | None,
     backward: bool,
 ) -> None:
-    import contextlib
-
     import torch
 
     from parity_tests import record_torch

@@ -190,6 +190,14 @@ def test_arguments(
 ) -> None:
     directory, trace = recorded
     assert "give --model HF_DIR or a second trace" in error_of(["check", trace], capsys)
+    assert "--html: only for a check with --model" in error_of(
+        ["check", trace, trace, "--html", tmp_path / "page.html"], capsys
+    )
+    for option, value in (("--autocast", "bf16"), ("--attention", "eager")):
+        options = "--out", tmp_path / "new", "--program", "llama_jax", option, value
+        assert f"{option}: only for --program transformers" in error_of(
+            ["record", directory, *options], capsys
+        )
     assert "absent: no such trace" in error_of(
         ["check", tmp_path / "absent", "--model", directory], capsys
     )

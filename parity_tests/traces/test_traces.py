@@ -136,15 +136,17 @@ class FusedAttention(independent_torch_llama.Attention):
         return super().forward(x)
 
 
+_ATTENTION = "model.layers.{layer}.self_attn"
+QKV = f"{_ATTENTION}.q_proj:pairs", f"{_ATTENTION}.k_proj:pairs", f"{_ATTENTION}.v_proj"
+
+
 def fused() -> tuple[Any, dict[str, str | tuple[str, ...]]]:
     """A model with fused projections, and the map of its names."""
     model = independent()
     for layer in model.layers:
         layer.attention = FusedAttention(layer.attention)
     names = {key: value for key, value in META.items() if not key.endswith((".wq", ".wk", ".wv"))}
-    attention = "model.layers.{layer}.self_attn"
-    parts = f"{attention}.q_proj:pairs", f"{attention}.k_proj:pairs", f"{attention}.v_proj"
-    return model, names | {"layers.{layer}.attention.wqkv": parts}
+    return model, names | {"layers.{layer}.attention.wqkv": QKV}
 
 
 def test_a_fused_projection_by_a_map_of_names(directory: Path, tmp_path: Path) -> None:
@@ -155,8 +157,7 @@ def test_a_fused_projection_by_a_map_of_names(directory: Path, tmp_path: Path) -
     assert verdict.holds, verdict.findings
     assert len(verdict.values) == 2 * 15 + 4
     assert len(verdict.gradients) == 2 * 15 + 3 + 2 * 9 + 3
-    q, k, v = names["layers.{layer}.attention.wqkv"]
-    swapped = names | {"layers.{layer}.attention.wqkv": (q, v, k)}
+    swapped = names | {"layers.{layer}.attention.wqkv": (QKV[0], QKV[2], QKV[1])}
     trace = record(model, ids_of(), tmp_path / "swapped", names=swapped, heads=(6, 2, 8))
     assert first(checked(trace, directory)) == ("layers.0.self_attn.k_proj", "forward")
 
@@ -385,8 +386,7 @@ def test_the_step_of_a_fused_projection_is_checked_in_all_its_parts(
     verdict = checked(trace, directory)
     assert len(verdict.steps) == 2 * 9 + 3
     assert verdict.holds
-    _, k, _ = names["layers.{layer}.attention.wqkv"]
-    one = k.format(layer=1).removesuffix(":pairs") + ".weight"
+    one = "model.layers.1.self_attn.k_proj.weight"
     path = trace / open_trace(trace).stored[f"{one}.stepped"].path.name
     tensors = load_file(path)
     tensors[f"{one}.stepped"][3] += 1e-3
@@ -420,6 +420,7 @@ def test_two_recordings(trace: Path, directory: Path, tmp_path: Path, capsys: An
         model.layers[1].ffn_norm.weight *= 1.01
     wrong = record(model, ids_of(), tmp_path / "wrong", heads=(6, 2, 8))
     assert main(["check", str(trace), str(wrong), "--json", str(tmp_path / "numbers.json")]) == 1
+    assert "numbers.json" in "".join(capsys.readouterr().out.split("wrote ")[1:])
     numbers = json.loads((tmp_path / "numbers.json").read_text())
     assert numbers["first_to_depart"] == "model.layers.1.post_attention_layernorm.output"
     assert numbers["findings"] == [
