@@ -25,7 +25,6 @@ _CALLS = {  # primitives that run a jaxpr once, and where they have it
     "custom_vjp_call": "call_jaxpr",
     "custom_vjp_call_jaxpr": "fun_jaxpr",
 }
-_ENTERED = (*_CALLS, "scan")
 
 
 class _Entry(NamedTuple):
@@ -55,7 +54,7 @@ def with_named_arrays(function: Callable[..., Any]) -> Callable[..., tuple[Any, 
 
     def run(added: Named | None, *arguments: Any) -> tuple[Any, Named]:
         closed, shape = jax.make_jaxpr(function, return_shape=True)(*arguments)
-        interpreter = _Interpreter(added)
+        interpreter = _Interpreter(added, (*_CALLS, "scan"))
         leaves = jax.tree.leaves(arguments)
         results = interpreter.evaluate(closed.jaxpr, closed.consts, leaves)
         named = {
@@ -72,11 +71,12 @@ def _unstacked(entry: _Entry) -> list[Any]:
 
 
 class _Interpreter:
-    """Evaluates a jaxpr, and keeps what it names."""
+    """Evaluates a jaxpr, and keeps what it names, also within the primitives that are entered."""
 
-    def __init__(self, added: Named | None) -> None:
+    def __init__(self, added: Named | None, entered: Container[str]) -> None:
         self.entries: dict[str, list[_Entry]] = {}
         self._added = added
+        self._entered = entered
         self._used: dict[str, int] = {}
 
     def evaluate(self, jaxpr: Any, consts: Sequence[Any], arguments: Sequence[Any]) -> list[Any]:
@@ -98,7 +98,9 @@ class _Interpreter:
         name = _name_of(equation)
         if name is not None:
             return [self._name(name, inputs[0])]
-        if kind not in _ENTERED or not any(_names(j, _ENTERED) for j in _inner(equation)):
+        if kind not in self._entered or not any(
+            _names(jaxpr, self._entered) for jaxpr in _inner(equation)
+        ):
             options = equation.primitive.get_bind_params(parameters)
             with equation.ctx.manager:
                 outputs = equation.primitive.bind(*inputs, **options)
@@ -134,15 +136,10 @@ class _Interpreter:
 
         def step(state: Any, slices: Any) -> Any:
             of_iteration, added = slices
-            inner = _Interpreter(added)
+            inner = _Interpreter(added, _CALLS)  # not scans in it
             arguments = [*inputs[:consts], *state, *of_iteration]
             outputs = inner.evaluate(body.jaxpr, body.consts, arguments)
-            named = [
-                (name, entry.array)
-                for name, entries in inner.entries.items()
-                for entry in entries
-                if not entry.stacked
-            ]
+            named = [(name, e.array) for name, entries in inner.entries.items() for e in entries]
             kept[:] = [name for name, _ in named]
             arrays = [array for _, array in named]
             return outputs[:carry], (outputs[carry:], arrays)

@@ -92,11 +92,12 @@ def test_a_name_both_where_it_is_recorded_and_where_it_is_left_out() -> None:
 
     def scanned(x: jax.Array, weight: jax.Array) -> tuple[jax.Array, None]:
         def inner(x: jax.Array, one: jax.Array) -> tuple[jax.Array, None]:
-            return checkpoint_name(x + one, "x"), None
+            return checkpoint_name(checkpoint_name(x + one, "x"), "loop"), None
 
         x, _ = jax.lax.scan(inner, x, jnp.ones(2))
         x = jax.lax.cond(x[0, 0] < 0, lambda x: checkpoint_name(-x, "x"), lambda x: x, x)
-        return checkpoint_name(x @ weight, "end"), None
+        x = checkpoint_name(x @ weight, "loop")
+        return checkpoint_name(jax.lax.scan(inner, x, jnp.ones(3))[0], "loop"), None
 
     def program(x: jax.Array) -> jax.Array:
         x, _ = jax.lax.scan(scanned, x, WEIGHTS)
@@ -105,12 +106,16 @@ def test_a_name_both_where_it_is_recorded_and_where_it_is_left_out() -> None:
 
     run = with_named_arrays(program)
     out, named = run(None, X)
-    assert {name: len(arrays) for name, arrays in named.items()} == {"end": LENGTH, "x": 1}
+    assert {name: len(arrays) for name, arrays in named.items()} == {"loop": 2 * LENGTH, "x": 1}
     assert out == pytest.approx(float(jnp.sum(jnp.square(named["x"][0]))), rel=1e-6)
     zeros = jax.tree.map(jnp.zeros_like, named)
     gradient = jax.grad(lambda added: run(added, X)[0])(zeros)
     np.testing.assert_allclose(gradient["x"][0], 2 * named["x"][0], rtol=1e-6)
-    np.testing.assert_allclose(gradient["end"][-1], 4 * named["x"][0], rtol=1e-6)
+    for at in (LENGTH - 1, 2 * LENGTH - 1):  # of the last iteration
+        np.testing.assert_allclose(gradient["loop"][at], 4 * named["x"][0], rtol=1e-6)
+        np.testing.assert_allclose(
+            named["loop"][at] + 3 * (at < LENGTH), named["x"][0] / 2, rtol=1e-6
+        )
 
 
 class Scaled(nnx.Module):
