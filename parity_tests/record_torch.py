@@ -724,7 +724,9 @@ def _size(count: int) -> str:
 
 
 def _number(value: Any) -> Any:
-    """A setting of an optimizer, which may be a tensor."""
+    """A setting of an optimizer, which may be a tensor, or two."""
+    if isinstance(value, tuple):
+        return [_number(each) for each in value]
     return value.item() if isinstance(value, Tensor) else value
 
 

@@ -381,7 +381,8 @@ def test_the_step_of_a_fused_projection_is_checked_in_all_its_parts(
     directory: Path, tmp_path: Path
 ) -> None:
     model, names = fused()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=torch.tensor(1e-3), weight_decay=0.1)
+    rate, betas = torch.tensor(1e-3), (torch.tensor(0.9), torch.tensor(0.95))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=rate, betas=betas, weight_decay=0.1)
     trace = record_step(tmp_path / "trace", model, optimizer, names=names, heads=(6, 2, 8))
     verdict = checked(trace, directory)
     assert len(verdict.steps) == 2 * 9 + 3
