@@ -28,6 +28,8 @@ _NAMES = {
     "train/global_step": "step",
 }
 _EVENTS = "*tfevents*"
+# only MaxText's lines of an evaluation under way have it; their step is the number of a batch
+_UNDER_WAY = "eval/step_time_seconds"
 
 
 class Log(NamedTuple):
@@ -45,8 +47,8 @@ class Log(NamedTuple):
 def read_log(path: Path) -> Log:
     """The numbers in a log, or in that of a run's folder.
 
-    MaxText counts steps from 0; 1 is added to those of a log with its names. Of several lines for a step
-    the last counts, since a run that is resumed repeats steps.
+    MaxText counts steps from 0; 1 is added to those of a log with its names, evaluations included. Of
+    several lines for a step the last counts, since a run that is resumed repeats steps.
 
     Raises:
         ValueError: no such file, none in the folder, or one without steps or numbers; the message says
@@ -54,14 +56,15 @@ def read_log(path: Path) -> Log:
     """
     file = _file_of(path)
     if "tfevents" in file.name:
-        lines = _events(file)
+        read = _events
     elif file.suffix.lower() == ".csv":
-        lines = _csv(file)
+        read = _csv
     else:
-        lines = _json_lines(file)
+        read = _json_lines
+    lines = [(where, line) for where, line in read(file) if _UNDER_WAY not in line]
+    first = 1 if any(name.startswith("learning/") for _, line in lines for name in line) else 0
     metrics: dict[str, dict[int, float]] = {}
     for where, line in lines:
-        first = 1 if any(name.startswith("learning/") for name in line) else 0
         values = {_NAMES.get(name, name): value for name, value in line.items()}
         step = _number(values.pop("step", None))
         if step is None or not step.is_integer():

@@ -139,6 +139,27 @@ def test_logs_of_other_programs(
     assert max(content["differences"]) <= (2.0**-24 if form == "tensorboard" else 0.0)
 
 
+def test_evaluations_of_maxtext(tmp_path: Path) -> None:
+    """Those after step 10, which it calls 9, and 20; its lines for each batch of them are left out."""
+    theirs = []
+    for step in range(20):
+        if (step + 1) % 10 == 0:
+            theirs += [
+                {"eval/avg_loss": 9.0, "eval/step_time_seconds": 0.1, "step": float(batch)}
+                for batch in range(12)
+            ]
+        theirs.append({"learning/loss": 1.0, "step": float(step)})
+        if (step + 1) % 10 == 0:
+            loss = 3.0 + step
+            theirs.append({"eval/avg_loss": loss, "eval/total_loss": 8 * loss, "step": float(step)})
+    ours = [{"step": step, "validation_loss": 2.0 + step} for step in (10, 20)]
+    files = write(tmp_path / "maxtext", theirs), write(tmp_path / "ours", ours)
+    assert run(*files, "--json", tmp_path / "t.json") == 0
+    metric = json.loads((tmp_path / "t.json").read_text())["metrics"]["validation_loss"]
+    assert metric["steps"] == [10, 20]
+    assert metric["differences"] == [0.0, 0.0]
+
+
 def test_a_loss_that_is_not_a_number(
     tmp_path: Path, logs: dict[str, Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
