@@ -18,7 +18,7 @@ from typing import get_args
 
 from llama_jax.cli.arguments import Parser, not_negative, positive, program_parser
 from llama_jax.cli.program import leave, run_program
-from llama_jax.files.paths import destination_path
+from llama_jax.files.paths import destination_path, source_path
 from llama_jax.files.remote import remote_path
 from llama_jax.formatting import console, printable, progress_bar
 from train.flags import OnOff, add_options, parse_options, with_options
@@ -107,26 +107,19 @@ def _add_resume(program: Parser) -> None:
 
 
 def _resume(arguments: argparse.Namespace) -> None:
-    url = remote_path(arguments.folder)
-    if url is None:
-        _resume_folder(arguments.folder, arguments)
-        return
+    with ExitStack() as stack:
+        url = remote_path(arguments.folder)
+        folder = _run_folder(arguments.folder, None, stack)
+        saved = _saved_options(folder)
+        options = with_options(saved, arguments)
 
-    from train.run.remote import local_run, mirrored, require_one_process
+        from train.run.remote import mirrored, require_one_process
+        from train.run.resume import resume
 
-    with local_run(url) as folder:
-        options = with_options(_saved_options(folder), arguments)
-        require_one_process(url, options.distributed)
-        with mirrored(folder, url, options.checkpoint):
-            _resume_folder(folder, arguments)
-
-
-def _resume_folder(folder: Path, arguments: argparse.Namespace) -> None:
-    saved = _saved_options(folder)
-
-    from train.run.resume import resume
-
-    resume(folder, saved, with_options(saved, arguments))
+        if url is not None:
+            require_one_process(url, options.distributed)
+            stack.enter_context(mirrored(folder, url, options.checkpoint))
+        resume(folder, saved, options)
 
 
 def _add_export(program: Parser) -> None:
@@ -198,10 +191,13 @@ def _export(arguments: argparse.Namespace) -> None:
 
 def _run_folder(folder: Path, step: int | None, stack: ExitStack) -> Path:
     """The folder of a run or, of a remote one, a copy of it with the checkpoint of `step`."""
+    url = remote_path(folder)
+    if url is None:
+        return folder
+
     from train.run.remote import local_run
 
-    url = remote_path(folder)
-    return folder if url is None else stack.enter_context(local_run(url, step))
+    return stack.enter_context(local_run(url, step))
 
 
 def _export_folder(folder: Path, directory: Path, name: Path, arguments: argparse.Namespace) -> int:
@@ -279,13 +275,14 @@ def _evaluate(arguments: argparse.Namespace) -> None:
     from train.model.evaluate import evaluate_target
 
     with ExitStack() as stack:
-        target = remote_path(arguments.target) or arguments.target
+        target, saved = source_path(arguments.target), None
         if (target / FILE).is_file():
             target = _run_folder(target, arguments.step, stack)
+            saved = _saved_options(target)
         loss = evaluate_target(
             target,
             tuple(arguments.data),
-            _saved_options(target) if (target / FILE).is_file() else None,
+            saved,
             limit=arguments.batches,
             batch_size=arguments.batch_size,
             sequence_length=arguments.sequence_length,
