@@ -239,11 +239,9 @@ def with_absolute_paths(options: RunOptions) -> RunOptions:
     A model's name on the Hub becomes the directory of the cache that its files are in.
     """
     model = options.model
-    for option, path in (("model.config", model.config), ("init-from", options.init_from)):
+    for option, path in (("model.config", model.config), ("model.init-from", model.init_from)):
         if path is not None:
             require_local(option, path)
-    if model.init_from is not None:
-        require_local("model.init-from", model.init_from)
     if model.config is not None:
         config = source_path(model.config, weights=False).absolute()
         model = dataclasses.replace(model, config=config)

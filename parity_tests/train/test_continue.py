@@ -377,6 +377,15 @@ def test_a_directory_without_a_state(
     )
 
 
+def test_a_remote_directory(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    for option in ("--init-from", "--model.init-from"):
+        arguments = ["run", option, "memory://bucket/hf", "--out", str(tmp_path / "run")]
+        assert main(arguments) == 2
+        assert capfd.readouterr().err == (
+            f"error: {option[2:]}: memory://bucket/hf is remote; copy it to this machine first\n"
+        )
+
+
 def test_exports_that_are_refused(
     finished: Path, state: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:

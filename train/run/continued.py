@@ -28,7 +28,7 @@ from train.model.training_state import (
     require_moments,
     saved_options,
 )
-from train.options import RunOptions
+from train.options import RunOptions, require_local
 from train.program.build import Program
 from train.run.changes import rejected_changes
 
@@ -37,8 +37,9 @@ def options_to_continue(directory: Path) -> RunOptions:
     """The options that the state in `directory` comes with; the defaults for one of plain PyTorch.
 
     Raises:
-        ValueError: as `open_state`.
+        ValueError: a remote directory; as `open_state`.
     """
+    require_local("init-from", directory)
     if (directory / FOLDER).exists():
         return saved_options(read_state(directory))
     _require_torch_state(directory)
