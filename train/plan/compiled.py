@@ -83,7 +83,7 @@ class Plan:
         matmul in the step, recomputation and idle stages included, as if all devices did as much as the
         slowest.
     alternative: the step with fsdp's other way to gather, by the estimate; None without micro-batches or
-        fsdp.
+        fsdp, and with dropout, which has one way only.
     chip, roofline: None for devices without a data sheet.
     """
 

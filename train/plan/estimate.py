@@ -313,12 +313,14 @@ def sequence_parallel_traffic(setting: Setting) -> float:
 def data_parallel_traffic(setting: Setting) -> float:
     """Replicas of the model: gradients are all-reduced once a step, for all micro-batches.
 
-    For each of them beside a tensor axis, unless weights are gathered once, too.
+    For each of them with dropout, and beside a tensor axis unless weights are gathered once, too: see
+    `train.program.accumulation.axes_summed_once`.
     """
     if setting.data == 1:
         return 0.0
     shards = setting.parameter_shards * setting.stages
-    for_each = setting.tensor > 1 and setting.gathered_over == 1
+    beside_tensor = setting.tensor > 1 and setting.gathered_over == 1
+    for_each = bool(setting.config.attention_dropout) or beside_tensor
     times = setting.micro_batches if for_each else 1
     return times * setting.parameters * setting.reduce_bytes / shards * ALL_REDUCE
 

@@ -109,6 +109,9 @@ def test_traffic(remat, forward_passes: int) -> None:
     replicas = alone._replace(data=2, micro_batches=3)
     assert data_parallel_traffic(replicas) == 8_000_000
     assert data_parallel_traffic(replicas._replace(reduce_bytes=2)) == 4_000_000
+    # with dropout for each micro-batch
+    dropout = replace(replicas.config, attention_dropout=0.1)
+    assert data_parallel_traffic(replicas._replace(config=dropout)) == 3 * 8_000_000
     # beside a tensor axis for each micro-batch, unless fsdp does it once as well
     halves = replicas._replace(tensor=2, parameter_shards=2)
     assert data_parallel_traffic(halves) == 3 * 4_000_000
