@@ -191,6 +191,10 @@ def decay_everything(content: dict[str, Any]) -> None:
     content["param_groups"][1]["weight_decay"] = 0.1
 
 
+def decay_nothing(content: dict[str, Any]) -> None:
+    content["param_groups"][0]["weight_decay"] = 0.0
+
+
 TORCH_MISTAKES: list[tuple[Callable[[dict[str, Any]], Any], str]] = [
     (without_names, "optimizer.pt: has no names of parameters"),
     (lambda c: c["state"][3].pop("step"), "expected step too, as torch.optim.AdamW has it"),
@@ -200,6 +204,7 @@ TORCH_MISTAKES: list[tuple[Callable[[dict[str, Any]], Any], str]] = [
     (lambda c: c["state"][0].update(exp_avg=torch.ones(2, 3)),
      "exp_avg of model.embed_tokens.weight: found shape [2, 3], expected [64, 32]"),
     (decay_everything, "layernorm.weight: weight-decay: found 0.1, expected 0.0: here weight decay"),
+    (decay_nothing, "weight-decay: found 0.0, expected 0.1: pass --optimizer.weight-decay"),
     (lambda c: c["param_groups"][0].update(betas=(0.9, 0.999)),
      "beta2: found 0.999, expected 0.95: pass --optimizer.beta2"),
     (lambda c: c["param_groups"][0].update(amsgrad=True), "found amsgrad, expected AdamW without"),

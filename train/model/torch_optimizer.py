@@ -105,6 +105,7 @@ def require_fit(state: TorchOptimizer, config: LlamaConfig, optimizer: Optimizer
         problems += [f"{moment} of {line}" for line in compare_shapes(shapes, table, abstract)]
     if problems:
         raise ValueError(summarize(f"{state.path}: {len(problems)} problems", problems))
+    decays_some = any(group.get("weight_decay") for group in state.groups.values())
     for name, group in state.groups.items():
         for unsupported in ("amsgrad", "maximize"):
             if group.get(unsupported):
@@ -121,7 +122,7 @@ def require_fit(state: TorchOptimizer, config: LlamaConfig, optimizer: Optimizer
         ):
             if not isinstance(actual, int | float) or not math.isclose(actual, expected):
                 remedy = f"pass --optimizer.{option}"
-                if option == "weight-decay" and (not decays(name) or actual == 0):
+                if option == "weight-decay" and (not decays(name) or (actual == 0 and decays_some)):
                     remedy = "here weight decay applies to matrices, not to norms and biases"
                 raise ValueError(
                     f"{state.path}: {name}: {option}: found {actual}, expected {expected}: {remedy}"
