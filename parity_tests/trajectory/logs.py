@@ -28,8 +28,6 @@ _NAMES = {
     "train/global_step": "step",
 }
 _EVENTS = "*tfevents*"
-# only MaxText's lines of an evaluation under way have it; their step is the number of a batch
-_UNDER_WAY = "eval/step_time_seconds"
 
 
 class Log(NamedTuple):
@@ -61,7 +59,7 @@ def read_log(path: Path) -> Log:
         read = _csv
     else:
         read = _json_lines
-    lines = [(where, line) for where, line in read(file) if _UNDER_WAY not in line]
+    lines = [(where, line) for where, line in read(file) if not _is_under_way(line)]
     first = 1 if any(name.startswith("learning/") for _, line in lines for name in line) else 0
     metrics: dict[str, dict[int, float]] = {}
     for where, line in lines:
@@ -93,6 +91,14 @@ def _file_of(path: Path) -> Path:
             "name a file"
         )
     return events[0]
+
+
+def _is_under_way(line: Mapping[str, Any]) -> bool:
+    """Whether it is MaxText's of an evaluation that goes on, whose step is the number of a batch."""
+    time, total = (
+        _number(line.get(f"eval/{name}")) for name in ("step_time_seconds", "total_loss")
+    )
+    return time is not None and total is None
 
 
 def _number(value: Any) -> float | None:

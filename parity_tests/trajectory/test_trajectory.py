@@ -139,21 +139,34 @@ def test_logs_of_other_programs(
     assert max(content["differences"]) <= (2.0**-24 if form == "tensorboard" else 0.0)
 
 
-def test_evaluations_of_maxtext(tmp_path: Path) -> None:
-    """Those after step 10, which it calls 9, and 20; its lines for each batch of them are left out."""
+@pytest.mark.parametrize("form", ["metrics_file", "earlier", "csv"])
+def test_evaluations_of_maxtext(form: str, tmp_path: Path) -> None:
+    """Those after step 10, which it calls 9, and 20; its lines for each batch of them are left out.
+
+    Earlier versions had none, but the time in the line of the whole evaluation.
+    """
     theirs = []
     for step in range(20):
-        if (step + 1) % 10 == 0:
+        evaluates = (step + 1) % 10 == 0
+        if evaluates and form != "earlier":
             theirs += [
                 {"eval/avg_loss": 9.0, "eval/step_time_seconds": 0.1, "step": float(batch)}
                 for batch in range(12)
             ]
         theirs.append({"learning/loss": 1.0, "step": float(step)})
-        if (step + 1) % 10 == 0:
+        if evaluates:
             loss = 3.0 + step
             theirs.append({"eval/avg_loss": loss, "eval/total_loss": 8 * loss, "step": float(step)})
+            if form == "earlier":
+                theirs[-1]["eval/step_time_seconds"] = 0.0
     ours = [{"step": step, "validation_loss": 2.0 + step} for step in (10, 20)]
     files = write(tmp_path / "maxtext", theirs), write(tmp_path / "ours", ours)
+    if form == "csv":
+        columns = sorted({name for line in theirs for name in line})
+        rows = [",".join(str(line.get(name, "")) for name in columns) for line in theirs]
+        table = tmp_path / "maxtext.csv"
+        table.write_text("\n".join([",".join(columns), *rows]) + "\n")
+        files = table, files[1]
     assert run(*files, "--json", tmp_path / "t.json") == 0
     metric = json.loads((tmp_path / "t.json").read_text())["metrics"]["validation_loss"]
     assert metric["steps"] == [10, 20]
