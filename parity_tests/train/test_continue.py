@@ -211,6 +211,16 @@ TORCH_MISTAKES: list[tuple[Callable[[dict[str, Any]], Any], str]] = [
     (lambda c: c["param_groups"][0]["param_names"].pop(), "found 20 different names, expected one"),
     (lambda c: c["param_groups"][0]["param_names"].__setitem__(0, "other.weight"), "other.weight: un"),
     (lambda c: c.clear(), "not what torch.optim.AdamW.state_dict() returns"),
+    (lambda c: c["state"].update({3: 5}), "v_proj.weight: found a int, expected a dictionary"),
+    (lambda c: c["state"][3].update(step=None), "step: found None, expected a whole number"),
+    (lambda c: c["state"][3].update(step=float("nan")), "step: found nan, expected a whole number"),
+    (lambda c: c["state"][3].update(step=torch.ones(2)), "expected a whole number"),
+    (lambda c: c["state"][3].update(exp_avg=None), "exp_avg: found a NoneType, expected a tensor"),
+    (lambda c: c["param_groups"].insert(0, 5), "param_groups: not what torch.optim.AdamW writes"),
+    (lambda c: c["param_groups"][0].update(params=[[0]]), "param_groups: not what torch.optim.AdamW"),
+    (lambda c: c["param_groups"][0].update(param_names=None), "param_names: not a list of names"),
+    (lambda c: c["param_groups"][0].update(param_names=[1]), "param_names: not a list of names"),
+    (lambda c: c.update(state={}, param_groups=[{"params": []}]), "found steps of nothing, expected"),
 ]  # fmt: skip
 
 

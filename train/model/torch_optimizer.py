@@ -77,21 +77,16 @@ def read_optimizer(directory: Path) -> TorchOptimizer:
         name = names.get(key)
         if name is None:
             raise ValueError(f"{path}: found the state of a parameter {key!r} that is in no group")
-        for field in ("step", *_MOMENTS):
-            if field not in state:
-                raise ValueError(
-                    f"{path}: {name}: found {', '.join(map(str, state)) or 'nothing'}, expected "
-                    f"{field} too, as torch.optim.AdamW has it"
-                )
-        if "max_exp_avg_sq" in state:
-            raise ValueError(f"{path}: {name}: found the state of amsgrad, expected plain AdamW's")
+        _require_adamw(state, f"{path}: {name}")
         tensors[name] = {field: state[field] for field in _MOMENTS}
         steps.setdefault(int(state["step"]), name)
     if missing := [name for name in group_of if name not in tensors]:
         raise ValueError(summarize(str(path), [f"{name}: has no moments" for name in missing]))
-    if len(steps) > 1 or min(steps) < 1:
+    if len(steps) != 1 or min(steps) < 1:
         shown = ", ".join(f"{step} at {name}" for step, name in sorted(steps.items())[:3])
-        raise ValueError(f"{path}: found steps {shown}, expected the same of all, at least 1")
+        raise ValueError(
+            f"{path}: found steps {shown or 'of nothing'}, expected the same of all, at least 1"
+        )
     return TorchOptimizer(path, min(steps), tensors, group_of)
 
 
@@ -133,6 +128,32 @@ def require_fit(state: TorchOptimizer, config: LlamaConfig, optimizer: Optimizer
             )
 
 
+def _require_adamw(state: Any, where: str) -> None:
+    """Raise ValueError unless the state of a parameter has AdamW's moments and a whole number of steps."""
+    import torch
+
+    if not isinstance(state, Mapping):
+        raise ValueError(f"{where}: found a {type(state).__name__}, expected a dictionary")
+    for field in ("step", *_MOMENTS):
+        if field not in state:
+            raise ValueError(
+                f"{where}: found {', '.join(map(str, state)) or 'nothing'}, expected {field} too, as "
+                "torch.optim.AdamW has it"
+            )
+    if "max_exp_avg_sq" in state:
+        raise ValueError(f"{where}: found the state of amsgrad, expected plain AdamW's")
+    step = state["step"]
+    if isinstance(step, torch.Tensor) and step.numel() == 1:
+        step = step.item()
+    if not isinstance(step, int | float) or not float(step).is_integer():
+        raise ValueError(f"{where}: step: found {step}, expected a whole number")
+    for moment in _MOMENTS:
+        if not isinstance(state[moment], torch.Tensor):
+            raise ValueError(
+                f"{where}: {moment}: found a {type(state[moment]).__name__}, expected a tensor"
+            )
+
+
 def _load(path: Path) -> Mapping[str, Any]:
     try:
         import torch
@@ -151,25 +172,24 @@ def _load(path: Path) -> Mapping[str, Any]:
 
 def _names(path: Path, groups: Sequence[Any]) -> dict[Any, str]:
     """The name of each parameter, by its key in the state."""
-    try:
-        keys = [key for group in groups for key in group["params"]]
-    except (KeyError, TypeError):
-        raise ValueError(f"{path}: param_groups: not what torch.optim.AdamW writes") from None
+    keys = _concatenated(groups, "params")
+    if keys is None or not all(isinstance(key, int | str) for key in keys):
+        raise ValueError(f"{path}: param_groups: not what torch.optim.AdamW writes")
     listed = path.with_name(NAMES)
+    names: Any
     if all(isinstance(key, str) for key in keys):  # FSDP's
         names = keys
     elif all("param_names" in group for group in groups):
-        names = [name for group in groups for name in group["param_names"]]
+        names = _concatenated(groups, "param_names")
     elif listed.exists():
-        content = read_json_object(listed).get("param_names")
-        if not isinstance(content, list) or not all(isinstance(name, str) for name in content):
-            raise ValueError(f"{listed}: param_names: not a list of names")
-        names, path = content, listed
+        names, path = read_json_object(listed).get("param_names"), listed
     else:
         raise ValueError(
             f"{path}: has no names of parameters: make the optimizer with model.named_parameters() (torch "
             f'2.6), or write them in its order to {listed.name}, {{"param_names": [...]}}'
         )
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise ValueError(f"{path}: param_names: not a list of names")
     if len(names) != len(keys) or len(set(names)) != len(names):
         raise ValueError(
             f"{path}: found {len(set(names))} different names, expected one for each of the {len(keys)} "
@@ -177,6 +197,14 @@ def _names(path: Path, groups: Sequence[Any]) -> dict[Any, str]:
         )
     unwrapped = unwrap_names(names)
     return {key: unwrapped[name].name for key, name in zip(keys, names, strict=True)}
+
+
+def _concatenated(groups: Sequence[Any], field: str) -> list[Any] | None:
+    """What all groups have in their lists; None if a group is without one."""
+    try:
+        return [item for group in groups for item in group[field]]
+    except (KeyError, TypeError):
+        return None
 
 
 def _numpy(tensor: Any) -> np.ndarray:
