@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from parity_tests.traces.optimizer_step import RIGHT, Moments, Rule, step
+from parity_tests.traces.optimizer_step import RIGHT, Moments, Rule, is_decoupled, step
 
 Group = Mapping[str, Any]
 
@@ -33,7 +33,7 @@ def _decay(change: Callable[[Group, float, int], float]) -> Rule:
     return RIGHT._replace(group=group)
 
 
-def _stated(own: Group) -> float:
+def _weight_decay(own: Group) -> float:
     return own.get("weight_decay", 0.0)
 
 
@@ -55,8 +55,8 @@ def _adam(
         if kind == "SGD":
             return step(kind, group, count, w, g, moments)
         number = w.dtype.type
-        rate, decay = number(group["lr"]), number(_stated(group))
-        if kind == "AdamW" or group.get("decoupled_weight_decay"):
+        rate, decay = number(group["lr"]), number(_weight_decay(group))
+        if is_decoupled(kind, group):
             w = w * (1 - rate * decay)
         else:
             g = g + decay * w
@@ -69,17 +69,18 @@ def _adam(
     return RIGHT._replace(step=wrong)
 
 
-def _other_decay(kind_of: Callable[[str], str], *, times_rate: bool = True) -> Rule:
-    def wrong(
-        kind: str, group: Group, count: int, w: np.ndarray, g: np.ndarray, moments: Moments
-    ) -> np.ndarray:
-        if not times_rate:
-            number = w.dtype.type
-            w = w * (1 - number(_stated(group)))
-            group = dict(group) | {"weight_decay": 0.0}
-        return step(kind_of(kind), group, count, w, g, moments)
+def _decay_of_the_other_adam(kind: str, group: Group, *arguments: Any) -> np.ndarray:
+    if kind != "SGD":
+        kind = "Adam" if is_decoupled(kind, group) else "AdamW"
+        group = dict(group) | {"decoupled_weight_decay": kind == "AdamW"}
+    return step(kind, group, *arguments)
 
-    return RIGHT._replace(step=wrong)
+
+def _decay_without_rate(
+    kind: str, group: Group, count: int, w: np.ndarray, g: np.ndarray, moments: Moments
+) -> np.ndarray:
+    w = w * (1 - w.dtype.type(_weight_decay(group)))
+    return step(kind, dict(group) | {"weight_decay": 0.0}, count, w, g, moments)
 
 
 def _sgd(momentum: Callable[[float, np.ndarray, np.ndarray], np.ndarray]) -> Rule:
@@ -89,7 +90,7 @@ def _sgd(momentum: Callable[[float, np.ndarray, np.ndarray], np.ndarray]) -> Rul
         number = w.dtype.type
         if kind != "SGD":
             return step(kind, group, count, w, g, moments)
-        g = g + number(_stated(group)) * w
+        g = g + number(_weight_decay(group)) * w
         return w - number(group["lr"]) * momentum(
             number(group.get("momentum", 0.0)), moments.first, g
         )
@@ -112,7 +113,7 @@ def faults() -> Iterator[OptimizerFault]:
     yield OptimizerFault(
         "decay_of_norms",
         "weight decay is applied to norms and biases",
-        _decay(lambda own, largest, axes: largest if axes < 2 else _stated(own)),
+        _decay(lambda own, largest, axes: largest if axes < 2 else _weight_decay(own)),
     )
     yield OptimizerFault(
         "decay_of_all",
@@ -123,18 +124,17 @@ def faults() -> Iterator[OptimizerFault]:
     yield OptimizerFault(
         "decay_of_matrices",
         "weight decay is left out for norms and biases",
-        _decay(lambda own, _, axes: 0.0 if axes < 2 else _stated(own)),
+        _decay(lambda own, _, axes: 0.0 if axes < 2 else _weight_decay(own)),
     )
-    coupled = {"AdamW": "Adam", "Adam": "AdamW"}
     yield OptimizerFault(
         "decay_coupled",
         "weight decay is added to the gradient, or should be (Adam for AdamW)",
-        _other_decay(lambda kind: coupled.get(kind, kind)),
+        RIGHT._replace(step=_decay_of_the_other_adam),
     )
     yield OptimizerFault(
         "decay_not_times_rate",
         "weight decay is not multiplied by the learning rate",
-        _other_decay(lambda kind: kind, times_rate=False),
+        RIGHT._replace(step=_decay_without_rate),
     )
     yield OptimizerFault(
         "bias_correction",

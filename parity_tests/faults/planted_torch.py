@@ -554,6 +554,7 @@ def record_step(out: Path, fault: str | None) -> Path:
     groups = [{"params": matrices}, {"params": norms, "weight_decay": 0.0}]
     faults = frozenset([fault] if fault else [])
     settings = {"lr": 1e-2, "betas": (0.9, 0.99), "eps": 1e-8, "weight_decay": 0.1}
+    settings["decoupled_weight_decay"] = True  # as torch's own AdamW has it
     optimizer, ids = AdamW(groups, faults, **settings), ids_of()
     before = [p.detach().clone() for p in parameters]
     model(input_ids=ids, labels=ids).loss.backward()

@@ -141,7 +141,7 @@ def step(
     """The parameter after the step, in the dtype of its operands."""
     number = weight.dtype.type
     rate, decay = number(group["lr"]), number(group.get("weight_decay", 0.0))
-    if kind == "AdamW" or group.get("decoupled_weight_decay"):
+    if is_decoupled(kind, group):
         weight = weight * (1 - rate * decay)
     else:
         gradient = gradient + decay * weight
@@ -153,6 +153,11 @@ def step(
     second = beta2 * moments.second + (1 - beta2) * np.square(gradient)
     root = np.sqrt(second) / np.sqrt(1 - beta2 ** number(step)) + number(group["eps"])
     return weight - rate / (1 - beta1 ** number(step)) * first / root
+
+
+def is_decoupled(kind: str, group: Mapping[str, Any]) -> bool:
+    """Whether weight decay is kept out of the gradient. torch's AdamW is an Adam with this setting."""
+    return kind == "AdamW" or bool(group.get("decoupled_weight_decay"))
 
 
 RIGHT = Rule(

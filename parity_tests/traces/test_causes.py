@@ -8,14 +8,17 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from parity_tests.faults import planted_jax, planted_torch
 from parity_tests.faults.catalogue import FAULTS
+from parity_tests.faults.optimizer import faults
 from parity_tests.harness.cases import weights_of, write_hf_directory
 from parity_tests.harness.mutations import MUTATIONS, mutate
 from parity_tests.report.mutate import write_case
 from parity_tests.traces.check import Verdict, check
 from parity_tests.traces.names import section_of, sections, steps_of
+from parity_tests.traces.optimizer_step import Moments
 from parity_tests.traces.record_checkpoint import record_checkpoint
 
 COMPILED: dict[Any, Any] = {}
@@ -96,6 +99,30 @@ def test_a_fault_in_an_optimizer(fault: str, directories: Path, tmp_path: Path) 
     assert verdict.departures[0].direction == "step"
     assert verdict.causes is not None
     assert [cause.name for cause in verdict.causes] == [fault]
+
+
+@pytest.mark.parametrize(
+    ("kind", "setting", "other"),
+    [
+        ("Adam", {}, torch.optim.AdamW),
+        ("Adam", {"decoupled_weight_decay": False}, torch.optim.AdamW),
+        ("Adam", {"decoupled_weight_decay": True}, torch.optim.Adam),
+        ("AdamW", {}, torch.optim.Adam),
+        ("AdamW", {"decoupled_weight_decay": True}, torch.optim.Adam),
+    ],
+)
+def test_the_wrong_decay_of_an_adam_is_that_of_the_other(
+    kind: str, setting: dict[str, bool], other: Any
+) -> None:
+    settings = {"lr": 0.1, "betas": (0.9, 0.99), "eps": 1e-3, "weight_decay": 0.5}
+    weight, gradient = np.random.default_rng(0).normal(size=(2, 5))
+    parameter = torch.nn.Parameter(torch.tensor(weight))
+    parameter.grad = torch.tensor(gradient)
+    other([parameter], **settings).step()
+    (rule,) = (fault.rule for fault in faults() if fault.name == "decay_coupled")
+    moments = Moments(np.zeros(5), np.zeros(5))
+    wrong = rule.step(kind, settings | setting, 1, weight, gradient, moments)
+    np.testing.assert_allclose(wrong, parameter.detach(), rtol=1e-12)
 
 
 def test_a_right_step_has_no_cause(directories: Path, tmp_path: Path) -> None:
