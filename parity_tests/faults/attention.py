@@ -21,11 +21,11 @@ from parity_tests.faults.change import (
     one,
     several,
 )
-from parity_tests.faults.norms import instead_of_mean
 from parity_tests.reference import oracle
+from parity_tests.reference.oracle import rms_norm
 from parity_tests.traces.sections import Inputs
 
-MIXED = ("self_attn.attention",)
+ATTENTION = ("self_attn.attention",)
 Q, K, V = (f"self_attn.{p}_proj" for p in "qkv")
 
 
@@ -37,16 +37,16 @@ def attend(
     *,
     scores: Callable[[Tensor], Tensor] = _same,
     softmax: Callable[[Tensor], Tensor] = lambda s: torch.softmax(s, dim=-1),
-    shares: Callable[[Tensor], Tensor] = _same,
+    probabilities: Callable[[Tensor], Tensor] = _same,
 ) -> Change:
-    """Attention with other scores before the mask, another softmax, other shares."""
+    """Attention with other scores before the mask, another softmax, other probabilities."""
 
     def attention(q: Tensor, k: Tensor, v: Tensor, visible: Tensor) -> tuple[Tensor, Tensor]:
         group = q.shape[1] // k.shape[1]
         k, v = k.repeat_interleave(group, dim=1), v.repeat_interleave(group, dim=1)
         s = scores(q @ k.transpose(-1, -2) / math.sqrt(q.shape[-1]))
         p = softmax(s.masked_fill(~visible, torch.finfo(torch.float32).min)) * visible
-        return shares(p) @ v, p
+        return probabilities(p) @ v, p
 
     return Change(functions={"attention": lambda _: attention})
 
@@ -96,12 +96,9 @@ def _scale(fields: Config) -> Callable[[float], Change]:
     return lambda value: _scaled(value * oracle.head_dim(fields) ** 0.5)
 
 
-def _scale_of(name: str) -> Callable[[Config, Inputs], Variants]:
-    def variants(fields: Config, _: Inputs) -> Variants:
-        dim = oracle.head_dim(fields)
-        yield "", _scaled({"twice": dim**-0.5, "none": dim**0.5}[name])
-
-    return variants
+def _scaled_by_power(power: float) -> Callable[[Config, Inputs], Variants]:
+    """Scores are multiplied by this power of D, besides 1/sqrt(D)."""
+    return lambda fields, _: [("", _scaled(oracle.head_dim(fields) ** power))]
 
 
 def _visible(change: Callable[[Tensor, Any], Tensor]) -> Change:
@@ -204,12 +201,14 @@ def _features_last(w: Tensor, fields: Config) -> Tensor:
     return w.unflatten(0, (oracle.head_dim(fields), -1)).transpose(0, 1).flatten(0, 1)
 
 
-def swapped(one: str, other: str) -> Change:
+def swapped(first: str, second: str) -> Change:
+    """Two projections, with their biases, are swapped if they have the same shapes."""
+
     def weights(weights: Weights, *_: Any) -> Weights:
         def partner(name: str) -> str:
-            if f"{one}." in name:
-                return name.replace(one, other)
-            return name.replace(other, one) if f"{other}." in name else name
+            if f"{first}." in name:
+                return name.replace(first, second)
+            return name.replace(second, first) if f"{second}." in name else name
 
         pairs = {name: weights.get(partner(name), value) for name, value in weights.items()}
         same = all(pairs[name].shape == weights[name].shape for name in weights)
@@ -231,7 +230,7 @@ def _softmax_plus_one(scores: Tensor) -> Tensor:
 
 
 def _normed(x: Tensor) -> Tensor:
-    return instead_of_mean(x, x.new_ones(x.shape[-1]), 1e-6)
+    return rms_norm(x, x.new_ones(x.shape[-1]), 1e-6)
 
 
 def _capped(cap: float) -> Change:
@@ -289,7 +288,7 @@ FAULTS: list[Fault] = [
     one(
         "kv_heads_tiled",
         "key/value heads are tiled, not repeated: query head n reads head n % K",
-        MIXED,
+        ATTENTION,
         _on_heads(
             lambda q, k, v: (_tiled(q, k.shape[1]), k, v), lambda out, count: _untiled(out, count)
         ),
@@ -297,22 +296,22 @@ FAULTS: list[Fault] = [
     one(
         "kv_head_first",
         "all query heads read the first key/value head",
-        MIXED,
+        ATTENTION,
         _on_heads(lambda q, k, v: (q, _first_head(k), _first_head(v))),
     ),
-    Fault("scale_twice", "scores are scaled twice, by 1/D", MIXED, _scale_of("twice")),
-    Fault("scale_none", "scores are not scaled", MIXED, _scale_of("none")),
+    Fault("scale_twice", "scores are scaled twice, by 1/D", ATTENTION, _scaled_by_power(-0.5)),
+    Fault("scale_none", "scores are not scaled", ATTENTION, _scaled_by_power(0.5)),
     Fault(
         "attention_scale",
         "scores are scaled by {}",
-        MIXED,
+        ATTENTION,
         lambda _, __: (),
         lambda fields: Family(tuple(_scales(fields)), _scale(fields)),
     ),
     several(
         "mask_off_by_one",
         "the causal mask is off by one: {}",
-        MIXED,
+        ATTENTION,
         {
             "queries see the next token": _visible(
                 lambda visible, a: _shown(visible, a, diagonal=1)
@@ -331,53 +330,53 @@ FAULTS: list[Fault] = [
     one(
         "mask_left_out",
         "no causal mask: queries see all later tokens",
-        MIXED,
+        ATTENTION,
         _visible(lambda visible, a: _shown(visible, a, diagonal=None)),
     ),
-    Fault("sliding_window", "queries see only {} tokens", MIXED, _windows),
-    Fault("documents_leak", "segment_ids are ignored: documents see each other", MIXED, _leak),
-    Fault("padding", "padding {}", MIXED, _padding),
+    Fault("sliding_window", "queries see only {} tokens", ATTENTION, _windows),
+    Fault("documents_leak", "segment_ids are ignored: documents see each other", ATTENTION, _leak),
+    Fault("padding", "padding {}", ATTENTION, _padding),
     of_number(
         "attention_softcap",
         "scores are capped by tanh at {}",
-        MIXED,
+        ATTENTION,
         lambda _: (20.0, 30.0, 50.0),
         _capped,
     ),
     one(
         "softmax_plus_one",
         "the softmax has 1 added to its sum",
-        MIXED,
+        ATTENTION,
         attend(softmax=_softmax_plus_one),
     ),
     one(
-        "softmax_of_keys",
+        "softmax_over_queries",
         "the softmax is over queries, not keys",
-        MIXED,
+        ATTENTION,
         attend(softmax=lambda s: torch.softmax(s, dim=-2)),
     ),
-    one("softmax_left_out", "scores have no softmax", MIXED, attend(softmax=_same)),
+    one("softmax_left_out", "scores have no softmax", ATTENTION, attend(softmax=_same)),
     one(
         "heads_not_transposed",
         "heads are not moved beside their features before o_proj",
-        MIXED,
-        Change(steps={MIXED[0]: _heads_mixed}),
+        ATTENTION,
+        Change(steps={ATTENTION[0]: _heads_mixed}),
     ),
     one(
         "qk_norm",
         "queries and keys are normalized",
-        MIXED,
+        ATTENTION,
         _on_heads(lambda q, k, v: (_normed(q), _normed(k), v)),
     ),
     several(
         "softmax_bfloat16",
         "attention is in bfloat16 ({})",
-        MIXED,
+        ATTENTION,
         {
             "the softmax": attend(softmax=_softmax_in_bfloat16),
-            "shares": attend(shares=in_bfloat16),
-            "scores": attend(scores=in_bfloat16),
-            "scores and shares": attend(scores=in_bfloat16, shares=in_bfloat16),
+            "the probabilities": attend(probabilities=in_bfloat16),
+            "the scores": attend(scores=in_bfloat16),
+            "scores and probabilities": attend(scores=in_bfloat16, probabilities=in_bfloat16),
             "scores and softmax": attend(scores=in_bfloat16, softmax=_softmax_in_bfloat16),
             "queries, keys and values": _on_heads(_rounded_operands),
             "what it returns": _on_heads(

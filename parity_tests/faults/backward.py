@@ -37,8 +37,8 @@ def _turned_forward(right: Any) -> Any:
     """The gradient is rotated by cos and sin, not by their transpose."""
 
     def wrong(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        y = right(x, cos, sin).detach()
-        return y + (right(x, cos, -sin) - right(x, cos, -sin).detach())
+        backwards = right(x, cos, -sin)
+        return right(x, cos, sin).detach() + (backwards - backwards.detach())
 
     return wrong
 
@@ -50,14 +50,14 @@ def _scale_detached(_: Any) -> Any:
     return wrong
 
 
-def _shares_detached(right: Any) -> Any:
+def _softmax_detached(right: Any) -> Any:
     def wrong(q: Tensor, k: Tensor, v: Tensor, visible: Tensor) -> Any:
         return right(q.detach(), k.detach(), v, visible)
 
     return wrong
 
 
-def _first_of_group(right: Any) -> Any:
+def _mean_of_group(right: Any) -> Any:
     """Keys and values get the mean of their query heads' gradients, not the sum."""
 
     def wrong(q: Tensor, k: Tensor, v: Tensor, visible: Tensor) -> Any:
@@ -96,17 +96,17 @@ FAULTS: list[Fault] = [
         direction="backward",
     ),
     one(
-        "shares_detached",
+        "softmax_detached",
         "the softmax of attention has no gradient",
         ROTATED,
-        Change(functions={"attention": _shares_detached}),
+        Change(functions={"attention": _softmax_detached}),
         direction="backward",
     ),
     one(
         "kv_gradient_mean",
         "key/value heads get the mean of their query heads' gradients, not the sum",
         (*ROTATED, "self_attn.v_proj"),
-        Change(functions={"attention": _first_of_group}),
+        Change(functions={"attention": _mean_of_group}),
         direction="backward",
     ),
     several(

@@ -41,11 +41,11 @@ def _tied(weights: Weights, _: Config, read: Callable[[str], Tensor]) -> Weights
     return weights | {_HEAD: read(_EMBEDDING)} if _HEAD in weights else weights
 
 
-def _head_reshaped(weights: Weights, *_: Any) -> Weights:
+def _head_transposed(weights: Weights, *_: Any) -> Weights:
     return {name: w.T.reshape(w.shape) if w.ndim == 2 else w for name, w in weights.items()}
 
 
-def _reversed(weights: Weights, *_: Any) -> Weights:
+def _head_rolled(weights: Weights, *_: Any) -> Weights:
     return {name: w.roll(1, 0) if w.ndim == 2 else w for name, w in weights.items()}
 
 
@@ -129,10 +129,9 @@ def _with_rows(extra: int) -> Change:
     )
 
 
-def _padding_counted(_: Config, inputs: Inputs) -> Variants:
-    pad = inputs.attention_mask
-    if pad is not None:
-        hidden = torch.from_numpy(np.asarray(pad) == 0)
+def _padding_ignored(_: Config, inputs: Inputs) -> Variants:
+    if inputs.attention_mask is not None:
+        hidden = torch.from_numpy(inputs.attention_mask == 0)
         yield (
             "",
             _loss(
@@ -170,14 +169,9 @@ FAULTS: list[Fault] = [
         _step("embed_tokens", in_bfloat16),
         rounds=True,
     ),
-    one(
-        "head_tied",
-        "the head is the embedding, not lm_head",
-        LOGITS,
-        Change(weights=_tied),
-    ),
-    one("head_transposed", "lm_head is transposed", LOGITS, Change(weights=_head_reshaped)),
-    one("head_rows", "rows of lm_head are off by one", LOGITS, Change(weights=_reversed)),
+    one("head_tied", "the head is the embedding, not lm_head", LOGITS, Change(weights=_tied)),
+    one("head_transposed", "lm_head is transposed", LOGITS, Change(weights=_head_transposed)),
+    one("head_rows", "rows of lm_head are off by one", LOGITS, Change(weights=_head_rolled)),
     one(
         "final_norm_dropped",
         "the head reads the last layer, not the final norm",
@@ -239,7 +233,7 @@ FAULTS: list[Fault] = [
         _loss(_mean_of_means),
     ),
     one("ignored_counted", "labels of -100 count, as token 0", LOSS, _loss(_ignored_counted)),
-    Fault("padding_ignored", "labels of padding are ignored", LOSS, _padding_counted),
+    Fault("padding_ignored", "labels of padding are ignored", LOSS, _padding_ignored),
     Fault("vocabulary_padded", "the loss is over a vocabulary padded to {}", LOSS, _padded),
     of_number(
         "z_loss",

@@ -17,6 +17,7 @@ from parity_tests.faults.change import (
     one,
     several,
 )
+from parity_tests.reference.oracle import rms_norm
 
 NORMS = ("input_layernorm", "post_attention_layernorm", "norm")
 
@@ -31,12 +32,7 @@ def _rsqrt_mean(x: Tensor, eps: float) -> Tensor:
 
 
 def _layer_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    return instead_of_mean(x - x.mean(-1, keepdim=True), weight, eps)
-
-
-def instead_of_mean(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """RMSNorm itself."""
-    return x * _rsqrt_mean(x, eps) * weight
+    return rms_norm(x - x.mean(-1, keepdim=True), weight, eps)
 
 
 def _all_in_bfloat16(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -68,7 +64,7 @@ def _post_norm() -> Change:
             if of not in steps.read:
                 return value
             weight, eps = steps.weights[f"{name}.weight"], steps.fields["rms_norm_eps"]
-            return instead_of_mean(steps.read[of], weight, eps)
+            return rms_norm(steps.read[of], weight, eps)
 
         return step
 
@@ -106,13 +102,13 @@ FAULTS: list[Fault] = [
         "norm_weight_plus_one",
         "norms multiply by 1 + weight",
         NORMS,
-        instead(lambda x, w, eps: instead_of_mean(x, w + 1, eps)),
+        instead(lambda x, w, eps: rms_norm(x, w + 1, eps)),
     ),
     one(
         "norm_weight_dropped",
         "norms do not multiply by their weight",
         NORMS,
-        instead(lambda x, w, eps: instead_of_mean(x, torch.ones_like(w), eps)),
+        instead(lambda x, w, eps: rms_norm(x, torch.ones_like(w), eps)),
     ),
     one(
         "norms_swapped",
@@ -140,12 +136,12 @@ FAULTS: list[Fault] = [
         NORMS,
         {
             "every step": instead(_all_in_bfloat16),
-            "what they read": instead(lambda x, w, eps: instead_of_mean(in_bfloat16(x), w, eps)),
+            "what they read": instead(lambda x, w, eps: rms_norm(in_bfloat16(x), w, eps)),
             "before the weight": instead(
                 lambda x, w, eps: in_bfloat16(x * _rsqrt_mean(x, eps)) * w
             ),
-            "what they return": instead(lambda x, w, eps: in_bfloat16(instead_of_mean(x, w, eps))),
-            "the weight": instead(lambda x, w, eps: instead_of_mean(x, in_bfloat16(w), eps)),
+            "what they return": instead(lambda x, w, eps: in_bfloat16(rms_norm(x, w, eps))),
+            "the weight": instead(lambda x, w, eps: rms_norm(x, in_bfloat16(w), eps)),
             "the mean of squares": instead(
                 lambda x, w, eps: x * in_bfloat16(_rsqrt_mean(x, eps)) * w
             ),

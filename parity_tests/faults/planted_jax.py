@@ -238,7 +238,7 @@ def _gelu(x: Array) -> Array:
 
 
 LAYER = "layers.0"
-NORM1, ROTATED, MIXED = (
+NORM1, ROTATED, ATTENTION = (
     f"{LAYER}.input_layernorm",
     f"{LAYER}.self_attn.rotate.q",
     f"{LAYER}.self_attn.attention",
@@ -327,45 +327,45 @@ PLANTS: dict[str, Plant] = {
         "gate_up_swapped", f"{LAYER}.mlp.gate_proj", weights=_swap("gate_proj", "up_proj")
     ),
     "kv tiled": Plant(
-        "kv_heads_tiled", MIXED, _mix(heads=lambda x, times: jnp.tile(x, (1, 1, times, 1)))
+        "kv_heads_tiled", ATTENTION, _mix(heads=lambda x, times: jnp.tile(x, (1, 1, times, 1)))
     ),
     "kv first": Plant(
         "kv_head_first",
-        MIXED,
+        ATTENTION,
         _mix(heads=lambda x, times: jnp.repeat(x[:, :, :1], x.shape[2] * times, axis=2)),
     ),
-    "scaled twice": Plant("scale_twice", MIXED, _mix(scale=1 / 8)),
-    "not scaled": Plant("scale_none", MIXED, _mix(scale=1.0)),
-    "scaled by hidden": Plant("attention_scale", MIXED, _mix(scale=48**-0.5)),
-    "scaled by 0.3": Plant("attention_scale", MIXED, _mix(scale=0.3)),
+    "scaled twice": Plant("scale_twice", ATTENTION, _mix(scale=1 / 8)),
+    "not scaled": Plant("scale_none", ATTENTION, _mix(scale=1.0)),
+    "scaled by hidden": Plant("attention_scale", ATTENTION, _mix(scale=48**-0.5)),
+    "scaled by 0.3": Plant("attention_scale", ATTENTION, _mix(scale=0.3)),
     "sees the next": Plant(
-        "mask_off_by_one", MIXED, _seen(lambda n: jnp.tril(jnp.ones((n, n), bool), 1))
+        "mask_off_by_one", ATTENTION, _seen(lambda n: jnp.tril(jnp.ones((n, n), bool), 1))
     ),
-    "sees all": Plant("mask_left_out", MIXED, _seen(lambda n: jnp.ones((n, n), bool))),
+    "sees all": Plant("mask_left_out", ATTENTION, _seen(lambda n: jnp.ones((n, n), bool))),
     "sees 8": Plant(
         "sliding_window",
-        MIXED,
+        ATTENTION,
         _seen(lambda n: jnp.tril(jnp.ones((n, n), bool)) & ~jnp.tril(jnp.ones((n, n), bool), -8)),
     ),
     "documents leak": Plant(
         "documents_leak",
-        MIXED,
+        ATTENTION,
         {"mask": lambda n, _: _RIGHT["mask"](n, None)},
         inputs=("segments",),
     ),
-    "scores capped": Plant("attention_softcap", MIXED, _mix(cap=2.5)),
-    "scores capped at 30": Plant("attention_softcap", MIXED, _mix(cap=30.0)),
+    "scores capped": Plant("attention_softcap", ATTENTION, _mix(cap=2.5)),
+    "scores capped at 30": Plant("attention_softcap", ATTENTION, _mix(cap=30.0)),
     "softmax plus one": Plant(
         "softmax_plus_one",
-        MIXED,
+        ATTENTION,
         _mix(softmax=lambda s: jnp.exp(s) / (1 + jnp.sum(jnp.exp(s), axis=-1, keepdims=True))),
     ),
     "softmax bf16": Plant(
         "softmax_bfloat16",
-        MIXED,
+        ATTENTION,
         _mix(softmax=lambda s: bf16(jax.nn.softmax(s, axis=-1))),
     ),
-    "scores bf16": Plant("softmax_bfloat16", MIXED, _mix(scores=bf16)),
+    "scores bf16": Plant("softmax_bfloat16", ATTENTION, _mix(scores=bf16)),
     "gelu": Plant("activation", ACT, {"gated": lambda g, u: _gelu(g) * u}),
     "gelu tanh": Plant("activation", ACT, {"gated": lambda g, u: jax.nn.gelu(g) * u}),
     "relu": Plant("activation", ACT, {"gated": lambda g, u: jax.nn.relu(g) * u}),

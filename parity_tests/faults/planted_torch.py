@@ -193,7 +193,7 @@ def _eager(
     scale: float = 1.0,
     cap: float = 0.0,
     repeat: Callable[[Tensor, int], Tensor] = llama.repeat_kv,
-    shares: Callable[[Tensor], Tensor] = lambda s: s.softmax(-1),
+    softmax: Callable[[Tensor], Tensor] = lambda s: s.softmax(-1),
     mask: Callable[[Tensor], Tensor] = lambda m: m,
 ) -> dict[str, Any]:
     def attention(
@@ -202,7 +202,7 @@ def _eager(
         k, v = (repeat(x, module.num_key_value_groups) for x in (k, v))
         scores = q @ k.mT * scaling * scale
         scores = cap * torch.tanh(scores / cap) if cap else scores
-        p = shares(scores + mask(attention_mask))
+        p = softmax(scores + mask(attention_mask))
         return (p @ v).transpose(1, 2).contiguous(), p
 
     return {"eager_attention_forward": attention}
@@ -290,7 +290,7 @@ def _without_bias(model: Any) -> None:
             module.forward = lambda x, m=module: F.linear(x, m.weight)
 
 
-def _without_rope(layer: Any) -> None:
+def _scaled_twice(layer: Any) -> None:
     layer.self_attn.scaling *= 8**-0.5
 
 
@@ -324,7 +324,7 @@ def _z(logits: Tensor, labels: Tensor) -> Tensor:
 
 LAYER = "layers.0"
 COS = "rotary.cos"
-NORM1, MIXED = f"{LAYER}.input_layernorm", f"{LAYER}.self_attn.attention"
+NORM1, ATTENTION = f"{LAYER}.input_layernorm", f"{LAYER}.self_attn.attention"
 ROTATED, ACT, MIDDLE = f"{LAYER}.self_attn.rotate.q", f"{LAYER}.mlp.act", f"{LAYER}.after_attention"
 
 PLANTS: dict[str, Plant] = {
@@ -372,7 +372,7 @@ PLANTS: dict[str, Plant] = {
         functions=_rotary(lambda x, c, s: x * bf16(c) + _half(x) * bf16(s)),
     ),
     "not rotated, eager": Plant(
-        "rope_left_out", MIXED, functions=_rotary(lambda x, c, s: x), attention="eager"
+        "rope_left_out", ATTENTION, functions=_rotary(lambda x, c, s: x), attention="eager"
     ),
     "eps 1e-6": Plant("norm_eps", NORM1, change=_eps(1e-6)),
     "eps 0.002": Plant("norm_eps", NORM1, change=_eps(0.002)),
@@ -421,23 +421,25 @@ PLANTS: dict[str, Plant] = {
     "o without bias": Plant(
         "biases_dropped", f"{LAYER}.self_attn.o_proj", "biases", change=_without_bias
     ),
-    "kv tiled": Plant("kv_heads_tiled", MIXED, functions=_eager(repeat=_tile), attention="eager"),
-    "scaled twice": Plant("scale_twice", MIXED, change=_layers(_without_rope)),
-    "scaled twice, eager": Plant(
-        "scale_twice", MIXED, change=_layers(_without_rope), attention="eager"
+    "kv tiled": Plant(
+        "kv_heads_tiled", ATTENTION, functions=_eager(repeat=_tile), attention="eager"
     ),
-    "not scaled": Plant("scale_none", MIXED, functions=_eager(scale=8**0.5), attention="eager"),
+    "scaled twice": Plant("scale_twice", ATTENTION, change=_layers(_scaled_twice)),
+    "scaled twice, eager": Plant(
+        "scale_twice", ATTENTION, change=_layers(_scaled_twice), attention="eager"
+    ),
+    "not scaled": Plant("scale_none", ATTENTION, functions=_eager(scale=8**0.5), attention="eager"),
     "scores capped": Plant(
-        "attention_softcap", MIXED, functions=_eager(cap=5.0), attention="eager"
+        "attention_softcap", ATTENTION, functions=_eager(cap=5.0), attention="eager"
     ),
     "sees the next": Plant(
-        "mask_off_by_one", MIXED, functions=_eager(mask=_future), attention="eager"
+        "mask_off_by_one", ATTENTION, functions=_eager(mask=_future), attention="eager"
     ),
-    "padding seen": Plant("padding", MIXED, change=_ignoring_mask, inputs=("attention_mask",)),
+    "padding seen": Plant("padding", ATTENTION, change=_ignoring_mask, inputs=("attention_mask",)),
     "softmax bf16": Plant(
         "softmax_bfloat16",
-        MIXED,
-        functions=_eager(shares=lambda s: s.bfloat16().softmax(-1).float()),
+        ATTENTION,
+        functions=_eager(softmax=lambda s: s.bfloat16().softmax(-1).float()),
         attention="eager",
     ),
     "gelu": Plant("activation", ACT, change=_mlp(lambda g, u: F.gelu(g) * u)),

@@ -1,6 +1,6 @@
 """Mistakes in rotary position embeddings."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -13,6 +13,7 @@ from parity_tests.faults.change import (
     Config,
     Family,
     Fault,
+    Steps,
     Variants,
     in_bfloat16,
     of_number,
@@ -130,10 +131,8 @@ def _long_and_short(fields: Config, _: Inputs) -> Variants:
 def _truncate(fields: Config, _: Inputs) -> Variants:
     rope = oracle.rope_settings(fields)
     if rope["rope_type"] == "yarn":
-        yield (
-            str(not rope.get("truncate", True)).lower(),
-            with_rope(truncate=not rope.get("truncate", True)),
-        )
+        truncate = not rope.get("truncate", True)
+        yield str(truncate).lower(), with_rope(truncate=truncate)
 
 
 def _moved(by: Callable[[np.ndarray, Inputs], np.ndarray]) -> Change:
@@ -155,7 +154,7 @@ def _not_restarted(_: Config, inputs: Inputs) -> Variants:
         yield "", _moved(_from_zero)
 
 
-def _restarted(_: Config, inputs: Inputs) -> Iterator[tuple[str, Change]]:
+def _restarted(_: Config, inputs: Inputs) -> Variants:
     mask, segments = inputs.attention_mask, inputs.segment_ids
     if mask is not None:
         yield (
@@ -176,16 +175,15 @@ def _angles(change: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]) -> Change
     return Change(functions={"cos_sin": replacement}, angles=True)
 
 
-def _slower(angles: tuple[Tensor, float], times: float) -> tuple[Tensor, float]:
-    return angles[0] / times, angles[1]
+def _frequencies(change: Callable[[Tensor], Tensor]) -> Change:
+    def replacement(right: Any) -> Any:
+        def wrong(*args: Any) -> Any:
+            inv_freq, scale = right(*args)
+            return change(inv_freq), scale
 
+        return wrong
 
-def _frequencies_in_bfloat16(right: Any) -> Any:
-    def wrong(*args: Any) -> Any:
-        inv_freq, scale = right(*args)
-        return in_bfloat16(inv_freq), scale
-
-    return wrong
+    return Change(functions={"inverse_frequencies": replacement}, angles=True)
 
 
 def _angles_in_bfloat16(_: Any) -> Any:
@@ -236,10 +234,10 @@ def _partly(share: float) -> Change:
     return _rotate(change)
 
 
-def _only(name: str) -> Change:
+def _not_rotated(name: str) -> Change:
     """The heads of `name` are not rotated."""
 
-    def step(steps: Any, value: Tensor) -> Tensor:
+    def step(steps: Steps, value: Tensor) -> Tensor:
         return steps.read[f"self_attn.{name}_proj"].reshape(value.shape)
 
     return Change(steps={f"self_attn.rotate.{name}": step})
@@ -262,10 +260,7 @@ FAULTS: list[Fault] = [
         "positions are divided by {}",
         ANGLES,
         lambda _: (2.0, 4.0, 8.0, 16.0, 32.0),
-        lambda value: Change(
-            functions={"inverse_frequencies": lambda right: lambda *a: _slower(right(*a), value)},
-            angles=True,
-        ),
+        lambda value: _frequencies(lambda inv_freq: inv_freq / value),
     ),
     several(
         "position_off_by_one",
@@ -299,8 +294,8 @@ FAULTS: list[Fault] = [
     one(
         "rope_angles_repeated",
         "angles are in the order of neighbouring pairs, features are not",
-        (*ANGLES,),
-        Change(functions={"rotate": lambda right: lambda *a: _repeated_angles(right, *a)}),
+        ANGLES,
+        _rotate(_repeated_angles),
     ),
     one(
         "rope_reversed",
@@ -320,8 +315,8 @@ FAULTS: list[Fault] = [
         ROTATED,
         {
             "queries and keys are": _rotate(lambda _, x, cos, sin: x),
-            "queries are": _only("q"),
-            "keys are": _only("k"),
+            "queries are": _not_rotated("q"),
+            "keys are": _not_rotated("k"),
         },
     ),
     one("positions_zero", "all positions are 0", ANGLES, _moved(lambda p, _: 0 * p)),
@@ -343,17 +338,11 @@ FAULTS: list[Fault] = [
         ANGLES,
         {
             "cos and sin": _angles(lambda cos, sin: (in_bfloat16(cos), in_bfloat16(sin))),
-            "frequencies": Change(
-                functions={"inverse_frequencies": _frequencies_in_bfloat16}, angles=True
-            ),
+            "frequencies": _frequencies(in_bfloat16),
             "angles": Change(functions={"cos_sin": _angles_in_bfloat16}, angles=True),
             "positions": Change(functions={"cos_sin": _positions_in_bfloat16}, angles=True),
-            "the rotation": Change(
-                functions={
-                    "rotate": lambda right: (
-                        lambda *args: right(*(a.to(torch.bfloat16) for a in args)).to(args[0].dtype)
-                    )
-                }
+            "the rotation": _rotate(
+                lambda right, *args: right(*(a.to(torch.bfloat16) for a in args)).to(args[0].dtype)
             ),
             "what it returns": _rotate(lambda right, *args: in_bfloat16(right(*args))),
             "what it reads": _rotate(lambda right, x, *args: right(in_bfloat16(x), *args)),
