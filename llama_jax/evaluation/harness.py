@@ -42,9 +42,8 @@ if TYPE_CHECKING:
 _BATCH_SIZE = 16
 _NEW_TOKENS = 256  # as lm_eval's own models, where a task does not say
 _STEPS = 8  # between two looks for stop strings
-_COMPILATION = (
-    1024  # in tokens that run meanwhile: on a CPU, a prefill of 135M takes 4 s to compile
-)
+# tokens that run in the time of compiling a program: on a CPU, 4 s for a prefill of 135M
+_COMPILATION = 1024
 
 
 @register_model("llama_jax")

@@ -15,9 +15,8 @@ from jaxtyping import Int
 from llama_jax.text.incremental import common_length
 
 _MIN_LENGTH = 16
-_WORTH_SHARING = (
-    16  # tokens; with fewer in common, and less than half, sequences may go to different rows
-)
+# tokens; with fewer in common, and less than half, sequences may go to different rows
+_WORTH_SHARING = 16
 
 
 class Member(NamedTuple):
