@@ -5,7 +5,6 @@ import json
 import pickle
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -15,6 +14,7 @@ import tensorstore as ts
 from convert.formats.dcp.metadata import FILE as DCP_METADATA
 from convert.formats.maxtext.names import LAYERS, rule_of
 from convert.formats.orbax.arrays import file_store
+from convert.formats.orbax.write import stand_ins
 from convert.formats.state_dict_names import titan_name
 from llama_jax.checkpoints.orbax import quiet_orbax
 from llama_jax.checkpoints.safetensors_write import TensorSpec, write_safetensors
@@ -107,15 +107,8 @@ def write_maxtext(config: LlamaConfig, directory: Path) -> None:
             )
         name = f"params.params.{rule.array.replace(LAYERS, 'layers').replace('/', '.')}"
         arrays[name] = stored, chunk
-    tree: dict[str, Any] = {}
-    for name in arrays:
-        *parents, last = name.split(".")
-        node = tree
-        for parent in parents:
-            node = node.setdefault(parent, {})
-        node[last] = np.zeros(1)
     with quiet_orbax(), ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
-        checkpointer.save(items.absolute(), args=ocp.args.PyTreeSave(tree))
+        checkpointer.save(items.absolute(), args=ocp.args.PyTreeSave(stand_ins(arrays)))
     for name, (shape, chunk) in arrays.items():
         store = ts.open(
             {

@@ -24,17 +24,14 @@ from benchmarks.real_checkpoint import real_checkpoint
 from benchmarks.report import Report, show
 from llama_jax.cli.arguments import positive, program_parser
 
+_CHOICE = """output_type: multiple_choice
+doc_to_text: "{{text}}"
+doc_to_choice: "{{choices}}"
+doc_to_target: 0
+metric_list: [{metric: acc}]"""
 TASKS = {
-    "answers": """output_type: multiple_choice
-doc_to_text: "{{text}}"
-doc_to_choice: "{{choices}}"
-doc_to_target: 0
-metric_list: [{metric: acc}]""",
-    "endings": """output_type: multiple_choice
-doc_to_text: "{{text}}"
-doc_to_choice: "{{choices}}"
-doc_to_target: 0
-metric_list: [{metric: acc}]""",
+    "answers": _CHOICE,
+    "endings": _CHOICE,
     "texts": """output_type: loglikelihood_rolling
 doc_to_text: ""
 doc_to_target: "{{text}}"
@@ -181,7 +178,9 @@ def save_tasks(folder: Path, documents: int) -> None:
     """
     rng = np.random.default_rng(0)
     passages = _passages(rng)
-    words = lambda low, high: " ".join(next(passages)[: int(rng.integers(low, high))])  # noqa: E731
+
+    def words(low: int, high: int) -> str:
+        return " ".join(next(passages)[: int(rng.integers(low, high))])
 
     def question() -> str:
         return f"{words(10, 50)}\nQuestion: {words(6, 20)}?\nAnswer:"

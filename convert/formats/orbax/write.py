@@ -66,6 +66,17 @@ def write_tree(directory: Path, arrays: Iterable[str]) -> None:
     Args:
         arrays: their names, the keys of the tree joined by dots.
     """
+    handler = ocp.PyTreeCheckpointHandler(use_ocdbt=False, use_compression=False)
+    with quiet_orbax(), ocp.Checkpointer(handler) as checkpointer:
+        checkpointer.save(directory.absolute(), args=ocp.args.PyTreeSave(stand_ins(arrays)))
+
+
+def stand_ins(arrays: Iterable[str]) -> dict[str, Any]:
+    """A tree with a small array at each of these names.
+
+    >>> stand_ins(["params.norm.scale", "step"])
+    {'params': {'norm': {'scale': array([0.])}}, 'step': array([0.])}
+    """
     tree: dict[str, Any] = {}
     for array in arrays:
         *parents, last = array.split(".")
@@ -73,9 +84,7 @@ def write_tree(directory: Path, arrays: Iterable[str]) -> None:
         for parent in parents:
             node = node.setdefault(parent, {})
         node[last] = np.zeros(1)
-    handler = ocp.PyTreeCheckpointHandler(use_ocdbt=False, use_compression=False)
-    with quiet_orbax(), ocp.Checkpointer(handler) as checkpointer:
-        checkpointer.save(directory.absolute(), args=ocp.args.PyTreeSave(tree))
+    return tree
 
 
 def create_array(directory: Path, spec: TensorSpec, layers: int | None, axis: int = 0) -> None:
