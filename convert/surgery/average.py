@@ -62,6 +62,7 @@ def averaged(checkpoints: Sequence[Checkpoint], weights: Sequence[float] | None)
         format=f"the average of {len(checkpoints)} checkpoints",
         tensors=tuple(TensorSpec(s.name, dtypes[s.name], s.shape) for s in first.tensors),
         load=load,
+        weight_files=tuple(file for each in checkpoints for file in each.weight_files),
     )
 
 

@@ -16,6 +16,8 @@ from transformers import AutoModelForCausalLM
 import convert
 from convert import Surgery, record
 from convert.__main__ import main
+from convert.formats import registry
+from convert.surgery.average import averaged
 from convert.surgery.layers import _numbers
 from parity_tests.convert.formats.gguf.tiny_gguf import same, tiny_model
 from parity_tests.convert.formats.tiny_dcp import save
@@ -150,6 +152,8 @@ def test_the_mean_of_several_formats(tmp_path: Path, model: Any) -> None:
         assert torch.equal(tensor, mean.bfloat16()), name
     facts = json.loads((half / record.FILE).read_text())
     assert facts["source"] == "the average of 2 checkpoints"
+    both = averaged([registry.read(path) for path in (tmp_path / "model", average[0])], None)
+    assert {file.name for file in both.weight_files} == {"model.safetensors", "other.gguf"}
 
 
 def test_the_mean_of_float64(tmp_path: Path, model: Any) -> None:

@@ -82,12 +82,12 @@ def read(path: Path, *, tokenizer: bool = True) -> Checkpoint:
     if (card := card_of(facts)) is not None:
         files[CARD] = card
     return Checkpoint(
-        weight_files=(path,),
         format=f"GGUF v{header.version}",
         config=config,
         tensors=tuple(source.spec for source in sources.values()),
         load=lambda name: sources[name].read(),
         dtype=_default_dtype(header),
+        weight_files=tuple(dict.fromkeys(tensor.path for tensor in header.tensors.values())),
         files=files,
         facts=facts | (converted.facts if tokenizer else {}),
         notes=tuple(notes),

@@ -286,6 +286,8 @@ def test_a_sharded_file(tmp_path: Path) -> None:
     for i in (1, 3):
         convert(tmp_path / f"m-0000{i}-of-00003.gguf", tmp_path / f"out{i}")
         assert same(load(tmp_path / f"out{i}").state_dict(), model.state_dict()) == []
+    files = read(tmp_path / "m-00001-of-00003.gguf").weight_files
+    assert [file.name for file in files] == [f"m-0000{i}-of-00003.gguf" for i in (1, 2, 3)]
     (tmp_path / "m-00002-of-00003.gguf").rename(tmp_path / "gone")
     with pytest.raises(ValueError, match=r"shards missing: m-00002-of-00003\.gguf"):
         read(tmp_path / "m-00001-of-00003.gguf")
