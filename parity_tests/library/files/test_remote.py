@@ -256,6 +256,8 @@ def test_a_copy_stays_in_its_directory() -> None:
     assert (copy / "a/b").read_bytes() == b"1"
     assert (copy / "c").read_bytes() == b"23"
     assert on_disk(remote_path(url)) == copy
+    write_bytes(remote_path(url) / "c", b"45")
+    assert (on_disk(remote_path(url)) / "c").read_bytes() == b"45"
     assert on_disk(Path("local")) == Path("local")
 
 
