@@ -26,7 +26,7 @@ from convert.surgery.shards import shard_size_for
 from convert.verify_logits import Comparison, compare_logits, require_torch_and_memory
 from llama_jax.checkpoints.safetensors_write import TensorSpec
 from llama_jax.files.buffers import reused_buffers
-from llama_jax.files.paths import destination_path, source_path
+from llama_jax.files.paths import destination_path, local_path, source_path
 from llama_jax.files.remote import is_remote, remote_path
 from llama_jax.files.staging import move, staging_in, to_disk
 from llama_jax.files.upload import require_absent, uploading, write_bytes
@@ -358,8 +358,8 @@ def _read(
 ) -> Checkpoint:
     if rope not in (None, "halves", "pairs"):
         raise ValueError(f"rope: found {rope!r}, expected halves or pairs")
-    file = None if name_map is None else remote_path(name_map) or Path(name_map)
-    names = None if rename is None else read_rename(remote_path(rename) or Path(rename))
+    file = None if name_map is None else remote_path(name_map) or local_path(name_map)
+    names = None if rename is None else read_rename(remote_path(rename) or local_path(rename))
     return registry.read(path, tokenizer=tokenizer, name_map=file, rope=rope, rename=names)
 
 

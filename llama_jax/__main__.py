@@ -74,6 +74,7 @@ def _add_info(program: Parser) -> None:
 def _info(options: argparse.Namespace) -> None:
     from llama_jax import PRESETS, LlamaConfig
     from llama_jax.files.hub import hub_name
+    from llama_jax.files.paths import local_path
     from llama_jax.files.remote import remote_path
     from llama_jax.inspection.architecture import show
 
@@ -82,7 +83,9 @@ def _info(options: argparse.Namespace) -> None:
         return
     if options.model in PRESETS:
         config = PRESETS[options.model]
-    elif Path(options.model).is_dir() or hub_name(options.model) or remote_path(options.model):
+    elif (
+        local_path(options.model).is_dir() or hub_name(options.model) or remote_path(options.model)
+    ):
         config = LlamaConfig.from_pretrained(options.model)
     else:
         raise ValueError(

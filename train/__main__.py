@@ -18,7 +18,7 @@ from typing import get_args
 
 from llama_jax.cli.arguments import Parser, not_negative, positive, program_parser
 from llama_jax.cli.program import leave, run_program
-from llama_jax.files.paths import destination_path, source_path
+from llama_jax.files.paths import destination_path, local_path, source_path
 from llama_jax.files.remote import remote_path
 from llama_jax.formatting import console, printable, progress_bar
 from train.flags import OnOff, add_options, parse_options, with_options
@@ -76,7 +76,7 @@ def _run(arguments: argparse.Namespace) -> None:
     if options.init_from is not None:
         options = _options(options_to_continue(options.init_from), arguments)
     if remote_path(options.out) is None:
-        begin(options)
+        begin(replace(options, out=local_path(options.out)))
         return
     url = destination_path(options.out)
     require_one_process(url, options.distributed)
@@ -102,7 +102,9 @@ def _add_resume(program: Parser) -> None:
         "those that do not change the result (mesh, logging, remat, ...) and the number of steps may be "
         "overridden.",
     )
-    parser.add_argument("folder", type=Path, metavar="RUN", help="folder of the run, or its URL")
+    parser.add_argument(
+        "folder", type=local_path, metavar="RUN", help="folder of the run, or its URL"
+    )
     add_options(parser, RunOptions(), show_defaults=False)
 
 
@@ -128,7 +130,9 @@ def _add_export(program: Parser) -> None:
         _export,
         help="write the model of a run as a Hugging Face directory, with its tokenizer",
     )
-    parser.add_argument("folder", type=Path, metavar="RUN", help="folder of the run, or its URL")
+    parser.add_argument(
+        "folder", type=local_path, metavar="RUN", help="folder of the run, or its URL"
+    )
     parser.add_argument(
         "directory",
         type=Path,
@@ -384,7 +388,9 @@ def _add_tokenize(program: Parser) -> None:
         metavar="PATH",
         help="tokenizer.json or tokenizer.model, a directory that has one, or a name on the Hub",
     )
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="directory to write")
+    parser.add_argument(
+        "--out", type=local_path, required=True, metavar="DIR", help="directory to write"
+    )
     parser.add_argument(
         "--text-field",
         default="text",

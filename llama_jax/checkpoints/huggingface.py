@@ -32,7 +32,6 @@ from llama_jax.config import LlamaConfig
 from llama_jax.files.foreign_weights import ADAPTER_CONFIG
 from llama_jax.files.json_object import read_json_object
 from llama_jax.files.paths import source_path
-from llama_jax.files.remote import remote_path
 from llama_jax.files.staging import staged_directory, write_text
 from llama_jax.files.upload import output_directory
 from llama_jax.formatting import size, summarize
@@ -294,18 +293,7 @@ def save(
         ValueError: `directory` is a file, max_shard_size is not a size, or compressed-tensors cannot hold
             the model.
     """
-    if remote_path(directory) is not None:
-        with output_directory(directory) as local:
-            save(
-                model,
-                config,
-                local,
-                max_shard_size=max_shard_size,
-                json_files=json_files,
-                compressed_tensors=compressed_tensors,
-            )
-        return
-    directory, shard_size = Path(directory), size(max_shard_size)
+    shard_size = size(max_shard_size)
     leaves, table = flat_params(model), name_table(model)
     specs = []
     for name, target in table.items():
@@ -331,14 +319,15 @@ def save(
         assert next_name == name, f"the next tensor is {next_name}, not {name}"
         return array
 
-    if directory.exists() and not directory.is_dir():
-        raise ValueError(f"{directory}: found a file, expected a directory")
-    with staged_directory(directory, into_existing=True, stale=_STALE) as staging:
-        write_safetensors(staging, specs, next_tensor, max_shard_size=shard_size)
-        for file, content in {**(json_files or {}), "config.json": fields}.items():
-            # formatted as transformers does
-            text = json.dumps(content, indent=2, sort_keys=True, ensure_ascii=False)
-            write_text(staging / file, text + "\n")
+    with output_directory(directory) as local:
+        if local.exists() and not local.is_dir():
+            raise ValueError(f"{local}: found a file, expected a directory")
+        with staged_directory(local, into_existing=True, stale=_STALE) as staging:
+            write_safetensors(staging, specs, next_tensor, max_shard_size=shard_size)
+            for file, content in {**(json_files or {}), "config.json": fields}.items():
+                # formatted as transformers does
+                text = json.dumps(content, indent=2, sort_keys=True, ensure_ascii=False)
+                write_text(staging / file, text + "\n")
 
 
 def warn_ignored(config: LlamaConfig, directory: Path, notes: Sequence[str] = ()) -> None:

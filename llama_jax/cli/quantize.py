@@ -59,9 +59,9 @@ def quantize(options: argparse.Namespace) -> None:
     out = destination_path(options.out)
     if is_remote(out):
         require_absent(out)
-    elif options.out.exists():
+    elif out.exists():
         raise ValueError(f"--out: {options.out} already exists; choose another directory")
-    elif not_a_directory := [path for path in options.out.parents if path.is_file()]:
+    elif not_a_directory := [path for path in out.parents if path.is_file()]:
         raise ValueError(f"--out: {not_a_directory[0]} is a file, expected a directory")
     ids = []
     if options.text is not None:

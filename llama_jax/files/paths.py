@@ -56,9 +56,9 @@ def destination_path(path: str | os.PathLike[str]) -> Path:
 
 
 def local_path(path: str | os.PathLike[str]) -> Path:
-    """A path of this machine; "file://" is removed."""
+    """A path of this machine; "file://" and "local://" are removed."""
     text = os.fspath(path)
-    for prefix in ("file:///", "local:///", "file:/"):
+    for prefix in ("file:///", "local:///", "file:/", "local:/"):
         if text.startswith(prefix) and not Path(text).exists():
             return Path("/" + text.removeprefix(prefix))
     return Path(path)

@@ -15,7 +15,7 @@ from typing import TypeVar
 
 import numpy as np
 
-from llama_jax.files.paths import source_path
+from llama_jax.files.paths import local_path, source_path
 from llama_jax.text.tokenizer import load_tokenizer
 from train.data.digests import sources_digest, tokenizer_files_digest
 from train.data.documents import read_documents
@@ -82,7 +82,7 @@ def tokenize(
     if not sources:
         raise ValueError("sources: give at least one file, directory or glob")
     require_local("out", out)
-    out, tokenizer = Path(out), source_path(tokenizer, weights=False)
+    out, tokenizer = local_path(out), source_path(tokenizer, weights=False)
     home = tokenizer.parent if tokenizer.is_file() else tokenizer
     encoder = load_tokenizer(tokenizer)
     tokenizer_json = encoder.to_str()

@@ -78,6 +78,18 @@ def test_file_urls_are_local() -> None:
     assert source_path("file:///tmp/x") == Path("/tmp/x")
     assert source_path(Path("file:///tmp/x")) == Path("/tmp/x")
     assert destination_path("file:///tmp/x") == Path("/tmp/x")
+    assert source_path(Path("local:///tmp/x")) == Path("/tmp/x")
+
+
+def test_a_model_is_saved_at_a_file_url(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    LlamaForCausalLM(CONFIG, rngs=nnx.Rngs(0)).save_pretrained(f"file://{tmp_path}/model")
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+    assert main(["info", f"file://{tmp_path}/model"]) == 0
+    out = ["--out", f"file://{tmp_path}/quantized", "--group-size", "16"]
+    assert main(["quantize", "--model", f"file://{tmp_path}/model", *out]) == 0
+    assert {path.name for path in tmp_path.iterdir()} == {"model", "quantized"}
+    assert main(["quantize", "--model", f"file://{tmp_path}/model", *out]) == 2
 
 
 @pytest.mark.parametrize("scheme", ["memory", "s3"])

@@ -103,6 +103,23 @@ def test_a_run_is_exported_evaluated_and_loaded(
     assert load_model(resumed_run).config.vocab_size == 64
 
 
+def test_file_urls_are_local(
+    tiny: Tiny, full_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    url = f"file://{tmp_path}"
+    assert main(run_flags(tiny, f"{url}/run", **STEPS | {"steps": 6})) == 0
+    assert main(["resume", f"{url}/run", "--steps=12"]) == 0
+    assert same_bits(state_of(tmp_path / "run", 12), state_of(full_run, 12))
+    assert main(["eval", f"{url}/run"]) == 0
+    assert main(["export", f"{url}/run", f"{url}/export"]) == 0
+    text = tmp_path / "text.txt"
+    text.write_text("w3 w4 w5")
+    tokens = ["--tokenizer", str(tiny.data), "--out", f"{url}/tokens", "--validation-fraction=0"]
+    assert main(["tokenize", str(text), *tokens]) == 0
+    assert {path.name for path in tmp_path.iterdir()} == {"run", "export", "text.txt", "tokens"}
+
+
 def test_mistakes_are_one_line(
     tiny: Tiny, resumed_run: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -73,7 +73,8 @@ def test_the_documented_example(model: Any, tmp_path: Path) -> None:
     assert main([str(source), str(tmp_path / "out"), "--map", str(names)]) == 0
     require_same(tmp_path / "out", expected)
     assert main(["info", str(source), "--map", str(names)]) == 0
-    assert convert.info(source, name_map=names)["format"] == "my trainer"
+    for file in (names, f"file://{names}"):
+        assert convert.info(source, name_map=file)["format"] == "my trainer"
     assert "--map FILE" in error_of(source, tmp_path / "none")
 
 
