@@ -196,6 +196,8 @@ class _Mirror:
             content = {file: file.stat().st_size for file in export.rglob("*") if file.is_file()}
             # one that has changed since the last look is still being written
             if name not in self._directories and (last or self._exports.get(name) == content):
+                self.require_claim()
+                remove(self._url / name)  # of the same step, before the run was interrupted
                 self._copy_directory(export)
             self._exports[name] = content
 

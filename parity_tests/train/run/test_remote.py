@@ -9,6 +9,7 @@ from pathlib import Path
 import fsspec
 import pytest
 
+from llama_jax.files.paths import marker_of
 from llama_jax.files.remote import file_system, name_in, remote_path
 from llama_jax.files.upload import write_bytes
 from llama_jax.load import load_model
@@ -194,3 +195,19 @@ def test_killed_on_an_object_store(tiny: Tiny, tmp_path: Path) -> None:
             assert saved_steps(copy) == [6000]
             assert same_bits(state_of(copy, 6000), state_of(tmp_path / "full", 6000))
             assert metrics_of(copy) == metrics_of(tmp_path / "full")
+
+
+def test_an_export_that_is_made_again_replaces_the_earlier_one(tiny: Tiny) -> None:
+    url = memory_folder() + "/run"
+    options = STEPS | {"steps": 6, "checkpoint__every": 3, "export_every": 3}
+    assert main(run_flags(tiny, url, **options)) == 0
+    export = remote_path(url) / "exports/6"
+    file = export / "model.safetensors"
+    expected = file.read_bytes()
+    # as if the upload had ended after the export, before the checkpoint of the same step
+    write_bytes(remote_path(url) / "checkpoints/.6.partial", b"")
+    write_bytes(file, b"of an earlier attempt")
+    assert main(["resume", url]) == 0
+    assert steps_of(url) == [3, 6]
+    assert file.read_bytes() == expected
+    assert not marker_of(export).exists()
