@@ -42,15 +42,6 @@ def require_one_process(url: Path, options: DistributedOptions) -> None:
         )
 
 
-def require_new_remote(url: Path) -> None:
-    """Raise ValueError for a remote folder in which no run can begin."""
-    if any(not name.startswith(".") for name in _files(url)):
-        raise ValueError(
-            f"{url}: is not empty; choose another --out, or resume the run with "
-            f"`python -m train resume {url}`"
-        )
-
-
 @contextmanager
 def local_run(url: Path, step: int | None = None) -> Iterator[Path]:
     """A local copy of a remote run with one checkpoint, the newest or that of `step`.
@@ -86,8 +77,12 @@ def local_run(url: Path, step: int | None = None) -> Iterator[Path]:
 
 @contextmanager
 def new_run(url: Path) -> Iterator[Path]:
-    """A local folder in which a remote run begins. Raises ValueError if there is one already."""
-    require_new_remote(url)
+    """A local folder in which a remote run begins. Raises ValueError unless `url` is empty."""
+    if any(not name.startswith(".") for name in _files(url)):
+        raise ValueError(
+            f"{url}: is not empty; choose another --out, or resume the run with "
+            f"`python -m train resume {url}`"
+        )
     with _folder(url) as folder:
         yield folder
 
@@ -135,7 +130,8 @@ def _watch(mirror: "_Mirror", ended: threading.Event) -> None:
             if not mirror.is_claimed():
                 os.kill(os.getpid(), signal.SIGTERM)  # the run saves, and ends with this error
                 return
-            if problem != (problem := first_line(error)):
+            if (line := first_line(error)) != problem:
+                problem = line
                 warnings.warn(f"{problem}; trying again", stacklevel=1)
 
 
@@ -177,16 +173,12 @@ class _Mirror:
             key=lambda path: int(path.name),
             reverse=True,  # the newest is what matters most
         )
-        files = self._changed()
-        if not (new or last or not self._copied):
-            files = []  # the lines of metrics go with the checkpoints
-        if files or new or last:
+        if new or last or not self._copied:  # the lines of metrics go with the checkpoints
+            changed = self._changed()
             self.require_claim()
-        for file in files:
-            status = file.stat()
-            name = file.relative_to(self._folder).as_posix()
-            write_bytes(self._url / name, file.read_bytes())
-            self._copied[name] = status.st_size, status.st_mtime_ns
+            for name, status in changed.items():
+                write_bytes(self._url / name, (self._folder / name).read_bytes())
+                self._copied[name] = status
         for step in new:
             self._copy_directory(step)
         if new:
@@ -201,8 +193,11 @@ class _Mirror:
                 self._copy_directory(export)
             self._exports[name] = content
 
-    def _changed(self) -> list[Path]:
-        """Small files that are new or have changed, run.toml last, which makes a folder a run."""
+    def _changed(self) -> dict[str, tuple[int, int]]:
+        """Size and time of small files that are new or have changed, by name.
+
+        run.toml is last: it makes a folder a run.
+        """
         inner = (CHECKPOINTS, EXPORTS)
         files = [
             file
@@ -211,13 +206,13 @@ class _Mirror:
             for file in ([entry] if entry.is_file() else entry.rglob("*"))
             if file.is_file()
         ]
-        changed = []
-        for file in files:
-            status = file.stat()
-            name = file.relative_to(self._folder).as_posix()
-            if self._copied.get(name) != (status.st_size, status.st_mtime_ns):
-                changed.append(file)
-        return sorted(changed, key=lambda file: file.name == FILE)
+        changed = {}
+        for file in sorted(files, key=lambda file: file.name == FILE):
+            name, stat = file.relative_to(self._folder).as_posix(), file.stat()
+            status = stat.st_size, stat.st_mtime_ns
+            if self._copied.get(name) != status:
+                changed[name] = status
+        return changed
 
     def _copy_directory(self, directory: Path) -> None:
         name = directory.relative_to(self._folder).as_posix()

@@ -165,7 +165,7 @@ def test_of_two_processes_the_later_one_has_the_run(
     url = memory_folder() + "/run"
     changed = remote._Mirror._changed
 
-    def taken_over(self) -> list[Path]:
+    def taken_over(self) -> dict[str, tuple[int, int]]:
         write_bytes(self._url / ".running", b"another")
         return changed(self)
 
