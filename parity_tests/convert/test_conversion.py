@@ -318,13 +318,21 @@ def test_a_killed_conversion_leaves_no_destination_and_the_next_one_cleans_up(
 
 
 # of its own image: what wait4 says of a child begins with what its parent had when it forked
-MEASURED = """
+_MEASURED = """
 import re, sys
 from convert.__main__ import main
 code = main(sys.argv[1:])
 print(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1])
 sys.exit(code)
 """
+
+
+def peak_memory(*arguments: str | Path) -> int:
+    """Bytes that a process of the converter with these arguments needs at most."""
+    command = [sys.executable, "-c", _MEASURED, *map(str, arguments)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return int(done.stdout) * 1024
 
 
 @pytest.mark.parametrize("to", [slow_if_new(name) for name in writable()])
@@ -334,11 +342,8 @@ def test_memory_is_three_of_the_largest_tensor(tmp_path: Path, to: str) -> None:
     source = random_model(tmp_path / "model", megabytes)
     out = place_of(tmp_path, to)
     for first, second in ((source, out), (out, tmp_path / "back")):
-        command = [sys.executable, "-c", MEASURED, str(first), str(second)]
-        command += ["--to", to if second == out else "hf"]
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
-        assert int(done.stdout) * 1024 <= 600e6 + 3 * megabytes * 2**20
+        peak = peak_memory(first, second, "--to", to if second == out else "hf")
+        assert peak <= 600e6 + 3 * megabytes * 2**20
     assert same(weights(tmp_path / "back"), weights(source)) == []
 
 

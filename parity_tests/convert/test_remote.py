@@ -21,7 +21,7 @@ from llama_jax.files.remote import file_system, name_in, remote_path
 from llama_jax.files.upload import write_bytes
 from parity_tests.convert.formats.gguf.tiny_gguf import same, tiny_model
 from parity_tests.convert.formats.test_flax import write_easylm, write_flax
-from parity_tests.convert.test_conversion import MEASURED, random_model, weights
+from parity_tests.convert.test_conversion import peak_memory, random_model, weights
 from parity_tests.harness.child_process import ROOT
 from parity_tests.harness.object_store import memory_folder, serve_s3
 from parity_tests.library.checkpoints.test_adapter import base_model, write_adapter
@@ -222,9 +222,6 @@ def test_memory_is_three_of_the_largest_tensor(tmp_path: Path, s3: str, to: str)
     source = random_model(tmp_path / "model", megabytes)
     url = place(f"{s3}/{tmp_path.name}", to)
     for first, second in ((source, url), (url, tmp_path / "back")):
-        command = [sys.executable, "-c", MEASURED, str(first), str(second)]
-        command += ["--to", to if second == url else "hf"]
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
-        assert int(done.stdout) * 1024 <= 600e6 + 3 * megabytes * 2**20
+        peak = peak_memory(first, second, "--to", to if second == url else "hf")
+        assert peak <= 600e6 + 3 * megabytes * 2**20
     assert same(weights(tmp_path / "back"), weights(source)) == []

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import random
 import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -35,9 +34,8 @@ from parity_tests.convert.formats.maxtext.tiny_maxtext import (
     maxtext_leaves,
     save,
 )
-from parity_tests.convert.test_conversion import MEASURED
+from parity_tests.convert.test_conversion import peak_memory
 from parity_tests.convert.test_damage import flip, truncate
-from parity_tests.harness.child_process import ROOT
 
 # sqrt(head_dim) is 4, so that queries lose nothing
 SIZES: dict[str, Any] = {
@@ -404,10 +402,7 @@ def test_memory_of_stacks(tmp_path: Path) -> None:
     source = save(leaves, tmp_path / "items", chunk_byte_size=2**24, use_zarr3=True)
     config.save_pretrained(source)
     (source / "config.yml").write_text(HALVES + "normalization_layer_epsilon: 1.0e-5\n")
-    command = [sys.executable, "-c", MEASURED, str(source), str(tmp_path / "out")]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert int(done.stdout) * 1024 <= 600e6 + 3 * hidden * inner * 4
+    assert peak_memory(source, tmp_path / "out") <= 600e6 + 3 * hidden * inner * 4
     name = "model.layers.11.mlp.down_proj.weight"
     np.testing.assert_array_equal(
         huggingface.read(tmp_path / "out").load(name),
