@@ -52,8 +52,8 @@ class TorchFile:
     tensors: Mapping[str, StoredTensor]
     """By name, in the file's order."""
     load: Callable[..., np.ndarray]
-    """`load(name, rows=None, out=None)`: the values, or those of the first `rows` rows, perhaps in `out`,
-    which is C-contiguous; raises ValueError."""
+    """`load(name, rows=None, out=None)`: the values, or those of the first `rows` rows, in `out` if it
+    is given; raises ValueError."""
     in_memory: bool = False
     """Whether all of the file is held in memory: it has the form from before torch 1.6."""
 
@@ -341,7 +341,7 @@ class _Reader:
         """The values of a tensor, C-contiguous; or of its first `rows` rows, unchecked.
 
         Args:
-            out: where they are to be; C-contiguous, of their dtype and shape.
+            out: where they are to be, of their dtype and shape.
         """
         tensor, location = self.tensors[name], self.locations[name]
         dtype = stored_dtype(tensor.dtype)
@@ -349,8 +349,10 @@ class _Reader:
         if 0 in shape:
             return np.empty(shape, dtype)
         count = _span(shape, location) - location.offset
-        place = empty((count,), dtype) if out is None or out.size != count else out
-        flat = place.reshape(-1)
+        if out is not None and out.flags.c_contiguous and out.size == count:
+            flat = out.reshape(-1)
+        else:
+            flat = empty((count,), dtype)
         check = rows is None and location.entry.filename not in self.checked
         try:
             with _Bounded(tensor.path, *self.part) as file:
@@ -400,7 +402,7 @@ def _read(file: _Bounded, location: _Location, flat: np.ndarray, *, check: bool)
 def _data_offset(file: _Bounded, entry: zipfile.ZipInfo) -> int:
     """Where an entry's bytes begin: after its local header, whose padding only that header tells."""
     file.seek(entry.header_offset)
-    header = file.read(30) or b""
+    header = file.read(30)
     if len(header) < 30 or header[:4] != b"PK\x03\x04":
         raise ValueError(f"no zip entry {entry.filename} where the directory says")
     name, extra = struct.unpack("<HH", header[26:])

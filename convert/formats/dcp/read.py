@@ -118,11 +118,7 @@ class _Reader:
             place = tuple(
                 slice(begin, begin + n) for begin, n in zip(piece.offsets, piece.shape, strict=True)
             )
-            part = values[place]
-            if part.flags.c_contiguous:
-                self._piece(name, tensor, piece, part)
-            else:
-                part[...] = self._piece(name, tensor, piece)
+            self._piece(name, tensor, piece, values[place])
         return values
 
     def _piece(

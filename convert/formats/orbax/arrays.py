@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -158,6 +158,12 @@ def _is_complete(name: str, store: ts.TensorStore, keys: list[str]) -> bool:
     )
     present = sum(key.startswith(f"{name}/") for key in keys) - 1  # without its metadata
     return present >= chunks
+
+
+def files_of(arrays: Iterable[StoredArray]) -> list[Path]:
+    """All files of the checkpoints that these arrays are in, on this machine."""
+    directories = {array.directory.parent for array in arrays}
+    return [file for path in directories for file in path.rglob("*") if file.is_file()]
 
 
 def _fingerprints(params: Path, arrays: list[str]) -> dict[str, int]:

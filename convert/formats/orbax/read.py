@@ -11,7 +11,7 @@ import numpy as np
 from convert.checkpoint import Checkpoint
 from convert.companions import read_companions, require_inside
 from convert.formats.directory import checkpoint_of, model_tensors, rows_by_loading, spec_of
-from convert.formats.orbax.arrays import Slot, StoredArray, open_arrays, read_into_buffer
+from convert.formats.orbax.arrays import Slot, StoredArray, files_of, open_arrays, read_into_buffer
 from llama_jax.checkpoints.fingerprint import fingerprint
 from llama_jax.checkpoints.orbax import locate
 from llama_jax.checkpoints.safetensors_read import FLOAT_DTYPES, StoredTensor, read_tensor
@@ -45,12 +45,7 @@ def read(path: Path, *, tokenizer: bool = True) -> Checkpoint:
         tensors=[spec_of(name, tensor) for name, tensor in stored.items()],
         load=lambda name: reader.load(stored[name].name),
         stored=stored.values(),
-        weight_files=[
-            file
-            for directory in {array.directory.parent for array in arrays}
-            for file in directory.rglob("*")
-            if file.is_file()
-        ],
+        weight_files=files_of(arrays),
         files=read_companions(home, tokenizer=tokenizer),
         notes=notes,
     )

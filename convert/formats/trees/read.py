@@ -16,7 +16,7 @@ from convert.checkpoint import Checkpoint
 from convert.companions import read_companions, require_inside
 from convert.formats.directory import checkpoint_of
 from convert.formats.llama_tensors import rotary_heads, tensor_shapes, to_halves
-from convert.formats.orbax.arrays import StoredArray, open_arrays, start_reading
+from convert.formats.orbax.arrays import StoredArray, files_of, open_arrays, start_reading
 from convert.formats.trees.locate import find_tree, home_of
 from convert.formats.trees.name_map import NameMap, Place, Rule
 from convert.formats.trees.scaling import scaled
@@ -121,12 +121,7 @@ def read_tree(
         tensors=specs,
         load=_Reader(path, config, sources, rope, memory=3 * largest + _SPARE).load,
         stored=[_stored_tensor(array) for array in stored.values()],
-        weight_files=[
-            file
-            for d in {a.directory.parent for a in arrays}
-            for file in d.rglob("*")
-            if file.is_file()
-        ],
+        weight_files=files_of(arrays),
         files=read_companions(home, tokenizer=tokenizer),
         notes=[*notes, f"rows of queries and keys are read as {rope}", *its_notes],
     )
