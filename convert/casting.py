@@ -61,7 +61,7 @@ def _not_finite(name: str, values: np.ndarray) -> ValueError:
 
 
 def _overflow(name: str, values: np.ndarray, dtype: np.dtype[Any]) -> ValueError:
-    """Of values that are finite, unless some of them are not."""
+    """The error of an overflow; or of NaN and infinities, which a later block may hold."""
     if not all_finite(values):
         return _not_finite(name, values)
     with np.errstate(over="ignore"):

@@ -1,8 +1,8 @@
 """Paths in an object store or any other file system of fsspec: `s3://`, `gs://`, `az://`, `memory://`, ...
 
-Such a path is a `upath.UPath` of the package universal_pathlib, which has the methods of `pathlib.Path`. It
-is not one for `isinstance` and `os.fspath`: whatever would take it for a local file raises TypeError. Bytes
-are read through `reading.open_file`. Credentials, endpoints and retries are those of the scheme's package,
+Such a path is a `upath.UPath` of the package universal_pathlib. It has the methods of `pathlib.Path` but is
+not an instance of it, and `os.fspath` raises TypeError, so nothing takes it for a local file. Bytes are
+read through `reading.open_file`. Credentials, endpoints and retries are those of the scheme's package,
 such as s3fs, with its environment variables.
 """
 
