@@ -17,6 +17,10 @@ from parity_tests.traces.record_jax import record_jax
 
 CASE = BY_NAME["gqa_3_to_1"]
 Config = dict[str, Any]
+CONFIGS: dict[str, Config] = {
+    "base": CASE.config,
+    "tied": CASE.config | {"tie_word_embeddings": True},
+}
 _RIGHT = {
     name: getattr(llama, name)
     for name in (
@@ -36,6 +40,9 @@ class Plant(NamedTuple):
         config, weights: changes of them before the program is built.
         inputs: the names of what the program is called with, besides ids: labels (some are -100), positions
             and segments (two documents in each row).
+        call: changes these before the program is called.
+        of: the config of the checkpoint, in `CONFIGS`.
+        direction: of the first departure.
     """
 
     fault: str
@@ -45,6 +52,8 @@ class Plant(NamedTuple):
     weights: Callable[[dict[str, np.ndarray]], dict[str, np.ndarray]] = lambda weights: weights
     inputs: tuple[str, ...] = ()
     call: Callable[[dict[str, Any]], dict[str, Any]] = lambda inputs: inputs
+    of: str = "base"
+    direction: str = "forward"
 
 
 def inputs_of(names: tuple[str, ...], seed: int = 0, length: int = 24) -> dict[str, np.ndarray]:
@@ -76,7 +85,8 @@ def planted(plants: tuple[Plant, ...]) -> Iterator[None]:
 
 def record_plants(out: Path, *plants: Plant, seed: int = 0, **options: Any) -> Path:
     """A recording with these faults. The weights' digests are those of the checkpoint."""
-    config, tensors = dict(CASE.config), {n: w.numpy() for n, w in weights_of(CASE.config).items()}
+    config = dict(CONFIGS[plants[0].of])
+    tensors = {name: w.numpy() for name, w in weights_of(config).items()}
     right = {name: value.copy() for name, value in tensors.items()}
     names: tuple[str, ...] = ()
     for plant in plants:

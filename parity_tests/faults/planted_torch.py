@@ -60,6 +60,7 @@ CONFIGS: dict[str, Config] = {
     "dynamic": _rope("dynamic", {"factor": 4.0}) | {"max_position_embeddings": 16},
     "biases": BASE | {"attention_bias": True, "mlp_bias": True},
     "gelu": BASE | {"hidden_act": "gelu"},
+    "tied": BASE | {"tie_word_embeddings": True},
 }
 
 
@@ -77,6 +78,7 @@ class Plant(NamedTuple):
         inputs: what the recorded program is called with besides ids: labels, mask (left padding),
             positions.
         attention: transformers' name of it.
+        direction: of the first departure.
     """
 
     fault: str
@@ -88,6 +90,7 @@ class Plant(NamedTuple):
     functions: Mapping[str, Any] = {}
     inputs: tuple[str, ...] = ()
     attention: str = "sdpa"
+    direction: str = "forward"
 
 
 def ids_of(seed: int = 0, length: int = 40) -> Tensor:

@@ -163,7 +163,8 @@ class Search:
         if fault.direction != first.direction:
             return False
         if first.direction == "backward":
-            return True
+            after = self._after(self._section(_key(first)))
+            return any(_local(step) in fault.begins for one in after for step in steps_of(one))
         for section in self._before(self._section(_key(first))):
             for step in steps_of(section):
                 can_begin = _local(step) in fault.begins
@@ -193,8 +194,9 @@ class Search:
         return found.get(_key(first))
 
     def _fitted(self, first: Residual, candidates: Iterable[Fault]) -> Iterator[_Hypothesis]:
+        is_backward = first.direction == "backward"
         for fault in candidates:
-            if fault.family is None or fault.direction == "backward":
+            if fault.family is None or (is_backward and first.name != "lm_head"):
                 continue
             family = fault.family(self.checkpoint.fields)
             if not family.values:
@@ -238,7 +240,9 @@ class Search:
     def _error(self, first: Residual, family: Family) -> Callable[[float], np.ndarray]:
         """Of the exact value of an array, by the logarithm of a number; of the loss, of its gradient."""
         gradient = array_of("lm_head", gradient=True)
-        of_gradient = first.name == "loss" and gradient in self.walk.trace.stored
+        of_gradient = first.direction == "backward" or (
+            first.name == "loss" and gradient in self.walk.trace.stored
+        )
         array = gradient if of_gradient else array_of(first.name)
         recorded = self.walk.trace.read(array).astype(np.float64)
         sections = self._before(self._section(_key(first)))

@@ -2,7 +2,7 @@
 
 import itertools
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from parity_tests.faults import planted_jax, planted_torch
+from parity_tests.faults import planted_backward, planted_jax, planted_torch
 from parity_tests.faults.catalogue import FAULTS
 from parity_tests.faults.optimizer import faults
 from parity_tests.harness.cases import weights_of, write_hf_directory
@@ -27,6 +27,7 @@ TORCH_SAMPLE = (
     *("yarn beta_slow", "norm bf16", "kv tiled", "residual times 0.22", "mean of means"),
     *("padding seen",),
 )
+BACKWARD_SAMPLE = (("torch", "tied without head"), ("jax", "kv of first head"))
 STEP_SAMPLE = ("decay_of_norms", "adam_eps_inside_root", "clip_by_value")
 Plants = tuple[Any, ...]
 
@@ -42,7 +43,7 @@ def directories(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def of_jax(directories: Path, out: Path, *plants: Any) -> Verdict:
     trace = planted_jax.record_plants(out, *plants)
-    return check(trace, directories / "base", compiled=COMPILED)
+    return check(trace, directories / plants[0].of, compiled=COMPILED)
 
 
 def of_torch(directories: Path, out: Path, *plants: Any) -> Verdict:
@@ -51,10 +52,17 @@ def of_torch(directories: Path, out: Path, *plants: Any) -> Verdict:
 
 
 def assert_named(plant: Any, verdict: Verdict) -> None:
-    assert verdict.departures[0].name == plant.begins
+    first = verdict.departures[0]
+    assert (first.name, first.direction) == (plant.begins, plant.direction)
     assert verdict.causes is not None
     assert verdict.causes[0].name == plant.fault
     assert verdict.causes[0].after < 1e-2 * verdict.departures[0].rms
+
+
+BACKWARD: dict[str, tuple[Mapping[str, Any], Callable[..., Verdict]]] = {
+    "jax": (planted_backward.JAX, of_jax),
+    "torch": (planted_backward.TORCH, of_torch),
+}
 
 
 @pytest.mark.parametrize("name", JAX_SAMPLE)
@@ -67,6 +75,14 @@ def test_a_fault_in_jax(name: str, directories: Path, tmp_path: Path) -> None:
 def test_a_fault_in_torch(name: str, directories: Path, tmp_path: Path) -> None:
     plant = planted_torch.PLANTS[name]
     assert_named(plant, of_torch(directories, tmp_path / "trace", plant))
+
+
+@pytest.mark.parametrize(("program", "name"), BACKWARD_SAMPLE)
+def test_a_fault_in_the_backward_pass(
+    program: str, name: str, directories: Path, tmp_path: Path
+) -> None:
+    plants, diagnose = BACKWARD[program]
+    assert_named(plants[name], diagnose(directories, tmp_path / "trace", plants[name]))
 
 
 def test_both_faults_of_a_pair_are_named(directories: Path, tmp_path: Path) -> None:
@@ -223,3 +239,24 @@ def test_how_many_are_named_right(program: str, directories: Path, tmp_path: Pat
     assert share("single") >= 0.95
     assert share("module") >= 0.98
     assert share("pair") >= 0.85
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("program", BACKWARD)
+def test_how_many_of_the_backward_pass_are_named_right(
+    program: str, directories: Path, tmp_path: Path
+) -> None:
+    """`pytest -s` prints every miss."""
+    plants, diagnose = BACKWARD[program]
+    modules, causes = [], []
+    for index, (name, plant) in enumerate(plants.items()):
+        verdict = diagnose(directories, tmp_path / str(index), plant)
+        begins = [(r.name, r.direction) for r in verdict.departures[:1]]
+        names = [cause.name for cause in verdict.causes or ()]
+        modules.append(begins == [(plant.begins, plant.direction)])
+        causes.append(names[:1] == [plant.fault])
+        if not (modules[-1] and causes[-1]):
+            print(f"\n{program}: missed: {name}: {begins}, {names}", end="")
+    print(f"\n{program}, backward: module {sum(modules)}, cause {sum(causes)} of {len(plants)}")
+    assert sum(modules) >= 0.98 * len(plants)
+    assert sum(causes) >= 0.95 * len(plants)
