@@ -279,7 +279,7 @@ class Search:
         """With the fault in all sections that have departures."""
         departing = self._departing()
         sections = self._ordered(
-            one for r in departing for one in self._before(self._section(_key(r)))
+            one for r in departing for s in self._origins(_key(r)) for one in self._before(s)
         )
         backward = any(r.direction == "backward" for r in departing)
         found = self._walked(hypothesis.change, sections, backward)
@@ -295,7 +295,7 @@ class Search:
 
     def _put_in(self, confirmed: _Confirmed) -> None:
         self.settled |= confirmed.explained
-        for section in {self._section(key) for key in confirmed.explained}:
+        for section in {one for key in confirmed.explained for one in self._origins(key)}:
             self.changes.setdefault(section, []).append(confirmed.hypothesis.change)
         for key in confirmed.explained:
             self.residuals[key] = confirmed.residuals[key]
@@ -345,6 +345,11 @@ class Search:
     def _section(self, key: Key) -> str:
         section = _section(key)
         return section if section in self.walk.sections else "head"
+
+    def _origins(self, key: Key) -> list[str]:
+        """The sections that compute an array: two, if it is the gradient of a tied embedding."""
+        is_tied = key == ("backward", EMBEDDING) and self.checkpoint.head == EMBEDDING
+        return [self._section(key), "head"] if is_tied else [self._section(key)]
 
     def _ordered(self, sections: Iterable[str]) -> list[str]:
         wanted = set(sections)

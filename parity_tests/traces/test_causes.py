@@ -27,7 +27,8 @@ TORCH_SAMPLE = (
     *("yarn beta_slow", "norm bf16", "kv tiled", "residual times 0.22", "mean of means"),
     *("padding seen",),
 )
-BACKWARD_SAMPLE = (("torch", "tied without head"), ("jax", "kv of first head"))
+BACKWARD_SAMPLE = (("torch", "tied without head"), ("jax", "embedding overwritten"))
+KNOWN_MISSES: dict[str, set[str]] = {"jax": {"weights summed in bf16"}, "torch": set()}
 STEP_SAMPLE = ("decay_of_norms", "adam_eps_inside_root", "clip_by_value")
 Plants = tuple[Any, ...]
 
@@ -82,7 +83,10 @@ def test_a_fault_in_the_backward_pass(
     program: str, name: str, directories: Path, tmp_path: Path
 ) -> None:
     plants, diagnose = BACKWARD[program]
-    assert_named(plants[name], diagnose(directories, tmp_path / "trace", plants[name]))
+    verdict = diagnose(directories, tmp_path / "trace", plants[name])
+    assert_named(plants[name], verdict)
+    assert verdict.causes is not None
+    assert len(verdict.causes) == 1
 
 
 def test_both_faults_of_a_pair_are_named(directories: Path, tmp_path: Path) -> None:
@@ -246,9 +250,9 @@ def test_how_many_are_named_right(program: str, directories: Path, tmp_path: Pat
 def test_how_many_of_the_backward_pass_are_named_right(
     program: str, directories: Path, tmp_path: Path
 ) -> None:
-    """`pytest -s` prints every miss."""
+    """All but the known misses; `pytest -s` prints every miss."""
     plants, diagnose = BACKWARD[program]
-    modules, causes = [], []
+    modules, causes, missed = [], [], set()
     for index, (name, plant) in enumerate(plants.items()):
         verdict = diagnose(directories, tmp_path / str(index), plant)
         begins = [(r.name, r.direction) for r in verdict.departures[:1]]
@@ -256,7 +260,8 @@ def test_how_many_of_the_backward_pass_are_named_right(
         modules.append(begins == [(plant.begins, plant.direction)])
         causes.append(names[:1] == [plant.fault])
         if not (modules[-1] and causes[-1]):
+            missed.add(name)
             print(f"\n{program}: missed: {name}: {begins}, {names}", end="")
     print(f"\n{program}, backward: module {sum(modules)}, cause {sum(causes)} of {len(plants)}")
-    assert sum(modules) >= 0.98 * len(plants)
-    assert sum(causes) >= 0.95 * len(plants)
+    assert all(modules)
+    assert missed == KNOWN_MISSES[program]
