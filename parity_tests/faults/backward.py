@@ -76,8 +76,7 @@ def _turned_forward(right: Any) -> Any:
     """The gradient is rotated by cos and sin, not by their transpose."""
 
     def wrong(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        y = right(x, cos, sin).detach()
-        return y + (right(x, cos, -sin) - right(x, cos, -sin).detach())
+        return _value(right(x, cos, sin), right(x, cos, -sin))
 
     return wrong
 

@@ -178,18 +178,18 @@ TORCH: dict[str, planted_torch.Plant] = {
         "rotation_not_transposed", K, functions=planted_torch._rotary(_turned)
     ),
     "softmax without sum": _EAGER(
-        "softmax_gradient_without_sum", K, functions=_attention(shares=_without_sum)
+        "softmax_gradient_without_sum", K, functions=_attention(softmax=_without_sum)
     ),
-    "shares detached": _EAGER(
-        "shares_detached",
+    "softmax detached": _EAGER(
+        "softmax_detached",
         K,
-        functions=_attention(shares=lambda s: s.detach().softmax(-1) + 0 * s.clamp(min=-1e4)),
+        functions=_attention(softmax=lambda s: s.detach().softmax(-1) + 0 * s.clamp(min=-1e4)),
     ),
     "scores scaled twice": _EAGER(
         "scores_gradient_scale",
         K,
         functions=_attention(
-            mask=lambda m: m, shares=lambda s: _changed(s, lambda g: g * 8**-0.5).softmax(-1)
+            mask=lambda m: m, softmax=lambda s: _changed(s, lambda g: g * 8**-0.5).softmax(-1)
         ),
     ),
     "kv mean": _EAGER(
