@@ -24,7 +24,7 @@ from llama_jax.config import LlamaConfig
 from llama_jax.inputs.keys import require_rngs
 from llama_jax.models.tensor_parallel import find_ring, gather_matmul, matmul_scatter
 from llama_jax.numerics.activations import ACTIVATIONS
-from llama_jax.numerics.matmul import einsum, working_dtype
+from llama_jax.numerics.matmul import einsum, few_rows_einsum, takes_few_rows, working_dtype
 from llama_jax.numerics.rope import rotate
 from llama_jax.sharding import RESIDUAL_AXES, SEQUENCE_AXIS, TENSOR_AXIS, constrain, mesh_axes
 
@@ -83,16 +83,19 @@ def linear(
     is_split = mesh_axes().present(SEQUENCE_AXIS, TENSOR_AXIS)
     tokens = x if is_split else x.reshape(-1, x.shape[-1])
     batch = "abcdefgh"[: tokens.ndim - 1]
-    blocked = x.shape[-2:-1] != (1,)  # not a step of decoding
-    spec = f"{batch}i,oi->{batch}o"
-    out = einsum(
-        spec,
-        tokens,
-        weight,
-        out_dtype=_before_bias(x.dtype, bias),
-        blocked=blocked,
-        reduce_dtype=reduce_dtype,
-    )
+    out_dtype = _before_bias(x.dtype, bias)
+    is_step = x.shape[-2:-1] == (1,)  # of decoding
+    if is_step and tokens.ndim == 2 and takes_few_rows(len(tokens)):
+        out = few_rows_einsum(tokens, weight, out_dtype)
+    else:
+        out = einsum(
+            f"{batch}i,oi->{batch}o",
+            tokens,
+            weight,
+            out_dtype=out_dtype,
+            blocked=not is_step,
+            reduce_dtype=reduce_dtype,
+        )
     return _projected(out.reshape(*x.shape[:-1], weight.shape[0]), bias, x.dtype)
 
 

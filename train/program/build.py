@@ -150,6 +150,7 @@ def make_program(
         final_fraction=optimizer.final_fraction,
         decay_fraction=optimizer.decay_fraction,
     )
+    devices = list(mesh.devices.flat)
     rule = make_optimizer(
         optimizer.name,
         schedule,
@@ -165,7 +166,7 @@ def make_program(
         rule, opt_state = on_host(rule), _in_host_memory(opt_state)
     forward = {
         "remat": model.remat_policy,
-        "scan_unroll": min(model.scan_unroll, config.num_hidden_layers),
+        "scan_unroll": layers_per_iteration(model.scan_unroll, config.num_hidden_layers, devices),
         "attention_implementation": model.attention,
         "pipeline": pipeline,
     }
@@ -179,7 +180,6 @@ def make_program(
         **forward,
     )
     evaluate = make_evaluation(graphdef, compute_dtype=compute_dtype, **forward)
-    devices = list(mesh.devices.flat)
     compiler_options = step_compiler_options(
         devices[0].platform, across_hosts=count_slices(devices) > 1, deterministic=deterministic
     )
@@ -202,6 +202,17 @@ def make_program(
         evaluate=jax.jit(evaluate, compiler_options=compiler_options, out_shardings=replicated),
         pipeline=pipeline,
     )
+
+
+def layers_per_iteration(requested: int | None, layers: int, devices: Sequence[Any]) -> int:
+    """The `scan_unroll` of a run, at most all `layers`; for None the best for these devices.
+
+    A single GPU runs all layers in one iteration: nothing is copied into and out of stacked arrays, which
+    takes a tenth of the time on an H100, and no more memory. It would on several, which gather the layers.
+    """
+    if requested is not None:
+        return min(requested, layers)
+    return layers if len(devices) == 1 and devices[0].platform == "gpu" else 1
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:

@@ -31,15 +31,25 @@ class Kernels(NamedTuple):
 # shared memory of the smallest GPUs since Ampere.
 _DEFAULT = {
     64: Kernels(Blocks(128, 64, 8, 3), Blocks(128, 64, 8, 2), Blocks(64, 128, 8, 2)),
-    128: Kernels(Blocks(128, 64, 8, 3), Blocks(128, 64, 8, 2), Blocks(64, 64, 8, 2)),
+    128: Kernels(Blocks(128, 64, 8, 3), Blocks(64, 64, 4, 2), Blocks(64, 64, 8, 2)),
     256: Kernels(Blocks(64, 32, 8, 2), Blocks(64, 32, 8, 1), Blocks(32, 32, 8, 1)),
 }
 LARGEST_HEAD_DIM = max(_DEFAULT)
-# Of Hopper and Blackwell in data centers, whose matmuls take 64 rows for each group of 4 warps. On Ampere
-# the first spills registers; no other GPU, GB10 among them, has the shared memory.
+# Of Hopper and Blackwell in data centers, whose matmuls take 64 rows for each group of 4 warps. Those of 64
+# and 128 are the fastest of some twenty on an H100 (docs/log.md). Ampere would spill registers; no other
+# GPU, GB10 among them, has the shared memory.
 _WITH_WARP_GROUPS = re.compile(r"\bG?[HB]\d{3}\b")
 _LARGER: dict[int, dict[str, Any]] = {
-    128: {"d_key_value": Blocks(64, 128, 8, 2)},
+    64: {
+        "forward": Blocks(64, 128, 4, 2),
+        "d_query": Blocks(64, 64, 4, 3),
+        "d_key_value": Blocks(128, 64, 4, 2),
+    },
+    128: {
+        "forward": Blocks(128, 128, 8, 3),
+        "d_query": Blocks(128, 64, 8, 3),
+        "d_key_value": Blocks(64, 64, 4, 2),
+    },
     256: {"forward": Blocks(64, 64, 8, 2), "d_query": Blocks(64, 32, 8, 2)},
 }
 

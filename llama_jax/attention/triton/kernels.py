@@ -17,10 +17,10 @@ from jaxtyping import Array, Bool, Float
 from llama_jax.attention.triton.ranges import MaskOperands
 
 _LOG2_E = math.log2(math.e)
-# The score of a hidden pair, and the least that a row's maximum can be: far enough apart that a hidden pair
-# weighs exactly 0, in a row that sees nothing as well.
+# The score of a hidden pair, and the least that a row's maximum can be, in exponents of 2: far enough apart
+# that a hidden pair weighs exactly 0, in a row that sees nothing as well.
 _HIDDEN = -0.7 * float(jnp.finfo(jnp.float32).max)
-_LOWEST = _HIDDEN / 2
+_LOWEST = _HIDDEN / 1024
 
 
 class Rows(NamedTuple):
@@ -49,18 +49,18 @@ def forward_kernel(
     block: int,
 ) -> None:
     """Output, maximum and sum of a block of queries, over blocks of `block` keys."""
-    query, size = _load(q_ref, ..., dim), q_ref.shape[0]
+    query, size, unit = _load(q_ref, ..., dim), q_ref.shape[0], _unit(dim)
     is_visible = _visibility_to_keys(mask)
 
     def visit(head: Any, index: Array, masked: bool, carry: Any) -> Any:
         del head
         out, row_max, row_sum = carry
         at = pl.ds(index * block, block)
-        scores = _dot(query, _load(k_ref, (at, slice(None)), dim), (1, 1)) * (dim**-0.5 * _LOG2_E)
+        scores = _dot(query, _load(k_ref, (at, slice(None)), dim), (1, 1))
         if masked:
             scores = jnp.where(is_visible(at), scores, _HIDDEN)
-        next_max = jnp.maximum(row_max, jnp.max(scores, axis=1))
-        weights = jnp.exp2(scores - next_max[:, None])
+        next_max = jnp.maximum(row_max, jnp.max(scores, axis=1) * unit)
+        weights = jnp.exp2(scores * unit - next_max[:, None])
         correction = jnp.exp2(row_max - next_max)
         row_sum = row_sum * correction + jnp.sum(weights, axis=1)
         values = _load(v_ref, (at, slice(None)), dim)
@@ -94,26 +94,27 @@ def d_query_kernel(
     block: int,
 ) -> None:
     """The gradient of a block of queries, over blocks of `block` keys."""
-    scale = dim**-0.5
+    unit = _unit(dim)
     query, gradient = _load(q_ref, ..., dim), _load(gradient_ref, ..., dim)
     row_max, delta = rows.maximum[...], rows.delta[...]
-    factor = rows.inverse_sum[...] * scale
     is_visible = _visibility_to_keys(mask)
 
     def visit(head: Any, index: Array, masked: bool, d_query: Array) -> Array:
         del head
         at = pl.ds(index * block, block)
         keys = _load(k_ref, (at, slice(None)), dim)
-        scores = _dot(query, keys, (1, 1)) * (scale * _LOG2_E)
-        exponentials = jnp.exp2(scores - row_max[:, None])
+        scores = _dot(query, keys, (1, 1))
+        exponentials = jnp.exp2(scores * unit - row_max[:, None])
         if masked:
             exponentials = jnp.where(is_visible(at), exponentials, 0.0)
         d_weights = _dot(gradient, _load(v_ref, (at, slice(None)), dim), (1, 1))
-        d_scores = exponentials * factor[:, None] * (d_weights - delta[:, None])
+        d_scores = exponentials * (d_weights - delta[:, None])
         return d_query + _dot(d_scores.astype(keys.dtype), keys, (1, 0))
 
     d_query = _over_blocks(range_ref, visit, jnp.zeros(query.shape, jnp.float32))
-    _store(d_query_ref, d_query, dim)
+    # once for a row, not for each of its scores
+    factor = rows.inverse_sum[...] * dim**-0.5
+    _store(d_query_ref, d_query * factor[:, None], dim)
 
 
 def d_key_value_kernel(
@@ -134,7 +135,7 @@ def d_key_value_kernel(
 
     Scores are transposed, [keys, queries], so that they are the left operands of both sums.
     """
-    scale = dim**-0.5
+    unit = _unit(dim)
     keys, values = _load(k_ref, ..., dim), _load(v_ref, ..., dim)
     is_visible = _visibility_to_queries(mask)
 
@@ -142,21 +143,26 @@ def d_key_value_kernel(
         d_key, d_value = carry
         at = pl.ds(index * block, block)
         query = _load(q_ref, (at, head, slice(None)), dim)
-        scores = _dot(keys, query, (1, 1)) * (scale * _LOG2_E)
-        exponentials = jnp.exp2(scores - rows.maximum[head, at][None, :])
+        scores = _dot(keys, query, (1, 1))
+        exponentials = jnp.exp2(scores * unit - rows.maximum[head, at][None, :])
         if masked:
             exponentials = jnp.where(is_visible(at), exponentials, 0.0)
         weights = exponentials * rows.inverse_sum[head, at][None, :]
         gradient = _load(gradient_ref, (at, head, slice(None)), dim)
         d_value = d_value + _dot(weights.astype(gradient.dtype), gradient, (1, 0))
         d_weights = _dot(values, gradient, (1, 1))
-        d_scores = weights * (d_weights - rows.delta[head, at][None, :]) * scale
+        d_scores = weights * (d_weights - rows.delta[head, at][None, :])
         return d_key + _dot(d_scores.astype(query.dtype), query, (1, 0)), d_value
 
     zeros = jnp.zeros(keys.shape, jnp.float32)
     d_key, d_value = _over_blocks(range_ref, visit, (zeros, zeros), heads=q_ref.shape[1])
-    _store(d_key_ref, d_key, dim)
+    _store(d_key_ref, d_key * dim**-0.5, dim)
     _store(d_value_ref, d_value, dim)
+
+
+def _unit(dim: int) -> float:
+    """Of scores as the matmul leaves them, in exponents of 2."""
+    return dim**-0.5 * _LOG2_E
 
 
 def _over_blocks(

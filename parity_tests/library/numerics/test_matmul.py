@@ -6,6 +6,8 @@ import numpy as np
 import pytest
 import torch
 
+from llama_jax.models.layers import linear
+from llama_jax.numerics import matmul
 from llama_jax.numerics.matmul import einsum
 from parity_tests.reference.errors import rms_error
 from parity_tests.reference.tolerances import ROUNDING_RATIO
@@ -60,3 +62,25 @@ def test_float32_rounds_no_more_than_torch_at_real_widths(rows, depth, width):
     ours = rms_error([np.asarray(jax.jit(lambda a, b: einsum("ti,oi->to", a, b))(a, b))], [truth])
     theirs = rms_error([(torch.from_numpy(a) @ torch.from_numpy(b).T).numpy()], [truth])
     assert ours <= ROUNDING_RATIO * theirs
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16, jnp.float32, jnp.float64])
+@pytest.mark.parametrize("rows", [1, 8, 9])
+def test_a_step_of_decoding_on_a_gpu_is_sums_of_rows(monkeypatch, dtype, rows):
+    """Up to eight rows are no matmul there; with and without a bias they round once, as a matmul does."""
+    monkeypatch.setattr(matmul, "target_platform", lambda: "gpu")
+    rng = np.random.default_rng(0)
+    with jax.enable_x64(True):
+        x, weight, bias = (
+            jnp.asarray(rng.normal(size=size), dtype) for size in [(rows, 1, 40), (24, 40), 24]
+        )
+        for added in (None, bias):
+            exact = x.astype(jnp.float64) @ weight.astype(jnp.float64).T
+            exact = exact if added is None else exact + added.astype(jnp.float64)[None, None]
+            out = linear(x, weight, added)
+            assert (out.dtype, out.shape) == (dtype, (rows, 1, 24))
+            once = float(jnp.finfo(dtype).eps)
+            summed = 40 * float(jnp.finfo(matmul.working_dtype(jnp.dtype(dtype))).eps)
+            np.testing.assert_allclose(out.astype(jnp.float64), exact, rtol=once, atol=summed)
+            jaxpr = str(jax.make_jaxpr(lambda x, w, b=added: linear(x, w, b))(x, weight))
+            assert ("dot_general" in jaxpr) == (rows > 8)
