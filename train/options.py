@@ -47,8 +47,8 @@ class ModelOptions:
     remat_offload: tuple[OffloadedName, ...] = ()
     """the same, but kept in the host's memory; also input, a layer's input, else kept on the device"""
     scan_unroll: int | None = None
-    """layers per iteration of the scan over layers; more compile longer and may run faster; default: all on a
-    single GPU, else 1"""
+    """layers per iteration of the scan over layers; more compile longer and may run faster; default: all on
+    a single GPU, else 1"""
     attention: Implementation | None = None
     """attention implementation; default: the fastest on the platform"""
 
