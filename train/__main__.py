@@ -22,7 +22,7 @@ from llama_jax.files.paths import destination_path, local_path, source_path
 from llama_jax.files.remote import remote_path
 from llama_jax.formatting import console, printable, progress_bar
 from train.flags import OnOff, add_options, parse_options, with_options
-from train.options import FILE, PLANNED, Dtype, RunOptions
+from train.options import FILE, PLANNED, Dtype, EvalOptions, RunOptions, TokenOptions
 
 _TOML = "TOML file with options, such as a run's run.toml; those on the command line override it"
 
@@ -273,6 +273,7 @@ def _add_evaluate(program: Parser) -> None:
         default="float32",
         help="dtype of the parameters and of the computation",
     )
+    add_options(parser, EvalOptions())
 
 
 def _evaluate(arguments: argparse.Namespace) -> None:
@@ -283,6 +284,8 @@ def _evaluate(arguments: argparse.Namespace) -> None:
         if (target / FILE).is_file():
             target = _run_folder(target, arguments.step, stack)
             saved = _saved_options(target)
+        # the run has a copy of its tokenizer
+        tokens = TokenOptions() if saved is None else replace(saved.tokens, tokenizer=None)
         loss = evaluate_target(
             target,
             tuple(arguments.data),
@@ -292,6 +295,7 @@ def _evaluate(arguments: argparse.Namespace) -> None:
             sequence_length=arguments.sequence_length,
             step=arguments.step,
             dtype=arguments.dtype,
+            tokens=with_options(EvalOptions(tokens), arguments).tokens,
         )
     print(f"loss {loss.loss:.6f}  perplexity {loss.perplexity:.4f}  tokens {loss.num_tokens:,}")
 

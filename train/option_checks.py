@@ -77,6 +77,7 @@ def _require_remat(model: ModelOptions) -> None:
 
 def _require_numbers(options: RunOptions) -> None:
     optimizer = options.optimizer
+    below_1 = float(np.nextafter(1, 0))
     # a smaller eps or clip is 0 in the parameters' dtype: 0 / 0 without a gradient, or no update
     dtype = jnp.finfo(options.model.parameter_dtype)
     smallest, finite = float(dtype.smallest_normal), float(dtype.max)
@@ -106,6 +107,12 @@ def _require_numbers(options: RunOptions) -> None:
             f"{positive}, or None for no clipping",
         ),
         "optimizer.z-loss": (optimizer.z_loss, *amount),
+        "tokens.validation-fraction": (
+            options.tokens.validation_fraction,
+            0,
+            below_1,
+            "at least 0 and below 1",
+        ),
         "log.peak-flops": (options.log.peak_flops, smallest, finite, "a finite number above 0"),
     }
     for name, (value, minimum, maximum, expected) in numbers.items():

@@ -22,6 +22,8 @@ Optimizer = Literal["adamw", "muon", "lion", "adafactor", "sgd"]
 Schedule = Literal["cosine", "linear", "wsd", "constant"]
 FsdpGather = Literal["layer", "step"]
 SequenceOrder = Literal["zigzag", "contiguous"]
+IdDtype = Literal["uint8", "uint16", "uint32", "uint64", "int32", "int64"]
+Boundary = Literal["eos", "bos"]
 
 
 @dataclass(frozen=True)
@@ -173,13 +175,37 @@ class LogOptions:
 
 
 @dataclass(frozen=True)
+class TokenOptions:
+    """Token files of other programs, which are read where they are."""
+
+    tokenizer: Path | None = None
+    """tokenizer of the files: a directory or a name on the Hub; default: that of --model.init-from"""
+    dtype: IdDtype | None = None
+    """dtype of the ids in files that do not name it; default: uint16, or uint32 for a larger vocabulary"""
+    boundary: Boundary | None = None
+    """what separates documents in files without an index of them: the id that ends each (eos) or the one
+    that begins each (bos); default: eos, and bos in files of llm.c"""
+    validation_fraction: float = 0.0
+    """fraction of the tokens to hold out for validation: the last documents of each source that has no
+    files for it"""
+
+
+@dataclass(frozen=True)
+class EvalOptions:
+    """What `eval` is told about its data."""
+
+    tokens: TokenOptions = field(default_factory=TokenOptions)
+
+
+@dataclass(frozen=True)
 class RunOptions:
     """A pretraining run."""
 
     out: Path = Path("runs/run")
     """folder of the run, or its URL in an object store"""
     data: tuple[str, ...] = (STDLIB,)
-    """token directories, PATH or PATH=WEIGHT; `stdlib` is the source code of Python's standard library"""
+    """token directories or token files of other programs, PATH or PATH=WEIGHT; `stdlib` is the source code
+    of Python's standard library"""
     steps: int = 300
     """optimizer steps"""
     batch_size: int = 8
@@ -197,6 +223,7 @@ class RunOptions:
     """steps between exports to Hugging Face directories in the run's folder; 0: none"""
     deterministic: bool = False
     """on a GPU, repeat a run bit for bit, with slower kernels; on a CPU or TPU runs repeat anyway"""
+    tokens: TokenOptions = field(default_factory=TokenOptions)
     model: ModelOptions = field(default_factory=ModelOptions)
     optimizer: OptimizerOptions = field(default_factory=OptimizerOptions)
     mesh: MeshOptions = field(default_factory=MeshOptions)
@@ -248,12 +275,17 @@ def with_absolute_paths(options: RunOptions) -> RunOptions:
         model = dataclasses.replace(model, config=config)
     if model.init_from is not None:
         model = dataclasses.replace(model, init_from=source_path(model.init_from).absolute())
+    tokens = options.tokens
+    if tokens.tokenizer is not None:
+        require_local("tokens.tokenizer", tokens.tokenizer)
+        directory = source_path(tokens.tokenizer, weights=False).absolute()
+        tokens = dataclasses.replace(tokens, tokenizer=directory)
     init_from = None if options.init_from is None else options.init_from.absolute()
     data = tuple(
         text if split_weight(text)[0] == STDLIB else str(Path(text).absolute())
         for text in options.data
     )
-    return dataclasses.replace(options, data=data, model=model, init_from=init_from)
+    return dataclasses.replace(options, data=data, tokens=tokens, model=model, init_from=init_from)
 
 
 def require_local(option: str, path: str | Path) -> None:

@@ -12,14 +12,11 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from train.data.token_shards import (
     Index,
     Shard,
-    Split,
-    Tokens,
-    document_ends,
-    read_tokens,
     token_dtype,
     write_index,
     write_shard,
 )
+from train.data.tokens import Split, Tokens, document_ends, read_tokens
 
 EOS = "<|endoftext|>"
 WORDS = ["<s>", EOS, "<unk>", *"abcdefgh"]

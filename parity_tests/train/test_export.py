@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM
 from train.__main__ import main
 from train.model.evaluate import evaluate_target
 from train.monitoring.metrics_log import read_metrics
+from train.options import TokenOptions
 
 
 def test_pytorch_has_the_loss_the_run_reported(finished, tmp_path, capsys):
@@ -95,6 +96,7 @@ def test_the_loss_is_per_valid_token(finished, tiny):
             sequence_length=16,
             step=None,
             dtype="float32",
+            tokens=TokenOptions(),
         )
         for size in (1, 7)
     ]

@@ -17,7 +17,8 @@ from parity_tests.harness.child_process import ROOT
 from parity_tests.train.corpus import token_directory
 from parity_tests.train.runs import Tiny, metrics_of, saved_steps
 from train.__main__ import main
-from train.data.token_shards import Source, read_index
+from train.data.token_directory import TokenDirectory
+from train.data.token_shards import read_index
 from train.data.windows import window_numbers, windows
 from train.program.schedules import learning_rate_schedule
 
@@ -62,7 +63,7 @@ def test_windows(vocab: int, length: int, tmp_path: Path) -> None:
             for _ in range(3)
         ]
         directory = token_directory(tmp_path / f"{number}", shards, vocab_size=vocab)
-        sources.append(Source(directory, 1.0 + number))
+        sources.append(TokenDirectory(directory, 1.0 + number))
     ours = windows(sources, split="train", sequence_length=length, vocab_size=vocab, seed=5)
     order = window_numbers(sources, sequence_length=length, seed=5)
     theirs = []

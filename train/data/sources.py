@@ -1,53 +1,58 @@
-"""The token directories of --data, and whether their tokenizers agree."""
+"""The sources of --data, and whether their tokenizers agree."""
 
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 
 from llama_jax.text.tokenizer import load_tokenizer, special_tokens
 from llama_jax.text.tokenizer_files import read_files
-from train.data.special_ids import special_ids
+from train.data.formats.source import token_files
 from train.data.stdlib import stdlib_tokens
-from train.data.token_shards import Index, Source, read_index
-from train.options import STDLIB, split_weight
+from train.data.token_directory import TokenDirectory
+from train.data.token_shards import INDEX_FILE
+from train.data.tokens import Source, Vocabulary
+from train.options import STDLIB, TokenOptions, split_weight
 
 _SHOWN = 12  # characters of a digest in a message
 
 
-def find_sources(data: Sequence[str]) -> list[Source]:
-    """Token directories and their weights, from PATH or PATH=WEIGHT; `stdlib` is tokenized if need be.
+def find_sources(
+    data: Sequence[str], options: TokenOptions | None = None, tokenizer: Path | None = None
+) -> list[Source]:
+    """The sources and their weights, from PATH or PATH=WEIGHT; `stdlib` is tokenized if need be.
+
+    Args:
+        options: of token files that other programs wrote.
+        tokenizer: the directory of their tokenizer.
 
     Raises:
         ValueError: no data, or a weight that is not a positive number.
     """
     if not data:
         raise ValueError("data: give at least one token directory")
-    sources = []
+    sources: list[Source] = []
     for text in data:
         path, weight = split_weight(text)
         directory = stdlib_tokens() if path == STDLIB else Path(path)
-        sources.append(Source(directory, weight))
+        files = None
+        if not (directory / INDEX_FILE).exists():
+            files = token_files(directory, weight, options or TokenOptions(), tokenizer)
+        sources.append(TokenDirectory(directory, weight) if files is None else files)
     return sources
 
 
-def common_index(sources: Sequence[Source]) -> Index:
-    """The index of the first source; the tokenizers of all must be the same.
+def common_vocabulary(sources: Sequence[Source]) -> Vocabulary:
+    """The vocabulary of the first source; the tokenizers of all must be the same.
 
     Raises:
         ValueError: sources with different tokenizers, or a directory without token files.
     """
-    (first, _), *others = sources
-    index = read_index(first)
-    for directory, _ in others:
-        read_index(directory)
-        require_same_tokenizer(first, directory)
-    if index.version == 1 and index.bos_id is None:
-        # version 1 does not record it
-        ids = special_ids(load_tokenizer(first), first)
-        index = replace(index, bos_id=ids.bos_id)
-    return index
+    first, *others = [source.vocabulary() for source in sources]
+    for other in others:
+        if other.tokenizer != first.tokenizer:
+            require_same_tokenizer(first.tokenizer, other.tokenizer)
+    return first
 
 
 def require_same_tokenizer(model: Path, tokens: Path) -> None:

@@ -18,26 +18,17 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any
 
 import numpy as np
 
 from llama_jax.files.staging import replacing, write_text
+from train.data.tokens import SPLITS, Split, Tokens, join_shards, listed_ends
 
 INDEX_FILE = "index.json"
 VERSION = 2
 
-Split = Literal["train", "validation"]
-SPLITS: tuple[Split, ...] = ("train", "validation")
-
 _ENDS_DTYPE = np.dtype("<i8")
-
-
-class Source(NamedTuple):
-    """A token directory, and its weight in the mix of several."""
-
-    directory: Path
-    weight: float
 
 
 @dataclass(frozen=True)
@@ -77,24 +68,6 @@ class Index:
     made_from: dict[str, Any]
     splits: dict[Split, list[Shard]]
     version: int = VERSION
-
-
-@dataclass(frozen=True)
-class Tokens:
-    """One split, memory-mapped: one long sequence of tokens.
-
-    shards: [tokens] of each file, as stored.
-    ends: [documents] int64 of each shard: where its documents end within it.
-    starts: [shards + 1] int64: where each shard begins in the sequence, and the sequence's length.
-    """
-
-    files: tuple[Path, ...]
-    shards: tuple[np.ndarray, ...]
-    ends: tuple[np.ndarray, ...]
-    starts: np.ndarray
-
-    def __len__(self) -> int:
-        return int(self.starts[-1])
 
 
 def token_dtype(vocab_size: int) -> str:
@@ -211,50 +184,7 @@ def open_tokens(directory: Path, split: Split) -> Tokens:
             raise ValueError(
                 f"{ends_path(path)}: found {ends[-1][-1]} as the last end, expected {shard.tokens}"
             )
-    starts = np.cumsum([0, *(shard.tokens for shard in shards)], dtype=np.int64)
-    return Tokens(files=files, shards=tuple(tokens), ends=tuple(ends), starts=starts)
-
-
-def read_tokens(tokens: Tokens, start: int, stop: int, vocab_size: int) -> np.ndarray:
-    """A copy of the ids from `start` up to `stop` of the sequence: [stop - start] int32.
-
-    Raises:
-        ValueError: an id that is not below `vocab_size`; the message says where.
-    """
-    ids = np.empty(stop - start, np.int32)
-    for shard, low, high in _parts(tokens, start, stop):
-        part = tokens.shards[shard][low:high]
-        if part.max() >= vocab_size:
-            index = int(np.argmax(part >= vocab_size))
-            raise ValueError(
-                f"{tokens.files[shard]}, token {low + index}: found id {part[index]}, expected less than "
-                f"the model's vocab_size {vocab_size}"
-            )
-        begin = int(tokens.starts[shard]) + low - start
-        ids[begin : begin + len(part)] = part
-    return ids
-
-
-def document_ends(tokens: Tokens, start: int, stop: int) -> np.ndarray:
-    """Positions in the sequence, after `start` up to `stop`, where documents end: [documents] int64."""
-    positions = [np.empty(0, np.int64)]
-    for shard, low, high in _parts(tokens, start, stop):
-        ends = tokens.ends[shard]
-        first, last = np.searchsorted(ends, np.asarray([low, high]), side="right")
-        positions.append(ends[first:last] + tokens.starts[shard])
-    return np.concatenate(positions)
-
-
-def _parts(tokens: Tokens, start: int, stop: int) -> list[tuple[int, int, int]]:
-    """The shards that overlap `start` to `stop`: number, and the range within the shard."""
-    first = int(np.searchsorted(tokens.starts, start, side="right")) - 1
-    parts = []
-    for shard in range(first, len(tokens.shards)):
-        begin, end = (int(position) for position in tokens.starts[shard : shard + 2])
-        if begin >= stop:
-            break
-        parts.append((shard, max(start - begin, 0), min(stop, end) - begin))
-    return parts
+    return join_shards(files, tokens, [listed_ends(shard) for shard in ends])
 
 
 def _map(path: Path, dtype: np.dtype, count: int) -> np.ndarray:

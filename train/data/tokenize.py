@@ -22,16 +22,15 @@ from train.data.documents import read_documents
 from train.data.special_ids import SpecialIds, special_ids
 from train.data.token_shards import (
     INDEX_FILE,
-    SPLITS,
     VERSION,
     Index,
-    Split,
     read_index,
     token_dtype,
     write_index,
     write_shard,
 )
 from train.data.tokenizer_copy import copy_tokenizer
+from train.data.tokens import SPLITS, Split
 from train.options import require_local
 
 T = TypeVar("T")

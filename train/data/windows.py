@@ -9,7 +9,7 @@ import grain
 import numpy as np
 
 from llama_jax.loss import IGNORE_INDEX
-from train.data.token_shards import Source, Split, Tokens, document_ends, open_tokens, read_tokens
+from train.data.tokens import Source, Split, Tokens, document_ends, read_tokens
 
 Window = dict[str, np.ndarray]
 
@@ -34,28 +34,28 @@ def windows(
     Grain needs milliseconds rather than microseconds for an element.)
 
     Args:
-        sources: token directories (`train.data.token_shards`), each with its weight.
+        sources: each with its weight.
         vocab_size: the model's.
         seed: from 0 to 2**32 - 1.
 
     Raises:
         ValueError: no source, a weight that is not a positive finite number, `sequence_length` or `seed`
-            out of range, as `open_tokens`; when an element is read, an id that is not below `vocab_size`.
+            out of range, as `Source.open`; when an element is read, an id that is not below `vocab_size`.
     """
     if not sources:
         raise ValueError("sources: give at least one")
-    for directory, weight in sources:
-        if not (math.isfinite(weight) and weight > 0):
-            raise ValueError(f"{directory}: found weight {weight}, expected a positive number")
+    for source in sources:
+        if not (math.isfinite(source.weight) and source.weight > 0):
+            raise ValueError(
+                f"{source.path}: found weight {source.weight}, expected a positive number"
+            )
     if sequence_length < 1:
         raise ValueError(f"sequence_length: found {sequence_length}, expected at least 1")
     if not 0 <= seed < 2**32:
         raise ValueError(f"seed: found {seed}, expected 0 to 2**32 - 1")
     datasets = [
-        grain.MapDataset.source(
-            _Windows(open_tokens(directory, split), sequence_length, vocab_size)
-        )
-        for directory, _ in sources
+        grain.MapDataset.source(_Windows(source.open(split), sequence_length, vocab_size))
+        for source in sources
     ]
     if split == "validation":
         return grain.MapDataset.concatenate(datasets)
@@ -68,17 +68,14 @@ def window_numbers(
     """Which windows the training data of `windows` has: of each element the source and the number in it.
 
     Raises:
-        ValueError: as `open_tokens`.
+        ValueError: as `Source.open`.
     """
 
     def numbered(source: int, tokens: Tokens) -> grain.MapDataset[tuple[int, int]]:
         count = _window_count(tokens, sequence_length)
         return grain.MapDataset.range(count).map(lambda number: (source, number))
 
-    datasets = [
-        numbered(source, open_tokens(directory, "train"))
-        for source, (directory, _) in enumerate(sources)
-    ]
+    datasets = [numbered(number, source.open("train")) for number, source in enumerate(sources)]
     return _mixed(datasets, sources, seed)
 
 
@@ -92,7 +89,7 @@ def _mixed(
         dataset.shuffle(seed=int(source_seed)).repeat()
         for dataset, source_seed in zip(datasets, seeds, strict=True)
     ]
-    return grain.MapDataset.mix(endless, [weight for _, weight in sources])
+    return grain.MapDataset.mix(endless, [source.weight for source in sources])
 
 
 def batches(

@@ -6,11 +6,13 @@ from llama_jax.config import LlamaConfig
 from llama_jax.files.json_object import read_json_object
 from llama_jax.presets import PRESETS, SMALL
 from train.data.special_ids import SpecialIds, model_ids
-from train.data.token_shards import Index
+from train.data.tokens import Vocabulary
 from train.options import ModelOptions
 
 
-def model_config(options: ModelOptions, index: Index | None, sequence_length: int) -> LlamaConfig:
+def model_config(
+    options: ModelOptions, vocabulary: Vocabulary | None, sequence_length: int
+) -> LlamaConfig:
     """The model's configuration: from --model.init-from, from a file, or a preset.
 
     With --model.init-from the special tokens are those of the checkpoint, otherwise those of the data. A
@@ -32,8 +34,8 @@ def model_config(options: ModelOptions, index: Index | None, sequence_length: in
         name, small = options.preset, SMALL[options.preset].to_dict()
         longest = max(small["max_position_embeddings"], sequence_length)
         changes: dict[str, Any] = {"max_position_embeddings": longest}
-        if index is not None:
-            changes["vocab_size"] = index.vocab_size
+        if vocabulary is not None:
+            changes["vocab_size"] = vocabulary.vocab_size
         config = LlamaConfig.from_dict(small | changes)
     elif options.preset in PRESETS:
         name, config = options.preset, PRESETS[options.preset]
@@ -41,13 +43,13 @@ def model_config(options: ModelOptions, index: Index | None, sequence_length: in
         raise ValueError(
             f"model.preset: found {options.preset!r}, expected one of {', '.join(PRESETS)}"
         )
-    if index is not None and index.vocab_size > config.vocab_size:
+    if vocabulary is not None and vocabulary.vocab_size > config.vocab_size:
         raise ValueError(
-            f"{name}: found vocab_size {config.vocab_size}, expected at least {index.vocab_size}, "
+            f"{name}: found vocab_size {config.vocab_size}, expected at least {vocabulary.vocab_size}, "
             "the data's"
         )
-    if index is not None and options.init_from is None:
-        config = _with_special_ids(config, index)
+    if vocabulary is not None and options.init_from is None:
+        config = _with_special_ids(config, vocabulary)
     if sequence_length > config.max_position_embeddings:
         raise ValueError(
             f"sequence-length: found {sequence_length}, expected at most "
@@ -56,9 +58,9 @@ def model_config(options: ModelOptions, index: Index | None, sequence_length: in
     return config
 
 
-def _with_special_ids(config: LlamaConfig, index: Index) -> LlamaConfig:
+def _with_special_ids(config: LlamaConfig, vocabulary: Vocabulary) -> LlamaConfig:
     """The config with the special tokens of the data; several end-of-text tokens are all kept."""
-    ids: dict[str, Any] = model_ids(SpecialIds(index.bos_id, index.eos_id))
+    ids: dict[str, Any] = model_ids(SpecialIds(vocabulary.bos_id, vocabulary.eos_id))
     if ids["eos_token_id"] in config.eos_token_ids:
         del ids["eos_token_id"]
     return LlamaConfig.from_dict(config.to_dict() | ids)

@@ -16,11 +16,11 @@ from llama_jax.files.paths import source_path
 from llama_jax.text.companions import tokenizer_home
 from train.data.identity import require_identity
 from train.data.placement import placed_batches
-from train.data.sources import common_index, find_sources, require_same_tokenizer
-from train.data.token_shards import Source
+from train.data.sources import common_vocabulary, find_sources, require_same_tokenizer
+from train.data.tokens import Source
 from train.data.windows import windows
 from train.model.restore import load_directory, restore_run
-from train.options import FILE, Dtype, RunOptions
+from train.options import FILE, Dtype, RunOptions, TokenOptions
 from train.program.build import Program
 
 # tokens of a window for a Hugging Face directory whose model has more positions
@@ -73,6 +73,7 @@ def evaluate_target(
     sequence_length: int | None,
     step: int | None,
     dtype: Dtype,
+    tokens: TokenOptions,
 ) -> Evaluation:
     """The validation loss of a run or of a Hugging Face directory.
 
@@ -82,6 +83,7 @@ def evaluate_target(
         limit: batches; 0 for all.
         step: of the run's checkpoint; None for the newest.
         dtype: of the computation, and for a directory of the parameters too.
+        tokens: of data that other programs wrote; its tokenizer is by default that of the target.
 
     Raises:
         ValueError: no data for a directory that is not a run; data with another tokenizer; as
@@ -108,9 +110,9 @@ def evaluate_target(
         program, params = load_directory(
             target, dtype, batch_size=batch_size, sequence_length=sequence_length or longest
         )
-    sources = find_sources(data)
+    tokenizer = tokenizer_home(target)
+    sources = find_sources(data, tokens, tokens.tokenizer or tokenizer)
     if data_of_run:
         require_identity(target, sources, "restore it, or name other data with --data")
-    common_index(sources)
-    require_same_tokenizer(tokenizer_home(target), sources[0][0])
+    require_same_tokenizer(tokenizer, common_vocabulary(sources).tokenizer)
     return evaluate(program, params, sources, limit=limit)

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax.experimental import multihost_utils
 
 from llama_jax.models.causal_lm import LlamaForCausalLM
-from llama_jax.text.companions import copy_companions
+from llama_jax.text.companions import copy_companions, tokenizer_home
 from train.data.identity import require_identity
 from train.data.sources import find_sources
 from train.data.windows import batches
@@ -104,7 +104,7 @@ def verify_export(
         ValueError: transformers finds missing or extra tensors; PyTorch's loss differs from ours, or from
             what the run reported at that step.
     """
-    sources = find_sources(options.data)
+    sources = find_sources(options.data, options.tokens, tokenizer_home(folder))
     require_identity(folder, sources, "restore it, or export without --verify")
     rows, length = options.batch_size, options.sequence_length
     batch_count = options.evaluation.batches

@@ -12,10 +12,13 @@ import orbax.checkpoint as ocp
 
 from llama_jax.config import LlamaConfig
 from llama_jax.files.staging import staged_directory, write_text
+from llama_jax.text.companions import tokenizer_home
 from train import checkpoints
-from train.data.identity import data_digest, require_identity
+from train.data.identity import require_identity
 from train.data.sources import find_sources
-from train.data.token_shards import Source, read_index
+from train.data.token_directory import TokenDirectory
+from train.data.token_shards import read_index
+from train.data.tokens import Source
 from train.data.windows import window_numbers
 from train.model.training_state import (
     BATCHES,
@@ -47,9 +50,14 @@ def require_exportable(folder: Path, options: RunOptions, dtype: Any) -> None:
         raise ValueError(
             f"dtype: found {dtype} with --with-optimizer: leave it out, to keep the weights as they are"
         )
-    require_identity(
-        folder, find_sources(options.data), "restore it, or export without --with-optimizer"
-    )
+    sources = _sources(folder, options)
+    for source in sources:
+        if not isinstance(source, TokenDirectory):
+            raise ValueError(
+                f"{source.path}: is not a token directory, which --with-optimizer needs: resume_torch.py "
+                "reads no other files; export without it"
+            )
+    require_identity(folder, sources, "restore it, or export without --with-optimizer")
 
 
 def export_state(
@@ -72,7 +80,7 @@ def export_state(
         ValueError: a checkpoint that is damaged.
         FileExistsError: there is a training state already.
     """
-    sources = find_sources(options.data)
+    sources = _sources(folder, options)
     remaining = max(options.steps - step, 0)
     listed = remaining if batches is None else min(batches, remaining)
     with staged_directory(directory / FOLDER, into_existing=False) as staging:
@@ -141,12 +149,16 @@ def describe(
     }
 
 
+def _sources(folder: Path, options: RunOptions) -> list[Source]:
+    return find_sources(options.data, options.tokens, tokenizer_home(folder))
+
+
 def _describe_source(source: Source) -> dict[str, Any]:
-    index = read_index(source.directory)
+    index = read_index(source.path)
     return {
-        "path": str(source.directory),
+        "path": str(source.path),
         "weight": source.weight,
-        "digest": data_digest(index),
+        "digest": source.digest(),
         "shards": [[shard.file, shard.tokens, shard.sha256] for shard in index.splits["train"]],
     }
 

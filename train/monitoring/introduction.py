@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import jax
 
 from llama_jax.inspection.architecture import forward_flops_per_token, parameter_count
-from train.data.token_shards import Source, read_index
+from train.data.tokens import Source
 from train.monitoring.display import Display
 from train.options import RunOptions
 from train.program.build import Program
@@ -22,7 +22,7 @@ def introduce(
     """Say what is trained, on what, from which step, and how often the data will be read.
 
     Args:
-        sources: token directories with their weights.
+        sources: of the training data.
         start: steps that are done already.
     """
     config, mesh = program.config, program.mesh
@@ -43,8 +43,7 @@ def introduce(
 
 
 def _introduce_data(display: Display, options: RunOptions, sources: Sequence[Source]) -> None:
-    indexes = [read_index(directory) for directory, _ in sources]
-    training_tokens = sum(shard.tokens for index in indexes for shard in index.splits["train"])
+    training_tokens = sum(len(source.open("train")) for source in sources)
     tokens_per_step = options.batch_size * options.sequence_length
     epochs = options.steps * tokens_per_step / training_tokens
     display.say(

@@ -14,8 +14,9 @@ from llama_jax.generation.config import read_generation_config
 from llama_jax.models.causal_lm import LlamaForCausalLM
 from llama_jax.numerics.xla_options import reserve_gpu_memory, reserve_host_threads
 from train.checkpoints import require_safe_path
-from train.data.sources import common_index, find_sources, require_same_tokenizer
-from train.data.token_shards import Index
+from train.data.sources import common_vocabulary, find_sources, require_same_tokenizer
+from train.data.token_directory import TokenDirectory
+from train.data.tokens import Vocabulary
 from train.model.config import model_config
 from train.monitoring.loggers import require_loggers
 from train.option_checks import validate
@@ -46,20 +47,21 @@ def begin(options: RunOptions) -> None:
     reserve_host_threads()
     join_processes(options.distributed)
     options = with_defaults(with_absolute_paths(options), jax.default_backend())
-    sources = find_sources(options.data)
-    index = common_index(sources)
-    tokenizer = options.model.init_from or sources[0][0]
-    if options.model.init_from is not None:
-        if not tokenizer.is_dir():
-            raise ValueError(f"model.init-from: {tokenizer}: {describe(tokenizer)}")
-        require_same_tokenizer(tokenizer, sources[0][0])
-    elif missing := [name for name in index.tokenizer if not (tokenizer / name).is_file()]:
-        raise ValueError(f"{tokenizer / missing[0]}: not found, expected the tokenizer of the data")
-    config = model_config(options.model, index, options.sequence_length)
+    weights = options.model.init_from
+    if weights is not None and not weights.is_dir():
+        raise ValueError(f"model.init-from: {weights}: {describe(weights)}")
+    sources = find_sources(options.data, options.tokens, options.tokens.tokenizer or weights)
+    vocabulary = common_vocabulary(sources)
+    tokenizer = weights or vocabulary.tokenizer
+    if tokenizer != vocabulary.tokenizer:
+        require_same_tokenizer(tokenizer, vocabulary.tokenizer)
+    elif isinstance(sources[0], TokenDirectory) and (missing := sources[0].missing_tokenizer()):
+        raise ValueError(f"{missing}: not found, expected the tokenizer of the data")
+    config = model_config(options.model, vocabulary, options.sequence_length)
     dataset = training_windows(options, config, sources)
     program = run_program(options, config)
     if options.model.init_from is not None:
-        _require_initial_weights(options, config, index)
+        _require_initial_weights(options, config, vocabulary)
     if options.init_from is not None:
         require_continuable(open_state(options.init_from), options, config, sources)
     with ExitStack() as stack:
@@ -71,7 +73,9 @@ def begin(options: RunOptions) -> None:
         train_loop(program, options, folder, sources, dataset)
 
 
-def _require_initial_weights(options: RunOptions, config: LlamaConfig, index: Index) -> None:
+def _require_initial_weights(
+    options: RunOptions, config: LlamaConfig, vocabulary: Vocabulary
+) -> None:
     """Raise ValueError if the weights of --model.init-from do not fit; only their headers are read.
 
     Warns:
@@ -84,9 +88,9 @@ def _require_initial_weights(options: RunOptions, config: LlamaConfig, index: In
     if problems := [*match.problems, *(f"{name}: missing" for name in match.missing_head)]:
         raise ValueError(summarize(f"{directory}: {len(problems)} problems", problems))
     eos_ids = read_generation_config(directory, config).eos_token_ids
-    if eos_ids and index.eos_id is not None and index.eos_id not in eos_ids:
+    if eos_ids and vocabulary.eos_id is not None and vocabulary.eos_id not in eos_ids:
         warnings.warn(
-            f"the data ends its documents with token {index.eos_id}, but generation from {directory} "
+            f"the data ends its documents with token {vocabulary.eos_id}, but generation from {directory} "
             f"stops at {', '.join(map(str, eos_ids))}: name the token with `tokenize --eos`, or change the "
             "run's generation_config.json",
             stacklevel=2,

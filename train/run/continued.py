@@ -13,8 +13,8 @@ from llama_jax.checkpoints.match import abstract_model
 from llama_jax.checkpoints.names import name_table
 from llama_jax.config import LlamaConfig
 from llama_jax.models.causal_lm import LlamaForCausalLM
-from train.data.identity import SHOWN, data_digest
-from train.data.token_shards import Source, read_index
+from train.data.identity import SHOWN
+from train.data.tokens import Source
 from train.model import torch_optimizer
 from train.model.torch_optimizer import TorchOptimizer, read_optimizer
 from train.model.training_state import (
@@ -162,8 +162,8 @@ def _require_same_data(state: TrainingState, sources: Sequence[Source]) -> None:
         raise ValueError(
             f"data: found {len(sources)} token directories, expected {count} by {path}"
         )
-    for (directory, weight), expected in zip(sources, listed, strict=True):
-        digest = data_digest(read_index(directory))
+    for source, expected in zip(sources, listed, strict=True):
+        directory, weight, digest = source.path, source.weight, source.digest()
         if digest != expected.get("digest"):
             raise ValueError(
                 f"{directory}: found data with digest {digest[:SHOWN]}, expected "

@@ -7,7 +7,7 @@ from typing import Any
 import jax
 
 from llama_jax.text.companions import RUN_TOKENIZER
-from train.data.token_shards import Source
+from train.data.tokens import Source
 from train.model.evaluate import evaluate
 from train.model.sample import sample_text
 from train.monitoring.display import Display

@@ -19,7 +19,7 @@ from llama_jax.files.staging import write_text
 from llama_jax.text.companions import RUN_TOKENIZER, copy_companions
 from train import checkpoints
 from train.data import identity
-from train.data.token_shards import Source
+from train.data.tokens import Source
 from train.options import FILE, RunOptions
 from train.options_toml import to_toml
 
@@ -55,7 +55,7 @@ def write_folder(
     """Write what a new run begins with.
 
     Args:
-        sources: token directories, each with its weight.
+        sources: of the data.
         tokenizer: the directory whose tokenizer is copied.
     """
     copy_companions(tokenizer, folder / RUN_TOKENIZER, generation=False)

@@ -15,7 +15,7 @@ from llama_jax.formatting import printable
 from llama_jax.models.causal_lm import LlamaForCausalLM
 from train import checkpoints
 from train.data.placement import placed_batches
-from train.data.token_shards import Source
+from train.data.tokens import Source
 from train.model.export import export_model
 from train.monitoring import metrics_log
 from train.monitoring.display import open_display
@@ -44,7 +44,7 @@ def train_loop(
 
     Args:
         folder: the run's; its newest intact checkpoint is where the loop starts.
-        sources: token directories with their weights, for evaluations and the introduction.
+        sources: of the data, for evaluations and the introduction.
         dataset: training windows, see `train.data.windows.windows`.
 
     Raises:

@@ -8,9 +8,11 @@ import jax
 
 from llama_jax.config import LlamaConfig
 from llama_jax.numerics.xla_options import reserve_gpu_memory, reserve_host_threads
+from llama_jax.text.companions import tokenizer_home
 from train.checkpoints import require_safe_path
 from train.data import identity
-from train.data.sources import common_index, find_sources
+from train.data.sources import common_vocabulary, find_sources
+from train.data.token_directory import TokenDirectory
 from train.model.training_state import TrainingState, require_intact
 from train.option_checks import validate
 from train.options import RunOptions, with_absolute_paths
@@ -55,21 +57,21 @@ def resume(folder: Path, saved: RunOptions, options: RunOptions) -> None:
     with ExitStack() as stack:
         if jax.process_index() == 0:
             stack.enter_context(locked(folder))
-        sources = find_sources(options.data)
-        for directory, _ in sources:
-            if not directory.exists():
+        sources = find_sources(options.data, options.tokens, tokenizer_home(folder))
+        for source in sources:
+            if isinstance(source, TokenDirectory) and not source.path.exists():
                 raise ValueError(
-                    f"{directory}: not found, expected the data of {folder}: restore it, or pass the path "
-                    "that it was moved to with --data"
+                    f"{source.path}: not found, expected the data of {folder}: restore it, or pass the "
+                    "path that it was moved to with --data"
                 )
-        index = common_index(sources)
+        vocabulary = common_vocabulary(sources)
         remedy = "restore it, or begin a new run with `python -m train run`"
         identity.require_identity(folder, sources, remedy)
         config = LlamaConfig.from_pretrained(folder)
-        if index.vocab_size > config.vocab_size:
+        if vocabulary.vocab_size > config.vocab_size:
             raise ValueError(
                 f"{folder}: found a model with vocab_size {config.vocab_size}, expected at least "
-                f"{index.vocab_size}, the data's"
+                f"{vocabulary.vocab_size}, the data's"
             )
         dataset = training_windows(options, config, sources)
         program = run_program(options, config)

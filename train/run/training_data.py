@@ -1,12 +1,11 @@
 """The windows that a run trains on, from data that has been checked."""
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from llama_jax.config import LlamaConfig
 from train.data import identity
-from train.data.token_shards import Index, Source, Split, read_index
+from train.data.tokens import Source, Split
 from train.data.windows import windows
 from train.options import RunOptions
 
@@ -21,8 +20,8 @@ def training_windows(options: RunOptions, config: LlamaConfig, sources: Sequence
     splits: list[Split] = ["train"]
     if options.evaluation.every:
         splits.append("validation")
-        for directory, _ in sources:
-            _require_validation(directory, read_index(directory))
+        for source in sources:
+            source.require_validation()
     identity.require_intact(sources, splits)
     return windows(
         sources,
@@ -31,11 +30,3 @@ def training_windows(options: RunOptions, config: LlamaConfig, sources: Sequence
         vocab_size=config.vocab_size,
         seed=options.seed,
     )
-
-
-def _require_validation(directory: Path, index: Index) -> None:
-    if index.complete and not index.splits["validation"]:
-        raise ValueError(
-            f"{directory}: the validation split is empty: run with --evaluation.every 0, or tokenize with "
-            "a larger --validation-fraction or more documents"
-        )

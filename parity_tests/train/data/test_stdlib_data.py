@@ -13,7 +13,8 @@ from transformers import AutoTokenizer
 
 from train.data import stdlib
 from train.data.stdlib import EOS, VOCAB_SIZE, stdlib_tokens
-from train.data.token_shards import open_tokens, read_index, read_tokens
+from train.data.token_shards import open_tokens, read_index
+from train.data.tokens import read_tokens
 
 
 @pytest.fixture

@@ -12,7 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from parity_tests.train.corpus import token_directory
-from train.data.token_shards import document_ends, open_tokens, read_index, read_tokens
+from train.data.token_shards import open_tokens, read_index
+from train.data.tokens import document_ends, read_tokens
 
 DOCUMENTS = st.lists(st.lists(st.integers(0, 99), min_size=1, max_size=9), min_size=1, max_size=5)
 

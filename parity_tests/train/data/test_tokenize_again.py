@@ -21,7 +21,8 @@ from parity_tests.train.corpus import (
     word_tokenizer,
     write_lines,
 )
-from train.data.sources import common_index
+from train.data.sources import common_vocabulary
+from train.data.token_directory import TokenDirectory
 from train.data.token_shards import open_tokens, read_index, write_index
 from train.data.tokenize import tokenize
 
@@ -202,7 +203,7 @@ def test_an_index_of_version_1(tmp_path: Path) -> None:
     assert again.splits["train"][2:] == shards[2:]
     assert [s.sha256 for s in read_index(out).splits["train"][:2]] == [None, None]
     # version 1 does not record the beginning token, so it is determined again
-    assert common_index([(out, 1.0)]).bos_id == WORDS.index("<s>")
+    assert common_vocabulary([TokenDirectory(out)]).bos_id == WORDS.index("<s>")
 
 
 def test_an_error_in_the_middle_keeps_finished_shards(tmp_path: Path) -> None:

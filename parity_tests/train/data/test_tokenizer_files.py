@@ -22,8 +22,9 @@ from parity_tests.train.corpus import (
     word_tokenizer,
     write_lines,
 )
-from train.data.sources import common_index, require_same_tokenizer
+from train.data.sources import common_vocabulary, require_same_tokenizer
 from train.data.special_ids import SpecialIds, model_ids
+from train.data.token_directory import TokenDirectory
 from train.data.token_shards import open_tokens
 from train.data.tokenize import tokenize
 
@@ -194,9 +195,9 @@ def test_different_tokenizers_with_one_vocabulary_are_noticed(kind: str, tmp_pat
     )
     assert re.search(message + "tokenize the text with it", str(caught.value))
     tokenize([source], other, tmp_path / "out2", validation_fraction=0)
-    sources = [(out, 1.0), (tmp_path / "out2", 1.0)]
+    sources = [TokenDirectory(out), TokenDirectory(tmp_path / "out2")]
     with pytest.raises(ValueError, match=message.replace("/other", "/out")):
-        common_index(sources)
+        common_vocabulary(sources)
     with pytest.raises(ValueError, match=r"made with tokenizer '[0-9a-f]{16}', not "):
         tokenize([source], other, out, validation_fraction=0)
 

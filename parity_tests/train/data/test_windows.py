@@ -9,11 +9,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llama_jax.loss import IGNORE_INDEX
 from parity_tests.train.corpus import token_directory
+from train.data.token_directory import TokenDirectory
 from train.data.token_shards import open_tokens
 from train.data.windows import Window, batches, window, windows
 
@@ -58,10 +59,15 @@ def plain(windows: list[Window]) -> list[dict[str, list[int]]]:
 
 def read(directory: Path, split: str = "train", length: int = 4, seed: int = 0, weight: float = 1):
     return windows(
-        [(directory, weight)], split=split, sequence_length=length, vocab_size=VOCAB, seed=seed
+        [TokenDirectory(directory, weight)],
+        split=split,
+        sequence_length=length,
+        vocab_size=VOCAB,
+        seed=seed,
     )
 
 
+@settings(deadline=None)
 @given(shards=SHARDS, length=st.integers(1, 20))
 def test_windows_equal_the_reference(
     shards: list[list[list[int]]], length: int, tmp_path_factory: pytest.TempPathFactory
@@ -136,7 +142,11 @@ def test_sources_are_mixed_by_weight(tmp_path: Path) -> None:
     a = token_directory(tmp_path / "a", [[[1] * 4] * 30])
     b = token_directory(tmp_path / "b", [[[2] * 4] * 5])  # repeated more often
     dataset = windows(
-        [(a, 3.0), (b, 1.0)], split="train", sequence_length=4, vocab_size=VOCAB, seed=0
+        [TokenDirectory(a, 3.0), TokenDirectory(b, 1.0)],
+        split="train",
+        sequence_length=4,
+        vocab_size=VOCAB,
+        seed=0,
     )
     for start in (0, 10_000):
         drawn = [int(dataset[start + n]["input_ids"][0]) for n in range(400)]
@@ -148,7 +158,11 @@ def test_validation_is_every_window_of_every_source(tmp_path: Path) -> None:
     a = token_directory(tmp_path / "a", [[[9]]], [[[1] * 9]])
     b = token_directory(tmp_path / "b", [[[9]]], [[[2] * 6], [[3] * 2]])
     dataset = windows(
-        [(a, 5.0), (b, 1.0)], split="validation", sequence_length=4, vocab_size=VOCAB, seed=0
+        [TokenDirectory(a, 5.0), TokenDirectory(b, 1.0)],
+        split="validation",
+        sequence_length=4,
+        vocab_size=VOCAB,
+        seed=0,
     )
     assert [w["input_ids"].tolist() for w in dataset] == [
         [1] * 4, [1] * 4, [2] * 4, [2, 2, 3, 3],

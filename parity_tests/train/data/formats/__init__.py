@@ -1,0 +1,1 @@
+"""Tests of token files that other programs wrote."""
