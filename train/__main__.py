@@ -383,7 +383,7 @@ def _add_tokenize(program: Parser) -> None:
         "sources",
         nargs="+",
         metavar="SRC",
-        help="files, directories or globs of text, .jsonl or .parquet; text may be compressed (.gz, .zst)",
+        help="files, directories or globs of text, .jsonl, .parquet, .arrow; text also as .gz or .zst",
     )
     parser.add_argument(
         "--tokenizer",
@@ -399,7 +399,7 @@ def _add_tokenize(program: Parser) -> None:
         "--text-field",
         default="text",
         metavar="NAME",
-        help="field of JSON lines, or column of Parquet, that holds the text",
+        help="field of JSON lines, or column of Parquet or Arrow, that holds the text",
     )
     parser.add_argument(
         "--validation-fraction",

@@ -182,6 +182,8 @@ class TokenOptions:
     """tokenizer of the files: a directory or a name on the Hub; default: that of --model.init-from"""
     dtype: IdDtype | None = None
     """dtype of the ids in files that do not name it; default: uint16, or uint32 for a larger vocabulary"""
+    column: str = "input_ids"
+    """column of Arrow files, or feature of the tf.train.Examples in ArrayRecord files, that has the ids"""
     boundary: Boundary | None = None
     """what separates documents in files without an index of them: the id that ends each (eos) or the one
     that begins each (bos); default: eos, and bos in files of llm.c"""

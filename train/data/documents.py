@@ -1,8 +1,8 @@
-"""Read documents from plain text, JSON Lines and Parquet files, one at a time.
+"""Read documents from plain text, JSON Lines, Parquet and Arrow files, one at a time.
 
-The file name, in any case, decides the format: `.parquet`; `.jsonl` or `.json` with one JSON object per
-line; anything else is plain text. All but Parquet may be compressed: `.gz`, `.zst`. For what counts as a
-line see `llama_jax.text.lines`.
+The file name, in any case, decides the format: `.parquet`; `.arrow`; `.jsonl` or `.json` with one JSON
+object per line; anything else is plain text. Text and JSON may be compressed: `.gz`, `.zst`. For what
+counts as a line see `llama_jax.text.lines`.
 """
 
 import glob
@@ -17,6 +17,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from llama_jax.text.lines import byte_lines, not_utf8
+from train.data.formats.arrow import is_listed, open_table
+from train.data.formats.files import split_of
+from train.data.tokens import Split
 from train.options import require_local
 
 # Characters beyond which a text file is cut, at the end of a line, into several documents: more than almost
@@ -24,15 +27,19 @@ from train.options import require_local
 LONGEST_TEXT = 1 << 23
 
 _COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
+# in the folder of a `DatasetDict`, which has a folder for each split
+_SPLITS = "dataset_dict.json"
+
 # the files of a directory that are taken as data
-_IN_DIRECTORIES = re.compile(r"(\.(txt|jsonl)(\.gz|\.zst)?|\.parquet)$", re.IGNORECASE)
+_IN_DIRECTORIES = re.compile(r"(\.(txt|jsonl)(\.gz|\.zst)?|\.parquet|\.arrow)$", re.IGNORECASE)
 
 
 def source_files(source: str | Path) -> list[Path]:
     """The sorted files of a source: a file, a directory (searched recursively) or a glob (`**` too).
 
-    Of a directory the .txt, .jsonl and .parquet files are taken, compressed or not, except hidden ones and
-    those in hidden folders. A file named directly or by a glob is taken whatever its name.
+    Of a directory the .txt, .jsonl, .parquet and .arrow files are taken, compressed or not, except hidden
+    ones, those in hidden folders, and those of a saved data set that its state.json does not list, or that
+    are of its test split. A file named directly or by a glob is taken whatever its name.
 
     Raises:
         ValueError: there is no such file.
@@ -42,13 +49,17 @@ def source_files(source: str | Path) -> list[Path]:
     if path.is_dir():
         names = path.rglob("*")
         files = [p for p in names if _IN_DIRECTORIES.search(p.name) and not _hidden(p, path)]
+        if (path / _SPLITS).is_file():
+            files = [file for file in files if split_of(file.relative_to(path)) is not None]
     elif path.exists():
         files = [path]
     else:
         files = [Path(name) for name in glob.glob(str(source), recursive=True)]
-    files = sorted(file for file in files if file.is_file())
+    files = sorted(file for file in files if file.is_file() and is_listed(file))
     if not files:
-        problem = "has no .txt, .jsonl or .parquet files" if path.is_dir() else "no such file"
+        problem = (
+            "has no .txt, .jsonl, .parquet or .arrow files" if path.is_dir() else "no such file"
+        )
         raise ValueError(f"{source}: {problem}")
     return files
 
@@ -59,15 +70,29 @@ def read_documents(
     text_field: str = "text",
     advance: Callable[[int], object] = lambda count: None,
 ) -> Iterator[str]:
+    """As `read_split_documents`, without the splits."""
+    for _, text in read_split_documents(sources, text_field=text_field, advance=advance):
+        yield text
+
+
+def read_split_documents(
+    sources: Iterable[str | Path],
+    *,
+    text_field: str = "text",
+    advance: Callable[[int], object] = lambda count: None,
+) -> Iterator[tuple[Split | None, str]]:
     """The documents of the sources in order, the files of each sorted. No file is read into memory at once.
 
-    A text file is one document (or several, if it is longer than LONGEST_TEXT); each JSON line and each
-    Parquet row is one. Text is passed on unchanged, line ends included, except for a byte order mark.
-    Empty documents and blank JSON lines are skipped.
+    A text file is one document (or several, if it is longer than LONGEST_TEXT); each JSON line and each row
+    of Parquet or Arrow is one. Text is passed on unchanged, line ends included, except for a byte order
+    mark. Empty documents and blank JSON lines are skipped.
 
     Args:
-        text_field: the field of a JSON line, or the column of a Parquet file.
+        text_field: the field of a JSON line, or the column of a Parquet or Arrow file.
         advance: called with the number of bytes read since the last call.
+
+    Returns:
+        Each document with its split, where it is of a saved `DatasetDict` of Hugging Face's datasets.
 
     Raises:
         ValueError: naming the file, and the line if there is one: no file, no document in a source, not
@@ -75,15 +100,20 @@ def read_documents(
     """
     for source in sources:
         empty = True
-        for path in source_files(source):
+        files = source_files(source)
+        divided = Path(source, _SPLITS).is_file() and "validation" in {
+            split_of(file.relative_to(source)) for file in files
+        }
+        for path in files:
             done = 0
+            split = split_of(path.relative_to(source)) if divided else None
             with path.open("rb") as file:
                 for text in _read(path, file, text_field):
                     if text:
                         empty = False
                         advance(file.tell() - done)
                         done = file.tell()
-                        yield text
+                        yield split, text
             advance(path.stat().st_size - done)
         if empty:
             raise ValueError(f"{source}: contains no text")
@@ -96,8 +126,8 @@ def _hidden(path: Path, directory: Path) -> bool:
 def _read(path: Path, file: IO[bytes], field: str) -> Iterator[str]:
     compression = _COMPRESSIONS.get(path.suffix.lower())
     suffix = (Path(path.stem).suffix if compression else path.suffix).lower()
-    if suffix == ".parquet":
-        yield from _read_parquet(path, field)
+    if suffix in (".parquet", ".arrow"):
+        yield from _read_table(path, field, _batches_of(path, suffix))
         return
     # pyarrow reads both formats and, unlike zstandard, notices a truncated archive
     stream = (
@@ -149,28 +179,53 @@ def _read_lines(path: Path, stream: IO[bytes], field: str) -> Iterator[str]:
         yield text
 
 
-def _read_parquet(path: Path, field: str) -> Iterator[str]:
+Batches = Callable[[str], Iterator[pa.RecordBatch]]
+
+
+def _read_table(path: Path, field: str, table: tuple[pa.Schema, Batches]) -> Iterator[str]:
+    schema, batches = table
+    if field not in schema.names:
+        raise ValueError(
+            f"{path}: found columns {', '.join(schema.names)}, expected {field!r} (--text-field)"
+        )
+    dtype = schema.field(field).type
+    if not (pa.types.is_string(dtype) or pa.types.is_large_string(dtype)):
+        raise ValueError(f"{path}: found {dtype} as column {field!r}, expected string")
+    row = 0
     try:
-        with pq.ParquetFile(path) as table:
-            schema = table.schema_arrow
-            if field not in schema.names:
-                raise ValueError(
-                    f"{path}: found columns {', '.join(schema.names)}, expected {field!r} (--text-field)"
-                )
-            dtype = schema.field(field).type
-            if not (pa.types.is_string(dtype) or pa.types.is_large_string(dtype)):
-                raise ValueError(f"{path}: found {dtype} as column {field!r}, expected string")
-            row = 0
-            for batch in table.iter_batches(batch_size=1024, columns=[field]):
-                for text in batch.column(0).to_pylist():
-                    row += 1
-                    if text is None:
-                        raise ValueError(
-                            f"{path}, row {row}: found null as {field!r}, expected a string"
-                        )
-                    yield text
+        for batch in batches(field):
+            for text in batch.column(0).to_pylist():
+                row += 1
+                if text is None:
+                    raise ValueError(
+                        f"{path}, row {row}: found null as {field!r}, expected a string"
+                    )
+                yield text
     except UnicodeDecodeError as error:
         raise ValueError(not_utf8(str(path), error)) from None
     except (pa.ArrowException, OSError) as error:
-        reason = " ".join(str(error).split())  # Arrow's may have several lines
-        raise ValueError(f"{path}: not a valid Parquet file ({reason})") from None
+        raise ValueError(_not_valid(path, error)) from None
+
+
+def _batches_of(path: Path, suffix: str) -> tuple[pa.Schema, Batches]:
+    """The schema of a table, and a function that reads a column of it."""
+    try:
+        if suffix == ".arrow":
+            table = open_table(path)
+            # a slice of a column that is memory-mapped is no copy
+            return table.schema, lambda field: iter(table.select([field]).to_batches(1024))
+        schema = pq.read_schema(path)
+    except (pa.ArrowException, OSError) as error:
+        raise ValueError(_not_valid(path, error)) from None
+
+    def batches(field: str) -> Iterator[pa.RecordBatch]:
+        with pq.ParquetFile(path) as parquet:
+            yield from parquet.iter_batches(batch_size=1024, columns=[field])
+
+    return schema, batches
+
+
+def _not_valid(path: Path, error: Exception) -> str:
+    reason = " ".join(str(error).split())  # Arrow's may have several lines
+    kind = "Arrow" if path.suffix.lower() == ".arrow" else "Parquet"
+    return f"{path}: not a valid {kind} file ({reason})"

@@ -16,6 +16,7 @@ from pathlib import Path
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from llama_jax.files.staging import staged_directory, write_text
+from train.data.cache import cache_directory
 from train.data.documents import read_documents
 from train.data.token_shards import INDEX_FILE, VERSION
 from train.data.tokenize import tokenize
@@ -41,9 +42,7 @@ def stdlib_tokens() -> Path:
     files = _source_files(root)
     if not files:
         raise ValueError(f"{root}: this Python ships no .py sources; pass --data")
-    # a variable that is empty or not an absolute path counts as unset
-    cache = Path(os.environ.get("XDG_CACHE_HOME", ""))
-    cache = (cache if cache.is_absolute() else _home() / ".cache") / "llama_jax"
+    cache = cache_directory("stdlib")
     # whatever else decides which tokens there are
     recipe = f"{VOCAB_SIZE}\0{_VALIDATION_FRACTION}\0{EOS}\0{VERSION}\0"
     digest = hashlib.sha256(recipe.encode())
@@ -62,15 +61,6 @@ def stdlib_tokens() -> Path:
         if not (directory / INDEX_FILE).exists():
             raise
     return directory
-
-
-def _home() -> Path:
-    try:
-        return Path.home()
-    except RuntimeError:
-        raise ValueError(
-            "stdlib: this user has no home directory for the cache; set XDG_CACHE_HOME or pass --data"
-        ) from None
 
 
 def _make(files: Iterable[Path], directory: Path) -> None:

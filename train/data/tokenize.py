@@ -18,7 +18,7 @@ import numpy as np
 from llama_jax.files.paths import local_path, source_path
 from llama_jax.text.tokenizer import load_tokenizer
 from train.data.digests import sources_digest, tokenizer_files_digest
-from train.data.documents import read_documents
+from train.data.documents import read_split_documents
 from train.data.special_ids import SpecialIds, special_ids
 from train.data.token_shards import (
     INDEX_FILE,
@@ -55,7 +55,8 @@ def tokenize(
     """Tokenize documents into a directory of `train.data.token_shards`.
 
     The hash of a document's text decides whether it belongs to the validation split, so equal documents
-    are in the same split, whatever else the corpus holds. Interrupted at any moment, the same call
+    are in the same split, whatever else the corpus holds. A saved `DatasetDict` of Hugging Face's datasets
+    keeps its own splits, if it has one for validation. Interrupted at any moment, the same call
     continues after the last complete shard and produces the same bytes; a complete directory is left as it
     is. A call is the same if the contents of its sources and tokenizer are, which are read to compare them.
 
@@ -125,7 +126,9 @@ def tokenize(
         bytes_read += count
 
     assignment = _Assignment(validation_fraction)
-    documents = assignment.split(read_documents(sources, text_field=text_field, advance=advance))
+    documents = assignment.split(
+        read_split_documents(sources, text_field=text_field, advance=advance)
+    )
     for batch in _prefetched(_batches(_remaining(documents, index))):
         encodings = encoder.encode_batch_fast([text for _, text in batch])
         for (split, _), encoding in zip(batch, encodings, strict=True):
@@ -182,9 +185,12 @@ class _Assignment:
         self._fraction = validation_fraction
         self._lowest, self._highest = math.inf, -math.inf
 
-    def split(self, documents: Iterable[str]) -> Iterator[tuple[Split, str]]:
-        """Each document with its split."""
-        for text in documents:
+    def split(self, documents: Iterable[tuple[Split | None, str]]) -> Iterator[tuple[Split, str]]:
+        """Each document with its split, which those of a saved data set have already."""
+        for given, text in documents:
+            if given is not None:
+                yield given, text
+                continue
             digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
             number = int.from_bytes(digest, "big") / 2**64
             self._lowest, self._highest = min(self._lowest, number), max(self._highest, number)
@@ -195,7 +201,7 @@ class _Assignment:
         problem = f"the {split} split is empty"
         if split == "validation":
             problem += ", so runs need --evaluation.every 0"
-        if self._lowest == self._highest:
+        if self._lowest >= self._highest:
             return f"{problem}; a single document cannot be divided: tokenize more of them"
         # the shortest fraction between the numbers, so that both splits get a document
         digits = 3

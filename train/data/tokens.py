@@ -69,6 +69,7 @@ class Source(Protocol):
 class Tokens:
     """One split, memory-mapped; or the part of it from token `first` on, of `length` tokens.
 
+    names: of the shards, in messages.
     shards: the ids in each file, as stored.
     starts: [shards + 1] int64: where each shard begins in the sequence, and where the last one ends.
     ends: where documents end in the sequence.
@@ -76,7 +77,7 @@ class Tokens:
     hint: what an id out of range may mean, as the end of an error message.
     """
 
-    files: tuple[Path, ...]
+    names: tuple[str, ...]
     shards: tuple[Ids, ...]
     starts: np.ndarray
     ends: Ends
@@ -90,7 +91,7 @@ class Tokens:
 
 
 def join_shards(
-    files: Sequence[Path],
+    names: Sequence[str | Path],
     shards: Sequence[Ids],
     ends: Sequence[Ends] | Callable[[Sequence[Ids], np.ndarray], Ends],
 ) -> Tokens:
@@ -102,7 +103,9 @@ def join_shards(
     """
     starts = np.cumsum([0, *map(len, shards)], dtype=np.int64)
     joined = ends(shards, starts) if callable(ends) else _ends_of_shards(ends, starts)
-    return Tokens(tuple(files), tuple(shards), starts, joined, first=0, length=int(starts[-1]))
+    return Tokens(
+        tuple(map(str, names)), tuple(shards), starts, joined, first=0, length=int(starts[-1])
+    )
 
 
 def part_of(tokens: Tokens, start: int, stop: int) -> Tokens:
@@ -142,7 +145,7 @@ def _checked(
             index = int(np.argmax((ids >= vocab_size) | (signed & (ids < 0))))
             expected = "at least 0" if ids[index] < 0 else f"less than {limit} {vocab_size}"
             raise ValueError(
-                f"{tokens.files[shard]}, token {low + index}: found id {ids[index]}, expected "
+                f"{tokens.names[shard]}, token {low + index}: found id {ids[index]}, expected "
                 f"{expected}{tokens.hint}"
             )
         yield int(tokens.starts[shard]) + low - tokens.first, ids

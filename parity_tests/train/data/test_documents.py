@@ -226,4 +226,4 @@ def test_no_file(tmp_path: Path) -> None:
     assert error_of(tmp_path / "none") == f"{tmp_path}/none: no such file"
     assert error_of(tmp_path / "*.txt") == f"{tmp_path}/*.txt: no such file"
     write(tmp_path / "a.md", "text")
-    assert error_of(tmp_path) == f"{tmp_path}: has no .txt, .jsonl or .parquet files"
+    assert error_of(tmp_path) == f"{tmp_path}: has no .txt, .jsonl, .parquet or .arrow files"

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from parity_tests.train.corpus import token_directory
@@ -25,6 +25,7 @@ def error_of(directory: Path, split: str = "train") -> str:
     return str(caught.value)
 
 
+@settings(deadline=None)
 @given(shards=st.lists(DOCUMENTS, min_size=1, max_size=4), data=st.data())
 def test_any_range_of_tokens_and_ends(
     shards: list[list[list[int]]], data: st.DataObject, tmp_path_factory: pytest.TempPathFactory

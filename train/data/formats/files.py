@@ -15,8 +15,8 @@ _NAMES: dict[str, Split | None] = {
 }
 
 
-def list_files(path: Path, suffixes: Sequence[str]) -> list[Path]:
-    """The sorted files with one of the suffixes: the file itself, those in a directory, those of a glob.
+def list_files(path: Path, pattern: str) -> list[Path]:
+    """The sorted files whose names match: the file itself, those in a directory, those of a glob.
 
     A directory is searched recursively, without hidden files.
     """
@@ -26,7 +26,7 @@ def list_files(path: Path, suffixes: Sequence[str]) -> list[Path]:
         files = [path]
     else:
         files = [Path(name) for name in glob.glob(str(path), recursive=True)]
-    return sorted(file for file in files if file.name.endswith(tuple(suffixes)) and file.is_file())
+    return sorted(file for file in files if re.search(pattern, file.name) and file.is_file())
 
 
 def by_split(files: Sequence[Path]) -> dict[Split, list[Path]]:
@@ -41,12 +41,12 @@ def by_split(files: Sequence[Path]) -> dict[Split, list[Path]]:
         return splits
     common = os.path.commonpath([file.parent for file in files])
     for file in files:
-        if (split := _split_of(file.relative_to(common))) is not None:
+        if (split := split_of(file.relative_to(common))) is not None:
             splits[split].append(file)
     return splits
 
 
-def _split_of(path: Path) -> Split | None:
+def split_of(path: Path) -> Split | None:
     """From the name, and then from the folders, the innermost first."""
     for part in reversed(path.parts):
         for word in re.findall("[a-z]+", part.lower()):

@@ -40,7 +40,7 @@ def find_files(path: Path) -> list[Path]:
     prefixed = path.with_name(f"{path.name}.bin")
     if not path.exists() and path.with_name(f"{path.name}.idx").exists():
         return [prefixed]
-    indexes = [file.with_suffix(".idx") for file in list_files(path, [".bin", ".idx"])]
+    indexes = [file.with_suffix(".idx") for file in list_files(path, r"\.(bin|idx)$")]
     return sorted({index.with_suffix(".bin") for index in indexes if index.exists()})
 
 

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
-from train.data.formats import megatron, token_bin
+from train.data.formats import array_record, arrow, megatron, token_bin
 from train.data.tokens import Tokens, Vocabulary
 from train.options import TokenOptions
 
@@ -25,7 +25,12 @@ class Format(Protocol):
 
 
 # by name; the first that finds files reads them
-FORMATS: dict[str, Format] = {"Megatron": megatron, "bin": token_bin}
+FORMATS: dict[str, Format] = {
+    "Megatron": megatron,
+    "Arrow": arrow,
+    "ArrayRecord": array_record,
+    "bin": token_bin,
+}
 
 
 class Found(NamedTuple):

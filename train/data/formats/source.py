@@ -90,8 +90,8 @@ class TokenFiles:
     def digest(self) -> str:
         """Of what the files hold and what their ids mean; of large files a part is read."""
         options, vocabulary = self.options, self.vocabulary()
-        facts: list[object] = [self.format, options.dtype, options.boundary, *vocabulary[1:]]
-        facts.append(options.validation_fraction)
+        facts: list[object] = [self.format, options.dtype, options.column, options.boundary]
+        facts += [*vocabulary[1:], options.validation_fraction]
         for split, files in by_split(self.files).items():
             both = [path for file in files for path in FORMATS[self.format].companions(file)]
             facts.append([split, [_file_digest(path) for path in both]])

@@ -34,7 +34,7 @@ _EVALUATION = 20240522  # llm.c's multiple-choice questions
 
 def find_files(path: Path) -> list[Path]:
     """Files that end with .bin and have no .idx beside them."""
-    return [file for file in list_files(path, [".bin"]) if not file.with_suffix(".idx").exists()]
+    return [file for file in list_files(path, r"\.bin$") if not file.with_suffix(".idx").exists()]
 
 
 def companions(file: Path) -> list[Path]:

@@ -1,0 +1,318 @@
+"""Arrow data sets and ArrayRecord files of ids, written by pyarrow, array_record and protobuf."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from array_record.python.array_record_module import ArrayRecordWriter
+from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
+
+from parity_tests.train.corpus import documents_of, word_tokenizer
+from parity_tests.train.data.formats.writers import Documents
+from train.data.documents import read_documents
+from train.data.formats.example import example_features, int64_values
+from train.data.formats.source import token_files
+from train.data.token_shards import open_tokens
+from train.data.tokenize import tokenize
+from train.data.tokens import Source, document_ends, read_tokens
+from train.options import TokenOptions
+
+EOS, VOCAB = 1, 300
+DOCUMENTS = [[3, 4, EOS], [299, EOS], [5], [6, 7, 8, 9, 10, EOS], [11, EOS]]
+
+
+@pytest.fixture(autouse=True)
+def _cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+
+@pytest.fixture(scope="session")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    words = ["<s>", "<|endoftext|>", "<unk>", *(f"w{n}" for n in range(VOCAB - 3))]
+    return word_tokenizer(tmp_path_factory.mktemp("tokenizer"), words)
+
+
+def opened(path: Path, tokenizer: Path, **options: Any) -> Source:
+    source = token_files(path, 1.0, TokenOptions(**options), tokenizer)
+    assert source is not None
+    return source
+
+
+def error_of(call: Callable[[], object]) -> str:
+    with pytest.raises(ValueError) as caught:
+        call()
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def write_arrow(path: Path, column: Any, name: str = "input_ids", *, rows: int = 2) -> Path:
+    """A file as `datasets.Dataset.save_to_disk` writes it: the stream format, in record batches."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    table = pa.table({"other": range(len(column)), name: column})
+    with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_stream(sink, table.schema) as writer:
+        writer.write_table(table, max_chunksize=rows)
+    return path
+
+
+def saved_data_set(folder: Path, documents: Documents, shards: int = 1) -> Path:
+    names = []
+    for number in range(shards):
+        names.append(f"data-{number:05}-of-{shards:05}.arrow")
+        first, last = (len(documents) * n // shards for n in (number, number + 1))
+        part = documents[first:last]
+        write_arrow(folder / names[-1], pa.array(part, pa.list_(pa.int32())))
+    state = {"_data_files": [{"filename": name} for name in names]}
+    (folder / "state.json").write_text(json.dumps(state))
+    return folder
+
+
+def write_records(path: Path, records: list[bytes], options: str = "group_size:2") -> Path:
+    writer = ArrayRecordWriter(str(path), options)
+    for record in records:
+        writer.write(record)
+    writer.close()
+    return path
+
+
+def raw(documents: Documents, dtype: str = "uint16") -> list[bytes]:
+    return [np.array(ids, dtype).tobytes() for ids in documents]
+
+
+@pytest.fixture(scope="session")
+def example_class() -> Any:
+    """tf.train.Example, as protobuf itself encodes it."""
+    file = descriptor_pb2.FileDescriptorProto(name="example.proto", package="t", syntax="proto3")
+
+    def message(name: str, *fields: tuple[str, int, int, str, bool]) -> Any:
+        added = file.message_type.add(name=name)
+        for field, number, kind, type_name, repeated in fields:
+            described = {"type_name": type_name} if type_name else {}
+            label = 3 if repeated else 1
+            added.field.add(name=field, number=number, type=kind, label=label, **described)
+        return added
+
+    nested, integer, data, text, number = 11, 3, 12, 9, 2
+    message("BytesList", ("value", 1, data, "", True))
+    message("FloatList", ("value", 1, number, "", True))
+    message("Int64List", ("value", 1, integer, "", True))
+    message(
+        "Feature",
+        *(
+            (f"{name}_list", place, nested, f".t.{name.title()}List", False)
+            for place, name in enumerate(("bytes", "float", "int64"), 1)
+        ),
+    )
+    features = message("Features", ("feature", 1, nested, ".t.Features.FeatureEntry", True))
+    entry = features.nested_type.add(name="FeatureEntry")
+    entry.options.map_entry = True
+    entry.field.add(name="key", number=1, type=text, label=1)
+    entry.field.add(name="value", number=2, type=nested, type_name=".t.Feature", label=1)
+    message("Example", ("features", 1, nested, ".t.Features", False))
+    pool = descriptor_pool.DescriptorPool()
+    pool.Add(file)
+    return message_factory.GetMessageClass(pool.FindMessageTypeByName("t.Example"))
+
+
+def check(source: Source, documents: Documents) -> None:
+    tokens = source.open("train")
+    flat = [token for document in documents for token in document]
+    assert documents_of(tokens) == documents
+    ends = np.cumsum([len(document) for document in documents]).tolist()
+    for start in range(len(flat)):
+        for stop in range(start + 1, len(flat) + 1):
+            assert read_tokens(tokens, start, stop, VOCAB).tolist() == flat[start:stop]
+            expected = [end for end in ends if start < end <= stop]
+            assert document_ends(tokens, start, stop).tolist() == expected
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [pa.list_(pa.int32()), pa.large_list(pa.int64()), pa.list_(pa.uint16())],
+    ids=str,
+)
+def test_arrow(kind: pa.DataType, tokenizer: Path, tmp_path: Path) -> None:
+    path = write_arrow(tmp_path / "a.arrow", pa.array(DOCUMENTS, kind))
+    check(opened(path, tokenizer), DOCUMENTS)
+
+
+def test_arrow_files_of_other_kinds(tokenizer: Path, tmp_path: Path) -> None:
+    rows = [[3, 4], [5, 6], [7, 8]]
+    path = write_arrow(tmp_path / "a.arrow", pa.array(rows, pa.list_(pa.int32(), 2)), "tokens")
+    check(opened(path, tokenizer, column="tokens"), rows)
+    table = pa.table({"input_ids": [[3], [], [4, 5]]})
+    with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, table.schema) as writer:
+        writer.write_table(table)
+    assert read_tokens(opened(path, tokenizer).open("train"), 0, 3, VOCAB).tolist() == [3, 4, 5]
+
+
+def test_a_data_set_with_splits(tokenizer: Path, tmp_path: Path) -> None:
+    saved_data_set(tmp_path / "d" / "train", DOCUMENTS, shards=2)
+    saved_data_set(tmp_path / "d" / "validation", [[20, EOS]])
+    saved_data_set(tmp_path / "d" / "test", [[21, EOS]])
+    (tmp_path / "d" / "dataset_dict.json").write_text('{"splits": ["train", "validation", "test"]}')
+    # what `map` leaves in the folder is not of the data set
+    write_arrow(tmp_path / "d" / "train" / "cache-0123.arrow", pa.array([[9]]))
+    source = opened(tmp_path / "d", tokenizer)
+    check(source, DOCUMENTS)
+    assert documents_of(source.open("validation")) == [[20, EOS]]
+    (tmp_path / "d" / "train" / "data-00001-of-00002.arrow").unlink()
+    assert error_of(lambda: opened(tmp_path / "d", tokenizer).open("train")) == (
+        f"{tmp_path}/d/train/data-00001-of-00002.arrow: no such file, but state.json lists it"
+    )
+
+
+def test_wrong_arrow_files(tokenizer: Path, tmp_path: Path) -> None:
+    path = tmp_path / "a.arrow"
+
+    def message(**options: Any) -> str:
+        return error_of(lambda: opened(path, tokenizer, **options).open("train"))
+
+    write_arrow(path, pa.array(["a"]), "text")
+    assert message() == (
+        f"{path}: found columns other, text, expected 'input_ids': tokenize it first, "
+        "`python -m train tokenize`"
+    )
+    write_arrow(path, pa.array([[3]]), "ids")
+    assert message() == (
+        f"{path}: found columns other, ids, expected 'input_ids': name that of the ids with --tokens.column"
+    )
+    assert message(column="other") == (
+        f"{path}: found int64 as column 'other', expected lists of integers"
+    )
+    write_arrow(path, pa.array([[3], None]))
+    assert message() == f"{path}: found null in column 'input_ids', expected lists of integers"
+    write_arrow(path, pa.array([[]], pa.list_(pa.int32())))
+    assert message() == f"{path}: found no ids in column 'input_ids'"
+    write_arrow(path, pa.array([[3, 4, 900]]))
+    source = opened(path, tokenizer)
+    assert error_of(lambda: source.require_intact(["train"], 1 << 20)) == (
+        f"{path}, batch 0, token 2: found id 900, expected less than the tokenizer's vocabulary of {VOCAB}"
+    )
+    content = path.read_bytes()
+    for damaged in (b"", b"text", content[:100]):
+        path.write_bytes(damaged)
+        assert message().startswith(f"{path}: not a valid Arrow file (")
+
+
+def test_text_in_arrow_files_is_read_as_documents(tmp_path: Path) -> None:
+    path = write_arrow(tmp_path / "d" / "data-0.arrow", pa.array(["a b", "", "c", "d\n"]), "text")
+    (tmp_path / "d" / "state.json").write_text('{"_data_files": [{"filename": "data-0.arrow"}]}')
+    write_arrow(tmp_path / "d" / "cache-1.arrow", pa.array(["no"]), "text")
+    assert [*read_documents([tmp_path / "d"])] == ["a b", "c", "d\n"]
+    write_arrow(path, pa.array(["a", None]), "text")
+    assert error_of(lambda: [*read_documents([path])]) == (
+        f"{path}, row 2: found null as 'text', expected a string"
+    )
+    assert error_of(lambda: [*read_documents([path], text_field="other")]) == (
+        f"{path}: found int64 as column 'other', expected string"
+    )
+    path.write_bytes(b"text")
+    assert error_of(lambda: [*read_documents([path])]).startswith(
+        f"{path}: not a valid Arrow file ("
+    )
+
+
+@pytest.mark.parametrize("options", ["group_size:1", "group_size:3,uncompressed"])
+def test_array_records_of_ids(options: str, tokenizer: Path, tmp_path: Path) -> None:
+    path = write_records(tmp_path / "a.array_record", raw(DOCUMENTS), options)
+    check(opened(path, tokenizer), DOCUMENTS)
+    (cached,) = (tmp_path / "cache" / "llama_jax").iterdir()
+    before = cached.stat().st_mtime_ns
+    check(opened(path, tokenizer), DOCUMENTS)
+    assert cached.stat().st_mtime_ns == before
+    path = write_records(tmp_path / "b.array_record", raw(DOCUMENTS, "int64"))
+    check(opened(path, tokenizer, dtype="int64"), DOCUMENTS)
+
+
+def test_array_records_of_examples(example_class: Any, tokenizer: Path, tmp_path: Path) -> None:
+    records = []
+    for ids in DOCUMENTS:
+        example = example_class()
+        example.features.feature["text"].bytes_list.value.append(b"x")
+        example.features.feature["input_ids"].int64_list.value.extend(ids)
+        records.append(example.SerializeToString())
+    path = write_records(tmp_path / "a.array_record", records)
+    check(opened(path, tokenizer), DOCUMENTS)
+    for column, shown in (("text", "text"), ("tokens", "tokens")):
+        message = error_of(
+            lambda column=column: opened(path, tokenizer, column=column).open("train")
+        )
+        assert message.startswith(f"{path}: found a tf.train.Example with ")
+        assert message.endswith(
+            f"expected an int64_list {shown!r}: name that of the ids with --tokens.column"
+        )
+
+
+def test_examples_as_protobuf_encodes_them(example_class: Any) -> None:
+    values = [0, 1, 127, 128, 65_535, 2**31 - 1, 2**63 - 1, -1, -(2**63)]
+    example = example_class()
+    example.features.feature["a"].int64_list.value.extend(values)
+    example.features.feature["b"].float_list.value.append(1.5)
+    example.features.feature["c"].int64_list.SetInParent()
+    record = example.SerializeToString()
+    features = example_features(record)
+    assert features is not None
+    assert features.keys() == {"a", "b", "c"}
+    assert features["b"] is None
+    assert features["a"] is not None
+    assert features["c"] is not None
+    assert int64_values(features["a"]).tolist() == values
+    assert int64_values(features["c"]).tolist() == []
+    rng = np.random.default_rng(0)
+    for _ in range(200):
+        ids = rng.integers(0, VOCAB, rng.integers(1, 40), dtype=np.uint16)
+        assert example_features(ids.tobytes()) is None
+    for length in range(1, len(record)):
+        features = example_features(record[:length])  # no error but ValueError, which means None
+        assert features is None or features.keys() < {"a", "b", "c"}
+
+
+def test_the_names_of_sharded_array_records(tokenizer: Path, tmp_path: Path) -> None:
+    for split, token in (("train", 3), ("validation", 4)):
+        for shard in range(2):
+            name = f"c4-{split}.array_record-{shard:05}-of-00002"
+            write_records(tmp_path / name, raw([[token + 10 * shard, EOS]]))
+    source = opened(tmp_path, tokenizer)
+    assert documents_of(source.open("train")) == [[3, EOS], [13, EOS]]
+    assert documents_of(source.open("validation")) == [[4, EOS], [14, EOS]]
+
+
+def test_wrong_array_records(tokenizer: Path, tmp_path: Path) -> None:
+    path = write_records(tmp_path / "a.array_record", [b"\1\0\2"])
+
+    def message(**options: Any) -> str:
+        return error_of(lambda: opened(path, tokenizer, **options).open("train"))
+
+    assert message() == (
+        f"{path}: found a record of 3 bytes, expected a multiple of 2 for uint16: of another "
+        "--tokens.dtype?"
+    )
+    write_records(path, raw([[*range(3, 40)]], "uint32"))
+    assert message() == (
+        f"{path}: every other uint16 is 0, so the ids are wider: name their dtype with --tokens.dtype"
+    )
+    content = path.read_bytes()
+    for damaged in (b"", b"text", content[: len(content) // 3]):
+        path.write_bytes(damaged)
+        assert message() == f"{path}: not an ArrayRecord file, truncated, or without records"
+
+
+def test_a_data_set_with_splits_keeps_them(tokenizer: Path, tmp_path: Path) -> None:
+    """The hash of a text decides only where there is no split for validation."""
+    texts = {"train": ["w0", "w1 w2", "w3"], "validation": ["w4"], "test": ["w5"]}
+    for split, column in texts.items():
+        write_arrow(tmp_path / "d" / split / "data-0.arrow", pa.array(column), "text")
+    (tmp_path / "d" / "dataset_dict.json").write_text(json.dumps({"splits": [*texts]}))
+    tokenize([tmp_path / "d"], tokenizer, tmp_path / "out", validation_fraction=0.9)
+    assert documents_of(open_tokens(tmp_path / "out", "train")) == [[3, EOS], [4, 5, EOS], [6, EOS]]
+    assert documents_of(open_tokens(tmp_path / "out", "validation")) == [[7, EOS]]
+    shutil.rmtree(tmp_path / "d" / "validation")
+    index = tokenize([tmp_path / "d"], tokenizer, tmp_path / "hashed", validation_fraction=0.999999)
+    assert sum(shard.documents for shard in index.splits["validation"]) == 3
