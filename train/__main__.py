@@ -397,9 +397,15 @@ def _add_tokenize(program: Parser) -> None:
     )
     parser.add_argument(
         "--text-field",
-        default="text",
         metavar="NAME",
-        help="field of JSON lines, or column of Parquet or Arrow, that holds the text",
+        help="field of JSON lines, or column of Parquet or Arrow; default: text, or messages for chats",
+    )
+    parser.add_argument(
+        "--chat",
+        action=OnOff,
+        default=False,
+        help="documents are conversations: apply the tokenizer's chat template, and train on the turns of "
+        "the assistant only",
     )
     parser.add_argument(
         "--validation-fraction",
@@ -449,6 +455,7 @@ def _tokenize(arguments: argparse.Namespace) -> None:
             arguments.tokenizer,
             arguments.out,
             text_field=arguments.text_field,
+            chat=arguments.chat,
             validation_fraction=arguments.validation_fraction,
             shard_tokens=arguments.shard_tokens,
             eos=arguments.eos,

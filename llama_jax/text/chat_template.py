@@ -7,12 +7,11 @@ child process (this file as a script) with limits on time and memory.
 import json
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 SECONDS, BYTES = 10, 1 << 30  # limits on CPU time and memory
-_TEMPLATE_ERROR = 3  # exit code of the child process
 
 
 def find_chat_template(directory: str | Path) -> tuple[str, dict[str, str]]:
@@ -117,15 +116,40 @@ def render_chat(
     >>> render_chat(template, [{"role": "user", "content": "Hi!"}])
     '<user>Hi!'
     """
-    values = {"tools": None, "documents": None} | dict(special_tokens or {}) | variables
-    values |= {
-        "messages": [_message(message) for message in messages],
-        "add_generation_prompt": add_generation_prompt,
-    }
+    job = {"messages": messages, "add_generation_prompt": add_generation_prompt} | variables
+    (text,) = render_chats(template, [job], special_tokens=special_tokens)
+    if isinstance(text, ValueError):
+        raise text
+    return text
+
+
+def render_chats(
+    template: str,
+    chats: Sequence[Mapping[str, Any]],
+    *,
+    special_tokens: Mapping[str, str] | None = None,
+    marks: tuple[str, str] = ("", ""),
+) -> list[str | ValueError]:
+    """As `render_chat` for many conversations, in one child process; each an own text or error.
+
+    Args:
+        chats: the variables of each: "messages", "add_generation_prompt" and others, JSON values.
+        marks: texts to put around each `{% generation %}` block.
+
+    Raises:
+        ValueError: they need too much time or memory together.
+    """
+    values = [
+        {"tools": None, "documents": None}
+        | dict(special_tokens or {})
+        | dict(chat)
+        | {"messages": [_message(message) for message in chat["messages"]]}
+        for chat in chats
+    ]
     try:
         child = subprocess.run(
             (sys.executable, "-P", __file__),
-            input=json.dumps({"template": template, "values": values}),
+            input=json.dumps({"template": template, "values": values, "marks": marks}),
             capture_output=True,
             text=True,
             encoding="utf-8",
@@ -134,13 +158,14 @@ def render_chat(
         )
     except subprocess.TimeoutExpired:
         child = None
-    if child is not None and child.returncode == _TEMPLATE_ERROR:
-        raise ValueError(f"chat template: {child.stdout}")
     if child is None or child.returncode:
         raise ValueError(
             f"chat template: stopped, because it needs more than {SECONDS} s or {BYTES >> 20} MiB"
         )
-    return json.loads(child.stdout)
+    return [
+        text if reason is None else ValueError(f"chat template: {reason}")
+        for text, reason in json.loads(child.stdout)
+    ]
 
 
 def _message(message: Mapping[str, Any]) -> dict[str, Any]:
@@ -153,8 +178,12 @@ def _message(message: Mapping[str, Any]) -> dict[str, Any]:
     return {"thinking": reasoning, **fields, "reasoning_content": reasoning}
 
 
-def render_here(template: str, values: Mapping[str, Any]) -> str:
+def render_here(template: str, values: Mapping[str, Any], marks: tuple[str, str] = ("", "")) -> str:
     """As `render_chat`, in this process and without limits. Raises jinja2's errors."""
+    return _compile(template, marks).render(**values)
+
+
+def _compile(template: str, marks: tuple[str, str]) -> Any:
     from datetime import datetime
 
     import jinja2
@@ -169,7 +198,13 @@ def render_here(template: str, values: Mapping[str, Any]) -> str:
         def parse(self, parser: Any) -> Any:
             line = next(parser.stream).lineno
             body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-            return jinja2.nodes.Scope(body).set_lineno(line)
+            if marks == ("", ""):
+                return jinja2.nodes.Scope(body).set_lineno(line)
+            call = self.call_method("_marked")
+            return jinja2.nodes.CallBlock(call, [], [], body).set_lineno(line)
+
+        def _marked(self, caller: Any) -> str:
+            return f"{marks[0]}{caller()}{marks[1]}"
 
     def raise_exception(message: str) -> None:
         raise jinja2.TemplateError(message)
@@ -195,7 +230,7 @@ def render_here(template: str, values: Mapping[str, Any]) -> str:
     environment.filters["tojson"] = tojson
     environment.globals["raise_exception"] = raise_exception
     environment.globals["strftime_now"] = lambda pattern: datetime.now().strftime(pattern)
-    return environment.from_string(template).render(**values)
+    return environment.from_string(template)
 
 
 def _child() -> int:
@@ -205,18 +240,38 @@ def _child() -> int:
     resource.setrlimit(resource.RLIMIT_CPU, (SECONDS, SECONDS))
     job = json.load(sys.stdin)
     try:
-        text = render_here(job["template"], job["values"])
+        results = [*_results(job)]
+    except (MemoryError, RecursionError):
+        return 1
+    json.dump(results, sys.stdout)
+    return 0
+
+
+def _results(job: Mapping[str, Any]) -> Iterator[tuple[str | None, str | None]]:
+    """The text of each conversation, or why there is none."""
+    compiled, reason = None, None
+    try:
+        compiled = _compile(job["template"], tuple(job["marks"]))
     except ImportError:
         reason = "jinja2 is not installed: pip install 'llama-jax[generate]'"
     except (MemoryError, RecursionError):
-        return 1
-    except Exception as error:  # a template may raise anything
-        reason = " ".join(str(error).split()) or type(error).__name__
-    else:
-        json.dump(text, sys.stdout)
-        return 0
-    sys.stdout.write(reason)
-    return _TEMPLATE_ERROR
+        raise
+    except Exception as error:  # jinja2 has several
+        reason = _line(error)
+    for values in job["values"]:
+        if compiled is None:
+            yield None, reason
+            continue
+        try:
+            yield compiled.render(**values), None
+        except (MemoryError, RecursionError):
+            raise
+        except Exception as error:  # a template may raise anything
+            yield None, _line(error)
+
+
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from llama_jax.text.lines import byte_lines, not_utf8
+from train.data.chat import Chat, parse_chat
 from train.data.formats.arrow import is_listed, open_table
 from train.data.formats.files import split_of
 from train.data.tokens import Split
@@ -72,6 +73,7 @@ def read_documents(
 ) -> Iterator[str]:
     """As `read_split_documents`, without the splits."""
     for _, text in read_split_documents(sources, text_field=text_field, advance=advance):
+        assert isinstance(text, str)
         yield text
 
 
@@ -79,8 +81,9 @@ def read_split_documents(
     sources: Iterable[str | Path],
     *,
     text_field: str = "text",
+    chat: bool = False,
     advance: Callable[[int], object] = lambda count: None,
-) -> Iterator[tuple[Split | None, str]]:
+) -> Iterator[tuple[Split | None, str | Chat]]:
     """The documents of the sources in order, the files of each sorted. No file is read into memory at once.
 
     A text file is one document (or several, if it is longer than LONGEST_TEXT); each JSON line and each row
@@ -89,6 +92,7 @@ def read_split_documents(
 
     Args:
         text_field: the field of a JSON line, or the column of a Parquet or Arrow file.
+        chat: the field is a list of messages, each with a role.
         advance: called with the number of bytes read since the last call.
 
     Returns:
@@ -108,7 +112,7 @@ def read_split_documents(
             done = 0
             split = split_of(path.relative_to(source)) if divided else None
             with path.open("rb") as file:
-                for text in _read(path, file, text_field):
+                for text in _read(path, file, text_field, chat):
                     if text:
                         empty = False
                         advance(file.tell() - done)
@@ -123,11 +127,11 @@ def _hidden(path: Path, directory: Path) -> bool:
     return any(part.startswith(".") for part in path.relative_to(directory).parts)
 
 
-def _read(path: Path, file: IO[bytes], field: str) -> Iterator[str]:
+def _read(path: Path, file: IO[bytes], field: str, chat: bool) -> Iterator[str | Chat]:
     compression = _COMPRESSIONS.get(path.suffix.lower())
     suffix = (Path(path.stem).suffix if compression else path.suffix).lower()
     if suffix in (".parquet", ".arrow"):
-        yield from _read_table(path, field, _batches_of(path, suffix))
+        yield from _read_table(path, field, chat, _batches_of(path, suffix))
         return
     # pyarrow reads both formats and, unlike zstandard, notices a truncated archive
     stream = (
@@ -135,7 +139,11 @@ def _read(path: Path, file: IO[bytes], field: str) -> Iterator[str]:
     )
     try:
         if suffix in (".jsonl", ".json"):
-            yield from _read_lines(path, stream, field)
+            yield from _read_lines(path, stream, field, chat)
+        elif chat:
+            raise ValueError(
+                f"{path}: is plain text, expected chats in JSON lines, Parquet or Arrow"
+            )
         else:
             yield from _read_text(path, stream)
     except OSError as error:
@@ -151,7 +159,7 @@ def _read_text(path: Path, stream: IO[bytes]) -> Iterator[str]:
         raise ValueError(not_utf8(str(path), error)) from None
 
 
-def _read_lines(path: Path, stream: IO[bytes], field: str) -> Iterator[str]:
+def _read_lines(path: Path, stream: IO[bytes], field: str, chat: bool) -> Iterator[str | Chat]:
     for number, line in enumerate(byte_lines(stream), start=1):
         where = f"{path}, line {number}"
         if not line.strip():
@@ -167,6 +175,11 @@ def _read_lines(path: Path, stream: IO[bytes], field: str) -> Iterator[str]:
         if field not in record:
             fields = ", ".join(record) or "none"
             raise ValueError(f"{where}: found fields {fields}, expected {field!r} (--text-field)")
+        if chat:
+            if record.get("tools"):
+                raise ValueError(_TOOLS.format(where))
+            yield parse_chat(where, field, record[field])
+            continue
         text = record[field]
         if not isinstance(text, str):
             raise ValueError(
@@ -179,23 +192,33 @@ def _read_lines(path: Path, stream: IO[bytes], field: str) -> Iterator[str]:
         yield text
 
 
+_TOOLS = "{}: has tools for the chat template, which are not supported"
+
 Batches = Callable[[str], Iterator[pa.RecordBatch]]
 
 
-def _read_table(path: Path, field: str, table: tuple[pa.Schema, Batches]) -> Iterator[str]:
+def _read_table(
+    path: Path, field: str, chat: bool, table: tuple[pa.Schema, Batches]
+) -> Iterator[str | Chat]:
     schema, batches = table
     if field not in schema.names:
         raise ValueError(
             f"{path}: found columns {', '.join(schema.names)}, expected {field!r} (--text-field)"
         )
     dtype = schema.field(field).type
-    if not (pa.types.is_string(dtype) or pa.types.is_large_string(dtype)):
+    if chat:
+        if "tools" in schema.names:
+            raise ValueError(_TOOLS.format(path))
+    elif not (pa.types.is_string(dtype) or pa.types.is_large_string(dtype)):
         raise ValueError(f"{path}: found {dtype} as column {field!r}, expected string")
     row = 0
     try:
         for batch in batches(field):
             for text in batch.column(0).to_pylist():
                 row += 1
+                if chat:
+                    yield parse_chat(f"{path}, row {row}", field, text)
+                    continue
                 if text is None:
                     raise ValueError(
                         f"{path}, row {row}: found null as {field!r}, expected a string"

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from llama_jax.text.tokenizer import load_tokenizer
 from train.data.special_ids import special_ids
-from train.data.token_shards import Index, Shard, ends_path, open_tokens, read_index
+from train.data.token_shards import Index, Shard, ends_path, loss_path, open_tokens, read_index
 from train.data.tokens import Split, Tokens, Vocabulary
 
 _SHOWN = 12  # characters of a digest in a message
@@ -55,7 +55,9 @@ class TokenDirectory(NamedTuple):
         shards = [shard for split in splits for shard in index.splits[split]]
         with ThreadPoolExecutor() as pool:
             within = list(self._within(shards, bytes_to_read))
-            digests = pool.map(lambda shard: _shard_digest(self.path / shard.file), within)
+            digests = pool.map(
+                lambda shard: _shard_digest(self.path / shard.file, index.loss_mask), within
+            )
             for shard, digest in zip(within, digests, strict=True):
                 if digest != shard.sha256:
                     raise ValueError(
@@ -94,9 +96,9 @@ def data_digest(index: Index) -> str:
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 
-def _shard_digest(file: Path) -> str:
+def _shard_digest(file: Path, loss_mask: bool) -> str:
     digest = hashlib.sha256()
-    for path in (file, ends_path(file)):
+    for path in (file, ends_path(file), *([loss_path(file)] if loss_mask else [])):
         with path.open("rb") as opened:
             while block := opened.read(1 << 20):
                 digest.update(block)

@@ -4,6 +4,7 @@
     tokenizer.json, ...    the tokenizer and the files that belong to it
     train-00000.tokens     token ids, little-endian uint16 (vocabulary up to 65536) or uint32
     train-00000.ends       little-endian int64: where each document ends, counted in tokens of the shard
+    train-00000.loss       of chats: uint8, 1 for each token that is in the loss, 0 for the others
     validation-00000.tokens, ...
 
 A shard holds one or more complete documents, each of at least one token. The index has the SHA-256 of every
@@ -57,6 +58,7 @@ class Index:
     tokenizer: names of the tokenizer's files in the directory, tokenizer.json first.
     made_from: the arguments of `tokenize`, which must be the same to continue an incomplete directory.
     splits: the shards of "train" and "validation", in order.
+    loss_mask: whether each shard has a .loss file.
     """
 
     complete: bool
@@ -68,6 +70,7 @@ class Index:
     made_from: dict[str, Any]
     splits: dict[Split, list[Shard]]
     version: int = VERSION
+    loss_mask: bool = False
 
 
 def token_dtype(vocab_size: int) -> str:
@@ -76,20 +79,33 @@ def token_dtype(vocab_size: int) -> str:
 
 
 def write_shard(
-    directory: Path, split: Split, number: int, documents: Sequence[np.ndarray]
+    directory: Path,
+    split: Split,
+    number: int,
+    documents: Sequence[np.ndarray],
+    masks: Sequence[np.ndarray] | None = None,
 ) -> Shard:
-    """Write the documents, each [tokens] of the index's dtype, as one shard, atomically."""
+    """Write the documents, each [tokens] of the index's dtype, as one shard, atomically.
+
+    Args:
+        masks: which tokens are in the loss, each [tokens] bool; None if all are.
+    """
     file = f"{split}-{number:05d}.tokens"
     ends = np.cumsum([len(document) for document in documents], dtype=np.int64)
     digest = hashlib.sha256()
     _write(directory / file, np.concatenate(documents), digest)
     _write(ends_path(directory / file), ends, digest)
+    if masks is not None:
+        _write(loss_path(directory / file), np.concatenate(masks).astype(np.uint8), digest)
     return Shard(file, int(ends[-1]), len(documents), digest.hexdigest())
 
 
 def write_index(directory: Path, index: Index) -> None:
     """Write or replace index.json atomically."""
-    text = json.dumps(dataclasses.asdict(index), indent=2)
+    fields = dataclasses.asdict(index)
+    if not index.loss_mask:
+        del fields["loss_mask"]  # versions before chats would not know it
+    text = json.dumps(fields, indent=2)
     with replacing(directory / INDEX_FILE) as staged:
         write_text(staged, text + "\n")
 
@@ -144,6 +160,7 @@ def _require_types(path: Path, index: Index) -> None:
         "bos_id": index.bos_id is None or type(index.bos_id) is int,
         "tokenizer": isinstance(index.tokenizer, list) and all(map(is_name, index.tokenizer)),
         "made_from": isinstance(index.made_from, dict),
+        "loss_mask": isinstance(index.loss_mask, bool),
         "splits": all(
             is_name(shard.file) and is_count(shard.tokens) and is_count(shard.documents)
             for shard in shards
@@ -184,7 +201,14 @@ def open_tokens(directory: Path, split: Split) -> Tokens:
             raise ValueError(
                 f"{ends_path(path)}: found {ends[-1][-1]} as the last end, expected {shard.tokens}"
             )
-    return join_shards(files, tokens, [listed_ends(shard) for shard in ends])
+    joined = join_shards(files, tokens, [listed_ends(shard) for shard in ends])
+    if not index.loss_mask:
+        return joined
+    masks = [
+        _map(loss_path(path), np.dtype(np.uint8), shard.tokens)
+        for path, shard in zip(files, shards, strict=True)
+    ]
+    return dataclasses.replace(joined, in_loss=tuple(masks))
 
 
 def _map(path: Path, dtype: np.dtype, count: int) -> np.ndarray:
@@ -207,6 +231,11 @@ def _write(path: Path, values: np.ndarray, digest: Any) -> None:
         file.write(little.data)
         file.flush()
         os.fsync(file.fileno())
+
+
+def loss_path(path: Path) -> Path:
+    """The .loss file beside a .tokens file."""
+    return path.with_suffix(".loss")
 
 
 def ends_path(path: Path) -> Path:

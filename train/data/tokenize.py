@@ -11,12 +11,14 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 
 from llama_jax.files.paths import local_path, source_path
+from llama_jax.text.chat_template import find_chat_template
 from llama_jax.text.tokenizer import load_tokenizer
+from train.data.chat import Chat, Template, assistant_tokens, render
 from train.data.digests import sources_digest, tokenizer_files_digest
 from train.data.documents import read_split_documents
 from train.data.special_ids import SpecialIds, special_ids
@@ -35,6 +37,11 @@ from train.options import require_local
 
 T = TypeVar("T")
 
+Document = tuple[Split, str | Chat]
+
+_CHATS = 256  # conversations that are rendered at a time
+_DIGITS = 16  # of a SHA-256 in the index
+
 # characters encoded at a time on all cores, enough to keep them busy
 _BATCH = 1 << 22
 
@@ -44,7 +51,8 @@ def tokenize(
     tokenizer: str | Path,
     out: str | Path,
     *,
-    text_field: str = "text",
+    text_field: str | None = None,
+    chat: bool = False,
     validation_fraction: float = 0.005,
     shard_tokens: int = 1 << 25,
     eos: str | None = None,
@@ -64,6 +72,9 @@ def tokenize(
         sources: files, directories and globs, as `train.data.documents` reads them.
         tokenizer: a tokenizer.json or a tokenizer.model, the directory that has one, or a name on the Hub.
         out: the directory to write; it need not exist.
+        text_field: field or column of the text, by default "text", or of the messages, "messages".
+        chat: documents are conversations, which the tokenizer's chat template renders, and only what the
+            assistant says is in the loss.
         validation_fraction: of the documents, 0 <= fraction < 1.
         shard_tokens: a shard ends with the document that reaches this many; a shard is held in memory.
         eos: the end-of-text token, overriding the files beside the tokenizer.
@@ -89,7 +100,10 @@ def tokenize(
     encoder.no_truncation()
     encoder.no_padding()
     special = special_ids(encoder, home, eos)
-    encoder.encode_special_tokens = True
+    # the special tokens in a chat's text are the template's
+    encoder.encode_special_tokens = not chat
+    template = _chat_template(encoder, home) if chat else None
+    field = text_field or ("messages" if chat else "text")
     vocab_size = 1 + max(encoder.get_vocab().values())
     existing = read_index(out) if (out / INDEX_FILE).exists() else None
     version = VERSION if existing is None else existing.version
@@ -104,12 +118,16 @@ def tokenize(
             "sources": sources_digest(sources, version=version, hashed=identified),
             "tokenizer": tokenizer_files_digest(tokenizer, version=version),
             "boundary_id": special.bos_id if special.eos_id is None else special.eos_id,
-            "text_field": text_field,
+            "text_field": field,
             "validation_fraction": validation_fraction,
             "shard_tokens": shard_tokens,
         },
         splits={split: [] for split in SPLITS},
+        loss_mask=chat,
     )
+    if template is not None:
+        digest = hashlib.sha256(template.source.encode()).hexdigest()
+        index.made_from["chat_template"] = digest[:_DIGITS]
     index = _begin_or_continue(out, index, existing)
     if index.complete:
         return index
@@ -127,12 +145,11 @@ def tokenize(
 
     assignment = _Assignment(validation_fraction)
     documents = assignment.split(
-        read_split_documents(sources, text_field=text_field, advance=advance)
+        read_split_documents(sources, text_field=field, chat=chat, advance=advance)
     )
     for batch in _prefetched(_batches(_remaining(documents, index))):
-        encodings = encoder.encode_batch_fast([text for _, text in batch])
-        for (split, _), encoding in zip(batch, encodings, strict=True):
-            shards.add(split, _bounded(encoding.ids, special))
+        for split, ids, mask in _encoded(encoder, batch, special, template):
+            shards.add(split, ids, mask)
         report(bytes_read, shards.tokens)
     shards.finish()
     report(bytes_read, shards.tokens)
@@ -154,11 +171,14 @@ class _ShardWriter:
         self._directory, self._index, self._shard_tokens = directory, index, shard_tokens
         self._dtype = np.dtype(index.dtype)
         self._documents: dict[Split, list[np.ndarray]] = {split: [] for split in SPLITS}
+        self._masks: dict[Split, list[np.ndarray]] = {split: [] for split in SPLITS}
         self._sizes = dict.fromkeys(SPLITS, 0)
         self.tokens = sum(shard.tokens for split in SPLITS for shard in index.splits[split])
 
-    def add(self, split: Split, ids: list[int]) -> None:
+    def add(self, split: Split, ids: list[int], mask: list[bool] | None = None) -> None:
         """Add a document; if it fills a shard, write that, and the index."""
+        if mask is not None:
+            self._masks[split].append(np.asarray(mask, np.bool_))
         self._documents[split].append(np.asarray(ids, self._dtype))
         self._sizes[split] += len(ids)
         self.tokens += len(ids)
@@ -174,8 +194,10 @@ class _ShardWriter:
 
     def _write(self, split: Split) -> None:
         written = self._index.splits[split]
-        written.append(write_shard(self._directory, split, len(written), self._documents[split]))
-        self._documents[split], self._sizes[split] = [], 0
+        masks = self._masks[split] or None
+        documents = self._documents[split]
+        written.append(write_shard(self._directory, split, len(written), documents, masks))
+        self._documents[split], self._masks[split], self._sizes[split] = [], [], 0
 
 
 class _Assignment:
@@ -185,13 +207,14 @@ class _Assignment:
         self._fraction = validation_fraction
         self._lowest, self._highest = math.inf, -math.inf
 
-    def split(self, documents: Iterable[tuple[Split | None, str]]) -> Iterator[tuple[Split, str]]:
+    def split(self, documents: Iterable[tuple[Split | None, str | Chat]]) -> Iterator[Document]:
         """Each document with its split, which those of a saved data set have already."""
         for given, text in documents:
             if given is not None:
                 yield given, text
                 continue
-            digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
+            key = text if isinstance(text, str) else text.key
+            digest = hashlib.blake2b(key.encode(), digest_size=8).digest()
             number = int.from_bytes(digest, "big") / 2**64
             self._lowest, self._highest = min(self._lowest, number), max(self._highest, number)
             yield "validation" if number < self._fraction else "train", text
@@ -235,7 +258,7 @@ def _begin_or_continue(out: Path, index: Index, existing: Index | None) -> Index
     return index
 
 
-def _remaining(documents: Iterable[tuple[Split, str]], index: Index) -> Iterator[tuple[Split, str]]:
+def _remaining(documents: Iterable[Document], index: Index) -> Iterator[Document]:
     """The documents that are in no shard yet; those in shards were the first of their split."""
     done = {split: sum(shard.documents for shard in index.splits[split]) for split in SPLITS}
     for split, text in documents:
@@ -245,11 +268,12 @@ def _remaining(documents: Iterable[tuple[Split, str]], index: Index) -> Iterator
             yield split, text
 
 
-def _batches(documents: Iterable[tuple[Split, str]]) -> Iterator[list[tuple[Split, str]]]:
-    batch, size = [], 0
+def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
+    batch: list[Document] = []
+    size = 0
     for split, text in documents:
         batch.append((split, text))
-        size += len(text)
+        size += len(text) if isinstance(text, str) else _BATCH // _CHATS
         if size >= _BATCH:
             yield batch
             batch, size = [], 0
@@ -264,6 +288,29 @@ def _prefetched(items: Iterator[list[T]]) -> Iterator[list[T]]:
         while (item := upcoming.result()) is not None:
             upcoming = thread.submit(next, items, None)
             yield item
+
+
+def _encoded(
+    encoder: Any, batch: Sequence[Document], special: SpecialIds, template: Template | None
+) -> Iterator[tuple[Split, list[int], list[bool] | None]]:
+    """Each document's split and ids and, of a chat, which of them are in the loss."""
+    splits = [split for split, _ in batch]
+    if template is None:
+        encodings = encoder.encode_batch_fast([text for _, text in batch])
+        for split, encoding in zip(splits, encodings, strict=True):
+            yield split, _bounded(encoding.ids, special), None
+        return
+    chats = list(render(template, [chat for _, chat in batch if isinstance(chat, Chat)]))
+    encodings = encoder.encode_batch([chat.text for chat in chats], add_special_tokens=False)
+    for split, chat, encoding in zip(splits, chats, encodings, strict=True):
+        yield split, encoding.ids, assistant_tokens(chat, encoding)
+
+
+def _chat_template(encoder: Any, home: Path) -> Template:
+    """Raises ValueError if there is none."""
+    source, names = find_chat_template(home)
+    unsplit = [token.content for token in encoder.get_added_tokens_decoder().values()]
+    return Template(source, names, frozenset(unsplit))
 
 
 def _bounded(ids: list[int], special: SpecialIds) -> list[int]:

@@ -75,6 +75,7 @@ class Tokens:
     ends: where documents end in the sequence.
     delimiter: the id by which documents are told apart; None if an index says where they end.
     hint: what an id out of range may mean, as the end of an error message.
+    in_loss: [tokens] of each shard, 0 for tokens that are no labels; None: all are.
     """
 
     names: tuple[str, ...]
@@ -85,6 +86,7 @@ class Tokens:
     length: int
     delimiter: int | None = None
     hint: str = ""
+    in_loss: tuple[Ids, ...] | None = None
 
     def __len__(self) -> int:
         return self.length
@@ -154,6 +156,14 @@ def _checked(
 def document_ends(tokens: Tokens, start: int, stop: int) -> np.ndarray:
     """Positions in the sequence, after `start` up to `stop`, where documents end: [documents] int64."""
     return tokens.ends(start + tokens.first, stop + tokens.first) - tokens.first
+
+
+def loss_mask(tokens: Tokens, start: int, stop: int) -> np.ndarray | None:
+    """Which tokens from `start` up to `stop` are labels: [stop - start] bool; None if all are."""
+    if tokens.in_loss is None:
+        return None
+    parts = _parts(tokens.starts, start + tokens.first, stop + tokens.first)
+    return np.concatenate([tokens.in_loss[shard][low:high] != 0 for shard, low, high in parts])
 
 
 def nearest_end(tokens: Tokens, position: int) -> int | None:

@@ -9,7 +9,7 @@ import grain
 import numpy as np
 
 from llama_jax.loss import IGNORE_INDEX
-from train.data.tokens import Source, Split, Tokens, document_ends, read_tokens
+from train.data.tokens import Source, Split, Tokens, document_ends, loss_mask, read_tokens
 
 Window = dict[str, np.ndarray]
 
@@ -137,9 +137,9 @@ def window(tokens: Tokens, number: int, sequence_length: int, vocab_size: int) -
 
     Returns:
         A dictionary of int32 [S]: input_ids; labels, the next token, or IGNORE_INDEX where that belongs to
-        another document or there is none; segment_ids, 0 for the first document in the window, 1 for the
-        next, with padding as the last; position_ids, from 0 in each document, and from 0 at the start of
-        the window in a document that began before it.
+        another document, is not in the loss, or there is none; segment_ids, 0 for the first document in the
+        window, 1 for the next, with padding as the last; position_ids, from 0 in each document, and from 0
+        at the start of the window in a document that began before it.
 
     Raises:
         ValueError: an id that is not below `vocab_size`.
@@ -156,6 +156,8 @@ def window(tokens: Tokens, number: int, sequence_length: int, vocab_size: int) -
     segments = np.cumsum(begins, dtype=np.int32)
     labels = np.where(segments[1:] == segments[:-1], ids[1:], np.int32(IGNORE_INDEX))
     labels[stop - start - 1 :] = IGNORE_INDEX
+    if (in_loss := loss_mask(tokens, start, stop)) is not None:
+        labels[: stop - start - 1][~in_loss[1:]] = IGNORE_INDEX
     positions = np.arange(sequence_length, dtype=np.int32)
     return {
         "input_ids": ids[:-1],

@@ -57,6 +57,11 @@ def require_exportable(folder: Path, options: RunOptions, dtype: Any) -> None:
                 f"{source.path}: is not a token directory, which --with-optimizer needs: resume_torch.py "
                 "reads no other files; export without it"
             )
+        if read_index(source.path).loss_mask:
+            raise ValueError(
+                f"{source.path}: was made with tokenize --chat: resume_torch.py knows no loss on a part "
+                "of the tokens; export without --with-optimizer"
+            )
     require_identity(folder, sources, "restore it, or export without --with-optimizer")
 
 

@@ -1,6 +1,7 @@
 """Begin a run in a new folder."""
 
 import warnings
+from collections.abc import Sequence
 from contextlib import ExitStack
 
 import jax
@@ -16,7 +17,7 @@ from llama_jax.numerics.xla_options import reserve_gpu_memory, reserve_host_thre
 from train.checkpoints import require_safe_path
 from train.data.sources import common_vocabulary, find_sources, require_same_tokenizer
 from train.data.token_directory import TokenDirectory
-from train.data.tokens import Vocabulary
+from train.data.tokens import Source, Vocabulary
 from train.model.config import model_config
 from train.monitoring.loggers import require_loggers
 from train.option_checks import validate
@@ -61,7 +62,7 @@ def begin(options: RunOptions) -> None:
     dataset = training_windows(options, config, sources)
     program = run_program(options, config)
     if options.model.init_from is not None:
-        _require_initial_weights(options, config, vocabulary)
+        _require_initial_weights(options, config, vocabulary, sources)
     if options.init_from is not None:
         require_continuable(open_state(options.init_from), options, config, sources)
     with ExitStack() as stack:
@@ -74,7 +75,7 @@ def begin(options: RunOptions) -> None:
 
 
 def _require_initial_weights(
-    options: RunOptions, config: LlamaConfig, vocabulary: Vocabulary
+    options: RunOptions, config: LlamaConfig, vocabulary: Vocabulary, sources: Sequence[Source]
 ) -> None:
     """Raise ValueError if the weights of --model.init-from do not fit; only their headers are read.
 
@@ -88,9 +89,12 @@ def _require_initial_weights(
     if problems := [*match.problems, *(f"{name}: missing" for name in match.missing_head)]:
         raise ValueError(summarize(f"{directory}: {len(problems)} problems", problems))
     eos_ids = read_generation_config(directory, config).eos_token_ids
-    if eos_ids and vocabulary.eos_id is not None and vocabulary.eos_id not in eos_ids:
+    # a chat ends with the token of its template
+    chats = all(source.open("train").in_loss is not None for source in sources)
+    eos_id = None if chats else vocabulary.eos_id
+    if eos_ids and eos_id is not None and eos_id not in eos_ids:
         warnings.warn(
-            f"the data ends its documents with token {vocabulary.eos_id}, but generation from {directory} "
+            f"the data ends its documents with token {eos_id}, but generation from {directory} "
             f"stops at {', '.join(map(str, eos_ids))}: name the token with `tokenize --eos`, or change the "
             "run's generation_config.json",
             stacklevel=2,

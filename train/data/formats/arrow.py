@@ -3,20 +3,29 @@
 Each row is a document. The column is a list of integers; its values lie in the file one after the other,
 and are memory-mapped there. Files are in Arrow's stream format, as those of datasets, or in its file
 format. Those of a saved data set count if its state.json lists them.
+
+Other programs keep a loss mask in a second column, with a value for each id: "labels", with IGNORE_INDEX
+for tokens that are not in the loss, or "assistant_masks", "completion_mask" or "loss_mask", with 0. A token
+is in the loss if all of these columns that there are say so.
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 
 from llama_jax.files.json_object import read_json_object
+from llama_jax.loss import IGNORE_INDEX
 from train.data.formats.files import list_files
 from train.data.tokens import Ends, Tokens, Vocabulary, join_shards
 from train.options import TokenOptions
 
 _STATE = "state.json"
+
+# columns with a value for each id, and the value of those that are not in the loss
+_MASKS = {"labels": IGNORE_INDEX, "assistant_masks": 0, "completion_mask": 0, "loss_mask": 0}
 
 
 def find_files(path: Path) -> list[Path]:
@@ -40,17 +49,42 @@ def open_files(files: Sequence[Path], vocabulary: Vocabulary, options: TokenOpti
             name for name in _listed(folder) or () if not (folder / name).exists()
         ):
             raise ValueError(f"{folder / missing[0]}: no such file, but {_STATE} lists it")
-    names, shards, ends = [], [], []
+    names, shards, ends, masks = [], [], [], []
+    masked = {name for file in files for name in _MASKS if name in open_table(file).column_names}
     for file in files:
-        for number, chunk in enumerate(read_column(file, options.column).chunks):
-            ids, chunk_ends = _ids_of(file, options.column, chunk)
+        columns = [read_column(file, name).chunks for name in (options.column, *sorted(masked))]
+        for number, (chunk, *mask_chunks) in enumerate(zip(*columns, strict=True)):
+            ids, offsets = _values_of(file, options.column, chunk)
+            values = {}
+            for name, mask in zip(sorted(masked), mask_chunks, strict=True):
+                values[name], mask_offsets = _values_of(file, name, mask)
+                if not np.array_equal(offsets - offsets[0], mask_offsets - mask_offsets[0]):
+                    raise ValueError(
+                        f"{file}: the rows of column {name!r} have other lengths than {options.column!r}"
+                    )
             if len(ids):
                 names.append(f"{file}, batch {number}")
                 shards.append(ids)
-                ends.append(chunk_ends)
+                ends.append(_ends_of(offsets))
+                masks.append(_Mask(values))
     if not shards:
         raise ValueError(f"{files[0]}: found no ids in column {options.column!r}")
-    return join_shards(names, shards, ends)
+    joined = join_shards(names, shards, ends)
+    return replace(joined, in_loss=tuple(masks)) if masked else joined
+
+
+@dataclass(frozen=True)
+class _Mask:
+    """Which ids are in the loss, by all columns that say so; an array when a part is read."""
+
+    columns: dict[str, np.ndarray]
+
+    def __len__(self) -> int:
+        return min(map(len, self.columns.values()))
+
+    def __getitem__(self, part: slice, /) -> np.ndarray:
+        parts = [values[part] != _MASKS[name] for name, values in self.columns.items()]
+        return np.logical_and.reduce(parts)
 
 
 def is_listed(file: Path) -> bool:
@@ -90,8 +124,8 @@ def read_column(file: Path, column: str) -> pa.ChunkedArray:
     return table.column(column)
 
 
-def _ids_of(file: Path, column: str, rows: pa.Array) -> tuple[np.ndarray, Ends]:
-    """The ids of all rows of a record batch, and where the rows end."""
+def _values_of(file: Path, column: str, rows: pa.Array) -> tuple[np.ndarray, np.ndarray]:
+    """The integers in all rows of a record batch, and the offsets of the rows, from any number on."""
     values = rows.flatten()
     if rows.null_count or values.null_count:
         raise ValueError(f"{file}: found null in column {column!r}, expected lists of integers")
@@ -100,6 +134,11 @@ def _ids_of(file: Path, column: str, rows: pa.Array) -> tuple[np.ndarray, Ends]:
         offsets = np.arange(len(rows) + 1) * rows.type.list_size
     else:
         offsets = rows.offsets.to_numpy(zero_copy_only=True)
+    return ids, offsets
+
+
+def _ends_of(offsets: np.ndarray) -> Ends:
+    """Where rows end, from their offsets."""
 
     def ends(start: int, stop: int) -> np.ndarray:
         # of the dtype of the offsets, or numpy converts all of them
@@ -107,7 +146,7 @@ def _ids_of(file: Path, column: str, rows: pa.Array) -> tuple[np.ndarray, Ends]:
         first, last = np.searchsorted(offsets, bounds, side="right")
         return np.asarray(offsets[first:last], np.int64) - int(offsets[0])
 
-    return ids, ends
+    return ends
 
 
 def _listed(folder: Path) -> set[str] | None:

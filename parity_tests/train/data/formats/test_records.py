@@ -21,7 +21,7 @@ from train.data.formats.example import example_features, int64_values
 from train.data.formats.source import token_files
 from train.data.token_shards import open_tokens
 from train.data.tokenize import tokenize
-from train.data.tokens import Source, document_ends, read_tokens
+from train.data.tokens import Source, document_ends, loss_mask, read_tokens
 from train.options import TokenOptions
 
 EOS, VOCAB = 1, 300
@@ -316,3 +316,37 @@ def test_a_data_set_with_splits_keeps_them(tokenizer: Path, tmp_path: Path) -> N
     shutil.rmtree(tmp_path / "d" / "validation")
     index = tokenize([tmp_path / "d"], tokenizer, tmp_path / "hashed", validation_fraction=0.999999)
     assert sum(shard.documents for shard in index.splits["validation"]) == 3
+
+
+def test_loss_masks_in_arrow_files(tokenizer: Path, tmp_path: Path) -> None:
+    """The columns of tokenized chats, by the names that TRL and transformers give them."""
+    ids = [[3, 4, 5, EOS], [6, 7, EOS]]
+    masks = {
+        "labels": [[-100, 4, 5, EOS], [-100, -100, EOS]],
+        "assistant_masks": [[0, 1, 1, 1], [0, 1, 1]],
+        "completion_mask": [[1, 1, 1, 0], [1, 1, 1]],
+    }
+    for names, expected in (
+        (["labels"], [0, 1, 1, 1, 0, 0, 1]),
+        (["assistant_masks"], [0, 1, 1, 1, 0, 1, 1]),
+        ([*masks], [0, 1, 1, 0, 0, 0, 1]),
+    ):
+        table = pa.table({"input_ids": ids} | {name: masks[name] for name in names})
+        path = tmp_path / "a.arrow"
+        with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_stream(sink, table.schema) as writer:
+            writer.write_table(table, max_chunksize=1)
+        tokens = opened(path, tokenizer).open("train")
+        mask = loss_mask(tokens, 0, len(tokens))
+        assert mask is not None
+        assert mask.tolist() == [bool(value) for value in expected]
+        for start in range(7):
+            for stop in range(start + 1, 8):
+                part = loss_mask(tokens, start, stop)
+                assert part is not None
+                assert part.tolist() == mask[start:stop].tolist()
+    table = pa.table({"input_ids": ids, "labels": [[3], [1, 2]]})
+    with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_stream(sink, table.schema) as writer:
+        writer.write_table(table)
+    assert error_of(lambda: opened(path, tokenizer).open("train")) == (
+        f"{path}: the rows of column 'labels' have other lengths than 'input_ids'"
+    )

@@ -1,0 +1,298 @@
+"""Chats: texts and masks as transformers' `apply_chat_template` has them; what has no mask is an error."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
+
+from llama_jax.loss import IGNORE_INDEX
+from train.data.token_directory import TokenDirectory
+from train.data.token_shards import open_tokens, read_index
+from train.data.tokenize import tokenize
+from train.data.tokens import document_ends, loss_mask, read_tokens
+from train.data.windows import window
+
+SPECIAL = [
+    "<s>", "</s>", "<|im_start|>", "<|im_end|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>",
+    "[INST]", "[/INST]",
+]  # fmt: skip
+# what the assistant says is within {% generation %} in all of them
+TEMPLATES = {
+    "chatml": "{% for m in messages %}{% if m.role == 'assistant' %}<|im_start|>assistant\n"
+    "{% generation %}{{ m.content }}<|im_end|>{% endgeneration %}{{ '\n' }}"
+    "{% else %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}",
+    "llama 3": "{{ bos_token }}{% for m in messages %}"
+    "<|start_header_id|>{{ m.role }}<|end_header_id|>\n\n"
+    "{% if m.role == 'assistant' %}{% generation %}{{ m.content | trim }}<|eot_id|>{% endgeneration %}"
+    "{% else %}{{ m.content | trim }}<|eot_id|>{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<|start_header_id|>assistant<|end_header_id|>\n\n{% endif %}",
+    "mistral": "{{ bos_token }}{% for m in messages %}"
+    "{% if m.role == 'assistant' %}{% generation %} {{ m.content }}{{ eos_token }}{% endgeneration %}"
+    "{% elif m.role == 'user' %}[INST] {{ m.content }} [/INST]{% endif %}{% endfor %}",
+    "reasoning of the last turn": "{% set ns = namespace(last=0) %}{% for m in messages %}"
+    "{% if m.role == 'user' %}{% set ns.last = loop.index0 %}{% endif %}{% endfor %}"
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.role == 'assistant' %}{% generation %}"
+    "{% if loop.index0 > ns.last %}<think>\n{{ m.reasoning_content }}\n</think>\n\n{% endif %}"
+    "{{ m.content }}<|im_end|>{% endgeneration %}{% else %}{{ m.content }}<|im_end|>{% endif %}\n"
+    "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}",
+}
+CHATS: list[list[dict[str, Any]]] = [
+    [{"role": "user", "content": "Hi!"}, {"role": "assistant", "content": "Hello, you."}],
+    [
+        {"role": "system", "content": "Be brief. Grüße 🙂"},
+        {"role": "user", "content": "One?"},
+        {"role": "assistant", "content": "1 🙂 é", "reasoning_content": "a sum"},
+        {"role": "user", "content": "1 🙂 é\nand two?"},
+        {"role": "assistant", "content": "2", "reasoning_content": "another\n\nsum"},
+        {"role": "user", "content": "Bye"},
+    ],
+    [
+        {"role": "user", "content": "x"},
+        {"role": "assistant", "content": "a"},
+        {"role": "user", "content": "a"},
+        {"role": "assistant", "content": "a a"},
+    ],
+]
+
+
+def without_marks(template: str) -> str:
+    return re.sub(r"\{% (end)?generation %\}", "", template)
+
+
+def make_tokenizer(directory: Path, template: str | None) -> Path:
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=300, special_tokens=SPECIAL, initial_alphabet=alphabet, show_progress=False
+    )
+    tokenizer.train_from_iterator(["user assistant and Hello, you."] * 3, trainer)
+    directory.mkdir(parents=True, exist_ok=True)
+    tokenizer.save(str(directory / "tokenizer.json"))
+    config = {
+        "tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<s>", "eos_token": "</s>",
+    }  # fmt: skip
+    (directory / "tokenizer_config.json").write_text(json.dumps(config))
+    if template is not None:
+        (directory / "chat_template.jinja").write_text(template)
+    return directory
+
+
+def expected(
+    directory: Path, template: str, chat: list[dict[str, Any]]
+) -> tuple[list[int], list[int]]:
+    """Ids and mask by transformers."""
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(directory)
+    out = tokenizer.apply_chat_template(
+        chat, chat_template=template, return_dict=True, return_assistant_tokens_mask=True
+    )
+    return out["input_ids"], out["assistant_masks"]
+
+
+def write_chats(path: Path, chats: list[Any], field: str = "messages") -> Path:
+    path.write_text("".join(json.dumps({field: chat}) + "\n" for chat in chats))
+    return path
+
+
+def masked_documents(directory: Path) -> list[tuple[list[int], list[int]]]:
+    tokens = open_tokens(directory, "train")
+    mask = loss_mask(tokens, 0, len(tokens))
+    assert mask is not None
+    ends = document_ends(tokens, 0, len(tokens))[:-1]
+    ids = np.split(read_tokens(tokens, 0, len(tokens), 1 << 20), ends)
+    return [
+        (a.tolist(), m.astype(int).tolist()) for a, m in zip(ids, np.split(mask, ends), strict=True)
+    ]
+
+
+def error_of(call: Callable[[], object]) -> str:
+    with pytest.raises(ValueError) as caught:
+        call()
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("marked", [True, False])
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_ids_and_masks_are_those_of_transformers(name: str, marked: bool, tmp_path: Path) -> None:
+    """Without marks in the template, the mask is the same: that of the template with them."""
+    template = TEMPLATES[name]
+    directory = make_tokenizer(tmp_path / "t", template if marked else without_marks(template))
+    source = write_chats(tmp_path / "a.jsonl", CHATS)
+    index = tokenize([source], directory, tmp_path / "out", chat=True, validation_fraction=0)
+    assert index.loss_mask
+    assert masked_documents(tmp_path / "out") == [
+        expected(directory, template, chat) for chat in CHATS
+    ]
+
+
+def test_labels_of_windows(tmp_path: Path) -> None:
+    """A label is the next token if the mask has it; where windows are cut makes no difference."""
+    directory = make_tokenizer(tmp_path / "t", TEMPLATES["chatml"])
+    source = write_chats(tmp_path / "a.jsonl", CHATS)
+    tokenize(
+        [source], directory, tmp_path / "out", chat=True, validation_fraction=0, shard_tokens=20
+    )
+    assert len(read_index(tmp_path / "out").splits["train"]) > 1
+    documents = masked_documents(tmp_path / "out")
+    labels = []
+    for ids, mask in documents:
+        labels += [i if m else IGNORE_INDEX for i, m in zip(ids[1:], mask[1:], strict=True)]
+        labels.append(IGNORE_INDEX)
+    tokens = open_tokens(tmp_path / "out", "train")
+    for length in (1, 7, 16, len(tokens), len(tokens) + 9):
+        count = -(-len(tokens) // length)
+        read = np.concatenate([window(tokens, n, length, 300)["labels"] for n in range(count)])
+        assert read[: len(labels)].tolist() == labels
+        assert set(read[len(labels) :].tolist()) <= {IGNORE_INDEX}
+
+
+def test_parquet_arrow_and_another_field(tmp_path: Path) -> None:
+    directory = make_tokenizer(tmp_path / "t", TEMPLATES["chatml"])
+    reference = write_chats(tmp_path / "a.jsonl", CHATS)
+    tokenize([reference], directory, tmp_path / "out", chat=True, validation_fraction=0)
+    table = pa.table({"chats": CHATS})  # of structs, with null where a message lacks a key
+    pq.write_table(table, tmp_path / "b.parquet")
+    with (
+        pa.OSFile(str(tmp_path / "c.arrow"), "wb") as sink,
+        pa.ipc.new_stream(sink, table.schema) as writer,
+    ):
+        writer.write_table(table)
+    sources = [
+        tmp_path / "b.parquet",
+        tmp_path / "c.arrow",
+        write_chats(tmp_path / "d.jsonl", CHATS, "chats"),
+    ]
+    for number, source in enumerate(sources):
+        out = tmp_path / f"{number}"
+        tokenize([source], directory, out, chat=True, text_field="chats", validation_fraction=0)
+        assert masked_documents(out) == masked_documents(tmp_path / "out")
+
+
+def test_a_changed_mask_is_noticed(tmp_path: Path) -> None:
+    directory = make_tokenizer(tmp_path / "t", TEMPLATES["chatml"])
+    source = write_chats(tmp_path / "a.jsonl", CHATS)
+    tokenize([source], directory, tmp_path / "out", chat=True, validation_fraction=0)
+    data = TokenDirectory(tmp_path / "out")
+    data.require_intact(["train"], 1 << 30)
+    path = tmp_path / "out" / "train-00000.loss"
+    content = bytearray(path.read_bytes())
+    content[0] ^= 1
+    path.write_bytes(content)
+    assert "found contents with digest" in error_of(lambda: data.require_intact(["train"], 1 << 30))
+    path.write_bytes(content[:-1])
+    assert error_of(lambda: data.open("train")).startswith(
+        f"{path}: found {len(content) - 1} bytes"
+    )
+    path.unlink()
+    assert error_of(lambda: data.open("train")) == f"{path}: no such file, but the index lists it"
+
+
+def test_an_interrupted_command_continues(tmp_path: Path) -> None:
+    directory = make_tokenizer(tmp_path / "t", TEMPLATES["chatml"])
+    source = write_chats(tmp_path / "a.jsonl", CHATS * 3)
+    options: dict[str, Any] = {"chat": True, "validation_fraction": 0.4, "shard_tokens": 40}
+    tokenize([source], directory, tmp_path / "whole", **options)
+
+    class Stop(Exception):  # noqa: N818
+        pass
+
+    def stop(read: int, tokens: int) -> None:
+        raise Stop
+
+    with pytest.raises(Stop):
+        tokenize([source], directory, tmp_path / "part", **options, report=stop)
+    tokenize([source], directory, tmp_path / "part", **options)
+    for path in (tmp_path / "whole").iterdir():
+        assert (tmp_path / "part" / path.name).read_bytes() == path.read_bytes()
+    (directory / "chat_template.jinja").write_text(TEMPLATES["llama 3"])
+    message = error_of(lambda: tokenize([source], directory, tmp_path / "part", **options))
+    assert message.startswith(f"{tmp_path}/part: was made with chat_template ")
+
+
+@pytest.mark.parametrize(
+    ("messages", "message"),
+    [
+        ([], "found no messages as 'messages', expected a list of messages"),
+        ("text", "found str as 'messages', expected a list of messages"),
+        (
+            [{"from": "human", "value": "Hi"}],
+            'message 1: found an object with from, value, expected {"role": ..., "content": ...}',
+        ),
+        (
+            [{"role": "user", "content": "Hi"}, "Hello"],
+            'message 2: found str, expected {"role": ..., "content": ...}',
+        ),
+        (
+            [{"role": "system", "content": "x"}, {"role": "user", "content": "Hi"}],
+            "found the roles system, user, expected a turn of the assistant, on which the loss is",
+        ),
+    ],
+)
+def test_rows_that_are_no_chats(messages: Any, message: str, tmp_path: Path) -> None:
+    directory = make_tokenizer(tmp_path / "t", TEMPLATES["chatml"])
+    source = write_chats(tmp_path / "a.jsonl", [CHATS[0], messages])
+    found = error_of(lambda: tokenize([source], directory, tmp_path / "out", chat=True))
+    assert found == f"{source}, line 2: {message}"
+
+
+BARE = "{% for m in messages %}{{ m.content }}{% endfor %}"
+
+
+@pytest.mark.parametrize(
+    ("template", "message"),
+    [
+        # no mask is all ones, and none is all zeros
+        (BARE, "all of its 5 tokens would be in the loss, expected those of the assistant's turns"),
+        (
+            "{% if false %}{% generation %}{% endgeneration %}{% endif %}" + BARE,
+            "none of its 5 tokens would be in the loss, expected those of the assistant's turns",
+        ),
+        (
+            "{% for m in messages %}{{ m.content }}{{ messages | length }}{% endfor %}",
+            "message 2: the chat template renders it otherwise in the whole conversation, so its place is "
+            "not known: mark what the assistant says with {% generation %} in the template",
+        ),
+        ("{{ raise_exception('no chats\nhere') }}", "chat template: no chats here"),
+        ("{% if %}", "chat template: Expected an expression, got 'end of statement block'"),
+    ],
+)
+def test_templates_that_do_not_tell_the_turns(template: str, message: str, tmp_path: Path) -> None:
+    directory = make_tokenizer(tmp_path / "t", template)
+    chat = [{"role": "assistant", "content": "!!!!!"}]
+    if "length" in template:
+        chat = [{"role": "user", "content": "x"}, *chat, {"role": "user", "content": "y"}]
+    source = write_chats(tmp_path / "a.jsonl", [chat])
+    found = error_of(lambda: tokenize([source], directory, tmp_path / "out", chat=True))
+    assert found == f"{source}, line 1: {message}"
+
+
+def test_what_else_is_refused(tmp_path: Path) -> None:
+    source = write_chats(tmp_path / "a.jsonl", CHATS)
+    directory = make_tokenizer(tmp_path / "bare", None)
+    assert error_of(lambda: tokenize([source], directory, tmp_path / "out", chat=True)).startswith(
+        f"{directory}: no chat template; expected chat_template.jinja"
+    )
+    directory = make_tokenizer(tmp_path / "t", TEMPLATES["chatml"])
+    text = tmp_path / "b.txt"
+    text.write_text("Hi")
+    assert error_of(lambda: tokenize([text], directory, tmp_path / "o2", chat=True)) == (
+        f"{text}: is plain text, expected chats in JSON lines, Parquet or Arrow"
+    )
+    tools = tmp_path / "c.jsonl"
+    tools.write_text(json.dumps({"messages": CHATS[0], "tools": [{"name": "f"}]}) + "\n")
+    assert error_of(lambda: tokenize([tools], directory, tmp_path / "o3", chat=True)) == (
+        f"{tools}, line 1: has tools for the chat template, which are not supported"
+    )
