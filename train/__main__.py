@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
-from typing import get_args
+from typing import TYPE_CHECKING, get_args
 
 from llama_jax.cli.arguments import Parser, not_negative, positive, program_parser
 from llama_jax.cli.program import leave, run_program
@@ -23,6 +23,9 @@ from llama_jax.files.remote import remote_path
 from llama_jax.formatting import console, printable, progress_bar
 from train.flags import OnOff, add_options, parse_options, with_options
 from train.options import FILE, PLANNED, Dtype, EvalOptions, RunOptions, TokenOptions
+
+if TYPE_CHECKING:
+    from train.model.evaluate import Evaluation
 
 _TOML = "TOML file with options, such as a run's run.toml; those on the command line override it"
 
@@ -235,7 +238,7 @@ def _add_evaluate(program: Parser) -> None:
     parser = program.add_command(
         "eval",
         _evaluate,
-        help="compute the validation loss and perplexity of a run or a Hugging Face directory",
+        help="compute validation loss, perplexity and bits per byte of a run or a Hugging Face directory",
     )
     parser.add_argument(
         "target",
@@ -277,7 +280,7 @@ def _add_evaluate(program: Parser) -> None:
 
 
 def _evaluate(arguments: argparse.Namespace) -> None:
-    from train.model.evaluate import evaluate_target
+    from train.model.evaluate import evaluate_target, pooled
 
     with ExitStack() as stack:
         target, saved = source_path(arguments.target), None
@@ -286,7 +289,7 @@ def _evaluate(arguments: argparse.Namespace) -> None:
             saved = _saved_options(target)
         # the run has a copy of its tokenizer
         tokens = TokenOptions() if saved is None else replace(saved.tokens, tokenizer=None)
-        loss = evaluate_target(
+        evaluations = evaluate_target(
             target,
             tuple(arguments.data),
             saved,
@@ -297,7 +300,17 @@ def _evaluate(arguments: argparse.Namespace) -> None:
             dtype=arguments.dtype,
             tokens=with_options(EvalOptions(tokens), arguments).tokens,
         )
-    print(f"loss {loss.loss:.6f}  perplexity {loss.perplexity:.4f}  tokens {loss.num_tokens:,}")
+    _print_evaluation(pooled([*evaluations.values()]))
+    for name, evaluation in evaluations.items() if len(evaluations) > 1 else ():
+        _print_evaluation(evaluation, f"  {printable(name)}")
+
+
+def _print_evaluation(evaluation: "Evaluation", name: str = "") -> None:
+    bits = evaluation.bits_per_byte
+    print(
+        f"loss {evaluation.loss:.6f}  perplexity {evaluation.perplexity:.4f}  "
+        f"{'' if bits is None else f'bits per byte {bits:.4f}  '}tokens {evaluation.num_tokens:,}{name}"
+    )
 
 
 def _saved_options(folder: Path) -> RunOptions:

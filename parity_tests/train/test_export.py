@@ -97,7 +97,7 @@ def test_the_loss_is_per_valid_token(finished, tiny):
             step=None,
             dtype="float32",
             tokens=TokenOptions(),
-        )
+        )["data"]
         for size in (1, 7)
     ]
     assert evaluations[0].num_tokens == evaluations[1].num_tokens

@@ -1,7 +1,7 @@
 """Export a trained model as a Hugging Face directory with its tokenizer, and verify the export."""
 
 import itertools
-from contextlib import closing
+from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,7 +14,7 @@ from llama_jax.text.companions import copy_companions, tokenizer_home
 from train.data.identity import require_identity
 from train.data.sources import find_sources
 from train.data.windows import batches
-from train.model.evaluate import evaluate, validation_windows
+from train.model.evaluate import evaluate, pooled, validation_windows
 from train.model.export_state import export_state, require_exportable
 from train.model.restore import load_directory, restore_run
 from train.model.training_state import FOLDER as STATE
@@ -109,10 +109,14 @@ def verify_export(
     rows, length = options.batch_size, options.sequence_length
     batch_count = options.evaluation.batches
     program, params = load_directory(directory, "float32", batch_size=rows, sequence_length=length)
-    ours = evaluate(program, params, sources, limit=batch_count)
-    dataset = validation_windows(sources, length, program.config.vocab_size)
-    with closing(batches(dataset, batch_size=rows, rows=range(rows))) as torch_batches:
-        theirs, count = torch_loss(directory, itertools.islice(torch_batches, batch_count or None))
+    ours = pooled(evaluate(program, params, sources, tokenizer_home(folder), limit=batch_count))
+    with ExitStack() as stack:
+        parts = []
+        for source in sources:
+            dataset = validation_windows(source, length, program.config.vocab_size)
+            read = batches(dataset, batch_size=rows, rows=range(rows))
+            parts.append(itertools.islice(stack.enter_context(closing(read)), batch_count or None))
+        theirs, count = torch_loss(directory, itertools.chain(*parts))
     lines = read_metrics(folder)
     reported = next(
         (

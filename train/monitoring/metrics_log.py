@@ -38,8 +38,11 @@ def write_line(file: TextIO, metrics: dict[str, Any]) -> None:
         file.flush()
 
 
+_BY_SOURCE = "validation_loss/"  # before the name of a source of a mixture
+
+
 def draw_loss(run: Path) -> None:
-    """loss.png: training and validation loss over steps."""
+    """loss.png: training and validation loss over steps; of a mixture also that of each source."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -54,6 +57,11 @@ def draw_loss(run: Path) -> None:
         axes.plot(*zip(*train, strict=True), linewidth=1, label="training")
     if validation:
         axes.plot(*zip(*validation, strict=True), marker="o", label="validation")
+    names = dict.fromkeys(name for line in lines for name in line if name.startswith(_BY_SOURCE))
+    for name in names:
+        values = [(line["step"], line[name]) for line in lines if name in line]
+        label = f"validation, {name.removeprefix(_BY_SOURCE)}"
+        axes.plot(*zip(*values, strict=True), marker=".", linewidth=1, label=label)
     axes.grid(alpha=0.3)
     if train or validation:
         axes.legend()
