@@ -482,7 +482,7 @@ def _tokenize(arguments: argparse.Namespace) -> None:
         tokens = sum(shard.tokens for shard in shards)
         say.print(f"{split}: {tokens:,} tokens of {documents:,} documents")
     for line in notes:
-        say.print(f"note: {line}")
+        say.print(f"warning: {line}")
     say.print(f"written: {printable(str(arguments.out))}")
 
 

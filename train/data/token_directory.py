@@ -9,7 +9,15 @@ from typing import NamedTuple
 
 from llama_jax.text.tokenizer import load_tokenizer
 from train.data.special_ids import special_ids
-from train.data.token_shards import Index, Shard, ends_path, loss_path, open_tokens, read_index
+from train.data.token_shards import (
+    Index,
+    Shard,
+    ends_path,
+    filling,
+    loss_path,
+    open_tokens,
+    read_index,
+)
 from train.data.tokens import Split, Tokens, Vocabulary
 
 _SHOWN = 12  # characters of a digest in a message
@@ -34,9 +42,11 @@ class TokenDirectory(NamedTuple):
         """Raise ValueError if the validation split is empty."""
         index = read_index(self.path)
         if index.complete and not index.splits["validation"]:
+            remedy = "tokenize with a larger --validation-fraction or more documents"
+            if index.fills_validation is not None:
+                remedy = filling(index.fills_validation)
             raise ValueError(
-                f"{self.path}: the validation split is empty: run with --evaluation.every 0, or tokenize "
-                "with a larger --validation-fraction or more documents"
+                f"{self.path}: the validation split is empty: run with --evaluation.every 0, or {remedy}"
             )
 
     def open(self, split: Split) -> Tokens:

@@ -59,6 +59,7 @@ class Index:
     made_from: the arguments of `tokenize`, which must be the same to continue an incomplete directory.
     splits: the shards of "train" and "validation", in order.
     loss_mask: whether each shard has a .loss file.
+    fills_validation: if the validation split is empty, the fraction that would have given it a document.
     """
 
     complete: bool
@@ -71,6 +72,18 @@ class Index:
     splits: dict[Split, list[Shard]]
     version: int = VERSION
     loss_mask: bool = False
+    fills_validation: float | None = None
+
+
+def filling(fraction: float | None) -> str:
+    """What to do about a split that is empty.
+
+    Args:
+        fraction: with which `tokenize` would fill it; None if it cannot.
+    """
+    if fraction is None:
+        return "a single document cannot be divided: tokenize more of them"
+    return f"tokenize with --validation-fraction {fraction!r} to fill it"
 
 
 def token_dtype(vocab_size: int) -> str:
@@ -103,8 +116,9 @@ def write_shard(
 def write_index(directory: Path, index: Index) -> None:
     """Write or replace index.json atomically."""
     fields = dataclasses.asdict(index)
-    if not index.loss_mask:
-        del fields["loss_mask"]  # versions before chats would not know it
+    for name in ("loss_mask", "fills_validation"):  # earlier versions do not know them
+        if not fields[name]:
+            del fields[name]
     text = json.dumps(fields, indent=2)
     with replacing(directory / INDEX_FILE) as staged:
         write_text(staged, text + "\n")
@@ -161,6 +175,7 @@ def _require_types(path: Path, index: Index) -> None:
         "tokenizer": isinstance(index.tokenizer, list) and all(map(is_name, index.tokenizer)),
         "made_from": isinstance(index.made_from, dict),
         "loss_mask": isinstance(index.loss_mask, bool),
+        "fills_validation": isinstance(index.fills_validation, float | None),
         "splits": all(
             is_name(shard.file) and is_count(shard.tokens) and is_count(shard.documents)
             for shard in shards
@@ -185,6 +200,10 @@ def open_tokens(directory: Path, split: Split) -> Tokens:
             f"{directory}: incomplete; run the same `python -m train tokenize` again to complete it"
         )
     shards = index.splits[split]
+    if not shards and index.fills_validation is not None:
+        raise ValueError(
+            f"{directory}: the validation split is empty: {filling(index.fills_validation)}"
+        )
     if not shards:
         larger = "larger" if split == "validation" else "smaller"
         raise ValueError(

@@ -26,6 +26,7 @@ from train.data.token_shards import (
     INDEX_FILE,
     VERSION,
     Index,
+    filling,
     read_index,
     token_dtype,
     write_index,
@@ -38,6 +39,8 @@ from train.options import require_local
 T = TypeVar("T")
 
 Document = tuple[Split, str | Chat]
+
+_REMEDY = ", so runs need --evaluation.every 0"
 
 _CHATS = 256  # conversations that are rendered at a time
 _DIGITS = 16  # of a SHA-256 in the index
@@ -130,6 +133,8 @@ def tokenize(
         index.made_from["chat_template"] = digest[:_DIGITS]
     index = _begin_or_continue(out, index, existing)
     if index.complete:
+        if not index.splits["validation"] and validation_fraction:
+            note(f"the validation split is empty{_REMEDY}; {filling(index.fills_validation)}")
         return index
     if not index.tokenizer or not all((out / name).exists() for name in index.tokenizer):
         names = copy_tokenizer(tokenizer, tokenizer_json, special, eos, out)
@@ -153,11 +158,14 @@ def tokenize(
         report(bytes_read, shards.tokens)
     shards.finish()
     report(bytes_read, shards.tokens)
-    index = replace(index, complete=True)
+    fills = None if index.splits["validation"] else assignment.filling_fraction("validation")
+    index = replace(index, complete=True, fills_validation=fills)
     write_index(out, index)
     for split in SPLITS:
         if not index.splits[split] and (split == "train" or validation_fraction):
-            note(assignment.describe_empty(split))
+            remedy = _REMEDY if split == "validation" else ""
+            fraction = assignment.filling_fraction(split)
+            note(f"the {split} split is empty{remedy}; {filling(fraction)}")
     return index
 
 
@@ -219,13 +227,10 @@ class _Assignment:
             self._lowest, self._highest = min(self._lowest, number), max(self._highest, number)
             yield "validation" if number < self._fraction else "train", text
 
-    def describe_empty(self, split: Split) -> str:
-        """What to do about a split that got no document."""
-        problem = f"the {split} split is empty"
-        if split == "validation":
-            problem += ", so runs need --evaluation.every 0"
+    def filling_fraction(self, split: Split) -> float | None:
+        """The validation fraction that would have given an empty split a document; None if none does."""
         if self._lowest >= self._highest:
-            return f"{problem}; a single document cannot be divided: tokenize more of them"
+            return None
         # the shortest fraction between the numbers, so that both splits get a document
         digits = 3
         for digits in range(3, 18):
@@ -235,7 +240,7 @@ class _Assignment:
                 fraction = round(self._highest, digits)
             if self._lowest < fraction <= self._highest:
                 break
-        return f"{problem}; --validation-fraction {fraction:.{digits}g} would fill it"
+        return fraction
 
 
 def _begin_or_continue(out: Path, index: Index, existing: Index | None) -> Index:

@@ -19,6 +19,7 @@ from parity_tests.train.corpus import (
     word_tokenizer,
     write_lines,
 )
+from train.data.token_directory import TokenDirectory
 from train.data.token_shards import open_tokens, read_index
 from train.data.tokenize import tokenize
 
@@ -161,6 +162,18 @@ def test_a_note_on_an_empty_split_says_which_fraction_fills_it(
     assert line.startswith(f"the {split} split is empty")
     assert ("--evaluation.every 0" in line) == (split == "validation")
     suggested = float(line.split("--validation-fraction ")[1].split()[0])
+    if split == "validation":
+        # again when the command is repeated, and by the run that would evaluate
+        tokenize(
+            [source], tokenizer, tmp_path / "out", validation_fraction=fraction, note=lines.append
+        )
+        assert lines.pop() == line
+        with pytest.raises(ValueError) as caught:
+            TokenDirectory(tmp_path / "out").require_validation()
+        assert str(caught.value) == (
+            f"{tmp_path}/out: the validation split is empty: run with --evaluation.every 0, or tokenize "
+            f"with --validation-fraction {suggested} to fill it"
+        )
     tokenize(
         [source], tokenizer, tmp_path / "again", validation_fraction=suggested, note=lines.append
     )
