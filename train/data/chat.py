@@ -85,13 +85,29 @@ def render(template: Template, chats: Sequence[Chat]) -> Iterator[RenderedChat]:
     return _render_prefixes(template, chats)
 
 
+def _render_jobs(
+    template: Template, jobs: Sequence[Mapping[str, Any]], marks: tuple[str, str] = ("", "")
+) -> list[str | ValueError]:
+    """As `render_chats`; its limits are those of a single conversation, so too many are divided."""
+    try:
+        return render_chats(
+            template.source, jobs, special_tokens=template.special_tokens, marks=marks
+        )
+    except ValueError as error:
+        if len(jobs) == 1:
+            return [error]
+    half = len(jobs) // 2
+    return [
+        *_render_jobs(template, jobs[:half], marks),
+        *_render_jobs(template, jobs[half:], marks),
+    ]
+
+
 def _render_marked(template: Template, chats: Sequence[Chat]) -> Iterator[RenderedChat]:
     begin, end = (f"\ue000{secrets.token_hex(8)}{side}\ue001" for side in "<>")
     jobs = [_job(chat.messages) for chat in chats]
-    plain = render_chats(template.source, jobs, special_tokens=template.special_tokens)
-    marked = render_chats(
-        template.source, jobs, special_tokens=template.special_tokens, marks=(begin, end)
-    )
+    plain = _render_jobs(template, jobs)
+    marked = _render_jobs(template, jobs, (begin, end))
     for chat, text, with_marks in zip(chats, plain, marked, strict=True):
         text, with_marks = _valid(chat, text), _valid(chat, with_marks)
         spans, place, start = [], 0, None
@@ -119,7 +135,7 @@ def _render_prefixes(template: Template, chats: Sequence[Chat]) -> Iterator[Rend
             own.append(_job(chat.messages[: turn + 1]))
         jobs += own
         counts.append(len(own))
-    texts = iter(render_chats(template.source, jobs, special_tokens=template.special_tokens))
+    texts = iter(_render_jobs(template, jobs))
     for chat, count in zip(chats, counts, strict=True):
         whole, *prefixes = [_valid(chat, next(texts)) for _ in range(count)]
         spans = [

@@ -16,6 +16,9 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from llama_jax.loss import IGNORE_INDEX
+from llama_jax.text.chat_template import render_chats
+from train.data import chat
+from train.data.chat import Chat
 from train.data.token_directory import TokenDirectory
 from train.data.token_shards import open_tokens, read_index
 from train.data.tokenize import tokenize
@@ -295,4 +298,32 @@ def test_what_else_is_refused(tmp_path: Path) -> None:
     tools.write_text(json.dumps({"messages": CHATS[0], "tools": [{"name": "f"}]}) + "\n")
     assert error_of(lambda: tokenize([tools], directory, tmp_path / "o3", chat=True)) == (
         f"{tools}, line 1: has tools for the chat template, which are not supported"
+    )
+
+
+def test_many_long_chats_are_rendered_in_parts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The limits of time and memory are those of one conversation."""
+    sizes: list[int] = []
+
+    def limited(template: str, jobs: list[Any], **options: Any) -> Any:
+        sizes.append(len(jobs))
+        if len(jobs) > 3:
+            raise ValueError("chat template: stopped, because it needs more than 10 s or 1024 MiB")
+        return render_chats(template, jobs, **options)
+
+    monkeypatch.setattr(chat, "render_chats", limited)
+    for marked in (True, False):
+        template = TEMPLATES["llama 3"] if marked else without_marks(TEMPLATES["llama 3"])
+        rows = [Chat(f"{n}", messages) for n, messages in enumerate(CHATS * 2)]
+        rendered = list(chat.render(chat.Template(template, {}, frozenset()), rows))
+        assert [one.text for one in rendered] == [
+            render_chats(template, [{"messages": row.messages, "add_generation_prompt": False}])[0]
+            for row in rows
+        ]
+    assert max(sizes) > 3
+    monkeypatch.setattr(chat, "render_chats", lambda *a, **o: limited("", [0] * 9))
+    assert error_of(lambda: list(chat.render(chat.Template("x", {}, frozenset()), rows))) == (
+        "0: chat template: stopped, because it needs more than 10 s or 1024 MiB"
     )

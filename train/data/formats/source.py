@@ -4,7 +4,7 @@ import hashlib
 import json
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -43,6 +43,9 @@ class TokenFiles:
     files: tuple[Path, ...]
     options: TokenOptions
     tokenizer: Path | None
+    # what has been opened and read, for evaluations do so again and again
+    _opened: dict[Split, Tokens] = field(default_factory=dict, init=False, compare=False)
+    _vocabulary: list[Vocabulary] = field(default_factory=list, init=False, compare=False)
 
     def vocabulary(self) -> Vocabulary:
         """Raises ValueError if the tokenizer is not known, missing or damaged."""
@@ -50,10 +53,13 @@ class TokenFiles:
             raise ValueError(
                 f"{self.path}: token files have no tokenizer with them: name theirs with --tokens.tokenizer"
             )
-        encoder = load_tokenizer(self.tokenizer)
-        home = self.tokenizer.parent if self.tokenizer.is_file() else self.tokenizer
-        bos_id, eos_id = special_ids(encoder, home)
-        return Vocabulary(home, 1 + max(encoder.get_vocab().values()), bos_id, eos_id)
+        if not self._vocabulary:
+            encoder = load_tokenizer(self.tokenizer)
+            home = self.tokenizer.parent if self.tokenizer.is_file() else self.tokenizer
+            bos_id, eos_id = special_ids(encoder, home)
+            size = 1 + max(encoder.get_vocab().values())
+            self._vocabulary.append(Vocabulary(home, size, bos_id, eos_id))
+        return self._vocabulary[0]
 
     def require_validation(self) -> None:
         """Raise ValueError if no file is for validation and no documents are to be held out."""
@@ -65,6 +71,11 @@ class TokenFiles:
 
     def open(self, split: Split) -> Tokens:
         """Raises ValueError for a split without files, or for files that are damaged."""
+        if split not in self._opened:
+            self._opened[split] = self._open(split)
+        return self._opened[split]
+
+    def _open(self, split: Split) -> Tokens:
         splits = by_split(self.files)
         fraction = 0.0 if splits["validation"] else self.options.validation_fraction
         files = splits["train" if fraction else split]
