@@ -2,9 +2,9 @@
 
 A template that marks those parts with `{% generation %}` says it itself, as in transformers. Of any other,
 the conversation is rendered up to each assistant turn, with the prompt for it, and then with the turn: what
-is added is the turn. Both must be the beginning of the whole conversation's text; where a template renders
-earlier turns otherwise (without their reasoning, say), the turn's own text must follow the prompt there.
-White space after the token that ends a turn is not the assistant's.
+is added is the turn. Both must be the beginning of the whole conversation's text. Where a template leaves
+out the beginning of earlier turns (their reasoning, say), the rest of the turn must follow the prompt
+there, up to the token that ends it. White space after that token is not the assistant's.
 """
 
 import json
@@ -139,39 +139,32 @@ def _render_prefixes(template: Template, chats: Sequence[Chat]) -> Iterator[Rend
     for chat, count in zip(chats, counts, strict=True):
         whole, *prefixes = [_valid(chat, next(texts)) for _ in range(count)]
         spans = [
-            _without_trailing_space(whole, _span(chat, turn, whole, before, after), template)
+            _span(chat, turn, whole, before, after, template)
             for turn, before, after in zip(_turns(chat), prefixes[::2], prefixes[1::2], strict=True)
         ]
         yield RenderedChat(chat.where, whole, tuple(spans))
 
 
-def _span(chat: Chat, turn: int, whole: str, before: str, after: str) -> tuple[int, int]:
+def _span(
+    chat: Chat, turn: int, whole: str, before: str, after: str, template: Template
+) -> tuple[int, int]:
     """The assistant's turn in the whole text, from the texts that end before and after it."""
     begin = len(before)
-    if whole.startswith(before) and after.startswith(before):
-        if len(after) > begin and whole.startswith(after):
-            return begin, len(after)
-        content = chat.messages[turn].get("content")
-        said = content.strip() if isinstance(content, str) else ""
-        if said and said in after[begin:]:
-            said += after[after.rindex(said) + len(said) :]
-            if whole.startswith(said, begin):
-                return begin, begin + len(said)
+    if whole.startswith(before) and after.startswith(before) and len(after) > begin:
+        said = after[begin:].rstrip()
+        ends = [token for token in template.unsplit if said.endswith(token)]
+        if whole.startswith(after):
+            return begin, begin + len(said) if ends else len(after)
+        # without what stands first, such as reasoning, but up to the token that ends the turn
+        body = len(said) - max(map(len, ends), default=len(said))
+        for first in range(body):
+            if whole.startswith(said[first:], begin) and said[first:body].strip():
+                return begin, begin + len(said) - first
     raise ValueError(
         f"{chat.where}: message {turn + 1}: the chat template renders it otherwise in the whole "
         "conversation, so its place is not known: mark what the assistant says with {% generation %} "
         "in the template"
     )
-
-
-def _without_trailing_space(
-    whole: str, span: tuple[int, int], template: Template
-) -> tuple[int, int]:
-    begin, end = span
-    said = whole[begin:end].rstrip()
-    if any(said.endswith(token) for token in template.unsplit):
-        return begin, begin + len(said)
-    return span
 
 
 def _turns(chat: Chat) -> list[int]:

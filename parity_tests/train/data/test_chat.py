@@ -49,6 +49,12 @@ TEMPLATES = {
     "{% if loop.index0 > ns.last %}<think>\n{{ m.reasoning_content }}\n</think>\n\n{% endif %}"
     "{{ m.content }}<|im_end|>{% endgeneration %}{% else %}{{ m.content }}<|im_end|>{% endif %}\n"
     "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}",
+    "reasoning in the content": "{% set ns = namespace(last=0) %}{% for m in messages %}"
+    "{% if m.role == 'user' %}{% set ns.last = loop.index0 %}{% endif %}{% endfor %}"
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.role == 'assistant' %}{% generation %}"
+    "{{ m.content if loop.index0 > ns.last else m.content.split('</think>')[-1].lstrip('\n') }}"
+    "<|im_end|>{% endgeneration %}{% else %}{{ m.content }}<|im_end|>{% endif %}\n"
+    "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}",
 }
 CHATS: list[list[dict[str, Any]]] = [
     [{"role": "user", "content": "Hi!"}, {"role": "assistant", "content": "Hello, you."}],
@@ -65,6 +71,12 @@ CHATS: list[list[dict[str, Any]]] = [
         {"role": "assistant", "content": "a"},
         {"role": "user", "content": "a"},
         {"role": "assistant", "content": "a a"},
+    ],
+    [
+        {"role": "user", "content": "q"},
+        {"role": "assistant", "content": "<think>\nq\n</think>\n\nq"},
+        {"role": "user", "content": "q"},
+        {"role": "assistant", "content": "<think>\nmore\n</think>\n\nq"},
     ],
 ]
 
