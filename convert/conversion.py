@@ -25,7 +25,8 @@ from convert.surgery import Surgery, operate
 from convert.surgery.shards import shard_size_for
 from convert.verify_logits import Comparison, compare_logits, require_torch_and_memory
 from llama_jax.checkpoints.safetensors_write import TensorSpec
-from llama_jax.files.buffers import reused_buffers
+from llama_jax.files.buffers import kept_heap, reused_buffers
+from llama_jax.files.page_cache import forgetting
 from llama_jax.files.paths import destination_path, local_path, source_path
 from llama_jax.files.remote import is_remote, remote_path
 from llama_jax.files.staging import move, staging_in, to_disk
@@ -70,8 +71,12 @@ class Plan:
     @property
     def peak_memory(self) -> int:
         """Bytes that are certainly enough: the program, and three times the largest tensor."""
-        largest = max(spec.nbytes for spec in (*self.checkpoint.tensors, *self.specs))
-        return _BASE_MEMORY + 3 * largest
+        return _BASE_MEMORY + 3 * self.largest
+
+    @property
+    def largest(self) -> int:
+        """Bytes of the largest tensor, as it is read or written."""
+        return max(spec.nbytes for spec in (*self.checkpoint.tensors, *self.specs))
 
     @property
     def workplace(self) -> Path:
@@ -244,13 +249,19 @@ def run(plan: Plan, progress: Callable[[int], None] | None = None) -> Report:
         name = plan.destination.name
         staging = stack.enter_context(staging_in(plan.workplace, name))
         output = staging / name
+        forget = forgetting(lambda: filter(Path.is_file, staging.rglob("*")), plan.bytes_to_write)
+
+        def passed(nbytes: int) -> None:
+            progress(nbytes)
+            forget(nbytes)
+
         recording = record.recording(plan.source, source, plan.specs, cast_rule)
-        with reused_buffers(), recording as (checkpoint, futures):
-            target_format.write(checkpoint, output, progress, **options)
-            records = {name: future.result() for name, future in futures.items()}
-        if plan.verify:
-            with reused_buffers():
-                read_back(target_format.read, output, checkpoint.config, records, progress)
+        with kept_heap(), reused_buffers(3 * plan.largest):
+            with recording as (checkpoint, futures):
+                target_format.write(checkpoint, output, passed, **options)
+                records = {name: future.result() for name, future in futures.items()}
+            if plan.verify:
+                read_back(target_format.read, output, checkpoint.config, records, passed)
         comparison = None
         if plan.logits:
             written = target_format.read(output, tokenizer=False)

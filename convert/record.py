@@ -24,6 +24,7 @@ from convert.checkpoint import Checkpoint
 from llama_jax.checkpoints.safetensors_write import TensorSpec
 from llama_jax.files.json_object import read_json_object
 from llama_jax.files.page_cache import forgetting
+from llama_jax.files.remote import is_remote
 
 FILE = "conversion.json"
 _SHA256 = re.compile("[0-9a-f]{64}")
@@ -138,7 +139,8 @@ def recording(
     def require(name: str, sha256: str) -> None:
         _require_digest(source, checkpoint, name, sha256)
 
-    forget = forgetting(checkpoint.weight_files)
+    local = [file for file in checkpoint.weight_files if not is_remote(file) and file.exists()]
+    forget = forgetting(lambda: local, sum(file.stat().st_size for file in local))
 
     def fetch(name: str) -> _Loaded:
         values = checkpoint.load(name)

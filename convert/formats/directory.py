@@ -43,7 +43,9 @@ def model_tensors(
         notes.append(f"{match.wrappers} is removed from the tensors' names")
     if match.tied_copy is not None:
         notes.append("lm_head.weight, a copy of the embedding, is left out: the head is tied")
-    return {name: match.tensors[name] for name in match.table}, notes
+    tensors = {name: match.tensors[name] for name in match.table}
+    in_order = sorted(tensors.items(), key=lambda item: (item[1].path, item[1].offset))
+    return dict(in_order), notes
 
 
 def checkpoint_of(

@@ -1,80 +1,112 @@
 """Memory of large arrays that is used again while many tensors pass through.
 
 The system clears fresh memory, 0.25 ns a byte, more than reading a file that is in the page cache takes. On
-a virtual machine whose host has to provide the memory first, it is several times that.
+a virtual machine whose host has to provide the memory first, it is ten times that.
 """
 
 from __future__ import annotations
 
+import ctypes
 import math
 import threading
 import weakref
 from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
 
 _SMALL = 2**20  # bytes; the allocator itself uses such again
-_MOST = 1.25  # times the bytes asked for, for what is beyond them adds to the peak
+_PAGE = 2**12
 
 
-class _Pool:
-    """Lends buffers; one comes back when no array refers to it any more."""
+class _Arena:
+    """One stretch of memory; parts of it are lent, the first that is free and large enough.
 
-    def __init__(self) -> None:
-        self._free: list[np.ndarray] = []
-        self._lent = self._most_lent = 0  # bytes
-        self._returned: deque[np.ndarray] = deque()
+    What was never lent is not in memory yet: the system provides pages when they are first written to.
+    """
+
+    def __init__(self, nbytes: int) -> None:
+        self._memory = np.empty(nbytes, np.uint8)
+        self._lent = [(0, 0), (nbytes, nbytes)]  # where parts begin and end, sorted
+        self._returned: deque[tuple[int, int]] = deque()
         self._lock = threading.Lock()
 
     def take(self, nbytes: int) -> np.ndarray:
-        """So many bytes of a buffer that has hardly more."""
+        """So many bytes; where no free part is large enough, of memory of their own."""
+        pages = -(-nbytes // _PAGE) * _PAGE
         with self._lock:
             while self._returned:
-                self._free.append(self._returned.popleft())
-                self._lent -= self._free[-1].nbytes
-            self._free.sort(key=lambda free: free.nbytes)
-            fits = [nbytes <= free.nbytes <= _MOST * nbytes for free in self._free]
-            fitting = self._free.pop(fits.index(True)) if any(fits) else None
-            self._lent += nbytes if fitting is None else fitting.nbytes
-            self._most_lent = max(self._most_lent, self._lent)
-            while sum(free.nbytes for free in self._free) > self._most_lent - self._lent:
-                self._free.pop()
-            buffer = np.empty(nbytes, np.uint8) if fitting is None else fitting
-        loan = _Loan(buffer.__array_interface__)
-        weakref.finalize(loan, self._returned.append, buffer).atexit = False
+                self._lent.remove(self._returned.popleft())
+            free = ((end, begin) for (_, end), (begin, _) in pairwise(self._lent))
+            start = next((start for start, stop in free if stop - start >= pages), None)
+            if start is None:
+                return np.empty(nbytes, np.uint8)
+            part = start, start + pages
+            self._lent = sorted([*self._lent, part])
+        loan = _Loan(self._memory[slice(*part)])
+        # it comes back when no array refers to it any more
+        weakref.finalize(loan, self._returned.append, part).atexit = False
         return np.asarray(loan)[:nbytes]
 
 
 class _Loan:
-    """What all views of a lent buffer refer to."""
+    """What all views of a lent part refer to."""
 
-    def __init__(self, interface: dict[str, Any]) -> None:
-        self.__array_interface__ = interface
+    def __init__(self, memory: np.ndarray) -> None:
+        self._memory = memory
+        self.__array_interface__ = memory.__array_interface__
 
 
-_pool: _Pool | None = None
+_arena: _Arena | None = None
+# options of glibc's mallopt, with the values that are set and those that it begins with
+_MALLOPT = {
+    "M_TRIM_THRESHOLD": (-1, 2**31 - 1, 2**17),  # of memory at the end of the heap
+    "M_MMAP_MAX": (-4, 0, 2**16),  # of arrays that are not in the heap
+    "M_ARENA_MAX": (-8, 1, 0),  # heaps; one of a thread cannot hold large arrays
+}
 
 
 @contextmanager
-def reused_buffers() -> Iterator[None]:
+def reused_buffers(nbytes: int) -> Iterator[None]:
     """Within, arrays of `empty` take over the memory of earlier ones that are no longer in use.
 
-    No more is held than was in use at once before.
+    Args:
+        nbytes: the most that is held for that; arrays beyond it have memory of their own.
     """
-    global _pool
-    previous, _pool = _pool, _Pool()
+    global _arena
+    previous, _arena = _arena, _Arena(nbytes)
     try:
         yield
     finally:
-        _pool = previous
+        _arena = previous
+
+
+@contextmanager
+def kept_heap() -> Iterator[None]:
+    """Within, what other libraries free stays in the process, for their next arrays; with glibc only.
+
+    TensorStore needs new memory for each piece of an array that it decodes, twice.
+    """
+    libc = ctypes.CDLL(None)
+    if not hasattr(libc, "mallopt"):
+        yield
+        return
+    for option, value, _ in _MALLOPT.values():
+        libc.mallopt(option, value)
+    try:
+        yield
+    finally:
+        for option, _, value in _MALLOPT.values():
+            libc.mallopt(option, value)
+        libc.malloc_trim(0)
 
 
 def empty(shape: tuple[int, ...], dtype: np.dtype[Any]) -> np.ndarray:
     """As `np.empty`; within `reused_buffers`, of memory that was perhaps used before."""
-    pool, nbytes = _pool, math.prod(shape) * np.dtype(dtype).itemsize
-    if pool is None or nbytes < _SMALL:
+    arena, nbytes = _arena, math.prod(shape) * np.dtype(dtype).itemsize
+    if arena is None or nbytes < _SMALL:
         return np.empty(shape, dtype)
-    return pool.take(nbytes).view(dtype).reshape(shape)
+    return arena.take(nbytes).view(dtype).reshape(shape)

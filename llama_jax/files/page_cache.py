@@ -1,24 +1,26 @@
-"""Files that are read once do not stay in the page cache."""
+"""Files that are read or written once do not stay in the page cache."""
 
 import os
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from llama_jax.files.remote import is_remote
+
 
 _STEP = 2**28  # bytes between two calls of the system
 _SHARE = 4  # files smaller than this part of the memory are left there
 
 
-def forgetting(files: Collection[Path]) -> Callable[[int], None]:
-    """A function to call with the number of bytes just read, which removes files from the page cache.
+def forgetting(files: Callable[[], Iterable[Path]], size: int) -> Callable[[int], None]:
+    """A function to call with the number of bytes just read or written, which removes files from the page cache.
 
     A copy of a large checkpoint there is of no use, pushes out what other programs read, and costs more
-    time than reading from a fast disk. Small files are left alone; so are all where the system does not
-    offer this.
+    time than reading from a fast disk. What was written is sent to the disk first. Small files are left
+    alone; so are all where the system does not offer this.
+
+    Args:
+        files: those that are there by now.
+        size: bytes of all of them in the end.
     """
-    local = [file for file in files if not is_remote(file) and file.exists()]
-    size = sum(file.stat().st_size for file in local)
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     large = hasattr(os, "posix_fadvise") and size > memory // _SHARE
     since = 0
@@ -28,7 +30,7 @@ def forgetting(files: Collection[Path]) -> Callable[[int], None]:
         since += nbytes
         if large and since >= _STEP:
             since = 0
-            for file in local:
+            for file in files():
                 _forget(file)
 
     return count

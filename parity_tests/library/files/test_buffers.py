@@ -20,7 +20,7 @@ def address(array: np.ndarray) -> int:
 
 
 def test_memory_is_used_again_once_no_array_refers_to_it() -> None:
-    with reused_buffers():
+    with reused_buffers(2**25):
         first = empty(SHAPE, BFLOAT16)
         assert first.shape == SHAPE
         assert first.dtype == BFLOAT16
@@ -47,7 +47,7 @@ def test_memory_is_used_again_once_no_array_refers_to_it() -> None:
 def test_memory_is_kept_as_long_as_anything_refers_to_it(
     view: Callable[[np.ndarray], object],
 ) -> None:
-    with reused_buffers():
+    with reused_buffers(2**25):
         array = empty(SHAPE, FLOAT32)
         array[...] = 7
         place, left = address(array), view(array)
@@ -67,13 +67,13 @@ def test_threads_never_share_memory() -> None:
                 return False
         return True
 
-    with reused_buffers(), ThreadPoolExecutor(4) as pool:
+    with reused_buffers(2**25), ThreadPoolExecutor(4) as pool:
         assert all(pool.map(fill, range(4)))
 
 
 def test_outside_it_is_numpys_memory() -> None:
     assert empty(SHAPE, FLOAT32).base is None
-    with reused_buffers():
+    with reused_buffers(2**25):
         assert empty((3,), FLOAT32).base is None
         assert empty(SHAPE, FLOAT32).base is not None
     assert empty(SHAPE, FLOAT32).base is None
