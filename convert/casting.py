@@ -45,10 +45,8 @@ def cast(name: str, values: np.ndarray, dtype: np.dtype[Any]) -> np.ndarray:
     before, after = values.reshape(-1), result.reshape(-1)
     for start in range(0, before.size, _BLOCK):
         part = slice(start, start + _BLOCK)
-        if not all_finite(before[part]):
-            raise _not_finite(name, values)
-        with np.errstate(over="ignore"):
-            after[part] = before[part]
+        with np.errstate(over="ignore", invalid="ignore"):
+            after[part] = before[part]  # what is not finite stays so
         if not all_finite(after[part]):
             raise _overflow(name, values, dtype)
     return result
@@ -94,9 +92,10 @@ def changes(before: np.ndarray, after: np.ndarray) -> Changes | None:
         count = int(np.count_nonzero(changed))
         if not count:
             continue
-        small = changed & (np.abs(new) < smallest)
-        zeros = int(np.count_nonzero(new[small] == 0))
         rounded += count
-        to_zero += zeros
-        subnormal += int(np.count_nonzero(small)) - zeros
+        changed &= np.abs(new) < smallest
+        if small := int(np.count_nonzero(changed)):
+            zeros = int(np.count_nonzero(new[changed] == 0))
+            to_zero += zeros
+            subnormal += small - zeros
     return Changes(rounded, to_zero, subnormal) if rounded else None

@@ -26,7 +26,7 @@ from llama_jax.models.causal_lm import LlamaForCausalLM
 def model_tensors(
     path: Path, config: LlamaConfig, weights: StoredWeights, rows: ReadRows
 ) -> tuple[dict[str, StoredTensor], list[str]]:
-    """The stored tensors that make up the model, by Hugging Face's names in the model's order; and notes.
+    """The stored tensors that make up the model, by Hugging Face's names in the files' order; and notes.
 
     Args:
         weights: all that is stored, under names that may have a wrapper's prefix.

@@ -4,14 +4,12 @@ import os
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-
-
 _STEP = 2**28  # bytes between two calls of the system
 _SHARE = 4  # files smaller than this part of the memory are left there
 
 
 def forgetting(files: Callable[[], Iterable[Path]], size: int) -> Callable[[int], None]:
-    """A function to call with the number of bytes just read or written, which removes files from the page cache.
+    """A function to call with the number of bytes just read or written; it empties the page cache of files.
 
     A copy of a large checkpoint there is of no use, pushes out what other programs read, and costs more
     time than reading from a fast disk. What was written is sent to the disk first. Small files are left

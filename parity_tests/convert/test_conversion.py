@@ -32,6 +32,7 @@ from convert.casting import Changes, changes
 from convert.formats.registry import writable
 from llama_jax import LlamaForCausalLM
 from llama_jax.checkpoints.safetensors_write import TensorSpec, write_safetensors
+from llama_jax.files import page_cache
 from parity_tests.convert.formats.gguf.tiny_gguf import same, tiny_model
 from parity_tests.harness.child_process import ROOT
 
@@ -345,6 +346,32 @@ def test_memory_is_three_of_the_largest_tensor(tmp_path: Path, to: str) -> None:
         peak = peak_memory(first, second, "--to", to if second == out else "hf")
         assert peak <= 600e6 + 3 * megabytes * 2**20
     assert same(weights(tmp_path / "back"), weights(source)) == []
+
+
+@pytest.mark.skipif(not hasattr(os, "posix_fadvise"), reason="the system does not offer it")
+def test_a_large_conversion_does_not_stay_in_the_page_cache(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tiny_model().save_pretrained(tmp_path / "model")
+    advised: list[str] = []
+
+    def advise(descriptor: int, offset: int, length: int, advice: int) -> None:
+        assert (offset, length, advice) == (0, 0, os.POSIX_FADV_DONTNEED)
+        advised.append(os.readlink(f"/proc/self/fd/{descriptor}"))
+
+    monkeypatch.setattr(os, "posix_fadvise", advise)
+    convert.convert(tmp_path / "model", tmp_path / "small")
+    assert not advised
+    monkeypatch.setattr(page_cache, "_SHARE", 2**40)
+    monkeypatch.setattr(page_cache, "_STEP", 1)
+    convert.convert(tmp_path / "model", tmp_path / "out")
+    tensors = len(weights(tmp_path / "out"))
+    source = str((tmp_path / "model/model.safetensors").resolve())
+    assert advised.count(source) == tensors
+    # as it is written, and as it is read back
+    written = [place for place in advised if "partial" in place]
+    assert {Path(place).name for place in written} >= {"model.safetensors"}
+    assert sum(place.endswith("/model.safetensors") for place in written) == 2 * tensors
 
 
 def test_a_plan_says_what_it_will_cost(tmp_path: Path) -> None:

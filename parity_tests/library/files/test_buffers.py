@@ -1,14 +1,17 @@
 """Memory that is used again."""
 
 import gc
+import os
+import platform
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import ml_dtypes
 import numpy as np
 import pytest
 
-from llama_jax.files.buffers import empty, reused_buffers
+from llama_jax.files.buffers import empty, kept_heap, reused_buffers
 
 FLOAT32 = np.dtype(np.float32)
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
@@ -30,7 +33,29 @@ def test_memory_is_used_again_once_no_array_refers_to_it() -> None:
         del first
         assert address(empty(SHAPE, BFLOAT16)) == place
         assert address(empty((500, 1024), FLOAT32)) == place
-        assert address(empty((200, 1024), FLOAT32)) != place  # much smaller
+
+
+def test_smaller_arrays_share_the_place_of_a_large_one() -> None:
+    with reused_buffers(2**22):
+        place = address(empty((1024, 1024), FLOAT32))  # all of it
+        first, second, third = (empty((512, 1024), BFLOAT16) for _ in range(3))
+        assert [address(each) - place for each in (first, second, third)] == [0, 2**20, 2**21]
+        first[...], second[...], third[...] = 1, 2, 3
+        del second
+        larger = empty((768, 1024), BFLOAT16)  # fits into no part that is free
+        larger[...] = 4
+        again = empty((512, 1024), BFLOAT16)
+        assert address(again) - place == 2**20
+        assert (first == 1).all()
+        assert (third == 3).all()
+
+
+def test_arrays_beyond_the_limit_have_memory_of_their_own() -> None:
+    with reused_buffers(2**21):
+        first, second = empty(SHAPE, BFLOAT16), empty(SHAPE, FLOAT32)
+        first[...], second[...] = 1, 2
+        assert (first == 1).all()
+        assert (second == 2).all()
 
 
 @pytest.mark.parametrize(
@@ -69,6 +94,24 @@ def test_threads_never_share_memory() -> None:
 
     with reused_buffers(2**25), ThreadPoolExecutor(4) as pool:
         assert all(pool.map(fill, range(4)))
+
+
+def resident() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="needs glibc")
+def test_freed_memory_stays_in_a_kept_heap() -> None:
+    size = 2**26
+    with kept_heap():
+        array = np.ones(size, np.uint8)
+        before = resident()
+        del array
+        assert resident() > before - size // 2
+        array = np.ones(size, np.uint8)
+        assert resident() < before + size // 2
+        del array
+    assert resident() < before - size // 2
 
 
 def test_outside_it_is_numpys_memory() -> None:

@@ -23,7 +23,7 @@ def test_only_large_files_are_forgotten(
 
     monkeypatch.setattr(page_cache, "_SHARE", share)
     monkeypatch.setattr(os, "posix_fadvise", advise)
-    count = page_cache.forgetting([file])
+    count = page_cache.forgetting(lambda: [file], 2**16)
     for _ in range(5):
         count(2**27)
     assert advised == [os.POSIX_FADV_DONTNEED] * times
@@ -35,6 +35,6 @@ def test_a_file_that_has_gone_is_left_to_whoever_reads_it(
     file = tmp_path / "weights"
     file.write_bytes(b"\0" * 2**16)
     monkeypatch.setattr(page_cache, "_SHARE", 2**40)
-    count = page_cache.forgetting([file, tmp_path / "missing"])
+    count = page_cache.forgetting(lambda: [file, tmp_path / "missing"], 2**16)
     file.unlink()
     count(2**28)
