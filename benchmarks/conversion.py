@@ -116,11 +116,10 @@ def main(arguments: Sequence[str] = ()) -> None:
             console.print(
                 f"{pair}: {last.seconds:.1f} s, cp {last.cp_seconds:.1f} s, {last.peak / 1e6:.0f} MB"
             )
-            if source in FOREIGN and not any(
-                later.startswith(f"{source}-") for later in options.pairs[number + 1 :]
-            ):
+            needed = {later.partition("-")[0] for later in options.pairs[number + 1 :]}
+            if source in FOREIGN and source not in needed:
                 remove(checkpoints[source])
-            if target in checkpoints:
+            if target in checkpoints or target not in needed:
                 remove(output)
             else:
                 checkpoints[target] = output
