@@ -50,6 +50,7 @@ def require_counts(options: RunOptions) -> None:
         "evaluation.every": (options.evaluation.every, 0),
         "evaluation.batches": (options.evaluation.batches, 0),
         "evaluation.sample-tokens": (options.evaluation.sample_tokens, 0),
+        "log.statistics-every": (options.log.statistics_every, 0),
     }
     for name, (value, minimum) in at_least.items():
         if value is not None and value < minimum:

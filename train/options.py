@@ -172,6 +172,8 @@ class LogOptions:
     """Weights & Biases project to log to"""
     peak_flops: float | None = None
     """peak FLOPs/s of one device, for the MFU; default: from its data sheet, on a CPU a timed matmul"""
+    statistics_every: int = 0
+    """steps between statistics by layer of gradients, updates, parameters and activations; 0: none"""
 
 
 @dataclass(frozen=True)

@@ -2,5 +2,5 @@
 
 `reporter` turns steps into metrics, `loggers` writes them to metrics.jsonl and other services,
 `metrics_log` is that file and the picture of the loss, `display` the terminal, `introduction` what is said
-before the first step.
+before the first step. `statistics_record` is what metrics.jsonl has of a step's statistics.
 """

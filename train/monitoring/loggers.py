@@ -9,6 +9,7 @@ from typing import Any
 import jax
 
 from train.monitoring.metrics_log import open_metrics, write_line
+from train.monitoring.statistics_record import flat
 from train.options import LogOptions
 
 # takes a line of metrics.jsonl
@@ -61,7 +62,7 @@ def _tensorboard(run: Path, stack: ExitStack) -> Recorder:
     stack.callback(writer.close)
 
     def record(metrics: dict[str, Any]) -> None:
-        for name, value in metrics.items():
+        for name, value in flat(metrics).items():
             if name != "step" and isinstance(value, int | float):
                 writer.add_scalar(name, value, metrics["step"])
 
@@ -73,4 +74,4 @@ def _wandb(run: Path, project: str, stack: ExitStack) -> Recorder:
 
     session = wandb.init(project=project, name=run.name, dir=str(run), id=run.name, resume="allow")
     stack.callback(session.finish)
-    return lambda metrics: session.log(metrics, step=metrics["step"])
+    return lambda metrics: session.log(flat(metrics), step=metrics["step"])

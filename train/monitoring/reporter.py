@@ -11,8 +11,10 @@ from llama_jax.inspection.architecture import forward_flops_per_token
 from train.hardware.chips import peak_flops
 from train.monitoring.display import Display
 from train.monitoring.loggers import Recorder
+from train.monitoring.statistics_record import statistics_record
 from train.options import RunOptions
 from train.program.build import Program
+from train.program.statistics import Statistics
 from train.program.step import Metrics
 
 
@@ -23,6 +25,7 @@ class _Submitted(NamedTuple):
     metrics: Metrics
     stop: jax.Array
     data_wait: float
+    statistics: Statistics | None
 
 
 class Reporter:
@@ -48,19 +51,27 @@ class Reporter:
         self._submitted: _Submitted | None = None
         self.restart_clock()
 
-    def submit(self, step: int, metrics: Metrics, stop: jax.Array, data_wait: float) -> None:
+    def submit(
+        self,
+        step: int,
+        metrics: Metrics,
+        stop: jax.Array,
+        data_wait: float,
+        statistics: Statistics | None = None,
+    ) -> None:
         """Report the step before, and hold this one until it is computed.
 
         Args:
             step: steps done with this one.
             stop: a boolean scalar, the same in all processes: whether to stop after this step.
             data_wait: seconds for which the loop waited for the batch.
+            statistics: of the step, if it is one that has them.
 
         Raises:
             ValueError: a loss or gradient norm that is not finite.
         """
         self.flush()
-        self._submitted = _Submitted(step, metrics, stop, data_wait)
+        self._submitted = _Submitted(step, metrics, stop, data_wait, statistics)
 
     def poll(self) -> None:
         """Report the submitted step if it is computed already, as where a step's call is synchronous."""
@@ -80,7 +91,14 @@ class Reporter:
         """Time the next step from now on, rather than from the report of the last one."""
         self._reported_at = time.perf_counter()
 
-    def _report(self, step: int, metrics: Metrics, stop: jax.Array, data_wait: float) -> None:
+    def _report(
+        self,
+        step: int,
+        metrics: Metrics,
+        stop: jax.Array,
+        data_wait: float,
+        statistics: Statistics | None,
+    ) -> None:
         values = jax.device_get(metrics)
         now = time.perf_counter()
         seconds, self._reported_at = now - self._reported_at, now
@@ -94,7 +112,7 @@ class Reporter:
         mfu = None
         if self._peak_flops is not None:
             mfu = tokens_per_second * self._flops_per_token / self._peak_flops
-        line = {
+        line: dict[str, Any] = {
             "step": step,
             "loss": loss,
             "z_loss": float(values.z_loss),
@@ -106,6 +124,8 @@ class Reporter:
             "tokens_per_second": tokens_per_second,
             "mfu": mfu,
         }
+        if statistics is not None:
+            line["statistics"] = statistics_record(jax.device_get(statistics))
         self._record(line)
         self._display.step(line, self._steps)
         self.stopping = self.stopping or bool(jax.device_get(stop))

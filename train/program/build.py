@@ -5,6 +5,7 @@
 
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -42,6 +43,7 @@ from train.program.optimizer_state import HOST_MEMORY, on_host, require_host_mem
 from train.program.per_layer import Path, map_by_parameter
 from train.program.pipeline import find_pipeline
 from train.program.schedules import learning_rate_schedule
+from train.program.statistics import make_observe
 from train.program.step import make_evaluation, make_step
 
 
@@ -49,6 +51,7 @@ class Program(NamedTuple):
     """A run's functions, and abstract values (shape, dtype, sharding) of their arguments.
 
     step: jitted `(params, opt_state, batch, dropout_key)`, donating the first two.
+    statistics_step: the same, returning statistics after the metrics.
     evaluate: jitted `(params, batch)`, returning summed loss and number of tokens.
     pipeline: how the layers run over the mesh's stages; None with a single one.
     """
@@ -62,6 +65,7 @@ class Program(NamedTuple):
     opt_state: Any
     batch: Any
     step: jax.stages.Wrapped
+    statistics_step: jax.stages.Wrapped
     evaluate: jax.stages.Wrapped
     pipeline: Pipeline | None
 
@@ -164,13 +168,14 @@ def make_program(
     opt_state = _like_params(jax.eval_shape(rule.init, params), params, mesh)
     if optimizer.offload:
         rule, opt_state = on_host(rule), _in_host_memory(opt_state)
-    forward = {
+    forward: dict[str, Any] = {
         "remat": model.remat_policy,
         "scan_unroll": layers_per_iteration(model.scan_unroll, config.num_hidden_layers, devices),
         "attention_implementation": model.attention,
         "pipeline": pipeline,
     }
-    step = make_step(
+    step = partial(
+        make_step,
         graphdef,
         rule,
         compute_dtype=compute_dtype,
@@ -179,11 +184,23 @@ def make_program(
         gather_once=options.fsdp_gather == "step",
         **forward,
     )
+    observe = make_observe(
+        graphdef, compute_dtype=compute_dtype, attention_implementation=model.attention
+    )
     evaluate = make_evaluation(graphdef, compute_dtype=compute_dtype, **forward)
     compiler_options = step_compiler_options(
         devices[0].platform, across_hosts=count_slices(devices) > 1, deterministic=deterministic
     )
     replicated = NamedSharding(mesh, PartitionSpec())
+
+    def jitted(step: Callable[..., Any], *others: Any) -> jax.stages.Wrapped:
+        return jax.jit(
+            step,
+            donate_argnums=(0, 1),
+            compiler_options=compiler_options,
+            out_shardings=(shardings_of(params), shardings_of(opt_state), *others),
+        )
+
     return Program(
         config=config,
         mesh=mesh,
@@ -193,12 +210,8 @@ def make_program(
         params=params,
         opt_state=opt_state,
         batch=batch,
-        step=jax.jit(
-            step,
-            donate_argnums=(0, 1),
-            compiler_options=compiler_options,
-            out_shardings=(shardings_of(params), shardings_of(opt_state), replicated),
-        ),
+        step=jitted(step(), replicated),
+        statistics_step=jitted(step(observe=observe), replicated, replicated),
         evaluate=jax.jit(evaluate, compiler_options=compiler_options, out_shardings=replicated),
         pipeline=pipeline,
     )

@@ -16,6 +16,7 @@ from llama_jax.loss import IGNORE_INDEX, fused_linear_cross_entropy
 from train.data.batch import Batch
 from train.program.accumulation import Params, sum_over_micro_batches
 from train.program.optimizer import global_norm
+from train.program.statistics import Observe
 
 
 class Metrics(NamedTuple):
@@ -35,8 +36,9 @@ def make_step(
     z_loss: float | None,
     reduce_dtype: Any = None,
     gather_once: bool = False,
+    observe: Observe | None = None,
     **forward: Any,
-) -> Callable[..., tuple[Params, optax.OptState, Metrics]]:
+) -> Callable[..., Any]:
     """`step(params, opt_state, batch, dropout_key) -> (params, opt_state, metrics)`.
 
     The forward and backward pass run in `compute_dtype`; parameters, gradients and updates have the dtype
@@ -48,6 +50,8 @@ def make_step(
         compute_dtype: not float16: without loss scaling, small gradients become 0 in it.
         reduce_dtype: see `LlamaModel.__call__`.
         gather_once: see `MeshOptions.fsdp_gather`.
+        observe: the step also returns, after the metrics, what this makes of the parameters, the gradients,
+            the updated parameters and the batch.
         forward: static arguments of `LlamaModel.__call__`: remat, unrolling, attention.
     """
 
@@ -70,7 +74,7 @@ def make_step(
         opt_state: optax.OptState,
         batch: Batch,
         dropout_key: Key[Array, ""] | None = None,
-    ) -> tuple[Params, optax.OptState, Metrics]:
+    ) -> Any:
         valid = jnp.sum(batch.labels != IGNORE_INDEX, dtype=jnp.int32)
         (ce_loss, z), gradients = sum_over_micro_batches(
             gradient,
@@ -86,7 +90,10 @@ def make_step(
         # optax mixes integers with floats, and updates of a wider state with parameters
         with jax.numpy_dtype_promotion("standard"):
             updates, opt_state = optimizer.update(gradients, opt_state, params)
-            return optax.apply_updates(params, updates), opt_state, metrics
+            updated = optax.apply_updates(params, updates)
+        if observe is None:
+            return updated, opt_state, metrics
+        return updated, opt_state, metrics, observe(params, gradients, updated, batch)
 
     return step
 

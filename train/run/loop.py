@@ -75,8 +75,10 @@ def train_loop(
             data_wait = time.perf_counter() - waiting_since
             reporter.poll()
             key = _dropout_key(program.config, options.seed, done - 1)
-            params, opt_state, metrics = program.step(params, opt_state, batch, key)
-            reporter.submit(done, metrics, any_process(stop_requested()), data_wait)
+            measuring = _due(done, options.log.statistics_every)
+            step = program.statistics_step if measuring else program.step
+            params, opt_state, metrics, *statistics = step(params, opt_state, batch, key)
+            reporter.submit(done, metrics, any_process(stop_requested()), data_wait, *statistics)
 
             last = done == options.steps
             evaluating = _due(done, options.evaluation.every) or (last and options.evaluation.every)
