@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ from transformers import PreTrainedTokenizerFast
 
 from llama_jax.loss import IGNORE_INDEX
 from llama_jax.text.chat_template import render_chats
+from parity_tests.train.data.formats.opened import error_of
 from train.data import chat
 from train.data.chat import Chat
 from train.data.token_directory import TokenDirectory
@@ -130,13 +130,6 @@ def masked_documents(directory: Path) -> list[tuple[list[int], list[int]]]:
     return [
         (a.tolist(), m.astype(int).tolist()) for a, m in zip(ids, np.split(mask, ends), strict=True)
     ]
-
-
-def error_of(call: Callable[[], object]) -> str:
-    with pytest.raises(ValueError) as caught:
-        call()
-    assert "\n" not in str(caught.value)
-    return str(caught.value)
 
 
 @pytest.mark.parametrize("marked", [True, False])
@@ -321,21 +314,19 @@ def test_many_long_chats_are_rendered_in_parts(
 
     def limited(template: str, jobs: list[Any], **options: Any) -> Any:
         sizes.append(len(jobs))
-        if len(jobs) > 3:
+        if len(jobs) > 12:
             raise ValueError("chat template: stopped, because it needs more than 10 s or 1024 MiB")
         return render_chats(template, jobs, **options)
 
     monkeypatch.setattr(chat, "render_chats", limited)
     for marked in (True, False):
         template = TEMPLATES["llama 3"] if marked else without_marks(TEMPLATES["llama 3"])
-        rows = [Chat(f"{n}", messages) for n, messages in enumerate(CHATS * 2)]
+        rows = [Chat(f"{n}", messages) for n, messages in enumerate(CHATS * 4)]
         rendered = list(chat.render(chat.Template(template, {}, frozenset()), rows))
-        assert [one.text for one in rendered] == [
-            render_chats(template, [{"messages": row.messages, "add_generation_prompt": False}])[0]
-            for row in rows
-        ]
-    assert max(sizes) > 3
-    monkeypatch.setattr(chat, "render_chats", lambda *a, **o: limited("", [0] * 9))
+        jobs = [{"messages": row.messages, "add_generation_prompt": False} for row in rows]
+        assert [one.text for one in rendered] == render_chats(template, jobs)
+    assert max(sizes) > 12
+    monkeypatch.setattr(chat, "render_chats", lambda *a, **o: limited("", [0] * 13))
     assert error_of(lambda: list(chat.render(chat.Template("x", {}, frozenset()), rows))) == (
         "0: chat template: stopped, because it needs more than 10 s or 1024 MiB"
     )

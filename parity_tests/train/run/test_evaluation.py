@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from tokenizers import Tokenizer
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -24,6 +25,7 @@ from train.monitoring.metrics_log import read_metrics
 LENGTH = 512  # every source is one window
 
 
+@pytest.mark.slow
 def test_bits_per_byte_and_losses_by_source(tmp_path: Path, capfd: Any) -> None:
     model = make_tokenizer(tmp_path / "model", None)
     config = CONFIG | {"vocab_size": 304, "max_position_embeddings": LENGTH, "eos_token_id": 1}

@@ -35,7 +35,7 @@ def write_files(kind: str, tiny: Tiny, directory: Path) -> Path:
     return directory
 
 
-@pytest.mark.parametrize("kind", ["megatron", "bare"])
+@pytest.mark.parametrize("kind", ["bare", pytest.param("megatron", marks=pytest.mark.slow)])
 def test_a_run_in_place_resumed(
     kind: str, tiny: Tiny, finished: Path, tokenizer: Path, tmp_path: Path, capfd: Any
 ) -> None:
@@ -65,6 +65,7 @@ def test_a_run_in_place_resumed(
     assert f"error: {data}: found data with digest " in capfd.readouterr().err
 
 
+@pytest.mark.slow
 def test_mixed_with_a_token_directory(tiny: Tiny, tokenizer: Path, tmp_path: Path) -> None:
     """A mixture of sources of several formats is that of their token directories."""
     data = write_files("megatron", tiny, tmp_path / "data")

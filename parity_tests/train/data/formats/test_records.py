@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +14,13 @@ from array_record.python.array_record_module import ArrayRecordWriter
 from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
 
 from parity_tests.train.corpus import documents_of, word_tokenizer
+from parity_tests.train.data.formats.opened import error_of, opened
 from parity_tests.train.data.formats.writers import Documents
 from train.data.documents import read_documents
 from train.data.formats.example import example_features, int64_values
-from train.data.formats.source import token_files
 from train.data.token_shards import open_tokens
 from train.data.tokenize import tokenize
 from train.data.tokens import Source, document_ends, loss_mask, read_tokens
-from train.options import TokenOptions
 
 EOS, VOCAB = 1, 300
 DOCUMENTS = [[3, 4, EOS], [299, EOS], [5], [6, 7, 8, 9, 10, EOS], [11, EOS]]
@@ -37,19 +35,6 @@ def _cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
     words = ["<s>", "<|endoftext|>", "<unk>", *(f"w{n}" for n in range(VOCAB - 3))]
     return word_tokenizer(tmp_path_factory.mktemp("tokenizer"), words)
-
-
-def opened(path: Path, tokenizer: Path, **options: Any) -> Source:
-    source = token_files(path, 1.0, TokenOptions(**options), tokenizer)
-    assert source is not None
-    return source
-
-
-def error_of(call: Callable[[], object]) -> str:
-    with pytest.raises(ValueError) as caught:
-        call()
-    assert "\n" not in str(caught.value)
-    return str(caught.value)
 
 
 def write_arrow(path: Path, column: Any, name: str = "input_ids", *, rows: int = 2) -> Path:

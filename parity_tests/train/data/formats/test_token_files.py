@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from parity_tests.train.corpus import documents_of, token_directory, word_tokenizer
+from parity_tests.train.data.formats.opened import error_of, opened
 from parity_tests.train.data.formats.writers import Documents, bare, flat, llm_c, megatron
 from train.data.formats.source import token_files
 from train.data.token_directory import TokenDirectory
@@ -36,19 +36,6 @@ def large_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
     words = [*WORDS, *(f"x{n}" for n in range(70_000 - VOCAB))]
     directory = tmp_path_factory.mktemp("large")
     return word_tokenizer(directory, words, bos_token="<s>", eos_token="<|endoftext|>")
-
-
-def opened(path: Path, tokenizer: Path, **options: Any) -> Source:
-    source = token_files(path, 1.0, TokenOptions(**options), tokenizer)
-    assert source is not None
-    return source
-
-
-def error_of(call: Callable[[], object]) -> str:
-    with pytest.raises(ValueError) as caught:
-        call()
-    assert "\n" not in str(caught.value)
-    return str(caught.value)
 
 
 def all_windows(source: Source, length: int) -> list[dict[str, list[int]]]:
