@@ -147,6 +147,12 @@ def _add_export(program: Parser) -> None:
         "--dtype", choices=get_args(Dtype), help="dtype to write; default: that of the parameters"
     )
     parser.add_argument(
+        "--average",
+        action=OnOff,
+        default=False,
+        help="write the average of the parameters, of a run with --average.decay",
+    )
+    parser.add_argument(
         "--verify",
         action=OnOff,
         default=False,
@@ -220,12 +226,15 @@ def _export_folder(folder: Path, directory: Path, name: Path, arguments: argpars
         directory,
         step=arguments.step,
         dtype=dtype,
+        average=arguments.average,
         with_optimizer=arguments.with_optimizer,
         batches=arguments.batches,
     )
     say.print(f"written: {printable(str(name))}, step {step}")
     if arguments.verify:
-        loss = verify_export(folder, options, directory, step=step, dtype=dtype)
+        loss = verify_export(
+            folder, options, directory, step=step, dtype=dtype, average=arguments.average
+        )
         reported = "none at that step" if loss.reported is None else f"{loss.reported:.6f}"
         say.print(
             f"validation loss over {loss.num_tokens:,} tokens: PyTorch {loss.torch:.6f}, here "
@@ -276,6 +285,12 @@ def _add_evaluate(program: Parser) -> None:
         default="float32",
         help="dtype of the parameters and of the computation",
     )
+    parser.add_argument(
+        "--average",
+        action=OnOff,
+        default=False,
+        help="evaluate the average of the parameters, of a run with --average.decay",
+    )
     add_options(parser, EvalOptions())
 
 
@@ -299,6 +314,7 @@ def _evaluate(arguments: argparse.Namespace) -> None:
             step=arguments.step,
             dtype=arguments.dtype,
             tokens=with_options(EvalOptions(tokens), arguments).tokens,
+            average=arguments.average,
         )
     _print_evaluation(pooled([*evaluations.values()]))
     for name, evaluation in evaluations.items() if len(evaluations) > 1 else ():

@@ -3,7 +3,7 @@
 import jax.numpy as jnp
 import numpy as np
 
-from train.options import ModelOptions, OptimizerOptions, RunOptions, warmup_steps
+from train.options import GuardOptions, ModelOptions, OptimizerOptions, RunOptions, warmup_steps
 from train.program.optimizer import DIRECTIONS
 from train.program.schedules import USES, require_fit
 
@@ -20,6 +20,7 @@ def validate(options: RunOptions) -> None:
     require_counts(options)
     _require_numbers(options)
     _require_used(options.optimizer)
+    _require_guard(options.guard)
     optimizer = options.optimizer
     require_fit(
         optimizer.schedule,
@@ -40,6 +41,9 @@ def require_counts(options: RunOptions) -> None:
         "export-every": (options.export_every, 0),
         "model.scan-unroll": (options.model.scan_unroll, 1),
         "optimizer.warmup-steps": (options.optimizer.warmup_steps, 0),
+        # the standard deviation of one step is not defined
+        "guard.window": (options.guard.window, 2),
+        "guard.non-finite": (options.guard.non_finite, 0),
         "distributed.processes": (distributed.processes, 1),
         "mesh.stage-micro-batches": (options.mesh.stage_micro_batches, 1),
         "mesh.stage-repeats": (options.mesh.stage_repeats, 1),
@@ -86,6 +90,7 @@ def _require_numbers(options: RunOptions) -> None:
     below_one = float(np.nextafter(np.float32(1), np.float32(0)))
     beta = 0.0, below_one, "at least 0 and below 1"
     amount = 0.0, finite, "a finite number of at least 0"
+    sigma = smallest, finite, "a finite number above 0, or None"
     positive = f"a finite number above 0 (at least {smallest:.2g})"
     # name: its value, minimum, maximum, and the range in words
     numbers: dict[str, tuple[float | None, float, float, str]] = {
@@ -114,6 +119,10 @@ def _require_numbers(options: RunOptions) -> None:
             below_1,
             "at least 0 and below 1",
         ),
+        "guard.loss-sigma": (options.guard.loss_sigma, *sigma),
+        "guard.norm-sigma": (options.guard.norm_sigma, *sigma),
+        "guard.update-sigma": (options.guard.update_sigma, *sigma),
+        "average.decay": (options.average.decay, smallest, below_one, "above 0 and below 1"),
         "log.peak-flops": (options.log.peak_flops, smallest, finite, "a finite number above 0"),
     }
     for name, (value, minimum, maximum, expected) in numbers.items():
@@ -135,6 +144,31 @@ def _require_used(optimizer: OptimizerOptions) -> None:
                     f"optimizer.{_flag(name)}: found {value}, but {user} does not use it: leave it out, or "
                     f"at {default}"
                 )
+
+
+def _require_guard(guard: GuardOptions) -> None:
+    """An option of the guard that its action does not use must keep its default."""
+    used = {
+        None: {"non_finite"},
+        "skip": {"non_finite", "window", "loss_sigma", "norm_sigma", "update_sigma"},
+        "clip": {"non_finite", "window", "norm_sigma"},
+        "clip-layers": {"non_finite", "window", "norm_sigma"},
+    }
+    for name, value in vars(guard).items():
+        default = getattr(GuardOptions, name)
+        if name not in {"action", *used[guard.action]} and value != default:
+            with_action = f"--guard.action {guard.action}" if guard.action else "no --guard.action"
+            raise ValueError(
+                f"guard.{_flag(name)}: found {value} with {with_action}, which does not use it: leave it "
+                f"out, or choose --guard.action skip"
+            )
+    if guard.action and guard.norm_sigma is None:
+        others = guard.loss_sigma, guard.update_sigma
+        if guard.action != "skip" or others == (None, None):
+            raise ValueError(
+                f"guard.norm-sigma: found None with --guard.action {guard.action}, which then has nothing "
+                "to judge a step by: give a number, or leave out the action"
+            )
 
 
 def _flag(name: str) -> str:

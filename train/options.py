@@ -20,6 +20,7 @@ StateDtype = Literal["float32", "bfloat16"]
 ReduceDtype = Literal["float32", "bfloat16"]
 Optimizer = Literal["adamw", "muon", "lion", "adafactor", "sgd"]
 Schedule = Literal["cosine", "linear", "wsd", "constant"]
+GuardAction = Literal["skip", "clip", "clip-layers"]
 FsdpGather = Literal["layer", "step"]
 SequenceOrder = Literal["zigzag", "contiguous"]
 IdDtype = Literal["uint8", "uint16", "uint32", "uint64", "int32", "int64"]
@@ -94,6 +95,34 @@ class OptimizerOptions:
     """dtype of the optimizer's moments, if bfloat16 rounded stochastically; default: the parameters'"""
     offload: bool = False
     """keep the optimizer state in the host's memory, and bring it to the devices for the update"""
+
+
+@dataclass(frozen=True)
+class GuardOptions:
+    """What becomes of a step that is an outlier among the last ones, or not finite."""
+
+    action: GuardAction | None = None
+    """outliers are left out (skip), or the gradient, as a whole (clip) or layer by layer (clip-layers), is
+    scaled down to the bound, mean + sigma x standard deviation of the window; default: neither"""
+    window: int = 128
+    """steps of which mean and standard deviation are taken; the first ones are never outliers"""
+    loss_sigma: float | None = 6.0
+    """with skip, standard deviations that the loss may be above its mean; None: any number"""
+    norm_sigma: float | None = 6.0
+    """standard deviations that the gradient's norm may be above its mean; None: any number"""
+    update_sigma: float | None = None
+    """with skip, the same for the norm of the update; default: any number"""
+    non_finite: int = 0
+    """steps in a row without a finite loss and gradient that are left out; one more stops the run"""
+
+
+@dataclass(frozen=True)
+class AverageOptions:
+    """The average of the parameters over the steps."""
+
+    decay: float | None = None
+    """keep an exponential moving average with this decay, such as 0.999, for `eval` and `export --average`;
+    default: none"""
 
 
 @dataclass(frozen=True)
@@ -230,6 +259,8 @@ class RunOptions:
     tokens: TokenOptions = field(default_factory=TokenOptions)
     model: ModelOptions = field(default_factory=ModelOptions)
     optimizer: OptimizerOptions = field(default_factory=OptimizerOptions)
+    guard: GuardOptions = field(default_factory=GuardOptions)
+    average: AverageOptions = field(default_factory=AverageOptions)
     mesh: MeshOptions = field(default_factory=MeshOptions)
     distributed: DistributedOptions = field(default_factory=DistributedOptions)
     checkpoint: CheckpointOptions = field(default_factory=CheckpointOptions)

@@ -132,6 +132,7 @@ def evaluate_target(
     step: int | None,
     dtype: Dtype,
     tokens: TokenOptions,
+    average: bool = False,
 ) -> dict[str, Evaluation]:
     """The validation loss of a run or of a Hugging Face directory, by the names of the sources.
 
@@ -142,6 +143,7 @@ def evaluate_target(
         step: of the run's checkpoint; None for the newest.
         dtype: of the computation, and for a directory of the parameters too.
         tokens: of data that other programs wrote; its tokenizer is by default that of the target.
+        average: evaluate the run's average of the parameters.
 
     Raises:
         ValueError: no data for a directory that is not a run; data with another tokenizer; as
@@ -157,8 +159,12 @@ def evaluate_target(
             sequence_length=sequence_length or options.sequence_length,
             model=dataclasses.replace(options.model, compute_dtype=dtype),
         )
-        _, program, params = restore_run(target, options, step)
+        _, program, params = restore_run(target, options, step, average=average)
     else:
+        if average:
+            raise ValueError(
+                f"average: {target} is not a run folder (no {FILE}); leave --average out"
+            )
         target = source_path(target)
         if not target.is_dir():
             raise ValueError(f"{target}: {describe(target)}")

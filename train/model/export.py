@@ -54,6 +54,7 @@ def export_run(
     *,
     step: int | None,
     dtype: Any,
+    average: bool = False,
     with_optimizer: bool = False,
     batches: int | None = None,
 ) -> int:
@@ -61,6 +62,7 @@ def export_run(
 
     Args:
         dtype: of the weights that are written; None for that of the parameters.
+        average: write the run's average of the parameters instead.
         with_optimizer: also write what training continues from, see `train.model.training_state`.
         batches: how many steps' batches that lists; None: all that remain.
 
@@ -81,8 +83,15 @@ def export_run(
             f"{directory}: already contains a training state; choose another directory or remove it"
         )
     if with_optimizer:
+        if average:
+            raise ValueError(
+                "average: found with --with-optimizer, whose moments belong to the parameters: leave "
+                "one of them out"
+            )
         require_exportable(folder, options, dtype)
-    chosen, program, params = restore_run(folder, options, step)
+    chosen, program, params = restore_run(folder, options, step, average=average)
+    if dtype is None and average:
+        dtype = options.model.parameter_dtype
     if dtype is not None:
         params = jax.tree.map(lambda leaf: leaf.astype(jnp.dtype(dtype)), params)
     export_model(model_of(program, params), directory, folder)
@@ -93,12 +102,19 @@ def export_run(
 
 
 def verify_export(
-    folder: Path, options: RunOptions, directory: Path, *, step: int, dtype: Any
+    folder: Path,
+    options: RunOptions,
+    directory: Path,
+    *,
+    step: int,
+    dtype: Any,
+    average: bool = False,
 ) -> Verification:
     """Compute the loss of the exported directory here and in PyTorch, on the run's validation windows.
 
     Args:
         dtype: of the weights that were written; None for that of the parameters.
+        average: the directory has the average of the parameters, whose loss the run did not report.
 
     Raises:
         ValueError: transformers finds missing or extra tensors; PyTorch's loss differs from ours, or from
@@ -122,7 +138,7 @@ def verify_export(
         (
             line["validation_loss"]
             for line in lines
-            if line["step"] == step and "validation_loss" in line
+            if line["step"] == step and "validation_loss" in line and not average
         ),
         None,
     )

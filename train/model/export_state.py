@@ -30,6 +30,7 @@ from train.model.training_state import (
     is_adam,
     listed_files,
     not_decayed,
+    require_no_extras,
     without_machine,
 )
 from train.options import FILE as OPTIONS
@@ -46,6 +47,7 @@ def require_exportable(folder: Path, options: RunOptions, dtype: Any) -> None:
         raise ValueError(
             f"with-optimizer: found {options.optimizer.name}, expected adamw: torch has the same"
         )
+    require_no_extras(options)
     if dtype is not None:
         raise ValueError(
             f"dtype: found {dtype} with --with-optimizer: leave it out, to keep the weights as they are"

@@ -6,24 +6,34 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import orbax.checkpoint as ocp
 
 from llama_jax.checkpoints.huggingface import load_params
 from llama_jax.config import LlamaConfig
 from llama_jax.models.causal_lm import LlamaForCausalLM
 from train import checkpoints
 from train.options import Dtype, MeshOptions, ModelOptions, RunOptions
+from train.program.average import is_average
 from train.program.build import Program, run_program
 
 
-def restore_run(folder: Path, options: RunOptions, step: int | None) -> tuple[int, Any, Any]:
+def restore_run(
+    folder: Path, options: RunOptions, step: int | None, *, average: bool = False
+) -> tuple[int, Any, Any]:
     """(step, program, params) of a run's checkpoint on one device.
 
     Args:
         step: None for the newest checkpoint.
+        average: restore the average of the parameters, in its own dtype.
 
     Raises:
-        ValueError: no checkpoint, or none of that step.
+        ValueError: no checkpoint, or none of that step; a run that keeps no average.
     """
+    if average and options.average.decay is None:
+        raise ValueError(
+            f"average: {folder} keeps no average: begin a run with --average.decay, or average the weights "
+            "of exports with `python -m convert --average`"
+        )
     config = LlamaConfig.from_pretrained(folder)
     # nothing is trained, so a schedule that this version refuses must not be in the way
     defaults = RunOptions()
@@ -45,7 +55,22 @@ def restore_run(folder: Path, options: RunOptions, step: int | None) -> tuple[in
         chosen = steps[-1] if step is None else step
         if chosen not in steps:
             raise ValueError(f"step: found {chosen}, expected one of {', '.join(map(str, steps))}")
+        if average:
+            return chosen, program, _restore_average(manager, program, chosen)
         return chosen, program, checkpoints.restore_params(manager, program.params, chosen)
+
+
+def _restore_average(manager: Any, program: Program, step: int) -> Any:
+    """The average of the parameters; nothing else of the optimizer's state is read."""
+
+    def hide(node: Any) -> Any:
+        hidden = jax.tree.map(lambda leaf: ocp.PLACEHOLDER, node)
+        return hidden._replace(average=node.average) if is_average(node) else hidden
+
+    part = jax.tree.map(hide, program.opt_state, is_leaf=is_average)
+    restored = checkpoints.restore_part(manager, program.params, part, step)
+    (state,) = filter(is_average, jax.tree.leaves(restored, is_leaf=is_average))
+    return state.average
 
 
 def load_directory(

@@ -89,6 +89,21 @@ def without_machine(options: RunOptions) -> RunOptions:
     )
 
 
+def require_no_extras(options: RunOptions) -> None:
+    """Raise ValueError for a guard or an average, which a training state does not hold."""
+    guard, decay = options.guard, options.average.decay
+    for name, value, expected in (
+        ("guard.action", guard.action, None),
+        ("guard.non-finite", guard.non_finite, 0),
+        ("average.decay", decay, None),
+    ):
+        if value != expected:
+            raise ValueError(
+                f"{name}: found {value}, expected {expected}: a state that moves to torch or comes "
+                "from there holds neither the guard's window nor an average"
+            )
+
+
 def require_intact(state: TrainingState) -> None:
     """Raise ValueError for a file without a digest, or one that is not what the state was written with."""
     directory, files = state.directory, state.manifest["files"]

@@ -47,7 +47,7 @@ def draw_loss(run: Path) -> None:
     from matplotlib.figure import Figure
 
     lines = read_metrics(run)
-    train = [(line["step"], line["loss"]) for line in lines if "loss" in line]
+    train = [(line["step"], line["loss"]) for line in lines if line.get("loss") is not None]
     validation = [
         (line["step"], line["validation_loss"]) for line in lines if "validation_loss" in line
     ]

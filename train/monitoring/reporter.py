@@ -10,10 +10,12 @@ import jax.numpy as jnp
 from llama_jax.inspection.architecture import forward_flops_per_token
 from train.hardware.chips import peak_flops
 from train.monitoring.display import Display
+from train.monitoring.events import BatchRows, finite_or_none, guard_event, in_words
 from train.monitoring.loggers import Recorder
 from train.monitoring.statistics_record import statistics_record
 from train.options import RunOptions
 from train.program.build import Program
+from train.program.guard import value_names
 from train.program.statistics import Statistics
 from train.program.step import Metrics
 
@@ -38,10 +40,17 @@ class Reporter:
     """
 
     def __init__(
-        self, program: Program, options: RunOptions, display: Display, record: Recorder
+        self,
+        program: Program,
+        options: RunOptions,
+        display: Display,
+        record: Recorder,
+        batch_rows: BatchRows | None = None,
     ) -> None:
+        """Args: batch_rows is needed where the run has a guard, to say what the batch had."""
         self.stopping = False
         self._display, self._record = display, record
+        self._program, self._guard, self._batch_rows = program, options.guard, batch_rows
         self._steps, self._learning_rate = options.steps, program.learning_rate
         self._tokens_per_step = options.batch_size * options.sequence_length
         dtype = jnp.dtype(options.model.compute_dtype)
@@ -68,7 +77,8 @@ class Reporter:
             statistics: of the step, if it is one that has them.
 
         Raises:
-            ValueError: a loss or gradient norm that is not finite.
+            ValueError: a loss or gradient norm that is not finite, in more steps in a row than the guard
+                leaves out.
         """
         self.flush()
         self._submitted = _Submitted(step, metrics, stop, data_wait, statistics)
@@ -103,10 +113,18 @@ class Reporter:
         now = time.perf_counter()
         seconds, self._reported_at = now - self._reported_at, now
         loss, grad_norm = float(values.loss), float(values.grad_norm)
-        if not (math.isfinite(loss) and math.isfinite(grad_norm)):
+        finite = math.isfinite(loss) and math.isfinite(grad_norm)
+        in_a_row = 0 if values.guard is None else int(values.guard.non_finite)
+        left_out = 0 < in_a_row <= self._guard.non_finite
+        if not left_out and (in_a_row or not finite):
+            found = f"loss {loss} and gradient norm {grad_norm}"
+            if finite:
+                found += " and an update that is not finite"
+            if in_a_row > 1:
+                found += f", {in_a_row} such steps in a row"
             raise ValueError(
-                f"step {step}: found loss {loss} and gradient norm {grad_norm}, expected finite numbers: "
-                "try a lower --optimizer.learning-rate; earlier checkpoints are kept"
+                f"step {step}: found {found}, expected finite numbers: try a lower "
+                "--optimizer.learning-rate; earlier checkpoints are kept"
             )
         tokens_per_second = self._tokens_per_step / seconds
         mfu = None
@@ -114,9 +132,9 @@ class Reporter:
             mfu = tokens_per_second * self._flops_per_token / self._peak_flops
         line: dict[str, Any] = {
             "step": step,
-            "loss": loss,
-            "z_loss": float(values.z_loss),
-            "grad_norm": grad_norm,
+            "loss": finite_or_none(loss),
+            "z_loss": finite_or_none(float(values.z_loss)),
+            "grad_norm": finite_or_none(grad_norm),
             "learning_rate": float(self._learning_rate(step - 1)),
             "num_tokens": int(values.num_tokens),
             "seconds": seconds,
@@ -127,5 +145,18 @@ class Reporter:
         if statistics is not None:
             line["statistics"] = statistics_record(jax.device_get(statistics))
         self._record(line)
-        self._display.step(line, self._steps)
+        if finite:
+            self._display.step(line, self._steps)
+        if values.guard is not None:
+            self._report_guard(step, values)
         self.stopping = self.stopping or bool(jax.device_get(stop))
+
+    def _report_guard(self, step: int, metrics: Metrics) -> None:
+        clips = self._guard.action in ("clip", "clip-layers")
+        names = value_names(self._program.params, self._guard)
+        event = guard_event(step, metrics, names, clips=clips)
+        if event is None or self._batch_rows is None:
+            return
+        event["batch"] = self._batch_rows(step)
+        self._record(event)
+        self._display.say(in_words(event, float(metrics.loss), float(metrics.grad_norm)))

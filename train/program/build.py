@@ -30,6 +30,8 @@ from llama_jax.sharding import (
 )
 from train.data.batch import Batch
 from train.options import (
+    AverageOptions,
+    GuardOptions,
     MeshOptions,
     ModelOptions,
     OptimizerOptions,
@@ -37,6 +39,8 @@ from train.options import (
     SequenceOrder,
     warmup_steps,
 )
+from train.program.average import averaged
+from train.program.guard import guarded
 from train.program.mesh import count_slices, make_mesh
 from train.program.optimizer import make_optimizer
 from train.program.optimizer_state import HOST_MEMORY, on_host, require_host_memory
@@ -83,6 +87,8 @@ def run_program(
         make_mesh({axis: getattr(options.mesh, axis) for axis in MESH_AXES}, devices),
         options.model,
         options.optimizer,
+        guard=options.guard,
+        average=options.average,
         options=options.mesh,
         steps=options.steps,
         batch_size=options.batch_size,
@@ -99,6 +105,8 @@ def make_program(
     optimizer: OptimizerOptions,
     *,
     options: MeshOptions,
+    guard: GuardOptions | None = None,
+    average: AverageOptions | None = None,
     steps: int,
     batch_size: int,
     micro_batches: int,
@@ -109,6 +117,7 @@ def make_program(
 
     Args:
         options: how rows and layers are split over `mesh`, whose sizes it leaves to that.
+        guard, average: what is added to the optimizer; None for nothing.
         deterministic: see `step_compiler_options`.
 
     Raises:
@@ -165,6 +174,11 @@ def make_program(
         clip_norm=optimizer.clip_norm,
         state_dtype=optimizer.state_dtype,
     )
+    if average is not None and average.decay is not None:
+        rule = averaged(rule, average.decay)
+    if guard is not None and (guard.action is not None or guard.non_finite):
+        # outermost: what it leaves out has no part in the average
+        rule = guarded(rule, guard)
     opt_state = _like_params(jax.eval_shape(rule.init, params), params, mesh)
     if optimizer.offload:
         rule, opt_state = on_host(rule), _in_host_memory(opt_state)

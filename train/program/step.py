@@ -15,17 +15,22 @@ from jaxtyping import Array, Float, Int, Key
 from llama_jax.loss import IGNORE_INDEX, fused_linear_cross_entropy
 from train.data.batch import Batch
 from train.program.accumulation import Params, sum_over_micro_batches
+from train.program.guard import Decision, decision_of
 from train.program.optimizer import global_norm
 from train.program.statistics import Observe
 
 
 class Metrics(NamedTuple):
-    """Metrics of one step: cross-entropy and z-loss per token, the gradient's norm before clipping."""
+    """Metrics of one step: cross-entropy and z-loss per token, the gradient's norm before clipping.
+
+    guard: what the guard made of the step; None without one.
+    """
 
     loss: Float[Array, ""]
     z_loss: Float[Array, ""]
     grad_norm: Float[Array, ""]
     num_tokens: Int[Array, ""]
+    guard: Decision | None = None
 
 
 def make_step(
@@ -89,8 +94,9 @@ def make_step(
         metrics = Metrics(ce_loss, z, global_norm(gradients), valid)
         # optax mixes integers with floats, and updates of a wider state with parameters
         with jax.numpy_dtype_promotion("standard"):
-            updates, opt_state = optimizer.update(gradients, opt_state, params)
+            updates, opt_state = optimizer.update(gradients, opt_state, params, loss=ce_loss)
             updated = optax.apply_updates(params, updates)
+        metrics = metrics._replace(guard=decision_of(opt_state))
         if observe is None:
             return updated, opt_state, metrics
         return updated, opt_state, metrics, observe(params, gradients, updated, batch)

@@ -26,6 +26,7 @@ from train.model.training_state import (
     read_state,
     require_intact,
     require_moments,
+    require_no_extras,
     saved_options,
 )
 from train.options import RunOptions, require_local
@@ -92,6 +93,7 @@ def require_continuable(
         raise ValueError(
             f"optimizer.name: found {options.optimizer.name} with --init-from, expected adamw"
         )
+    require_no_extras(options)
     if isinstance(state, TorchOptimizer):
         torch_optimizer.require_fit(state, config, options.optimizer)
     else:

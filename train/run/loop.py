@@ -3,6 +3,7 @@
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack, closing
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from llama_jax.config import LlamaConfig
 from llama_jax.formatting import printable
 from llama_jax.models.causal_lm import LlamaForCausalLM
 from train import checkpoints
+from train.data import provenance
 from train.data.placement import placed_batches
 from train.data.tokens import Source
 from train.model.export import export_model
@@ -65,7 +67,14 @@ def train_loop(
         record = stack.enter_context(open_recorder(options.log, folder, start))
         stop_requested = stack.enter_context(stop_signals())
         any_process = agreement(program.mesh)
-        reporter = Reporter(program, options, display, record)
+        batch_rows = partial(
+            provenance.batch_rows,
+            sources,
+            batch_size=options.batch_size,
+            sequence_length=options.sequence_length,
+            seed=options.seed,
+        )
+        reporter = Reporter(program, options, display, record, lambda step: batch_rows(step=step))
         batches = stack.enter_context(
             closing(placed_batches(program.batch, dataset, start_step=start))
         )

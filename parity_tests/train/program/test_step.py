@@ -110,7 +110,7 @@ def test_micro_batches_are_summed_in_float32() -> None:
     graphdef, params = params_of(jnp.bfloat16)
     # an optimizer whose state is the gradient
     rule = optax.GradientTransformationExtraArgs(
-        lambda params: params, lambda gradients, state, params: (gradients, gradients)
+        lambda params: params, lambda gradients, state, params, **_: (gradients, gradients)
     )
     step = jax.jit(
         make_step(graphdef, rule, compute_dtype=jnp.bfloat16, z_loss=None),
