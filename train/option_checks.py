@@ -122,7 +122,7 @@ def _require_numbers(options: RunOptions) -> None:
         "guard.loss-sigma": (options.guard.loss_sigma, *sigma),
         "guard.norm-sigma": (options.guard.norm_sigma, *sigma),
         "guard.update-sigma": (options.guard.update_sigma, *sigma),
-        "average.decay": (options.average.decay, smallest, below_one, "above 0 and below 1"),
+        "average.decay": (options.average.decay, smallest, below_1, "above 0 and below 1"),
         "log.peak-flops": (options.log.peak_flops, smallest, finite, "a finite number above 0"),
     }
     for name, (value, minimum, maximum, expected) in numbers.items():

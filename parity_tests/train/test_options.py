@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from llama_jax.numerics.remat_policy import Kept
 from train.flags import parse_options
 from train.option_checks import validate
-from train.options import ModelOptions, Optimizer, OptimizerOptions, RunOptions
+from train.options import GuardOptions, ModelOptions, Optimizer, OptimizerOptions, RunOptions
 from train.options_toml import flags_of, to_toml
 from train.plan.command import run_plan
 from train.run.changes import FREE_ON_RESUME, fixed_options_changed
@@ -129,6 +129,7 @@ def test_no_change() -> None:
 def options_with(name: str, value: Any) -> RunOptions:
     """The defaults except for one option, and for the schedule that uses it."""
     users: dict[str, dict[str, Any]] = {"decay_fraction": {"schedule": "wsd"}}
+    users |= {name: {"action": "skip"} for name in vars(GuardOptions())}
     part, _, field = name.rpartition(".")
     options = RunOptions()
     if not part:
@@ -141,6 +142,8 @@ def options_with(name: str, value: Any) -> RunOptions:
 
 NOT_NEGATIVE = ("optimizer.learning_rate", "optimizer.weight_decay", "optimizer.z_loss")
 POSITIVE = ("optimizer.eps", "optimizer.clip_norm", "log.peak_flops")
+SIGMAS = ("guard.loss_sigma", "guard.norm_sigma", "guard.update_sigma")
+BETWEEN = ("average.decay",)
 BETAS = ("optimizer.beta1", "optimizer.beta2")
 FRACTIONS = ("optimizer.final_fraction", "optimizer.decay_fraction")
 
@@ -148,18 +151,19 @@ FRACTIONS = ("optimizer.final_fraction", "optimizer.decay_fraction")
 def test_every_number_has_a_range() -> None:
     """Except those checked where they are used: the mesh against devices, the seed by the data."""
     hints = {"": RunOptions, **{f"{name}.": type(getattr(RunOptions(), name)) for name in (
-        "model", "optimizer", "mesh", "distributed", "checkpoint", "evaluation", "log")}}  # fmt: skip
+        "model", "optimizer", "guard", "average", "mesh", "distributed", "checkpoint", "evaluation",
+        "log")}}  # fmt: skip
     floats = {
         prefix + name
         for prefix, kind in hints.items()
         for name, hint in get_type_hints(kind).items()
         if hint is float or float in get_args(hint)
     }
-    assert floats == {*NOT_NEGATIVE, *POSITIVE, *BETAS, *FRACTIONS}
+    assert floats == {*NOT_NEGATIVE, *POSITIVE, *BETAS, *FRACTIONS, *SIGMAS, *BETWEEN}
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf"), -1.0, -1e-9])
-@pytest.mark.parametrize("name", [*NOT_NEGATIVE, *POSITIVE, *BETAS, *FRACTIONS])
+@pytest.mark.parametrize("name", [*NOT_NEGATIVE, *POSITIVE, *BETAS, *FRACTIONS, *SIGMAS, *BETWEEN])
 def test_numbers_out_of_range(name: str, value: float) -> None:
     with pytest.raises(ValueError) as caught:
         validate(options_with(name, value))
@@ -174,6 +178,10 @@ def test_numbers_out_of_range(name: str, value: float) -> None:
         *((name, (0.0, 1e-46), (1e-30, 1.0)) for name in POSITIVE),
         *((name, (1.0, 1 - 1e-9), (0.0, 0.999999)) for name in BETAS),
         *((name, (1e39,), (0.0, 1e3)) for name in NOT_NEGATIVE),
+        *((name, (0.0, 1e39), (0.1, 6.0)) for name in SIGMAS),
+        ("guard.window", (1, 0, -1), (2, 1000)),
+        ("guard.non_finite", (-1,), (0, 5)),
+        ("average.decay", (0.0, 1.0), (1e-3, 0.999999999)),
         ("optimizer.final_fraction", (1.1,), (0.0, 1.0)),
         ("optimizer.decay_fraction", (0.0, 1.1), (0.01, 0.9)),
         ("optimizer.warmup_steps", (-1, 300), (0, 299)),
@@ -274,3 +282,35 @@ def test_float16_is_not_for_training(name: str, tmp_path: Path) -> None:
         run_plan(options, topology=None, host_devices=1, limit=None, json_file=None)
     for dtype in ("float32", "bfloat16", "float64"):
         validate(options_with(f"model.{name}", dtype))
+
+
+@pytest.mark.parametrize(
+    ("guard", "message"),
+    [
+        ({"window": 9}, "guard.window: found 9 with no --guard.action, which does not use it"),
+        ({"update_sigma": 3.0}, "guard.update-sigma: found 3.0 with no --guard.action, which"),
+        (
+            {"action": "clip", "loss_sigma": 3.0},
+            "guard.loss-sigma: found 3.0 with --guard.action clip,",
+        ),
+        (
+            {"action": "clip-layers", "norm_sigma": None},
+            "guard.norm-sigma: found None with --guard.action",
+        ),
+        (
+            {"action": "skip", "norm_sigma": None, "loss_sigma": None},
+            "guard.norm-sigma: found None with --guard.action skip, which then has nothing to judge",
+        ),
+    ],
+)
+def test_a_guard_that_does_not_use_an_option(guard: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError) as caught:
+        validate(RunOptions(guard=GuardOptions(**guard)))
+    assert str(caught.value).startswith(message)
+    assert "\n" not in str(caught.value)
+
+
+def test_guards_that_fit() -> None:
+    validate(RunOptions(guard=GuardOptions(non_finite=3)))
+    validate(RunOptions(guard=GuardOptions("skip", norm_sigma=None)))
+    validate(RunOptions(guard=GuardOptions("clip", window=32, norm_sigma=3.0, non_finite=1)))

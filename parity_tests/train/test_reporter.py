@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,7 +13,8 @@ import pytest
 
 from llama_jax.presets import PRESETS
 from train.monitoring.reporter import Reporter
-from train.options import LogOptions, ModelOptions, RunOptions
+from train.options import GuardOptions, LogOptions, ModelOptions, RunOptions
+from train.program.guard import Decision
 from train.program.step import Metrics
 
 OPTIONS = RunOptions(
@@ -97,5 +100,52 @@ def test_a_request_to_stop_is_remembered(reporter) -> None:
 def test_a_loss_or_norm_that_is_not_finite(reporter, recorded, loss: float, norm: float) -> None:
     reporter.submit(1, metrics(loss, grad_norm=norm), GO, 0.0)
     with pytest.raises(ValueError, match=r"step 1: found loss .*, expected finite numbers"):
+        reporter.flush()
+    assert recorded == []
+
+
+def guarded(in_a_row: int, *, outlier: int = 0, loss: float = 3.0) -> Metrics:
+    bound = np.array([2.5, 9.0], np.float32)
+    decision = Decision(bound, np.array([outlier, 0]), np.int32(in_a_row))  # type: ignore[arg-type]
+    return metrics(loss)._replace(guard=decision)
+
+
+def test_steps_that_a_guard_left_out(recorded) -> None:
+    """Two in a row that are not finite are reported; a third ends the run."""
+    said: list[str] = []
+    program: Any = SimpleNamespace(
+        config=PRESETS["tiny-4m"], learning_rate=lambda step: jnp.asarray(0.1), params={}
+    )
+    display: Any = SimpleNamespace(step=lambda line, steps: None, say=said.append)
+    options = dataclasses.replace(OPTIONS, guard=GuardOptions("skip", non_finite=2))
+    rows = [{"source": "tokens", "window": 7}]
+    reporter = Reporter(program, options, display, recorded.append, lambda step: rows)
+    reporter.submit(1, guarded(0, outlier=1), GO, 0.0)
+    reporter.submit(2, guarded(1, loss=np.nan), GO, 0.0)
+    reporter.submit(3, guarded(2, loss=np.inf), GO, 0.0)
+    reporter.submit(4, guarded(3, loss=np.nan), GO, 0.0)
+    with pytest.raises(
+        ValueError, match=r"step 4: found loss nan .*, 3 such steps in a row, expected"
+    ):
+        reporter.flush()
+    assert [line["loss"] for line in recorded if "loss" in line] == [3.0, None, None]
+    events = [line for line in recorded if "event" in line]
+    assert events == [
+        {"step": 1, "event": "skipped", "reason": ["loss above 2.5"], "batch": rows},
+        {"step": 2, "event": "skipped", "reason": ["not finite"], "batch": rows},
+        {"step": 3, "event": "skipped", "reason": ["not finite"], "batch": rows},
+    ]
+    assert said[0] == (
+        "step 1: skipped: loss above 2.5 (loss 3, gradient norm 1); its rows are tokens window 7"
+    )
+    json.loads(json.dumps(recorded, allow_nan=False))
+
+
+def test_a_guard_that_leaves_out_none_that_is_not_finite(recorded) -> None:
+    program: Any = SimpleNamespace(config=PRESETS["tiny-4m"], learning_rate=jnp.asarray)
+    options = dataclasses.replace(OPTIONS, guard=GuardOptions("clip"))
+    reporter = Reporter(program, options, SimpleNamespace(), recorded.append)  # type: ignore[arg-type]
+    reporter.submit(1, guarded(1, loss=np.nan), GO, 0.0)
+    with pytest.raises(ValueError, match=r"step 1: found loss nan and gradient norm 1.0, expected"):
         reporter.flush()
     assert recorded == []

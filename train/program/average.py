@@ -12,9 +12,9 @@ from llama_jax.numerics.matmul import working_dtype
 
 
 class AverageState(NamedTuple):
-    """The average after `count` updates, like the parameters in float32 (float64 for float64)."""
+    """The average after `steps` updates, like the parameters in float32 (float64 for float64)."""
 
-    count: Int[Array, ""]
+    steps: Int[Array, ""]
     average: Any
     inner: optax.OptState
 
@@ -36,17 +36,26 @@ def averaged(
         updates: Any, state: AverageState, params: Any = None, **extra: Any
     ) -> tuple[Any, AverageState]:
         updates, inner = rule.update(updates, state.inner, params, **extra)
-        count = state.count + 1
+        steps = state.steps + 1
 
         def move(average: Array, leaf: Array) -> Array:
-            # 1 - decay^count; the power itself has few digits left where decay is close to 1
-            total = -jnp.expm1(count.astype(average.dtype) * math.log(decay))
-            return average + (1 - decay) / total * (leaf.astype(average.dtype) - average)
+            # 1 - decay^steps; the power itself has few digits left where decay is close to 1
+            total = -jnp.expm1(steps.astype(average.dtype) * math.log(decay))
+            return average + (1 - decay) / total * (_rounded(leaf, average.dtype) - average)
 
         average = jax.tree.map(move, state.average, optax.apply_updates(params, updates))
-        return updates, AverageState(count, average, inner)
+        return updates, AverageState(steps, average, inner)
 
     return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _rounded(leaf: Array, dtype: Any) -> Array:
+    """The leaf in a wider dtype, as it is stored: XLA may leave out the rounding of a sum in bfloat16."""
+    wide = leaf.astype(dtype)
+    if leaf.dtype == dtype:
+        return wide
+    info = jnp.finfo(leaf.dtype)
+    return jax.lax.reduce_precision(wide, info.nexp, info.nmant)
 
 
 def is_average(node: Any) -> bool:

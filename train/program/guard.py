@@ -38,7 +38,7 @@ class GuardState(NamedTuple):
     """The values of the last steps, in a ring; how many there ever were; the optimizer's state."""
 
     window: Float[Array, "steps values"]
-    count: Int[Array, ""]
+    seen: Int[Array, ""]
     decision: Decision
     inner: optax.OptState
 
@@ -83,15 +83,15 @@ def guarded(
         skip = jnp.zeros((), bool) if clips else jnp.any(outlier & finite)
         if options.non_finite:
             skip = skip | ~finite
-        entered = state.window.at[state.count % options.window].set(jnp.minimum(value, bound))
+        entered = state.window.at[state.seen % options.window].set(jnp.minimum(value, bound))
         non_finite = jnp.where(finite, 0, state.decision.non_finite + 1)
         decision = Decision(bound, (outlier & finite).astype(jnp.int32), non_finite)
         return (
-            # p + -0.0 is p for every p, and 0.0 is not: -0.0 + 0.0 = 0.0
+            # adding 0.0 would change -0.0 to 0.0
             jax.tree.map(lambda leaf: jnp.where(skip, jnp.full_like(leaf, -0.0), leaf), updates),
             GuardState(
                 window=jnp.where(finite, entered, state.window),
-                count=state.count + finite.astype(jnp.int32),
+                seen=state.seen + finite.astype(jnp.int32),
                 decision=decision,
                 inner=_chosen(skip, state.inner, inner),
             ),
@@ -137,7 +137,7 @@ def _bounds(state: GuardState, sigmas: np.ndarray) -> Array:
     mean = state.window[0] + jnp.mean(differences, axis=0)
     deviation = jnp.std(differences, axis=0, ddof=1)
     bound = mean + sigmas.astype(mean.dtype) * deviation
-    exists = (state.count >= state.window.shape[0]) & jnp.isfinite(bound)
+    exists = (state.seen >= state.window.shape[0]) & jnp.isfinite(bound)
     return jnp.where(exists, bound, jnp.finfo(mean.dtype).max)
 
 
