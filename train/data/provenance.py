@@ -8,7 +8,7 @@ from train.data.windows import window_numbers
 
 
 def batch_rows(
-    sources: Sequence[Source], *, step: int, batch_size: int, sequence_length: int, seed: int
+    sources: Sequence[Source], step: int, *, batch_size: int, sequence_length: int, seed: int
 ) -> list[dict[str, Any]]:
     """The rows of the batch of `step`, which counts from 1, in the order of the batch.
 

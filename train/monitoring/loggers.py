@@ -49,7 +49,8 @@ def open_recorder(options: LogOptions, run: Path, start: int) -> Iterator[Record
             recorders.append(_wandb(run, options.wandb, stack))
 
         def record(metrics: dict[str, Any]) -> None:
-            for recorder in recorders:
+            # services plot series of numbers, which an event and its batch are not
+            for recorder in recorders[:1] if "event" in metrics else recorders:
                 recorder(metrics)
 
         yield record

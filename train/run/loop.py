@@ -74,7 +74,7 @@ def train_loop(
             sequence_length=options.sequence_length,
             seed=options.seed,
         )
-        reporter = Reporter(program, options, display, record, lambda step: batch_rows(step=step))
+        reporter = Reporter(program, options, display, record, batch_rows)
         batches = stack.enter_context(
             closing(placed_batches(program.batch, dataset, start_step=start))
         )
