@@ -67,7 +67,8 @@ class Setting(NamedTuple):
     """One configuration over one mesh, in the numbers that the terms are made of.
 
     parameter_bytes, compute_bytes: of one number in the parameters' and the computation's dtype.
-    moment_bytes: of one number of the optimizer's state; 0 if it is kept in the host's memory.
+    moment_bytes: of one number of the optimizer's moments; 0 if they are kept in the host's memory.
+    average_bytes: of one number of the average of the parameters; 0 if there is none, or as the moments.
     reduce_bytes: of one number of a weight's gradient while devices add it up.
     parameter_shards: parts that a stage's parameters are split into, over fsdp, sequence and tensor.
     tokens: of a step, on one device; with tensor parallelism, of the device's tensor group.
@@ -83,6 +84,7 @@ class Setting(NamedTuple):
     micro_batches: int
     parameter_bytes: int
     moment_bytes: int
+    average_bytes: int
     compute_bytes: int
     reduce_bytes: int
     data: int
@@ -131,8 +133,10 @@ def estimate(
     step_tokens = options.batch_size * options.sequence_length
     optimizer = options.optimizer
     moments = jnp.dtype(optimizer.state_dtype or options.model.parameter_dtype)
+    averages = options.average.decay is not None and not optimizer.offload
     rows = options.batch_size // options.micro_batches
     pipeline = find_pipeline(options.mesh, model.config, sizes, rows)
+    parameter_bytes = jnp.dtype(options.model.parameter_dtype).itemsize
     compute_bytes = jnp.dtype(options.model.compute_dtype).itemsize
     reduces_in_bfloat16 = options.model.reduce_dtype == "bfloat16"
     setting = Setting(
@@ -140,8 +144,9 @@ def estimate(
         parameters=model.parameters,
         remat=options.model.remat_policy,
         micro_batches=options.micro_batches,
-        parameter_bytes=jnp.dtype(options.model.parameter_dtype).itemsize,
+        parameter_bytes=parameter_bytes,
         moment_bytes=0 if optimizer.offload else moments.itemsize,
+        average_bytes=max(parameter_bytes, FLOAT32_BYTES) if averages else 0,
         compute_bytes=compute_bytes,
         reduce_bytes=compute_bytes if reduces_in_bfloat16 else max(compute_bytes, FLOAT32_BYTES),
         data=sizes["data"],
@@ -216,8 +221,8 @@ def _traffic(setting: Setting) -> list[tuple[float, int, int]]:
 
 
 def state_bytes(setting: Setting) -> float:
-    """The parameters and Adam's two moments of each; other optimizers have less."""
-    bytes_each = setting.parameter_bytes + 2 * setting.moment_bytes
+    """The parameters, their average, and Adam's two moments of each; other optimizers have less."""
+    bytes_each = setting.parameter_bytes + 2 * setting.moment_bytes + setting.average_bytes
     return setting.parameters * bytes_each / (setting.parameter_shards * setting.stages)
 
 

@@ -47,6 +47,7 @@ ALONE = Setting(
     micro_batches=1,
     parameter_bytes=4,
     moment_bytes=4,
+    average_bytes=0,
     compute_bytes=2,
     reduce_bytes=4,
     data=1,
@@ -71,6 +72,7 @@ def test_memory() -> None:
     assert state_bytes(ALONE) == 12_000_000
     assert state_bytes(ALONE._replace(moment_bytes=2)) == 8_000_000
     assert state_bytes(ALONE._replace(moment_bytes=0)) == 4_000_000
+    assert state_bytes(ALONE._replace(average_bytes=4)) == 16_000_000
     assert gradient_bytes(ALONE) == 6_000_000
     # weights and a gradient in bfloat16, a sum in float32, all of it complete; a quarter of the result
     once = ALONE._replace(parameter_shards=4, gathered_over=4, micro_batches=2)
