@@ -20,6 +20,8 @@ jax.config.update("jax_platforms", "cpu")
 torch.set_num_threads(1)
 # No test reaches the network; those of the Hub have one of their own.
 os.environ["HF_HUB_OFFLINE"] = "1"
+# No command finds what an earlier one has compiled, unless a test wants it.
+os.environ["LLAMA_JAX_CACHE"] = ""
 
 # Shapes and dtypes in the annotations of these modules are checked in every call. Not those of the public
 # API, which raises its own errors for wrong arguments.

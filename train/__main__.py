@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, get_args
 
 from llama_jax.cli.arguments import Parser, not_negative, positive, program_parser
+from llama_jax.cli.compiled_programs import add_cache, keep_compiled_programs
 from llama_jax.cli.program import leave, run_program
 from llama_jax.files.paths import destination_path, local_path, source_path
 from llama_jax.files.remote import remote_path
@@ -67,6 +68,7 @@ def _parser() -> Parser:
 def _add_run(program: Parser) -> None:
     parser = program.add_command("run", _run, help="pretrain a model")
     parser.add_argument("--toml", type=Path, metavar="FILE", help=_TOML)
+    add_cache(parser)
     add_options(parser, RunOptions())
 
 
@@ -78,6 +80,7 @@ def _run(arguments: argparse.Namespace) -> None:
     options = _options(RunOptions(), arguments)
     if options.init_from is not None:
         options = _options(options_to_continue(options.init_from), arguments)
+    _keep_compiled_programs(options, arguments)
     if remote_path(options.out) is None:
         begin(replace(options, out=local_path(options.out)))
         return
@@ -85,6 +88,15 @@ def _run(arguments: argparse.Namespace) -> None:
     require_one_process(url, options.distributed)
     with new_run(url) as folder, mirrored(folder, url, options.checkpoint):
         begin(replace(options, out=folder))
+
+
+def _keep_compiled_programs(options: RunOptions, arguments: argparse.Namespace) -> None:
+    """As `--cache` says; without it, not in a run of several processes.
+
+    Of those, some might find the step and others not, which must compile it together.
+    """
+    if arguments.cache is not None or arguments.no_cache or not options.distributed.enabled:
+        keep_compiled_programs(arguments)
 
 
 def _options(defaults: RunOptions, arguments: argparse.Namespace) -> RunOptions:
@@ -108,6 +120,7 @@ def _add_resume(program: Parser) -> None:
     parser.add_argument(
         "folder", type=local_path, metavar="RUN", help="folder of the run, or its URL"
     )
+    add_cache(parser)
     add_options(parser, RunOptions(), show_defaults=False)
 
 
@@ -117,6 +130,7 @@ def _resume(arguments: argparse.Namespace) -> None:
         folder = _run_folder(arguments.folder, None, stack)
         saved = _saved_options(folder)
         options = with_options(saved, arguments)
+        _keep_compiled_programs(options, arguments)
 
         from train.run.remote import mirrored, require_one_process
         from train.run.resume import resume
@@ -291,12 +305,14 @@ def _add_evaluate(program: Parser) -> None:
         default=False,
         help="evaluate the average of the parameters, of a run with --average.decay",
     )
+    add_cache(parser)
     add_options(parser, EvalOptions())
 
 
 def _evaluate(arguments: argparse.Namespace) -> None:
     from train.model.evaluate import evaluate_target, pooled
 
+    keep_compiled_programs(arguments)
     with ExitStack() as stack:
         target, saved = source_path(arguments.target), None
         if (target / FILE).is_file():

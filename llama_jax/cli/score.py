@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from llama_jax.cli.arguments import DTYPES, Parser, add_model, positive, some_text
+from llama_jax.cli.compiled_programs import add_cache, keep_compiled_programs
 from llama_jax.cli.program import json_line
 from llama_jax.text.lines import read_lines
 
@@ -42,6 +43,7 @@ def add_score(program: Parser) -> None:
     )
     parser.add_argument("--dtype", choices=DTYPES, help="dtype of the weights; default: as stored")
     parser.add_argument("--json", action="store_true", help="print a JSON object per line")
+    add_cache(parser)
 
 
 def score(options: argparse.Namespace) -> None:
@@ -60,6 +62,7 @@ def score(options: argparse.Namespace) -> None:
 
     if options.rolling and options.context is not None:
         raise ValueError("--rolling and --context exclude each other")
+    keep_compiled_programs(options)
     texts = options.text or _lines(options.file)
     config = load_config(options.model)
     home = tokenizer_directory(options.model)

@@ -18,6 +18,7 @@ from llama_jax.cli.arguments import (
     seed,
     some_text,
 )
+from llama_jax.cli.compiled_programs import add_cache, keep_compiled_programs
 from llama_jax.cli.program import json_line
 from llama_jax.text.chat_template import find_chat_template, render_chat
 from llama_jax.text.detokenize import TextStream
@@ -123,9 +124,11 @@ def _add_generation(parser: Parser, max_new_tokens: int) -> None:
         metavar="ID",
         help="additional stop token id; may be given several times",
     )
+    add_cache(parser)
 
 
 def _generate(options: argparse.Namespace) -> None:
+    keep_compiled_programs(options)
     choices = _choices(options)
     tokenizer, model = _load(options)
     prompts = [_encode(tokenizer, text, "--prompt") for text in options.prompt]
@@ -187,6 +190,7 @@ def _generate(options: argparse.Namespace) -> None:
 def _chat(options: argparse.Namespace) -> None:
     from llama_jax.load import load_config, tokenizer_directory
 
+    keep_compiled_programs(options)
     choices = _choices(options)
     load_config(options.model)  # raises where this is no model
     template, special_tokens = find_chat_template(tokenizer_directory(options.model))

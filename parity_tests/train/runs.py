@@ -16,6 +16,7 @@ import numpy as np
 
 from llama_jax.config import LlamaConfig
 from parity_tests.harness.child_process import ROOT
+from parity_tests.harness.compilation import FAST_FLAGS
 from parity_tests.train.corpus import EOS, token_directory, word_tokenizer
 from train import checkpoints
 from train.flags import parse_options
@@ -96,10 +97,8 @@ def environment(cache: Path | None, devices: int = 1) -> dict[str, str]:
     }
     added = {"JAX_PLATFORMS": "cpu", "COLUMNS": "200"}
     if devices > 1:  # programs for several devices compile twice as fast like this
-        added["XLA_FLAGS"] = (
-            f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0 "
-            "--xla_cpu_use_fusion_emitters=false"
-        )
+        flags = (f"--xla_force_host_platform_device_count={devices}", *FAST_FLAGS)
+        added["XLA_FLAGS"] = " ".join(flags)
     if cache is not None:
         added["JAX_COMPILATION_CACHE_DIR"] = str(cache)
         added["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"

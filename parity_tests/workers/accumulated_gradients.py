@@ -9,6 +9,7 @@ import jax
 import numpy as np
 
 from llama_jax import LlamaConfig
+from parity_tests.harness.compilation import FAST_FLAGS
 from parity_tests.harness.host_devices import use_host_devices
 from parity_tests.reference.errors import relative_error
 from parity_tests.train.runs import CONFIG
@@ -20,7 +21,7 @@ from train.plan.compiled import device_bytes
 from train.program.build import Program, initial_opt_state, initial_params, run_program
 
 # programs for several devices compile twice as fast with these
-use_host_devices(8, "--xla_backend_optimization_level=0", "--xla_cpu_use_fusion_emitters=false")
+use_host_devices(8, *FAST_FLAGS)
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_enable_x64", True)

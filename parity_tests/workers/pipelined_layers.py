@@ -14,13 +14,14 @@ from jax.sharding import AxisType
 from llama_jax import LlamaConfig, LlamaModel
 from llama_jax.models.pipeline import Pipeline
 from llama_jax.sharding import STAGE_AXIS, parameter_shardings
+from parity_tests.harness.compilation import FAST_FLAGS
 from parity_tests.harness.host_devices import use_host_devices
 from parity_tests.reference.errors import relative_error, rms_error
 from train.hardware.links import traffic
 from train.hardware.transfers import transfers
 
 # programs for several devices compile twice as fast with these
-use_host_devices(8, "--xla_backend_optimization_level=0", "--xla_cpu_use_fusion_emitters=false")
+use_host_devices(8, *FAST_FLAGS)
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_enable_x64", True)

@@ -18,12 +18,13 @@ from llama_jax.attention.zigzag import ZigZag
 from llama_jax.models.tensor_parallel import find_ring, gather_matmul, matmul_scatter
 from llama_jax.numerics.remat_policy import Kept
 from llama_jax.sharding import parameter_shardings
+from parity_tests.harness.compilation import FAST_FLAGS
 from parity_tests.harness.host_devices import use_host_devices
 from parity_tests.reference.errors import relative_error
 from train.hardware.collectives import collectives
 
 # optimized for time to compile; the collectives are the same
-use_host_devices(8, "--xla_backend_optimization_level=0", "--xla_cpu_use_fusion_emitters=false")
+use_host_devices(8, *FAST_FLAGS)
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_enable_x64", True)

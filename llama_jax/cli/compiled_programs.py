@@ -1,0 +1,94 @@
+"""Where a command keeps the programs that XLA compiled, so that the next command need not compile them.
+
+JAX's persistent compilation cache, in a folder for each kind of machine: XLA compiles for the processor
+that it runs on, and JAX's keys do not tell two processors apart, which may read the same home directory.
+"""
+
+import argparse
+import hashlib
+import os
+import platform
+from pathlib import Path
+
+from llama_jax.cli.arguments import Parser
+from llama_jax.files.paths import local_path
+
+LARGEST = 2 * 2**30
+"""Bytes of a folder; what was not used for longest goes first."""
+
+_SHORTEST = 0.2  # seconds of a compilation that is worth a file
+
+
+def add_cache(parser: Parser) -> None:
+    """`--cache` and `--no-cache`, as all commands have them that compile."""
+    group = parser.add_mutually_exclusive_group()
+    group.add_argument(
+        "--cache",
+        type=local_path,
+        metavar="DIR",
+        help="where compiled programs are kept for the next time; default: LLAMA_JAX_CACHE, or "
+        f"llama_jax in the user's cache directory; at most {LARGEST // 2**30} GiB",
+    )
+    group.add_argument("--no-cache", action="store_true", help="keep no compiled programs")
+
+
+def keep_compiled_programs(options: argparse.Namespace) -> None:
+    """Let JAX read and write compiled programs where the options of `add_cache` say.
+
+    Nothing is done where JAX's own variable JAX_COMPILATION_CACHE_DIR is set, or LLAMA_JAX_CACHE is empty.
+    To be called before anything is compiled.
+
+    Raises:
+        OSError: `--cache` names what cannot be a directory.
+    """
+    folder = options.cache
+    if options.no_cache:
+        _use(None)
+        return
+    if folder is None:
+        if "JAX_COMPILATION_CACHE_DIR" in os.environ or (folder := _default()) is None:
+            return
+        try:
+            _make(folder)
+        except (
+            OSError
+        ):  # a home directory that is not there, or read only: nothing that was asked for
+            return
+    folder = folder / _machine()
+    _make(folder)
+    _use(folder)
+
+
+def _default() -> Path | None:
+    if (chosen := os.environ.get("LLAMA_JAX_CACHE")) is not None:
+        return Path(chosen) if chosen else None
+    caches = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(caches) / "llama_jax"
+
+
+def _make(folder: Path) -> None:
+    # whoever can write there can run code as this user
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+
+
+def _use(folder: Path | None) -> None:
+    import jax
+
+    jax.config.update("jax_compilation_cache_dir", None if folder is None else str(folder))
+    jax.config.update("jax_compilation_cache_max_size", LARGEST)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", _SHORTEST)
+
+
+def _machine() -> str:
+    """A name for the processor and the compiler."""
+    import jaxlib
+
+    facts = [jaxlib.__version__, platform.system(), platform.machine(), platform.processor()]
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:  # not Linux
+        lines = []
+    # of the first core; the rest of the file changes with the clock
+    for name in ("model name", "flags", "Features"):
+        facts += [line for line in lines if line.startswith(name)][:1]
+    return hashlib.sha256("\n".join(facts).encode()).hexdigest()[:16]
