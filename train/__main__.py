@@ -1,4 +1,4 @@
-"""`python -m train run|resume|export|eval|plan|tokenize`."""
+"""`python -m train run|resume|export|eval|report|plan|tokenize`."""
 
 from llama_jax.cli.startup import end_on_interrupt
 
@@ -60,6 +60,7 @@ def _parser() -> Parser:
     _add_resume(program)
     _add_export(program)
     _add_evaluate(program)
+    _add_report(program)
     _add_plan(program)
     _add_tokenize(program)
     return program
@@ -362,6 +363,37 @@ def _saved_options(folder: Path) -> RunOptions:
     options = parse_options(RunOptions(), flags_of(file), file)
     require_counts(options)
     return options
+
+
+def _add_report(program: Parser) -> None:
+    parser = program.add_command(
+        "report",
+        _report,
+        help="write one HTML page about a run: loss, throughput, statistics, events, options",
+    )
+    parser.add_argument("folder", type=Path, metavar="RUN", help="folder of the run, or its URL")
+    parser.add_argument(
+        "--html",
+        type=Path,
+        metavar="FILE",
+        help="file to write; default: report.html in the folder",
+    )
+
+
+def _report(arguments: argparse.Namespace) -> None:
+    from train.monitoring.report_page import FILE as REPORT
+    from train.monitoring.report_page import write_report
+
+    page = arguments.html
+    if remote_path(arguments.folder) is not None and page is None:
+        raise ValueError(f"{arguments.folder}: is remote; name a local file with --html FILE")
+    with ExitStack() as stack:
+        folder = _run_folder(arguments.folder, None, stack)
+        if not (folder / FILE).is_file():
+            raise ValueError(f"{arguments.folder}: not the folder of a run: it has no {FILE}")
+        page = folder / REPORT if page is None else local_path(page)
+        write_report(folder, page)
+    console(stderr=True, soft_wrap=True).print(f"written: {printable(str(page))}")
 
 
 def _add_plan(program: Parser) -> None:

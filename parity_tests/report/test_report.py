@@ -3,7 +3,6 @@
 import json
 import re
 import shutil
-import subprocess
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from convert import convert
 from parity_tests.__main__ import main
 from parity_tests.harness import demo_checkpoint
+from parity_tests.harness.browser import in_browser, needs_browser
 from parity_tests.harness.mutations import MUTATIONS, mutate
 from parity_tests.report.measure.metrics import first_to_drift
 from parity_tests.report.mutate import caught_by, quiet_report, write_case
@@ -222,41 +222,8 @@ def test_torch_is_not_installed(
     assert "torch is not installed; in the checkout: pip install '.[parity]'" in error_line(capsys)
 
 
-_CHROMIUM = next(
-    filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
-)
-
-
-def in_browser(page: Path) -> tuple[int, int]:
-    """How many pictures headless Chromium decodes, and how many table rows it shows."""
-    probe = page.with_name("probe.html")
-    script = (
-        "<script>onload = () => { document.title = [...document.images].filter(i => i.complete && "
-        "i.naturalWidth > 500).length + ' pictures ' + [...document.querySelectorAll('tbody tr')]"
-        ".filter(row => row.closest('details') || row.offsetHeight > 10).length + ' rows' }"
-        "</script></body>"
-    )
-    probe.write_text(page.read_text().replace("</body>", script))
-    options = ("--headless", "--no-sandbox", "--disable-gpu", "--dump-dom")
-    dom = subprocess.run(
-        [
-            _CHROMIUM or "chromium",
-            *options,
-            f"--user-data-dir={page.parent / 'profile'}",
-            probe.as_uri(),
-        ],
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=True,
-    ).stdout
-    title = re.search(r"<title>(\d+) pictures (\d+) rows</title>", dom)
-    assert title, dom[:500]
-    return int(title[1]), int(title[2])
-
-
 @pytest.mark.browser
-@pytest.mark.skipif(_CHROMIUM is None, reason="no chromium, chromium-browser or google-chrome")
+@needs_browser
 def test_the_page_in_a_browser(files: Files, tmp_path: Path) -> None:
     page = tmp_path / "report.html"
     assert run(files, "--backward", "--html", page) == 0
@@ -267,7 +234,7 @@ def test_the_page_in_a_browser(files: Files, tmp_path: Path) -> None:
 
 @pytest.mark.browser
 @pytest.mark.checkpoint
-@pytest.mark.skipif(_CHROMIUM is None, reason="no chromium, chromium-browser or google-chrome")
+@needs_browser
 def test_the_page_of_the_real_checkpoint_in_a_browser(tmp_path: Path) -> None:
     directory = tmp_path / "SmolLM2-135M-Instruct"
     convert(demo_checkpoint.fetch(), directory)

@@ -10,8 +10,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from rich.console import Console
 
+from llama_jax import html_page
 from parity_tests.report.measure.metrics import Comparison, Errors, by_layer_group
-from parity_tests.report.output import html
 from parity_tests.report.output.plots import by_name, png, shortened
 from parity_tests.report.output.text import compact, table
 from parity_tests.traces.check import Verdict
@@ -117,7 +117,7 @@ def heading(verdict: Verdict) -> str:
     return f"{verdict.title}: {verdict.program}, {verdict.precision}, {batch} x {length} tokens"
 
 
-def rows(residuals: Sequence[Residual]) -> html.Rows:
+def rows(residuals: Sequence[Residual]) -> html_page.Rows:
     """`COLUMNS` of every module or parameter, pooled over layers."""
     of_name = {residual.name: residual for residual in residuals}
     result = []
@@ -183,8 +183,8 @@ def page(verdict: Verdict) -> str:
     """The HTML document."""
     body = [
         f"<h1>{escape(heading(verdict))}</h1>",
-        html.verdict(conclusions(verdict), holds=verdict.holds),
-        *(html.figure(*picture) for picture in _pictures(verdict)),
+        html_page.verdict(conclusions(verdict), holds=verdict.holds),
+        *(html_page.figure(*picture) for picture in _pictures(verdict)),
     ]
     for title, residuals in _parts(verdict):
         if residuals:
@@ -199,15 +199,15 @@ def page(verdict: Verdict) -> str:
                 for r in residuals
             ]
             red = [residual.departs for residual in residuals]
-            full = html.table((*COLUMNS[:-1], "departs"), every, red)
+            full = html_page.table((*COLUMNS[:-1], "departs"), every, red)
             body += [
                 f"<h2>{title.capitalize()}</h2>",
                 "<p>Errors of each array, computed from the recorded arrays before it, relative to its "
                 "rms and pooled over layers.</p>",
-                html.table(COLUMNS, rows(residuals)),
+                html_page.table(COLUMNS, rows(residuals)),
                 f"<details><summary>All {len(residuals)}</summary>{full}</details>",
             ]
-    return html.document(f"Check of {verdict.title}", body)
+    return html_page.document(f"Check of {verdict.title}", body)
 
 
 def _pictures(verdict: Verdict) -> Iterator[tuple[str, str, bytes]]:

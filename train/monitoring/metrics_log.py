@@ -2,9 +2,12 @@
 
 import json
 from pathlib import Path
-from typing import Any, TextIO
+from typing import TYPE_CHECKING, Any, BinaryIO, TextIO
 
 from llama_jax.files.staging import replacing, write_text, writing
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 FILE = "metrics.jsonl"
 PICTURE = "loss.png"
@@ -15,12 +18,30 @@ TIMES = ("seconds", "tokens_per_second", "mfu", "data_wait")
 
 def read_metrics(run: Path) -> list[dict[str, Any]]:
     """The lines of the run's file; a last one that a crash cut off is left out."""
-    path = run / FILE
+    return read_lines(run / FILE)
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The lines of a file of JSON lines, none if there is no file; a last one that was cut off is left out.
+
+    Raises:
+        ValueError: a line that is not an object in JSON with a number `step`.
+    """
     if not path.exists():
         return []
-    lines = path.read_text("utf-8").split("\n")
+    lines = []
     # what follows the last newline is not a line
-    return [json.loads(line) for line in lines[:-1] if line]
+    for number, text in enumerate(path.read_text("utf-8").split("\n")[:-1], start=1):
+        if not text:
+            continue
+        try:
+            line = json.loads(text)
+        except ValueError as error:
+            raise ValueError(f"{path}, line {number}: not valid JSON ({error})") from None
+        if not isinstance(line, dict) or not isinstance(line.get("step"), int):
+            raise ValueError(f"{path}, line {number}: expected an object with a number `step`")
+        lines.append(line)
+    return lines
 
 
 def open_metrics(run: Path, step: int) -> TextIO:
@@ -41,29 +62,39 @@ def write_line(file: TextIO, metrics: dict[str, Any]) -> None:
 _BY_SOURCE = "validation_loss/"  # before the name of a source of a mixture
 
 
-def draw_loss(run: Path) -> None:
-    """loss.png: training and validation loss over steps; of a mixture also that of each source."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
+def draw_loss(run: Path) -> Path:
+    """Draw training and validation loss over steps, of a mixture also by source; returns loss.png."""
     from matplotlib.figure import Figure
 
     lines = read_metrics(run)
-    train = [(line["step"], line["loss"]) for line in lines if line.get("loss") is not None]
-    validation = [
-        (line["step"], line["validation_loss"]) for line in lines if "validation_loss" in line
-    ]
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     axes = figure.add_subplot(xlabel="step", ylabel="loss (nats per token)", title=run.name)
-    if train:
-        axes.plot(*zip(*train, strict=True), linewidth=1, label="training")
-    if validation:
-        axes.plot(*zip(*validation, strict=True), marker="o", label="validation")
-    names = dict.fromkeys(name for line in lines for name in line if name.startswith(_BY_SOURCE))
-    for name in names:
-        values = [(line["step"], line[name]) for line in lines if name in line]
+    series: dict[str, tuple[str, dict[str, Any]]] = {
+        "loss": ("training", {"linewidth": 1}),
+        "validation_loss": ("validation", {"marker": "o"}),
+    }
+    for name in (name for line in lines for name in line if name.startswith(_BY_SOURCE)):
         label = f"validation, {name.removeprefix(_BY_SOURCE)}"
-        axes.plot(*zip(*values, strict=True), marker=".", linewidth=1, label=label)
+        series[name] = label, {"marker": ".", "linewidth": 1}
+    for name, (label, style) in series.items():
+        if points := values_of(lines, name):
+            axes.plot(*zip(*points, strict=True), label=label, **style)
     axes.grid(alpha=0.3)
-    if train or validation:
+    if axes.lines:
         axes.legend()
     with replacing(run / PICTURE) as staged:
-        FigureCanvasAgg(figure).print_png(staged)
+        write_png(figure, staged)
+    return run / PICTURE
+
+
+def values_of(lines: list[dict[str, Any]], name: str) -> list[tuple[int, float]]:
+    """(step, value) of the lines that have a metric of that name."""
+    return [(line["step"], line[name]) for line in lines if line.get(name) is not None]
+
+
+def write_png(figure: "Figure", target: Path | BinaryIO) -> None:
+    """The figure as a PNG, without a display."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    figure.set_canvas(FigureCanvasAgg(figure))
+    figure.savefig(target, format="png", dpi=100)

@@ -21,8 +21,11 @@ from train.data.tokens import Source
 from train.model.export import export_model
 from train.monitoring import metrics_log
 from train.monitoring.display import open_display
+from train.monitoring.history import open_history
 from train.monitoring.introduction import introduce
 from train.monitoring.loggers import open_recorder
+from train.monitoring.report_page import FILE as REPORT
+from train.monitoring.report_page import write_report
 from train.monitoring.reporter import Reporter
 from train.options import RunOptions
 from train.options_toml import to_toml
@@ -62,9 +65,12 @@ def train_loop(
         )
         stack.callback(manager.close)
         start, params, opt_state = _initial_state(program, options, manager)
+        resumed = manager.latest_step() is not None
         display = stack.enter_context(open_display(options.steps, start, silent=not first_process))
         introduce(display, program, options, sources, start)
         record = stack.enter_context(open_recorder(options.log, folder, start))
+        add_event = stack.enter_context(open_history(folder))
+        add_event("resume" if resumed else "start", start, _machine(program))
         stop_requested = stack.enter_context(stop_signals())
         any_process = agreement(program.mesh)
         batch_rows = partial(
@@ -102,19 +108,23 @@ def train_loop(
                 )
             if exporting:
                 export_model(model_of(program, params), folder / EXPORTS / f"{done}", folder)
+                add_event("export", done)
             if saving or reporter.stopping:
                 _save(manager, done, params, opt_state, program, options)
+                add_event("checkpoint", done)
             if reporter.stopping:
                 checkpoints.wait(manager)
+                add_event("stop", done, "by a signal")
                 again = f"python -m train resume {name_of(folder)}"
                 display.say(f"stopped after step {done}, saved; resume with: {again}")
                 return
             reporter.restart_clock()  # the next step is timed without all this
         checkpoints.wait(manager)
+        add_event("end", options.steps)
         if first_process:
-            metrics_log.draw_loss(folder)
+            write_report(folder, folder / REPORT)
         display.say(
-            f"done: {printable(str(name_of(folder)))} ({metrics_log.FILE}, {metrics_log.PICTURE})"
+            f"done: {printable(str(name_of(folder)))} ({metrics_log.FILE}, {metrics_log.PICTURE}, {REPORT})"
         )
 
 
@@ -153,6 +163,12 @@ def _save(
         "model": program.config.to_dict(),
     }
     checkpoints.save(manager, step, params, opt_state, facts)
+
+
+def _machine(program: Program) -> str:
+    devices = program.mesh.devices
+    kind = devices.flat[0].device_kind
+    return f"{devices.size} x {kind}, {jax.process_count()} processes, jax {jax.__version__}"
 
 
 def _dropout_key(config: LlamaConfig, seed: int, step: int) -> Any:

@@ -3,8 +3,8 @@
 from collections.abc import Sequence
 from html import escape
 
+from llama_jax.html_page import document, figure, table, verdict
 from parity_tests.report.measure.metrics import Comparison
-from parity_tests.report.output.html import document, figure, table, verdict
 from parity_tests.report.output.pictures import pictures
 from parity_tests.report.output.tables import (
     CHECK_COLUMNS,

@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 from rich.console import Console
 
+from llama_jax.html_page import Rows
 from parity_tests.reference.tolerances import ROUNDING_RATIO
 from parity_tests.report.measure.metrics import (
     Comparison,
@@ -16,7 +17,6 @@ from parity_tests.report.measure.metrics import (
     position_of_drift,
 )
 from parity_tests.report.measure.outputs import disagreements, ties
-from parity_tests.report.output.html import Rows
 from parity_tests.report.output.text import compact, table
 from parity_tests.report.run import Report
 

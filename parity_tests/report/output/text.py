@@ -6,7 +6,7 @@ from typing import Literal
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-from parity_tests.report.output.html import Rows
+from llama_jax.html_page import Rows
 
 
 def compact(value: float, digits: int) -> str:

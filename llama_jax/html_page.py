@@ -1,4 +1,4 @@
-"""One HTML page that needs no network and no other file."""
+"""Parts of an HTML page that needs no network and no other file."""
 
 import base64
 from collections.abc import Iterable, Sequence
