@@ -59,7 +59,7 @@ def statistics_pictures(lines: list[dict[str, Any]]) -> Iterator[Picture]:
         return stacked.mean(axis=2).T
 
     maps = {title: matrix(name) for name, title in _LAYERS.items()}
-    yield Picture("activations", "Activations by layer.", _figure(steps, maps))
+    yield Picture("activations", "Residual stream, attention and MLP units.", _figure(steps, maps))
     for name, caption in _PARAMETERS.items():
         parameters = records[-1][1].get(name, {})
         maps = {parameter: matrix(name, parameter) for parameter in parameters}
@@ -83,7 +83,7 @@ def _figure(steps: list[int], maps: dict[str, np.ndarray]) -> "Figure":
 
 def _draw(axes: "Axes", steps: list[int], title: str, values: np.ndarray) -> None:
     """One heat map; on a logarithmic scale where the values span more than a factor of 30."""
-    from matplotlib.colors import LogNorm
+    from matplotlib.colors import LogNorm, Normalize
     from matplotlib.ticker import MaxNLocator
 
     finite = values[np.isfinite(values)]
@@ -97,7 +97,7 @@ def _draw(axes: "Axes", steps: list[int], title: str, values: np.ndarray) -> Non
         edges,
         np.arange(len(values) + 1) - 0.5,
         np.ma.masked_invalid(values),
-        norm=LogNorm() if wide else None,
+        norm=Normalize(0, 1) if title.endswith("(share)") else LogNorm() if wide else None,
     )
     axes.yaxis.set_major_locator(MaxNLocator(integer=True))
     axes.xaxis.set_major_locator(MaxNLocator(nbins=5, integer=True))
