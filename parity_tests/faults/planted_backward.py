@@ -53,13 +53,19 @@ def _parameters(which: Callable[[str], bool], change: Callable[[Tensor], Tensor]
     return of_model
 
 
+def _forward_of(
+    forward: Callable[[Tensor, Tensor], Tensor], module: torch.nn.Linear, x: Tensor
+) -> Tensor:
+    return forward(x, module.weight)
+
+
 def _linears(forward: Callable[[Tensor, Tensor], Tensor]) -> Callable[[Any], None]:
     """Of all projections and the head."""
 
     def of_model(model: Any) -> None:
         for module in model.modules():
             if isinstance(module, torch.nn.Linear):
-                module.forward = lambda x, m=module: forward(x, m.weight)
+                vars(module)["forward"] = partial(_forward_of, forward, module)
 
     return of_model
 
