@@ -8,6 +8,7 @@ import argparse
 import hashlib
 import os
 import platform
+import warnings
 from pathlib import Path
 
 from llama_jax.cli.arguments import Parser
@@ -77,6 +78,8 @@ def _use(folder: Path | None) -> None:
     jax.config.update("jax_compilation_cache_dir", None if folder is None else str(folder))
     jax.config.update("jax_compilation_cache_max_size", LARGEST)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", _SHORTEST)
+    # a file that cannot be read or written, when the disk is full for example: the program is compiled
+    warnings.filterwarnings("ignore", "Error (reading|writing) persistent compilation cache entry")
 
 
 def _machine() -> str:

@@ -30,19 +30,25 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def found_by(directory: Path, *more: str, **variables: str) -> set[str]:
-    """The programs that a new process finds compiled."""
+def generate(directory: Path, *more: str, **variables: str) -> str:
+    """What a new process says on stderr."""
     command = (sys.executable, "-m", "llama_jax", "generate", "--model", str(directory))
     result = subprocess.run(
         (*command, "--prompt", "the", "--max-new-tokens", "3", *more),
         cwd=ROOT,
-        env=os.environ | {"JAX_LOG_COMPILES": "1", "JAX_PLATFORMS": "cpu"} | variables,
+        env=os.environ | {"JAX_PLATFORMS": "cpu"} | variables,
         capture_output=True,
         text=True,
         check=False,
     )
     assert result.returncode == 0, result.stderr
-    return set(re.findall(r"Persistent compilation cache hit for '(\w+)'", result.stderr))
+    return result.stderr
+
+
+def found_by(directory: Path, *more: str, **variables: str) -> set[str]:
+    """The programs that a new process finds compiled."""
+    said = generate(directory, *more, JAX_LOG_COMPILES="1", **variables)
+    return set(re.findall(r"Persistent compilation cache hit for '(\w+)'", said))
 
 
 def test_the_next_command_finds_what_this_one_compiled(directory, tmp_path):
@@ -55,6 +61,9 @@ def test_the_next_command_finds_what_this_one_compiled(directory, tmp_path):
         assert found_by(directory, **there) >= PROGRAMS
         assert not found_by(directory, "--no-cache", **there)
         assert not found_by(directory, "--cache", str(tmp_path / "other"), **there) & PROGRAMS
+        for file in kind.glob("*-cache"):
+            file.write_bytes(b"damaged")
+        assert "cache" not in generate(directory, **there)
     finally:
         os.environ["LLAMA_JAX_CACHE"] = ""
 
