@@ -11,6 +11,14 @@ from parity_tests.train.runs import Tiny, make_tiny, run_flags
 from train.__main__ import main
 
 
+@pytest.fixture(autouse=True)
+def same_x64() -> Iterator[None]:
+    """A program in float64 turns it on for the whole process."""
+    before = jax.config.jax_enable_x64
+    yield
+    jax.config.update("jax_enable_x64", before)
+
+
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Tiny:
     return make_tiny(tmp_path_factory.mktemp("tiny"))

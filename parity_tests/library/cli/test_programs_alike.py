@@ -31,6 +31,7 @@ COMMANDS: dict[str, list[str]] = {
     "train resume": ["RUN"],
     "train export": ["RUN", "DIR"],
     "train eval": ["RUN"],
+    "train report": ["RUN"],
     "train plan": [],
     "train tokenize": ["SRC", "--tokenizer", "T", "--out", "O"],
     "convert": ["SRC", "DST"],

@@ -37,9 +37,15 @@ def write_files(kind: str, tiny: Tiny, directory: Path) -> Path:
 
 @pytest.mark.parametrize("kind", ["bare", pytest.param("megatron", marks=pytest.mark.slow)])
 def test_a_run_in_place_resumed(
-    kind: str, tiny: Tiny, finished: Path, tokenizer: Path, tmp_path: Path, capfd: Any
+    kind: str, tiny: Tiny, tokenizer: Path, tmp_path: Path, capfd: Any
 ) -> None:
-    data, run = write_files(kind, tiny, tmp_path / "data"), tmp_path / "run"
+    """Like a run on the token directory, of the same process."""
+    data, run, finished = (
+        write_files(kind, tiny, tmp_path / "data"),
+        tmp_path / "run",
+        tmp_path / "a",
+    )
+    assert main(run_flags(tiny, finished)) == 0
     files = {path: path.stat().st_mtime_ns for path in data.iterdir()}
     assert main(run_flags(tiny, run, data=data, tokens__tokenizer=tokenizer)) == 0
     assert same_bits(state_of(run, 12), state_of(finished, 12))
