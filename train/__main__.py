@@ -96,7 +96,10 @@ def _keep_compiled_programs(options: RunOptions, arguments: argparse.Namespace) 
 
     Of those, some might find the step and others not, which must compile it together.
     """
-    if arguments.cache is not None or arguments.no_cache or not options.distributed.enabled:
+    from train.run.processes import has_other_processes
+
+    asked = arguments.cache is not None or arguments.no_cache
+    if asked or not has_other_processes(options.distributed):
         keep_compiled_programs(arguments)
 
 
@@ -371,7 +374,9 @@ def _add_report(program: Parser) -> None:
         _report,
         help="write one HTML page about a run: loss, throughput, statistics, events, options",
     )
-    parser.add_argument("folder", type=Path, metavar="RUN", help="folder of the run, or its URL")
+    parser.add_argument(
+        "folder", type=local_path, metavar="RUN", help="folder of the run, or its URL"
+    )
     parser.add_argument(
         "--html",
         type=Path,

@@ -9,10 +9,13 @@ import hashlib
 import os
 import platform
 import warnings
+from contextlib import suppress
 from pathlib import Path
 
 from llama_jax.cli.arguments import Parser
 from llama_jax.files.paths import local_path
+from llama_jax.files.remote import remote_path
+from llama_jax.files.user_cache import cache_directory
 
 LARGEST = 2 * 2**30
 """Bytes of a folder; what was not used for longest goes first."""
@@ -28,7 +31,7 @@ def add_cache(parser: Parser) -> None:
         type=local_path,
         metavar="DIR",
         help="where compiled programs are kept for the next time; default: LLAMA_JAX_CACHE, or "
-        f"llama_jax in the user's cache directory; at most {LARGEST // 2**30} GiB",
+        f"llama_jax/compiled in the user's cache directory; at most {LARGEST // 2**30} GiB",
     )
     group.add_argument("--no-cache", action="store_true", help="keep no compiled programs")
 
@@ -40,36 +43,40 @@ def keep_compiled_programs(options: argparse.Namespace) -> None:
     To be called before anything is compiled.
 
     Raises:
-        OSError: `--cache` names what cannot be a directory.
+        ValueError: a remote directory.
+        OSError: `--cache` cannot be a directory.
     """
-    folder = options.cache
     if options.no_cache:
         _use(None)
-        return
-    if folder is None:
-        if "JAX_COMPILATION_CACHE_DIR" in os.environ or (folder := _default()) is None:
-            return
-        try:
-            _make(folder)
-        except (
-            OSError
-        ):  # a home directory that is not there, or read only: nothing that was asked for
-            return
-    folder = folder / _machine()
-    _make(folder)
-    _use(folder)
+    elif options.cache is not None:
+        _use(_made(_local("--cache", options.cache)))
+    elif "JAX_COMPILATION_CACHE_DIR" not in os.environ and (folder := _default()) is not None:
+        # nobody asked for it: without a home directory, or where it cannot be written, all is compiled
+        with suppress(OSError):
+            _use(_made(folder))
 
 
 def _default() -> Path | None:
-    if (chosen := os.environ.get("LLAMA_JAX_CACHE")) is not None:
-        return Path(chosen) if chosen else None
-    caches = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(caches) / "llama_jax"
+    chosen = os.environ.get("LLAMA_JAX_CACHE")
+    if chosen is not None:
+        return _local("LLAMA_JAX_CACHE", Path(chosen)) if chosen else None
+    with suppress(ValueError):  # no home directory
+        return cache_directory("compiled programs") / "compiled"
+    return None
 
 
-def _make(folder: Path) -> None:
+def _local(name: str, folder: Path) -> Path:
+    if remote_path(folder) is not None:
+        raise ValueError(f"{name}: {folder} is remote, expected a directory of this machine")
+    return folder
+
+
+def _made(folder: Path) -> Path:
+    """The directory in `folder` for this machine."""
+    own = folder / _machine()
     # whoever can write there can run code as this user
-    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    own.mkdir(mode=0o700, parents=True, exist_ok=True)
+    return own
 
 
 def _use(folder: Path | None) -> None:

@@ -16,7 +16,7 @@ from pathlib import Path
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from llama_jax.files.staging import staged_directory, write_text
-from train.data.cache import cache_directory
+from llama_jax.files.user_cache import cache_directory
 from train.data.documents import read_documents
 from train.data.token_shards import INDEX_FILE, VERSION
 from train.data.tokenize import tokenize

@@ -22,6 +22,7 @@ from llama_jax.formatting import first_line
 from train.checkpoints import FOLDER as CHECKPOINTS
 from train.options import FILE, CheckpointOptions, DistributedOptions
 from train.run.folder import EXPORTS
+from train.run.processes import has_other_processes
 
 _RUNNING = ".running"
 _SECONDS = 1.0  # between looks at the local folder
@@ -35,7 +36,7 @@ def name_of(folder: Path) -> Path:
 
 def require_one_process(url: Path, options: DistributedOptions) -> None:
     """Raise ValueError for a remote run of several processes."""
-    if options.enabled or options.coordinator is not None:
+    if has_other_processes(options):
         raise ValueError(
             f"{url}: several processes need a folder that all of them see: mount the bucket (with gcsfuse, "
             "Mountpoint for S3 or the like) and give the path"

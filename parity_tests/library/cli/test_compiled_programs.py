@@ -56,7 +56,7 @@ def test_the_next_command_finds_what_this_one_compiled(directory, tmp_path):
     os.environ.pop("LLAMA_JAX_CACHE")
     try:
         assert not found_by(directory, **there) & PROGRAMS
-        (kind,) = (tmp_path / "llama_jax").iterdir()
+        (kind,) = (tmp_path / "llama_jax/compiled").iterdir()
         assert kind.stat().st_mode & 0o077 == 0
         assert found_by(directory, **there) >= PROGRAMS
         assert not found_by(directory, "--no-cache", **there)
@@ -84,15 +84,23 @@ NOTHING = argparse.Namespace(cache=None, no_cache=False)
     [
         {"LLAMA_JAX_CACHE": ""},
         {"LLAMA_JAX_CACHE": "/dev/null/cache"},
-        {"LLAMA_JAX_CACHE": "/dev/null/cache", "JAX_COMPILATION_CACHE_DIR": "/tmp/jax"},
+        {"LLAMA_JAX_CACHE": "cache", "JAX_COMPILATION_CACHE_DIR": "/tmp/jax"},
+        {"LLAMA_JAX_CACHE": None, "XDG_CACHE_HOME": "/dev/null"},
+        {"LLAMA_JAX_CACHE": None, "XDG_CACHE_HOME": "relative", "HOME": None},
     ],
-    ids=["none", "no directory", "JAX's own"],
+    ids=["none", "no directory", "JAX's own", "no cache", "no home"],
 )
-def test_nothing_is_set(monkeypatch, updates, variables):
+def test_nothing_is_set(monkeypatch, updates, tmp_path, variables):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("pwd.getpwuid", {}.__getitem__)  # a user whom the system does not know
     for name, value in variables.items():
-        monkeypatch.setenv(name, value)
+        if value is None:
+            monkeypatch.delenv(name)
+        else:
+            monkeypatch.setenv(name, value)
     keep_compiled_programs(NOTHING)
     assert not updates
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_folder_for_each_kind_of_machine(monkeypatch, updates, tmp_path):
@@ -105,11 +113,16 @@ def test_a_folder_for_each_kind_of_machine(monkeypatch, updates, tmp_path):
     assert len(list(tmp_path.iterdir())) == 2
 
 
-def test_a_cache_that_cannot_be(directory, tmp_path, capsys):
+def test_a_cache_that_cannot_be(directory, tmp_path, capsys, monkeypatch):
     file = tmp_path / "file"
     file.touch()
     arguments = ["generate", "--model", str(directory), "--prompt", "the", "--cache", str(file)]
     assert main(arguments) == 2
     assert capsys.readouterr().err.startswith(f"error: {file}")
+    assert main([*arguments[:-1], "memory://bucket/cache"]) == 2
+    assert capsys.readouterr().err.startswith("error: --cache: memory:/")
+    monkeypatch.setenv("LLAMA_JAX_CACHE", "memory://bucket/cache")
+    assert main(arguments[:-2]) == 2
+    assert capsys.readouterr().err.startswith("error: LLAMA_JAX_CACHE: memory:/")
     assert main([*arguments, "--no-cache"]) == 2
     assert "--no-cache: not allowed with argument --cache" in capsys.readouterr().err

@@ -3,7 +3,7 @@
 A record is the ids themselves, little-endian, of `--tokens.dtype`, by default uint16, or uint32 if the
 vocabulary needs it; or a serialized tf.train.Example with the ids as a feature, an int64_list. Records are
 compressed, so they are read one by one rather than mapped. How many ids each has is counted when a file is
-read first, and kept in the cache (`train.data.cache`).
+read first, and kept in the cache (`llama_jax.files.user_cache`).
 """
 
 import hashlib
@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from llama_jax.files.staging import replacing
-from train.data.cache import cache_directory
+from llama_jax.files.user_cache import cache_directory
 from train.data.formats.example import example_features, int64_values
 from train.data.formats.files import list_files
 from train.data.token_shards import token_dtype
