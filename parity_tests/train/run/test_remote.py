@@ -113,6 +113,7 @@ def test_file_urls_are_local(
     assert main(["resume", f"{url}/run", "--steps=12"]) == 0
     assert same_bits(state_of(tmp_path / "run", 12), state_of(full_run, 12))
     assert main(["eval", f"{url}/run"]) == 0
+    assert main(["report", f"{url}/run"]) == 0
     assert main(["export", f"{url}/run", f"{url}/export"]) == 0
     text = tmp_path / "text.txt"
     text.write_text("w3 w4 w5")
