@@ -24,7 +24,7 @@ from llama_jax.config import LlamaConfig
 from llama_jax.inputs.keys import require_rngs
 from llama_jax.models.tensor_parallel import find_ring, gather_matmul, matmul_scatter
 from llama_jax.numerics.activations import ACTIVATIONS
-from llama_jax.numerics.matmul import einsum, few_rows_einsum, takes_few_rows, working_dtype
+from llama_jax.numerics.matmul import einsum, few_rows_matmul, takes_few_rows, working_dtype
 from llama_jax.numerics.rope import rotate
 from llama_jax.sharding import RESIDUAL_AXES, SEQUENCE_AXIS, TENSOR_AXIS, constrain, mesh_axes
 
@@ -86,7 +86,7 @@ def linear(
     out_dtype = _before_bias(x.dtype, bias)
     is_step = x.shape[-2:-1] == (1,)  # of decoding
     if is_step and tokens.ndim == 2 and takes_few_rows(len(tokens)):
-        out = few_rows_einsum(tokens, weight, out_dtype)
+        out = few_rows_matmul(tokens, weight, out_dtype)
     else:
         out = einsum(
             f"{batch}i,oi->{batch}o",
@@ -384,8 +384,23 @@ class DecoderLayer(nnx.Module):
         dropout_key: Key[Array, "*rows"] | None = None,
     ) -> LayerOutput:
         """`Attention` and `MLP`, each behind a norm and with a residual connection around it."""
-        x = checkpoint_name(x, "input")
-        attended, cache, weights = self.self_attn(self.input_layernorm(x), call, cache, dropout_key)
-        x = constrain(x + attended, *RESIDUAL_AXES)
+        attended = self.attend(checkpoint_name(x, "input"), call, cache, dropout_key)
+        return attended._replace(hidden=self.feed_forward(attended.hidden, call))
+
+    def attend(
+        self,
+        x: Float[Array, "batch seq hidden"],
+        call: LayerCall,
+        cache: LayerCache | UnstackedLayerCache | None = None,
+        dropout_key: Key[Array, "*rows"] | None = None,
+    ) -> LayerOutput:
+        """The first half of the layer."""
+        out = self.self_attn(self.input_layernorm(x), call, cache, dropout_key)
+        return out._replace(hidden=constrain(x + out.hidden, *RESIDUAL_AXES))
+
+    def feed_forward(
+        self, x: Float[Array, "batch seq hidden"], call: LayerCall
+    ) -> Float[Array, "batch seq hidden"]:
+        """The second half."""
         x = x + self.mlp(self.post_attention_layernorm(x), call.reduce_dtype)
-        return LayerOutput(constrain(x, *RESIDUAL_AXES), cache, weights)
+        return constrain(x, *RESIDUAL_AXES)

@@ -63,11 +63,11 @@ _FEW_ROWS = 8
 
 
 def takes_few_rows(rows: int) -> bool:
-    """Whether `few_rows_einsum` is the faster way to multiply so many rows with a layer's weights."""
+    """Whether `few_rows_matmul` is the faster way to multiply so many rows with a layer's weights."""
     return target_platform() == "gpu" and rows <= _FEW_ROWS
 
 
-def few_rows_einsum(
+def few_rows_matmul(
     x: Float[Array, "rows in"], weight: Float[Array, "out in"], out_dtype: jnp.dtype
 ) -> Float[Array, "rows out"]:
     """x weight^T, accumulated in float32 (float64 for float64) and rounded once, as one sum for each row.

@@ -21,6 +21,9 @@ THREADS_PER_HOST_DEVICE = 4
 
 Options = dict[str, str | int | bool]
 
+# XLA_FLAGS take both names, `compiler_options` the one of their version
+_OLD_PIPELINED, _PIPELINED = "xla_gpu_enable_pipelined_", "xla_gpu_pipeline_"
+
 
 def _pipelined(collective: str) -> Options:
     """In a loop, start a collective during the iteration before its own."""
@@ -28,9 +31,6 @@ def _pipelined(collective: str) -> Options:
         return {_OLD_PIPELINED + collective: True}
     return {_PIPELINED + collective: "COLLECTIVE_PIPELINING_MODE_ON"}
 
-
-# XLA_FLAGS take both names, `compiler_options` the one of their version
-_OLD_PIPELINED, _PIPELINED = "xla_gpu_enable_pipelined_", "xla_gpu_pipeline_"
 
 STEP_OPTIONS: dict[str, Options] = {
     "cpu": {

@@ -119,17 +119,14 @@ def _run_layers(model: LlamaModel, part: Batch, attention_implementation: str | 
     call = LayerCall(cos, sin, mask, attention_implementation)
 
     def run_layer(x: Array, layer: DecoderLayer) -> tuple[Array, _Sums]:
-        # as `DecoderLayer.__call__`
-        normed = layer.input_layernorm(x)
-        middle = constrain(x + layer.self_attn(normed, call).hidden, *RESIDUAL_AXES)
-        normed_middle = layer.post_attention_layernorm(middle)
-        out = constrain(middle + layer.mlp(normed_middle), *RESIDUAL_AXES)
+        middle = layer.attend(x, call).hidden
+        out = layer.feed_forward(middle, call)
         wide = out.astype(working_dtype(out.dtype))
         return out, _Sums(
             jnp.sum(jnp.square(wide)),
             jnp.max(jnp.abs(wide)),
-            *_attention_sums(layer, normed, call),
-            *_gate_sums(layer, normed_middle),
+            *_attention_sums(layer, layer.input_layernorm(x), call),
+            *_gate_sums(layer, layer.post_attention_layernorm(middle)),
         )
 
     assert isinstance(model.layers, DecoderLayer)
