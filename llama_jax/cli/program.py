@@ -95,11 +95,17 @@ def leave(code: int) -> NoReturn:
     """End the process with the exit code of `run_program`.
 
     After an interrupt this skips Python's own shutdown, which sometimes crashes: it tears down XLA's
-    threads while they are still computing.
+    threads while they are still computing. After an error in one of several processes it is skipped as
+    well, because JAX would wait there for the others, which wait for this one.
     """
-    if code == INTERRUPTED:
+    if code == INTERRUPTED or (code == ERROR and _is_one_of_several()):
         os._exit(code)  # the streams are flushed
     sys.exit(code)
+
+
+def _is_one_of_several() -> bool:
+    jax = sys.modules.get("jax")
+    return jax is not None and jax.distributed.is_initialized()
 
 
 def one_line(error: BaseException) -> str:

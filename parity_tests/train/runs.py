@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import socket
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -103,6 +104,21 @@ def environment(cache: Path | None, devices: int = 1) -> dict[str, str]:
         added["JAX_COMPILATION_CACHE_DIR"] = str(cache)
         added["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
     return inherited | added
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        return int(probe.getsockname()[1])
+
+
+def joined_flags(processes: int) -> list[list[str]]:
+    """The flags with which each process finds the others."""
+    shared = (
+        f"--distributed.coordinator=localhost:{free_port()}",
+        f"--distributed.processes={processes}",
+    )
+    return [[*shared, f"--distributed.process-id={number}"] for number in range(processes)]
 
 
 def start(arguments: Sequence[str], env: Mapping[str, str]) -> subprocess.Popen[str]:

@@ -46,7 +46,7 @@ def begin(options: RunOptions) -> None:
     require_loggers(options.log)
     reserve_gpu_memory()
     reserve_host_threads()
-    join_processes(options.distributed)
+    join_processes(options.distributed, folder)
     options = with_defaults(with_absolute_paths(options), jax.default_backend())
     weights = options.model.init_from
     if weights is not None and not weights.is_dir():

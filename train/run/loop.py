@@ -34,6 +34,7 @@ from train.program.donation import donatable
 from train.run.continued import continued_opt_state, open_state
 from train.run.evaluation import evaluate_step
 from train.run.folder import EXPORTS
+from train.run.processes import cause_told_by_runtime
 from train.run.remote import name_of
 from train.run.stop import agreement, stop_signals
 
@@ -63,7 +64,8 @@ def train_loop(
             keep_last=options.checkpoint.keep_last,
             keep_every=options.checkpoint.keep_every,
         )
-        stack.callback(manager.close)
+        stack.push(partial(_close, manager))
+        stack.enter_context(cause_told_by_runtime())
         start, params, opt_state = _initial_state(program, options, manager)
         resumed = manager.latest_step() is not None
         display = stack.enter_context(open_display(options.steps, start, silent=not first_process))
@@ -126,6 +128,12 @@ def train_loop(
         display.say(
             f"done: {printable(str(name_of(folder)))} ({metrics_log.FILE}, {metrics_log.PICTURE}, {REPORT})"
         )
+
+
+def _close(manager: ocp.CheckpointManager, error: type[BaseException] | None, *_: Any) -> None:
+    # after an error in one of several processes, others may never come to what Orbax would wait for
+    if error is None or jax.process_count() == 1:
+        manager.close()
 
 
 def _initial_state(

@@ -53,7 +53,7 @@ def resume(folder: Path, saved: RunOptions, options: RunOptions) -> None:
         raise ValueError(f"{folder}: these options cannot change on resume: {'; '.join(rejected)}")
     reserve_gpu_memory()
     reserve_host_threads()
-    join_processes(options.distributed)
+    join_processes(options.distributed, folder)
     with ExitStack() as stack:
         if jax.process_index() == 0:
             stack.enter_context(locked(folder))

@@ -8,7 +8,6 @@ from __future__ import annotations
 import functools
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -24,6 +23,7 @@ from parity_tests.train.runs import (
     ROOT,
     Tiny,
     environment,
+    joined_flags,
     metrics_of,
     run_flags,
     same_bits,
@@ -59,25 +59,13 @@ LAYOUTS = {
 }
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("localhost", 0))
-        return int(probe.getsockname()[1])
-
-
 def begin(
     tiny: Tiny, layout: Layout, arguments: list[str], record: Path
 ) -> list[subprocess.Popen[str]]:
     """Start the command in every process of the layout; each records its tokens."""
     flags = [f"--mesh.{axis}={size}" for axis, size in layout.mesh.items()]
-    port = free_port()
     processes = []
-    for number in range(layout.processes):
-        joined = [
-            f"--distributed.coordinator=localhost:{port}",
-            f"--distributed.processes={layout.processes}",
-            f"--distributed.process-id={number}",
-        ]
+    for number, joined in enumerate(joined_flags(layout.processes)):
         command = [
             *(sys.executable, "-m", "parity_tests.train.run.recorded_run"),
             *(f"{record}-{number}.npz", *arguments, *flags),
