@@ -3,7 +3,9 @@
 import json
 import os
 import warnings
+from contextlib import closing
 from fnmatch import fnmatchcase
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,6 +17,7 @@ from jax.tree_util import keystr
 from llama_jax.checkpoints.fingerprint import fingerprint
 from llama_jax.checkpoints.orbax import require_utf8
 from llama_jax.formatting import first_line
+from train.agreement import DamagedError, gathered, together
 from train.program.donation import donatable
 from train.program.optimizer_state import on_device
 
@@ -126,6 +129,8 @@ def restore(
         params, opt_state: abstract arrays with the shardings to restore to, of any mesh.
         model: the model's configuration, which the checkpoint must have been saved with.
 
+    Several processes agree: a checkpoint that one of them cannot read is damaged for all.
+
     Raises:
         ValueError: no checkpoint of that step, none that is intact, or one of another model or with another
             optimizer's state.
@@ -133,7 +138,7 @@ def restore(
     Warns:
         UserWarning: a checkpoint is damaged, and the previous one is used.
     """
-    steps = sorted(manager.all_steps(), reverse=True)
+    steps = sorted(_steps_of_all(manager), reverse=True)
     if not steps:
         return None
     if step is not None:
@@ -143,25 +148,14 @@ def restore(
         steps = [step]
     for candidate in steps:
         try:
-            if model is not None:
-                _require_same_model(manager, candidate, model)
-            _require_same_state(manager, candidate, opt_state)
+            together(partial(_require_fit, manager, candidate, opt_state, model), IncompatibleError)
             return _read_step(manager, candidate, params, opt_state)
-        except _IncompatibleError:
-            raise
-        except Exception as error:  # damage shows as any exception of Orbax or TensorStore
-            problem = first_line(error)
-            if jax.process_count() > 1:
-                # other processes may have read their parts, and wait for this one within Orbax
-                raise ValueError(
-                    f"{manager.directory}: the checkpoint of step {candidate} is damaged ({problem}): "
-                    "remove it, or resume with one process, which falls back to the previous one"
-                ) from None
-        warnings.warn(
-            f"{manager.directory}: the checkpoint of step {candidate} is damaged ({problem}); falling back "
-            "to the previous one",
-            stacklevel=2,
-        )
+        except DamagedError as damage:
+            warnings.warn(
+                f"{manager.directory}: the checkpoint of step {candidate} is damaged ({damage}); falling "
+                "back to the previous one",
+                stacklevel=2,
+            )
     raise ValueError(f"{manager.directory}: all checkpoints are damaged")
 
 
@@ -210,8 +204,25 @@ def restore_part(manager: ocp.CheckpointManager, params: Any, opt_state: Any, st
     return restored
 
 
-class _IncompatibleError(ValueError):
+def _steps_of_all(manager: ocp.CheckpointManager) -> set[int]:
+    """The steps of which any process sees a checkpoint; another one may not see it yet."""
+    own = ",".join(map(str, sorted(manager.all_steps())))
+    listed = gathered(own)
+    if any(steps != own for steps in listed):
+        manager.reload()
+    return {int(step) for steps in listed for step in steps.split(",") if step}
+
+
+class IncompatibleError(ValueError):
     """Not damage: no checkpoint in this folder fits, so there is nothing to fall back to."""
+
+
+def _require_fit(
+    manager: ocp.CheckpointManager, step: int, opt_state: Any, model: dict[str, Any] | None
+) -> None:
+    if model is not None:
+        _require_same_model(manager, step, model)
+    _require_same_state(manager, step, opt_state)
 
 
 def _require_same_model(manager: ocp.CheckpointManager, step: int, model: dict[str, Any]) -> None:
@@ -223,7 +234,7 @@ def _require_same_model(manager: ocp.CheckpointManager, step: int, model: dict[s
             for name in sorted(saved.keys() | config.keys())
             if saved.get(name) != config.get(name)
         ]
-        raise _IncompatibleError(
+        raise IncompatibleError(
             f"{manager.directory}: the checkpoint of step {step} is of another model than config.json: "
             + "; ".join(differences)
         )
@@ -232,13 +243,13 @@ def _require_same_model(manager: ocp.CheckpointManager, step: int, model: dict[s
 def _require_same_state(manager: ocp.CheckpointManager, step: int, opt_state: Any) -> None:
     """Check that the saved optimizer state has the shapes of `opt_state`: another version's may differ."""
     path = Path(manager.directory) / str(step) / "opt_state"
-    with ocp.StandardCheckpointer() as reader:
-        tree = reader.metadata(path).item_metadata.tree
+    with closing(ocp.StandardCheckpointHandler()) as reader:
+        tree = reader.metadata(path).tree
     saved_shapes = {leaf.name: tuple(leaf.shape) for leaf in jax.tree.leaves(tree)}
     flat, _ = jax.tree_util.tree_flatten_with_path(opt_state)
     shapes = {keystr(path, simple=True, separator="."): tuple(leaf.shape) for path, leaf in flat}
     if saved_shapes and saved_shapes != shapes:
-        raise _IncompatibleError(
+        raise IncompatibleError(
             f"{manager.directory}: the checkpoint of step {step} has the optimizer state of another "
             "version of this program: `python -m train export` its weights and begin a new run from them "
             "with --model.init-from"
@@ -262,27 +273,30 @@ def _fingerprints(leaves: list[Any]) -> list[Any]:
 
 
 def _read_step(manager: ocp.CheckpointManager, step: int, params: Any, opt_state: Any) -> Restored:
-    """The checkpoint. Raises ValueError if its arrays are not those that its fingerprints are of."""
+    """The checkpoint. Raises DamagedError if its arrays are not those that its fingerprints are of."""
     state, actual = [], []
     for name, abstract in (("params", params), ("opt_state", opt_state)):
-        part = _read_arrays(manager, step, name, abstract)
+        part = together(partial(_read_arrays, manager, step, name, abstract))
         actual += fingerprints(part)
         state.append(donatable(part))
-    if actual != facts_of(manager, step)["fingerprints"]:
-        raise ValueError("its arrays are not what was saved")
+
+    def require_same() -> None:
+        if actual != facts_of(manager, step)["fingerprints"]:
+            raise ValueError("its arrays are not what was saved")
+
+    together(require_same)
     return Restored(step, *state)
 
 
 def _read_arrays(manager: ocp.CheckpointManager, step: int, name: str, abstract: Any) -> Any:
     """One item of a checkpoint, of which no more than about two arrays are on the host at any time.
 
-    Orbax would let 96 GB be under way. One array must fit: cutting a shard out of the chunks of another
-    mesh may take all of them.
+    No process waits for another, which may fail. Orbax would let 96 GB be under way. One array must fit:
+    cutting a shard out of the chunks of another mesh may take all of them.
     """
     gigabytes = _concurrent_gigabytes(jax.tree.leaves(abstract))
-    handler = ocp.StandardCheckpointHandler(restore_concurrent_gb=gigabytes)
-    with ocp.Checkpointer(handler) as reader:
-        path = Path(manager.directory) / str(step) / name
+    with closing(ocp.StandardCheckpointHandler(restore_concurrent_gb=gigabytes)) as reader:
+        path = manager.directory / str(step) / name
         return reader.restore(path, args=ocp.args.StandardRestore(abstract))
 
 
@@ -293,8 +307,9 @@ def _concurrent_gigabytes(leaves: list[Any]) -> int:
 
 def facts_of(manager: ocp.CheckpointManager, step: int) -> dict[str, Any]:
     """The facts saved with the checkpoint of `step`."""
-    restored = manager.restore(step, args=ocp.args.Composite(facts=ocp.args.JsonRestore()))
-    return restored["facts"]
+    with closing(ocp.JsonCheckpointHandler()) as reader:
+        facts: dict[str, Any] = reader.restore(manager.directory / str(step) / "facts")
+        return facts
 
 
 def _save_failed(error: Exception) -> ValueError:

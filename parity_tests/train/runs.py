@@ -132,11 +132,11 @@ def start(arguments: Sequence[str], env: Mapping[str, str]) -> subprocess.Popen[
     )
 
 
-def finish(process: subprocess.Popen[str], code: int = 0) -> str:
-    """Wait for the process, which must end with `code`; returns its stderr."""
-    out, err = process.communicate(timeout=300)
+def finish(process: subprocess.Popen[str], code: int = 0, out: str | None = "") -> str:
+    """Wait for the process, which must end with `code` and print `out` (None: anything); its stderr."""
+    printed, err = process.communicate(timeout=300)
     assert process.returncode == code, err
-    assert out == ""
+    assert out in (None, printed)
     return err
 
 
