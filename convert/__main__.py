@@ -320,7 +320,7 @@ def _diff(options: argparse.Namespace) -> int:
 def _print_plan(todo: Plan, say: Console) -> None:
     from rich.text import Text
 
-    from convert.estimate import available_memory
+    from llama_jax.files.memory import available_memory
 
     checkpoint = todo.checkpoint
     stored = ", ".join(checkpoint.facts.get("stored", {}))

@@ -1,4 +1,4 @@
-"""How long a conversion will take, estimated from a short trial; and how much memory is free."""
+"""How long a conversion will take, estimated from a short trial."""
 
 from __future__ import annotations
 
@@ -36,13 +36,3 @@ def seconds(parent: Path, *, read: int, written: int, verify: bool) -> float:
     # tensors are digested while others are written; reading back waits for each digest
     total = written / write_rate + read / (2 * digest_rate)
     return total + (written / digest_rate if verify else 0.0)
-
-
-def available_memory() -> int | None:
-    """Bytes of RAM that a new program can use without swapping; None where the system does not say."""
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-    except OSError:
-        return None
-    available = next((line for line in lines if line.startswith("MemAvailable:")), None)
-    return None if available is None else int(available.split()[1]) * 1024

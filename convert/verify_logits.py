@@ -18,9 +18,9 @@ import numpy as np
 
 from convert.casting import CastRule
 from convert.checkpoint import Checkpoint
-from convert.estimate import available_memory
 from llama_jax import LlamaConfig, LlamaForCausalLM
 from llama_jax.checkpoints import huggingface
+from llama_jax.files.memory import available_memory
 from parity_tests.reference.tolerances import ROUNDING_RATIO
 
 _TOKENS = 512

@@ -1,4 +1,4 @@
-"""`python -m train run|resume|export|eval|report|plan|tokenize`."""
+"""`python -m train run|resume|export|eval|report|autopsy|plan|tokenize`."""
 
 from llama_jax.cli.startup import end_on_interrupt
 
@@ -61,6 +61,7 @@ def _parser() -> Parser:
     _add_export(program)
     _add_evaluate(program)
     _add_report(program)
+    _add_autopsy(program)
     _add_plan(program)
     _add_tokenize(program)
     return program
@@ -399,6 +400,70 @@ def _report(arguments: argparse.Namespace) -> None:
         page = folder / REPORT if page is None else local_path(page)
         write_report(folder, page)
     console(stderr=True, soft_wrap=True).print(f"written: {printable(str(page))}")
+
+
+def _add_autopsy(program: Parser) -> None:
+    parser = program.add_command(
+        "autopsy",
+        _autopsy,
+        help="replay a step of a run, and say which document, layer or term of the optimizer is at fault",
+        description="Replay a step of a run from a checkpoint, record everything about it, rank what may "
+        "have caused a spike, and replay it with one thing changed. Nothing in RUN is changed.",
+    )
+    parser.add_argument("folder", type=local_path, metavar="RUN", help="folder of the run")
+    parser.add_argument("step", type=int, metavar="STEP", help="step to examine, counted from 1")
+    parser.add_argument(
+        "--horizon",
+        type=not_negative,
+        default=4,
+        metavar="K",
+        help="steps after STEP for which to tell what would have happened; 0: do not tell",
+    )
+    parser.add_argument(
+        "--history",
+        type=not_negative,
+        default=32,
+        metavar="N",
+        help="steps before STEP that tell what is usual, replayed from an earlier checkpoint if need be",
+    )
+    parser.add_argument(
+        "--beta2",
+        type=float,
+        metavar="X",
+        help="to try instead of the run's; default: 0.99, or 0.95 if the run's is at least that",
+    )
+    parser.add_argument(
+        "--from-start",
+        action=OnOff,
+        default=False,
+        help="replay from the initial weights instead of a checkpoint",
+    )
+    parser.add_argument(
+        "--json", type=local_path, metavar="FILE", help="also write all that was found as JSON"
+    )
+    parser.add_argument("--html", type=local_path, metavar="FILE", help="also write a page")
+    add_cache(parser)
+
+
+def _autopsy(arguments: argparse.Namespace) -> None:
+    if (url := remote_path(arguments.folder)) is not None:
+        raise ValueError(f"{url}: is remote; copy the run to this machine first")
+    saved = _saved_options(arguments.folder)
+    keep_compiled_programs(arguments)
+
+    from train.autopsy.command import run_autopsy
+
+    run_autopsy(
+        arguments.folder,
+        saved,
+        arguments.step,
+        horizon=arguments.horizon,
+        history=arguments.history,
+        beta2=arguments.beta2,
+        from_start=arguments.from_start,
+        json_file=arguments.json,
+        page=arguments.html,
+    )
 
 
 def _add_plan(program: Parser) -> None:

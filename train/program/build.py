@@ -75,9 +75,15 @@ class Program(NamedTuple):
 
 
 def run_program(
-    options: RunOptions, config: LlamaConfig, devices: Sequence[Any] | None = None
+    options: RunOptions,
+    config: LlamaConfig,
+    devices: Sequence[Any] | None = None,
+    **changes: Any,
 ) -> Program:
     """The program of a run of `config`, over `devices` (default: all devices of all processes).
+
+    Args:
+        changes: `learning_rate` and `wrap` of `make_program`.
 
     Raises:
         ValueError: as `make_mesh` and `make_program`.
@@ -95,6 +101,7 @@ def run_program(
         micro_batches=options.micro_batches,
         sequence_length=options.sequence_length,
         deterministic=options.deterministic,
+        **changes,
     )
 
 
@@ -112,6 +119,8 @@ def make_program(
     micro_batches: int,
     sequence_length: int,
     deterministic: bool = False,
+    learning_rate: Callable[[Any], Any] | None = None,
+    wrap: Callable[[Any], Any] | None = None,
 ) -> Program:
     """The program of a run over `mesh`.
 
@@ -119,6 +128,8 @@ def make_program(
         options: how rows and layers are split over `mesh`, whose sizes it leaves to that.
         guard, average: what is added to the optimizer; None for nothing.
         deterministic: see `step_compiler_options`.
+        learning_rate: of a step, from 0 on, instead of the schedule that the options describe.
+        wrap: what makes of the whole rule, guard included, the one that is used.
 
     Raises:
         ValueError: a batch, sequence or number of heads that the mesh does not divide; a schedule that
@@ -155,7 +166,7 @@ def make_program(
     abstract = nnx.eval_shape(lambda: LlamaForCausalLM(config, rngs=nnx.Rngs(0), dtype=dtype))
     graphdef, state = nnx.split(abstract)
     params = _with_shardings(nnx.to_pure_dict(state), parameter_shardings(abstract, mesh))
-    schedule = learning_rate_schedule(
+    schedule = learning_rate or learning_rate_schedule(
         optimizer.schedule,
         peak=optimizer.learning_rate,
         steps=steps,
@@ -179,6 +190,8 @@ def make_program(
     if guard is not None and (guard.action is not None or guard.non_finite):
         # outermost: what it leaves out has no part in the average
         rule = guarded(rule, guard)
+    if wrap is not None:
+        rule = wrap(rule)
     opt_state = _like_params(jax.eval_shape(rule.init, params), params, mesh)
     if optimizer.offload:
         rule, opt_state = on_host(rule), _in_host_memory(opt_state)

@@ -59,7 +59,7 @@ def guarded(
 
     def init(params: Params) -> GuardState:
         dtype = working_dtype(jax.tree.leaves(params)[0].dtype)
-        size = 1 + len(_norms(params, by_layer)) + watches_updates
+        size = 1 + len(group_norms(params, by_layer)) + watches_updates
         none = jnp.full(size, jnp.finfo(dtype).max, dtype)
         decision = Decision(none, jnp.zeros(size, jnp.int32), jnp.zeros((), jnp.int32))
         window = jnp.zeros((options.window, size), dtype)
@@ -69,11 +69,11 @@ def guarded(
         updates: Any, state: GuardState, params: Params = None, *, loss: Array, **extra: Any
     ) -> tuple[Any, GuardState]:
         dtype = state.window.dtype
-        norms = _norms(updates, by_layer)
+        norms = group_norms(updates, by_layer)
         bound = _bounds(state, _sigmas(options, len(norms)))
         if clips:
             limit = bound[1 : 1 + len(norms)]
-            updates = _scaled(updates, jnp.where(norms > limit, limit / norms, 1), by_layer)
+            updates = scale_groups(updates, jnp.where(norms > limit, limit / norms, 1), by_layer)
         updates, inner = rule.update(updates, state.inner, params, **extra)
         values = [loss[None], norms]
         if watches_updates:
@@ -113,7 +113,7 @@ def value_names(params: Params, options: GuardOptions) -> list[str]:
     """
     names = ["loss"]
     if options.action == "clip-layers":
-        names += [f"gradient norm of {name}" for name in _group_names(params)]
+        names += [f"gradient norm of {name}" for name in group_names(params)]
     else:
         names.append("gradient norm")
     return names if options.update_sigma is None else [*names, "update norm"]
@@ -154,7 +154,7 @@ def _is_schedule(node: Any) -> bool:
     return isinstance(node, optax.ScaleByScheduleState)
 
 
-def _norms(tree: Any, by_layer: bool) -> Array:
+def group_norms(tree: Any, by_layer: bool) -> Array:
     """The norm of the tree [1]; or of each layer, followed by each parameter that is in none."""
     if not by_layer:
         return global_norm(tree)[None]
@@ -164,7 +164,7 @@ def _norms(tree: Any, by_layer: bool) -> Array:
     )
 
 
-def _scaled(tree: Any, factors: Array, by_layer: bool) -> Any:
+def scale_groups(tree: Any, factors: Array, by_layer: bool) -> Any:
     """The tree times the factors of `_norms`' groups; a factor of 1 leaves every bit."""
     layers = len(jax.tree.leaves(_groups(tree)[0])[0]) if by_layer else 0
     rest = iter(range(layers, len(factors)))
@@ -188,7 +188,8 @@ def _groups(tree: Any) -> tuple[list[Array], list[Array]]:
     return stacks, [leaf for path, leaf in flat if not is_stacked(path)]
 
 
-def _group_names(params: Params) -> list[str]:
+def group_names(params: Params) -> list[str]:
+    """What `group_norms` by layer has a norm of."""
     flat, _ = jax.tree_util.tree_flatten_with_path(params)
     layers = next((leaf.shape[0] for path, leaf in flat if is_stacked(path)), 0)
     rest = [keystr(path, simple=True, separator=".") for path, _ in flat if not is_stacked(path)]

@@ -12,7 +12,7 @@ import optax
 from flax import nnx
 from jaxtyping import Array, Float, Int, Key
 
-from llama_jax.loss import IGNORE_INDEX, fused_linear_cross_entropy
+from llama_jax.loss import IGNORE_INDEX, Reduction, fused_linear_cross_entropy
 from train.data.batch import Batch
 from train.program.accumulation import Params, sum_over_micro_batches
 from train.program.guard import Decision, decision_of
@@ -112,9 +112,10 @@ def batch_loss(
     z_loss: float | None,
     dropout_key: Key[Array, ""] | None,
     reduce_dtype: Any = None,
+    reduction: Reduction = "sum",
     **forward: Any,
 ) -> Any:
-    """The summed losses (a `LossOutput`) of one micro-batch of arrays [rows, seq]."""
+    """The losses (a `LossOutput`), summed by default, of one micro-batch of arrays [rows, seq]."""
     cast = jax.tree.map(lambda leaf: leaf.astype(compute_dtype), params)
     model = nnx.merge(graphdef, cast)
     decoded = model.model(
@@ -131,7 +132,7 @@ def batch_loss(
         model.head_weight,
         batch.labels,
         vocab_axis=0,
-        reduction="sum",
+        reduction=reduction,
         z_loss=z_loss,
         reduce_dtype=reduce_dtype,
     )

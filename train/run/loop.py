@@ -91,7 +91,7 @@ def train_loop(
             batch = next(batches)
             data_wait = time.perf_counter() - waiting_since
             reporter.poll()
-            key = _dropout_key(program.config, options.seed, done - 1)
+            key = dropout_key(program.config, options.seed, done - 1)
             measuring = _due(done, options.log.statistics_every)
             step = program.statistics_step if measuring else program.step
             params, opt_state, metrics, *statistics = step(params, opt_state, batch, key)
@@ -179,7 +179,7 @@ def _machine(program: Program) -> str:
     return f"{devices.size} x {kind}, {jax.process_count()} processes, jax {jax.__version__}"
 
 
-def _dropout_key(config: LlamaConfig, seed: int, step: int) -> Any:
+def dropout_key(config: LlamaConfig, seed: int, step: int) -> Any:
     """The step's key, a function of seed and step (from 0); None if the model has no dropout."""
     if not config.attention_dropout:
         return None

@@ -6,13 +6,9 @@ from pathlib import Path
 
 import jax
 
-from llama_jax.config import LlamaConfig
 from llama_jax.numerics.xla_options import reserve_gpu_memory, reserve_host_threads
-from llama_jax.text.companions import tokenizer_home
 from train.checkpoints import require_safe_path
 from train.data import identity
-from train.data.sources import common_vocabulary, find_sources
-from train.data.token_directory import TokenDirectory
 from train.model.training_state import TrainingState, require_intact
 from train.option_checks import validate
 from train.options import RunOptions, with_absolute_paths
@@ -23,7 +19,7 @@ from train.run.folder import last_saved_step, replace_options
 from train.run.lock import locked
 from train.run.loop import train_loop
 from train.run.processes import join_processes
-from train.run.training_data import training_windows
+from train.run.training_data import data_of_run, training_windows
 
 
 def resume(folder: Path, saved: RunOptions, options: RunOptions) -> None:
@@ -57,22 +53,7 @@ def resume(folder: Path, saved: RunOptions, options: RunOptions) -> None:
     with ExitStack() as stack:
         if jax.process_index() == 0:
             stack.enter_context(locked(folder))
-        sources = find_sources(options.data, options.tokens, tokenizer_home(folder))
-        for source in sources:
-            if isinstance(source, TokenDirectory) and not source.path.exists():
-                raise ValueError(
-                    f"{source.path}: not found, expected the data of {folder}: restore it, or pass the "
-                    "path that it was moved to with --data"
-                )
-        vocabulary = common_vocabulary(sources)
-        remedy = "restore it, or begin a new run with `python -m train run`"
-        identity.require_identity(folder, sources, remedy)
-        config = LlamaConfig.from_pretrained(folder)
-        if vocabulary.vocab_size > config.vocab_size:
-            raise ValueError(
-                f"{folder}: found a model with vocab_size {config.vocab_size}, expected at least "
-                f"{vocabulary.vocab_size}, the data's"
-            )
+        sources, config = data_of_run(folder, options)
         dataset = training_windows(options, config, sources)
         program = run_program(options, config)
         updated = replace(saved, steps=options.steps, data=options.data)

@@ -32,6 +32,7 @@ COMMANDS: dict[str, list[str]] = {
     "train export": ["RUN", "DIR"],
     "train eval": ["RUN"],
     "train report": ["RUN"],
+    "train autopsy": ["RUN", "1"],
     "train plan": [],
     "train tokenize": ["SRC", "--tokenizer", "T", "--out", "O"],
     "convert": ["SRC", "DST"],
