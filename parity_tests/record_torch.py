@@ -31,8 +31,13 @@ Meta, torchtitan and LitGPT are recognized. For any other, `names` maps its modu
         ...
     }
 
-A tuple is a fused projection, whose output has the parts side by side. `:pairs` marks projections whose
-rows are in Meta's order, where the two features that rotary embeddings turn together are neighbours.
+A tuple is a fused projection, whose output has the parts side by side; with `:groups` at each part, one
+key/value head after the other, each with its query heads before it. `:pairs` marks projections whose rows
+are in Meta's order, where the two features that rotary embeddings turn together are neighbours.
+
+Wrappers (DDP, FSDP2, torch.compile, activation checkpointing) are looked through. What torch.compile
+compiled runs without it while it is recorded. Under FSDP2, record on every rank, each into a folder of its
+own and with the same ids, for gradients are means over the ranks.
 """
 
 import argparse
@@ -74,9 +79,7 @@ _SETTINGS = (
 _NOT_ONCE = "the model was called {} times while recording, expected once"
 
 
-def _map(
-    ends: tuple[str, str, str], layer: str, modules: Mapping[str, str | tuple[str, ...]]
-) -> NameMap:
+def _map(ends: tuple[str, str, str], layer: str, modules: NameMap) -> NameMap:
     """Of embedding, final norm and head; of the layers; and of the modules in a layer."""
 
     def in_layer(name: str) -> str:
@@ -97,35 +100,53 @@ def _map(
 HUGGING_FACE = _map(
     ("model.embed_tokens", "model.norm", "lm_head"), _LAYER, {name: name for name in _MODULES}
 )
-META = _map(  # and torchtitan
-    ("tok_embeddings", "norm", "output"),
-    "layers.{layer}",
-    {
-        "attention_norm": "input_layernorm",
-        "attention.wq": "self_attn.q_proj:pairs",
-        "attention.wk": "self_attn.k_proj:pairs",
-        "attention.wv": "self_attn.v_proj",
-        "attention.wo": "self_attn.o_proj",
-        "ffn_norm": "post_attention_layernorm",
-        "feed_forward.w1": "mlp.gate_proj",
-        "feed_forward.w3": "mlp.up_proj",
-        "feed_forward.w2": "mlp.down_proj",
-    },
-)
-LITGPT = _map(
-    ("transformer.wte", "transformer.ln_f", "lm_head"),
-    "transformer.h.{layer}",
-    {
-        "norm_1": "input_layernorm",
-        "attn.qkv": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
-        "attn.proj": "self_attn.o_proj",
-        "norm_2": "post_attention_layernorm",
-        "mlp.fc_1": "mlp.gate_proj",
-        "mlp.fc_2": "mlp.up_proj",
-        "mlp.proj": "mlp.down_proj",
-    },
-)
-KNOWN = {"Hugging Face": HUGGING_FACE, "Meta and torchtitan": META, "LitGPT": LITGPT}
+
+
+def _meta(head: str, projections: NameMap) -> NameMap:
+    return _map(
+        ("tok_embeddings", "norm", head),
+        "layers.{layer}",
+        {
+            "attention_norm": "input_layernorm",
+            **{f"attention.{name}": to for name, to in projections.items()},
+            "attention.wo": "self_attn.o_proj",
+            "ffn_norm": "post_attention_layernorm",
+            "feed_forward.w1": "mlp.gate_proj",
+            "feed_forward.w3": "mlp.up_proj",
+            "feed_forward.w2": "mlp.down_proj",
+        },
+    )
+
+
+def _litgpt(name: str, parts: tuple[str, ...]) -> NameMap:
+    return _map(
+        ("transformer.wte", "transformer.ln_f", "lm_head"),
+        "transformer.h.{layer}",
+        {
+            "norm_1": "input_layernorm",
+            f"attn.{name}": parts,
+            "attn.proj": "self_attn.o_proj",
+            "norm_2": "post_attention_layernorm",
+            "mlp.fc_1": "mlp.gate_proj",
+            "mlp.fc_2": "mlp.up_proj",
+            "mlp.proj": "mlp.down_proj",
+        },
+    )
+
+
+_QKV = {"wq": "self_attn.q_proj:pairs", "wk": "self_attn.k_proj:pairs", "wv": "self_attn.v_proj"}
+_PARTS = "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"
+META = _meta("output", _QKV)  # and torchtitan before 0.3
+KNOWN = {
+    "Hugging Face": HUGGING_FACE,
+    "Meta": META,
+    "torchtitan": _meta("lm_head", {f"qkv_linear.{name}": to for name, to in _QKV.items()}),
+    "torchtitan with fused projections": _meta(
+        "lm_head", {"qkv_linear.wqkv": tuple(f"{to}:groups" for to in _QKV.values())}
+    ),
+    "LitGPT": _litgpt("qkv", _PARTS),
+    "LitGPT before 0.5": _litgpt("attn", tuple(f"{name}:groups" for name in _PARTS)),
+}
 
 
 class Heads(NamedTuple):
@@ -140,7 +161,7 @@ class _Part(NamedTuple):
     """A module of Hugging Face's within one of the model's: its rows, and whether pairs are neighbours."""
 
     name: str
-    rows: slice
+    rows: slice | Tensor
     pairs: bool
 
 
@@ -273,6 +294,7 @@ class Recorder:
             if kind is None:
                 if self._calls != 1:
                     raise ValueError(_NOT_ONCE.format(self._calls))
+                self._add_other_gradients()
                 self._finish()
         finally:
             shutil.rmtree(self._writer.folder, ignore_errors=True)
@@ -291,6 +313,7 @@ class Recorder:
                 checked.
             max_norm: clip the gradient to this norm first, as `torch.nn.utils.clip_grad_norm_` does.
         """
+        self._add_other_gradients()
         names: dict[int, list[str]] = {}  # a fused projection has several
         for name, (_, parameter) in self.parameters.items():
             names.setdefault(id(parameter), []).append(name)
@@ -359,6 +382,8 @@ class Recorder:
                         lambda p, name=name: self._add_parameter(f"{name}.grad", name, p.grad)
                     )
                 )
+        if hasattr(torch.compiler, "set_stance"):
+            self._stack.enter_context(torch.compiler.set_stance("force_eager"))
         self._stack.enter_context(_Attention(self))
 
     def _begin(self, _: nn.Module, arguments: Any, options: Mapping[str, Any]) -> None:
@@ -433,8 +458,14 @@ class Recorder:
     def _add_parameter(self, name: str, of: str, values: Tensor | None) -> None:
         if values is not None:
             self._writer.add(
-                name, _in_hugging_faces_rows(values, self.parameters[of][0], self.heads)
+                name, _in_hugging_faces_rows(_whole(values), self.parameters[of][0], self.heads)
             )
+
+    def _add_other_gradients(self) -> None:
+        """Those that come without autograd's accumulation, as FSDP2's do."""
+        for name, (_, parameter) in self.parameters.items():
+            if f"{name}.grad" not in self._writer:
+                self._add_parameter(f"{name}.grad", name, parameter.grad)
 
     def attention(self, query: Tensor, key: Tensor) -> None:
         """Record rotated queries and keys [B, heads, T, D], as attention gets them."""
@@ -471,21 +502,22 @@ class Recorder:
         autocast = None
         if torch.is_autocast_enabled(device):
             autocast = str(torch.get_autocast_dtype(device)).removeprefix("torch.")
-        config: Any = getattr(self.model, "config", None)
+        model: Any = _unwrapped(self.model)
+        config: Any = getattr(model, "config", None)
         config = config.to_dict() if hasattr(config, "to_dict") else None
         weights = {
-            name: _digest(_in_hugging_faces_rows(parameter.detach(), part, self.heads))
+            name: _digest(_in_hugging_faces_rows(_whole(parameter.detach()), part, self.heads))
             for name, (part, parameter) in self.parameters.items()
         }
         precision = {
             "parameters": _only({str(p.dtype) for p in self.model.parameters()}),
             "autocast": autocast,
             "matmul": _matmul_precision(device),
-            "attention": getattr(getattr(self.model, "config", None), "_attn_implementation", None),
+            "attention": getattr(getattr(model, "config", None), "_attn_implementation", None),
         }
         return {
             "format": FORMAT,
-            "program": f"{type(self.model).__module__.partition('.')[0]}.{type(self.model).__name__}",
+            "program": f"{type(model).__module__.partition('.')[0]}.{type(model).__name__}",
             "versions": {"python": platform.python_version(), "torch": torch.__version__}
             | _versions(),
             "device": torch.cuda.get_device_name() if device == "cuda" else device,
@@ -536,17 +568,20 @@ class _Writer:
         self._section, self._files = "", 0
         self._held: dict[str, Tensor] = {}
 
+    def __contains__(self, name: str) -> bool:
+        return name in self._held or name in self.arrays
+
     def add(self, name: str, values: Tensor) -> None:
         section = section_of(name)
         if section != self._section:
             self.flush()
             self._section = section
-        if name in self._held or name in self.arrays:
+        if name in self:
             raise ValueError(
                 f"{name} is recorded twice; one backward pass can be recorded at a time"
             )
         # a copy: the model may change its own in place
-        self._held[name] = values.detach().to(
+        self._held[name] = _whole(values.detach()).to(
             "cpu", copy=True, memory_format=torch.contiguous_format
         )
 
@@ -578,9 +613,37 @@ def _require_hooks() -> None:
         )
 
 
+_WRAPPERS = re.compile(
+    r"^module\.|(?:_orig_mod|_checkpoint_wrapped_module|_fsdp_wrapped_module|_forward_module)(?:\.|$)"
+)
+
+
+def _named_modules(model: nn.Module) -> dict[str, nn.Module]:
+    """The modules by their names without wrappers, which are not among them."""
+    modules = {}
+    for name, module in model.named_modules():
+        modules[_WRAPPERS.sub("", name).removesuffix(".")] = (
+            module  # a wrapper comes before its own
+        )
+    return modules
+
+
+def _unwrapped(model: Any) -> Any:
+    """The model in DDP, DeepSpeed or torch.compile."""
+    while inner := getattr(model, "_orig_mod", None) or getattr(model, "module", None):
+        model = inner
+    return model
+
+
+def _whole(values: Tensor) -> Tensor:
+    """The whole of a DTensor, which is sharded over processes."""
+    gather = getattr(values, "full_tensor", None)
+    return values if gather is None else gather()
+
+
 def _known_names(model: nn.Module) -> NameMap:
     """The map that fits the model."""
-    present = {name for name, _ in model.named_modules()}
+    present = _named_modules(model)
     for names in KNOWN.values():
         if all(key.format(layer=0) in present for key in names):
             return names
@@ -595,7 +658,7 @@ def _modules(model: nn.Module, names: NameMap, heads: Heads) -> list[tuple[nn.Mo
     """The model's modules with what they are in Hugging Face's names; in the model's order."""
     patterns = {re.compile(re.escape(key).replace(r"\{layer\}", r"(\d+)")): key for key in names}
     modules, used, seen = [], set(), set()
-    for name, module in model.named_modules():
+    for name, module in _named_modules(model).items():
         for pattern, key in patterns.items():
             match = pattern.fullmatch(name)
             if match is None:
@@ -614,7 +677,7 @@ def _modules(model: nn.Module, names: NameMap, heads: Heads) -> list[tuple[nn.Mo
             modules.append((module, parts))
     unused = [key for key in names if key not in used]
     if unused:
-        present = {name for name, _ in model.named_modules()}
+        present = _named_modules(model)
         raise ValueError(
             f"names: {unused[0]!r} is no module of the model, which has {_some(present)}"
         )
@@ -630,16 +693,26 @@ _CANONICAL = (
 
 def _split(texts: list[str], heads: Heads, module: nn.Module) -> list[_Part]:
     """The parts of a module, by the values of a name map."""
-    names = [text.removesuffix(":pairs") for text in texts]
-    pairs = [text.endswith(":pairs") for text in texts]
+    names = [text.partition(":")[0] for text in texts]
+    marks = [set(text.split(":")[1:]) for text in texts]
+    unknown = sorted(set().union(*marks) - {"pairs", "groups"})
+    if unknown:
+        raise ValueError(f"names: ':{unknown[0]}' in {texts[0]!r}, expected ':pairs' or ':groups'")
+    pairs = ["pairs" in of_part for of_part in marks]
+    by_group = ["groups" in of_part for of_part in marks]
     if heads.dim == 0 and (any(pairs) or any("_attn." in name for name in names[1:])):
         raise ValueError(
             "names: ':pairs' and fused projections need heads=(query, key/value, size)"
         )
     if len(names) == 1:
         return [_Part(names[0], slice(None), pairs[0])]
+    projections = all(name.endswith(("q_proj", "k_proj", "v_proj")) for name in names)
+    if any(by_group) and not (all(by_group) and projections):
+        raise ValueError(
+            f"names: ':groups' in {', '.join(texts)}; expected it at all of q_proj, k_proj, v_proj"
+        )
     rows = module.get_parameter("weight").shape[0]
-    if all(name.endswith(("q_proj", "k_proj", "v_proj")) for name in names):
+    if projections:
         sizes = [
             heads.dim * (heads.query if name.endswith("q_proj") else heads.key) for name in names
         ]
@@ -649,10 +722,15 @@ def _split(texts: list[str], heads: Heads, module: nn.Module) -> list[_Part]:
         raise ValueError(
             f"names: {names[0]} and the other parts have {sum(sizes)} rows, the module {rows}"
         )
-    ends = [sum(sizes[: index + 1]) for index in range(len(sizes))]
+    groups = heads.key if all(by_group) else 1
+    each = torch.arange(rows).view(groups, -1).split([size // groups for size in sizes], dim=1)
     return [
-        _Part(name, slice(end - size, end), turned)
-        for name, size, end, turned in zip(names, sizes, ends, pairs, strict=True)
+        _Part(
+            name,
+            index.flatten() if groups > 1 else slice(int(index[0, 0]), int(index[0, -1]) + 1),
+            turned,
+        )
+        for name, index, turned in zip(names, each, pairs, strict=True)
     ]
 
 
@@ -682,14 +760,19 @@ def _halves(values: Tensor, axis: int, dim: int) -> Tensor:
 
 
 def _heads(model: nn.Module) -> Heads:
-    config: Any = getattr(model, "config", None)
-    query: Any = getattr(config, "num_attention_heads", None) or getattr(config, "n_head", 0)
-    key: Any = getattr(config, "num_key_value_heads", None) or getattr(
-        config, "n_query_groups", query
-    )
-    hidden = getattr(config, "hidden_size", None) or getattr(config, "n_embd", 0)
-    dim = getattr(config, "head_dim", None) or getattr(config, "head_size", None)
-    return Heads(query, key, dim or (hidden // query if query else 0))
+    """What the model's config says: Hugging Face's names, LitGPT's, or Meta's and torchtitan's."""
+    model = _unwrapped(model)
+    configs = (getattr(model, name, None) for name in ("config", "params", "model_args"))
+    config: Any = next((config for config in configs if config is not None), None)
+
+    def of(*names: str) -> Any:
+        values = (getattr(config, name, None) for name in names)
+        return next((value for value in values if isinstance(value, int) and value), 0)
+
+    query = of("num_attention_heads", "n_head", "n_heads")
+    key = of("num_key_value_heads", "n_query_groups", "n_kv_heads") or query
+    hidden = of("hidden_size", "n_embd", "dim")
+    return Heads(query, key, of("head_dim", "head_size") or (hidden // query if query else 0))
 
 
 def _digest(values: Tensor) -> str:
