@@ -74,7 +74,8 @@ class TitanAttention(independent_torch_llama.Attention):
 
     def forward(self, x: Tensor) -> Tensor:
         parts = self.qkv_linear(x)
-        self.wq, self.wk, self.wv = (lambda _, part=part: part for part in parts)
+        for name, part in zip(("wq", "wk", "wv"), parts, strict=True):
+            setattr(self, name, lambda _, part=part: part)
         return super().forward(x)
 
 
@@ -129,7 +130,7 @@ def test_heads_from_metas_and_torchtitans_arguments(directory: Path, tmp_path: P
 def test_wrong_marks(parts: tuple[str, ...], message: str, tmp_path: Path) -> None:
     titan = KNOWN["torchtitan with fused projections"]
     fused = "layers.{layer}.attention.qkv_linear.wqkv"
-    names = titan | {fused: tuple(f"model.layers.{{layer}}.self_attn.{part}" for part in parts)}
+    names = {**titan, fused: tuple(f"model.layers.{{layer}}.self_attn.{part}" for part in parts)}
     with pytest.raises(ValueError) as error:
         record(Titan(Grouped), IDS, tmp_path / "trace", names=names, heads=(6, 2, 8))
     assert str(error.value) == message
