@@ -1,4 +1,4 @@
-"""`python -m train run|resume|export|eval|report|autopsy|plan|tokenize`."""
+"""`python -m train run|resume|export|eval|report|autopsy|plan|sweep|coordinates|tokenize`."""
 
 from llama_jax.cli.startup import end_on_interrupt
 
@@ -23,7 +23,16 @@ from llama_jax.files.paths import destination_path, local_path, source_path
 from llama_jax.files.remote import remote_path
 from llama_jax.formatting import console, printable, progress_bar
 from train.flags import OnOff, add_options, parse_options, with_options
-from train.options import FILE, PLANNED, Dtype, EvalOptions, RunOptions, TokenOptions
+from train.options import (
+    COORDINATES,
+    FILE,
+    PLANNED,
+    SWEPT,
+    Dtype,
+    EvalOptions,
+    RunOptions,
+    TokenOptions,
+)
 
 if TYPE_CHECKING:
     from train.model.evaluate import Evaluation
@@ -39,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     # Orbax logs its defaults
     logging.getLogger("absl").setLevel(logging.ERROR)
-    continues = arguments[:1] in (["tokenize"], ["resume"])
+    continues = arguments[:1] in (["tokenize"], ["resume"], ["sweep"])
 
     def command() -> None:
         options = _parser().parse_args(arguments)
@@ -63,6 +72,8 @@ def _parser() -> Parser:
     _add_report(program)
     _add_autopsy(program)
     _add_plan(program)
+    _add_sweep(program)
+    _add_coordinates(program)
     _add_tokenize(program)
     return program
 
@@ -515,6 +526,97 @@ def _plan(arguments: argparse.Namespace) -> None:
         host_devices=arguments.host_devices,
         limit=arguments.limit if arguments.search else None,
         json_file=arguments.json,
+    )
+
+
+def _add_sweep(program: Parser) -> None:
+    parser = program.add_command(
+        "sweep",
+        _sweep,
+        help="train over a grid of options on this machine, and compare the losses",
+        description="Train a run for every combination of the values of some options, one after the other, "
+        "and compare the losses: a table, sweep.json and sweep.png. After an interruption, or with more "
+        "values, run the command again; runs that are done are kept.",
+    )
+    parser.add_argument(
+        "--grid",
+        action="extend",
+        nargs="*",
+        default=[],
+        metavar="NAME=VALUE,...",
+        help="an option of `train run` and its values; the first one is drawn along the horizontal axis",
+    )
+    parser.add_argument(
+        "--halving",
+        type=not_negative,
+        default=0,
+        metavar="N",
+        help="successive halving: run all to 1/2^N of the steps, the better half to twice as many, and "
+        "so on N times; 0: run all to the end",
+    )
+    parser.add_argument("--toml", type=Path, metavar="FILE", help=_TOML)
+    add_cache(parser)
+    add_options(parser, SWEPT)
+
+
+def _sweep(arguments: argparse.Namespace) -> None:
+    from train.sweep.command import run_sweep
+
+    keep_compiled_programs(arguments)
+    run_sweep(_options(SWEPT, arguments), arguments.grid, arguments.halving)
+
+
+def _add_coordinates(program: Parser) -> None:
+    parser = program.add_command(
+        "coordinates",
+        _coordinates,
+        help="check how the size of activations depends on the width, in the first steps",
+        description="The coordinate check of muP: train models of several widths for a few steps, and see "
+        "whether the size of their activations depends on the width: a table, coordinates.json and "
+        "coordinates.png.",
+    )
+    parser.add_argument(
+        "--widths",
+        type=positive,
+        nargs="+",
+        default=[64, 128, 256, 512],
+        metavar="N",
+        help="hidden sizes; heads and MLP of the model are in proportion (default: 64 128 256 512)",
+    )
+    parser.add_argument(
+        "--wider-heads",
+        action=OnOff,
+        default=False,
+        help="the number of heads stays that of the model, and each grows with the width",
+    )
+    parser.add_argument(
+        "--seeds",
+        type=positive,
+        default=1,
+        metavar="N",
+        help="initial values to average over (default: 1)",
+    )
+    parser.add_argument(
+        "--compare",
+        action=OnOff,
+        default=False,
+        help="also check the standard parametrization, and draw it below",
+    )
+    parser.add_argument("--toml", type=Path, metavar="FILE", help=_TOML)
+    add_cache(parser)
+    add_options(parser, COORDINATES)
+
+
+def _coordinates(arguments: argparse.Namespace) -> None:
+    from train.coordinates.command import run_coordinates
+
+    keep_compiled_programs(arguments)
+    run_coordinates(
+        _options(COORDINATES, arguments),
+        arguments.widths,
+        wider_heads=arguments.wider_heads,
+        compare=arguments.compare,
+        seeds=arguments.seeds,
     )
 
 

@@ -20,6 +20,7 @@ from llama_jax.formatting import first_line
 from train.agreement import DamagedError, gathered, together
 from train.program.donation import donatable
 from train.program.optimizer_state import on_device
+from train.program.step import DivergenceError
 
 FOLDER = "checkpoints"
 CHUNK_BYTES = 2**26
@@ -71,10 +72,11 @@ def save(
         facts: JSON to keep with the arrays: configuration, seed, position in the data.
 
     Raises:
-        ValueError: numbers that are not finite; this save, or an earlier one, failed (a full disk).
+        DivergenceError: numbers that are not finite.
+        ValueError: this save, or an earlier one, failed (a full disk).
     """
     if not _all_finite(jax.tree.leaves((params, opt_state))):
-        raise ValueError(
+        raise DivergenceError(
             f"step {step}: found parameters or optimizer state that are not finite, expected finite "
             "numbers: try a lower --optimizer.learning-rate; earlier checkpoints are kept"
         )

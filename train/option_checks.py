@@ -1,11 +1,16 @@
 """Checks of a run's options that need neither data nor devices."""
 
+from dataclasses import fields
+
 import jax.numpy as jnp
 import numpy as np
 
 from train.options import GuardOptions, ModelOptions, OptimizerOptions, RunOptions, warmup_steps
+from train.program.mup import OPTIMIZERS
 from train.program.optimizer import DIRECTIONS
 from train.program.schedules import USES, require_fit
+
+_BASE = [field.name for field in fields(ModelOptions) if field.name.startswith("mup_base_")]
 
 
 def validate(options: RunOptions) -> None:
@@ -17,6 +22,8 @@ def validate(options: RunOptions) -> None:
                 "gradients become 0 in float16"
             )
     _require_remat(options.model)
+    _require_parametrization(options.model, options.optimizer)
+    _require_width(options)
     require_counts(options)
     _require_numbers(options)
     _require_used(options.optimizer)
@@ -40,6 +47,8 @@ def require_counts(options: RunOptions) -> None:
         "micro-batches": (options.micro_batches, 1),
         "export-every": (options.export_every, 0),
         "model.scan-unroll": (options.model.scan_unroll, 1),
+        "model.width": (options.model.width, 1),
+        **{f"model.{_flag(name)}": (getattr(options.model, name), 1) for name in _BASE},
         "optimizer.warmup-steps": (options.optimizer.warmup_steps, 0),
         # the standard deviation of one step is not defined
         "guard.window": (options.guard.window, 2),
@@ -77,6 +86,30 @@ def _require_remat(model: ModelOptions) -> None:
     if both := [name for name in model.remat_offload if name in model.remat_save]:
         raise ValueError(
             f"model.remat-offload: found {both[0]}, which model.remat-save has as well: leave it out of one"
+        )
+
+
+def _require_parametrization(model: ModelOptions, optimizer: OptimizerOptions) -> None:
+    """The base's widths belong to mup, and mup to some optimizers. The model is not known yet."""
+    if model.parametrization == "standard":
+        for name in _BASE:
+            if (value := getattr(model, name)) is not None:
+                raise ValueError(
+                    f"model.{_flag(name)}: found {value} with --model.parametrization standard, which does "
+                    "not use it: leave it out, or choose --model.parametrization mup"
+                )
+    elif optimizer.name not in OPTIMIZERS:
+        raise ValueError(
+            f"optimizer.name: found {optimizer.name} with --model.parametrization mup, expected "
+            f"{' or '.join(OPTIMIZERS)}"
+        )
+
+
+def _require_width(options: RunOptions) -> None:
+    width, weights = options.model.width, options.model.init_from or options.init_from
+    if width is not None and weights is not None:
+        raise ValueError(
+            f"model.width: found {width} with the weights of {weights}, which have a width: leave it out"
         )
 
 

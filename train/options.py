@@ -19,6 +19,7 @@ Dtype = Literal["float32", "bfloat16", "float16", "float64"]
 StateDtype = Literal["float32", "bfloat16"]
 ReduceDtype = Literal["float32", "bfloat16"]
 Optimizer = Literal["adamw", "muon", "lion", "adafactor", "sgd"]
+Parametrization = Literal["standard", "mup"]
 Schedule = Literal["cosine", "linear", "wsd", "constant"]
 GuardAction = Literal["skip", "clip", "clip-layers"]
 FsdpGather = Literal["layer", "step"]
@@ -37,6 +38,21 @@ class ModelOptions:
     """Hugging Face config.json, a directory that has one or a name on the Hub, instead of a preset"""
     init_from: Path | None = None
     """Hugging Face directory, or name on the Hub, whose configuration and weights to start from"""
+    width: int | None = None
+    """hidden size instead of the preset's or config's; heads and MLP are in proportion"""
+    parametrization: Parametrization = "standard"
+    """mup scales initial values and learning rates with the width, so that the best learning rate of a
+    narrow model fits a wide one"""
+    mup_base_hidden_size: int | None = None
+    """with mup, the hidden size of the narrow model: at this width the parametrizations are the same"""
+    mup_base_intermediate_size: int | None = None
+    """with mup, the intermediate size of the narrow model; default: in proportion"""
+    mup_base_heads: int | None = None
+    """with mup, the attention heads of the narrow model; default: in proportion"""
+    mup_base_kv_heads: int | None = None
+    """with mup, the key/value heads of the narrow model; default: in proportion"""
+    mup_base_head_dim: int | None = None
+    """with mup, the size of the narrow model's heads; default: that of the model's"""
     parameter_dtype: Dtype = "float32"
     """dtype of parameters, gradients and optimizer state; not float16, small gradients would become 0"""
     compute_dtype: Dtype | None = None
@@ -274,6 +290,22 @@ PLANNED = RunOptions(
     sequence_length=8192,
     model=ModelOptions(preset="llama-3.1-8b", remat="full"),
     mesh=MeshOptions(data=1, fsdp=-1),
+)
+
+# The defaults of `sweep`: nothing that only a single run needs.
+SWEPT = RunOptions(
+    out=Path("runs/sweep"),
+    checkpoint=CheckpointOptions(keep_last=1),
+    evaluation=EvaluationOptions(sample_tokens=0),
+)
+
+# The defaults of `coordinates`, whose base is the narrowest width.
+COORDINATES = RunOptions(
+    out=Path("runs/coordinates"),
+    steps=10,
+    model=ModelOptions(parametrization="mup"),
+    evaluation=EvaluationOptions(every=0),
+    optimizer=OptimizerOptions(schedule="constant", warmup_steps=0),
 )
 
 

@@ -55,14 +55,21 @@ def flags_of(path: Path) -> list[str]:
                     raise ValueError(f"{path}: found {prefix}{key} = {value!r}, expected a table")
                 add(f"{prefix}{name}.", value, inner)
                 continue
-            flag = f"{prefix}{name}".replace("_", "-")
-            if isinstance(value, bool):
-                group, dot, option = flag.rpartition(".")
-                flags.append(f"--{flag}" if value else f"--{group}{dot}no-{option}")
-            else:
-                # the form with = keeps a value that begins with a dash from being read as a flag
-                is_list = isinstance(value, list)
-                flags.extend([f"--{flag}", *map(str, value)] if is_list else [f"--{flag}={value}"])
+            flags.extend(flags_of_value(f"{prefix}{name}", value))
 
     add("", values, RunOptions())
     return flags
+
+
+def flags_of_value(name: str, value: Any) -> list[str]:
+    """An option and its value, as TOML has them, as command-line flags.
+
+    >>> flags_of_value("model.scan_unroll", 2), flags_of_value("log.tensorboard", False)
+    (['--model.scan-unroll=2'], ['--log.no-tensorboard'])
+    """
+    flag = name.replace("_", "-")
+    if isinstance(value, bool):
+        group, dot, option = flag.rpartition(".")
+        return [f"--{flag}" if value else f"--{group}{dot}no-{option}"]
+    # the form with = keeps a value that begins with a dash from being read as a flag
+    return [f"--{flag}", *map(str, value)] if isinstance(value, list) else [f"--{flag}={value}"]

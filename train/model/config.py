@@ -16,7 +16,8 @@ def model_config(
     """The model's configuration: from --model.init-from, from a file, or a preset.
 
     With --model.init-from the special tokens are those of the checkpoint, otherwise those of the data. A
-    small preset also takes the vocabulary of the data, and positions for the sequences.
+    small preset also takes the vocabulary of the data, and positions for the sequences. --model.width
+    replaces the width of a file's or a preset's.
 
     Raises:
         ValueError: an unknown preset; a vocabulary smaller than the data's; sequences longer than the
@@ -43,6 +44,8 @@ def model_config(
         raise ValueError(
             f"model.preset: found {options.preset!r}, expected one of {', '.join(PRESETS)}"
         )
+    if options.width is not None:
+        config = with_width(config, options.width, name)
     if vocabulary is not None and vocabulary.vocab_size > config.vocab_size:
         raise ValueError(
             f"{name}: found vocab_size {config.vocab_size}, expected at least {vocabulary.vocab_size}, "
@@ -56,6 +59,33 @@ def model_config(
             f"max_position_embeddings={config.max_position_embeddings} of {name}"
         )
     return config
+
+
+def with_width(
+    config: LlamaConfig, width: int, name: str, *, wider_heads: bool = False
+) -> LlamaConfig:
+    """The config with another hidden size, and MLP and heads in proportion.
+
+    Args:
+        name: of the config, for messages.
+        wider_heads: as many heads as before, each wider or narrower; otherwise more or fewer of them.
+
+    Raises:
+        ValueError: one of them is then not a whole number, or heads of an odd size.
+    """
+    scaled = ["intermediate_size"]
+    scaled += ["head_dim"] if wider_heads else ["num_attention_heads", "num_key_value_heads"]
+    fields = config.to_dict() | {"hidden_size": width}
+    for field in scaled:
+        value, remainder = divmod(fields[field] * width, config.hidden_size)
+        if remainder or (field == "head_dim" and value % 2):
+            expected = "an even number" if field == "head_dim" else "a whole number"
+            raise ValueError(
+                f"model.width: found {width}, but {field} of {name}, {fields[field]} x {width} / "
+                f"{config.hidden_size}, is not {expected}"
+            )
+        fields[field] = value
+    return LlamaConfig.from_dict(fields)
 
 
 def _with_special_ids(config: LlamaConfig, vocabulary: Vocabulary) -> LlamaConfig:

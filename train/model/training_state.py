@@ -82,7 +82,9 @@ def without_machine(options: RunOptions) -> RunOptions:
         options,
         out=defaults.out,
         init_from=None,
-        model=replace(options.model, init_from=None, config=None, preset=defaults.model.preset),
+        model=replace(
+            options.model, init_from=None, config=None, width=None, preset=defaults.model.preset
+        ),
         mesh=MeshOptions(),
         distributed=DistributedOptions(),
         log=LogOptions(),
@@ -90,8 +92,13 @@ def without_machine(options: RunOptions) -> RunOptions:
 
 
 def require_no_extras(options: RunOptions) -> None:
-    """Raise ValueError for a guard or an average, which a training state does not hold."""
+    """Raise ValueError for a guard, an average or muP, which a training state does not hold."""
     guard, decay = options.guard, options.average.decay
+    if options.model.parametrization != "standard":
+        raise ValueError(
+            f"model.parametrization: found {options.model.parametrization}, expected standard: a state "
+            "that moves to torch or comes from there has one learning rate for all parameters"
+        )
     for name, value, expected in (
         ("guard.action", guard.action, None),
         ("guard.non-finite", guard.non_finite, 0),

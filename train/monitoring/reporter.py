@@ -17,7 +17,7 @@ from train.options import RunOptions
 from train.program.build import Program
 from train.program.guard import value_names
 from train.program.statistics import Statistics
-from train.program.step import Metrics
+from train.program.step import DivergenceError, Metrics
 
 
 class _Submitted(NamedTuple):
@@ -77,8 +77,8 @@ class Reporter:
             statistics: of the step, if it is one that has them.
 
         Raises:
-            ValueError: a loss or gradient norm that is not finite, in more steps in a row than the guard
-                leaves out.
+            DivergenceError: a loss or gradient norm that is not finite, in more steps in a row than the
+                guard leaves out.
         """
         self.flush()
         self._submitted = _Submitted(step, metrics, stop, data_wait, statistics)
@@ -122,7 +122,7 @@ class Reporter:
                 found += " and an update that is not finite"
             if in_a_row > 1:
                 found += f", {in_a_row} such steps in a row"
-            raise ValueError(
+            raise DivergenceError(
                 f"step {step}: found {found}, expected finite numbers: try a lower "
                 "--optimizer.learning-rate; earlier checkpoints are kept"
             )

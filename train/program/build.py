@@ -4,7 +4,7 @@
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -42,6 +42,7 @@ from train.options import (
 from train.program.average import averaged
 from train.program.guard import guarded
 from train.program.mesh import count_slices, make_mesh
+from train.program.mup import base_config, mup_scales, scale_by_name
 from train.program.optimizer import make_optimizer
 from train.program.optimizer_state import HOST_MEMORY, on_host, require_host_memory
 from train.program.per_layer import Path, map_by_parameter
@@ -58,6 +59,7 @@ class Program(NamedTuple):
     statistics_step: the same, returning statistics after the metrics.
     evaluate: jitted `(params, batch)`, returning summed loss and number of tokens.
     pipeline: how the layers run over the mesh's stages; None with a single one.
+    initial_scales: factors on the initial values of the parameters of these names.
     """
 
     config: LlamaConfig
@@ -72,6 +74,7 @@ class Program(NamedTuple):
     statistics_step: jax.stages.Wrapped
     evaluate: jax.stages.Wrapped
     pipeline: Pipeline | None
+    initial_scales: Mapping[str, float]
 
 
 def run_program(
@@ -133,7 +136,8 @@ def make_program(
 
     Raises:
         ValueError: a batch, sequence or number of heads that the mesh does not divide; a schedule that
-            does not fit the steps; an attention implementation that cannot serve.
+            does not fit the steps; an attention implementation that cannot serve; base widths that do not
+            fit the model.
     """
     _require_divisible(config, mesh, batch_size // micro_batches, sequence_length)
     pipeline = find_pipeline(options, config, mesh.shape, batch_size // micro_batches)
@@ -175,6 +179,8 @@ def make_program(
         decay_fraction=optimizer.decay_fraction,
     )
     devices = list(mesh.devices.flat)
+    base = base_config(model, config)
+    scales = None if base is None else mup_scales(config, base, optimizer.name)
     rule = make_optimizer(
         optimizer.name,
         schedule,
@@ -184,6 +190,7 @@ def make_program(
         weight_decay=optimizer.weight_decay,
         clip_norm=optimizer.clip_norm,
         state_dtype=optimizer.state_dtype,
+        scales=None if scales is None else {name: scale.update for name, scale in scales.items()},
     )
     if average is not None and average.decay is not None:
         rule = averaged(rule, average.decay)
@@ -241,6 +248,7 @@ def make_program(
         statistics_step=jitted(step(observe=observe), replicated, replicated),
         evaluate=jax.jit(evaluate, compiler_options=compiler_options, out_shardings=replicated),
         pipeline=pipeline,
+        initial_scales={name: scale.initial for name, scale in (scales or {}).items()},
     )
 
 
@@ -288,7 +296,8 @@ def initial_params(program: Program, seed: int) -> Any:
     def init(key: Any) -> Any:
         dtype = jax.tree.leaves(program.params)[0].dtype
         model = LlamaForCausalLM(program.config, rngs=nnx.Rngs(params=key), dtype=dtype)
-        return nnx.to_pure_dict(nnx.state(model, nnx.Param))
+        params = nnx.to_pure_dict(nnx.state(model, nnx.Param))
+        return scale_by_name(params, program.initial_scales)
 
     run = jax.jit(init, out_shardings=shardings_of(program.params))
     return run(jax.random.key(seed))

@@ -1,6 +1,6 @@
 """Optimizers by name: an update direction, decoupled weight decay, and clipping by global norm."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -12,6 +12,7 @@ from jaxtyping import Array, Float
 from llama_jax.numerics.matmul import working_dtype
 from train.options import Optimizer, StateDtype
 from train.program.muon import scale_by_muon
+from train.program.mup import scale_updates
 from train.program.optimizer_state import kept_in
 from train.program.per_layer import is_stacked, per_layer
 
@@ -93,6 +94,7 @@ def make_optimizer(
     weight_decay: float,
     clip_norm: float | None,
     state_dtype: StateDtype | None = None,
+    scales: Mapping[str, float] | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Clip by global norm, then p -= learning_rate * (direction + weight_decay * p).
 
@@ -104,6 +106,8 @@ def make_optimizer(
             momentum of sgd and muon.
         clip_norm: the largest global norm of the gradient; None: no clipping.
         state_dtype: of what is kept of each parameter, see `kept_in`; None: the parameters' dtype.
+        scales: factors on the directions of the parameters of these names, see `train.program.mup`; not on
+            their weight decay, which takes the same share of every matrix in a step.
 
     Raises:
         ValueError: an unknown name.
@@ -117,6 +121,7 @@ def make_optimizer(
         update = kept_in(jnp.dtype(state_dtype), update)
     rule = optax.chain(
         update,
+        *([scale_updates(scales)] if scales else []),
         optax.add_decayed_weights(weight_decay, mask=decay_mask),
         optax.scale_by_learning_rate(learning_rate),
     )

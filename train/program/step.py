@@ -20,6 +20,10 @@ from train.program.optimizer import global_norm
 from train.program.statistics import Observe
 
 
+class DivergenceError(ValueError):
+    """A loss, a gradient or a parameter that is not finite."""
+
+
 class Metrics(NamedTuple):
     """Metrics of one step: cross-entropy and z-loss per token, the gradient's norm before clipping.
 

@@ -31,12 +31,18 @@ from train.run.processes import join_processes
 from train.run.training_data import training_windows
 
 
-def begin(options: RunOptions) -> None:
+def begin(options: RunOptions, *, until: int | None = None, quiet: bool = False) -> bool:
     """Begin a run in the folder `options.out`, which must not hold one, and train to its end.
 
+    Returns whether a signal has asked to stop.
+
+    Args:
+        until, quiet: see `train_loop`.
+
     Raises:
+        DivergenceError: a loss that is not finite.
         ValueError: options that are wrong in themselves, or do not fit the data, model or devices; a
-            loss that is not finite; a checkpoint that cannot be saved.
+            checkpoint that cannot be saved.
     """
     validate(options)
     options = with_weights(options)
@@ -71,7 +77,7 @@ def begin(options: RunOptions) -> None:
             folder.mkdir(parents=True, exist_ok=True)
             stack.enter_context(locked(folder))
             write_folder(folder, options, config, sources, tokenizer)
-        train_loop(program, options, folder, sources, dataset)
+        return train_loop(program, options, folder, sources, dataset, until=until, quiet=quiet)
 
 
 def _require_initial_weights(

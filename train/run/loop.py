@@ -45,16 +45,24 @@ def train_loop(
     folder: Path,
     sources: Sequence[Source],
     dataset: Any,
-) -> None:
+    *,
+    until: int | None = None,
+    quiet: bool = False,
+) -> bool:
     """Run the remaining steps; evaluate, export and save as often as the options say.
+
+    Returns whether a signal has asked to stop.
 
     Args:
         folder: the run's; its newest intact checkpoint is where the loop starts.
         sources: of the data, for evaluations and the introduction.
         dataset: training windows, see `train.data.windows.windows`.
+        until: evaluate, save and stop after this step, from which the run can be resumed; None for the end.
+        quiet: show nothing, and write no page about the run.
 
     Raises:
-        ValueError: a loss that is not finite; a checkpoint that cannot be saved.
+        DivergenceError: a loss that is not finite.
+        ValueError: a checkpoint that cannot be saved.
     """
     first_process = jax.process_index() == 0
     with ExitStack() as stack:
@@ -68,7 +76,9 @@ def train_loop(
         stack.enter_context(cause_told_by_runtime())
         start, params, opt_state = _initial_state(program, options, manager)
         resumed = manager.latest_step() is not None
-        display = stack.enter_context(open_display(options.steps, start, silent=not first_process))
+        display = stack.enter_context(
+            open_display(options.steps, start, silent=quiet or not first_process)
+        )
         introduce(display, program, options, sources, start)
         record = stack.enter_context(open_recorder(options.log, folder, start))
         add_event = stack.enter_context(open_history(folder))
@@ -86,7 +96,8 @@ def train_loop(
         batches = stack.enter_context(
             closing(placed_batches(program.batch, dataset, start_step=start))
         )
-        for done in range(start + 1, options.steps + 1):
+        end = options.steps if until is None else min(until, options.steps)
+        for done in range(start + 1, end + 1):
             waiting_since = time.perf_counter()
             batch = next(batches)
             data_wait = time.perf_counter() - waiting_since
@@ -97,7 +108,7 @@ def train_loop(
             params, opt_state, metrics, *statistics = step(params, opt_state, batch, key)
             reporter.submit(done, metrics, any_process(stop_requested()), data_wait, *statistics)
 
-            last = done == options.steps
+            last = done == end
             evaluating = _due(done, options.evaluation.every) or (last and options.evaluation.every)
             exporting = _due(done, options.export_every)
             saving = _due(done, options.checkpoint.every) or last
@@ -119,15 +130,19 @@ def train_loop(
                 add_event("stop", done, "by a signal")
                 again = f"python -m train resume {name_of(folder)}"
                 display.say(f"stopped after step {done}, saved; resume with: {again}")
-                return
+                return True
             reporter.restart_clock()  # the next step is timed without all this
         checkpoints.wait(manager)
+        if end < options.steps:
+            add_event("stop", end, "as asked for")
+            return stop_requested()
         add_event("end", options.steps)
-        if first_process:
+        if first_process and not quiet:
             write_report(folder, folder / REPORT)
         display.say(
             f"done: {printable(str(name_of(folder)))} ({metrics_log.FILE}, {metrics_log.PICTURE}, {REPORT})"
         )
+        return stop_requested()
 
 
 def _close(manager: ocp.CheckpointManager, error: type[BaseException] | None, *_: Any) -> None:

@@ -22,13 +22,23 @@ from train.run.processes import join_processes
 from train.run.training_data import data_of_run, training_windows
 
 
-def resume(folder: Path, saved: RunOptions, options: RunOptions) -> None:
+def resume(
+    folder: Path,
+    saved: RunOptions,
+    options: RunOptions,
+    *,
+    until: int | None = None,
+    quiet: bool = False,
+) -> bool:
     """Train on from the newest intact checkpoint in `folder`, or from the start if there is none.
+
+    Returns whether a signal has asked to stop.
 
     Args:
         saved: what the run's run.toml says.
         options: the same, with changes where they are allowed: how and where it computes, logging, where
             the same data now lies, and `steps` as far as `train.run.changes` allows.
+        until, quiet: see `train_loop`.
 
     Raises:
         ValueError: as `train.run.begin.begin`; a folder that another process runs; options that must not
@@ -59,7 +69,7 @@ def resume(folder: Path, saved: RunOptions, options: RunOptions) -> None:
         updated = replace(saved, steps=options.steps, data=options.data)
         if updated != saved and jax.process_index() == 0:
             replace_options(folder, updated)
-        train_loop(program, options, folder, sources, dataset)
+        return train_loop(program, options, folder, sources, dataset, until=until, quiet=quiet)
 
 
 def _require_valid(saved: RunOptions, options: RunOptions) -> None:
