@@ -92,8 +92,8 @@ def _require_remat(model: ModelOptions) -> None:
 def _require_parametrization(model: ModelOptions, optimizer: OptimizerOptions) -> None:
     """The base's widths belong to mup, and mup to some optimizers. The model is not known yet."""
     if model.parametrization == "standard":
-        for name in _BASE:
-            if (value := getattr(model, name)) is not None:
+        for name in (*_BASE, "mup_zero_head"):
+            if (value := getattr(model, name)) != getattr(ModelOptions, name):
                 raise ValueError(
                     f"model.{_flag(name)}: found {value} with --model.parametrization standard, which does "
                     "not use it: leave it out, or choose --model.parametrization mup"

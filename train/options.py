@@ -53,6 +53,9 @@ class ModelOptions:
     """with mup, the key/value heads of the narrow model; default: in proportion"""
     mup_base_head_dim: int | None = None
     """with mup, the size of the narrow model's heads; default: that of the model's"""
+    mup_zero_head: bool = False
+    """with mup, begin with a head of zeros: the first logits are 0 in every width, not random and smaller
+    the wider the model is; not for tied embeddings"""
     parameter_dtype: Dtype = "float32"
     """dtype of parameters, gradients and optimizer state; not float16, small gradients would become 0"""
     compute_dtype: Dtype | None = None

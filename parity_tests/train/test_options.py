@@ -262,6 +262,36 @@ def test_names_of_kept_values(options: dict[str, Any], message: str) -> None:
     assert str(caught.value) == message
 
 
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        ({"mup_base_heads": 2}, "model.mup-base-heads: found 2 with --model.parametrization standard"),
+        ({"mup_zero_head": True}, "model.mup-zero-head: found True with --model.parametrization standard"),
+        ({"mup_base_hidden_size": 0}, "model.mup-base-hidden-size: found 0, expected at least 1"),
+        ({"width": 0}, "model.width: found 0, expected at least 1"),
+        ({"width": 64, "init_from": Path("x")}, "model.width: found 64 with the weights of x, which"),
+    ],
+)  # fmt: skip
+def test_widths_and_parametrizations(model: dict[str, Any], message: str) -> None:
+    if "mup_base_hidden_size" in model:
+        model |= {"parametrization": "mup"}
+    with pytest.raises(ValueError) as caught:
+        validate(RunOptions(model=ModelOptions(**model)))
+    assert str(caught.value).startswith(message)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", get_args(Optimizer))
+def test_optimizers_that_mup_has_rules_for(name: Optimizer) -> None:
+    model = ModelOptions(parametrization="mup", mup_base_hidden_size=64)
+    options = RunOptions(model=model, optimizer=OptimizerOptions(name=name))
+    if name in ("adamw", "muon"):
+        validate(options)
+    else:
+        with pytest.raises(ValueError, match=f"optimizer.name: found {name} with --model.param"):
+            validate(options)
+
+
 def test_the_remat_policy_of_the_options() -> None:
     assert ModelOptions(remat="full").remat_policy == "full"
     named = ModelOptions(remat="full", remat_save=("gate",), remat_offload=("input",))

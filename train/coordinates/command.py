@@ -104,5 +104,6 @@ def _standard(options: RunOptions) -> RunOptions:
         mup_base_heads=None,
         mup_base_kv_heads=None,
         mup_base_head_dim=None,
+        mup_zero_head=False,
     )
     return replace(options, model=model)

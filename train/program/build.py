@@ -180,7 +180,11 @@ def make_program(
     )
     devices = list(mesh.devices.flat)
     base = base_config(model, config)
-    scales = None if base is None else mup_scales(config, base, optimizer.name)
+    scales = (
+        {}
+        if base is None
+        else mup_scales(config, base, optimizer.name, zero_head=model.mup_zero_head)
+    )
     rule = make_optimizer(
         optimizer.name,
         schedule,
@@ -190,7 +194,7 @@ def make_program(
         weight_decay=optimizer.weight_decay,
         clip_norm=optimizer.clip_norm,
         state_dtype=optimizer.state_dtype,
-        scales=None if scales is None else {name: scale.update for name, scale in scales.items()},
+        scales={name: scale.update for name, scale in scales.items() if scale.update != 1},
     )
     if average is not None and average.decay is not None:
         rule = averaged(rule, average.decay)
@@ -248,7 +252,7 @@ def make_program(
         statistics_step=jitted(step(observe=observe), replicated, replicated),
         evaluate=jax.jit(evaluate, compiler_options=compiler_options, out_shardings=replicated),
         pipeline=pipeline,
-        initial_scales={name: scale.initial for name, scale in (scales or {}).items()},
+        initial_scales={name: scale.initial for name, scale in scales.items()},
     )
 
 

@@ -88,7 +88,9 @@ def base_config(options: ModelOptions, config: LlamaConfig) -> LlamaConfig | Non
     )
 
 
-def mup_scales(config: LlamaConfig, base: LlamaConfig, optimizer: Optimizer) -> dict[str, Scale]:
+def mup_scales(
+    config: LlamaConfig, base: LlamaConfig, optimizer: Optimizer, *, zero_head: bool = False
+) -> dict[str, Scale]:
     """The scale of every parameter that has another than 1, by its name.
 
     Of matrices [out, in] whose input has m times the base's width:
@@ -102,13 +104,24 @@ def mup_scales(config: LlamaConfig, base: LlamaConfig, optimizer: Optimizer) -> 
       instead of 1 / sqrt(head).
 
     The embedding, the other norms and biases are as in the base.
+
+    Args:
+        zero_head: the head begins at 0, as the paper recommends (its appendix D.2).
+
+    Raises:
+        ValueError: `zero_head` with tied embeddings.
     """
+    if zero_head and config.tie_word_embeddings:
+        raise ValueError(
+            "model.mup-zero-head: found it for a model with tied embeddings, whose head is the embedding: "
+            "leave it out"
+        )
     hidden = config.hidden_size / base.hidden_size
     attention = math.sqrt(base.head_size / config.head_size)
     scales = {
         "model.layers.self_attn.q_proj.bias": Scale(1.0, attention),
         "model.norm.weight" if config.tie_word_embeddings else "lm_head.weight": Scale(
-            1 / hidden, 1 / hidden
+            0.0 if zero_head else 1 / hidden, 1 / hidden
         ),
     }
     base_shapes = _layer_shapes(base)
