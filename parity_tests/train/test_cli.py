@@ -57,7 +57,7 @@ def test_a_mistake_is_one_line(
         (["tokenize"], "the following arguments are required: SRC, --tokenizer, --out"),
         (
             ["tokenise"],
-            "COMMAND: found 'tokenise', expected one of run, resume, export, eval, report, plan, tokenize",
+            "COMMAND: found 'tokenise', expected one of run, resume, export, eval, report, autopsy, plan, sweep, coordinates, tokenize",
         ),
         ([], "the following arguments are required: COMMAND"),
         (["tokenize", "a", "--out"], "--out: expected one argument"),
