@@ -57,7 +57,8 @@ def test_a_mistake_is_one_line(
         (["tokenize"], "the following arguments are required: SRC, --tokenizer, --out"),
         (
             ["tokenise"],
-            "COMMAND: found 'tokenise', expected one of run, resume, export, eval, report, autopsy, plan, sweep, coordinates, tokenize",
+            "COMMAND: found 'tokenise', expected one of run, resume, export, eval, report, autopsy, plan, "
+            "sweep, coordinates, tokenize",
         ),
         ([], "the following arguments are required: COMMAND"),
         (["tokenize", "a", "--out"], "--out: expected one argument"),
