@@ -43,16 +43,17 @@ _TOML = "TOML file with options, such as a run's run.toml; those on the command 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return the exit code: 0 done, 2 an error in one line, 130 interrupted.
 
-    A run that is stopped by SIGTERM or a first SIGINT has saved a checkpoint; its exit code is 0.
+    A run that is stopped by SIGTERM, SIGUSR1 or a first SIGINT has saved a checkpoint; its exit code is 75.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
-    # Orbax logs its defaults
-    logging.getLogger("absl").setLevel(logging.ERROR)
+    # Orbax logs its defaults, and errors that it raises as well, with their tracebacks
+    logging.getLogger("absl").setLevel(logging.CRITICAL)
     continues = arguments[:1] in (["tokenize"], ["resume"], ["sweep"])
 
-    def command() -> None:
+    def command() -> int | None:
         options = _parser().parse_args(arguments)
-        options.command(options)
+        code: int | None = options.command(options)
+        return code
 
     return run_program(
         command,
@@ -85,22 +86,30 @@ def _add_run(program: Parser) -> None:
     add_options(parser, RunOptions())
 
 
-def _run(arguments: argparse.Namespace) -> None:
+def _run(arguments: argparse.Namespace) -> int:
     from train.run.begin import begin
     from train.run.continued import options_to_continue
     from train.run.remote import mirrored, new_run, require_one_process
+    from train.run.stop import ending_at_once
 
     options = _options(RunOptions(), arguments)
     if options.init_from is not None:
         options = _options(options_to_continue(options.init_from), arguments)
     _keep_compiled_programs(options, arguments)
     if remote_path(options.out) is None:
-        begin(replace(options, out=local_path(options.out)))
-        return
+        with ending_at_once():
+            return _exit_code(begin(replace(options, out=local_path(options.out))))
     url = destination_path(options.out)
     require_one_process(url, options.distributed)
-    with new_run(url) as folder, mirrored(folder, url, options.checkpoint):
-        begin(replace(options, out=folder))
+    with ending_at_once(), new_run(url) as folder, mirrored(folder, url, options.checkpoint):
+        stopped = begin(replace(options, out=folder))
+    return _exit_code(stopped)
+
+
+def _exit_code(stopped: bool) -> int:
+    from train.run.stop import RESUME
+
+    return RESUME if stopped else 0
 
 
 def _keep_compiled_programs(options: RunOptions, arguments: argparse.Namespace) -> None:
@@ -140,8 +149,11 @@ def _add_resume(program: Parser) -> None:
     add_options(parser, RunOptions(), show_defaults=False)
 
 
-def _resume(arguments: argparse.Namespace) -> None:
+def _resume(arguments: argparse.Namespace) -> int:
+    from train.run.stop import ending_at_once
+
     with ExitStack() as stack:
+        stack.enter_context(ending_at_once())
         url = remote_path(arguments.folder)
         folder = _run_folder(arguments.folder, None, stack)
         saved = _saved_options(folder)
@@ -154,7 +166,8 @@ def _resume(arguments: argparse.Namespace) -> None:
         if url is not None:
             require_one_process(url, options.distributed)
             stack.enter_context(mirrored(folder, url, options.checkpoint))
-        resume(folder, saved, options)
+        stopped = resume(folder, saved, options)
+    return _exit_code(stopped)
 
 
 def _add_export(program: Parser) -> None:

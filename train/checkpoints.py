@@ -2,8 +2,9 @@
 
 import json
 import os
+import shutil
 import warnings
-from contextlib import closing
+from contextlib import closing, suppress
 from fnmatch import fnmatchcase
 from functools import partial
 from pathlib import Path
@@ -12,10 +13,12 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
+from etils import epath
 from jax.tree_util import keystr
 
 from llama_jax.checkpoints.fingerprint import fingerprint
 from llama_jax.checkpoints.orbax import require_utf8
+from llama_jax.files.staging import DISK_FULL
 from llama_jax.formatting import first_line
 from train.agreement import DamagedError, gathered, together
 from train.program.donation import donatable
@@ -97,6 +100,24 @@ def save(
         )
     except Exception as error:
         raise _save_failed(error) from error
+
+
+class DiskFullError(ValueError):
+    """A checkpoint could not be saved for lack of space."""
+
+
+def require_no_failed_save(manager: ocp.CheckpointManager) -> None:
+    """Raise ValueError if a save in the background has failed; waits for none."""
+    try:
+        manager.check_for_errors()
+    except Exception as error:
+        raise _save_failed(error) from error
+
+
+def remove_unfinished(run: Path) -> None:
+    """Remove what a failed save left; none may be under way."""
+    for leftover in (run / FOLDER).glob("*.orbax-checkpoint-tmp*"):
+        shutil.rmtree(leftover, ignore_errors=True)
 
 
 def _in_chunks(tree: Any) -> Any:
@@ -314,7 +335,30 @@ def facts_of(manager: ocp.CheckpointManager, step: int) -> dict[str, Any]:
         return facts
 
 
-def _save_failed(error: Exception) -> ValueError:
-    return ValueError(
-        f"a checkpoint could not be saved ({first_line(error)}); earlier ones are kept"
+def newest_facts(run: Path) -> dict[str, Any] | None:
+    """The facts of the newest checkpoint whose facts can be read; None without one."""
+    steps = sorted(
+        (int(p.name) for p in (run / FOLDER).glob("*") if p.name.isdecimal()), reverse=True
     )
+    for step in steps:
+        with suppress(OSError, ValueError), closing(ocp.JsonCheckpointHandler()) as reader:
+            facts = reader.restore(epath.Path(run / FOLDER / str(step) / "facts"))
+            if isinstance(facts, dict):
+                return facts
+    return None
+
+
+def _save_failed(error: Exception) -> ValueError:
+    kind = DiskFullError if _is_disk_full(error) else ValueError
+    return kind(f"a checkpoint could not be saved ({first_line(error)}); earlier ones are kept")
+
+
+def _is_disk_full(error: BaseException | None) -> bool:
+    """Whether it, or what caused it, is for lack of space; TensorStore only says so in its text."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in DISK_FULL:
+            return True
+        if any(os.strerror(number) in str(error) for number in DISK_FULL):
+            return True
+        error = error.__cause__ or error.__context__
+    return False

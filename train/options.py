@@ -194,6 +194,8 @@ class CheckpointOptions:
     """how many of the newest checkpoints to keep"""
     keep_every: int | None = None
     """also keep the checkpoints at multiples of this many steps"""
+    emergency_dir: Path | None = None
+    """directory on another disk, in which to save if the run's is full"""
 
 
 @dataclass(frozen=True)
@@ -345,6 +347,11 @@ def with_absolute_paths(options: RunOptions) -> RunOptions:
         model = dataclasses.replace(model, config=config)
     if model.init_from is not None:
         model = dataclasses.replace(model, init_from=source_path(model.init_from).absolute())
+    checkpoint = options.checkpoint
+    if checkpoint.emergency_dir is not None:
+        require_local("checkpoint.emergency-dir", checkpoint.emergency_dir)
+        directory = checkpoint.emergency_dir.absolute()
+        checkpoint = dataclasses.replace(checkpoint, emergency_dir=directory)
     tokens = options.tokens
     if tokens.tokenizer is not None:
         require_local("tokens.tokenizer", tokens.tokenizer)
@@ -355,7 +362,14 @@ def with_absolute_paths(options: RunOptions) -> RunOptions:
         text if split_weight(text)[0] == STDLIB else str(Path(text).absolute())
         for text in options.data
     )
-    return dataclasses.replace(options, data=data, tokens=tokens, model=model, init_from=init_from)
+    return dataclasses.replace(
+        options,
+        data=data,
+        tokens=tokens,
+        model=model,
+        init_from=init_from,
+        checkpoint=checkpoint,
+    )
 
 
 def require_local(option: str, path: str | Path) -> None:

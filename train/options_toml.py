@@ -36,9 +36,16 @@ def flags_of(path: Path) -> list[str]:
         ValueError: a file that cannot be read or is not TOML, or a key that `RunOptions` does not have.
     """
     try:
-        values = tomllib.loads(read_text(path))
+        text = read_text(path)
     except OSError as error:
         raise ValueError(f"{path}: cannot be read ({error.strerror})") from None
+    return flags_of_text(text, path)
+
+
+def flags_of_text(text: str, path: Path) -> list[str]:
+    """The text of a TOML file as command-line flags. Raises as `flags_of`; `path` is for the message."""
+    try:
+        values = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
         raise ValueError(f"{path}: not valid TOML ({error})") from None
     flags: list[str] = []

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,7 @@ import jax
 
 from llama_jax.files.staging import replacing, write_text
 from llama_jax.formatting import first_line
-from train.monitoring.metrics_log import read_lines, write_line
+from train.monitoring.metrics_log import open_lines, read_lines, write_line
 
 FILE = "events.jsonl"
 
@@ -36,7 +36,7 @@ def open_history(run: Path) -> Iterator[AddEvent]:
     last = 0
     with replacing(run / FILE) as staged:  # without a last line that a crash cut off
         write_text(staged, "".join(json.dumps(event) + "\n" for event in read_events(run)))
-    with (run / FILE).open("a", encoding="utf-8") as file:
+    with open_lines(run / FILE) as file:
 
         def add(event: str, step: int, detail: str = "") -> None:
             nonlocal last
@@ -47,5 +47,6 @@ def open_history(run: Path) -> Iterator[AddEvent]:
         try:
             yield add
         except Exception as error:
-            add("error", last, first_line(error))
+            with suppress(OSError):  # the disk may be full
+                add("error", last, first_line(error))
             raise

@@ -1,8 +1,12 @@
 """metrics.jsonl: one line of metrics for every step and evaluation; and the picture of the loss."""
 
+import errno
 import json
+import os
+from contextlib import suppress
+from io import FileIO
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO, TextIO
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 from llama_jax.files.staging import replacing, write_text, writing
 
@@ -44,19 +48,31 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     return lines
 
 
-def open_metrics(run: Path, step: int) -> TextIO:
+def open_metrics(run: Path, step: int) -> FileIO:
     """The file, open for appending, without the lines of steps after `step`: they will be run again."""
     kept = [json.dumps(line) + "\n" for line in read_metrics(run) if line["step"] <= step]
     with replacing(run / FILE) as staged:
         write_text(staged, "".join(kept))
-    return (run / FILE).open("a", encoding="utf-8")
+    return open_lines(run / FILE)
 
 
-def write_line(file: TextIO, metrics: dict[str, Any]) -> None:
-    """Append a line and flush it to the operating system."""
-    with writing(Path(file.name)):
-        file.write(json.dumps(metrics) + "\n")
-        file.flush()
+def open_lines(path: Path) -> FileIO:
+    """A file for `write_line`, which appends to it."""
+    return path.open("ab", buffering=0)
+
+
+def write_line(file: FileIO, metrics: dict[str, Any]) -> None:
+    """Append a line. If the disk is full nothing of it is left, so that it can be written again."""
+    line = (json.dumps(metrics) + "\n").encode()
+    size = os.fstat(file.fileno()).st_size
+    with writing(Path(os.fsdecode(file.name))):
+        try:
+            if file.write(line) != len(line):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        except OSError:
+            with suppress(OSError):  # a device
+                os.ftruncate(file.fileno(), size)
+            raise
 
 
 _BY_SOURCE = "validation_loss/"  # before the name of a source of a mixture

@@ -1,5 +1,6 @@
 """Begin a run in a new folder."""
 
+import shutil
 import warnings
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -28,6 +29,7 @@ from train.run.folder import require_new, write_folder
 from train.run.lock import locked
 from train.run.loop import train_loop
 from train.run.processes import join_processes
+from train.run.saves import emergency_folder
 from train.run.training_data import training_windows
 
 
@@ -77,6 +79,9 @@ def begin(options: RunOptions, *, until: int | None = None, quiet: bool = False)
             folder.mkdir(parents=True, exist_ok=True)
             stack.enter_context(locked(folder))
             write_folder(folder, options, config, sources, tokenizer)
+            emergency = emergency_folder(folder, options.checkpoint.emergency_dir)
+            if emergency is not None:  # of an earlier run in this folder, which is gone
+                shutil.rmtree(emergency, ignore_errors=True)
         return train_loop(program, options, folder, sources, dataset, until=until, quiet=quiet)
 
 

@@ -7,6 +7,7 @@ tokenizer/               the tokenizer of the data
 generation_config.json   of the checkpoint that the run started from, if it had one
 checkpoints/             see `train.checkpoints`
 metrics.jsonl, loss.png  see `train.monitoring.metrics_log`
+heartbeat.json           see `train.monitoring.heartbeat`
 events.jsonl             see `train.monitoring.history`
 report.html, statistics/ see `train.monitoring.report_page`
 exports/STEP/            Hugging Face directories, with --export-every

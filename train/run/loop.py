@@ -8,19 +8,18 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import orbax.checkpoint as ocp
 
 from llama_jax.checkpoints.huggingface import load_params
 from llama_jax.config import LlamaConfig
 from llama_jax.formatting import printable
 from llama_jax.models.causal_lm import LlamaForCausalLM
-from train import checkpoints
 from train.data import provenance
 from train.data.placement import placed_batches
 from train.data.tokens import Source
 from train.model.export import export_model
 from train.monitoring import metrics_log
 from train.monitoring.display import open_display
+from train.monitoring.heartbeat import open_heartbeat
 from train.monitoring.history import open_history
 from train.monitoring.introduction import introduce
 from train.monitoring.loggers import open_recorder
@@ -28,7 +27,6 @@ from train.monitoring.report_page import FILE as REPORT
 from train.monitoring.report_page import write_report
 from train.monitoring.reporter import Reporter
 from train.options import RunOptions
-from train.options_toml import to_toml
 from train.program.build import Program, initial_opt_state, initial_params, model_of
 from train.program.donation import donatable
 from train.run.continued import continued_opt_state, open_state
@@ -36,6 +34,7 @@ from train.run.evaluation import evaluate_step
 from train.run.folder import EXPORTS
 from train.run.processes import cause_told_by_runtime
 from train.run.remote import name_of
+from train.run.saves import Saves
 from train.run.stop import agreement, stop_signals
 
 
@@ -67,22 +66,20 @@ def train_loop(
     first_process = jax.process_index() == 0
     with ExitStack() as stack:
         stack.enter_context(jax.set_mesh(program.mesh))
-        manager = checkpoints.open_manager(
-            folder,
-            keep_last=options.checkpoint.keep_last,
-            keep_every=options.checkpoint.keep_every,
-        )
-        stack.push(partial(_close, manager))
+        beat = stack.enter_context(open_heartbeat(folder))
+        beat("starting", 0)
+        saves = Saves(folder, options, program)
+        stack.push(partial(_close, saves))
         stack.enter_context(cause_told_by_runtime())
-        start, params, opt_state = _initial_state(program, options, manager)
-        resumed = manager.latest_step() is not None
+        restored = saves.restore()
+        start, params, opt_state = restored or _first_state(program, options)
         display = stack.enter_context(
             open_display(options.steps, start, silent=quiet or not first_process)
         )
         introduce(display, program, options, sources, start)
-        record = stack.enter_context(open_recorder(options.log, folder, start))
-        add_event = stack.enter_context(open_history(folder))
-        add_event("resume" if resumed else "start", start, _machine(program))
+        record = saves.retrying(stack.enter_context(open_recorder(options.log, folder, start)))
+        add_event = saves.retrying(stack.enter_context(open_history(folder)))
+        add_event("resume" if restored else "start", start, _machine(program))
         stop_requested = stack.enter_context(stop_signals())
         any_process = agreement(program.mesh)
         batch_rows = partial(
@@ -96,6 +93,10 @@ def train_loop(
         batches = stack.enter_context(
             closing(placed_batches(program.batch, dataset, start_step=start))
         )
+        done = start
+        if saves.elsewhere:
+            saves.save(start, params, opt_state)
+        stack.enter_context(saves.rescuing(lambda: (done, params, opt_state)))
         end = options.steps if until is None else min(until, options.steps)
         for done in range(start + 1, end + 1):
             waiting_since = time.perf_counter()
@@ -107,6 +108,8 @@ def train_loop(
             step = program.statistics_step if measuring else program.step
             params, opt_state, metrics, *statistics = step(params, opt_state, batch, key)
             reporter.submit(done, metrics, any_process(stop_requested()), data_wait, *statistics)
+            beat("training", done - 1)
+            saves.check(done, params, opt_state)
 
             last = done == end
             evaluating = _due(done, options.evaluation.every) or (last and options.evaluation.every)
@@ -116,25 +119,30 @@ def train_loop(
                 continue
             reporter.flush()
             if evaluating:
+                beat("evaluating", done)
                 evaluate_step(
                     program, params, options, sources, folder, done, display=display, record=record
                 )
             if exporting:
+                beat("exporting", done)
                 export_model(model_of(program, params), folder / EXPORTS / f"{done}", folder)
                 add_event("export", done)
             if saving or reporter.stopping:
-                _save(manager, done, params, opt_state, program, options)
+                beat("saving", done)
+                saves.save(done, params, opt_state)
                 add_event("checkpoint", done)
             if reporter.stopping:
-                checkpoints.wait(manager)
+                saves.wait(done, params, opt_state)
                 add_event("stop", done, "by a signal")
+                beat("stopped", done)
                 again = f"python -m train resume {name_of(folder)}"
                 display.say(f"stopped after step {done}, saved; resume with: {again}")
                 return True
             reporter.restart_clock()  # the next step is timed without all this
-        checkpoints.wait(manager)
+        saves.wait(done, params, opt_state)
         if end < options.steps:
             add_event("stop", end, "as asked for")
+            beat("stopped", end)
             return stop_requested()
         add_event("end", options.steps)
         if first_process and not quiet:
@@ -142,24 +150,18 @@ def train_loop(
         display.say(
             f"done: {printable(str(name_of(folder)))} ({metrics_log.FILE}, {metrics_log.PICTURE}, {REPORT})"
         )
+        beat("done", options.steps)
         return stop_requested()
 
 
-def _close(manager: ocp.CheckpointManager, error: type[BaseException] | None, *_: Any) -> None:
+def _close(saves: Saves, error: type[BaseException] | None, *_: Any) -> None:
     # after an error in one of several processes, others may never come to what Orbax would wait for
     if error is None or jax.process_count() == 1:
-        manager.close()
+        saves.close()
 
 
-def _initial_state(
-    program: Program, options: RunOptions, manager: ocp.CheckpointManager
-) -> tuple[int, Any, Any]:
-    """Steps done, parameters, optimizer state: from a checkpoint, another run, other weights, or random."""
-    restored = checkpoints.restore(
-        manager, program.params, program.opt_state, model=program.config.to_dict()
-    )
-    if restored is not None:
-        return restored
+def _first_state(program: Program, options: RunOptions) -> tuple[int, Any, Any]:
+    """Steps done, parameters, optimizer state: from another run, other weights, or random."""
     source = options.model.init_from
     if source is None:
         params = initial_params(program, options.seed)
@@ -169,23 +171,6 @@ def _initial_state(
         state = open_state(options.init_from)
         return state.step, params, donatable(continued_opt_state(state, program))
     return 0, params, initial_opt_state(program, params)
-
-
-def _save(
-    manager: ocp.CheckpointManager,
-    step: int,
-    params: Any,
-    opt_state: Any,
-    program: Program,
-    options: RunOptions,
-) -> None:
-    facts = {
-        "seed": options.seed,
-        "next_window": step * options.batch_size,
-        "options": to_toml(options),
-        "model": program.config.to_dict(),
-    }
-    checkpoints.save(manager, step, params, opt_state, facts)
 
 
 def _machine(program: Program) -> str:

@@ -33,6 +33,8 @@ def join_processes(options: DistributedOptions, folder: Path) -> None:
     summarize_messages(f"start all again with: python -m train resume {printable(str(folder))}")
     # before the backend starts; other platforms have collectives of their own
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    # it would take SIGTERM, which `train.run.stop` handles
+    jax.config.update("jax_enable_preemption_service", False)
     try:
         jax.distributed.initialize(
             options.coordinator,

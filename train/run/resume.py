@@ -7,11 +7,14 @@ from pathlib import Path
 import jax
 
 from llama_jax.numerics.xla_options import reserve_gpu_memory, reserve_host_threads
+from train import checkpoints
 from train.checkpoints import require_safe_path
 from train.data import identity
+from train.flags import parse_options
 from train.model.training_state import TrainingState, require_intact
 from train.option_checks import validate
-from train.options import RunOptions, with_absolute_paths
+from train.options import FILE, RunOptions, with_absolute_paths
+from train.options_toml import flags_of_text
 from train.program.build import run_program
 from train.run.changes import rejected_changes
 from train.run.continued import open_state
@@ -19,6 +22,7 @@ from train.run.folder import last_saved_step, replace_options
 from train.run.lock import locked
 from train.run.loop import train_loop
 from train.run.processes import join_processes
+from train.run.saves import emergency_folder
 from train.run.training_data import data_of_run, training_windows
 
 
@@ -49,12 +53,14 @@ def resume(
     require_safe_path(folder)
     moved = identity.may_be_moved(folder, saved.data, options.data)
     expected = replace(saved, data=options.data) if moved else saved
-    done = last_saved_step(folder)
+    emergency = emergency_folder(folder, options.checkpoint.emergency_dir)
+    done = max(last_saved_step(run) for run in (folder, emergency) if run is not None)
     state = open_state(saved.init_from) if not done and saved.init_from is not None else None
     if isinstance(state, TrainingState):
         require_intact(state)
     if state is not None:
         done = state.step
+    _require_unedited(folder, saved, done)
     if rejected := rejected_changes(expected, options, done):
         raise ValueError(f"{folder}: these options cannot change on resume: {'; '.join(rejected)}")
     reserve_gpu_memory()
@@ -83,3 +89,20 @@ def _require_valid(saved: RunOptions, options: RunOptions) -> None:
             f"{error}; such a run cannot be resumed: `python -m train export` its weights and begin a new "
             "run from them with --model.init-from"
         ) from None
+
+
+def _require_unedited(folder: Path, saved: RunOptions, done: int) -> None:
+    """Raise ValueError if run.toml was edited such that the result would be another than so far.
+
+    Every checkpoint has the options that it was saved with. Of the data, digests tell if it is the same.
+    """
+    facts = checkpoints.newest_facts(folder)
+    if facts is None or not isinstance(text := facts.get("options"), str):
+        return
+    path = folder / checkpoints.FOLDER
+    begun = parse_options(RunOptions(), flags_of_text(text, path), path)
+    if edited := rejected_changes(replace(begun, data=saved.data), saved, done):
+        raise ValueError(
+            f"{folder / FILE}: was edited after the run began: {'; '.join(edited)}: change it back, or "
+            "begin a new run with `python -m train run --toml`"
+        )

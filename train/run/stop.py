@@ -1,4 +1,4 @@
-"""SIGTERM and SIGINT ask a run to save and end; all processes agree on the step."""
+"""SIGTERM, SIGUSR1 and SIGINT ask a run to save and end; all processes agree on the step."""
 
 import signal
 from collections.abc import Callable, Iterator
@@ -9,6 +9,21 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+RESUME = 75
+"""The exit code of a run that was stopped like this: the EX_TEMPFAIL of sysexits.h, try again."""
+
+_SIGNALS = signal.SIGTERM, signal.SIGUSR1, signal.SIGINT
+
+
+@contextmanager
+def ending_at_once() -> Iterator[None]:
+    """Within, SIGUSR1 does what SIGTERM does: before the first step there is nothing to save."""
+    previous = signal.signal(signal.SIGUSR1, signal.getsignal(signal.SIGTERM))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGUSR1, previous)
 
 
 @contextmanager
@@ -21,7 +36,7 @@ def stop_signals() -> Iterator[Callable[[], bool]]:
             raise KeyboardInterrupt
         received.append(number)
 
-    previous = {number: signal.signal(number, handle) for number in (signal.SIGTERM, signal.SIGINT)}
+    previous = {number: signal.signal(number, handle) for number in _SIGNALS}
     try:
         yield lambda: bool(received)
     finally:

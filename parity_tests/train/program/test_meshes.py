@@ -32,6 +32,7 @@ from parity_tests.train.runs import (
     state_of,
 )
 from train.checkpoints import FOLDER
+from train.run.stop import RESUME
 
 # Reordering a sum of n numbers changes it by at most n * 1e-16, relatively; 50 steps amplify that.
 REDUCTION_ORDER = {"float64": 1e-12, "float32": 1e-5}
@@ -84,9 +85,9 @@ def begin(
     return processes
 
 
-def end(processes: list[subprocess.Popen[str]]) -> None:
+def end(processes: list[subprocess.Popen[str]], code: int = 0) -> None:
     errors = [process.communicate(timeout=300)[1] for process in processes]
-    assert [process.returncode for process in processes] == [0] * len(processes), errors
+    assert [process.returncode for process in processes] == [code] * len(processes), errors
 
 
 def tokens(record: Path, processes: int) -> dict[int, np.ndarray]:
@@ -249,7 +250,7 @@ def test_a_signal_to_one_of_two_processes_ends_both(
         assert all(process.poll() is None for process in processes)
         time.sleep(0.01)
     processes[1].send_signal(signal.SIGTERM)
-    end(processes)
+    end(processes, RESUME)
     last = saved_steps(run)[-1]
     assert 9 <= last < 50
     expected = full_run("two-processes-fsdp4-tensor2", "float32", 50)

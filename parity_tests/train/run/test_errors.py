@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import hashlib
+import itertools
 import json
 import math
 import re
@@ -29,6 +30,7 @@ from parity_tests.train.runs import (
     saved_steps,
     state_of,
 )
+from train import checkpoints
 from train.__main__ import main
 from train.checkpoints import FOLDER
 from train.data.sources import find_sources
@@ -160,11 +162,91 @@ def test_a_full_disk(run: Path, finished: Path, capfd: pytest.CaptureFixture[str
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert message.startswith("a checkpoint could not be saved (")
-    assert message.endswith("); earlier ones are kept")
+    assert message.endswith(
+        "); earlier ones are kept: free space and resume, or name a directory on another disk with "
+        "--checkpoint.emergency-dir"
+    )
     assert saved_steps(run) == [9]
     assert main(["resume", str(run)]) == 0
     assert same_bits(state_of(run, 12), state_of(finished, 12))
     assert metrics_of(run) == metrics_of(finished)
+
+
+def test_a_full_disk_is_made_room_on(
+    tiny: Tiny, finished: Path, tmp_path: Path, capfd: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The older of two checkpoints goes, and the state is saved again."""
+    run, calls = tmp_path / "run", itertools.count(1)
+    check = checkpoints.require_no_failed_save
+
+    def fails_once(manager: Any) -> None:
+        if next(calls) == 8:
+            raise checkpoints.DiskFullError("full")
+        check(manager)
+
+    monkeypatch.setattr(checkpoints, "require_no_failed_save", fails_once)
+    assert main(run_flags(tiny, run, checkpoint__keep_last=3)) == 0
+    warning = f"warning: {run}: the disk is full; removed the checkpoints of steps 3 to save step 8"
+    assert capfd.readouterr().err.count(warning) == 1
+    assert saved_steps(run) == [8, 9, 12]
+    assert same_bits(state_of(run, 12), state_of(finished, 12))
+    assert metrics_of(run) == metrics_of(finished)
+
+
+def test_a_full_disk_with_another_one(
+    tiny: Tiny, finished: Path, tmp_path: Path, capfd: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, other, save = tmp_path / "run", tmp_path / "other", checkpoints.save
+
+    def full(manager: Any, step: int, *state: Any) -> None:
+        if step > 6 and run in Path(manager.directory).parents:
+            raise checkpoints.DiskFullError("full")
+        save(manager, step, *state)
+
+    flags = run_flags(tiny, run, checkpoint__emergency_dir=other)
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoints, "save", full)
+        message = error_of(flags, capfd)
+    (folder,) = other.iterdir()
+    assert message == (
+        f"{run}: the disk is full; step 9 was saved in {folder}: free space, then `python -m train resume "
+        f"{run}`"
+    )
+    assert saved_steps(run) == [6]
+    assert saved_steps(folder) == [9]
+    assert json.loads((run / "heartbeat.json").read_text())["phase"] == "failed"
+    assert main(["resume", str(run)]) == 0
+    assert "resumed after step 9" in capfd.readouterr().err
+    assert saved_steps(run) == [9, 12]
+    assert same_bits(state_of(run, 12), state_of(finished, 12))
+    assert metrics_of(run) == metrics_of(finished)
+    # a new run in the same place has nothing to do with what is saved there
+    shutil.rmtree(run)
+    assert main([*flags, "--steps=3"]) == 0
+    assert list(other.iterdir()) == []
+
+
+# options that were edited ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("seed = 0", "seed = 1", "seed: found 1, expected 0"),
+        ("learning_rate = 0.003", "learning_rate = 0.004", "optimizer.learning-rate: found 0.004, exp"),
+        ("steps = 12", "steps = 13", "steps: found 13, expected 12: the cosine schedule has already"),
+    ],
+)  # fmt: skip
+def test_options_that_were_edited(run: Path, old: str, new: str, message: str, capfd: Any) -> None:
+    file = run / "run.toml"
+    text = file.read_text()
+    file.write_text(re.sub(f"^{re.escape(old)}$", new, text, flags=re.MULTILINE))
+    assert file.read_text() != text
+    error = error_of(["resume", str(run)], capfd)
+    assert error.startswith(f"{file}: was edited after the run began: {message}")
+    assert error.endswith(": change it back, or begin a new run with `python -m train run --toml`")
+    file.write_text(text.replace("keep_last = 2", "keep_last = 3"))  # which may change
+    assert main(["resume", str(run)]) == 0
 
 
 def test_a_changed_model_config(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import random
 import shutil
 import signal
@@ -24,8 +25,10 @@ from parity_tests.train.runs import (
     state_of,
 )
 from train.checkpoints import FOLDER
+from train.monitoring.heartbeat import FILE as HEARTBEAT
 from train.monitoring.metrics_log import FILE as METRICS
 from train.options import FILE
+from train.run.stop import RESUME
 
 STEPS = 60
 # saves and evaluations take longer than steps, so most kills hit those
@@ -134,7 +137,12 @@ def test_killed_on_a_mesh(tiny: Tiny, tmp_path: Path, name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)]
+    "number",
+    [
+        signal.SIGUSR1,
+        pytest.param(signal.SIGTERM, marks=pytest.mark.slow),
+        pytest.param(signal.SIGINT, marks=pytest.mark.slow),
+    ],
 )
 def test_a_signal_saves_and_stops(
     tiny: Tiny, full_run: Path, tmp_path: Path, number: signal.Signals
@@ -144,7 +152,8 @@ def test_a_signal_saves_and_stops(
     while lines(run) < 9 and process.poll() is None:
         time.sleep(0.001)
     process.send_signal(number)
-    err = finish(process)
+    err = finish(process, RESUME)
+    assert json.loads((run / HEARTBEAT).read_text())["phase"] == "stopped"
     last = saved_steps(run)[-1]
     assert f"stopped after step {last}, saved; resume with: python -m train resume {run}" in err
     assert last < STEPS
@@ -162,7 +171,7 @@ def test_ctrl_c_while_compiling(tiny: Tiny, full_run: Path, tmp_path: Path) -> N
     time.sleep(0.3)
     assert lines(run) == 0
     process.send_signal(signal.SIGINT)
-    err = finish(process)
+    err = finish(process, RESUME)
     assert "Traceback" not in err
     assert saved_steps(run)[0] <= 2  # the signal is seen a step later, so that no step waits for it
     finish(start(["resume", str(run)], environment(tiny.cache)))
