@@ -202,6 +202,13 @@ def _dtype_name(text: str) -> str:
 
 
 def _convert(options: argparse.Namespace) -> int:
+    from llama_jax.files.buffers import kept_heap
+
+    with kept_heap():
+        return _plan_and_run(options)
+
+
+def _plan_and_run(options: argparse.Namespace) -> int:
     from rich.progress import (
         BarColumn,
         DownloadColumn,

@@ -291,6 +291,7 @@ def run(plan: Plan, progress: Callable[[int], None] | None = None) -> Report:
     return Report(plan.destination, len(records), changed, plan.verify, comparison)
 
 
+@kept_heap()  # before the source is opened, for which threads begin
 def convert(
     source: str | os.PathLike[str],
     destination: str | os.PathLike[str],

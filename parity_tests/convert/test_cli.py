@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import platform
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -190,6 +192,30 @@ def test_an_interrupted_conversion_leaves_nothing(
     assert "interrupted: nothing was written" in err
     assert "Traceback" not in err
     assert [p.name for p in tmp_path.iterdir()] == ["m.gguf"]
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="needs glibc")
+@pytest.mark.parametrize("command", [False, True], ids=["function", "command"])
+def test_the_heap_is_kept_before_the_source_is_opened(
+    command: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # threads that TensorStore starts before it would get new memory for every large array
+    size, kept = 2**26, []
+
+    def resident() -> int:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+    def plan(*arguments: object, **options: object) -> None:
+        array = np.ones(size, np.uint8)
+        before = resident()
+        del array
+        kept.append(resident() > before - size // 2)
+        raise ValueError
+
+    monkeypatch.setattr(f"convert{'' if command else '.conversion'}.plan", plan)
+    with suppress(ValueError):
+        main(["from", "to"]) if command else convert.convert("from", "to")
+    assert kept == [True]
 
 
 def test_the_command_needs_no_torch(source: Path, tmp_path: Path) -> None:
