@@ -152,6 +152,7 @@ def _require_numbers(options: RunOptions) -> None:
             below_1,
             "at least 0 and below 1",
         ),
+        "evaluation.sample-temperature": (options.evaluation.sample_temperature, *amount),
         "guard.loss-sigma": (options.guard.loss_sigma, *sigma),
         "guard.norm-sigma": (options.guard.norm_sigma, *sigma),
         "guard.update-sigma": (options.guard.update_sigma, *sigma),

@@ -209,7 +209,9 @@ class EvaluationOptions:
     sample_prompt: str = "def "
     """prompt of the sample shown at each evaluation"""
     sample_tokens: int = 48
-    """tokens of the sample, decoded greedily; 0: no sample"""
+    """tokens of the sample; 0: no sample"""
+    sample_temperature: float = 0.0
+    """temperature of the sample, always drawn with the same random numbers; 0: greedy decoding"""
 
 
 @dataclass(frozen=True)

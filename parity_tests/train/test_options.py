@@ -140,7 +140,12 @@ def options_with(name: str, value: Any) -> RunOptions:
     )
 
 
-NOT_NEGATIVE = ("optimizer.learning_rate", "optimizer.weight_decay", "optimizer.z_loss")
+NOT_NEGATIVE = (
+    "optimizer.learning_rate",
+    "optimizer.weight_decay",
+    "optimizer.z_loss",
+    "evaluation.sample_temperature",
+)
 POSITIVE = ("optimizer.eps", "optimizer.clip_norm", "log.peak_flops")
 SIGMAS = ("guard.loss_sigma", "guard.norm_sigma", "guard.update_sigma")
 BETWEEN = ("average.decay",)

@@ -52,9 +52,13 @@ def evaluate_step(
     sample_tokens = options.evaluation.sample_tokens
     # only where this process's devices hold the whole model, since it generates on its own
     if sample_tokens and jax.process_count() == 1:
-        prompt = options.evaluation.sample_prompt
-        model = model_of(program, params)
-        metrics["sample"] = sample_text(model, folder / RUN_TOKENIZER, prompt, sample_tokens)
+        metrics["sample"] = sample_text(
+            model_of(program, params),
+            folder / RUN_TOKENIZER,
+            options.evaluation.sample_prompt,
+            sample_tokens,
+            temperature=options.evaluation.sample_temperature,
+        )
         display.say(f"sample: {metrics['sample']!r}")
     record(metrics)
     if jax.process_index() == 0:

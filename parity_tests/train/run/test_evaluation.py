@@ -13,6 +13,7 @@ import torch
 from tokenizers import Tokenizer
 from transformers import LlamaConfig, LlamaForCausalLM
 
+import llama_jax
 from parity_tests.train.corpus import documents_of, write_lines
 from parity_tests.train.data.test_chat import make_tokenizer
 from parity_tests.train.runs import CONFIG
@@ -20,6 +21,7 @@ from train.__main__ import main
 from train.data.token_directory import TokenDirectory
 from train.data.token_shards import open_tokens
 from train.model.evaluate import source_names
+from train.model.sample import sample_text
 from train.monitoring.metrics_log import read_metrics
 
 LENGTH = 512  # every source is one window
@@ -91,3 +93,23 @@ def test_sources_of_one_name(tmp_path: Path) -> None:
     paths = ["a/tokens", "b/tokens", "tokens-2", "c/tokens"]
     names = source_names([TokenDirectory(tmp_path / path) for path in paths])
     assert names == ["tokens", "tokens-2", "tokens-2-2", "tokens-3"]
+
+
+def test_samples(tmp_path: Path) -> None:
+    """Greedy ones are torch's; drawn ones repeat, and become greedy as the temperature falls."""
+    model = make_tokenizer(tmp_path, None)
+    config = CONFIG | {"vocab_size": 304, "eos_token_id": 1}
+    torch.manual_seed(0)
+    reference = LlamaForCausalLM(LlamaConfig(**config, initializer_range=0.5)).eval()
+    reference.save_pretrained(model)
+    ours = llama_jax.LlamaForCausalLM.from_pretrained(model)
+
+    def sample(temperature: float) -> str:
+        return sample_text(ours, model, "Hello", 12, temperature=temperature)
+
+    tokenizer = Tokenizer.from_file(str(model / "tokenizer.json"))
+    ids = torch.tensor([tokenizer.encode("Hello", add_special_tokens=False).ids])
+    greedy = reference.generate(ids, max_new_tokens=12, do_sample=False)[0].tolist()
+    assert sample(0.0) == tokenizer.decode(greedy)
+    assert sample(1e-6) == sample(0.0)
+    assert sample(2.0) == sample(2.0) != sample(0.0)
