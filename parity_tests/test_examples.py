@@ -10,8 +10,10 @@ import pytest
 from flax import nnx
 from jax.experimental.compilation_cache import compilation_cache
 
-from llama_jax import PRESETS, LlamaForCausalLM
+from llama_jax import PRESETS, LlamaConfig, LlamaForCausalLM
 from parity_tests.harness.child_process import ROOT
+from train.data.stdlib import VOCAB_SIZE
+from train.option_checks import validate
 
 FOLDER = ROOT / "examples"
 TEXT = "the quick brown fox jumps over the lazy dog and runs away from the old bear\n"
@@ -81,3 +83,30 @@ def test_pretrain_then_continue_then_score(tmp_path, compile_once):
     scores, texts = load("score_and_generate").main(str(tmp_path / "b" / "model"), 4)
     assert len(scores) == len(texts) == 3
     assert all(score < 0 for score in scores)
+
+
+def test_the_run_of_the_demo() -> None:
+    demo = load("demo/pretrain")
+    options = demo.demo_options()
+    validate(options)
+    assert options.model.config is not None
+    assert LlamaConfig.from_pretrained(options.model.config.parent).vocab_size == VOCAB_SIZE
+    # there is a checkpoint to resume from, and something left to do
+    assert options.checkpoint.every < demo.KILLED_AFTER < options.steps - options.checkpoint.every
+
+
+@pytest.mark.parametrize(
+    ("text", "lines"),
+    [
+        ("x = 1\nif x:\n    y = 2\n    z = (", 3),
+        ("def f(x):\n    return (x,\n            1)\n", 3),
+        ("x = 1\n  y", 1),
+        ("x = 1\n\n\n)", 3),
+        ("pattern = '\\d'  # a warning, not an error", 1),
+        ("class ", 0),
+        ("x\0", 0),
+        ("", 0),
+    ],
+)
+def test_lines_that_python_parses(text: str, lines: int) -> None:
+    assert load("demo/pretrain").parsed_lines(text) == lines
