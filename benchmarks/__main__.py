@@ -23,6 +23,7 @@ MODULES = {
     "parity": "parity",
     "pod": "pod",
     "precision": "precision",
+    "pretrain": "pretraining",
     "step": "step",
 }
 WITH_OPTIONS = ("convert", "gpu", "harness", "parity", "pod")
@@ -38,6 +39,7 @@ loss       the fused loss against plain JAX, torch and other fused losses: memor
 parity     our error against transformers', real checkpoint and every preset (options: parity --help)
 pod        the step compiled for slices of TPUs, beside MaxText's: memory, traffic (options: pod --help)
 precision  what lower precision of float32 matmuls does to the real checkpoint
+pretrain   validation loss after the demo's two minutes, and nanochat's in torch after the same time
 step       a training step against torch: time, memory, tokens per second
 """
 
