@@ -22,7 +22,8 @@ from llama_jax.cli.program import leave, run_program
 from llama_jax.files.paths import destination_path, local_path, source_path
 from llama_jax.files.remote import remote_path
 from llama_jax.formatting import console, printable, progress_bar
-from train.flags import OnOff, add_options, parse_options, with_options
+from train import startup
+from train.flags import OnOff, add_options, parse_options, step_range, with_options
 from train.options import (
     COORDINATES,
     FILE,
@@ -36,6 +37,7 @@ from train.options import (
 
 if TYPE_CHECKING:
     from train.model.evaluate import Evaluation
+    from train.run.diagnosis import Diagnosis
 
 _TOML = "TOML file with options, such as a run's run.toml; those on the command line override it"
 
@@ -45,6 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     A run that is stopped by SIGTERM, SIGUSR1 or a first SIGINT has saved a checkpoint; its exit code is 75.
     """
+    startup.restart()
     arguments = list(sys.argv[1:] if argv is None else argv)
     # Orbax logs its defaults, and errors that it raises as well, with their tracebacks
     logging.getLogger("absl").setLevel(logging.CRITICAL)
@@ -83,6 +86,7 @@ def _add_run(program: Parser) -> None:
     parser = program.add_command("run", _run, help="pretrain a model")
     parser.add_argument("--toml", type=Path, metavar="FILE", help=_TOML)
     add_cache(parser)
+    _add_diagnosis(parser)
     add_options(parser, RunOptions())
 
 
@@ -98,12 +102,37 @@ def _run(arguments: argparse.Namespace) -> int:
     _keep_compiled_programs(options, arguments)
     if remote_path(options.out) is None:
         with ending_at_once():
-            return _exit_code(begin(replace(options, out=local_path(options.out))))
+            return _exit_code(
+                begin(
+                    replace(options, out=local_path(options.out)), diagnosis=_diagnosis(arguments)
+                )
+            )
     url = destination_path(options.out)
     require_one_process(url, options.distributed)
     with ending_at_once(), new_run(url) as folder, mirrored(folder, url, options.checkpoint):
-        stopped = begin(replace(options, out=folder))
+        stopped = begin(replace(options, out=folder), diagnosis=_diagnosis(arguments))
     return _exit_code(stopped)
+
+
+def _add_diagnosis(parser: Parser) -> None:
+    parser.add_argument(
+        "--profile",
+        type=step_range,
+        metavar="FIRST:LAST",
+        help="profile these steps, for xprof, in the folder `profile` of the run",
+    )
+    parser.add_argument(
+        "--dump-hlo",
+        type=local_path,
+        metavar="DIR",
+        help="write the compiled step there as text, before and after XLA's optimization",
+    )
+
+
+def _diagnosis(arguments: argparse.Namespace) -> "Diagnosis":
+    from train.run.diagnosis import Diagnosis
+
+    return Diagnosis(arguments.profile, arguments.dump_hlo)
 
 
 def _exit_code(stopped: bool) -> int:
@@ -146,6 +175,7 @@ def _add_resume(program: Parser) -> None:
         "folder", type=local_path, metavar="RUN", help="folder of the run, or its URL"
     )
     add_cache(parser)
+    _add_diagnosis(parser)
     add_options(parser, RunOptions(), show_defaults=False)
 
 
@@ -166,7 +196,7 @@ def _resume(arguments: argparse.Namespace) -> int:
         if url is not None:
             require_one_process(url, options.distributed)
             stack.enter_context(mirrored(folder, url, options.checkpoint))
-        stopped = resume(folder, saved, options)
+        stopped = resume(folder, saved, options, diagnosis=_diagnosis(arguments))
     return _exit_code(stopped)
 
 

@@ -7,6 +7,7 @@ Every field of a dataclass is an option, and a field that is a dataclass a group
 import argparse
 import ast
 import inspect
+import re
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import fields, is_dataclass, replace
@@ -181,3 +182,16 @@ def _docstrings(dataclass: type) -> dict[str, str]:
         ):
             texts[statement.target.id] = inspect.cleandoc(str(following.value.value))
     return texts
+
+
+def step_range(text: str) -> tuple[int, int]:
+    """First and last step of "20:23" or "20".
+
+    >>> step_range("20:23"), step_range("20")
+    ((20, 23), (20, 20))
+    """
+    match = re.fullmatch(r"(\d+)(?::(\d+))?", text)
+    first, last = (int(match[1]), int(match[2] or match[1])) if match else (0, 0)
+    if not 1 <= first <= last:
+        raise argparse.ArgumentTypeError(f"found {text!r}, expected steps such as 20:23, or 20")
+    return first, last

@@ -15,7 +15,7 @@ from train.monitoring.metrics_log import open_lines, read_lines, write_line
 
 FILE = "events.jsonl"
 
-# takes the event, the steps that are done and, optionally, more about it
+# takes the event, the steps that are done and, optionally, a detail in words and more by name
 AddEvent = Callable[..., None]
 
 
@@ -31,18 +31,19 @@ def open_history(run: Path) -> Iterator[AddEvent]:
     An error that ends the block is an event as well.
     """
     if jax.process_index() != 0:
-        yield lambda event, step, detail="": None
+        yield lambda event, step, detail="", **more: None
         return
     last = 0
     with replacing(run / FILE) as staged:  # without a last line that a crash cut off
         write_text(staged, "".join(json.dumps(event) + "\n" for event in read_events(run)))
     with open_lines(run / FILE) as file:
 
-        def add(event: str, step: int, detail: str = "") -> None:
+        def add(event: str, step: int, detail: str = "", **more: Any) -> None:
             nonlocal last
             last = step
             time = datetime.now(UTC).isoformat(timespec="seconds")
-            write_line(file, {"event": event, "step": step, "time": time, "detail": detail})
+            line = {"event": event, "step": step, "time": time, "detail": detail}
+            write_line(file, line | more)
 
         try:
             yield add

@@ -15,6 +15,7 @@ from llama_jax.formatting import summarize
 from llama_jax.generation.config import read_generation_config
 from llama_jax.models.causal_lm import LlamaForCausalLM
 from llama_jax.numerics.xla_options import reserve_gpu_memory, reserve_host_threads
+from train import startup
 from train.checkpoints import require_safe_path
 from train.data.sources import common_vocabulary, find_sources, require_same_tokenizer
 from train.data.token_directory import TokenDirectory
@@ -25,6 +26,7 @@ from train.option_checks import validate
 from train.options import RunOptions, with_absolute_paths, with_defaults
 from train.program.build import run_program
 from train.run.continued import open_state, require_continuable, with_weights
+from train.run.diagnosis import NO_DIAGNOSIS, Diagnosis, require_possible
 from train.run.folder import require_new, write_folder
 from train.run.lock import locked
 from train.run.loop import train_loop
@@ -33,20 +35,28 @@ from train.run.saves import emergency_folder
 from train.run.training_data import training_windows
 
 
-def begin(options: RunOptions, *, until: int | None = None, quiet: bool = False) -> bool:
+def begin(
+    options: RunOptions,
+    *,
+    until: int | None = None,
+    quiet: bool = False,
+    diagnosis: Diagnosis = NO_DIAGNOSIS,
+) -> bool:
     """Begin a run in the folder `options.out`, which must not hold one, and train to its end.
 
     Returns whether a signal has asked to stop.
 
     Args:
-        until, quiet: see `train_loop`.
+        until, quiet, diagnosis: see `train_loop`.
 
     Raises:
         DivergenceError: a loss that is not finite.
         ValueError: options that are wrong in themselves, or do not fit the data, model or devices; a
             checkpoint that cannot be saved.
     """
+    startup.lap("imports")
     validate(options)
+    require_possible(diagnosis, options.steps)
     options = with_weights(options)
     folder = options.out
     require_new(folder)
@@ -68,7 +78,9 @@ def begin(options: RunOptions, *, until: int | None = None, quiet: bool = False)
         raise ValueError(f"{missing}: not found, expected the tokenizer of the data")
     config = model_config(options.model, vocabulary, options.sequence_length)
     dataset = training_windows(options, config, sources)
+    startup.lap("data")
     program = run_program(options, config)
+    startup.lap("program")
     if options.model.init_from is not None:
         _require_initial_weights(options, config, vocabulary, sources)
     if options.init_from is not None:
@@ -82,7 +94,16 @@ def begin(options: RunOptions, *, until: int | None = None, quiet: bool = False)
             emergency = emergency_folder(folder, options.checkpoint.emergency_dir)
             if emergency is not None:  # of an earlier run in this folder, which is gone
                 shutil.rmtree(emergency, ignore_errors=True)
-        return train_loop(program, options, folder, sources, dataset, until=until, quiet=quiet)
+        return train_loop(
+            program,
+            options,
+            folder,
+            sources,
+            dataset,
+            until=until,
+            quiet=quiet,
+            diagnosis=diagnosis,
+        )
 
 
 def _require_initial_weights(

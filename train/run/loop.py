@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Sequence
-from contextlib import ExitStack, closing
+from contextlib import ExitStack, closing, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ from llama_jax.checkpoints.huggingface import load_params
 from llama_jax.config import LlamaConfig
 from llama_jax.formatting import printable
 from llama_jax.models.causal_lm import LlamaForCausalLM
+from train import startup
 from train.data import provenance
 from train.data.placement import placed_batches
 from train.data.tokens import Source
@@ -30,6 +31,7 @@ from train.options import RunOptions
 from train.program.build import Program, initial_opt_state, initial_params, model_of
 from train.program.donation import donatable
 from train.run.continued import continued_opt_state, open_state
+from train.run.diagnosis import NO_DIAGNOSIS, Diagnosis, profiling, write_programs
 from train.run.evaluation import evaluate_step
 from train.run.folder import EXPORTS
 from train.run.processes import cause_told_by_runtime
@@ -47,6 +49,7 @@ def train_loop(
     *,
     until: int | None = None,
     quiet: bool = False,
+    diagnosis: Diagnosis = NO_DIAGNOSIS,
 ) -> bool:
     """Run the remaining steps; evaluate, export and save as often as the options say.
 
@@ -58,6 +61,7 @@ def train_loop(
         dataset: training windows, see `train.data.windows.windows`.
         until: evaluate, save and stop after this step, from which the run can be resumed; None for the end.
         quiet: show nothing, and write no page about the run.
+        diagnosis: what to show of the step.
 
     Raises:
         DivergenceError: a loss that is not finite.
@@ -73,6 +77,7 @@ def train_loop(
         stack.enter_context(cause_told_by_runtime())
         restored = saves.restore()
         start, params, opt_state = restored or _first_state(program, options)
+        startup.lap("state")
         display = stack.enter_context(
             open_display(options.steps, start, silent=quiet or not first_process)
         )
@@ -98,6 +103,10 @@ def train_loop(
             saves.save(start, params, opt_state)
         stack.enter_context(saves.rescuing(lambda: (done, params, opt_state)))
         end = options.steps if until is None else min(until, options.steps)
+        startup.lap("monitoring")
+        before_step = stack.enter_context(
+            profiling(diagnosis, folder, start, display.say, reporter.flush)
+        )
         for done in range(start + 1, end + 1):
             waiting_since = time.perf_counter()
             batch = next(batches)
@@ -106,8 +115,19 @@ def train_loop(
             key = dropout_key(program.config, options.seed, done - 1)
             measuring = _due(done, options.log.statistics_every)
             step = program.statistics_step if measuring else program.step
-            params, opt_state, metrics, *statistics = step(params, opt_state, batch, key)
-            reporter.submit(done, metrics, any_process(stop_requested()), data_wait, *statistics)
+            before_step(done)
+            with startup.first_step("step") if done == start + 1 else nullcontext():
+                if done == start + 1:
+                    startup.lap("first batch")
+                    write_programs(diagnosis, step, (params, opt_state, batch, key), display.say)
+                params, opt_state, metrics, *statistics = step(params, opt_state, batch, key)
+                stop = any_process(stop_requested())
+                reporter.submit(done, metrics, stop, data_wait, *statistics)
+                if done == start + 1:
+                    reporter.flush()
+            if done == start + 1 and (parts := startup.parts()):
+                display.say(startup.in_words(parts))
+                add_event("first step", done, startup.in_words(parts), seconds=parts)
             beat("training", done - 1)
             saves.check(done, params, opt_state)
 
@@ -139,6 +159,7 @@ def train_loop(
                 display.say(f"stopped after step {done}, saved; resume with: {again}")
                 return True
             reporter.restart_clock()  # the next step is timed without all this
+        before_step(done + 1)
         saves.wait(done, params, opt_state)
         if end < options.steps:
             add_event("stop", end, "as asked for")

@@ -7,7 +7,7 @@ from pathlib import Path
 import jax
 
 from llama_jax.numerics.xla_options import reserve_gpu_memory, reserve_host_threads
-from train import checkpoints
+from train import checkpoints, startup
 from train.checkpoints import require_safe_path
 from train.data import identity
 from train.flags import parse_options
@@ -18,6 +18,7 @@ from train.options_toml import flags_of_text
 from train.program.build import run_program
 from train.run.changes import rejected_changes
 from train.run.continued import open_state
+from train.run.diagnosis import NO_DIAGNOSIS, Diagnosis, require_possible
 from train.run.folder import last_saved_step, replace_options
 from train.run.lock import locked
 from train.run.loop import train_loop
@@ -33,6 +34,7 @@ def resume(
     *,
     until: int | None = None,
     quiet: bool = False,
+    diagnosis: Diagnosis = NO_DIAGNOSIS,
 ) -> bool:
     """Train on from the newest intact checkpoint in `folder`, or from the start if there is none.
 
@@ -42,14 +44,16 @@ def resume(
         saved: what the run's run.toml says.
         options: the same, with changes where they are allowed: how and where it computes, logging, where
             the same data now lies, and `steps` as far as `train.run.changes` allows.
-        until, quiet: see `train_loop`.
+        until, quiet, diagnosis: see `train_loop`.
 
     Raises:
         ValueError: as `train.run.begin.begin`; a folder that another process runs; options that must not
             change; data that is not what the run began with.
     """
+    startup.lap("imports")
     options = with_absolute_paths(options)
     _require_valid(saved, options)
+    require_possible(diagnosis, options.steps)
     require_safe_path(folder)
     moved = identity.may_be_moved(folder, saved.data, options.data)
     expected = replace(saved, data=options.data) if moved else saved
@@ -71,11 +75,22 @@ def resume(
             stack.enter_context(locked(folder))
         sources, config = data_of_run(folder, options)
         dataset = training_windows(options, config, sources)
+        startup.lap("data")
         program = run_program(options, config)
+        startup.lap("program")
         updated = replace(saved, steps=options.steps, data=options.data)
         if updated != saved and jax.process_index() == 0:
             replace_options(folder, updated)
-        return train_loop(program, options, folder, sources, dataset, until=until, quiet=quiet)
+        return train_loop(
+            program,
+            options,
+            folder,
+            sources,
+            dataset,
+            until=until,
+            quiet=quiet,
+            diagnosis=diagnosis,
+        )
 
 
 def _require_valid(saved: RunOptions, options: RunOptions) -> None:

@@ -119,9 +119,9 @@ class Saves:
     def retrying(self, write: Callable[..., None]) -> Callable[..., None]:
         """`write`, tried again without what a failed save has left, if the disk is full."""
 
-        def written(*args: Any) -> None:
+        def written(*args: Any, **more: Any) -> None:
             try:
-                write(*args)
+                write(*args, **more)
             except OSError as error:
                 if error.errno not in DISK_FULL or jax.process_count() > 1:
                     raise
@@ -130,7 +130,7 @@ class Saves:
                 except DiskFullError as failed:
                     self._failed = failed
                     checkpoints.remove_unfinished(self._folder)
-                write(*args)
+                write(*args, **more)
 
         return written
 

@@ -123,7 +123,7 @@ def test_the_page_needs_nothing_else(run: Path) -> None:
 def test_the_events(run: Path, tmp_path: Path) -> None:
     events = [(event["event"], event["step"]) for event in read_events(run)]
     saved = [("checkpoint", step) for step in (3, 6, 9, 12)]
-    assert events == [("start", 0), *saved, ("end", 12)]
+    assert events == [("start", 0), ("first step", 1), *saved, ("end", 12)]
     copy = Path(shutil.copytree(run, tmp_path / "run"))
     with (copy / "events.jsonl").open("a") as file:
         file.write('{"event": "chec')  # of a crash
@@ -131,7 +131,7 @@ def test_the_events(run: Path, tmp_path: Path) -> None:
     arguments = ["--log.wandb=None", "--log.no-tensorboard", "--log.statistics-every=0"]
     assert main(["resume", str(copy), *arguments]) == 0
     after = [(event["event"], event["step"]) for event in read_events(copy)]
-    assert after == [*events, ("resume", 9), *saved[3:], ("end", 12)]
+    assert after == [*events, ("resume", 9), ("first step", 10), *saved[3:], ("end", 12)]
     # of steps that ran again, what the first run recorded is gone
     assert [line["step"] for line in metrics_of(copy) if "statistics" in line] == [5]
 
