@@ -496,6 +496,12 @@ def _add_autopsy(program: Parser) -> None:
         "--json", type=local_path, metavar="FILE", help="also write all that was found as JSON"
     )
     parser.add_argument("--html", type=local_path, metavar="FILE", help="also write a page")
+    parser.add_argument(
+        "--data",
+        nargs="*",
+        metavar="PATH",
+        help="where the run's data is now; default: where it was",
+    )
     add_cache(parser)
 
 
@@ -509,7 +515,7 @@ def _autopsy(arguments: argparse.Namespace) -> None:
 
     run_autopsy(
         arguments.folder,
-        saved,
+        saved if not arguments.data else replace(saved, data=tuple(arguments.data)),
         arguments.step,
         horizon=arguments.horizon,
         history=arguments.history,

@@ -27,6 +27,7 @@ from train.program.step import DivergenceError
 
 FOLDER = "checkpoints"
 CHUNK_BYTES = 2**26
+ALL_DAMAGED = "all checkpoints are damaged"
 
 
 class Restored(NamedTuple):
@@ -179,7 +180,7 @@ def restore(
                 "back to the previous one",
                 stacklevel=2,
             )
-    raise ValueError(f"{manager.directory}: all checkpoints are damaged")
+    raise ValueError(f"{manager.directory}: {ALL_DAMAGED}")
 
 
 def restore_params(manager: ocp.CheckpointManager, params: Any, step: int) -> Any:

@@ -2,7 +2,8 @@
 
 `command` runs it and `examine` puts it together. `replay` opens a run for reading and `history` replays it
 up to the step; `record` repeats the step with everything recorded. `noise` says what is unusual, `symptoms`
-what is unusual about the step as a whole; `documents`, `rates`, `moments` and `layers` are what can be at
-fault, and `causes` ranks it. `counterfactuals` replays with one thing changed, by the optimizer in
-`adjustable`. `text`, `page` and `result` are the output.
+what is unusual about the step as a whole. `documents`, `rates`, `moments` and `layers` look at what can be
+at fault; `document_causes`, `state_causes` and `layer_causes` judge it, and `causes` ranks it.
+`counterfactuals` replays with one thing changed, by the optimizer in `adjustable`. `text`, `page` and
+`result` are the output.
 """

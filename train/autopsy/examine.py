@@ -9,10 +9,11 @@ import numpy as np
 from llama_jax.formatting import printable
 from llama_jax.text.companions import RUN_TOKENIZER
 from llama_jax.text.tokenizer import load_tokenizer
-from train.autopsy.causes import Cause, find_causes
+from train.autopsy.cause import Cause
+from train.autopsy.causes import find_causes
 from train.autopsy.counterfactuals import Change, outcomes
 from train.autopsy.documents import compare_losses
-from train.autopsy.history import RECENT, History, replay_history
+from train.autopsy.history import RECENT, Changed, History, replay_history
 from train.autopsy.moments import repaired
 from train.autopsy.record import Recorded, record_step, recording_dtype
 from train.autopsy.replay import Replay
@@ -130,7 +131,7 @@ def _undone(
         ]
         state = earliest, history.states[earliest]
         yield Change(f"the learning rate as before step {cause.since}", state, scales=scales)
-    elif cause.detail is not None and hasattr(cause.detail, "replayed"):
+    elif isinstance(cause.detail, Changed):
         if cause.detail.replayed is not None:
             state = cause.detail.step, cause.detail.replayed
             yield Change(

@@ -1,5 +1,6 @@
 """The steps up to the one in question, replayed with their statistics."""
 
+import re
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -13,6 +14,7 @@ from train import checkpoints
 from train.autopsy.documents import PieceLoss, piece_losses, pieces_of
 from train.autopsy.moments import Moments, adam_moments
 from train.autopsy.replay import (
+    DamagedError,
     Replay,
     State,
     batch_windows,
@@ -181,20 +183,25 @@ def _token_losses(replay: Replay) -> Callable[[Any, Batch], Float[Array, "rows s
 
 
 def _changed(replay: Replay, step: int, state: State, *, keep: bool) -> Changed | None:
-    """How the checkpoint of `step` differs from the replayed state; None if it is the same."""
+    """How the checkpoint of `step` differs from the replayed state; None if it is the same, or damaged."""
     saved_prints = checkpoints.facts_of(replay.manager, step)["fingerprints"]
     if checkpoints.fingerprints(state) == saved_prints:
         return None
-    here, saved = to_host(state), to_host(state_at(replay, step))
+    try:
+        saved = to_host(state_at(replay, step))
+    except DamagedError:  # the run has not begun from it
+        return None
+    here = to_host(state)
     differences: Differences = {}
     shrunk: Differences = {}
     flat, _ = jax.tree_util.tree_flatten_with_path(here)
     for (path, ours), theirs in zip(flat, jax.tree.leaves(saved), strict=True):
         if not jnp.issubdtype(ours.dtype, jnp.floating):
             continue
-        # without the places in the chain of an optimizer's rules
+        # without the places in the chain of an optimizer's rules, and their names
         keys = [key for key in path if not isinstance(key, SequenceKey)]
         name = keystr(tuple(keys), simple=True, separator=".")
+        name = re.sub(r"^.*\b(?=(?:nu|mu|trace)\.)", "", name)
         stacked = is_stacked(path) and ours.ndim > 0
         axes = tuple(range(int(stacked), ours.ndim))
         ours, theirs = ours.astype(np.float64), theirs.astype(np.float64)

@@ -204,4 +204,4 @@ def _layers(name: str, group: Moments) -> list[tuple[int, int | None]]:
 
 
 def _times(factor: float) -> str:
-    return f"{factor:,.0f} times" if factor >= 10 else f"{factor:.3g} times"
+    return f"{factor:,.0f} times" if 10 <= factor < 1e6 else f"{factor:.3g} times"

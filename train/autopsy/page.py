@@ -10,7 +10,7 @@ import numpy as np
 
 from llama_jax.files.staging import replacing, write_text
 from llama_jax.html_page import document, figure, table, verdict
-from train.autopsy.causes import layer_comparisons
+from train.autopsy.layer_causes import layer_comparisons
 from train.autopsy.result import Autopsy
 from train.autopsy.text import conclusions, document_rows, replayed
 from train.monitoring.metrics_log import write_png

@@ -1,5 +1,6 @@
 """Replay the steps of a run: batches are functions of (seed, step), and a checkpoint is exact."""
 
+import warnings
 from collections.abc import Generator, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import replace
@@ -15,6 +16,7 @@ from llama_jax.checkpoints.huggingface import load_params
 from llama_jax.config import LlamaConfig
 from llama_jax.models.causal_lm import LlamaForCausalLM
 from train import checkpoints
+from train.checkpoints import ALL_DAMAGED
 from train.data.batch import Batch
 from train.data.placement import place_batch, rows_of_process
 from train.data.tokens import Source
@@ -29,6 +31,10 @@ from train.run.training_data import data_of_run, training_windows
 
 # (parameters, optimizer state)
 State = tuple[Any, Any]
+
+
+class DamagedError(ValueError):
+    """A checkpoint that cannot be read."""
 
 
 class Replay(NamedTuple):
@@ -101,17 +107,28 @@ def state_at(replay: Replay, step: int) -> State:
     """The state after `step` steps: of that checkpoint or, for 0, the initial one.
 
     Raises:
-        ValueError: a checkpoint that is damaged, or of another model.
+        DamagedError: a checkpoint that is damaged.
+        ValueError: one of another model.
     """
     program = replay.program
     if step:
-        restored = checkpoints.restore(
-            replay.manager,
-            program.params,
-            program.opt_state,
-            step,
-            model=program.config.to_dict(),
-        )
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that it falls back to another one
+            try:
+                restored = checkpoints.restore(
+                    replay.manager,
+                    program.params,
+                    program.opt_state,
+                    step,
+                    model=program.config.to_dict(),
+                )
+            except ValueError as error:
+                if not str(error).endswith(ALL_DAMAGED):
+                    raise
+                raise DamagedError(
+                    f"{replay.folder}: the checkpoint of step {step} is damaged: remove it, and the replay "
+                    "begins at an older one"
+                ) from None
         assert restored is not None
         return restored.params, restored.opt_state
     source = replay.options.model.init_from

@@ -5,10 +5,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from train.autopsy.causes import Cause, layer_comparisons
+from train.autopsy.cause import Cause
 from train.autopsy.counterfactuals import Outcome
 from train.autopsy.documents import compare_gradients, describe
 from train.autopsy.history import History
+from train.autopsy.layer_causes import layer_comparisons
 from train.autopsy.noise import Comparison
 from train.autopsy.record import Recorded
 from train.autopsy.replay import Replay

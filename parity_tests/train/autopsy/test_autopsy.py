@@ -186,6 +186,11 @@ def test_mistakes_are_one_line(
     content = bytearray(shard.read_bytes())
     content[0] ^= 1
     shard.write_bytes(bytes(content))
+    damaged = tmp_path / "damaged"
+    shutil.copytree(finished, damaged)
+    files = (damaged / checkpoints.FOLDER / "9" / "params").rglob("*")
+    largest = max((file for file in files if file.is_file()), key=lambda file: file.stat().st_size)
+    largest.write_bytes(largest.read_bytes()[: largest.stat().st_size // 2])
     for arguments, message in (
         ([str(tmp_path / "none"), "3"], f"{tmp_path / 'none'}: no such directory"),
         ([str(tiny.data), "3"], f"{tiny.data}: not the folder of a run"),
@@ -197,6 +202,11 @@ def test_mistakes_are_one_line(
         ([str(late), "9", *few], f"{late}: no checkpoint before step 9 is kept (found 12)"),
         ([str(moved), "3"], f"{tmp_path / 'gone'}: not found, expected the data of {moved}"),
         ([str(changed), "3"], f"{shard}: "),
+        ([str(moved), "3", "--data", str(data)], f"{data}: found data with digest"),
+        (
+            [str(damaged), "11", "--history", "0"],
+            f"{damaged}: the checkpoint of step 9 is damaged: remove it",
+        ),
         (["s3://bucket/run", "3"], "s3://bucket/run: is remote; copy the run to this machine"),
     ):
         assert main(["autopsy", *arguments]) == 2, arguments
