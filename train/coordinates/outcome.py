@@ -119,6 +119,10 @@ def _figure(checks: Sequence[Check]) -> "Figure":
             plot.set_xscale("log", base=2)
             plot.set_yscale("log", base=2)
             plot.grid(alpha=0.3)
+    for plot in grid[0]:
+        low, high = plot.get_ylim()
+        if high < 4 * low:  # a flat line should look flat
+            plot.set_ylim((low * high) ** 0.5 / 2, (low * high) ** 0.5 * 2)
     grid[0, 0].legend(fontsize=8)
     for plot in grid[-1]:
         plot.set_xlabel("width")

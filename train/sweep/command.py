@@ -22,6 +22,11 @@ def run_sweep(options: RunOptions, grid: Sequence[str], halvings: int) -> None:
         raise ValueError(f"out: {remote} is remote; a sweep runs on this machine: choose a folder")
     if options.distributed.enabled:
         raise ValueError("distributed.enabled: a sweep runs in one process: leave it out")
+    if options.init_from is not None:
+        raise ValueError(
+            f"init-from: found {options.init_from}: a sweep begins runs at their first step; to begin from "
+            "weights, use --model.init-from"
+        )
     folder = local_path(options.out)
     axes = parse_grid(grid)
     trials = trials_of(axes, options)

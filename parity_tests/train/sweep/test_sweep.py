@@ -150,6 +150,7 @@ def test_the_loss_without_an_evaluation() -> None:
         (["--grid", "steps=10", "--halving", "x"], "--halving: "),
         (["--grid", "steps=10", "--steps", "10", "--halving", "4"], "halving: found 4 with 10 steps"),
         (["--grid", "seed=1", "--out", "s3://b/x"], "out: s3://b/x is remote"),
+        (["--grid", "seed=1", "--init-from", "x"], "init-from: found x: a sweep begins runs at their"),
     ],
 )  # fmt: skip
 def test_commands_that_are_wrong(
@@ -192,7 +193,7 @@ def test_a_sweep_that_is_killed(tiny: Any, tmp_path: Path) -> None:
         assert process.poll() is None
         time.sleep(0.05)
     process.send_signal(signal.SIGKILL)
-    process.wait()
+    process.communicate()  # closes its pipes
     before = (first / "events.jsonl").read_text()
     process = sweep("killed")
     process.communicate(timeout=300)
