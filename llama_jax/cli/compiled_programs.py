@@ -20,7 +20,7 @@ from llama_jax.files.user_cache import cache_directory
 LARGEST = 2 * 2**30
 """Bytes of a folder; what was not used for longest goes first."""
 
-_SHORTEST = 0.2  # seconds of a compilation that is worth a file
+_SHORTEST = 0.02  # seconds of a compilation that is worth a file; a resumed run has many small ones
 
 
 def add_cache(parser: Parser) -> None:
