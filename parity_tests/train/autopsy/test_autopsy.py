@@ -202,7 +202,7 @@ def test_mistakes_are_one_line(
         ([str(late), "9", *few], f"{late}: no checkpoint before step 9 is kept (found 12)"),
         ([str(moved), "3"], f"{tmp_path / 'gone'}: not found, expected the data of {moved}"),
         ([str(changed), "3"], f"{shard}: "),
-        ([str(moved), "3", "--data", str(data)], f"{data}: found data with digest"),
+        ([str(moved), "3", "--data", str(data)], f"{shard}: found contents with digest"),
         (
             [str(damaged), "11", "--history", "0"],
             f"{damaged}: the checkpoint of step 9 is damaged: remove it",
