@@ -91,9 +91,8 @@ def test_what_is_measured(tiny: Tiny, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 def test_mup_is_flat_where_the_standard_parametrization_is_not(
-    optimizer: str, tiny: Tiny, tmp_path: Path, capsys: Any
+    tiny: Tiny, tmp_path: Path, capsys: Any
 ) -> None:
     config = json.loads(tiny.config.read_text()) | {"initializer_range": 0.15}
     (tmp_path / "config.json").write_text(json.dumps(config))
@@ -102,7 +101,6 @@ def test_mup_is_flat_where_the_standard_parametrization_is_not(
         out=tmp_path / "out",
         **{
             "model.config": tmp_path / "config.json",
-            "optimizer.name": optimizer,
             "optimizer.learning-rate": 1e-2,
         },
     )
@@ -115,9 +113,9 @@ def test_mup_is_flat_where_the_standard_parametrization_is_not(
         parametrization: {name: values["slope"][-1] for name, values in by_name.items()}
         for parametrization, by_name in written.items()
     }
-    # in so small a vocabulary and so few tokens, the slopes are noisier than in docs/mup.md
-    assert max(abs(slope) for slope in last["mup"].values()) <= 0.15, last
-    assert max(abs(slope) for slope in last["standard"].values()) >= 0.5, last
+    # the narrow models of this test are far from the limit of muP: see docs/mup.md for how flat it is
+    steepest = {name: max(map(abs, slopes.values())) for name, slopes in last.items()}
+    assert steepest["mup"] <= steepest["standard"] / 4, last
 
 
 @pytest.mark.parametrize(
