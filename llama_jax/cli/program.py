@@ -95,8 +95,8 @@ def leave(code: int) -> NoReturn:
     """End the process with the exit code of `run_program`.
 
     After an interrupt this skips Python's own shutdown, which sometimes crashes: it tears down XLA's
-    threads while they are still computing. After an error, or with nobody reading its output, one of several
-    processes skips it as well, because JAX would wait there for the others, which wait for this one.
+    threads while they are still computing. One of several processes skips it after an error as well, or if
+    nobody reads its output: JAX would wait there for the others, which wait for this one.
     """
     if code == INTERRUPTED or (code in (ERROR, BROKEN_PIPE) and _is_one_of_several()):
         os._exit(code)  # the streams are flushed

@@ -110,6 +110,15 @@ def _nothing(*values: Any) -> None:
     """In place of what is of no use here."""
 
 
+def _member(*values: Any) -> None:
+    """In place of `getattr`, by which the first versions of Python 3.11 pickle an enumeration's member."""
+    if len(values) != 2 or values[0] is not _nothing:
+        raise _RefusedError(
+            "refused: the pickle asks for builtins.getattr of something other than torch's enumerations, which "
+            "could run any code"
+        )
+
+
 def _size(dimensions: Sequence[int] = ()) -> tuple[int, ...]:
     return tuple(dimensions)
 
@@ -132,6 +141,7 @@ _CALLED: dict[tuple[str, str], Callable[..., Any]] = {
     ("torch.serialization", "_get_layout"): _nothing,
     (f"{_CHECKPOINT}.metadata", "_MEM_FORMAT_ENCODING"): _nothing,
     (_BEFORE_2_3, "MEM_FORMAT_ENCODING"): _nothing,
+    ("builtins", "getattr"): _member,
     ("collections", "OrderedDict"): OrderedDict,
     **dict.fromkeys(  # of StorageMeta: the path that it was saved to
         [("pathlib", name) for name in ("PosixPath", "PurePosixPath", "WindowsPath")]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import enum
 import io
 import json
 import os
@@ -161,7 +162,28 @@ def test_a_pickled_class_in_the_metadata(source: Path, tmp_path: Path) -> None:
     for command in ("getattr", "eval", "__import__"):
         file.write_bytes(f"cbuiltins\n{command}\n(S'x'\ntR.".encode())
         assert f".{command}" in error(source, tmp_path / "out")
+    encoding = b"ctorch.distributed.checkpoint.metadata\n_MEM_FORMAT_ENCODING\n"
+    for target in (b"ctorch\nSize\n", b"ctorch\nfloat32\n", encoding + b"S'x'\n\x85R"):
+        file.write_bytes(b"cbuiltins\ngetattr\n(" + target + b"S'__globals__'\ntR.")
+        assert "getattr of something other" in error(source, tmp_path / "out")
     assert not (tmp_path / "was here").exists()
+
+
+def test_enumerations_by_any_python(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first versions of Python 3.11 pickle members as `getattr(class, name)`, not `class(value)`."""
+    metadata = pickle.loads((source / ".metadata").read_bytes())
+    for number, reduced in enumerate(
+        (
+            lambda self, _: (getattr, (type(self), self.name)),
+            lambda self, _: (type(self), (self.value,)),
+        )
+    ):
+        monkeypatch.setattr(enum.Enum, "__reduce_ex__", reduced)
+        (source / ".metadata").write_bytes(pickle.dumps(metadata))
+        assert (b"getattr" in (source / ".metadata").read_bytes()) == (number == 0)
+        convert.convert(source, tmp_path / str(number))
 
 
 def test_a_pickled_class_in_a_piece(source: Path, tmp_path: Path) -> None:

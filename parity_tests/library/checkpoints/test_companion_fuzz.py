@@ -308,7 +308,7 @@ def fuzz(root: Path, file: str, count: int, seed: int, compute: float,
     """What went wrong with `count` mutations, each handed to one of the commands that read the file."""
     # training itself is not what the file is read for
     for module in ("begin", "resume"):
-        monkeypatch.setattr(f"train.run.{module}.train_loop", lambda *_: None)
+        monkeypatch.setattr(f"train.run.{module}.train_loop", lambda *_, **__: None)
     path = root / file
     content = path.read_bytes()
     toml = path.suffix == ".toml"

@@ -34,6 +34,8 @@ COMMANDS: dict[str, list[str]] = {
     "train report": ["RUN"],
     "train autopsy": ["RUN", "1"],
     "train plan": [],
+    "train sweep": [],
+    "train coordinates": [],
     "train tokenize": ["SRC", "--tokenizer", "T", "--out", "O"],
     "convert": ["SRC", "DST"],
     "convert info": ["SRC"],

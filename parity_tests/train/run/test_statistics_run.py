@@ -142,7 +142,7 @@ def test_a_run_that_fails_says_so(
     flags = run_flags(tiny, tmp_path / "run", optimizer__learning_rate=1e38)
     assert main(flags) == 2
     *_, last = read_events(tmp_path / "run")
-    assert (last["event"], last["step"]) == ("error", 0)
+    assert (last["event"], last["step"]) == ("error", 1)
     assert "expected finite numbers" in last["detail"]
     assert "expected finite numbers" in capsys.readouterr().err
     # and it has a page, of what there is
