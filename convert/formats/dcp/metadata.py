@@ -114,8 +114,8 @@ def _member(*values: Any) -> None:
     """In place of `getattr`, by which the first versions of Python 3.11 pickle an enumeration's member."""
     if len(values) != 2 or values[0] is not _nothing:
         raise _RefusedError(
-            "refused: the pickle asks for builtins.getattr of something other than torch's enumerations, which "
-            "could run any code"
+            "refused: the pickle asks for builtins.getattr of something other than torch's enumerations, "
+            "which could run any code"
         )
 
 
