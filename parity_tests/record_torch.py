@@ -614,7 +614,8 @@ def _require_hooks() -> None:
 
 
 _WRAPPERS = re.compile(
-    r"^module\.|(?:_orig_mod|_checkpoint_wrapped_module|_fsdp_wrapped_module|_forward_module)(?:\.|$)"
+    r"^(?:(?:module|_orig_mod|_forward_module)\.)+"  # around the whole model, in any order
+    r"|(?:_orig_mod|_checkpoint_wrapped_module|_fsdp_wrapped_module|_forward_module)(?:\.|$)"
 )
 
 
@@ -695,22 +696,24 @@ def _split(texts: list[str], heads: Heads, module: nn.Module) -> list[_Part]:
     """The parts of a module, by the values of a name map."""
     names = [text.partition(":")[0] for text in texts]
     marks = [set(text.split(":")[1:]) for text in texts]
-    unknown = sorted(set().union(*marks) - {"pairs", "groups"})
-    if unknown:
-        raise ValueError(f"names: ':{unknown[0]}' in {texts[0]!r}, expected ':pairs' or ':groups'")
+    for text, of_part in zip(texts, marks, strict=True):
+        if unknown := sorted(of_part - {"pairs", "groups"}):
+            raise ValueError(f"names: ':{unknown[0]}' in {text!r}, expected ':pairs' or ':groups'")
     pairs = ["pairs" in of_part for of_part in marks]
     by_group = ["groups" in of_part for of_part in marks]
     if heads.dim == 0 and (any(pairs) or any("_attn." in name for name in names[1:])):
         raise ValueError(
             "names: ':pairs' and fused projections need heads=(query, key/value, size)"
         )
-    if len(names) == 1:
-        return [_Part(names[0], slice(None), pairs[0])]
-    projections = all(name.endswith(("q_proj", "k_proj", "v_proj")) for name in names)
+    projections = len(names) > 1 and all(
+        name.endswith(("q_proj", "k_proj", "v_proj")) for name in names
+    )
     if any(by_group) and not (all(by_group) and projections):
         raise ValueError(
             f"names: ':groups' in {', '.join(texts)}; expected it at all of q_proj, k_proj, v_proj"
         )
+    if len(names) == 1:
+        return [_Part(names[0], slice(None), pairs[0])]
     rows = module.get_parameter("weight").shape[0]
     if projections:
         sizes = [

@@ -120,6 +120,15 @@ def test_heads_from_metas_and_torchtitans_arguments(directory: Path, tmp_path: P
             "':groups'",
         ),
         (
+            ("q_proj:pairs", "k_proj:pear", "v_proj"),
+            "names: ':pear' in 'model.layers.0.self_attn.k_proj:pear', expected ':pairs' or ':groups'",
+        ),
+        (
+            ("q_proj:groups",),
+            "names: ':groups' in model.layers.0.self_attn.q_proj:groups; expected it at all of q_proj, "
+            "k_proj, v_proj",
+        ),
+        (
             ("q_proj:groups", "k_proj:groups", "v_proj"),
             "names: ':groups' in model.layers.0.self_attn.q_proj:groups, "
             "model.layers.0.self_attn.k_proj:groups, model.layers.0.self_attn.v_proj; expected it at all "
@@ -163,7 +172,13 @@ class Parallel(nn.Module):
         return self.module(*arguments, **options)
 
 
-@pytest.mark.parametrize("wrap", [compiled, compiled_layers, recomputed, Parallel])
+def compiled_around_parallel(model: Any) -> Any:
+    return compiled(Parallel(model))
+
+
+@pytest.mark.parametrize(
+    "wrap", [compiled, compiled_layers, recomputed, Parallel, compiled_around_parallel]
+)
 def test_wrappers(wrap: Any, directory: Path, tmp_path: Path) -> None:
     model = wrap(hf_model(CASE.config, weights_of(CASE.config)).eval())
     verdict = checked(record(model, IDS, tmp_path / "trace"), directory)

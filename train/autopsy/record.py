@@ -9,15 +9,14 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float
 
-from llama_jax.attention.masks import AttentionMask
 from llama_jax.files.memory import available_memory
 from llama_jax.loss import IGNORE_INDEX
-from llama_jax.models.layers import DecoderLayer, LayerCall
-from llama_jax.numerics.rope import rope_cos_sin
+from llama_jax.models.layers import DecoderLayer
 from train.autopsy.documents import PieceLoss, labels_of
 from train.autopsy.replay import Replay, State, placed
 from train.data.batch import Batch
 from train.data.windows import Window
+from train.program.activation_statistics import layer_inputs
 from train.program.guard import group_names
 from train.program.optimizer import decay_mask, global_norm
 from train.program.per_layer import is_stacked
@@ -263,17 +262,11 @@ _both_dots = jax.jit(lambda own, whole: (_dots_of(own, own), _dots_of(own, whole
 
 def _branches(replay: Replay, params: Any, windows: Window) -> Branches:
     """Of all tokens of the batch, one micro-batch at a time."""
-    config = replay.config
 
     @jax.jit
     def run(params: Any, part: Batch) -> Any:
         decoder = nnx.merge(replay.program.graphdef, params).model
-        x = decoder.embed_tokens(part.input_ids)
-        longest = config.max_position_embeddings
-        cos, sin = rope_cos_sin(part.position_ids, config.rope, config.head_size, longest, x.dtype)
-        segments = part.segment_ids
-        mask = AttentionMask(query_segments=segments, key_segments=segments, order=part.order)
-        call = LayerCall(cos, sin, mask, None)
+        x, call = layer_inputs(decoder, part)
 
         def layer(x: Array, layer: DecoderLayer) -> tuple[Array, Any]:
             middle = layer.attend(x, call).hidden

@@ -110,13 +110,7 @@ def activation_statistics(
 
 def _run_layers(model: LlamaModel, part: Batch, attention_implementation: str | None) -> _Sums:
     """The sums of each layer, [layers, ...], of a micro-batch [rows, seq]."""
-    config = model.config
-    x = constrain(model.embed_tokens(part.input_ids), *RESIDUAL_AXES)
-    positions = config.max_position_embeddings
-    cos, sin = rope_cos_sin(part.position_ids, config.rope, config.head_size, positions, x.dtype)
-    segments = part.segment_ids
-    mask = AttentionMask(query_segments=segments, key_segments=segments, order=part.order)
-    call = LayerCall(cos, sin, mask, attention_implementation)
+    x, call = layer_inputs(model, part, attention_implementation)
 
     def run_layer(x: Array, layer: DecoderLayer) -> tuple[Array, _Sums]:
         middle = layer.attend(x, call).hidden
@@ -132,6 +126,19 @@ def _run_layers(model: LlamaModel, part: Batch, attention_implementation: str | 
     assert isinstance(model.layers, DecoderLayer)
     _, sums = jax.lax.scan(run_layer, x, model.layers)
     return sums
+
+
+def layer_inputs(
+    model: LlamaModel, part: Batch, attention_implementation: str | None = None
+) -> tuple[Float[Array, "rows seq hidden"], LayerCall]:
+    """The embedded tokens of a micro-batch [rows, seq], and what every layer is called with."""
+    config = model.config
+    x = constrain(model.embed_tokens(part.input_ids), *RESIDUAL_AXES)
+    positions = config.max_position_embeddings
+    cos, sin = rope_cos_sin(part.position_ids, config.rope, config.head_size, positions, x.dtype)
+    segments = part.segment_ids
+    mask = AttentionMask(query_segments=segments, key_segments=segments, order=part.order)
+    return x, LayerCall(cos, sin, mask, attention_implementation)
 
 
 def _attention_sums(

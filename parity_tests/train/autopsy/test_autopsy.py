@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import shutil
 from contextlib import ExitStack
@@ -164,6 +165,8 @@ def test_the_recorded_update(replayed: Any, finished: Path) -> None:
     assert recorded.terms.learning_rate == pytest.approx(rate)
 
 
+# Orbax leaves the other arrays' reads unfinished where one fails
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_mistakes_are_one_line(
     tiny: Tiny, finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -215,6 +218,7 @@ def test_mistakes_are_one_line(
         *before, line = err.splitlines()
         assert line.startswith("error: "), err
         assert before in ([], ["replaying 2 steps, from step 9 to step 11"])
+    gc.collect()  # of those reads, before another test is blamed for them
 
 
 @pytest.mark.slow
