@@ -7,7 +7,9 @@ from contextlib import contextmanager
 
 import fsspec
 import pytest
+from fsspec.asyn import sync
 from fsspec.implementations.memory import MemoryFileSystem
+from fsspec.spec import AbstractFileSystem
 from moto.server import ThreadedMotoServer
 
 
@@ -35,8 +37,16 @@ def serve_s3() -> Iterator[str]:
         try:
             yield f"s3://{bucket}"
         finally:
-            store.clear_instance_cache()
+            _close_sessions(store)
             server.stop()
+
+
+def _close_sessions(store: type[AbstractFileSystem]) -> None:
+    """Close the connections of all clients; s3fs itself gives up after 0.1 s and leaves a warning."""
+    for client in list(store._cache.values()):
+        if (session := client._s3) is not None:
+            sync(client.loop, session.__aexit__, None, None, None)
+    store.clear_instance_cache()
 
 
 def memory_folder() -> str:
