@@ -24,6 +24,7 @@ MODULES = {
     "pod": "pod",
     "precision": "precision",
     "pretrain": "pretraining",
+    "restart": "restart",
     "step": "step",
 }
 WITH_OPTIONS = ("convert", "gpu", "harness", "parity", "pod")
@@ -40,6 +41,7 @@ parity     our error against transformers', real checkpoint and every preset (op
 pod        the step compiled for slices of TPUs, beside MaxText's: memory, traffic (options: pod --help)
 precision  what lower precision of float32 matmuls does to the real checkpoint
 pretrain   validation loss after the demo's two minutes, and nanochat's in torch after the same time
+restart    time until the first step of a new run, and of the same run resumed
 step       a training step against torch: time, memory, tokens per second
 """
 

@@ -6,6 +6,7 @@ if __name__ == "__main__":
     end_on_interrupt()
 
 import argparse
+import gc
 import logging
 import os
 import sys
@@ -58,11 +59,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         code: int | None = options.command(options)
         return code
 
-    return run_program(
-        command,
-        interrupted="interrupted: run the same command to continue" if continues else "interrupted",
-        extra="train",
-    )
+    try:
+        return run_program(
+            command,
+            interrupted="interrupted: run the same command to continue"
+            if continues
+            else "interrupted",
+            extra="train",
+        )
+    finally:
+        gc.enable()
 
 
 def _parser() -> Parser:
@@ -91,6 +97,7 @@ def _add_run(program: Parser) -> None:
 
 
 def _run(arguments: argparse.Namespace) -> int:
+    startup.without_garbage_collection()
     from train.run.begin import begin
     from train.run.continued import options_to_continue
     from train.run.remote import mirrored, new_run, require_one_process
@@ -180,6 +187,7 @@ def _add_resume(program: Parser) -> None:
 
 
 def _resume(arguments: argparse.Namespace) -> int:
+    startup.without_garbage_collection()
     from train.run.stop import ending_at_once
 
     with ExitStack() as stack:

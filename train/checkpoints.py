@@ -79,7 +79,7 @@ def save(
         DivergenceError: numbers that are not finite.
         ValueError: this save, or an earlier one, failed (a full disk).
     """
-    if not _all_finite(jax.tree.leaves((params, opt_state))):
+    if not all_finite((params, opt_state)):
         raise DivergenceError(
             f"step {step}: found parameters or optimizer state that are not finite, expected finite "
             "numbers: try a lower --optimizer.learning-rate; earlier checkpoints are kept"
@@ -280,6 +280,11 @@ def _require_same_state(manager: ocp.CheckpointManager, step: int, opt_state: An
         )
 
 
+def all_finite(tree: Any) -> bool:
+    """Whether no array of floating-point numbers has an infinity or a NaN."""
+    return bool(_all_finite(jax.tree.leaves(tree)))
+
+
 @jax.jit
 def _all_finite(leaves: list[Any]) -> Any:
     numbers = [leaf for leaf in on_device(leaves) if jnp.issubdtype(leaf.dtype, jnp.inexact)]
@@ -293,7 +298,11 @@ def fingerprints(tree: Any) -> list[int]:
 
 @jax.jit
 def _fingerprints(leaves: list[Any]) -> list[Any]:
-    return [fingerprint(leaf) for leaf in on_device(leaves)]
+    return [_fingerprint(leaf) for leaf in on_device(leaves)]
+
+
+# arrays that are alike share a trace
+_fingerprint = jax.jit(fingerprint)
 
 
 def _read_step(manager: ocp.CheckpointManager, step: int, params: Any, opt_state: Any) -> Restored:

@@ -9,6 +9,7 @@ from train.autopsy.history import RECENT, History
 from train.autopsy.layer_causes import layers_out_of_line
 from train.autopsy.layers import dead_halves
 from train.autopsy.noise import UNUSUAL, Comparison
+from train.autopsy.non_finite_causes import not_finite
 from train.autopsy.rates import Jump, jumps
 from train.autopsy.record import Recorded
 from train.autopsy.replay import Replay
@@ -36,6 +37,7 @@ def find_causes(
     step = history.steps[-1].step
     dead = dead_halves([(one.step, one.statistics) for one in history.steps])
     causes = [
+        *not_finite(replay, history, recorded),
         *dead_layers(dead),
         *map(_jump, jumps(replay.rates, max(step - RECENT, 1), step)),
         *wrong_moments(replay, history, dead),

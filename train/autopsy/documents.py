@@ -93,11 +93,30 @@ def labels_of(piece: Piece, windows: Window) -> np.ndarray:
 
 
 def without(windows: Window, pieces: Sequence[Piece]) -> Window:
-    """The batch without these pieces in the loss."""
-    labels = windows["labels"].copy()
+    """The batch without these pieces."""
+    out = np.zeros(windows["labels"].shape, bool)
     for piece in pieces:
-        labels[piece.row][labels_of(piece, windows)] = IGNORE_INDEX
-    return {**windows, "labels": labels}
+        out[piece.row] |= windows["segment_ids"][piece.row] == piece.segment
+    return _left_out(windows, out)
+
+
+def only(windows: Window, piece: Piece) -> Window:
+    """The batch with this piece alone."""
+    out = np.ones(windows["labels"].shape, bool)
+    out[piece.row] = windows["segment_ids"][piece.row] != piece.segment
+    return _left_out(windows, out)
+
+
+def _left_out(windows: Window, out: np.ndarray) -> Window:
+    """The batch without the tokens `out` [rows, seq], which become another token that is not in the loss.
+
+    To leave them out of the loss is not enough: where they lead to numbers that are not finite, these times
+    zero are not zero.
+    """
+    others = windows["input_ids"][~out]
+    ids = np.where(out, others[0], windows["input_ids"]) if len(others) else windows["input_ids"]
+    labels = np.where(out, IGNORE_INDEX, windows["labels"])
+    return {**windows, "input_ids": ids.astype(np.int32), "labels": labels.astype(np.int32)}
 
 
 def compare_losses(

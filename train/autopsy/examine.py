@@ -92,9 +92,12 @@ def _changes(
     before = step - 1, history.states[step - 1]
     earliest = min(history.states)
     yield Change("as it was", before)
-    documents = [cause for cause in causes if cause.kind == "document"]
+    documents = [cause for cause in causes if cause.pieces]
     for cause in documents[:3]:
-        yield Change(f"without the {cause.name}", before, pieces=cause.pieces)
+        what = (
+            f"the {cause.name}" if cause.kind == "document" else "the documents that are not finite"
+        )
+        yield Change(f"without {what}", before, pieces=cause.pieces)
     if not documents and recorded.contributions:
         loudest = int(np.argmax([one.norm for one in recorded.contributions]))
         pieces = history.steps[-1].pieces

@@ -1,18 +1,18 @@
 """The steps up to the one in question, replayed with their statistics."""
 
-import re
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.tree_util import SequenceKey, keystr
 from jaxtyping import Array, Float
 
 from train import checkpoints
 from train.autopsy.documents import PieceLoss, piece_losses, pieces_of
 from train.autopsy.moments import Moments, adam_moments
+from train.autopsy.non_finite import Broken, broken_state
+from train.autopsy.parts import part_name
 from train.autopsy.replay import (
     DamagedError,
     Replay,
@@ -77,6 +77,7 @@ class History(NamedTuple):
     moments: of states that were looked at, by steps done.
     unlike: the replayed steps whose loss or gradient norm is not the recorded one: (replayed, recorded).
     compared: how many were compared.
+    broken: the first state that is not finite.
     """
 
     start: int
@@ -87,6 +88,7 @@ class History(NamedTuple):
     changed: list[Changed]
     unlike: dict[int, tuple[float, float]]
     compared: int
+    broken: Broken | None
 
 
 def replay_history(
@@ -114,6 +116,7 @@ def replay_history(
     # compiling a second program takes longer than a few statistics
     only_statistics = step - start <= _FEW * (length + 1)
     windows: Window = {}
+    broken = broken_state(start, (params, opt_state), saved=True)
     all_windows = batch_windows(replay, start)
     for done in range(start, step):
         windows = next(all_windows)
@@ -125,6 +128,7 @@ def replay_history(
                 params, opt_state = state_at(replay, done)
                 moments[done] = adam_moments(opt_state, options.optimizer)
                 changed.append(difference)
+                broken = broken or broken_state(done, (params, opt_state), saved=True)
         if done in (recent, step - 1):
             states[done] = to_host((params, opt_state))
         if done == step - 1 and done not in moments:
@@ -144,6 +148,7 @@ def replay_history(
             run = program.statistics_step if only_statistics else program.step
             params, opt_state, metrics, *_ = run(params, opt_state, batch, step_key(replay, number))
             loss = float(metrics.loss)
+        broken = broken or broken_state(number, (params, opt_state), saved=False)
         line = replay.recorded.get(number)
         if line is not None and line["loss"] is not None:
             compared += 1
@@ -151,7 +156,7 @@ def replay_history(
                 unlike[number] = loss, line["loss"]
         tell(number)
     all_windows.close()
-    return History(start, steps, windows, states, moments, changed, unlike, compared)
+    return History(start, steps, windows, states, moments, changed, unlike, compared, broken)
 
 
 def _token_losses(replay: Replay) -> Callable[[Any, Batch], Float[Array, "rows seq"]]:
@@ -198,10 +203,7 @@ def _changed(replay: Replay, step: int, state: State, *, keep: bool) -> Changed 
     for (path, ours), theirs in zip(flat, jax.tree.leaves(saved), strict=True):
         if not jnp.issubdtype(ours.dtype, jnp.floating):
             continue
-        # without the places in the chain of an optimizer's rules, and their names
-        keys = [key for key in path if not isinstance(key, SequenceKey)]
-        name = keystr(tuple(keys), simple=True, separator=".")
-        name = re.sub(r"^.*\b(?=(?:nu|mu|trace)\.)", "", name)
+        name = part_name(path)
         stacked = is_stacked(path) and ours.ndim > 0
         axes = tuple(range(int(stacked), ours.ndim))
         ours, theirs = ours.astype(np.float64), theirs.astype(np.float64)

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.tree_util import keystr
 
+from llama_jax.numerics.matmul import working_dtype
 from train.autopsy.noise import compare
 from train.model.training_state import is_adam
 from train.options import OptimizerOptions
@@ -81,7 +82,7 @@ def adam_moments(opt_state: Any, options: OptimizerOptions) -> dict[str, Moments
 
 def _sums_of(first: Any, second: Any, limit: float, *, stacked: bool) -> Any:
     axes = tuple(range(int(stacked), first.ndim))
-    wide = jnp.promote_types(first.dtype, jnp.float32)
+    wide = working_dtype(first.dtype)
     # rounding to bfloat16, at random, moves both by up to a part in 128, step after step
     slack = 1.001 if first.dtype != jnp.bfloat16 else 4.0
     first, second = first.astype(wide), second.astype(wide)

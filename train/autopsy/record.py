@@ -12,7 +12,7 @@ from jaxtyping import Array, Float
 from llama_jax.files.memory import available_memory
 from llama_jax.loss import IGNORE_INDEX
 from llama_jax.models.layers import DecoderLayer
-from train.autopsy.documents import PieceLoss, labels_of
+from train.autopsy.documents import PieceLoss, only
 from train.autopsy.replay import Replay, State, placed
 from train.data.batch import Batch
 from train.data.windows import Window
@@ -152,10 +152,8 @@ def _record(
     whole = np.asarray(_dots(gradients, gradients)).sum()
     contributions = []
     for piece in pieces:
-        labels = np.full_like(windows["labels"], IGNORE_INDEX)
-        row, mask = piece.piece.row, labels_of(piece.piece, windows)
-        labels[row][mask] = windows["labels"][row][mask]
-        own_loss, own = summed({**windows, "labels": labels}, slice(row, row + 1))
+        row = piece.piece.row
+        own_loss, own = summed(only(windows, piece.piece), slice(row, row + 1))
         squares, products = (np.asarray(x) for x in _both_dots(own, gradients))
         contributions.append(
             _contribution(own_loss, squares, products, whole, loss, number, piece.piece.labels)

@@ -9,6 +9,7 @@ from train.autopsy.cause import Cause
 from train.autopsy.history import RECENT, Changed, History
 from train.autopsy.layers import HALVES, Dead
 from train.autopsy.moments import Finding, out_of_line
+from train.autopsy.parts import part_in_words
 from train.autopsy.replay import Replay
 
 # where a replay differs from the run by rounding, a part of a checkpoint must differ this many times more
@@ -95,8 +96,8 @@ def changed_checkpoints(history: History) -> Iterator[Cause]:
         ordered = sorted(apart, key=lambda key: -apart[key])
         kind = _kind(changed, ordered)
         evidence = [
-            f"{_part(key)}: the saved norm is {changed.shrunk[key]:.3g} times the replayed one, and they "
-            f"differ by {apart[key]:.3g} of the larger"
+            f"{part_in_words(*key)}: the saved norm is {changed.shrunk[key]:.3g} times the replayed one, "
+            f"and they differ by {apart[key]:.3g} of the larger"
             for key in ordered[:5]
         ]
         evidence.append(
@@ -107,7 +108,8 @@ def changed_checkpoints(history: History) -> Iterator[Cause]:
         yield Cause(
             kind,
             f"the checkpoint of step {changed.step} is not what the steps before it lead to: "
-            f"{_part(ordered[0])}" + (f" and {len(apart) - 1} more" if len(apart) > 1 else ""),
+            f"{part_in_words(*ordered[0])}"
+            + (f" and {len(apart) - 1} more" if len(apart) > 1 else ""),
             changed.step + 1,
             math.inf,
             evidence,
@@ -133,9 +135,4 @@ def _parameters(findings: Sequence[Finding]) -> str:
 
 
 def _parameter(finding: Finding) -> str:
-    return _part((finding.name, finding.layer))
-
-
-def _part(key: tuple[str, int | None]) -> str:
-    name, layer = key
-    return name if layer is None else f"{name} of layer {layer}"
+    return part_in_words(finding.name, finding.layer)

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from llama_jax.numerics.matmul import working_dtype
 from llama_jax.numerics.xla_options import GPU_MEMORY_FRACTION
 from train.hardware.gpus import GPUS
 
@@ -90,7 +91,7 @@ def measured_flops(dtype: Any, size: int = 2048, rounds: int = 3) -> float:
     Where one takes long, so that chance has little part in its time, fewer do: a run waits for this.
     """
     a = jnp.ones((size, size), dtype)
-    wide = jnp.promote_types(dtype, jnp.float32)
+    wide = working_dtype(dtype)
     matmul = jax.jit(lambda a: jnp.matmul(a, a, preferred_element_type=wide))
     matmul(a).block_until_ready()
     times = []

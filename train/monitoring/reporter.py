@@ -2,6 +2,7 @@
 
 import math
 import time
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import jax
@@ -53,12 +54,17 @@ class Reporter:
         self._program, self._guard, self._batch_rows = program, options.guard, batch_rows
         self._steps, self._learning_rate = options.steps, program.learning_rate
         self._tokens_per_step = options.batch_size * options.sequence_length
-        dtype = jnp.dtype(options.model.compute_dtype)
-        peak = options.log.peak_flops or peak_flops(jax.devices()[0], dtype)
-        self._peak_flops = None if peak is None else peak * len(jax.devices())
+        self._given_peak = options.log.peak_flops
+        self._dtype = jnp.dtype(options.model.compute_dtype)
         self._flops_per_token = 3 * forward_flops_per_token(program.config, options.sequence_length)
         self._submitted: _Submitted | None = None
         self.restart_clock()
+
+    @cached_property
+    def _peak_flops(self) -> float | None:
+        """Of all devices; measured on a CPU, which no step should wait for."""
+        peak = self._given_peak or peak_flops(jax.devices()[0], self._dtype)
+        return None if peak is None else peak * len(jax.devices())
 
     def submit(
         self,

@@ -1,5 +1,6 @@
 """Arrays that a step can overwrite."""
 
+from functools import cache
 from typing import Any
 
 import jax
@@ -25,11 +26,16 @@ def donatable(tree: Any) -> Any:
 
 
 def _copied(array: jax.Array) -> jax.Array:
-    # one function for all, so that arrays that are alike share a compilation
-    copy = jax.jit(_copy_of, out_shardings=array.sharding)(array)
+    copy = _copy_to(array.sharding)(array)
     copy.block_until_ready()
     array.delete()
     return copy
+
+
+@cache
+def _copy_to(sharding: jax.sharding.Sharding) -> Any:
+    """One function for all arrays of a sharding, so that those that are alike share a compilation."""
+    return jax.jit(_copy_of, out_shardings=sharding)
 
 
 def _copy_of(array: jax.Array) -> jax.Array:

@@ -121,13 +121,15 @@ def train_loop(
                     startup.lap("first batch")
                     write_programs(diagnosis, step, (params, opt_state, batch, key), display.say)
                 params, opt_state, metrics, *statistics = step(params, opt_state, batch, key)
-                stop = any_process(stop_requested())
-                reporter.submit(done, metrics, stop, data_wait, *statistics)
                 if done == start + 1:
-                    reporter.flush()
+                    jax.block_until_ready(metrics)
             if done == start + 1 and (parts := startup.parts()):
                 display.say(startup.in_words(parts))
                 add_event("first step", done, startup.in_words(parts), seconds=parts)
+            stop = any_process(stop_requested())
+            reporter.submit(done, metrics, stop, data_wait, *statistics)
+            if done == start + 1:
+                reporter.flush()
             beat("training", done - 1)
             saves.check(done, params, opt_state)
 

@@ -164,14 +164,16 @@ def _poison(rng: np.random.Generator, shape: dict[str, Any], seed: int, director
 
 
 def _jump(rng: np.random.Generator, shape: dict[str, Any], seed: int, directory: Path) -> Planted:
-    """The rate in run.toml is edited while the run is stopped."""
+    """The rate is edited in run.toml, and in the checkpoint, which would tell, while the run is stopped."""
     run, tiny = directory / "run", _tiny(directory, shape, _documents(rng, shape["vocab"]))
     stop, later = int(rng.integers(20, 48)), int(rng.integers(1, 5))
     factor = float(np.exp(rng.uniform(np.log(4), np.log(40))))
     _train(_flags(tiny, shape, seed, run, steps=stop))
-    options = _options(run)
+    options = options_of(run)
     optimizer = replace(options.optimizer, learning_rate=factor * shape["rate"])
-    (run / FILE).write_text(to_toml(replace(options, optimizer=optimizer, steps=stop + 8)))
+    text = to_toml(replace(options, optimizer=optimizer, steps=stop + 8))
+    (run / FILE).write_text(text)
+    resave(run, stop, lambda *state: state, options=text)
     _train(["resume", str(run)])
     return Planted(run, stop + later, "learning rate", f"{factor:.1f} times, {later} steps before")
 
@@ -260,16 +262,7 @@ def _edited(
     run, tiny = directory / "run", _tiny(directory, shape, _documents(rng, shape["vocab"]))
     stop, later = int(rng.integers(20, 48)), int(rng.integers(1, 4))
     _train(_flags(tiny, shape, seed, run, steps=stop))
-    options = _options(run)
-    program = run_program(options, LlamaConfig.from_pretrained(run))
-    with closing(checkpoints.open_manager(run, keep_last=99, keep_every=None)) as manager:
-        restored = checkpoints.restore(manager, program.params, program.opt_state, stop)
-        assert restored is not None
-        facts = checkpoints.facts_of(manager, stop)
-        params, opt_state = edit(restored.params, restored.opt_state)
-        params, opt_state = jax.tree.map(jax.numpy.asarray, (params, opt_state))
-        checkpoints.save(manager, stop, params, opt_state, facts)
-        checkpoints.wait(manager)
+    resave(run, stop, edit)
     alone = bool(rng.random() < 0.5)
     if alone:
         for path in (run / checkpoints.FOLDER).iterdir():
@@ -279,7 +272,18 @@ def _edited(
     return run, stop + later, f"{later} steps before{', no older checkpoint' if alone else ''}"
 
 
-def _options(run: Path) -> RunOptions:
+def resave(run: Path, step: int, edit: Callable[[Any, Any], tuple[Any, Any]], **facts: Any) -> None:
+    """Save the checkpoint of a step again, with `edit` of its parameters and optimizer state."""
+    program = run_program(options_of(run), LlamaConfig.from_pretrained(run))
+    with closing(checkpoints.open_manager(run, keep_last=99, keep_every=None)) as manager:
+        restored = checkpoints.restore(manager, program.params, program.opt_state, step)
+        assert restored is not None
+        state = jax.tree.map(jax.numpy.asarray, edit(restored.params, restored.opt_state))
+        checkpoints.save(manager, step, *state, checkpoints.facts_of(manager, step) | facts)
+        checkpoints.wait(manager)
+
+
+def options_of(run: Path) -> RunOptions:
     return parse_options(RunOptions(), flags_of(run / FILE), run / FILE)
 
 

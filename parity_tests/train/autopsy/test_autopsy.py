@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gc
 import json
 import shutil
@@ -148,6 +149,47 @@ def test_recorded_against_the_model(replayed: Any) -> None:
             assert one.norm_without == pytest.approx(np.linalg.norm(rest_flat), rel=1e-8)
             assert one.norm == pytest.approx(np.linalg.norm(own), rel=1e-7)
             assert one.cosine == pytest.approx(cosine, rel=1e-6)
+
+
+@pytest.mark.slow
+def test_the_branches_of_the_residual_stream(replayed: Any) -> None:
+    """Against hidden states of the public model: what a layer adds, with and without its MLP."""
+    replay, history, recorded = replayed
+    config = replay.config
+    layers, windows = config.num_hidden_layers, history.windows
+    # the last hidden state is after the final norm, so one more layer follows
+    more = dataclasses.replace(config, num_hidden_layers=layers + 1)
+    with jax.enable_x64(True):
+        params = jax.tree.map(lambda leaf: jnp.asarray(leaf, float), history.states[STEP - 1][0])
+        stacked = jax.tree.map(
+            lambda leaf: jnp.concatenate([leaf, leaf[-1:]]), params["model"]["layers"]
+        )
+        model = LlamaForCausalLM(more, rngs=nnx.Rngs(0), dtype=jnp.float64)
+        graphdef = nnx.graphdef(model)
+
+        def hidden(without_mlp: int | None = None) -> Any:
+            down = stacked["mlp"]["down_proj"]["weight"]
+            if without_mlp is not None:
+                down = down.at[without_mlp].set(0)
+            mlp = stacked["mlp"] | {"down_proj": {"weight": down}}
+            tree = params | {"model": params["model"] | {"layers": stacked | {"mlp": mlp}}}
+            out = nnx.merge(graphdef, tree)(
+                jnp.asarray(windows["input_ids"]),
+                position_ids=jnp.asarray(windows["position_ids"]),
+                segment_ids=jnp.asarray(windows["segment_ids"]),
+                output_hidden_states=True,
+            )
+            return out.hidden_states
+
+        def rms(x: Any) -> float:
+            return float(np.sqrt(np.mean(np.square(x))))
+
+        whole = hidden()
+        for layer in range(layers):
+            attention = hidden(layer)[layer + 1] - whole[layer]
+            mlp = whole[layer + 1] - whole[layer] - attention
+            expected = rms(whole[layer]), rms(attention), rms(mlp)
+            assert [float(part[layer]) for part in recorded.branches] == pytest.approx(expected)
 
 
 @pytest.mark.slow
