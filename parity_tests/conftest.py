@@ -6,10 +6,12 @@ must then fail.
 
 import os
 from importlib.util import find_spec
+from pathlib import Path
 
 import jax
 import pytest
 import torch
+from jax.experimental.compilation_cache import compilation_cache
 from jaxtyping import install_import_hook
 
 # An accidental float64 or a silent upcast is an error.
@@ -20,7 +22,7 @@ jax.config.update("jax_platforms", "cpu")
 torch.set_num_threads(1)
 # No test reaches the network; those of the Hub have one of their own.
 os.environ["HF_HUB_OFFLINE"] = "1"
-# No command finds what an earlier one has compiled, unless a test wants it.
+# Commands read and write no other compiled programs than those of `compiled_programs`.
 os.environ["LLAMA_JAX_CACHE"] = ""
 
 # Shapes and dtypes in the annotations of these modules are checked in every call. Not those of the public
@@ -57,6 +59,19 @@ def pytest_configure(config: pytest.Config) -> None:
 
         if name not in MUTATIONS:
             raise pytest.UsageError(f"--mutation: found {name!r}, expected {', '.join(MUTATIONS)}")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def compiled_programs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where programs are kept that took long to compile: other tests, and child processes, have many again.
+
+    Of this process: JAX does not lock the folder.
+    """
+    folder = tmp_path_factory.mktemp("compiled")
+    jax.config.update("jax_compilation_cache_dir", str(folder))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+    compilation_cache.reset_cache()  # where importing a module has compiled something, it is off
+    return folder
 
 
 @pytest.fixture(scope="session", autouse=True)

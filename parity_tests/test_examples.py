@@ -1,14 +1,11 @@
 """The examples run, on small inputs."""
 
 import importlib.util
-from collections.abc import Iterator
-from pathlib import Path
 from types import ModuleType
 
 import jax
 import pytest
 from flax import nnx
-from jax.experimental.compilation_cache import compilation_cache
 
 from llama_jax import PRESETS, LlamaConfig, LlamaForCausalLM
 from parity_tests.harness.child_process import ROOT
@@ -56,20 +53,7 @@ def test_your_own_training_loop():
     assert last < first - 1
 
 
-@pytest.fixture
-def compile_once(tmp_path: Path) -> Iterator[None]:
-    """Compile only once what two examples have in common."""
-    before = jax.config.jax_persistent_cache_min_compile_time_secs
-    jax.config.update("jax_compilation_cache_dir", str(tmp_path / "compiled"))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
-    compilation_cache.reset_cache()
-    yield
-    jax.config.update("jax_compilation_cache_dir", None)
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", before)
-    compilation_cache.reset_cache()
-
-
-def test_pretrain_then_continue_then_score(tmp_path, compile_once):
+def test_pretrain_then_continue_then_score(tmp_path):
     """Each example reads what the one before wrote."""
     texts = tmp_path / "texts"
     texts.mkdir()

@@ -1,11 +1,10 @@
-"""Fixtures of tests of runs: tiny data, a finished run, and a cache of compiled programs."""
+"""Fixtures of tests of runs: tiny data and a finished run."""
 
 from collections.abc import Iterator
 from pathlib import Path
 
 import jax
 import pytest
-from jax.experimental.compilation_cache import compilation_cache
 
 from parity_tests.train.runs import Tiny, make_tiny, run_flags
 from train.__main__ import main
@@ -20,21 +19,8 @@ def same_x64() -> Iterator[None]:
 
 
 @pytest.fixture(scope="session")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> Tiny:
-    return make_tiny(tmp_path_factory.mktemp("tiny"))
-
-
-@pytest.fixture(scope="module")
-def compile_once(tiny: Tiny) -> Iterator[None]:
-    """Compile each program once, in this process and its child processes."""
-    before = jax.config.jax_persistent_cache_min_compile_time_secs
-    jax.config.update("jax_compilation_cache_dir", str(tiny.cache))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
-    compilation_cache.reset_cache()
-    yield
-    jax.config.update("jax_compilation_cache_dir", None)
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", before)
-    compilation_cache.reset_cache()
+def tiny(tmp_path_factory: pytest.TempPathFactory, compiled_programs: Path) -> Tiny:
+    return make_tiny(tmp_path_factory.mktemp("tiny"), compiled_programs)
 
 
 @pytest.fixture(scope="session")

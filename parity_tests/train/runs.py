@@ -51,7 +51,7 @@ class Tiny(NamedTuple):
     cache: Path
 
 
-def make_tiny(directory: Path) -> Tiny:
+def make_tiny(directory: Path, cache: Path | None = None) -> Tiny:
     rng = np.random.default_rng(0)
     eos = 1
     documents = []
@@ -63,7 +63,7 @@ def make_tiny(directory: Path) -> Tiny:
     data = token_directory(directory / "data", shards, [documents[260:]], vocab_size=VOCAB)
     word_tokenizer(data, ["<s>", EOS, "<unk>", *(f"w{n}" for n in range(VOCAB - 3))])
     (directory / "config.json").write_text(json.dumps(CONFIG))
-    return Tiny(data, directory / "config.json", directory / "compiled")
+    return Tiny(data, directory / "config.json", cache or directory / "compiled")
 
 
 def run_flags(tiny: Tiny, out: Path, **changes: Any) -> list[str]:

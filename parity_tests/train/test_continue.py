@@ -22,8 +22,6 @@ from train.model.torch_optimizer import read_optimizer, require_fit
 from train.model.training_state import digest_of
 from train.options import OptimizerOptions
 
-pytestmark = pytest.mark.usefixtures("compile_once")
-
 STATE = "training_state"
 EXP_AVG = f"{STATE}/exp_avg/model.safetensors"
 NORM, UP = "model.norm.weight", "model.layers.1.mlp.up_proj.weight"

@@ -31,8 +31,6 @@ CONFIG = BASE | {"vocab_size": 64, "attention_bias": True}  # biases do not deca
 STATE = "training_state"
 MOMENTS = "exp_avg", "exp_avg_sq"
 
-pytestmark = pytest.mark.usefixtures("compile_once")
-
 
 class OracleModel:
     """The oracle with the weights of a directory, called as transformers' model is."""

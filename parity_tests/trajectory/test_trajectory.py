@@ -16,7 +16,7 @@ import pytest
 
 from parity_tests.__main__ import main
 from parity_tests.harness.child_process import ROOT
-from parity_tests.train.conftest import compile_once, tiny  # noqa: F401
+from parity_tests.train.conftest import tiny  # noqa: F401
 from parity_tests.train.runs import Tiny, run_flags
 from train.__main__ import main as train
 from train.monitoring.metrics_log import read_metrics
@@ -291,7 +291,6 @@ def test_the_command_of_the_guide(
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("compile_once")
 def test_real_runs(
     tiny: Tiny,  # noqa: F811
     tmp_path: Path,

@@ -29,8 +29,6 @@ from train.monitoring.metrics_log import read_metrics
 from train.options import FILE, RunOptions
 from train.options_toml import flags_of
 
-pytestmark = pytest.mark.usefixtures("compile_once")
-
 STEP = 11
 
 

@@ -23,8 +23,6 @@ from train.data.sources import find_sources
 from train.data.tokens import read_tokens
 from train.program.statistics import Norms
 
-pytestmark = pytest.mark.usefixtures("compile_once")
-
 SAVED = 9
 TOKEN, UNUSED = 17, 2
 EMBEDDING = "model.embed_tokens.weight"

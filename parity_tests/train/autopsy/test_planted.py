@@ -15,7 +15,7 @@ import pytest
 from parity_tests.train.autopsy.planted import FAULTS, STEPS, judge, plant, undisturbed
 from train.__main__ import main
 
-pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("compile_once")]
+pytestmark = pytest.mark.slow
 
 RUNS = range(100, 110)  # of each fault
 CALM, STEPS_OF_EACH = range(200, 210), 10

@@ -24,8 +24,6 @@ from train.__main__ import main
 from train.data.token_shards import read_index
 from train.data.tokenize import tokenize
 
-pytestmark = pytest.mark.usefixtures("compile_once")
-
 VOCAB = 320
 
 

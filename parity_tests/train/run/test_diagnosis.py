@@ -14,8 +14,6 @@ from train.__main__ import main
 from train.flags import step_range
 from train.monitoring.history import read_events
 
-pytestmark = pytest.mark.usefixtures("compile_once")
-
 
 def error_of(arguments: list[str], capfd: Any) -> str:
     assert main(arguments) == 2

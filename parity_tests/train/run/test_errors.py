@@ -37,7 +37,6 @@ from train.data.sources import find_sources
 from train.monitoring.metrics_log import read_metrics
 
 pytestmark = [
-    pytest.mark.usefixtures("compile_once"),
     # Orbax leaves the other arrays' reads unfinished where one fails
     pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
 ]

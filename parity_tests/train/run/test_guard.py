@@ -30,8 +30,6 @@ from train.monitoring.metrics_log import read_metrics
 from train.options import FILE, RunOptions
 from train.options_toml import flags_of
 
-pytestmark = pytest.mark.usefixtures("compile_once")
-
 WINDOW, SIGMA, DECAY, STEPS = 4, 1.2, 0.8, 18
 OPTIONS: dict[str, Any] = {
     "steps": STEPS,

@@ -33,7 +33,6 @@ def logged() -> list[tuple[int, dict[str, Any]]]:
 @pytest.fixture(scope="module")
 def run(
     tiny: Tiny,
-    compile_once: None,
     tmp_path_factory: pytest.TempPathFactory,
     logged: list[tuple[int, dict[str, Any]]],
 ) -> Path:
@@ -137,7 +136,7 @@ def test_the_events(run: Path, tmp_path: Path) -> None:
 
 
 def test_a_run_that_fails_says_so(
-    tiny: Tiny, compile_once: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tiny: Tiny, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     flags = run_flags(tiny, tmp_path / "run", optimizer__learning_rate=1e38)
     assert main(flags) == 2

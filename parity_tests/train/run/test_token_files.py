@@ -15,8 +15,6 @@ from train.__main__ import main
 from train.checkpoints import FOLDER
 from train.data.token_shards import open_tokens
 
-pytestmark = pytest.mark.usefixtures("compile_once")
-
 
 @pytest.fixture
 def tokenizer(tmp_path: Path) -> Path:
