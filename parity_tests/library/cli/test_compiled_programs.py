@@ -12,7 +12,7 @@ import pytest
 from flax import nnx
 from tokenizers import Tokenizer, models
 
-from llama_jax import PRESETS, LlamaForCausalLM
+from llama_jax import LlamaConfig, LlamaForCausalLM
 from llama_jax.__main__ import main
 from llama_jax.cli import compiled_programs
 from llama_jax.cli.compiled_programs import keep_compiled_programs
@@ -24,8 +24,14 @@ PROGRAMS = {"jit__prefill", "jit__decode"}
 @pytest.fixture(scope="module")
 def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("model")
-    # large enough that compiling it is worth a file
-    LlamaForCausalLM(PRESETS["tiny-4m"], rngs=nnx.Rngs(0)).save_pretrained(path)
+    config = LlamaConfig(
+        vocab_size=32,
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=1,
+    )
+    LlamaForCausalLM(config, rngs=nnx.Rngs(0)).save_pretrained(path)
     Tokenizer(models.WordLevel({"the": 5}, unk_token="the")).save(str(path / "tokenizer.json"))
     return path
 
