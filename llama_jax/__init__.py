@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from llama_jax.config import LlamaConfig
     from llama_jax.generation.config import GenerationConfig
     from llama_jax.generation.loop import GenerateOutput
+    from llama_jax.generation.prompt_cache import PromptCache
     from llama_jax.loss import LossOutput, fused_linear_cross_entropy
     from llama_jax.models.causal_lm import CausalLMOutput, LlamaForCausalLM
     from llama_jax.models.decoder import LlamaModel, ModelOutput
@@ -59,6 +60,7 @@ __all__ = [
     "LossOutput",
     "ModelOutput",
     "NormalizedLMHead",
+    "PromptCache",
     "Quantization",
     "QuestionAnsweringModelOutput",
     "RMSNormConfig",
@@ -92,6 +94,7 @@ _MODULE_OF = {
     "LossOutput": "loss",
     "ModelOutput": "models.decoder",
     "NormalizedLMHead": "models.lm_head",
+    "PromptCache": "generation.prompt_cache",
     "Quantization": "quantization.model",
     "QuestionAnsweringModelOutput": "models.question_answering",
     "RMSNormConfig": "models.lm_head",

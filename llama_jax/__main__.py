@@ -11,12 +11,13 @@ from pathlib import Path
 from typing import NoReturn
 
 from llama_jax.cli.arguments import Parser, positive, program_parser
+from llama_jax.cli.chat import add_chat
 from llama_jax.cli.completion import CONSOLE_SCRIPT
+from llama_jax.cli.generate import add_generate
 from llama_jax.cli.mask import add_mask
 from llama_jax.cli.program import leave, run_program
 from llama_jax.cli.quantize import add_quantize
 from llama_jax.cli.score import add_score
-from llama_jax.cli.text import add_chat, add_generate
 
 
 def main(arguments: list[str] | None = None) -> int:

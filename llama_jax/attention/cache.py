@@ -182,6 +182,41 @@ def unstack_cache(cache: KVCache) -> KVCache:
     return replace(cache, keys=unstack(cache.keys), values=unstack(cache.values))
 
 
+def stack_cache(cache: KVCache) -> KVCache:
+    """The cache that `unstack_cache` was called with."""
+    batch = cache.is_token.shape[0]
+
+    def layer_of(array: Array) -> Array:
+        return jnp.moveaxis(array.reshape(batch, -1, *array.shape[1:]), 1, 2)
+
+    def stack(layers: Vectors | tuple[Vectors, ...]) -> Vectors:
+        assert isinstance(layers, tuple)
+        return jax.tree.map(lambda *arrays: jnp.stack([*map(layer_of, arrays)]), *layers)
+
+    return replace(cache, keys=stack(cache.keys), values=stack(cache.values))
+
+
+def grow_cache(cache: KVCache, capacity: int) -> KVCache:
+    """The cache, stacked or not, with more slots."""
+    more = capacity - cache.capacity
+    assert more >= 0, "a cache only grows"
+
+    def pad(array: Array, axis: int) -> Array:
+        return jnp.pad(array, [(0, more * (index == axis)) for index in range(array.ndim)])
+
+    def pad_vectors(vectors: Vectors | tuple[Vectors, ...]) -> Vectors | tuple[Vectors, ...]:
+        axis = 1 if isinstance(vectors, tuple) else 2
+        return jax.tree.map(lambda array: pad(array, axis), vectors)
+
+    return replace(
+        cache,
+        keys=pad_vectors(cache.keys),
+        values=pad_vectors(cache.values),
+        is_token=pad(cache.is_token, 1),
+        segments=pad(cache.segments, 1),
+    )
+
+
 def _heads_first(layer: Array) -> Array:
     """[batch, seq, kv_heads, ...] to [batch * kv_heads, seq, ...]."""
     batch, seq, heads, *vector = layer.shape

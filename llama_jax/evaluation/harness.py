@@ -17,7 +17,7 @@ import numpy as np
 
 from llama_jax.cli.program import leave, run_program
 from llama_jax.evaluation.scoring import loglikelihood, loglikelihood_rolling, prefix_token
-from llama_jax.generation.loop import bucket
+from llama_jax.inputs.lengths import bucket
 from llama_jax.load import load_model, tokenizer_directory
 from llama_jax.text.chat_template import chat_templates, render_chat
 from llama_jax.text.encode import encode_text

@@ -12,9 +12,9 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Int
 
+from llama_jax.inputs.lengths import padded_length
 from llama_jax.text.incremental import common_length
 
-_MIN_LENGTH = 16
 # tokens; with fewer in common, and less than half, sequences may go to different rows
 _WORTH_SHARING = 16
 
@@ -96,6 +96,19 @@ def _families(sequences: Sequence[Sequence[int]], least: int) -> Iterable[Family
     return families
 
 
+def distinct_tokens(sequences: Sequence[Sequence[int]]) -> int:
+    """How many tokens one row takes that holds all sequences.
+
+    >>> distinct_tokens([[5, 6, 7], [8, 9], [5, 6, 8]])
+    6
+    """
+    total, before = 0, list[int]()
+    for tokens in sorted(map(list, sequences)):
+        total += len(tokens) - common_length(before, tokens)
+        before = tokens
+    return total
+
+
 def write_row(sequences: Sequence[Sequence[int]], families: Iterable[Family], length: int) -> Row:
     """The row of these families.
 
@@ -123,13 +136,3 @@ def write_row(sequences: Sequence[Sequence[int]], families: Iterable[Family], le
             visible_until[path] = used - 1
             slots[number] = path
     return Row(ids, positions, visible_until, slots)
-
-
-def padded_length(length: int) -> int:
-    """The next of 16, 24, 32, 48, 64, ...; beyond 16, at most a third is padding."""
-    size = _MIN_LENGTH
-    while size < length:
-        if size * 3 // 2 >= length:
-            return size * 3 // 2
-        size *= 2
-    return size

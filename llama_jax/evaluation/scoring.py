@@ -15,7 +15,8 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from llama_jax.config import LlamaConfig
-from llama_jax.evaluation.packing import Family, Row, pack, padded_length, write_row
+from llama_jax.evaluation.packing import Family, Row, distinct_tokens, pack, write_row
+from llama_jax.inputs.lengths import padded_length
 from llama_jax.loss import default_chunk
 from llama_jax.models.causal_lm import LlamaForCausalLM
 from llama_jax.numerics.matmul import einsum, working_dtype
@@ -339,7 +340,7 @@ def _batches(
     longest = padded_length(max(map(len, inputs)))
     most = batch_size * longest
     packed = min(
-        (pack(inputs, least) for least in _row_lengths(most, sum(map(len, inputs)))),
+        (pack(inputs, least) for least in _row_lengths(most, distinct_tokens(inputs))),
         key=lambda packed: _cost(packed, config.hidden_size),
     )
     for length, rows in packed.items():
@@ -352,10 +353,16 @@ def _batches(
             yield [write_row(inputs, families, length) for families in batch]
 
 
-def _row_lengths(most: int, total: int) -> list[int]:
-    """Lengths of rows to choose from, for batches of up to `most` tokens of `total`."""
-    tokens = min(most, total)
-    return [length for length in _ROW_LENGTHS if length <= tokens] or [padded_length(tokens)]
+def _row_lengths(most: int, distinct: int) -> list[int]:
+    """Lengths of rows to choose from, for batches of up to `most` tokens of so many that differ.
+
+    One of them holds all, if it is not too long: else continuations of one context may need a second row,
+    which has the context as well, or one of twice the length.
+    """
+    tokens = min(most, distinct)
+    lengths = [length for length in _ROW_LENGTHS if length <= tokens]
+    complete = padded_length(tokens)
+    return [*lengths, complete] if complete <= _ROW_LENGTHS[-1] or not lengths else lengths
 
 
 def _cost(packed: dict[int, list[list[Family]]], hidden: int) -> float:

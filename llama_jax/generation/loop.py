@@ -12,12 +12,14 @@ import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int, Key
 
-from llama_jax.attention.cache import KVCache, init_cache, unstack_cache
+from llama_jax.attention.cache import KVCache, init_cache, stack_cache, unstack_cache
 from llama_jax.config import LlamaConfig
+from llama_jax.generation.prompt_cache import Earlier, PromptCache
 from llama_jax.generation.sampling import Sampling, checked, choose, filtered
 from llama_jax.generation.unstacked import can_unstack, unstack_layers
 from llama_jax.inputs.ids import require_ids
 from llama_jax.inputs.keys import as_key
+from llama_jax.inputs.lengths import bucket, padded_length
 from llama_jax.numerics.matmul import working_dtype
 from llama_jax.numerics.scalars import is_integer, plain_number
 
@@ -118,11 +120,10 @@ def generate(
     started = _start(model, input_ids, attention_mask, request)
     state = started.continue_to(started.state, int(request.max_new_tokens))
     length = int(state.length)
-    sequences = state.tokens[:, started.padding : length]
+    sequences = state.tokens[:, :length]
     if state.scores is None:
         return sequences
-    new = length - started.padding - input_ids.shape[1]
-    return GenerateOutput(sequences, state.scores[:, :new])
+    return GenerateOutput(sequences, state.scores[:, : length - input_ids.shape[1]])
 
 
 def stream(
@@ -130,29 +131,25 @@ def stream(
     input_ids: Int[Array, "batch prompt"],
     attention_mask: Array | None,
     request: Request,
+    prompt_cache: PromptCache | None = None,
 ) -> Iterator[np.ndarray]:
     """The new tokens of `generate` as they come, int32 [batch]; padding in rows that have ended."""
-    started = _start(model, input_ids, attention_mask, request)
-    state, prompt = started.state, started.padding + input_ids.shape[1]
-    yield np.asarray(state.newest)
-    for count in range(2, int(request.max_new_tokens) + 1):
-        state = started.continue_to(state, count)
+    started = _start(model, input_ids, attention_mask, request, prompt_cache)
+    state, prompt = started.state, input_ids.shape[1]
+    for count in range(1, int(request.max_new_tokens) + 1):
+        if count > 1:
+            state = started.continue_to(state, count)
         if int(state.length) < prompt + count:
             return
+        if prompt_cache is not None:
+            prompt_cache.keep(Earlier(state.tokens, state.cache))
         yield np.asarray(state.newest)
-
-
-def bucket(size: int) -> int:
-    """The size that programs are compiled for: at least 16, and at most an eighth more than `size`."""
-    step = max(16, 1 << max(size.bit_length() - 4, 0))
-    return -(-size // step) * step
 
 
 class _Started(NamedTuple):
     """A generation after its first token; `continue_to(state, count)` runs it to `count` new tokens."""
 
     state: _State
-    padding: int
     continue_to: Callable[[_State, int], _State]
 
 
@@ -161,11 +158,11 @@ def _start(
     input_ids: Int[Array, "batch prompt"],
     attention_mask: Array | None,
     request: Request,
+    prompt_cache: PromptCache | None = None,
 ) -> _Started:
     is_token = _require_prompt(model.config, input_ids, attention_mask)
     request = _checked_request(request, model.config)
     prompt, new = input_ids.shape[1], request.max_new_tokens
-    width, capacity = _bucketed(prompt, new, request.cache_capacity)
     limit = model.config.max_position_embeddings
     if prompt + new > limit:
         warnings.warn(
@@ -180,28 +177,46 @@ def _start(
         jnp.asarray(request.eos_token_ids, jnp.int32), jnp.asarray(pad_token_id, jnp.int32)
     )
     sampling, key = request.sampling, request.key
-    padding = width - prompt
+    cache_dtype = jnp.dtype(model.dtype if request.cache_dtype is None else request.cache_dtype)
     unstacked = can_unstack(model)
+    width, capacity = _bucketed(prompt, new, request.cache_capacity)
+    known, earlier = 0, None
+    if prompt_cache is not None:
+        if len(input_ids) != 1 or not is_token.all():
+            raise ValueError("prompt_cache: it is for one prompt without padding")
+        known, earlier = prompt_cache.take(
+            model.config,
+            np.asarray(input_ids)[0].tolist(),
+            capacity=request.cache_capacity,
+            least_capacity=prompt + new - 1,
+            dtype=cache_dtype,
+            unstacked=unstacked,
+        )
+        width = min(padded_length(prompt - known), earlier.cache.capacity - known)
+    padding = ((0, 0), (0, width - (prompt - known)))
+    # traced: prompts of all lengths in a bucket share a program
+    begin = jnp.asarray(prompt, jnp.int32)
     state = _prefill(
         model,
-        jnp.pad(jnp.asarray(input_ids, jnp.int32), ((0, 0), (padding, 0))),
-        jnp.pad(is_token, ((0, 0), (padding, 0))),
+        jnp.pad(jnp.asarray(input_ids, jnp.int32)[:, known:], padding),
+        jnp.pad(is_token[:, known:], padding),
+        begin,
+        earlier,
         sampling,
         ending,
         key,
-        capacity=capacity,
-        cache_dtype=jnp.dtype(model.dtype if request.cache_dtype is None else request.cache_dtype),
+        capacity=None if earlier else capacity,
+        cache_dtype=cache_dtype,
         unstacked=unstacked,
         output_scores=request.output_scores,
     )
     decoder = unstack_layers(model) if unstacked else model
-    begin = jnp.asarray(width, jnp.int32)  # traced: prompts of all widths share a program
 
     def continue_to(state: _State, count: int) -> _State:
-        end = jnp.asarray(width + count, jnp.int32)
+        end = jnp.asarray(prompt + count, jnp.int32)
         return _decode(decoder, state, end, begin, sampling, ending, key)
 
-    return _Started(state, padding, continue_to)
+    return _Started(state, continue_to)
 
 
 def _checked_request(request: Request, config: LlamaConfig) -> Request:
@@ -269,57 +284,83 @@ def _bucketed(prompt: int, new: int, cache_capacity: int | None) -> tuple[int, i
     return min(bucket(prompt), prompt + cache_capacity - needed), cache_capacity
 
 
-@partial(jax.jit, static_argnames=("capacity", "cache_dtype", "unstacked", "output_scores"))
+@partial(
+    jax.jit,
+    static_argnames=("capacity", "cache_dtype", "unstacked", "output_scores"),
+    donate_argnames="earlier",
+)
 def _prefill(
     model: CausalModel,
     input_ids: Int[Array, "batch width"],
     is_token: Bool[Array, "batch width"],
+    end: Int[Array, ""],
+    earlier: Earlier | None,
     sampling: Sampling,
     ending: Ending,
     key: Key[Array, ""] | None,
     *,
-    capacity: int,
+    capacity: int | None,
     cache_dtype: jnp.dtype,
     unstacked: bool,
     output_scores: bool,
 ) -> _State:
-    """Run the prompt and choose the first token."""
+    """Run the prompt and choose the first token.
+
+    Args:
+        input_ids: of the prompt what is not in `earlier`, padded on the right.
+        end: the length of the complete prompt.
+        capacity: of a new cache, where there is no earlier one.
+    """
     batch, width = input_ids.shape
-    counted = jnp.cumsum(is_token, axis=-1, dtype=jnp.int32)
+    zero = jnp.zeros((), jnp.int32)
+    if earlier is None:
+        assert capacity is not None
+        cache = init_cache(model.config, batch, capacity, cache_dtype)
+        tokens, start = jnp.broadcast_to(ending.pad_token_id, (batch, capacity + 1)), zero
+        before: Int[Array, "batch 1"] | int = 0
+    else:
+        cache = stack_cache(earlier.cache) if unstacked else earlier.cache
+        tokens, start = earlier.tokens, cache.length
+        before = start[None, None]  # one row without padding
+    counted = before + jnp.cumsum(is_token, axis=-1, dtype=jnp.int32)
     out = model(
         input_ids,
         attention_mask=is_token,
         position_ids=jnp.maximum(counted - 1, 0),
-        cache=init_cache(model.config, batch, capacity, cache_dtype),
-        logits_to_keep=1,
+        cache=cache,
+        logits_to_keep=(end - start - 1)[None],
     )
-    vocab, slots = model.config.vocab_size, capacity + 1
+    # the first decoding step writes over the padding
+    cache = replace(out.cache, length=end)
+    tokens = jax.lax.dynamic_update_slice(tokens, input_ids, (zero, start))
+    vocab, slots = model.config.vocab_size, tokens.shape[1]
+    in_prompt = cache.is_token & (jnp.arange(cache.capacity, dtype=jnp.int32) < end)[None]
+    ids = tokens[:, : cache.capacity]
     seen = scores = None
     if sampling.repetition_penalty is not None:
-        without_padding = jnp.where(is_token, input_ids, vocab)  # out of range: dropped
+        without_padding = jnp.where(in_prompt, ids, vocab)  # out of range: dropped
         rows = jnp.arange(batch)[:, None]
         seen = jnp.zeros((batch, vocab), bool).at[rows, without_padding].set(True, mode="drop")
     row_tokens = None
     if sampling.processors:
         # tokens first, in their order, then the padding
-        order = jnp.argsort(~is_token, axis=-1, stable=True)
-        tokens_first = jnp.take_along_axis(input_ids, order, axis=-1)
-        row_tokens = jnp.pad(tokens_first, ((0, 0), (0, slots - width)))
+        order = jnp.argsort(~in_prompt, axis=-1, stable=True)
+        tokens_first = jnp.take_along_axis(ids, order, axis=-1)
+        row_tokens = jnp.pad(tokens_first, ((0, 0), (0, 1)))
     if output_scores:
         scores = jnp.zeros((batch, slots - width, vocab), working_dtype(model.dtype))
-    tokens = jnp.broadcast_to(ending.pad_token_id, (batch, slots)).at[:, :width].set(input_ids)
     state = _State(
         tokens=tokens,
-        length=jnp.asarray(width, jnp.int32),
+        length=end,
         newest=input_ids[:, -1],
         position=counted[:, -1] - 1,
         ended=jnp.zeros(batch, bool),
-        cache=unstack_cache(out.cache) if unstacked else out.cache,
+        cache=unstack_cache(cache) if unstacked else cache,
         seen=seen,
         row_tokens=row_tokens,
         scores=scores,
     )
-    return _append(state, out.logits[:, -1], width, sampling, ending, key)
+    return _append(state, out.logits[:, -1], end, sampling, ending, key)
 
 
 @partial(jax.jit, donate_argnames="state")
@@ -327,12 +368,12 @@ def _decode(
     model: CausalModel,
     state: _State,
     end: Int[Array, ""],
-    width: Int[Array, ""],
+    begin: Int[Array, ""],
     sampling: Sampling,
     ending: Ending,
     key: Key[Array, ""] | None,
 ) -> _State:
-    """Decode until `end` columns are written or every row has ended."""
+    """Decode until `end` columns are written or every row has ended; the prompts have `begin`."""
 
     def unfinished(state: _State) -> Array:
         return (state.length < end) & ~jnp.all(state.ended)
@@ -340,7 +381,7 @@ def _decode(
     def step(state: _State) -> _State:
         out = model(state.newest[:, None], position_ids=state.position[:, None], cache=state.cache)
         state = replace(state, cache=out.cache)
-        return _append(state, out.logits[:, -1], width, sampling, ending, key)
+        return _append(state, out.logits[:, -1], begin, sampling, ending, key)
 
     return jax.lax.while_loop(unfinished, step, state)
 
@@ -348,7 +389,7 @@ def _decode(
 def _append(
     state: _State,
     logits: Float[Array, "batch vocab"],
-    width: int | Int[Array, ""],
+    begin: Int[Array, ""],
     sampling: Sampling,
     ending: Ending,
     key: Key[Array, ""] | None,
@@ -357,7 +398,7 @@ def _append(
     wide = logits.astype(working_dtype(logits.dtype))
     lengths = state.position + 1
     scores = filtered(sampling, wide, state.row_tokens, lengths, state.seen)
-    count = state.length - width
+    count = state.length - begin
     step_key = jax.random.fold_in(key, count) if sampling.do_sample and key is not None else None
     newest = jnp.where(state.ended, ending.pad_token_id, choose(sampling, scores, step_key))
     zero = jnp.zeros((), jnp.int32)

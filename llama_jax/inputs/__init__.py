@@ -1,1 +1,1 @@
-"""Validation of what users pass to a model: token `ids`, `labels`, `positions` and PRNG `keys`."""
+"""What users pass to a model: checks of `ids`, `labels`, `positions` and `keys`; padded `lengths`."""

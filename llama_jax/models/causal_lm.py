@@ -19,6 +19,7 @@ from llama_jax.config import LlamaConfig
 from llama_jax.generation import loop
 from llama_jax.generation.config import GENERATION_FILE, GenerationConfig, read_generation_config
 from llama_jax.generation.loop import GenerateOutput, Request
+from llama_jax.generation.prompt_cache import PromptCache
 from llama_jax.generation.sampling import LogitsProcessor, Sampling
 from llama_jax.inputs.labels import require_labels
 from llama_jax.inputs.positions import as_array, keep_positions
@@ -240,7 +241,7 @@ class LlamaForCausalLM(PretrainedModel):
             repetition_penalty: divides positive logits of tokens that occurred before, and multiplies
                 negative ones, > 0. Default: the checkpoint's, or 1.
             logits_processors: your own filters, applied after the repetition penalty and before the
-                temperature. Each maps (logits [batch, vocab], ids [batch, slots], lengths [batch]) to new
+                temperature. Each maps (ids [batch, slots], logits [batch, vocab], lengths [batch]) to new
                 logits, under jit; the tokens of row r so far are ids[r, : lengths[r]], without padding.
             eos_token_id: the token, or tokens, that end a row; () for none. Default: the checkpoint's.
             pad_token_id: fills rows that have ended. Default: the checkpoint's, or the first
@@ -320,8 +321,18 @@ class LlamaForCausalLM(PretrainedModel):
         key: Key[Array, ""] | None = None,
         cache_capacity: int | None = None,
         cache_dtype: DTypeLike | None = None,
+        prompt_cache: PromptCache | None = None,
     ) -> Iterator[np.ndarray]:
-        """Yield the new tokens of `generate` one step at a time, int32 [batch]. Same arguments."""
+        """Yield the new tokens of `generate` one step at a time, int32 [batch].
+
+        Args:
+            prompt_cache: of the earlier prompts of a conversation; what this one begins with like the last
+                one and its continuation is not run again. For one prompt without padding. The other
+                arguments are those of `generate`.
+
+        Raises:
+            ValueError: a `prompt_cache` with several prompts or padding, or as `generate`.
+        """
         request = self._request(
             self.generation_config.sampling(
                 do_sample=do_sample,
@@ -339,7 +350,7 @@ class LlamaForCausalLM(PretrainedModel):
             cache_capacity=cache_capacity,
             cache_dtype=cache_dtype,
         )
-        return loop.stream(self, *_as_arrays(input_ids, attention_mask), request)
+        return loop.stream(self, *_as_arrays(input_ids, attention_mask), request, prompt_cache)
 
     def _request(
         self,

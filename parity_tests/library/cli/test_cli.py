@@ -11,8 +11,9 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 
 from llama_jax import PRESETS, LlamaConfig, LlamaForCausalLM
 from llama_jax.__main__ import main
-from llama_jax.cli import text as text_commands
+from llama_jax.cli import chat as chat_command
 from llama_jax.cli.arguments import Parser, some_text
+from llama_jax.generation import loop
 
 WORDS = ["the", "capital", "of", "France", "is", "Paris", "and", "a", "b", "c", "d", "e"]
 
@@ -82,10 +83,41 @@ def test_several_prompts_are_one_batch(directory, capsys):
     assert generate(directory, *arguments) == 0
     rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert [row["prompt"] for row in rows] == ["the capital of France is", "Paris is"]
+    assert [row.pop("index") for row in rows] == [0, 1]
     assert main(["generate", "--model", str(directory), *arguments]) == 0
     (row,) = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert row.pop("index") == 0
     assert row == rows[1]
     assert (row["new_tokens"], row["finish_reason"]) == (4, "length")
+
+
+def test_prompts_are_printed_as_they_end_and_then_nothing_is_decoded(
+    directory, capsys, monkeypatch
+):
+    decoded = 0
+    decode = loop._decode
+
+    def counting(*arguments):
+        nonlocal decoded
+        decoded += 1
+        return decode(*arguments)
+
+    monkeypatch.setattr(loop, "_decode", counting)
+    words = []
+    for prompt in ("the capital of France is", "Paris is"):
+        assert generate(directory, "--json", "--max-new-tokens", "7", prompt=prompt) == 0
+        words.append(json.loads(capsys.readouterr().out)["text"].split())
+    # the second ends with its first word, unless that is the first one's as well
+    late = next(n for n, word in enumerate(words[0]) if word != words[1][0])
+    decoded = 0
+    stops = ("--stop", words[1][0], "--stop", words[0][late])
+    more = ("--prompt", "Paris is", "--max-new-tokens", "7", "--json")
+    assert generate(directory, *more, *stops) == 0
+    rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [row["finish_reason"] for row in rows] == ["stop", "stop"]
+    by_end = sorted(rows, key=lambda row: (row["new_tokens"], row["index"]))
+    assert rows == by_end
+    assert decoded == rows[-1]["new_tokens"] - 1
 
 
 def test_a_stop_string_ends_and_is_left_out(directory, capsys):
@@ -151,10 +183,10 @@ def test_chat_keeps_the_conversation(directory, tmp_path, capsys, monkeypatch):
     copy = copy_of(directory, tmp_path)
     (copy / "chat_template.jinja").write_text(TEMPLATE)
     seen = []
-    encode = text_commands._encode
+    encode = chat_command.encode
     monkeypatch.setattr(
-        text_commands,
-        "_encode",
+        chat_command,
+        "encode",
         lambda t, text, *a, **k: seen.append(text) or encode(t, text, *a, **k),
     )
     assert chat(copy, monkeypatch, "the capital\n\nand a\n") == 0
@@ -163,6 +195,34 @@ def test_chat_keeps_the_conversation(directory, tmp_path, capsys, monkeypatch):
     assert seen[1] == f"user the capital assistant {first} user and a "
     assert chat(copy, monkeypatch, "wrong\n") == 2
     assert "chat template: no such turn" in error_line(capsys)
+
+
+def test_chat_runs_what_is_new_and_forgets_what_does_not_fit(
+    directory, tmp_path, capsys, monkeypatch
+):
+    copy = copy_of(directory, tmp_path)
+    prompt = "{% if add_generation_prompt %}assistant {% endif %}"
+    (copy / "chat_template.jinja").write_text(TEMPLATE + prompt)
+    run = []
+    prefill = loop._prefill
+
+    def counting(model, ids, is_token, *rest, **more):
+        run.append(int(is_token.sum()))
+        return prefill(model, ids, is_token, *rest, **more)
+
+    monkeypatch.setattr(loop, "_prefill", counting)
+    assert chat(copy, monkeypatch, "the capital\nand\nof a b\n") == 0
+    captured = capsys.readouterr()
+    # the last token of an answer is run with the next turn; then only "user" is as before
+    assert run == [4, 1 + 3, 4]
+    assert captured.err == (
+        "warning: the context of 16 tokens is full: the oldest turns are forgotten (2)\n"
+    )
+    last = captured.out.splitlines()[2].split()
+    assert generate(copy, "--json", "--max-new-tokens", "3", prompt="user of a b assistant") == 0
+    assert json.loads(capsys.readouterr().out)["text"].split() == last
+    assert chat(copy, monkeypatch, "a " * 15 + "\n") == 2
+    assert "message: found 17 tokens with the chat template" in error_line(capsys)
 
 
 class Terminal(io.StringIO):
@@ -182,20 +242,20 @@ def test_ctrl_c_stops_the_answer_on_a_terminal(directory, tmp_path, capsys, monk
     copy = copy_of(directory, tmp_path)
     (copy / "chat_template.jinja").write_text(TEMPLATE)
     seen = []
-    encode, tokens = text_commands._encode, text_commands._tokens
+    encode, tokens = chat_command.encode, chat_command.new_tokens
     monkeypatch.setattr(
-        text_commands,
-        "_encode",
+        chat_command,
+        "encode",
         lambda t, text, *a, **k: seen.append(text) or encode(t, text, *a, **k),
     )
 
-    def interrupted(*arguments):
-        for count, token in enumerate(tokens(*arguments)):
+    def interrupted(*arguments, **more):
+        for count, token in enumerate(tokens(*arguments, **more)):
             if len(seen) == 1 and count == 2:
                 raise KeyboardInterrupt
             yield token
 
-    monkeypatch.setattr(text_commands, "_tokens", interrupted)
+    monkeypatch.setattr(chat_command, "new_tokens", interrupted)
     lines = "the capital\nand a\n^C\nb\n"
     monkeypatch.setattr("sys.stdin", Terminal(lines) if terminal else io.StringIO(lines))
     assert main(["chat", "--model", str(copy), "--max-new-tokens", "4"]) == 130

@@ -373,6 +373,7 @@ def read_until(descriptor: int, wanted: str, seconds: float = 60) -> str:
 @pytest.mark.slow
 def test_ctrl_c_stops_an_answer_and_then_the_chat(files: Files) -> None:
     arguments = ["llama_jax", "chat", "--model", str(files.model), "--max-new-tokens", "100000"]
+    arguments += ["--cache-size", "200000"]
     process, terminal = on_terminal(arguments)
     with process:
         read_until(terminal, "> ")

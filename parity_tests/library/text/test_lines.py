@@ -13,8 +13,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from llama_jax.cli import chat as chat_command
 from llama_jax.cli import score
-from llama_jax.cli import text as text_commands
 from llama_jax.text.lines import byte_lines, read_lines, read_text, split_lines
 from parity_tests.report import tokens
 from train.data.documents import read_documents
@@ -55,7 +55,7 @@ def test_every_command_splits_lines_alike(tmp_path: Path, monkeypatch: pytest.Mo
     assert score._lines(path) == expected
     stdin = io.TextIOWrapper(io.BytesIO(text.encode()), encoding="utf-8")
     monkeypatch.setattr(sys, "stdin", stdin)
-    assert list(text_commands._lines()) == expected
+    assert list(chat_command._lines()) == expected
     # a text is one document with all its ends; JSON lines are a document each
     assert list(read_documents([path])) == [text.removeprefix("\ufeff")]
     ends = ["\r\n", "\r", "\n", ""]
