@@ -23,8 +23,10 @@ MODULES = {
     "parity": "parity",
     "pod": "pod",
     "precision": "precision",
+    "prefix": "shared_context",
     "pretrain": "pretraining",
     "restart": "restart",
+    "start": "start_up",
     "step": "step",
 }
 WITH_OPTIONS = ("convert", "gpu", "harness", "parity", "pod")
@@ -40,8 +42,10 @@ loss       the fused loss against plain JAX, torch and other fused losses: memor
 parity     our error against transformers', real checkpoint and every preset (options: parity --help)
 pod        the step compiled for slices of TPUs, beside MaxText's: memory, traffic (options: pod --help)
 precision  what lower precision of float32 matmuls does to the real checkpoint
+prefix     16 continuations of one context against one; a turn of a chat with and without its cache
 pretrain   validation loss after the demo's two minutes, and nanochat's in torch after the same time
 restart    time until the first step of a new run, and of the same run resumed
+start      imports, and generate as a whole command against transformers: first and second run
 step       a training step against torch: time, memory, tokens per second
 """
 

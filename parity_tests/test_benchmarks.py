@@ -1,5 +1,7 @@
 """Parts of the benchmarks: emulated precision, drift from the oracle, presets grouped by shape."""
 
+import sys
+from dataclasses import replace
 from pathlib import Path
 
 import jax
@@ -11,6 +13,7 @@ from flax import nnx
 from torch.nn.functional import cross_entropy, kl_div
 
 import benchmarks.conversion as conversion
+import benchmarks.shared_context as shared_context
 import benchmarks.step as step
 from benchmarks.__main__ import main
 from benchmarks.foreign_checkpoints import FOREIGN
@@ -18,6 +21,7 @@ from benchmarks.isolated import FailedError, measure
 from benchmarks.parity import same_shapes
 from benchmarks.precision import BFLOAT16, TF32, drift, emulated, emulated_einsum
 from benchmarks.report import markdown
+from benchmarks.start_up import timed
 from convert.formats import registry
 from llama_jax import PRESETS, LlamaConfig, LlamaForCausalLM
 from llama_jax.inspection.architecture import tensors
@@ -195,3 +199,23 @@ def test_what_was_run_is_measured(tmp_path: Path) -> None:
 def test_a_pair_without_its_source_is_an_error(pair: str) -> None:
     with pytest.raises(ValueError, match="--pairs"):
         conversion.require_sources([pair])
+
+
+def test_a_command_is_timed_until_it_prints_and_until_it_ends() -> None:
+    program = "import time; print('x', flush=True); time.sleep(0.2); print('y')"
+    times = timed([sys.executable, "-c", program])
+    assert 0 < times.first <= times.total - 0.2
+    assert times.processor > 0
+    with pytest.raises(ValueError, match="failed: no such thing"):
+        timed([sys.executable, "-c", "raise SystemExit('no such thing')"])
+
+
+def test_texts_that_begin_alike_are_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("benchmarks.decode.ROUNDS", 1)
+    config = replace(PRESETS["tiny-4m"], num_hidden_layers=1)
+    found = shared_context.report(LlamaForCausalLM(config, rngs=nnx.Rngs(0)), context=20, count=3)
+    assert [row[0].split(",")[0] for row in found.rows] == [
+        *("score", "the same with 3 continuations", "chat", "the same")
+    ]
+    (values,) = found.values
+    assert values["ratios"].keys() == {"all", "kept"}

@@ -23,6 +23,8 @@ from llama_jax.inputs.lengths import bucket, padded_length
 from llama_jax.numerics.matmul import working_dtype
 from llama_jax.numerics.scalars import is_integer, plain_number
 
+Prompt = Int[Array, "batch prompt"] | Int[np.ndarray, "batch prompt"]
+
 
 class CausalModel(Protocol):
     """What generation needs of a model, which is called like `LlamaForCausalLM`."""
@@ -68,8 +70,8 @@ class GenerateOutput(NamedTuple):
 class Ending(NamedTuple):
     """The tokens that end a row, and the one that fills it from then on; traced."""
 
-    eos_token_ids: Int[Array, " ends"]
-    pad_token_id: Int[Array, ""]
+    eos_token_ids: Int[Array, " ends"] | Int[np.ndarray, " ends"]
+    pad_token_id: Int[Array, ""] | Int[np.ndarray, ""]
 
 
 @jax.tree_util.register_dataclass
@@ -108,8 +110,8 @@ class Request(NamedTuple):
 
 def generate(
     model: CausalModel,
-    input_ids: Int[Array, "batch prompt"],
-    attention_mask: Array | None,
+    input_ids: Prompt,
+    attention_mask: Array | np.ndarray | None,
     request: Request,
 ) -> Int[Array, "batch total"] | GenerateOutput:
     """The prompt and the continuation of every row, as `LlamaForCausalLM.generate` returns them.
@@ -128,8 +130,8 @@ def generate(
 
 def stream(
     model: CausalModel,
-    input_ids: Int[Array, "batch prompt"],
-    attention_mask: Array | None,
+    input_ids: Prompt,
+    attention_mask: Array | np.ndarray | None,
     request: Request,
     prompt_cache: PromptCache | None = None,
 ) -> Iterator[np.ndarray]:
@@ -155,8 +157,8 @@ class _Started(NamedTuple):
 
 def _start(
     model: CausalModel,
-    input_ids: Int[Array, "batch prompt"],
-    attention_mask: Array | None,
+    input_ids: Prompt,
+    attention_mask: Array | np.ndarray | None,
     request: Request,
     prompt_cache: PromptCache | None = None,
 ) -> _Started:
@@ -173,33 +175,33 @@ def _start(
     pad_token_id = request.pad_token_id
     if pad_token_id is None:
         pad_token_id = request.eos_token_ids[0] if request.eos_token_ids else 0
-    ending = Ending(
-        jnp.asarray(request.eos_token_ids, jnp.int32), jnp.asarray(pad_token_id, jnp.int32)
-    )
+    # in numpy, as lengths and prompts below: JAX would compile a program for each new shape
+    ending = Ending(np.asarray(request.eos_token_ids, np.int32), np.asarray(pad_token_id, np.int32))
     sampling, key = request.sampling, request.key
     cache_dtype = jnp.dtype(model.dtype if request.cache_dtype is None else request.cache_dtype)
     unstacked = can_unstack(model)
     width, capacity = _bucketed(prompt, new, request.cache_capacity)
+    ids = np.asarray(input_ids).astype(np.int32)
     known, earlier = 0, None
     if prompt_cache is not None:
         if len(input_ids) != 1 or not is_token.all():
             raise ValueError("prompt_cache: it is for one prompt without padding")
         known, earlier = prompt_cache.take(
             model.config,
-            np.asarray(input_ids)[0].tolist(),
+            ids[0].tolist(),
             capacity=request.cache_capacity,
-            least_capacity=prompt + new - 1,
+            new=new,
             dtype=cache_dtype,
             unstacked=unstacked,
         )
         width = min(padded_length(prompt - known), earlier.cache.capacity - known)
     padding = ((0, 0), (0, width - (prompt - known)))
     # traced: prompts of all lengths in a bucket share a program
-    begin = jnp.asarray(prompt, jnp.int32)
+    begin = np.asarray(prompt, np.int32)
     state = _prefill(
         model,
-        jnp.pad(jnp.asarray(input_ids, jnp.int32)[:, known:], padding),
-        jnp.pad(is_token[:, known:], padding),
+        np.pad(ids[:, known:], padding),
+        np.pad(is_token[:, known:], padding),
         begin,
         earlier,
         sampling,
@@ -213,7 +215,7 @@ def _start(
     decoder = unstack_layers(model) if unstacked else model
 
     def continue_to(state: _State, count: int) -> _State:
-        end = jnp.asarray(prompt + count, jnp.int32)
+        end = np.asarray(prompt + count, np.int32)
         return _decode(decoder, state, end, begin, sampling, ending, key)
 
     return _Started(state, continue_to)
@@ -254,15 +256,17 @@ def _checked_request(request: Request, config: LlamaConfig) -> Request:
     )
 
 
-def _require_prompt(config: LlamaConfig, input_ids: Array, mask: Array | None) -> Array:
+def _require_prompt(
+    config: LlamaConfig, input_ids: Prompt, mask: Array | np.ndarray | None
+) -> np.ndarray:
     """The mask as booleans."""
     require_ids("input_ids", input_ids, config.vocab_size)
     if mask is None:
-        return jnp.ones(input_ids.shape, bool)
+        return np.ones(input_ids.shape, bool)
     if mask.shape != input_ids.shape:
         raise ValueError(f"attention_mask: found shape {mask.shape}, expected {input_ids.shape}")
-    is_token = jnp.asarray(mask).astype(bool)
-    if not np.asarray(is_token)[:, -1].all():
+    is_token = np.asarray(mask).astype(bool)
+    if not is_token[:, -1].all():
         warnings.warn(
             "attention_mask: padding after the prompt; pad prompts on the left",
             stacklevel=5,

@@ -11,6 +11,7 @@ from jaxtyping import Array, Int
 
 from llama_jax.attention.cache import KVCache, grow_cache, init_cache, unstack_cache
 from llama_jax.config import LlamaConfig
+from llama_jax.inputs.lengths import padded_length
 from llama_jax.text.incremental import common_length
 
 
@@ -69,20 +70,22 @@ class PromptCache:
         prompt: list[int],
         *,
         capacity: int | None,
-        least_capacity: int,
+        new: int,
         dtype: jnp.dtype,
         unstacked: bool,
     ) -> tuple[int, Earlier]:
         """How many tokens of the prompt need not be run, at least one fewer than all, and their cache.
 
         Args:
-            capacity: of the cache; None for as much as `least_capacity` or the earlier cache asks for.
+            capacity: of the cache; None for one that holds the prompt with `new` tokens after it, and what
+                is run of it padded to `padded_length`.
         """
         known = _reusable(config, self.tokens, prompt)
         held, self._held = self._held, None
         cached = held.cache.capacity if held is not None else 0
+        needed = max(len(prompt) + new - 1, known + padded_length(len(prompt) - known))
         # in powers of two, so that a conversation compiles few programs
-        slots = capacity or max(cached, 1 << (least_capacity - 1).bit_length())
+        slots = capacity or max(cached, 1 << (needed - 1).bit_length())
         if not known or held is None or cached > slots or _dtype(held.cache) != dtype:
             cache = init_cache(config, 1, slots, dtype)
             empty = Earlier(
@@ -91,7 +94,7 @@ class PromptCache:
             return 0, empty
         if cached < slots:
             held = _grow(held, slots)
-        return known, held._replace(cache=replace(held.cache, length=jnp.asarray(known, jnp.int32)))
+        return known, held._replace(cache=replace(held.cache, length=np.asarray(known, np.int32)))
 
 
 def _reusable(config: LlamaConfig, cached: list[int], prompt: list[int]) -> int:

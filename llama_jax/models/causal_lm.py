@@ -381,8 +381,13 @@ class LlamaForCausalLM(PretrainedModel):
         return {GENERATION_FILE: fields} if fields else {}
 
 
-def _as_arrays(ids: Any, mask: Any) -> tuple[Array, Array | None]:
-    return jnp.asarray(ids), None if mask is None else jnp.asarray(mask)
+def _as_arrays(ids: Any, mask: Any) -> tuple[Array | np.ndarray, Array | np.ndarray | None]:
+    # what is not there yet does not become JAX's, which compiles a program for every shape
+    ids, mask = (
+        values if isinstance(values, jax.Array | None) else np.asarray(values)
+        for values in (ids, mask)
+    )
+    return ids, mask
 
 
 def causal_lm_loss(

@@ -36,11 +36,11 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def generate(directory: Path, *more: str, **variables: str) -> str:
+def generate(directory: Path, *more: str, prompt: str = "the", **variables: str) -> str:
     """What a new process says on stderr."""
     command = (sys.executable, "-m", "llama_jax", "generate", "--model", str(directory))
     result = subprocess.run(
-        (*command, "--prompt", "the", "--max-new-tokens", "3", *more),
+        (*command, "--prompt", prompt, "--max-new-tokens", "3", *more),
         cwd=ROOT,
         env=os.environ | {"JAX_PLATFORMS": "cpu"} | variables,
         capture_output=True,
@@ -65,6 +65,10 @@ def test_the_next_command_finds_what_this_one_compiled(directory, tmp_path):
         (kind,) = (tmp_path / "llama_jax/compiled").iterdir()
         assert kind.stat().st_mode & 0o077 == 0
         assert found_by(directory, **there) >= PROGRAMS
+        # a prompt of another length, padded to the same, needs no other program, however small
+        said = generate(directory, prompt="the the the", JAX_EXPLAIN_CACHE_MISSES="1", **there)
+        compiled = set(re.findall(r"CACHE MISS for '(\w+)'", said))
+        assert compiled <= {"jit__threefry_seed"}  # compiles too fast to be kept
         assert not found_by(directory, "--no-cache", **there)
         assert not found_by(directory, "--cache", str(tmp_path / "other"), **there) & PROGRAMS
         for file in kind.glob("*-cache"):
