@@ -21,17 +21,32 @@ from llama_jax.checkpoints.adapter import (
     open_adapter,
     source_of,
 )
-from llama_jax.checkpoints.match import Model, abstract_model, compare_shapes, match_checkpoint
+from llama_jax.checkpoints.match import (
+    CheckpointMatch,
+    Model,
+    abstract_model,
+    compare_shapes,
+    match_checkpoint,
+)
 from llama_jax.checkpoints.names import ParamPath, ParamSlice, flat_params, name_table
 from llama_jax.checkpoints.quantized import compressed_tensors_write
 from llama_jax.checkpoints.quantized.weights import with_codes
-from llama_jax.checkpoints.safetensors_read import CODE_DTYPES, read_slice, read_tensor
+from llama_jax.checkpoints.safetensors_read import (
+    CODE_DTYPES,
+    StoredTensor,
+    all_finite,
+    read_slice,
+    read_tensor,
+    stored_dtype,
+)
 from llama_jax.checkpoints.safetensors_write import TensorSpec, write_safetensors
 from llama_jax.checkpoints.weight_files import open_weights
 from llama_jax.config import LlamaConfig
 from llama_jax.files.foreign_weights import ADAPTER_CONFIG
 from llama_jax.files.json_object import read_json_object
+from llama_jax.files.mapping import FilePart, can_map, map_parts
 from llama_jax.files.paths import source_path
+from llama_jax.files.remote import is_remote
 from llama_jax.files.staging import staged_directory, write_text
 from llama_jax.files.upload import output_directory
 from llama_jax.formatting import size, summarize
@@ -42,6 +57,11 @@ from llama_jax.quantization.model import (
     read_quantization,
 )
 
+_WORKERS = min(8, os.cpu_count() or 1)
+# Bytes of a model. Smaller ones are copied in less than a second, into large pages, from which a step of
+# decoding in float32 takes 4% less time.
+_MAPPED_FROM = 2**30
+_MAPPED_TENSOR = 2**16  # bytes; the least
 # files of an earlier save that would be taken for the new model's
 _STALE = (
     "generation_config.json",
@@ -97,6 +117,10 @@ def load(
 ) -> Model:
     """Load a model from a directory of safetensors; each tensor is read straight into its parameter.
 
+    Of a model of 1 GiB or more, tensors in the model's dtype are mapped, if they lie on complete pages, as
+    in files that this library writes: then nothing is copied. Such files may be replaced, but must not be
+    changed in place, while the model is in use.
+
     As in transformers, a model can be loaded from the checkpoint of any Llama, whatever head it has. A
     missing task head is initialized; a missing language-model head is an error.
 
@@ -127,7 +151,8 @@ def load(
     match = match_checkpoint(model_class, config, weights, directory, dtype)
     tensors, table, problems = match.tensors, match.table, match.problems
     # with a problem there will be no model, but values are still checked, for a complete error
-    buffers = {} if problems else _allocate(match.abstract)
+    mapped = {} if problems else _map(match)
+    buffers = {} if problems else _allocate(match.abstract, mapped)
 
     def read(name: str) -> str | None:
         tensor = tensors[name]
@@ -136,13 +161,15 @@ def load(
         else:
             out = np.empty(tensor.shape, CODE_DTYPES.get(tensor.dtype, match.dtype))
         try:
-            finite = read_tensor(tensor, out)
+            if name in table and table[name].path in mapped:
+                finite = tensor.dtype in CODE_DTYPES or all_finite(out)
+            else:
+                finite = read_tensor(tensor, out)
         except (ValueError, OSError) as error:
             return str(error)
         return None if finite else f"{name}: holds non-finite values as {out.dtype}"
 
-    workers = min(8, os.cpu_count() or 1)
-    with ThreadPoolExecutor(workers) as pool:
+    with ThreadPoolExecutor(_WORKERS) as pool:
         problems += filter(None, pool.map(read, [name for name in tensors if name in table]))
     _require_no_problems(problems, directory)
     warn_ignored(config, directory, weights.notes)
@@ -382,8 +409,41 @@ def _initial(
     return dict(zip(paths, jax.jit(values)(), strict=True))
 
 
-def _allocate(abstract: nnx.Module) -> dict[ParamPath, np.ndarray]:
-    return {path: _aligned(leaf.shape, leaf.dtype) for path, leaf in flat_params(abstract).items()}
+def _map(match: CheckpointMatch) -> dict[ParamPath, np.ndarray]:
+    """The parameters of a large model that are in the files as they are in it, in complete pages."""
+    if sum(tensor.nbytes for tensor in match.tensors.values()) < _MAPPED_FROM:
+        return {}
+    parts: dict[ParamPath, list[FilePart | None]] = {}
+    params = flat_params(match.abstract)
+    for name, target in match.table.items():  # in the order of the layers
+        tensor, param = match.tensors.get(name), params[target.path]
+        as_stored = (
+            type(tensor) is StoredTensor
+            and tensor.nbytes >= _MAPPED_TENSOR
+            and not is_remote(tensor.path)
+            and stored_dtype(tensor.dtype) == param.dtype
+        )
+        part = FilePart(tensor.path, tensor.offset, tensor.nbytes) if tensor and as_stored else None
+        parts.setdefault(target.path, []).append(part if part and can_map(part) else None)
+    complete = {path: found for path, found in parts.items() if None not in found}
+    with ThreadPoolExecutor(_WORKERS) as pool:
+        arrays = pool.map(map_parts, complete.values())
+    return {
+        path: array.view(params[path].dtype).reshape(params[path].shape)
+        for path, array in zip(complete, arrays, strict=True)
+        if array is not None
+    }
+
+
+def _allocate(
+    abstract: nnx.Module, mapped: Mapping[ParamPath, np.ndarray] | None = None
+) -> dict[ParamPath, np.ndarray]:
+    """Memory for the parameters, uninitialized but for those that are there."""
+    there = mapped or {}
+    return {
+        path: there[path] if path in there else _aligned(leaf.shape, leaf.dtype)
+        for path, leaf in flat_params(abstract).items()
+    }
 
 
 def _aligned(shape: tuple[int, ...], dtype: np.dtype[Any]) -> np.ndarray:

@@ -1,9 +1,12 @@
 """Write safetensors files, one tensor at a time.
 
 The format (https://github.com/huggingface/safetensors, "Format"): eight bytes with the header's
-length N as little-endian uint64; N bytes of JSON, padded with spaces so that the data begins at a
-multiple of eight; then the tensors' bytes, C order, little-endian, without gaps. A large model is split
-into several such files, and `model.safetensors.index.json` says which tensor is in which file.
+length N as little-endian uint64; N bytes of JSON, padded with spaces; then the tensors' bytes, C order,
+little-endian, without gaps. A large model is split into several such files, and
+`model.safetensors.index.json` says which tensor is in which file.
+
+The data begins with a page of the system, and tensors of complete pages come first in it, so that a reader
+can map them (`llama_jax.files.mapping`).
 
 The `safetensors` library writes a dict of all tensors, which a converter cannot hold in memory. Here names,
 shapes and dtypes come first, and values are requested one tensor at a time.
@@ -15,7 +18,7 @@ import json
 import math
 import os
 import struct
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -50,6 +53,7 @@ DTYPE_NAMES: dict[np.dtype[Any], str] = {
     ]
 }
 
+_PAGE = 4096  # bytes; of x86 and most others
 _CHUNK_BYTES = 64 * 2**20  # per write: large enough to be fast, small enough to show progress
 
 
@@ -171,25 +175,36 @@ def write_file(
     progress: Callable[[int], None] | None = None,
 ) -> None:
     """Write one file at `path`, as `write_safetensors` does but for the renaming."""
+    offsets = _offsets(specs)
     with path.open("wb") as file:
-        file.write(_header(specs))
+        header = _header(specs, offsets)
+        file.write(header)
         for spec in specs:
+            file.seek(len(header) + offsets[spec.name])
             _write_tensor(file, spec, load(spec.name), progress)
 
 
-def _header(specs: Iterable[TensorSpec]) -> bytes:
+def _offsets(specs: Iterable[TensorSpec]) -> dict[str, int]:
+    """Where in the data each tensor begins: first those of complete pages."""
+    offsets, end = {}, 0
+    for spec in sorted(specs, key=lambda spec: spec.nbytes % _PAGE != 0):
+        offsets[spec.name] = end
+        end += spec.nbytes
+    return offsets
+
+
+def _header(specs: Iterable[TensorSpec], offsets: Mapping[str, int]) -> bytes:
     """Length, JSON and padding: everything before the data."""
     entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    offset = 0
     for spec in specs:
+        begin = offsets[spec.name]
         entries[spec.name] = {
             "dtype": DTYPE_NAMES[np.dtype(spec.dtype)],
             "shape": list(spec.shape),
-            "data_offsets": [offset, offset + spec.nbytes],
+            "data_offsets": [begin, begin + spec.nbytes],
         }
-        offset += spec.nbytes
     text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
-    text += b" " * (-len(text) % 8)
+    text += b" " * (-(8 + len(text)) % _PAGE)
     return struct.pack("<Q", len(text)) + text
 
 

@@ -94,7 +94,9 @@ class PromptCache:
             return 0, empty
         if cached < slots:
             held = _grow(held, slots)
-        return known, held._replace(cache=replace(held.cache, length=np.asarray(known, np.int32)))
+        return known, held._replace(
+            cache=replace(held.cache, length=jax.device_put(np.int32(known)))
+        )
 
 
 def _reusable(config: LlamaConfig, cached: list[int], prompt: list[int]) -> int:

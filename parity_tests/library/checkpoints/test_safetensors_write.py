@@ -52,14 +52,19 @@ def test_every_dtype_and_odd_shapes_round_trip(tmp_path: Path, dtype: np.dtype) 
         assert file.get_slice("matrix").get_shape() == [5, 6]
 
 
-def test_the_data_begins_at_a_multiple_of_eight(tmp_path: Path) -> None:
-    for n in range(8):
-        values = {"x" * (n + 1): np.arange(3, dtype=np.float32)}
-        (path,) = write_safetensors(tmp_path, specs_of(values), values.__getitem__)
-        data = path.read_bytes()
-        length = int.from_bytes(data[:8], "little")
-        assert length % 8 == 0
-        assert data[8 + length :] == np.arange(3, dtype=np.float32).tobytes()
+def test_tensors_of_complete_pages_begin_with_a_page(tmp_path: Path) -> None:
+    shapes = {"odd": (3,), "page": (1024,), "more": (5, 7), "pages": (3, 1024), "empty": (0,)}
+    specs = [TensorSpec(name, np.dtype(np.float32), shape) for name, shape in shapes.items()]
+    values = {name: np.full(shape, len(name), np.float32) for name, shape in shapes.items()}
+    (path,) = write_safetensors(tmp_path, specs, values.__getitem__)
+    content = path.read_bytes()
+    start = 8 + int.from_bytes(content[:8], "little")
+    header = json.loads(content[8:start])
+    for name in ("page", "pages"):
+        assert (start + header[name]["data_offsets"][0]) % 4096 == 0
+    assert list(header)[1:] == list(shapes)
+    for name, array in load_file(path).items():
+        np.testing.assert_array_equal(array, values[name])
 
 
 def test_views_are_written_in_their_own_order(tmp_path: Path) -> None:
