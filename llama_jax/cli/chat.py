@@ -60,9 +60,16 @@ def _chat(options: argparse.Namespace) -> None:
     for line in _lines():
         messages.append({"role": "user", "content": line})
         room = min(most, max(context // 4, 1))
-        messages, prompt, forgotten = fit_conversation(
-            messages, prompts, context=context, room=room
-        )
+        try:
+            messages, prompt, forgotten = fit_conversation(
+                messages, prompts, context=context, room=room
+            )
+        except ValueError as error:
+            if not sys.stdin.isatty():
+                raise
+            warnings.warn(f"{error}; the message is left out", stacklevel=2)
+            messages.pop()
+            continue
         if forgotten:
             warnings.warn(
                 f"the context of {context} tokens is full: the oldest turns are forgotten ({forgotten})",

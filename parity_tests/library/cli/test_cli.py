@@ -223,6 +223,11 @@ def test_chat_runs_what_is_new_and_forgets_what_does_not_fit(
     assert json.loads(capsys.readouterr().out)["text"].split() == last
     assert chat(copy, monkeypatch, "a " * 15 + "\n") == 2
     assert "message: found 17 tokens with the chat template" in error_line(capsys)
+    monkeypatch.setattr("sys.stdin", Terminal("a " * 15 + "\nthe\n"))
+    assert main(["chat", "--model", str(copy), "--max-new-tokens", "3"]) == 0
+    captured = capsys.readouterr()
+    assert "expected less than the 16 of the context; the message is left out" in captured.err
+    assert len(captured.out.replace("> ", "").split()) == 3
 
 
 class Terminal(io.StringIO):
