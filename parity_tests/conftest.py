@@ -38,7 +38,7 @@ CHECKED = (
         "models.task_head",
     ),
     *("loss.chunk", "loss.reduction", "loss.reference", "loss.scan", "loss.statistics"),
-    *("numerics.matmul", "numerics.rope"),
+    *("numerics.few_rows", "numerics.matmul", "numerics.rope"),
 )
 if (
     find_spec("beartype") is not None

@@ -25,11 +25,12 @@ from llama_jax.inputs.labels import require_labels
 from llama_jax.inputs.positions import as_array, keep_positions
 from llama_jax.loss import fused_linear_cross_entropy, shift_labels
 from llama_jax.models.decoder import Embeddings, LlamaModel, Positions, Tokens
-from llama_jax.models.layers import Linear
+from llama_jax.models.layers import Linear, step_matmul
 from llama_jax.models.pretrained import PretrainedModel
 from llama_jax.numerics.matmul import einsum, working_dtype
 from llama_jax.numerics.remat_policy import Kept, Remat
 from llama_jax.numerics.scalars import integers
+from llama_jax.quantization.weight import QuantizedWeight
 
 
 @jax.tree_util.register_dataclass
@@ -119,8 +120,11 @@ class LlamaForCausalLM(PretrainedModel):
     @property
     def head_weight(self) -> Float[Array, "vocab hidden"]:
         """The projection onto the vocabulary: of `lm_head`, or the embedding if tied."""
-        tied = self.config.tie_word_embeddings
-        return (self.model.embed_tokens if tied else self.lm_head).weight[...]
+        weight: Float[Array, "vocab hidden"] = self._head().weight[...]
+        return weight
+
+    def _head(self) -> Any:
+        return self.model.embed_tokens if self.config.tie_word_embeddings else self.lm_head
 
     def __call__(
         self,
@@ -172,15 +176,16 @@ class LlamaForCausalLM(PretrainedModel):
         hidden = keep_positions(decoded.last_hidden_state, logits_to_keep)
         head = self.head_weight
         working = working_dtype(hidden.dtype)
-        blocked = hidden.shape[1] > 1  # not a decoding step
-        logits = einsum(
-            "bsh,vh->bsv",
-            hidden,
-            head,
-            out_dtype=working,
-            blocked=blocked,
-            reduce_dtype=reduce_dtype,
-        )
+        logits = self._step_logits(hidden) if hidden.shape[1] == 1 else None
+        if logits is None:
+            logits = einsum(
+                "bsh,vh->bsv",
+                hidden,
+                head,
+                out_dtype=working,
+                blocked=hidden.shape[1] > 1,  # not a decoding step
+                reduce_dtype=reduce_dtype,
+            )
         loss = None
         if labels is not None:
             labels = as_array(labels)
@@ -195,6 +200,19 @@ class LlamaForCausalLM(PretrainedModel):
             hidden_states=decoded.hidden_states,
             attentions=decoded.attentions,
         )
+
+    def _step_logits(
+        self, hidden: Float[Array, "batch 1 hidden"]
+    ) -> Float[Array, "batch 1 vocab"] | None:
+        """Of a decoding step, where `step_matmul` has them."""
+        weight = self._head().weight
+        out = step_matmul(
+            hidden[:, 0],
+            weight if isinstance(weight, QuantizedWeight) else weight[...],
+            working_dtype(hidden.dtype),
+            is_head=True,
+        )
+        return None if out is None else out[:, None]
 
     def generate(
         self,

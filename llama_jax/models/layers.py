@@ -24,8 +24,10 @@ from llama_jax.config import LlamaConfig
 from llama_jax.inputs.keys import require_rngs
 from llama_jax.models.tensor_parallel import find_ring, gather_matmul, matmul_scatter
 from llama_jax.numerics.activations import ACTIVATIONS
-from llama_jax.numerics.matmul import einsum, few_rows_matmul, takes_few_rows, working_dtype
+from llama_jax.numerics.few_rows import few_rows_matmul
+from llama_jax.numerics.matmul import einsum, working_dtype
 from llama_jax.numerics.rope import rotate
+from llama_jax.quantization.weight import QuantizedWeight
 from llama_jax.sharding import RESIDUAL_AXES, SEQUENCE_AXIS, TENSOR_AXIS, constrain, mesh_axes
 
 Initializer = Callable[[jax.Array, tuple[int, ...], jnp.dtype], jax.Array]
@@ -70,7 +72,7 @@ def _for_every_token(
 
 def linear(
     x: Float[Array, "*batch in"],
-    weight: Float[Array, "out in"],
+    weight: Float[Array, "out in"] | QuantizedWeight,
     bias: Float[Array, " out"] | None,
     reduce_dtype: DTypeLike | None = None,
 ) -> Float[Array, "*batch out"]:
@@ -85,18 +87,32 @@ def linear(
     batch = "abcdefgh"[: tokens.ndim - 1]
     out_dtype = _before_bias(x.dtype, bias)
     is_step = x.shape[-2:-1] == (1,)  # of decoding
-    if is_step and tokens.ndim == 2 and takes_few_rows(len(tokens)):
-        out = few_rows_matmul(tokens, weight, out_dtype)
-    else:
+    out = step_matmul(tokens, weight, out_dtype) if is_step and tokens.ndim == 2 else None
+    if out is None:
         out = einsum(
             f"{batch}i,oi->{batch}o",
             tokens,
-            weight,
+            weight[...],
             out_dtype=out_dtype,
             blocked=not is_step,
             reduce_dtype=reduce_dtype,
         )
-    return _projected(out.reshape(*x.shape[:-1], weight.shape[0]), bias, x.dtype)
+    return _projected(out.reshape(*x.shape[:-1], out.shape[-1]), bias, x.dtype)
+
+
+def step_matmul(
+    x: Float[Array, "rows in"],
+    weight: Float[Array, "out in"] | QuantizedWeight,
+    out_dtype: jnp.dtype,
+    *,
+    is_head: bool = False,
+) -> Float[Array, "rows out"] | None:
+    """x weight^T of a decoding step, or None where XLA's matmul is the way: see `few_rows_matmul`."""
+    if isinstance(weight, QuantizedWeight):
+        out = weight.few_rows(x, out_dtype)
+        if out is not None:
+            return out
+    return few_rows_matmul(x, weight[...], out_dtype, is_head=is_head)
 
 
 def _before_bias(dtype: jnp.dtype, *biases: Array | None) -> jnp.dtype:
@@ -201,10 +217,12 @@ class Linear(nnx.Module):
         self, x: Float[Array, "*batch in"], reduce_dtype: DTypeLike | None = None
     ) -> Float[Array, "*batch out"]:
         """Project the last axis."""
-        weight, bias = self.arrays()
         if self.slices > 1:
-            return sliced_linear(x, weight, bias, self.slices, reduce_dtype)
-        return linear(x, weight, bias, reduce_dtype)
+            return sliced_linear(x, *self.arrays(), self.slices, reduce_dtype)
+        weight: Any = self.weight  # or codes in its place
+        if not isinstance(weight, QuantizedWeight):
+            weight = weight[...]
+        return linear(x, weight, self.bias[...] if hasattr(self, "bias") else None, reduce_dtype)
 
     def arrays(self) -> tuple[Float[Array, "out in"], Float[Array, " out"] | None]:
         """Weight and bias."""
@@ -228,12 +246,12 @@ def project_in(
     x: Float[Array, "batch seq in"], *projections: Linear, reduce_dtype: DTypeLike | None
 ) -> tuple[Float[Array, "batch seq out"], ...]:
     """`x`, from the residual stream, through several projections; where it is split, gathered once."""
+    if any(projection.slices > 1 for projection in projections) or not mesh_axes().sizes:
+        return tuple(projection(x, reduce_dtype) for projection in projections)
     weights, biases = zip(*(projection.arrays() for projection in projections), strict=True)
     ring = find_ring(*x.shape[:2], *(len(weight) for weight in weights))
-    if any(projection.slices > 1 for projection in projections):
-        return tuple(projection(x, reduce_dtype) for projection in projections)
     if ring is None:
-        if mesh_axes().sizes and x.shape[1] > 1:  # of one token, x is smaller than the weights
+        if x.shape[1] > 1:  # of one token, x is smaller than the weights
             weights = tuple(_gathered(weight) for weight in weights)
         return tuple(
             linear(x, weight, bias, reduce_dtype)

@@ -58,29 +58,6 @@ def einsum(
     return _low_precision_einsum(spec, out_dtype, reduce_dtype, a, b)
 
 
-# With a few rows, sums over columns are as fast as matrix units: both wait for the weights.
-_FEW_ROWS = 8
-
-
-def takes_few_rows(rows: int) -> bool:
-    """Whether `few_rows_matmul` is the faster way to multiply so many rows with a layer's weights."""
-    return target_platform() == "gpu" and rows <= _FEW_ROWS
-
-
-def few_rows_matmul(
-    x: Float[Array, "rows in"], weight: Float[Array, "out in"], out_dtype: jnp.dtype
-) -> Float[Array, "rows out"]:
-    """x weight^T, accumulated in float32 (float64 for float64) and rounded once, as one sum for each row.
-
-    For a step of decoding on a GPU. There XLA copies the weights of a layer out of the stacked array before
-    it multiplies with them; written as sums, it reads them in place, and once for all rows.
-    """
-    working = working_dtype(x.dtype)
-    wide = weight.astype(working)
-    rows = jnp.split(x.astype(working), len(x))
-    return jnp.stack([jnp.sum(wide * row, axis=-1) for row in rows]).astype(out_dtype)
-
-
 def weight_gradient(
     spec: str,
     cotangent: Float[Array, "..."],

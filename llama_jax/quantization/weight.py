@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int8, UInt8
 
+from llama_jax.numerics.few_rows import Codes, few_rows_from_codes
 from llama_jax.numerics.matmul import working_dtype
 
 _INT8_MAX = 127
@@ -64,6 +65,16 @@ class QuantizedWeight(nnx.Module):
             return dequantize_int4(self.codes[...], self.scale[...], self.zero[...])
         values = dequantize_int8(self.codes[...], self.scale[...])
         return values if self.group_size is None else values.reshape(*values.shape[:-2], -1)
+
+    def few_rows(
+        self, x: Float[Array, "rows in"], out_dtype: jnp.dtype
+    ) -> Float[Array, "rows out"] | None:
+        """x weight^T of a matrix that is not stacked, or None, see `few_rows_from_codes`."""
+        codes, scale = self.codes[...], self.scale[...]
+        if self.group_size is None:
+            codes, scale = codes[:, None], scale[:, None]
+        zero = self.zero[...] if self.bits == 4 else None
+        return few_rows_from_codes(x, (codes, scale, zero), _widened, out_dtype)
 
 
 def quantize_int8(
@@ -134,6 +145,13 @@ def dequantize_int4(
     wide = jnp.concatenate(halves, axis=-1).astype(working) + _INT4_MIN
     wide = wide * scale.astype(working)[..., None] + zero.astype(working)[..., None]
     return wide.astype(scale.dtype).reshape(*scale.shape[:-1], -1)
+
+
+def _widened(codes: Codes) -> Float[Array, "out in"]:
+    values, scale, zero = codes
+    if zero is not None:
+        return dequantize_int4(values, scale, zero)
+    return dequantize_int8(values, scale).reshape(len(values), -1)
 
 
 def _codes(wide: Array, scale: Array, zero: Array) -> Array:
