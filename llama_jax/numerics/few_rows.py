@@ -6,8 +6,10 @@ bfloat16 and integers in memory first; a kernel widens them in registers (extra 
 """
 
 import importlib.util
+import warnings
 from collections.abc import Callable
 from functools import cache, partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -83,12 +85,24 @@ def _takes(x: Array) -> bool:
     if len(x) > _FEW_ROWS or x.dtype not in (jnp.float32, jnp.bfloat16):
         return False
     is_one = jax.sharding.get_abstract_mesh().empty
-    return is_one and target_platform() == "cpu" and _is_installed()
+    return is_one and target_platform() == "cpu" and _kernel() is not None
 
 
 @cache
-def _is_installed() -> bool:
-    return importlib.util.find_spec("numba") is not None
+def _kernel() -> Callable[..., Array] | None:
+    """`multiply`, which takes seconds to compile where numba has no cache of it; None without numba."""
+    if importlib.util.find_spec("numba") is None:
+        return None
+    try:
+        from llama_jax.numerics.cpu.call import multiply
+    except (
+        ImportError,
+        OSError,
+        RuntimeError,
+    ) as error:  # no numba for this numpy, nowhere to cache
+        warnings.warn(f"decoding is slower than it could be: numba: {error}", stacklevel=2)
+        return None
+    return multiply
 
 
 def _is_weight(codes: Codes) -> Array:
@@ -101,8 +115,8 @@ def _from_memory(
     widen: Callable[[Codes], Array], x: Float[Array, "rows in"], codes: Codes
 ) -> Float[Array, "rows out"]:
     """By the kernel, in float32."""
-    from llama_jax.numerics.cpu.call import multiply  # compiles for seconds where nothing is cached
-
+    multiply = _kernel()
+    assert multiply is not None, "see _takes"
     values, scale, zero = codes
     scale = scale.astype(jnp.float32)
     zero = scale if zero is None else zero.astype(jnp.float32)
@@ -113,7 +127,7 @@ def _from_memory(
 def _from_memory_jvp(
     widen: Callable[[Codes], Array],
     primals: tuple[Array, Codes],
-    tangents: tuple[Array, Codes],
+    tangents: tuple[Array, Any],  # integers have none
 ) -> tuple[Array, Array]:
     def reference(x: Array, codes: Codes) -> Array:
         return jnp.einsum("bi,oi->bo", *(of.astype(jnp.float32) for of in (x, widen(codes))))

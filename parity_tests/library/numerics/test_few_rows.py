@@ -1,5 +1,7 @@
 """Matmuls of a decoding step: from bfloat16 and from codes on a CPU, as sums on a GPU."""
 
+import sys
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -144,10 +146,24 @@ def test_many_rows_and_no_numba_widen(monkeypatch):
     x = jnp.asarray(np.random.default_rng(1).standard_normal((9, 192)), jnp.float32)
     assert weight.few_rows(x, x.dtype) is None
     assert coded((16, 192), 8, 2, x.dtype).few_rows(x[:1], x.dtype) is None
-    monkeypatch.setattr(few_rows, "_is_installed", lambda: False)
+    monkeypatch.setattr(few_rows, "_kernel", lambda: None)
     assert weight.few_rows(x[:1], x.dtype) is None
     assert few_rows_matmul(x[:1], weight[...], x.dtype) is None
     np.testing.assert_allclose(step(x[:1], weight), x[:1] @ weight[...].T, rtol=1e-5, atol=1e-5)
+
+
+def test_a_numba_that_fails_is_a_warning(monkeypatch):
+    """Its own words, such as which numpy it needs, and the matmul as without it."""
+
+    class Failing:
+        def find_spec(self, name, path=None, target=None):
+            if name == "llama_jax.numerics.cpu.call":
+                raise ImportError("Numba needs NumPy 2.5 or less")
+
+    monkeypatch.delitem(sys.modules, "llama_jax.numerics.cpu.call", raising=False)
+    monkeypatch.setattr(sys, "meta_path", [Failing(), *sys.meta_path])
+    with pytest.warns(UserWarning, match="numba: Numba needs NumPy"):
+        assert few_rows._kernel.__wrapped__() is None
 
 
 def test_under_vmap():

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from llama_jax.models.layers import linear
-from llama_jax.numerics import matmul
+from llama_jax.numerics import few_rows, matmul
 from llama_jax.numerics.matmul import einsum
 from parity_tests.reference.errors import rms_error
 from parity_tests.reference.tolerances import ROUNDING_RATIO
@@ -68,7 +68,7 @@ def test_float32_rounds_no_more_than_torch_at_real_widths(rows, depth, width):
 @pytest.mark.parametrize("rows", [1, 8, 9])
 def test_a_step_of_decoding_on_a_gpu_is_sums_of_rows(monkeypatch, dtype, rows):
     """Up to eight rows are no matmul there; with and without a bias they round once, as a matmul does."""
-    monkeypatch.setattr(matmul, "target_platform", lambda: "gpu")
+    monkeypatch.setattr(few_rows, "target_platform", lambda: "gpu")
     rng = np.random.default_rng(0)
     with jax.enable_x64(True):
         x, weight, bias = (
