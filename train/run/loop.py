@@ -14,6 +14,7 @@ from llama_jax.config import LlamaConfig
 from llama_jax.formatting import printable
 from llama_jax.models.causal_lm import LlamaForCausalLM
 from train import startup
+from train.checkpoints import Restored
 from train.data import provenance
 from train.data.placement import placed_batches
 from train.data.tokens import Source
@@ -30,6 +31,7 @@ from train.monitoring.reporter import Reporter
 from train.options import RunOptions
 from train.program.build import Program, initial_opt_state, initial_params, model_of
 from train.program.donation import donatable
+from train.run.ahead import compiling
 from train.run.continued import continued_opt_state, open_state
 from train.run.diagnosis import NO_DIAGNOSIS, Diagnosis, profiling, write_programs
 from train.run.evaluation import evaluate_step
@@ -75,7 +77,7 @@ def train_loop(
         saves = Saves(folder, options, program)
         stack.push(partial(_close, saves))
         stack.enter_context(cause_told_by_runtime())
-        restored = saves.restore()
+        restored = _restored(program, options, saves)
         start, params, opt_state = restored or _first_state(program, options)
         startup.lap("state")
         display = stack.enter_context(
@@ -113,8 +115,7 @@ def train_loop(
             data_wait = time.perf_counter() - waiting_since
             reporter.poll()
             key = dropout_key(program.config, options.seed, done - 1)
-            measuring = _due(done, options.log.statistics_every)
-            step = program.statistics_step if measuring else program.step
+            step = _step(program, options, done)
             before_step(done)
             with startup.first_step("step") if done == start + 1 else nullcontext():
                 if done == start + 1:
@@ -181,6 +182,20 @@ def _close(saves: Saves, error: type[BaseException] | None, *_: Any) -> None:
     # after an error in one of several processes, others may never come to what Orbax would wait for
     if error is None or jax.process_count() == 1:
         saves.close()
+
+
+def _restored(program: Program, options: RunOptions, saves: Saves) -> Restored | None:
+    """The newest intact checkpoint, None if there is none; the step is compiled while it is read."""
+    if not (last := saves.last_step()):
+        return saves.restore()
+    first_step = _step(program, options, last + 1)
+    with compiling(program, first_step, dropout_key(program.config, options.seed, last)):
+        return saves.restore()
+
+
+def _step(program: Program, options: RunOptions, number: int) -> jax.stages.Wrapped:
+    measuring = _due(number, options.log.statistics_every)
+    return program.statistics_step if measuring else program.step
 
 
 def _first_state(program: Program, options: RunOptions) -> tuple[int, Any, Any]:

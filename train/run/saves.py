@@ -50,13 +50,17 @@ class Saves:
         """Wait for what is being saved, and end."""
         self._manager.close()
 
+    def last_step(self) -> int:
+        """That of the newest checkpoint on either disk, which may be damaged; 0 without one."""
+        elsewhere = 0 if self._emergency is None else last_saved_step(self._emergency)
+        return max(self._manager.latest_step() or 0, elsewhere)
+
     def restore(self) -> Restored | None:
         """The newest intact checkpoint on either disk; None without one.
 
         Raises as `checkpoints.restore`.
         """
-        newest = self._manager.latest_step() or 0
-        if self._emergency is not None and last_saved_step(self._emergency) > newest:
+        if self._emergency is not None and self.last_step() > (self._manager.latest_step() or 0):
             with closing(_open(self._emergency, self._options.checkpoint)) as saved:
                 try:
                     self.elsewhere = True

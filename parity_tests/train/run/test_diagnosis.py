@@ -58,6 +58,19 @@ def test_a_run_with_both(tiny: Tiny, finished: Path, tmp_path: Path, capfd: Any)
     assert processor > 0
 
 
+@pytest.mark.parametrize("every", [0, 10], ids=["step", "step with statistics"])
+def test_a_resumed_run_compiles_while_it_reads(finished: Path, tmp_path: Path, every: int) -> None:
+    """Its first step finds the program, and does what it did."""
+    run = tmp_path / "run"
+    shutil.copytree(finished, run)
+    shutil.rmtree(run / "checkpoints/12")
+    assert main(["resume", str(run), f"--log.statistics-every={every}"]) == 0
+    first = [event for event in read_events(run) if event["event"] == "first step"][-1]
+    assert first["step"] == 10
+    assert not {"tracing", "lowering", "compilation"} & {*first["seconds"]}
+    assert same_bits(state_of(run, 12), state_of(finished, 12))
+
+
 @pytest.mark.parametrize("text", ["", "0", "5:4", "1:2:3", "x", "-1", "3:", "1.5"])
 def test_wrong_steps(text: str, tiny: Tiny, tmp_path: Path, capfd: Any) -> None:
     line = error_of([*run_flags(tiny, tmp_path / "run"), f"--profile={text}"], capfd)
