@@ -11,6 +11,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float
 
 from llama_jax.models.layers import DecoderLayer
+from llama_jax.numerics.matmul import working_dtype
 from train.autopsy.parts import part_in_words, part_name
 from train.autopsy.replay import Replay, State, placed
 from train.checkpoints import all_finite
@@ -106,7 +107,7 @@ def _forward(replay: Replay) -> Callable[[Any, Batch], tuple[Array, Array]]:
 
     def seen(x: Array) -> tuple[Bool[Array, "rows seq"], Float[Array, ""]]:
         finite = jnp.isfinite(x)
-        wide = jnp.abs(jnp.where(finite, x, 0)).astype(jnp.float32)
+        wide = jnp.abs(jnp.where(finite, x, 0)).astype(working_dtype(x.dtype))
         return ~finite.reshape(*x.shape[:2], -1).all(-1), jnp.max(wide)
 
     def run(params: Any, part: Batch) -> Any:
