@@ -628,17 +628,17 @@ def _add_coordinates(program: Parser) -> None:
         "coordinates",
         _coordinates,
         help="check how the size of activations depends on the width, in the first steps",
-        description="The coordinate check of muP: train models of several widths for a few steps, and see "
-        "whether the size of their activations depends on the width: a table, coordinates.json and "
-        "coordinates.png.",
+        description="The coordinate check of muP: train models of several widths for a few steps, all on "
+        "one batch, and see whether the size of their activations depends on the width: a table, "
+        "coordinates.json and coordinates.png.",
     )
     parser.add_argument(
         "--widths",
         type=positive,
         nargs="+",
-        default=[64, 128, 256, 512],
+        default=[128, 256, 512, 1024],
         metavar="N",
-        help="hidden sizes; heads and MLP of the model are in proportion (default: 64 128 256 512)",
+        help="hidden sizes; heads and MLP of the model are in proportion (default: 128 256 512 1024)",
     )
     parser.add_argument(
         "--wider-heads",
@@ -649,9 +649,9 @@ def _add_coordinates(program: Parser) -> None:
     parser.add_argument(
         "--seeds",
         type=positive,
-        default=1,
+        default=3,
         metavar="N",
-        help="initial values to average over (default: 1)",
+        help="initial values to average over (default: 3)",
     )
     parser.add_argument(
         "--compare",

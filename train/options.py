@@ -306,13 +306,15 @@ SWEPT = RunOptions(
     evaluation=EvaluationOptions(sample_tokens=0),
 )
 
-# The defaults of `coordinates`, whose base is the narrowest width.
+# The defaults of `coordinates`, whose base is the narrowest width. It does not clip: the norm of all gradients
+# together grows with the width, so that a bound would be met in some widths and not in others.
 COORDINATES = RunOptions(
     out=Path("runs/coordinates"),
     steps=10,
+    sequence_length=64,
     model=ModelOptions(parametrization="mup"),
     evaluation=EvaluationOptions(every=0),
-    optimizer=OptimizerOptions(schedule="constant", warmup_steps=0),
+    optimizer=OptimizerOptions(schedule="constant", warmup_steps=0, clip_norm=None),
 )
 
 

@@ -36,7 +36,9 @@ def measure(
     """The root mean square of activations before the first step and after each, by name.
 
     Those of the embedding; of each layer the residual stream and the attention logits; the logits, and how
-    much they have changed since before the first step. All are of the same rows, those of the first batch.
+    much they have changed since before the first step. All are of rows of the first batch, and every step
+    is taken on this batch: with other tokens in each, what a step adds to an activation is less the
+    shared direction that muP is about, in proportion to the width n, and more a random sum, sqrt(n).
 
     Args:
         seeds: how many seeds, from that of the options on, to take the geometric mean over.
@@ -80,10 +82,8 @@ def _measure(
         seen = batch._replace(**{name: getattr(batch, name)[:1, :rows] for name in fields})
         logits, values = observe(params, seen, None)
         measured = [values]
-        for step in range(options.steps):
-            params, opt_state, _ = program.step(
-                params, opt_state, batch if step == 0 else next(batches), None
-            )
+        for _ in range(options.steps):
+            params, opt_state, _ = program.step(params, opt_state, batch, None)
             measured.append(observe(params, seen, logits)[1])
     return np.asarray(jax.device_get(measured))
 
