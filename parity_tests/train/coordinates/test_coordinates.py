@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,8 +19,10 @@ from transformers import AutoModelForCausalLM
 from llama_jax import LlamaConfig, LlamaForCausalLM
 from parity_tests.train.runs import CONFIG, Tiny
 from train.__main__ import main
+from train.coordinates import measure as module
 from train.coordinates.measure import measure, names
 from train.coordinates.outcome import JSON, PICTURE, Check, slopes, verdict
+from train.data.placement import placed_batches
 from train.data.sources import find_sources
 from train.data.windows import batches
 from train.model.config import with_width
@@ -55,10 +58,16 @@ def test_the_verdict() -> None:
     assert verdict(broken) == "mup: not flat: a are not finite, or 0"
 
 
-def test_what_is_measured(tiny: Tiny, tmp_path: Path) -> None:
-    """Before the first step, as transformers computes it."""
+def test_what_is_measured(tiny: Tiny, tmp_path: Path, monkeypatch: Any) -> None:
+    """Before the first step, as transformers computes it; all steps are on the first batch."""
+
+    def first_batch(*operands: Any) -> Any:
+        with closing(placed_batches(*operands)) as all_batches:
+            yield next(all_batches)
+
+    monkeypatch.setattr(module, "placed_batches", first_batch)
     options = replace(
-        COORDINATES, data=(str(tiny.data),), batch_size=8, sequence_length=16, steps=0,
+        COORDINATES, data=(str(tiny.data),), batch_size=8, sequence_length=16, steps=2,
         model=ModelOptions(compute_dtype="float32"),
     )  # fmt: skip
     config = LlamaConfig.from_dict(CONFIG)
@@ -86,8 +95,9 @@ def test_what_is_measured(tiny: Tiny, tmp_path: Path) -> None:
         ("logits", out.logits),
     ):
         rms = math.sqrt(value.double().pow(2).mean())
-        np.testing.assert_allclose(one[name], [rms], rtol=1e-5)
-    assert one["change of the logits"] == 0
+        np.testing.assert_allclose(one[name][0], rms, rtol=1e-5)
+    change = one["change of the logits"]
+    assert change[0] == 0 < change[1] < change[2]
 
 
 @pytest.mark.slow
@@ -104,7 +114,7 @@ def test_mup_is_flat_where_the_standard_parametrization_is_not(
             "optimizer.learning-rate": 1e-2,
         },
     )
-    command += ["--widths", "64", "128", "256", "--seeds", "3", "--compare"]
+    command += ["--widths", "64", "128", "256", "--model.mup-zero-head", "--compare"]
     assert main(command) == 0
     assert "standard: not flat: " in capsys.readouterr().out
     assert (tmp_path / "out" / PICTURE).read_bytes().startswith(b"\x89PNG")
@@ -115,7 +125,7 @@ def test_mup_is_flat_where_the_standard_parametrization_is_not(
     }
     # the narrow models of this test are far from the limit of muP: see docs/mup.md for how flat it is
     steepest = {name: max(map(abs, slopes.values())) for name, slopes in last.items()}
-    assert steepest["mup"] <= steepest["standard"] / 4, last
+    assert steepest["mup"] <= steepest["standard"] / 8, last
 
 
 @pytest.mark.parametrize(
