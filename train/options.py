@@ -306,8 +306,8 @@ SWEPT = RunOptions(
     evaluation=EvaluationOptions(sample_tokens=0),
 )
 
-# The defaults of `coordinates`, whose base is the narrowest width. It does not clip: the norm of all gradients
-# together grows with the width, so that a bound would be met in some widths and not in others.
+# The defaults of `coordinates`, whose base is the narrowest width. It does not clip: the norm of all
+# gradients together grows with the width, so that a bound would be met in some widths and not in others.
 COORDINATES = RunOptions(
     out=Path("runs/coordinates"),
     steps=10,
