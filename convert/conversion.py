@@ -26,9 +26,11 @@ from convert.surgery.shards import shard_size_for
 from convert.verify_logits import Comparison, compare_logits, require_torch_and_memory
 from llama_jax.checkpoints.safetensors_write import TensorSpec
 from llama_jax.files.buffers import kept_heap, reused_buffers
-from llama_jax.files.page_cache import forgetting
+from llama_jax.files.direct import reading_directly
+from llama_jax.files.page_cache import fits_page_cache, forgetting
 from llama_jax.files.paths import destination_path, local_path, source_path
 from llama_jax.files.remote import is_remote, remote_path
+from llama_jax.files.scratch import scratch_in
 from llama_jax.files.staging import move, staging_in, to_disk
 from llama_jax.files.upload import require_absent, uploading, write_bytes
 
@@ -83,6 +85,12 @@ class Plan:
         """The local directory in which the output is made: of the destination, or one to upload from."""
         remote = is_remote(self.destination)
         return Path(tempfile.gettempdir()) if remote else self.destination.parent
+
+    @property
+    def spare_disk(self) -> int:
+        """Bytes that are free beyond those of the output; negative where it has too little space."""
+        needed = self.bytes_to_write + _SPARE + sum(map(len, self.checkpoint.files.values()))
+        return shutil.disk_usage(self.workplace).free - needed
 
     @property
     def seconds(self) -> float:
@@ -195,9 +203,9 @@ def plan(
         scan_layers=scan_layers,
         rounding=rounding,
     )
-    needed = result.bytes_to_write + _SPARE + sum(map(len, checkpoint.files.values()))
-    free = shutil.disk_usage(result.workplace).free
-    if free < needed:
+    if result.spare_disk < 0:
+        free = shutil.disk_usage(result.workplace).free
+        needed = free - result.spare_disk
         raise ValueError(f"{result.workplace}: {free} bytes free, expected at least {needed}")
     return result
 
@@ -255,13 +263,15 @@ def run(plan: Plan, progress: Callable[[int], None] | None = None) -> Report:
             progress(nbytes)
             forget(nbytes)
 
+        stack.enter_context(scratch_in(staging, plan.spare_disk))
         recording = record.recording(plan.source, source, plan.specs, cast_rule)
         with kept_heap(), reused_buffers(3 * plan.largest):
             with recording as (checkpoint, futures):
                 target_format.write(checkpoint, output, passed, **options)
                 records = {name: future.result() for name, future in futures.items()}
             if plan.verify:
-                read_back(target_format.read, output, checkpoint.config, records, passed)
+                with reading_directly(not fits_page_cache(plan.bytes_to_write)):
+                    read_back(target_format.read, output, checkpoint.config, records, passed)
         comparison = None
         if plan.logits:
             written = target_format.read(output, tokenizer=False)

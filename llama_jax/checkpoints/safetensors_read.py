@@ -18,6 +18,7 @@ import ml_dtypes
 import numpy as np
 
 from llama_jax.files.buffers import empty
+from llama_jax.files.direct import read_parts, reads_directly
 from llama_jax.files.foreign_weights import POINTER, is_pointer
 from llama_jax.files.reading import fill, open_file, read_bytes
 
@@ -187,6 +188,8 @@ def read_tensor(tensor: StoredTensor, out: np.ndarray) -> bool:
     assert tensor.dtype in FLOAT_DTYPES or source == out.dtype, "codes are never cast"
     target = out.reshape(-1)
     assert np.shares_memory(target, out), "out has to be contiguous"
+    if source == target.dtype and reads_directly(tensor.path, tensor.offset, target):
+        return _read_directly(tensor, target)
     step = _CHUNK_BYTES // max(source.itemsize, target.itemsize)
     scratch = None if source == target.dtype else np.empty(min(step, target.size), source)
     finite = True
@@ -199,6 +202,16 @@ def read_tensor(tensor: StoredTensor, out: np.ndarray) -> bool:
                 with np.errstate(over="ignore", invalid="ignore"):
                     part[...] = values.astype(target.dtype)
             finite = (tensor.dtype in CODE_DTYPES or all_finite(part)) and finite
+    return finite
+
+
+def _read_directly(tensor: StoredTensor, target: np.ndarray) -> bool:
+    finite = True
+    try:
+        for part in read_parts(tensor.path, tensor.offset, target.view(np.uint8)):
+            finite = (tensor.dtype in CODE_DTYPES or all_finite(part.view(target.dtype))) and finite
+    except EOFError:
+        raise _cut(tensor) from None
     return finite
 
 
@@ -257,7 +270,11 @@ def _cast(values: np.ndarray, out: np.ndarray) -> bool:
 def _read_exactly(file: io.RawIOBase, out: np.ndarray, tensor: StoredTensor, skip: int) -> None:
     file.seek(tensor.offset + skip)
     if fill(file, out.view(np.uint8).data) < out.nbytes:
-        raise ValueError(f"{tensor.path.name}: ends inside tensor {tensor.name}: truncated")
+        raise _cut(tensor)
+
+
+def _cut(tensor: StoredTensor) -> ValueError:
+    return ValueError(f"{tensor.path.name}: ends inside tensor {tensor.name}: truncated")
 
 
 def all_finite(values: np.ndarray) -> bool:

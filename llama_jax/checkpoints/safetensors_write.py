@@ -26,6 +26,8 @@ from typing import Any, BinaryIO
 import ml_dtypes
 import numpy as np
 
+from llama_jax.files.direct import DirectWriter
+from llama_jax.files.page_cache import fits_page_cache
 from llama_jax.files.staging import remove_stale, staging_in
 
 SINGLE_FILE = "model.safetensors"
@@ -150,8 +152,9 @@ def write_safetensors(
     directory = Path(directory)
     shards = plan_shards(specs, max_shard_size)
     with staging_in(directory, SINGLE_FILE) as staging:
+        direct = not fits_page_cache(sum(spec.nbytes for spec in specs))
         for name, members in shards.items():
-            write_file(staging / name, members, load, progress=progress)
+            write_file(staging / name, members, load, progress=progress, direct=direct)
         names = list(shards)
         if len(shards) > 1:
             index = {
@@ -173,10 +176,15 @@ def write_file(
     load: Callable[[str], np.ndarray],
     *,
     progress: Callable[[int], None] | None = None,
+    direct: bool = False,
 ) -> None:
-    """Write one file at `path`, as `write_safetensors` does but for the renaming."""
+    """Write one file at `path`, as `write_safetensors` does but for the renaming.
+
+    Args:
+        direct: write past the page cache, which a large checkpoint would only fill.
+    """
     offsets = _offsets(specs)
-    with path.open("wb") as file:
+    with DirectWriter(path) if direct else path.open("wb") as file:
         header = _header(specs, offsets)
         file.write(header)
         for spec in specs:
@@ -209,7 +217,7 @@ def _header(specs: Iterable[TensorSpec], offsets: Mapping[str, int]) -> bytes:
 
 
 def _write_tensor(
-    file: BinaryIO,
+    file: BinaryIO | DirectWriter,
     spec: TensorSpec,
     values: np.ndarray,
     progress: Callable[[int], None] | None,

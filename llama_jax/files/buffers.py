@@ -29,7 +29,11 @@ class _Arena:
     """
 
     def __init__(self, nbytes: int) -> None:
-        self._memory = np.empty(nbytes, np.uint8)
+        memory = np.empty(nbytes + _PAGE, np.uint8)
+        start = -memory.__array_interface__["data"][0] % _PAGE
+        self._memory = memory[
+            start : start + nbytes
+        ]  # parts begin at pages, as direct writing needs
         self._lent = [(0, 0), (nbytes, nbytes)]  # where parts begin and end, sorted
         self._returned: deque[tuple[int, int]] = deque()
         self._lock = threading.Lock()

@@ -8,6 +8,12 @@ _STEP = 2**28  # bytes between two calls of the system
 _SHARE = 4  # files smaller than this part of the memory are left there
 
 
+def fits_page_cache(nbytes: int) -> bool:
+    """Whether files of so many bytes should be left in the page cache."""
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return nbytes <= memory // _SHARE
+
+
 def forgetting(files: Callable[[], Iterable[Path]], size: int) -> Callable[[int], None]:
     """A function to call with the number of bytes just read or written; it empties the page cache of files.
 
@@ -19,8 +25,7 @@ def forgetting(files: Callable[[], Iterable[Path]], size: int) -> Callable[[int]
         files: those that are there by now.
         size: bytes of all of them in the end.
     """
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    large = hasattr(os, "posix_fadvise") and size > memory // _SHARE
+    large = hasattr(os, "posix_fadvise") and not fits_page_cache(size)
     since = 0
 
     def count(nbytes: int) -> None:

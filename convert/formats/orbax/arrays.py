@@ -16,8 +16,10 @@ import tensorstore as ts
 from llama_jax.checkpoints.safetensors_read import FLOAT_DTYPES
 from llama_jax.checkpoints.safetensors_write import DTYPE_NAMES as STORED_NAMES
 from llama_jax.files.buffers import empty
+from llama_jax.files.direct import can_read_directly
 from llama_jax.files.download import on_disk
 from llama_jax.files.json_object import read_json_object
+from llama_jax.files.page_cache import fits_page_cache
 from llama_jax.formatting import first_line
 
 _LAYER = re.compile(r"(.*\blayers)\.(\d+)\.(.+)")
@@ -131,6 +133,11 @@ def open_arrays(params: Path) -> list[StoredArray]:
         if link.is_symlink() and not link.resolve().is_relative_to(local.resolve()):
             raise ValueError(f"{link}: a link to {link.resolve()}, expected it to stay within")
     base: dict[str, Any] = file_store(local)
+    files = [file for file in local.rglob("*") if file.is_file()]
+    if not fits_page_cache(sum(file.stat().st_size for file in files)) and can_read_directly(
+        files[0]
+    ):
+        base["file_io_mode"] = {"mode": "direct"}
     if (local / "manifest.ocdbt").exists():
         base = {"driver": "ocdbt", "base": base}
     try:

@@ -7,6 +7,7 @@ import math
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from convert.companions import read_companions, require_inside
 from convert.formats.directory import checkpoint_of
 from convert.formats.llama_tensors import rotary_heads, tensor_shapes, to_halves
 from convert.formats.orbax.arrays import StoredArray, files_of, open_arrays, start_reading
+from convert.formats.trees.layers_on_disk import LayersOnDisk
 from convert.formats.trees.locate import find_tree, home_of
 from convert.formats.trees.name_map import NameMap, Place, Rule
 from convert.formats.trees.scaling import scaled
@@ -25,6 +27,9 @@ from llama_jax.checkpoints.safetensors_read import FLOAT_DTYPES, StoredTensor
 from llama_jax.checkpoints.safetensors_write import TensorSpec
 from llama_jax.config import LlamaConfig
 from llama_jax.files.buffers import empty
+from llama_jax.files.direct import BLOCK
+from llama_jax.files.scratch import scratch_file
+from llama_jax.files.staging import DISK_FULL
 from llama_jax.formatting import first_line, summarize
 
 Shape = tuple[int, ...]
@@ -33,6 +38,7 @@ _VOCABULARY = ("model.embed_tokens.weight", "lm_head.weight")
 _NOTABLE_PIECE = 2**28  # bytes
 _SPARE = 100_000_000  # bytes of the 600 MB beside the tensors that the program leaves
 _VALUES = 2**21  # read at a time, unless a piece has more
+_PIECES = 2  # decoded at a time, while another is copied to where it belongs
 _MAX_LAYERS = 2**16  # of a damaged shape, more are not listed
 
 
@@ -119,7 +125,7 @@ def read_tree(
         title=name_map.title,
         config=config,
         tensors=specs,
-        load=_Reader(path, config, sources, rope, memory=3 * largest + _SPARE).load,
+        load=_Reader(path, config, sources, rope, largest).load,
         stored=[_stored_tensor(array) for array in stored.values()],
         weight_files=files_of(arrays),
         files=read_companions(home, tokenizer=tokenizer),
@@ -295,7 +301,11 @@ def _without(shape: Shape, axis: int | None) -> Shape:
 
 
 class _Reader:
-    """Reads tensors; where pieces of an array span layers, as many layers at once as memory allows."""
+    """Reads tensors. Where pieces of an array span layers, all layers are read at once.
+
+    If memory is too small for that, they are put into a temporary file. Where there is no place for one,
+    as many are read at once as memory allows, and the pieces are decoded again for the others.
+    """
 
     def __init__(
         self,
@@ -303,23 +313,31 @@ class _Reader:
         config: LlamaConfig,
         sources: Mapping[str, _Source],
         rope: str,
-        memory: int,
+        largest: int,
     ) -> None:
-        """memory: bytes for the tensors that are held at a time."""
+        """largest: bytes of the largest tensor, which says how much memory there is."""
         self._path = path
         self._config = config
         self._sources = sources
         self._pairs = rope == "pairs"
-        self._memory = memory
-        # of the array whose layers were read last: its name, and those not loaded yet
-        self._group: tuple[str, dict[int, np.ndarray]] = "", {}
+        self._largest = largest
+        self._memory = 3 * largest + _SPARE  # for the tensors that are held at a time
+        # of the array whose layers were read last: its name, and what returns those not loaded yet
+        self._group: tuple[str, dict[int, Callable[[], np.ndarray]]] = "", {}
 
     def load(self, name: str) -> np.ndarray:
-        """The values of a tensor. Raises ValueError where they cannot be read."""
+        """The values of a tensor.
+
+        Raises:
+            ValueError: they cannot be read.
+            OSError: no space left for the layers that wait.
+        """
         source = self._sources[name]
         try:
             values = self._values(source)
         except (ValueError, OSError) as error:
+            if isinstance(error, OSError) and error.errno in DISK_FULL:
+                raise  # it is the destination's
             raise ValueError(
                 f"{self._path}: {path_of(source.array)}: {name}: {first_line(error)}"
             ) from None
@@ -333,25 +351,69 @@ class _Reader:
         array, layer = source.array.name, source.layer
         if self._group[0] != array or layer not in self._group[1]:
             self._group = "", {}  # freed before the next ones are read
-            left = len(source.names) - layer
-            groups = -(-left // self._layers_at_a_time(source))
-            end = layer + -(-left // groups)  # groups of equal size take the least memory
-            self._group = array, dict(enumerate(self._read(source, layer, end), layer))
-        return self._group[1].pop(layer)
+            self._group = array, self._layers(source, layer)
+        return self._group[1].pop(layer)()
+
+    def _layers(self, source: _Source, first: int) -> dict[int, Callable[[], np.ndarray]]:
+        """What returns each layer from `first` on, or of the next ones."""
+        left, fit = len(source.names) - first, self._layers_at_a_time(source)
+        in_piece = min(left, source.chunk[source.axis or 0])
+        if fit < in_piece and (on_disk := self._on_disk(source, first)) is not None:
+            return {
+                layer: partial(self._from_disk, on_disk, layer - first, source)
+                for layer in range(first, len(source.names))
+            }
+        groups = -(-left // fit)
+        size = -(-left // groups)  # groups of equal size take the least memory
+        if in_piece <= fit:  # no piece is decoded for two groups
+            size = min(-(-size // in_piece), fit // in_piece) * in_piece
+        end = min(first + size, len(source.names))
+        arrays = self._read(source, first, end)
+        return {layer: partial(np.asarray, values) for layer, values in enumerate(arrays, first)}
+
+    def _on_disk(self, source: _Source, first: int) -> LayersOnDisk | None:
+        """All layers from `first` on, in a temporary file; None where there is no place for it."""
+        chunk = _without(source.chunk, source.axis)
+        layers = len(source.names) - first
+        blocks = sum(1 for _ in _blocks(source.extent, chunk, _VALUES // len(source.names)))
+        nbytes = math.prod(source.extent) * source.dtype.itemsize
+        file = scratch_file(layers * (nbytes + blocks * BLOCK))
+        if file is None:
+            return None
+        on_disk = LayersOnDisk(file, source.dtype)
+        for block, piece in self._pieces(source, first, len(source.names)):
+            on_disk.add(block, piece)
+            del piece  # before the next is read
+        return on_disk
+
+    def _from_disk(self, on_disk: LayersOnDisk, layer: int, source: _Source) -> np.ndarray:
+        result = empty(source.shape, source.dtype)
+        target = self._as_stored(result, source)
+        on_disk.read(layer, target)
+        if not np.may_share_memory(result, target):
+            self._reshape_into(result, target, source)
+        return result
 
     def _layers_at_a_time(self, source: _Source) -> int:
         if source.axis is not None and source.chunk[source.axis] == 1:
             return 1
         tensor = math.prod(source.shape) * source.dtype.itemsize
-        # of the layers read before, one is being written and one has just been returned; a piece is held
-        # as it is stored and decoded, and perhaps another one
-        pieces = 2 * source.piece_bytes * (1 + self._reads_ahead(source))
+        # of the layers read before, one is being written and one has just been returned
+        pieces = self._bytes_of_pieces(source, self._pieces_at_a_time(source))
         return max(1, (self._memory - 2 * tensor - pieces) // tensor)
 
-    def _reads_ahead(self, source: _Source) -> bool:
-        """Whether memory suffices to decode a piece while the one before is copied."""
+    def _pieces_at_a_time(self, source: _Source) -> int:
+        """How many pieces memory allows to decode at a time, up to the number that is of use."""
         tensor = math.prod(source.shape) * source.dtype.itemsize
-        return 3 * tensor + 4 * source.piece_bytes <= self._memory
+        others = self._largest if source.layer is None else 2 * tensor
+        left = self._memory - tensor - others
+        fit = (n for n in range(_PIECES, 1, -1) if self._bytes_of_pieces(source, n) <= left)
+        return next(fit, 1)
+
+    @staticmethod
+    def _bytes_of_pieces(source: _Source, decoded: int) -> int:
+        """Each is held as it is stored, decoded, and copied out of TensorStore, and one more is in use."""
+        return (3 * decoded + 1) * source.piece_bytes
 
     def _read(self, source: _Source, first: int, end: int) -> list[np.ndarray]:
         """The tensors in some layers of an array; of an array without layers, one."""
@@ -371,7 +433,7 @@ class _Reader:
     def _pieces(
         self, source: _Source, first: int, end: int
     ) -> Iterator[tuple[tuple[slice, ...], np.ndarray]]:
-        """Parts of some layers, those first, and where they belong; one may be decoded ahead."""
+        """Parts of some layers, those first, and where they belong; others are decoded meanwhile."""
         chunk = _without(source.chunk, source.axis)
         # a piece is decoded with all its layers, however few are read
         layers = 1 if source.axis is None else max(end - first, source.chunk[source.axis])
@@ -386,9 +448,10 @@ class _Reader:
             index = block
             if source.axis is not None:
                 index = (*block[: source.axis], slice(first, end), *block[source.axis :])
+            ready = [finished()] if len(started) == self._pieces_at_a_time(source) else []
             started.append((block, start_reading(source.array.store[index], source.dtype)))
-            if len(started) > self._reads_ahead(source):
-                yield finished()
+            while ready:
+                yield ready.pop()
         while started:
             yield finished()
 

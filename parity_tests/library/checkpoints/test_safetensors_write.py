@@ -11,6 +11,7 @@ import pytest
 from safetensors import safe_open
 from safetensors.numpy import load_file
 
+from llama_jax.checkpoints import safetensors_write
 from llama_jax.checkpoints.safetensors_write import (
     DTYPE_NAMES,
     TensorSpec,
@@ -65,6 +66,21 @@ def test_tensors_of_complete_pages_begin_with_a_page(tmp_path: Path) -> None:
     assert list(header)[1:] == list(shapes)
     for name, array in load_file(path).items():
         np.testing.assert_array_equal(array, values[name])
+
+
+def test_large_checkpoints_are_written_past_the_page_cache(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Their data begins at a block of the disk, so that arrays there can be written from where they are."""
+    monkeypatch.setattr(safetensors_write, "fits_page_cache", lambda nbytes: False)
+    values = arrays() | {"large": np.arange(2**21, dtype=np.float32)}
+    paths = write_safetensors(tmp_path, specs_of(values), values.__getitem__, max_shard_size=2**20)
+    loaded = {name: array for path in paths[:-1] for name, array in load_file(path).items()}
+    assert loaded.keys() == values.keys()
+    for name, array in values.items():
+        np.testing.assert_array_equal(loaded[name], array)
+    for path in paths[:-1]:
+        assert (8 + int.from_bytes(path.read_bytes()[:8], "little")) % 4096 == 0
 
 
 def test_views_are_written_in_their_own_order(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import random
 import subprocess
@@ -103,11 +104,16 @@ def test_every_layout_is_read(
             break
 
 
+@pytest.mark.parametrize("disk", [True, False])
 @pytest.mark.parametrize("values", [1, 300, 2**21])
 def test_layers_are_read_by_pieces(
-    model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, values: int
+    model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, values: int, disk: bool
 ) -> None:
-    """Pieces that divide every axis and span layers, one or more at once; two layers at a time."""
+    """Pieces that divide every axis and span layers, one or more at once, and memory for two layers.
+
+    Each piece is decoded once, and the layers wait on the disk; where that has no place, two are read at a
+    time.
+    """
     expected = tensors_of(tmp_path / "model")
     leaves = maxtext_leaves(expected, model.config)
     source = save(full_state(leaves), tmp_path / "items", chunk_byte_size=1000)
@@ -117,7 +123,41 @@ def test_layers_are_read_by_pieces(
     assert any(c < n for c, n in zip(array.chunk_shape, array.store.shape, strict=True))
     monkeypatch.setattr(trees, "_VALUES", values)
     monkeypatch.setattr(trees._Reader, "_layers_at_a_time", lambda self, source: 2)
+    if not disk:
+        monkeypatch.setattr(trees, "scratch_file", lambda nbytes: None)
+    read: list[tuple[str, tuple[tuple[int, int], ...]]] = []
+    start_reading = trees.start_reading
+
+    def count(store: Any, dtype: Any) -> Any:
+        path = store.kvstore.path
+        read.append((path, tuple(zip(store.domain.inclusive_min, store.shape, strict=True))))
+        return start_reading(store, dtype)
+
+    monkeypatch.setattr(trees, "start_reading", count)
     require_same(convert.convert(source, tmp_path / "out", rope="halves"), expected)
+    layers = {extent[1] for path, extent in read if "wo" in path}
+    assert layers == ({(0, SIZES["num_hidden_layers"])} if disk else {(0, 2), (2, 1)})
+    assert len(read) == len(set(read))
+
+
+def test_a_disk_without_room_for_the_layers_that_wait(
+    model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is the destination's, which is named; where too little is free from the start, none wait."""
+    leaves = maxtext_leaves(tensors_of(tmp_path / "model"), model.config)
+    source = with_config(save(leaves, tmp_path / "items"), tmp_path / "model")
+    monkeypatch.setattr(trees._Reader, "_layers_at_a_time", lambda self, source: 2)
+
+    def full(*_: Any) -> int:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "pwritev", full)
+    with pytest.raises(OSError, match=r"No space left on device: .*/out'") as caught:
+        convert.convert(source, tmp_path / "out", rope="halves")
+    assert caught.value.errno == errno.ENOSPC
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["items", "model"]
+    monkeypatch.setattr(convert.conversion.Plan, "spare_disk", 100)
+    convert.convert(source, tmp_path / "out", rope="halves")
 
 
 def test_a_padded_vocabulary_is_cut(model: Any, tmp_path: Path) -> None:
