@@ -1,16 +1,20 @@
-"""Greedy decoding and prefill against transformers.
+"""Greedy decoding and prefill against transformers and llama.cpp.
 
-On a CPU: the real checkpoint in float32, all programs alternating in one process. On a GPU: the shapes of
-Llama 3.2 1B and Llama 3.1 8B in bfloat16, each program in a process of its own; there transformers' static
-cache also brings torch.compile. No row ends early. The time of a decoding step is (time of NEW tokens -
-time of the first token) / (NEW - 1). "of bandwidth" is the time of reading as many bytes as a step reads of
-the weights over that of the step: by torch in the same rounds, on a GPU by its data sheet.
+On a CPU: the real checkpoint, all programs alternating in one process. Ours in float32, bfloat16, 8 and 4
+bits; transformers in float32; llama.cpp in its types where `LLAMA_CPP` is set (see `llama_cpp.py`). On a
+GPU: the shapes of Llama 3.2 1B and Llama 3.1 8B in bfloat16, each program in a process of its own; there
+transformers' static cache also brings torch.compile. No row ends early. The time of a decoding step is
+(time of NEW tokens - time of the first token) / (NEW - 1). "of bandwidth" is the time of reading as many
+bytes as a step reads of its weights over that of the step: by torch in the same rounds, on a GPU by its
+data sheet.
 """
 
 import statistics
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -18,11 +22,14 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+import convert
 from benchmarks.isolated import FailedError, measure
+from benchmarks.llama_cpp import HOW_TO_GET_IT, TYPES, LlamaCpp, libraries
 from benchmarks.real_checkpoint import real_checkpoint
 from benchmarks.report import Report, show
-from llama_jax import PRESETS, LlamaForCausalLM
+from llama_jax import PRESETS, LlamaForCausalLM, quantize
 from llama_jax.inspection.architecture import parameter_count
+from llama_jax.quantization.model import weight_bytes
 from parity_tests.harness.nvidia import device_kind
 from train.hardware.chips import CHIPS
 
@@ -64,16 +71,28 @@ def cpu_report() -> Report:
     """All programs in one process, on the real checkpoint."""
     import torch
 
-    with real_checkpoint() as directory:
+    threads = torch.get_num_threads()
+    with real_checkpoint() as directory, tempfile.TemporaryDirectory() as folder:
         ours = LlamaForCausalLM.from_pretrained(directory, dtype=jnp.float32)
+        half = LlamaForCausalLM.from_pretrained(directory, dtype=jnp.bfloat16)
         theirs = hugging_face(directory)
-    peers = {
-        "ours": partial(run_ours, ours),
-        "HF, dynamic cache": partial(run_theirs, theirs, None, False),
-        "HF, static cache": partial(run_theirs, theirs, "static", False),
-    }
-    size = sum(leaf.nbytes for leaf in jax.tree.leaves(ours))
-    data = torch.ones(size // 4)
+        models = {
+            "ours": ours,
+            "ours, bfloat16": half,
+            "ours, 8 bits": quantize(ours, bits=8),
+            "ours, 4 bits": quantize(ours, bits=4),
+        }
+        sizes = {name: weight_bytes(model) for name, model in models.items()}
+        peers: dict[str, Generate] = {
+            name: partial(run_ours, model) for name, model in models.items()
+        }
+        for name, cache in (("HF, dynamic cache", None), ("HF, static cache", "static")):
+            peers[name] = partial(run_theirs, theirs, cache, False)
+            sizes[name] = sizes["ours"]
+        files = llama_cpp_files(directory, Path(folder), threads)
+        for name, (generate, size) in files.items():
+            peers[name], sizes[name] = generate, size
+    data = torch.ones(sizes["ours"] // 4)
     runs: dict[str, Callable[[], Any]] = {
         "read": lambda: [data.sum().item() for _ in range(PASSES)]
     }
@@ -85,12 +104,30 @@ def cpu_report() -> Report:
         name: {key.split("/")[1]: s for key, s in seconds.items() if key.startswith(f"{name}/")}
         for name in peers
     }
-    bandwidth = size * PASSES / seconds["read"]
+    bandwidth = sizes["ours"] * PASSES / seconds["read"]
     title = (
-        f"greedy decoding, {NEW} tokens, {jnp.dtype(ours.dtype)}, {jax.devices()[0].device_kind}, "
-        f"{torch.get_num_threads()} threads, median of {ROUNDS}"
+        f"greedy decoding, {NEW} tokens, {jax.devices()[0].device_kind}, {threads} threads, "
+        f"median of {ROUNDS}"
     )
-    return tabulate(title, by_program, [], Shape(""), size, bandwidth)
+    skipped = [] if files else [HOW_TO_GET_IT]
+    return tabulate(title, by_program, skipped, Shape(""), sizes, bandwidth)
+
+
+def llama_cpp_files(directory: Path, folder: Path, threads: int) -> dict[str, tuple[Generate, int]]:
+    """llama.cpp with each of its types of the checkpoint, and the bytes of the file; {} without it."""
+    found = libraries()
+    if found is None:
+        return {}
+    program = LlamaCpp(found)
+    source = folder / "source.gguf"
+    convert.convert(directory, source, to="gguf")
+    generators = {}
+    for kind in TYPES:
+        file = folder / f"{kind}.gguf"
+        program.quantize(source, file, kind, threads)
+        generate = program.generator(file, threads, max(BATCHES), 2 * PREFILL)
+        generators[f"llama.cpp, {kind}"] = generate, file.stat().st_size
+    return generators
 
 
 def gpu_reports(kind: str, shapes: tuple[Shape, ...] = GPU) -> Iterator[Report]:
@@ -113,7 +150,8 @@ def gpu_reports(kind: str, shapes: tuple[Shape, ...] = GPU) -> Iterator[Report]:
             f"median of {ROUNDS}"
         )
         bandwidth = chip.memory_bandwidth if chip else None
-        yield tabulate(title, by_program, skipped, shape, size, bandwidth)
+        sizes = dict.fromkeys(PROGRAMS, size)
+        yield tabulate(title, by_program, skipped, shape, sizes, bandwidth)
 
 
 def tabulate(
@@ -121,21 +159,21 @@ def tabulate(
     by_program: dict[str, Seconds],
     skipped: list[str],
     shape: Shape,
-    size: int,
+    sizes: dict[str, int],
     bandwidth: float | None,
 ) -> Report:
-    """Speed of every program, beside the faster of transformers'."""
+    """Speed of every program, beside the faster of transformers'; `sizes` are the bytes of the weights."""
     rows, values = [], []
     for batch in BATCHES:
         steps = {
             name: (seconds[f"all {batch}"] - seconds[f"first {batch}"]) / (shape.new - 1)
             for name, seconds in by_program.items()
         }
-        theirs = [step for name, step in steps.items() if name != "ours"]
+        theirs = [step for name, step in steps.items() if name.startswith("HF")]
         for name, step in steps.items():
             seconds = by_program[name]
             prefill = seconds["prefill"] if batch == 1 else None
-            share = size / bandwidth / step if bandwidth and batch == 1 else None
+            share = sizes[name] / bandwidth / step if bandwidth and batch == 1 else None
             rows.append(
                 [
                     name,
@@ -154,7 +192,8 @@ def tabulate(
     columns = ("", "batch", "tokens/s", "/ faster HF", "of bandwidth", "first token")
     notes = [f"skipped: {line}" for line in skipped]
     if bandwidth:
-        notes.insert(0, f"bandwidth {bandwidth / 1e9:.1f} GB/s, weights {size / 1e6:.0f} MB")
+        weights = ", ".join(f"{name} {sizes[name] / 1e6:.0f} MB" for name in by_program)
+        notes.insert(0, f"bandwidth {bandwidth / 1e9:.1f} GB/s; weights: {weights}")
     return Report(title, (*columns, f"prefill {shape.prefill}"), rows, notes, values)
 
 

@@ -1,5 +1,6 @@
 """Parts of the benchmarks: emulated precision, drift from the oracle, presets grouped by shape."""
 
+import os
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -13,6 +14,8 @@ from flax import nnx
 from torch.nn.functional import cross_entropy, kl_div
 
 import benchmarks.conversion as conversion
+import benchmarks.decode as decode
+import benchmarks.llama_cpp as llama_cpp
 import benchmarks.shared_context as shared_context
 import benchmarks.step as step
 from benchmarks.__main__ import main
@@ -20,6 +23,7 @@ from benchmarks.foreign_checkpoints import FOREIGN
 from benchmarks.isolated import FailedError, measure
 from benchmarks.parity import same_shapes
 from benchmarks.precision import BFLOAT16, TF32, drift, emulated, emulated_einsum
+from benchmarks.real_checkpoint import real_checkpoint
 from benchmarks.report import markdown
 from benchmarks.start_up import timed
 from convert.formats import registry
@@ -219,3 +223,37 @@ def test_texts_that_begin_alike_are_timed(monkeypatch: pytest.MonkeyPatch) -> No
     ]
     (values,) = found.values
     assert values["ratios"].keys() == {"all", "kept"}
+
+
+def test_each_program_is_beside_the_faster_transformers_and_its_own_bytes() -> None:
+    seconds = {"first 1": 1.0, "all 1": 3.0, "first 8": 1.0, "all 8": 9.0, "prefill": 4.0}
+    slow = {key: 2 * value for key, value in seconds.items()}
+    by_program = {"ours": seconds, "ours, 8 bits": seconds, "HF, dynamic cache": slow}
+    sizes = {"ours": 400, "ours, 8 bits": 100, "HF, dynamic cache": 400}
+    found = decode.tabulate("title", by_program, [], decode.Shape("", new=3), sizes, 800.0)
+    one = {row[0]: row for row in found.rows if row[1] == "1"}
+    assert one["ours"][2:5] == ["1.0", "2.00", "50%"]  # a step takes a second
+    assert one["ours, 8 bits"][4] == "12%"
+    assert one["HF, dynamic cache"][2:5] == ["0.5", "1.00", "25%"]
+
+
+def test_llama_cpp_is_left_out_where_it_is_missing(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.delenv(llama_cpp.VARIABLE, raising=False)
+    assert decode.llama_cpp_files(tmp_path, tmp_path, 1) == {}
+    monkeypatch.setenv(llama_cpp.VARIABLE, str(tmp_path))
+    with pytest.raises(ValueError, match="LLAMA_CPP: no libllama in"):
+        decode.llama_cpp_files(tmp_path, tmp_path, 1)
+
+
+@pytest.mark.checkpoint
+@pytest.mark.skipif(llama_cpp.VARIABLE not in os.environ, reason=llama_cpp.HOW_TO_GET_IT)
+def test_llama_cpp_generates_what_we_do(tmp_path: Path) -> None:
+    with real_checkpoint() as directory:
+        model = LlamaForCausalLM.from_pretrained(directory, dtype=jnp.float32)
+        files = decode.llama_cpp_files(directory, tmp_path, 1)
+    ids = np.random.default_rng(0).integers(3, model.config.vocab_size, (8, 16))
+    ours = np.asarray(model.generate(ids, max_new_tokens=6, eos_token_id=()))[:, 16:]
+    generate, _ = files["llama.cpp, F32"]
+    assert np.array_equal(generate(ids, 6), ours)
