@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.custom_derivatives import SymbolicZero
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
@@ -136,21 +137,53 @@ def _blocked_einsum(spec: str, a: Array, b: Array) -> Array:
     subscripts = _parse(spec)
     if len(subscripts.contracted) != 1:
         return _plain_einsum(spec, a, b)
-    axis_a, axis_b = (of.index(subscripts.contracted) for of in (subscripts.a, subscripts.b))
-    depth = a.shape[axis_a]
+    depth = a.shape[subscripts.a.index(subscripts.contracted)]
     rows = a.size // depth
     blocks = _block_count(depth, rows)
     if blocks < 2 or rows < 2:
         return _plain_einsum(spec, a, b)
-    size = -(-depth // blocks)
+    return _sum_of_blocks(spec, -(-depth // blocks), a, b)
 
-    def block(start: int) -> Array:
-        end = min(start + size, depth)
-        block_a = jax.lax.slice_in_dim(a, start, end, axis=axis_a)
-        block_b = jax.lax.slice_in_dim(b, start, end, axis=axis_b)
+
+# Its gradients are plain matmuls: those of the loop would be as many as it has blocks.
+@partial(jax.custom_jvp, nondiff_argnums=(0, 1))
+def _sum_of_blocks(spec: str, size: int, a: Array, b: Array) -> Array:
+    """`jnp.einsum` as a sum over blocks of so many elements of the contracted index.
+
+    It is a loop so that only one sum is in memory: results of 2048 x 1376 leave the cache otherwise, and
+    take as long to add up as to compute.
+    """
+    subscripts = _parse(spec)
+    axis_a, axis_b = (of.index(subscripts.contracted) for of in (subscripts.a, subscripts.b))
+    depth = a.shape[axis_a]
+
+    def block(start: Array | int, size: int) -> Array:
+        block_a = jax.lax.dynamic_slice_in_dim(a, start, size, axis_a)
+        block_b = jax.lax.dynamic_slice_in_dim(b, start, size, axis_b)
         return _plain_einsum(spec, block_a, block_b)
 
-    return functools.reduce(operator.add, map(block, range(0, depth, size)))
+    full, rest = divmod(depth, size)
+    total = jax.lax.fori_loop(1, full, lambda i, sum_: sum_ + block(i * size, size), block(0, size))
+    return total + block(depth - rest, rest) if rest else total
+
+
+def _sum_of_blocks_jvp(
+    spec: str,
+    size: int,
+    primals: tuple[Array, Array],
+    tangents: tuple[Array | SymbolicZero, Array | SymbolicZero],
+) -> tuple[Array, Array]:
+    (a, b), (d_a, d_b) = primals, tangents
+    terms = [
+        _plain_einsum(spec, *operands)
+        for operands, tangent in (((d_a, b), d_a), ((a, d_b), d_b))
+        if not isinstance(tangent, SymbolicZero)
+    ]
+    out = _sum_of_blocks(spec, size, a, b)
+    return out, functools.reduce(operator.add, terms) if terms else jnp.zeros_like(out)
+
+
+_sum_of_blocks.defjvp(_sum_of_blocks_jvp, symbolic_zeros=True)
 
 
 def _plain_einsum(spec: str, a: Array, b: Array) -> Array:

@@ -64,6 +64,54 @@ def test_float32_rounds_no_more_than_torch_at_real_widths(rows, depth, width):
     assert ours <= ROUNDING_RATIO * theirs
 
 
+@pytest.mark.parametrize("depth", [288, 577])  # blocks of one size, and a last one that is smaller
+@pytest.mark.parametrize("spec", ["ti,oi->to", "bngqk,bknd->bqngd"])
+def test_sums_of_blocks_have_all_derivatives(spec, depth):
+    rng = np.random.default_rng(0)
+    sizes = SIZES | {"i" if "i" in spec else "k": depth, "t": 20, "q": 20}
+    a, b, d_a, d_b = (
+        rng.normal(size=[sizes[letter] for letter in part])
+        for part in 2 * spec.split("->")[0].split(",")
+    )
+
+    def function(a, b):
+        return jnp.sum(jnp.sin(einsum(spec, a, b) / depth))
+
+    def derivatives(dtype):
+        primals, tangents = (
+            tuple(jnp.asarray(x, dtype) for x in pair) for pair in ((a, b), (d_a, d_b))
+        )
+        gradient = jax.grad(function, argnums=(0, 1))
+        return [
+            *jax.jvp(function, primals, tangents),
+            *gradient(*primals),
+            *jax.jvp(gradient, primals, tangents)[1],
+            jax.grad(function, argnums=1)(*primals),
+        ]
+
+    found = derivatives(jnp.float32)
+    with jax.enable_x64(True):
+        exact = [np.asarray(array) for array in derivatives(jnp.float64)]
+    for ours, right in zip(found, exact, strict=True):
+        assert ours.dtype == jnp.float32
+        np.testing.assert_allclose(ours, right, rtol=1e-4, atol=1e-6 * np.abs(right).max())
+
+
+def test_a_sum_of_blocks_holds_one_sum():
+    """And its gradients are two matmuls, not two for each block."""
+    rows, depth, width = 512, 1152, 768
+    a, b = jnp.ones((rows, depth)), jnp.ones((width, depth))
+    program = jax.jit(lambda a, b: einsum("ti,oi->to", a, b)).lower(a, b).compile()
+    assert "while" in program.as_text()
+    blocks = (rows + width) * 192 * 4  # of the operands, copied
+    assert program.memory_analysis().temp_size_in_bytes < 2.1 * rows * width * 4 + blocks
+
+    _, transpose = jax.vjp(lambda a, b: einsum("ti,oi->to", a, b), a, b)
+    assert str(jax.make_jaxpr(transpose)(jnp.ones((rows, width)))).count("dot_general") == 2
+    _, transpose = jax.vjp(lambda b: einsum("ti,oi->to", a, b), b)
+    assert str(jax.make_jaxpr(transpose)(jnp.ones((rows, width)))).count("dot_general") == 1
+
+
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16, jnp.float32, jnp.float64])
 @pytest.mark.parametrize("rows", [1, 8, 9])
 def test_a_step_of_decoding_on_a_gpu_is_sums_of_rows(monkeypatch, dtype, rows):
