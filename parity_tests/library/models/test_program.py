@@ -240,7 +240,8 @@ def test_lists_are_accepted_as_arrays():
     kept = model(IDS, logits_to_keep=[3, 4]).logits
     np.testing.assert_allclose(kept, model(IDS).logits[:, 3:5], rtol=1e-6)
     one = model(IDS, logits_to_keep=np.int64(1)).logits
-    np.testing.assert_allclose(one, model(IDS).logits[:, -1:], rtol=1e-6)
+    # one token of each row takes the way of a decoding step, which sums in another order
+    np.testing.assert_allclose(one, model(IDS).logits[:, -1:], rtol=1e-6, atol=1e-6)
 
 
 def test_a_cached_row_continues_its_last_segment():
