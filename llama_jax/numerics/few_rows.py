@@ -95,11 +95,8 @@ def _kernel() -> Callable[..., Array] | None:
         return None
     try:
         from llama_jax.numerics.cpu.call import multiply
-    except (
-        ImportError,
-        OSError,
-        RuntimeError,
-    ) as error:  # no numba for this numpy, nowhere to cache
+    except (ImportError, OSError, RuntimeError) as error:
+        # no numba for this numpy, or nowhere to keep what it compiles
         warnings.warn(f"decoding is slower than it could be: numba: {error}", stacklevel=2)
         return None
     return multiply

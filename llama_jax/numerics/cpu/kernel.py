@@ -121,13 +121,12 @@ def _multiply_int4(job: Any, begin: int, end: int) -> None:
         for row in range(rows):
             total = np.float32(0)
             for group in range(groups):
-                low, high = np.float32(0), np.float32(0)
+                part = np.float32(0)
                 for column in range(half):
                     code = codes[feature, group, column]
-                    low += float_of_low_code(code) * x[row, group, 0, column]
-                    high += float_of_high_code(code) * x[row, group, 1, column]
-                part = (low + high) * scale[feature, group]
-                total += part + zero[feature, group] * sums[row, group]
+                    part += float_of_low_code(code) * x[row, group, 0, column]
+                    part += float_of_high_code(code) * x[row, group, 1, column]
+                total += part * scale[feature, group] + zero[feature, group] * sums[row, group]
             out[row, feature] = total
 
 

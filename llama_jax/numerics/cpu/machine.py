@@ -101,6 +101,6 @@ def float_of_high_code(_: Any, codes: Any) -> Any:
 
 
 def _centered(builder: Any, code: Any) -> Any:
-    # 8 times a sum, taken off afterwards, would round 2.5 times as much
-    word = ir.IntType(32)
-    return builder.sitofp(builder.sub(builder.zext(code, word), word(8)), ir.FloatType())
+    # in bytes, of which a vector has four times as many; 8 times a sum, taken off afterwards, would round 2.5
+    # times as much
+    return builder.sitofp(builder.sub(code, ir.IntType(8)(8)), ir.FloatType())
