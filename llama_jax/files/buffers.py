@@ -18,8 +18,11 @@ from typing import Any
 
 import numpy as np
 
+from llama_jax.files.memory import resident_memory
+
 _SMALL = 2**20  # bytes; the allocator itself uses such again
 _PAGE = 2**12
+_UNUSED = 4  # MADV_DONTNEED of Linux
 
 
 class _Arena:
@@ -29,11 +32,10 @@ class _Arena:
     """
 
     def __init__(self, nbytes: int) -> None:
+        nbytes = -(-nbytes // _PAGE) * _PAGE
         memory = np.empty(nbytes + _PAGE, np.uint8)
         start = -memory.__array_interface__["data"][0] % _PAGE
-        self._memory = memory[
-            start : start + nbytes
-        ]  # parts begin at pages, as direct writing needs
+        self._memory = memory[start : start + nbytes]  # at a page, as direct writing needs
         self._lent = [(0, 0), (nbytes, nbytes)]  # where parts begin and end, sorted
         self._returned: deque[tuple[int, int]] = deque()
         self._lock = threading.Lock()
@@ -42,10 +44,7 @@ class _Arena:
         """So many bytes; where no free part is large enough, of memory of their own."""
         pages = -(-nbytes // _PAGE) * _PAGE
         with self._lock:
-            while self._returned:
-                self._lent.remove(self._returned.popleft())
-            free = ((end, begin) for (_, end), (begin, _) in pairwise(self._lent))
-            start = next((start for start, stop in free if stop - start >= pages), None)
+            start = next((start for start, stop in self._free() if stop - start >= pages), None)
             if start is None:
                 return np.empty(nbytes, np.uint8)
             part = start, start + pages
@@ -54,6 +53,20 @@ class _Arena:
         # it comes back when no array refers to it any more
         weakref.finalize(loan, self._returned.append, part).atexit = False
         return np.asarray(loan)[:nbytes]
+
+    def release(self, libc: ctypes.CDLL) -> None:
+        """Give the system the pages of what is not lent."""
+        address = self._memory.__array_interface__["data"][0]
+        with self._lock:
+            for start, stop in self._free():
+                libc.madvise(
+                    ctypes.c_void_p(address + start), ctypes.c_size_t(stop - start), _UNUSED
+                )
+
+    def _free(self) -> list[tuple[int, int]]:
+        while self._returned:
+            self._lent.remove(self._returned.popleft())
+        return [(end, begin) for (_, end), (begin, _) in pairwise(self._lent) if begin > end]
 
 
 class _Loan:
@@ -108,6 +121,19 @@ def kept_heap() -> Iterator[None]:
         for option, _, value in _MALLOPT.values():
             libc.mallopt(option, value)
         libc.malloc_trim(0)
+
+
+def release_unused(limit: int) -> None:
+    """If the process has more than `limit` bytes of RAM, give back what it holds but does not use.
+
+    With glibc only. What is taken next is new memory again, so this is for the few times when much is held.
+    """
+    libc = ctypes.CDLL(None)
+    if not hasattr(libc, "malloc_trim") or (resident_memory() or 0) <= limit:
+        return
+    if _arena is not None:
+        _arena.release(libc)
+    libc.malloc_trim(0)
 
 
 def empty(shape: tuple[int, ...], dtype: np.dtype[Any]) -> np.ndarray:

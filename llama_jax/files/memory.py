@@ -1,5 +1,6 @@
-"""How much memory there is."""
+"""How much memory there is, and how much of it is this process's."""
 
+import os
 from pathlib import Path
 
 
@@ -11,3 +12,12 @@ def available_memory() -> int | None:
         return None
     available = next((line for line in lines if line.startswith("MemAvailable:")), None)
     return None if available is None else int(available.split()[1]) * 1024
+
+
+def resident_memory() -> int | None:
+    """Bytes of RAM that this process has; None where the system does not say."""
+    try:
+        pages = Path("/proc/self/statm").read_text().split()[1]
+    except OSError:
+        return None
+    return int(pages) * os.sysconf("SC_PAGE_SIZE")

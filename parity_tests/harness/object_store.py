@@ -1,7 +1,9 @@
 """An object store on the loopback, and one in memory whose operations can be made to fail."""
 
+import gc
 import logging
 import uuid
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -39,6 +41,9 @@ def serve_s3() -> Iterator[str]:
         finally:
             _close_sessions(store)
             server.stop()
+            with warnings.catch_warnings():  # what was left open, before another test collects it
+                warnings.simplefilter("ignore", ResourceWarning)
+                gc.collect()
 
 
 def _close_sessions(store: type[AbstractFileSystem]) -> None:

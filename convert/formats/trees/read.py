@@ -26,7 +26,7 @@ from convert.formats.trees.tiles import copy
 from llama_jax.checkpoints.safetensors_read import FLOAT_DTYPES, StoredTensor
 from llama_jax.checkpoints.safetensors_write import TensorSpec
 from llama_jax.config import LlamaConfig
-from llama_jax.files.buffers import empty
+from llama_jax.files.buffers import empty, release_unused
 from llama_jax.files.direct import BLOCK
 from llama_jax.files.scratch import scratch_file
 from llama_jax.files.staging import DISK_FULL
@@ -449,6 +449,7 @@ class _Reader:
             if source.axis is not None:
                 index = (*block[: source.axis], slice(first, end), *block[source.axis :])
             ready = [finished()] if len(started) == self._pieces_at_a_time(source) else []
+            release_unused(self._memory - source.piece_bytes)
             started.append((block, start_reading(source.array.store[index], source.dtype)))
             while ready:
                 yield ready.pop()

@@ -101,6 +101,5 @@ def float_of_high_code(_: Any, codes: Any) -> Any:
 
 
 def _centered(builder: Any, code: Any) -> Any:
-    # in bytes, of which a vector has four times as many; 8 times a sum, taken off afterwards, would round 2.5
-    # times as much
+    # 8 times a sum, taken off afterwards, would round 2.5 times as much
     return builder.sitofp(builder.sub(code, ir.IntType(8)(8)), ir.FloatType())

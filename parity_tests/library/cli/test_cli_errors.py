@@ -138,6 +138,10 @@ def test_an_interrupt_that_a_destructor_swallows_comes_again(
         def __del__(self) -> None:
             raise KeyboardInterrupt
 
+    with warnings.catch_warnings():  # of what other tests left
+        warnings.simplefilter("ignore", ResourceWarning)
+        gc.collect()
+
     def command() -> None:
         Loud()
         gc.collect()

@@ -79,7 +79,7 @@ def completed(script: Path, line: str) -> list[str]:
         ("python -m convert ", []),
         ("python -m convert info SRC --", ["--help", "--map", "--rope", "--json"]),
         ("python -m parity_tests report DIR --ba", ["--backward"]),
-        ("python -m benchmarks compile st", ["step"]),
+        ("python -m benchmarks compile st", ["start", "step"]),
         ("python -m other --he", []),
         ("python -m ", []),
         ("python --he", []),

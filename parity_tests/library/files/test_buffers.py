@@ -97,29 +97,49 @@ def test_threads_never_share_memory() -> None:
         assert all(pool.map(fill, range(4)))
 
 
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="needs glibc")
-def test_freed_memory_stays_in_a_kept_heap() -> None:
-    # in a process of its own, since what the heap does depends on what was in it
-    code = """
-import os
+def run_alone(code: str) -> None:
+    """In a process of its own, since what the heap does depends on what was in it."""
+    imports = """
 import numpy as np
-from llama_jax.files.buffers import kept_heap
-
-def resident():
-    return int(open("/proc/self/statm").read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+from llama_jax.files.buffers import empty, kept_heap, release_unused, reused_buffers
+from llama_jax.files.memory import resident_memory
 
 size = 2**26
+"""
+    subprocess.run([sys.executable, "-c", imports + code], cwd=ROOT, check=True)
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="needs glibc")
+def test_freed_memory_stays_in_a_kept_heap() -> None:
+    run_alone("""
 with kept_heap():
     array = np.ones(size, np.uint8)
-    before = resident()
+    before = resident_memory()
     del array
-    assert resident() > before - size // 2
+    assert resident_memory() > before - size // 2
     array = np.ones(size, np.uint8)
-    assert resident() < before + size // 2
+    assert resident_memory() < before + size // 2
     del array
-assert resident() < before - size // 2
-"""
-    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+assert resident_memory() < before - size // 2
+""")
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="needs glibc")
+def test_unused_memory_is_given_back_where_it_is_too_much() -> None:
+    run_alone("""
+with kept_heap(), reused_buffers(2 * size):
+    used, unused = empty((size,), np.dtype(np.uint8)), empty((size,), np.dtype(np.uint8))
+    heap = np.ones(size, np.uint8)
+    used[...] = unused[...] = 3
+    del unused, heap
+    before = resident_memory()
+    release_unused(before + size)
+    assert resident_memory() > before - size // 2
+    release_unused(before - size)
+    assert resident_memory() < before - size - size // 2
+    assert (used == 3).all()
+    assert (empty((size,), np.dtype(np.uint8)) == 0).all()
+""")
 
 
 def test_outside_it_is_numpys_memory() -> None:

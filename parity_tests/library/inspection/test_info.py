@@ -44,7 +44,7 @@ def dot_flops(jaxpr) -> int:
     """2 * multiply-adds of every dot_general, scans multiplied out."""
     total = 0
     for equation in jaxpr.eqns:
-        inner = equation.params.get("jaxpr")
+        inner = equation.params.get("jaxpr") or equation.params.get("call_jaxpr")
         if inner is not None:
             times = equation.params.get("length", 1)
             total += times * dot_flops(getattr(inner, "jaxpr", inner))
