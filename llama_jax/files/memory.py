@@ -15,9 +15,12 @@ def available_memory() -> int | None:
 
 
 def resident_memory() -> int | None:
-    """Bytes of RAM that this process has; None where the system does not say."""
+    """Bytes of RAM that this process has, without pages of files, which come and go.
+
+    None where the system does not say.
+    """
     try:
-        pages = Path("/proc/self/statm").read_text().split()[1]
+        _, resident, of_files, *_ = Path("/proc/self/statm").read_text().split()
     except OSError:
         return None
-    return int(pages) * os.sysconf("SC_PAGE_SIZE")
+    return (int(resident) - int(of_files)) * os.sysconf("SC_PAGE_SIZE")

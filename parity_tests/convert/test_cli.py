@@ -198,18 +198,16 @@ def test_the_heap_is_kept_before_the_source_is_opened() -> None:
     # Threads that TensorStore starts before it would get new memory for every large array. In a process of
     # its own, since what the heap does depends on what was in it.
     code = """
-import os, convert.conversion
+import convert.conversion
 from convert.__main__ import main
-
-def resident():
-    return int(open("/proc/self/statm").read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+from llama_jax.files.memory import resident_memory
 
 def plan(*arguments, **options):
     array = bytearray(2**26)
     array[:: 2**12] = bytes(2**14)
-    before = resident()
+    before = resident_memory()
     del array
-    print(resident() > before - 2**25)
+    print(resident_memory() > before - 2**25)
     raise ValueError
 
 convert.plan = convert.conversion.plan = plan
