@@ -145,7 +145,8 @@ def _blocked_einsum(spec: str, a: Array, b: Array) -> Array:
     return _sum_of_blocks(spec, -(-depth // blocks), a, b)
 
 
-# Its gradients are plain matmuls: those of the loop would be as many as it has blocks.
+# A gradient is computed in as many parts as there are blocks. As one matmul it would take less time, but on
+# a real checkpoint that of v_proj had 1.29 times PyTorch's error.
 @partial(jax.custom_jvp, nondiff_argnums=(0, 1))
 def _sum_of_blocks(spec: str, size: int, a: Array, b: Array) -> Array:
     """`jnp.einsum` as a sum over blocks of so many elements of the contracted index.
@@ -175,12 +176,26 @@ def _sum_of_blocks_jvp(
 ) -> tuple[Array, Array]:
     (a, b), (d_a, d_b) = primals, tangents
     terms = [
-        _plain_einsum(spec, *operands)
+        _parts(spec, size, *operands)
         for operands, tangent in (((d_a, b), d_a), ((a, d_b), d_b))
         if not isinstance(tangent, SymbolicZero)
     ]
     out = _sum_of_blocks(spec, size, a, b)
     return out, functools.reduce(operator.add, terms) if terms else jnp.zeros_like(out)
+
+
+def _parts(spec: str, size: int, a: Array, b: Array) -> Array:
+    subscripts = _parse(spec)
+    axis_a, axis_b = (of.index(subscripts.contracted) for of in (subscripts.a, subscripts.b))
+    depth = a.shape[axis_a]
+
+    def part(start: int) -> Array:
+        end = min(start + size, depth)
+        part_a = jax.lax.slice_in_dim(a, start, end, axis=axis_a)
+        part_b = jax.lax.slice_in_dim(b, start, end, axis=axis_b)
+        return _plain_einsum(spec, part_a, part_b)
+
+    return functools.reduce(operator.add, map(part, range(0, depth, size)))
 
 
 _sum_of_blocks.defjvp(_sum_of_blocks_jvp, symbolic_zeros=True)

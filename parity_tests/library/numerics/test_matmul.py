@@ -98,18 +98,12 @@ def test_sums_of_blocks_have_all_derivatives(spec, depth):
 
 
 def test_a_sum_of_blocks_holds_one_sum():
-    """And its gradients are two matmuls, not two for each block."""
     rows, depth, width = 512, 1152, 768
     a, b = jnp.ones((rows, depth)), jnp.ones((width, depth))
     program = jax.jit(lambda a, b: einsum("ti,oi->to", a, b)).lower(a, b).compile()
     assert "while" in program.as_text()
     blocks = (rows + width) * 192 * 4  # of the operands, copied
     assert program.memory_analysis().temp_size_in_bytes < 2.1 * rows * width * 4 + blocks
-
-    _, transpose = jax.vjp(lambda a, b: einsum("ti,oi->to", a, b), a, b)
-    assert str(jax.make_jaxpr(transpose)(jnp.ones((rows, width)))).count("dot_general") == 2
-    _, transpose = jax.vjp(lambda b: einsum("ti,oi->to", a, b), b)
-    assert str(jax.make_jaxpr(transpose)(jnp.ones((rows, width)))).count("dot_general") == 1
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16, jnp.float32, jnp.float64])
