@@ -129,11 +129,12 @@ def open_arrays(params: Path) -> list[StoredArray]:
     if not (params / "_METADATA").is_file():
         raise ValueError(f"{params}: not an Orbax checkpoint (no _METADATA in it)")
     local = on_disk(params)
-    for link in local.rglob("*"):
+    entries = list(local.rglob("*"))
+    for link in entries:
         if link.is_symlink() and not link.resolve().is_relative_to(local.resolve()):
             raise ValueError(f"{link}: a link to {link.resolve()}, expected it to stay within")
     base: dict[str, Any] = file_store(local)
-    files = [file for file in local.rglob("*") if file.is_file()]
+    files = [entry for entry in entries if entry.is_file()]
     if not fits_page_cache(sum(file.stat().st_size for file in files)) and can_read_directly(
         files[0]
     ):

@@ -68,7 +68,10 @@ def test_the_next_command_finds_what_this_one_compiled(directory, tmp_path):
         # a prompt of another length, padded to the same, needs no other program, however small
         said = generate(directory, prompt="the the the", JAX_EXPLAIN_CACHE_MISSES="1", **there)
         compiled = set(re.findall(r"CACHE MISS for '(\w+)'", said))
-        assert compiled <= {"jit__threefry_seed", "jit_stage"}  # compile too fast to be kept
+        assert compiled <= {
+            "jit__threefry_seed",
+            "jit_stage",
+        }  # of jax.random.key, too fast to be kept
         assert not found_by(directory, "--no-cache", **there)
         assert not found_by(directory, "--cache", str(tmp_path / "other"), **there) & PROGRAMS
         for file in kind.glob("*-cache"):

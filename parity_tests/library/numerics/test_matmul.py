@@ -64,6 +64,19 @@ def test_float32_rounds_no_more_than_torch_at_real_widths(rows, depth, width):
     assert ours <= ROUNDING_RATIO * theirs
 
 
+@pytest.mark.parametrize(("depth", "width"), [(576, 192), (576, 576)])
+def test_gradient_of_the_input_rounds_no_more_than_torchs(depth, width):
+    """Projections of attention. As one matmul, that of the square one has a ratio of 1.5."""
+    rng = np.random.default_rng(0)
+    shapes = ((256, depth), (width, depth), (256, width))
+    x, weight, cotangent = (rng.standard_normal(shape).astype(np.float32) for shape in shapes)
+    _, transpose = jax.vjp(lambda x: einsum("ti,oi->to", x, jnp.asarray(weight)), jnp.asarray(x))
+    (ours,) = jax.jit(transpose)(jnp.asarray(cotangent))
+    theirs = (torch.from_numpy(cotangent) @ torch.from_numpy(weight)).numpy()
+    exact = cotangent.astype(np.float64) @ weight.astype(np.float64)
+    assert rms_error(np.asarray(ours), exact) <= ROUNDING_RATIO * rms_error(theirs, exact)
+
+
 @pytest.mark.parametrize("depth", [288, 577])  # blocks of one size, and a last one that is smaller
 @pytest.mark.parametrize("spec", ["ti,oi->to", "bngqk,bknd->bqngd"])
 def test_sums_of_blocks_have_all_derivatives(spec, depth):
