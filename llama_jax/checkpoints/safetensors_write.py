@@ -27,6 +27,7 @@ import ml_dtypes
 import numpy as np
 
 from llama_jax.files.direct import DirectWriter
+from llama_jax.files.page import PAGE
 from llama_jax.files.page_cache import fits_page_cache
 from llama_jax.files.staging import remove_stale, staging_in
 
@@ -55,7 +56,6 @@ DTYPE_NAMES: dict[np.dtype[Any], str] = {
     ]
 }
 
-_PAGE = 4096  # bytes; of x86 and most others
 _CHUNK_BYTES = 64 * 2**20  # per write: large enough to be fast, small enough to show progress
 
 
@@ -195,7 +195,7 @@ def write_file(
 def _offsets(specs: Iterable[TensorSpec]) -> dict[str, int]:
     """Where in the data each tensor begins: first those of complete pages."""
     offsets, end = {}, 0
-    for spec in sorted(specs, key=lambda spec: spec.nbytes % _PAGE != 0):
+    for spec in sorted(specs, key=lambda spec: spec.nbytes % PAGE != 0):
         offsets[spec.name] = end
         end += spec.nbytes
     return offsets
@@ -212,7 +212,7 @@ def _header(specs: Iterable[TensorSpec], offsets: Mapping[str, int]) -> bytes:
             "data_offsets": [begin, begin + spec.nbytes],
         }
     text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
-    text += b" " * (-(8 + len(text)) % _PAGE)
+    text += b" " * (-(8 + len(text)) % PAGE)
     return struct.pack("<Q", len(text)) + text
 
 

@@ -19,9 +19,9 @@ from typing import Any
 import numpy as np
 
 from llama_jax.files.memory import resident_memory
+from llama_jax.files.page import PAGE, whole_pages
 
 _SMALL = 2**20  # bytes; the allocator itself uses such again
-_PAGE = 2**12
 _UNUSED = 4  # MADV_DONTNEED of Linux
 
 
@@ -32,9 +32,9 @@ class _Arena:
     """
 
     def __init__(self, nbytes: int) -> None:
-        nbytes = -(-nbytes // _PAGE) * _PAGE
-        memory = np.empty(nbytes + _PAGE, np.uint8)
-        start = -memory.__array_interface__["data"][0] % _PAGE
+        nbytes = whole_pages(nbytes)
+        memory = np.empty(nbytes + PAGE, np.uint8)
+        start = -memory.__array_interface__["data"][0] % PAGE
         self._memory = memory[start : start + nbytes]  # at a page, as direct writing needs
         self._lent = [(0, 0), (nbytes, nbytes)]  # where parts begin and end, sorted
         self._returned: deque[tuple[int, int]] = deque()
@@ -42,7 +42,7 @@ class _Arena:
 
     def take(self, nbytes: int) -> np.ndarray:
         """So many bytes; where no free part is large enough, of memory of their own."""
-        pages = -(-nbytes // _PAGE) * _PAGE
+        pages = whole_pages(nbytes)
         with self._lock:
             start = next((start for start, stop in self._free() if stop - start >= pages), None)
             if start is None:

@@ -19,9 +19,9 @@ from typing import Any
 import numpy as np
 
 from llama_jax.files.buffers import empty
+from llama_jax.files.page import PAGE
 from llama_jax.files.remote import is_remote
 
-BLOCK = 2**12  # bytes; disks have blocks of 512 or 4096
 _BUFFER = 2**22  # bytes that are gathered where they are not blocks in memory
 _PART = 2**24  # bytes of one request; 4 MB took a disk half as long again
 _reading = False
@@ -36,7 +36,7 @@ def can_read_directly(file: Path) -> bool:
     try:
         if not bypass_page_cache(descriptor):
             return False
-        os.preadv(descriptor, [aligned_bytes(BLOCK).data], 0)
+        os.preadv(descriptor, [aligned_bytes(PAGE).data], 0)
     except OSError:
         return False
     finally:
@@ -57,19 +57,10 @@ def bypass_page_cache(descriptor: int, on: bool = True) -> bool:
 
 
 def aligned_bytes(nbytes: int) -> np.ndarray:
-    """Memory for so many bytes at an address that is a multiple of `BLOCK`."""
-    memory = empty((nbytes + BLOCK,), np.dtype(np.uint8))
-    start = -_address(memory) % BLOCK
+    """Memory for so many bytes at an address that is a multiple of `PAGE`."""
+    memory = empty((nbytes + PAGE,), np.dtype(np.uint8))
+    start = -_address(memory) % PAGE
     return memory[start : start + nbytes]
-
-
-def whole_blocks(nbytes: int) -> int:
-    """The number of bytes in as many blocks as hold `nbytes`.
-
-    >>> whole_blocks(4097)
-    8192
-    """
-    return -(-nbytes // BLOCK) * BLOCK
 
 
 @contextmanager
@@ -87,7 +78,7 @@ def reads_directly(path: Path, position: int, values: np.ndarray) -> bool:
     """Whether contiguous `values` at a position of a file are whole blocks, and are to be read so."""
     if not _reading or values.nbytes < _PART or is_remote(path):
         return False
-    return not any(number % BLOCK for number in (position, values.nbytes, _address(values)))
+    return not any(number % PAGE for number in (position, values.nbytes, _address(values)))
 
 
 def read_parts(path: Path, position: int, values: np.ndarray) -> Iterator[np.ndarray]:
@@ -171,9 +162,9 @@ class DirectWriter:
     def write(self, data: Any) -> int:
         """Write an object that has contiguous bytes, and return their number."""
         values = np.frombuffer(data, np.uint8)
-        whole = 0 if self._position % BLOCK else values.nbytes // BLOCK * BLOCK
+        whole = 0 if self._position % PAGE else values.nbytes // PAGE * PAGE
         bypass_page_cache(self._descriptor)
-        if _address(values) % BLOCK == 0:
+        if _address(values) % PAGE == 0:
             self._write(values[:whole])
         else:
             for start in range(0, whole, _BUFFER):

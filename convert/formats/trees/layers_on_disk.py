@@ -9,7 +9,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from convert.formats.trees.tiles import copy
-from llama_jax.files.direct import aligned_bytes, whole_blocks
+from llama_jax.files.direct import aligned_bytes
+from llama_jax.files.page import whole_pages
 from llama_jax.files.scratch import ScratchFile
 
 Index = tuple[slice, ...]
@@ -63,7 +64,7 @@ class LayersOnDisk:
         return memory
 
     def _memory(self, block: _Block) -> np.ndarray:
-        return aligned_bytes(whole_blocks(math.prod(block.shape) * self._dtype.itemsize))
+        return aligned_bytes(whole_pages(math.prod(block.shape) * self._dtype.itemsize))
 
 
 def _as(memory: np.ndarray, shape: tuple[int, ...], dtype: np.dtype[Any]) -> np.ndarray:

@@ -27,7 +27,7 @@ from llama_jax.checkpoints.safetensors_read import FLOAT_DTYPES, StoredTensor
 from llama_jax.checkpoints.safetensors_write import TensorSpec
 from llama_jax.config import LlamaConfig
 from llama_jax.files.buffers import empty, release_unused
-from llama_jax.files.direct import BLOCK
+from llama_jax.files.page import PAGE
 from llama_jax.files.scratch import scratch_file
 from llama_jax.files.staging import DISK_FULL
 from llama_jax.formatting import first_line, summarize
@@ -377,7 +377,7 @@ class _Reader:
         layers = len(source.names) - first
         blocks = sum(1 for _ in _blocks(source.extent, chunk, _VALUES // len(source.names)))
         nbytes = math.prod(source.extent) * source.dtype.itemsize
-        file = scratch_file(layers * (nbytes + blocks * BLOCK))
+        file = scratch_file(layers * (nbytes + blocks * PAGE))
         if file is None:
             return None
         on_disk = LayersOnDisk(file, source.dtype)

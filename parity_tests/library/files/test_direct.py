@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from llama_jax.files import direct
-from llama_jax.files.direct import BLOCK, DirectWriter, aligned_bytes, can_read_directly
+from llama_jax.files.direct import DirectWriter, aligned_bytes, can_read_directly
+from llama_jax.files.page import PAGE
 
 
 def fail_unless_buffered(call: Callable[..., int]) -> Callable[..., int]:
@@ -27,7 +28,7 @@ def fail_unless_buffered(call: Callable[..., int]) -> Callable[..., int]:
 
 def a_few_at_a_time(call: Callable[..., int]) -> Callable[..., int]:
     """As a system that moves less than it was asked to."""
-    return lambda descriptor, buffers, position: call(descriptor, [buffers[0][:BLOCK]], position)
+    return lambda descriptor, buffers, position: call(descriptor, [buffers[0][:PAGE]], position)
 
 
 SYSTEMS = ["direct", "without", "refusing", "in parts"]
@@ -46,7 +47,7 @@ def system(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> s
 
 @pytest.mark.parametrize(
     "sizes",
-    [(), (1,), (BLOCK,), (100, 2 * BLOCK, BLOCK), (2 * BLOCK, 5, 2 * BLOCK + 1, 2**22, BLOCK, 3)],
+    [(), (1,), (PAGE,), (100, 2 * PAGE, PAGE), (2 * PAGE, 5, 2 * PAGE + 1, 2**22, PAGE, 3)],
     ids=str,
 )
 def test_a_file_has_the_bytes_that_were_written(
@@ -81,8 +82,8 @@ def test_what_can_be_read_directly_is_found_out(tmp_path: Path, system: str) -> 
         assert not can_read_directly(file)
     elif can_read_directly(file):
         descriptor = os.open(file, os.O_RDONLY | os.O_DIRECT)
-        values = aligned_bytes(BLOCK)
+        values = aligned_bytes(PAGE)
         direct.read_all(descriptor, values, 0)
         os.close(descriptor)
-        assert values.tobytes() == b"1" * BLOCK
+        assert values.tobytes() == b"1" * PAGE
     assert not can_read_directly(tmp_path / "missing")
