@@ -28,8 +28,9 @@ MODULES = {
     "restart": "restart",
     "start": "start_up",
     "step": "step",
+    "transfer": "transfer",
 }
-WITH_OPTIONS = ("convert", "gpu", "harness", "parity", "pod")
+WITH_OPTIONS = ("convert", "gpu", "harness", "parity", "pod", "transfer")
 
 _EPILOG = """\
 compile    compile time of 32 layers against that of 4, forward and gradient
@@ -47,6 +48,7 @@ pretrain   validation loss after the demo's two minutes, and nanochat's in torch
 restart    time until the first step of a new run, and of the same run resumed
 start      imports, and generate as a whole command against transformers: first and second run
 step       a training step against torch: time, memory, tokens per second
+transfer   the best learning rate of each width under muP (options: transfer --help)
 """
 
 
