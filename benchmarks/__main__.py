@@ -30,12 +30,12 @@ MODULES = {
     "step": "step",
     "transfer": "transfer",
 }
-WITH_OPTIONS = ("convert", "gpu", "harness", "parity", "pod", "transfer")
+WITH_OPTIONS = ("convert", "decode", "gpu", "harness", "parity", "pod", "transfer")
 
 _EPILOG = """\
 compile    compile time of 32 layers against that of 4, forward and gradient
 convert    every pair of formats: time against `cp`, peak memory (options: convert --help)
-decode     greedy decoding and prefill against transformers: tokens per second
+decode     greedy decoding and prefill against transformers and llama.cpp (options: decode --help)
 gpu        on an NVIDIA GPU: its tests, step, loss and decode, results kept (options: gpu --help)
 harness    lm_eval with our model class and with its own for PyTorch (options: harness --help)
 load       from_pretrained of a bfloat16 directory against `cat` of the same file; peak memory

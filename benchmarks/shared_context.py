@@ -40,7 +40,7 @@ def report(model: LlamaForCausalLM, *, context: int, count: int) -> Report:
         "fresh": partial(first_token, model, [*before, *range(3, 3 + TURN)], None),
         "kept": lambda: next(turns),
     }
-    seconds = median_seconds(runs)
+    seconds = median_seconds(runs, ROUNDS)
     names = {
         "one": f"score, {context} tokens and one continuation of {CONTINUATION}",
         "all": f"the same with {count} continuations",

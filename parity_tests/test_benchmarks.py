@@ -215,7 +215,7 @@ def test_a_command_is_timed_until_it_prints_and_until_it_ends() -> None:
 
 
 def test_texts_that_begin_alike_are_timed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("benchmarks.decode.ROUNDS", 1)
+    monkeypatch.setattr(shared_context, "ROUNDS", 1)
     config = replace(PRESETS["tiny-4m"], num_hidden_layers=1)
     found = shared_context.report(LlamaForCausalLM(config, rngs=nnx.Rngs(0)), context=20, count=3)
     assert [row[0].split(",")[0] for row in found.rows] == [

@@ -1,16 +1,19 @@
-"""What functions compiled by numba need to be called by XLA: addresses, an atomic sum, bits of floats.
+"""What functions compiled by numba need to be called by XLA: addresses and atomic operations.
 
 Addresses are int64.
 """
 
+import ctypes
 from typing import Any
 
 from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
-TASK = "llama_jax_few_rows_task"  # symbol of the function that `task_address` returns
+# symbols, of which `task_address` and `seats_address` are the addresses
+TASK, SEATS = "llama_jax_few_rows_task", "llama_jax_few_rows_seats"
 
+_WORD = ir.IntType(64)
 _POINTER = ir.IntType(8).as_pointer()
 
 malloc = types.ExternalFunction("malloc", types.int64(types.int64))
@@ -29,14 +32,47 @@ def pointer(_: Any, address: Any) -> Any:
 
 
 @intrinsic
+def load(_: Any, address: Any) -> Any:
+    """The int64 at the address, atomically."""
+
+    def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return builder.load_atomic(_word_at(builder, arguments[0]), "seq_cst", 8)
+
+    return types.int64(types.int64), emit
+
+
+@intrinsic
 def fetch_add(_: Any, address: Any, value: Any) -> Any:
     """Add to the int64 at the address, atomically; what was there."""
 
     def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        place = builder.inttoptr(arguments[0], ir.IntType(64).as_pointer())
+        place = _word_at(builder, arguments[0])
         return builder.atomic_rmw("add", place, arguments[1], "seq_cst")
 
     return types.int64(types.int64, types.int64), emit
+
+
+@intrinsic
+def exchange(_: Any, address: Any, value: Any) -> Any:
+    """Replace the int64 at the address, atomically; what was there."""
+
+    def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        place = _word_at(builder, arguments[0])
+        return builder.atomic_rmw("xchg", place, arguments[1], "seq_cst")
+
+    return types.int64(types.int64, types.int64), emit
+
+
+@intrinsic
+def compare_exchange(_: Any, address: Any, expected: Any, value: Any) -> Any:
+    """Replace the int64 at the address if it is the expected one, atomically; what was there."""
+
+    def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        place = _word_at(builder, arguments[0])
+        result = builder.cmpxchg(place, arguments[1], arguments[2], "seq_cst", "seq_cst")
+        return builder.extract_value(result, 0)
+
+    return types.int64(types.int64, types.int64, types.int64), emit
 
 
 @intrinsic
@@ -44,62 +80,39 @@ def call(_: Any, function: Any, argument: Any) -> Any:
     """Call the function at an address with one address; the address that it returns."""
 
     def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        word = ir.IntType(64)
-        kind = ir.FunctionType(word, [word]).as_pointer()
+        kind = ir.FunctionType(_WORD, [_WORD]).as_pointer()
         return builder.call(builder.inttoptr(arguments[0], kind), [arguments[1]])
 
     return types.int64(types.int64, types.int64), emit
 
 
-@intrinsic
-def task_address(_: Any) -> Any:
-    """The address of the symbol `TASK`; a number would not be true in the next process."""
+def _symbol_address(symbol: str) -> Any:
+    """An intrinsic; a number would not be true in the next process."""
 
     def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        word = ir.IntType(64)
-        function = builder.module.globals.get(TASK)
+        function = builder.module.globals.get(symbol)
         if function is None:
-            function = ir.Function(builder.module, ir.FunctionType(ir.VoidType(), [word]), TASK)
-        return builder.ptrtoint(function, word)
+            kind = ir.FunctionType(ir.VoidType(), [_WORD])
+            function = ir.Function(builder.module, kind, symbol)
+        return builder.ptrtoint(function, _WORD)
 
-    return types.int64(), emit
+    @intrinsic
+    def address(_: Any) -> Any:
+        return types.int64(), emit
 
-
-@intrinsic
-def float_of_bfloat16(_: Any, bits: Any) -> Any:
-    """The float32 whose first 16 bits are these."""
-
-    def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        word = ir.IntType(32)
-        wide = builder.shl(builder.zext(arguments[0], word), word(16))
-        return builder.bitcast(wide, ir.FloatType())
-
-    return types.float32(types.uint16), emit
+    return address
 
 
-# numba would compute these with int64, which halves the speed at least.
+task_address, seats_address = _symbol_address(TASK), _symbol_address(SEATS)
 
 
-@intrinsic
-def float_of_low_code(_: Any, codes: Any) -> Any:
-    """The code from -8 to 7 in the low 4 bits, stored as 0 to 15."""
-
-    def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        return _centered(builder, builder.and_(arguments[0], ir.IntType(8)(15)))
-
-    return types.float32(types.uint8), emit
+def lasting_zeros(size: int) -> int:
+    """The address of so many bytes, which are never freed: threads may outlive Python's objects."""
+    calloc = ctypes.CDLL(None).calloc
+    calloc.restype, calloc.argtypes = ctypes.c_void_p, (ctypes.c_size_t, ctypes.c_size_t)
+    address: int = calloc(1, size)
+    return address
 
 
-@intrinsic
-def float_of_high_code(_: Any, codes: Any) -> Any:
-    """The code in the high 4 bits."""
-
-    def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        return _centered(builder, builder.lshr(arguments[0], ir.IntType(8)(4)))
-
-    return types.float32(types.uint8), emit
-
-
-def _centered(builder: Any, code: Any) -> Any:
-    # 8 times a sum, taken off afterwards, would round 2.5 times as much
-    return builder.sitofp(builder.sub(code, ir.IntType(8)(8)), ir.FloatType())
+def _word_at(builder: Any, address: Any) -> Any:
+    return builder.inttoptr(address, _WORD.as_pointer())

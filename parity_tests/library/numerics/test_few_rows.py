@@ -1,6 +1,10 @@
 """Matmuls of a decoding step: from bfloat16 and from codes on a CPU, as sums on a GPU."""
 
+import hashlib
+import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +15,7 @@ from flax import nnx
 
 from llama_jax.models.layers import linear
 from llama_jax.numerics import few_rows
+from llama_jax.numerics.cpu import kernel
 from llama_jax.numerics.few_rows import few_rows_matmul
 from llama_jax.quantization.weight import QuantizedWeight
 from parity_tests.reference.errors import rms_error
@@ -73,6 +78,18 @@ def test_float32_rounds_no_more_than_torch(shape, rows):
     reference = x.astype(np.float64) @ weight.astype(np.float64).T
     theirs = (torch.from_numpy(x) @ torch.from_numpy(weight).T).numpy()
     assert rms_error(out, reference) <= ROUNDING_RATIO * rms_error(theirs, reference)
+
+
+@pytest.mark.parametrize("rows", [1, 2, 5])
+@pytest.mark.parametrize("shape", [(1, 1), (3, 41), (6, 15)])
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_any_number_of_rows_and_columns(dtype, shape, rows):
+    """Smaller than a block, and columns that fill no vector."""
+    rng = np.random.default_rng(0)
+    weight, x = (jnp.asarray(rng.standard_normal((n, shape[1])), dtype) for n in (shape[0], rows))
+    out = few_rows_matmul(x, weight, jnp.dtype(jnp.float32))
+    expected = np.asarray(x, np.float64) @ np.asarray(weight, np.float64).T
+    np.testing.assert_allclose(out, expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("kind", [*KINDS, None])
@@ -171,6 +188,35 @@ def test_under_vmap():
     x = jnp.asarray(np.random.default_rng(1).standard_normal((3, 2, 192)), jnp.float32)
     outs = jax.vmap(lambda x: step(x, weight))(x)
     np.testing.assert_allclose(outs, x @ weight[...].T, rtol=1e-5, atol=1e-5)
+
+
+def test_the_kept_code_is_that_of_all_sources():
+    """numba looks at kernel.py alone: who changes another of its files puts the new checksum there."""
+    folder = Path(kernel.__file__).parent
+    sources = b"".join((folder / name).read_bytes() for name in ("block.py", "machine.py"))
+    assert hashlib.sha256(sources).hexdigest()[:16] == kernel.OTHER_SOURCES
+
+
+def test_calls_from_several_threads():
+    weight = quantized((512, 192), "4 bits, groups of 64", jnp.float32)
+    x = jnp.asarray(np.random.default_rng(1).standard_normal((1, 192)), jnp.float32)
+    run = jax.jit(step)
+    expected = np.asarray(run(x, weight))
+    with ThreadPoolExecutor(4) as pool:
+        outs = list(pool.map(lambda _: np.asarray(run(x, weight)), range(400)))
+    for out in outs:
+        np.testing.assert_array_equal(out, expected)
+
+
+def test_a_process_ends_while_a_thread_waits_for_more():
+    program = """
+import jax, jax.numpy as jnp
+from llama_jax.numerics.few_rows import few_rows_matmul
+run = jax.jit(lambda x, w: few_rows_matmul(x, w, jnp.float32))
+run(jnp.ones((1, 256)), jnp.ones((4096, 256))).block_until_ready()
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, timeout=300)
+    assert (done.returncode, done.stderr) == (0, b"")
 
 
 def test_many_calls_at_once_end():
