@@ -15,26 +15,47 @@ from llama_jax.attention.cudnn import cudnn_attention, why_not_cudnn
 from llama_jax.attention.implementation import Implementation
 from llama_jax.attention.masks import AttentionMask, dense_mask, slots_of
 from llama_jax.attention.plain import dot_product_attention
-from llama_jax.attention.splash import splash_attention, splash_kernel, why_not_splash
-from llama_jax.attention.triton import triton_attention, why_not_triton
 from llama_jax.numerics.backend import target_platform
 from llama_jax.sharding import BATCH_AXES, SEQUENCE_AXIS, TENSOR_AXIS, MeshAxes, mesh_axes
 
 # Up to this many tokens the scores are small, and it is faster to hold them.
 PLAIN_LENGTH = 128
 
+
+# Pallas, in which the kernels of "triton" and "splash" are written, takes long to import, and a CPU needs
+# neither.
+
+
+def _triton_attention(*operands: Any, **choices: Any) -> Array:
+    from llama_jax.attention.triton import triton_attention
+
+    return triton_attention(*operands, **choices)
+
+
+def _why_not_triton(query: Any, mask: AttentionMask, sequence_shards: int) -> str | None:
+    from llama_jax.attention.triton import why_not_triton
+
+    return why_not_triton(query, mask, sequence_shards)
+
+
+def _why_not_splash(query: Any, mask: AttentionMask, sequence_shards: int) -> str | None:
+    from llama_jax.attention.splash import why_not_splash
+
+    return why_not_splash(query, mask, sequence_shards)
+
+
 # implementations that run on (query, key, value, mask); plain and splash need other arguments
 _RUN: dict[str, Callable[..., Array]] = {
     "blocked": blocked_attention,
     "cudnn": cudnn_attention,
-    "triton": triton_attention,
+    "triton": _triton_attention,
 }
 # for those with restrictions: why one cannot do a call, or None
 _WhyNot = Callable[[Array, AttentionMask, int], str | None]
 _WHY_NOT: dict[str, _WhyNot] = {
     "cudnn": why_not_cudnn,
-    "splash": why_not_splash,
-    "triton": why_not_triton,
+    "splash": _why_not_splash,
+    "triton": _why_not_triton,
 }
 # the kernels of a platform, the fastest first
 _KERNELS: dict[str, tuple[str, ...]] = {"gpu": ("cudnn", "triton"), "tpu": ("splash",)}
@@ -82,6 +103,8 @@ def attention(
         return _plain(query, key, value, mask, dropout_rate, dropout_key, output_weights)
     shards = _find_shards(axes, query, key)
     if chosen == "splash":
+        from llama_jax.attention.splash import splash_attention, splash_kernel
+
         split = axes.size(*shards.heads), axes.size(*shards.sequence)
         kernel = splash_kernel(
             query.shape[1], key.shape[1], query.shape[2], *split, order=mask.order

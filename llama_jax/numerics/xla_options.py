@@ -37,6 +37,9 @@ STEP_OPTIONS: dict[str, Options] = {
         # XLA hoists the conversion of a bfloat16 array to float32 out of a loop that reads slices of it:
         # the residuals and the stacked weights would be held twice as large.
         "xla_disable_hlo_passes": "while-loop-invariant-code-motion",
+        # At LLVM's level 3 the hundreds of kernels of a step take more than half as long again to compile,
+        # and run no faster: level 1 vectorizes them as well, and most matmuls are not LLVM's.
+        "xla_backend_optimization_level": 1,
     },
     "gpu": {
         # A layer's weights are gathered during the layer before it ("Tips for High-Performance LLMs"), and
