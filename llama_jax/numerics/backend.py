@@ -1,6 +1,7 @@
 """The platform that a program is compiled for."""
 
 import jax
+from jax.sharding import AxisType
 
 
 def target_platform() -> str:
@@ -30,3 +31,10 @@ def gpu_capability() -> str | None:
     kind = target_device_kind()
     here = (device for device in jax.devices() if device.device_kind == kind)
     return next((str(device.compute_capability) for device in here), None)
+
+
+def is_partitioned() -> bool:
+    """Whether XLA may split arrays: the ambient mesh has several devices, not counting a `shard_map`'s."""
+    mesh = jax.sharding.get_abstract_mesh()
+    kinds = zip(mesh.axis_names, mesh.axis_types, strict=True)
+    return any(mesh.shape[name] > 1 for name, kind in kinds if kind != AxisType.Manual)

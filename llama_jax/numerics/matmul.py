@@ -5,19 +5,19 @@ cotangent with a bfloat16 operand and accumulates in bfloat16. Here the cotangen
 dtype, as PyTorch does, and both backward matmuls accumulate in float32 again.
 """
 
-import functools
-import operator
-from collections.abc import Callable
+import string
+from collections.abc import Sequence
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.custom_derivatives import SymbolicZero
+from jax.extend.core import ClosedJaxpr, Primitive, jaxpr_as_fun
+from jax.interpreters import ad, batching, mlir
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
-from llama_jax.numerics.backend import target_platform
+from llama_jax.numerics.backend import is_partitioned, target_platform
 
 
 def working_dtype(dtype: jnp.dtype) -> jnp.dtype:
@@ -132,79 +132,110 @@ def _block_count(depth: int, rows: int) -> int:
 
 
 def _blocked_einsum(spec: str, a: Array, b: Array) -> Array:
-    """`jnp.einsum`; float32 on CPU is a sum over blocks of the contracted index."""
+    """`jnp.einsum`; float32 on CPU is a sum over blocks of a contracted index, and so are its gradients."""
     if a.dtype != jnp.float32 or target_platform() != "cpu":
         return _plain_einsum(spec, a, b)
-    subscripts = _parse(spec)
-    if len(subscripts.contracted) != 1:
+    contracted = _parse(spec).contracted
+    if len(contracted) != 1:
         return _plain_einsum(spec, a, b)
-    depth = _depth(spec, a)
+    depth = a.shape[spec.index(contracted)]
     rows = a.size // depth
     blocks = _block_count(depth, rows)
     if blocks < 2 or rows < 2:
         return _plain_einsum(spec, a, b)
-    return _sum_of_blocks(spec, -(-depth // blocks), a, b)
+    size = -(-depth // blocks)
+    operands = (jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (a, b))
+    loop = _loop_over_blocks.trace(spec, size, *operands).jaxpr
+    out: Array = _sum_of_blocks.bind(a, b, spec=spec, jaxpr=loop)
+    return out
 
 
-@partial(jax.custom_jvp, nondiff_argnums=(0, 1))
-def _sum_of_blocks(spec: str, size: int, a: Array, b: Array) -> Array:
-    """`jnp.einsum` as a sum over blocks of so many elements of the contracted index.
+@partial(jax.jit, static_argnums=(0, 1))
+def _loop_over_blocks(spec: str, size: int, a: Array, b: Array) -> Array:
+    """`jnp.einsum` as a sum over blocks of `size` elements of the contracted index.
 
     It is a loop so that only one sum is in memory: results of 2048 x 1376 leave the cache otherwise, and
     take as long to add up as to compute.
     """
-    full, rest = divmod(_depth(spec, a), size)
+    subscripts = _parse(spec)
+    axes = [of.index(subscripts.contracted) for of in (subscripts.a, subscripts.b)]
+    full, rest = divmod(a.shape[axes[0]], size)
+
+    def block(start: int | Array, size: int) -> Array:
+        parts = (
+            jax.lax.dynamic_slice_in_dim(x, start, size, axis)
+            for x, axis in zip((a, b), axes, strict=True)
+        )
+        return _plain_einsum(spec, *parts)
 
     def add_block(number: Array, total: Array) -> Array:
-        def cut(x: Array, axis: int) -> Array:
-            return jax.lax.dynamic_slice_in_dim(x, number * size, size, axis)
+        return total + block(number * size, size)
 
-        return total + _block(spec, a, b, cut)
-
-    total = jax.lax.fori_loop(1, full, add_block, _static_block(spec, a, b, 0, size))
-    return total + _static_block(spec, a, b, full * size, rest) if rest else total
+    total = jax.lax.fori_loop(1, full, add_block, block(0, size))
+    return total + block(full * size, rest) if rest else total
 
 
-# A gradient is computed in as many parts as there are blocks. As one matmul it would take less time, but on
-# a real checkpoint that of v_proj had 1.29 times PyTorch's error.
-def _sum_of_blocks_jvp(
+# A primitive, because JAX would transpose the loop into one that writes the gradients block by block, each
+# summed over all of its own contracted index at once. These are matmuls too, and here they are sums over
+# blocks as well. The loop is a parameter for those who look for matmuls in a program.
+_sum_of_blocks = Primitive("sum_of_blocks")
+
+
+@_sum_of_blocks.def_impl
+def _run(a: Array, b: Array, *, spec: str, jaxpr: ClosedJaxpr) -> Array:
+    del spec
+    (out,) = jaxpr_as_fun(jaxpr)(a, b)
+    return out
+
+
+@_sum_of_blocks.def_abstract_eval
+def _result(a: Any, b: Any, *, spec: str, jaxpr: ClosedJaxpr) -> Any:
+    del a, b, spec
+    return jaxpr.out_avals[0]
+
+
+def _transpose_in_a(cotangent: Array, a: Any, b: Array, *, spec: str, jaxpr: ClosedJaxpr) -> Array:
+    del a, jaxpr
+    of = _parse(spec)
+    return _gradient_einsum(f"{of.out},{of.b}->{of.a}", cotangent, b)
+
+
+def _transpose_in_b(cotangent: Array, a: Array, b: Any, *, spec: str, jaxpr: ClosedJaxpr) -> Array:
+    del b, jaxpr
+    of = _parse(spec)
+    return _gradient_einsum(f"{of.out},{of.a}->{of.b}", cotangent, a)
+
+
+def _gradient_einsum(spec: str, cotangent: Array, other: Array) -> Array:
+    """`_blocked_einsum`, but not over an index that a mesh may split, such as the tokens of its data axis.
+
+    XLA would gather the operands, to cut blocks from them, where it can multiply each part on its device.
+    """
+    multiply = _plain_einsum if is_partitioned() else _blocked_einsum
+    return multiply(spec, cotangent, other)
+
+
+def _batch(
+    operands: Sequence[Array],
+    axes: Sequence[int | None],
+    *,
     spec: str,
-    size: int,
-    primals: tuple[Array, Array],
-    tangents: tuple[Array | SymbolicZero, Array | SymbolicZero],
-) -> tuple[Array, Array]:
-    (a, b), (d_a, d_b) = primals, tangents
-    depth = _depth(spec, a)
-    parts = [
-        _static_block(spec, one, other, start, min(size, depth - start))
-        for one, other in ((d_a, b), (a, d_b))
-        if not isinstance(one, SymbolicZero) and not isinstance(other, SymbolicZero)
-        for start in range(0, depth, size)
-    ]
-    out = _sum_of_blocks(spec, size, a, b)
-    return out, functools.reduce(operator.add, parts) if parts else jnp.zeros_like(out)
+    jaxpr: ClosedJaxpr,
+) -> tuple[Array, int]:
+    """One more index of the operands that have a batch, and of the result."""
+    del jaxpr
+    index = next(letter for letter in string.ascii_letters if letter not in spec)
+    of = _parse(spec)
+    batched = (
+        subscripts if axis is None else subscripts[:axis] + index + subscripts[axis:]
+        for subscripts, axis in zip((of.a, of.b), axes, strict=True)
+    )
+    return _blocked_einsum(f"{','.join(batched)}->{index}{of.out}", *operands), 0
 
 
-def _depth(spec: str, a: Array) -> int:
-    subscripts = _parse(spec)
-    return a.shape[subscripts.a.index(subscripts.contracted)]
-
-
-def _static_block(spec: str, a: Array, b: Array, start: int, size: int) -> Array:
-    def cut(x: Array, axis: int) -> Array:
-        return jax.lax.slice_in_dim(x, start, start + size, axis=axis)
-
-    return _block(spec, a, b, cut)
-
-
-def _block(spec: str, a: Array, b: Array, cut: Callable[[Array, int], Array]) -> Array:
-    """The matmul of the part that `cut` takes of the contracted axis."""
-    subscripts = _parse(spec)
-    axes = (of.index(subscripts.contracted) for of in (subscripts.a, subscripts.b))
-    return _plain_einsum(spec, *map(cut, (a, b), axes))
-
-
-_sum_of_blocks.defjvp(_sum_of_blocks_jvp, symbolic_zeros=True)
+ad.defbilinear(_sum_of_blocks, _transpose_in_a, _transpose_in_b)
+batching.primitive_batchers[_sum_of_blocks] = _batch
+mlir.register_lowering(_sum_of_blocks, mlir.lower_fun(_run, multiple_results=False))
 
 
 def _plain_einsum(spec: str, a: Array, b: Array) -> Array:
