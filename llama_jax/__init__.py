@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from llama_jax.generation.loop import GenerateOutput
     from llama_jax.generation.prompt_cache import PromptCache
     from llama_jax.loss import LossOutput, fused_linear_cross_entropy
+    from llama_jax.models.calibration import quantize_calibrated
     from llama_jax.models.causal_lm import CausalLMOutput, LlamaForCausalLM
     from llama_jax.models.decoder import LlamaModel, ModelOutput
     from llama_jax.models.lm_head import (
@@ -73,6 +74,7 @@ __all__ = [
     "normalize_rows",
     "parameter_shardings",
     "quantize",
+    "quantize_calibrated",
 ]
 
 # where each of them is defined
@@ -107,6 +109,7 @@ _MODULE_OF = {
     "normalize_rows": "models.lm_head",
     "parameter_shardings": "sharding",
     "quantize": "quantization.model",
+    "quantize_calibrated": "models.calibration",
 }
 
 if not TYPE_CHECKING:  # or a type checker would take every name for one of ours

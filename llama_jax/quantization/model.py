@@ -13,7 +13,7 @@ from llama_jax.quantization.weight import QuantizedWeight
 
 Model = TypeVar("Model", bound=nnx.Module)
 
-INT4_GROUP_SIZE = 128  # default
+_INT4_GROUP_SIZES = 128, 64, 32  # defaults, the best first
 
 
 class Quantization(NamedTuple):
@@ -58,7 +58,8 @@ def quantize(
     Args:
         model: any model of this library; it is not changed.
         bits: 8 or 4.
-        group_size: columns that share a scale, an even number; default: a row with 8 bits, 128 with 4.
+        group_size: columns that share a scale, an even number; default: a row with 8 bits; with 4 the one
+            of 128, 64 and 32 that divides most input dimensions.
         vocabulary: quantize the embedding and the head, too.
         symmetric: 4 bits without a zero, as `save_pretrained(compressed_tensors=True)` requires.
 
@@ -78,24 +79,45 @@ def quantize(
         >>> small.generate([[5, 6, 7]], max_new_tokens=2, eos_token_id=()).shape
         (1, 5)
     """
+    copy = nnx.merge(*nnx.split(model))
+    for matrix in matrices_to_quantize(copy, bits, group_size, vocabulary):
+        weight = matrix.module.weight
+        matrix.module.weight = QuantizedWeight(weight, matrix.bits, matrix.group_size, symmetric)
+    return copy
+
+
+class MatrixToQuantize(NamedTuple):
+    """A module with a matrix, or a stack of matrices, and what its weight is to be quantized to."""
+
+    module: Any
+    bits: int
+    group_size: int | None
+
+
+def matrices_to_quantize(
+    model: nnx.Module, bits: int, group_size: int | None, vocabulary: bool
+) -> list[MatrixToQuantize]:
+    """What `quantize` changes; raises its errors."""
     bits, size, _ = _checked(bits, group_size)
     if quantization_of(model) is not None:
         raise ValueError("the model is already quantized; dequantize it first")
-    copy = nnx.merge(*nnx.split(model))
-    matrices = [module for module in _matrices(copy) if vocabulary or _is_projection(module.weight)]
-    targets = [module for module in matrices if bits == 8 or _is_projection(module.weight)]
-    if size is not None:
-        widths = {module.weight.shape[-1] for module in targets}
-        if all(width % size for width in widths):
-            raise ValueError(
-                f"group_size: found {size}, expected a divisor of one of the input dimensions "
-                f"{', '.join(map(str, sorted(widths)))}"
-            )
-        targets = [module for module in targets if module.weight.shape[-1] % size == 0]
-    for module in matrices:
-        precision = (bits, size) if module in targets else (8, None)
-        module.weight = QuantizedWeight(module.weight, *precision, symmetric)
-    return copy
+    modules = [one for one in _matrices(model) if vocabulary or _is_projection(one.weight)]
+    targets = [one for one in modules if bits == 8 or _is_projection(one.weight)]
+    widths = sorted({one.weight.shape[-1] for one in targets})
+    if bits == 4 and size is None:
+        size = max(_INT4_GROUP_SIZES, key=lambda size: sum(width % size == 0 for width in widths))
+    if size is None:
+        return [MatrixToQuantize(module, bits, None) for module in modules]
+    if all(width % size for width in widths):
+        raise ValueError(
+            f"group_size: found {size}, expected a divisor of one of the input dimensions "
+            f"{', '.join(map(str, widths))}"
+        )
+    by_group = [one for one in targets if one.weight.shape[-1] % size == 0]
+    return [
+        MatrixToQuantize(one, bits, size) if one in by_group else MatrixToQuantize(one, 8, None)
+        for one in modules
+    ]
 
 
 def dequantize(model: Model) -> Model:
@@ -167,7 +189,7 @@ def _checked(bits: Any, group_size: Any) -> Quantization:
     if not is_integer(bits) or bits not in (4, 8):
         raise ValueError(f"bits: found {bits!r}, expected 8 or 4")
     if group_size is None:
-        return Quantization(bits, INT4_GROUP_SIZE if bits == 4 else None)
+        return Quantization(bits, None)
     if not is_integer(group_size) or group_size < 2 or group_size % 2:
         raise ValueError(f"group_size: found {group_size!r}, expected a positive even number")
     return Quantization(bits, group_size)

@@ -19,8 +19,13 @@ from llama_jax.numerics.matmul import working_dtype
 
 _INT8_MAX = 127
 _INT4_MIN, _INT4_MAX = -8, 7
+CODE_RANGES = {8: (-_INT8_MAX, _INT8_MAX), 4: (_INT4_MIN, _INT4_MAX)}  # by bits
 # fractions of a group's range; below a half, the error of an outlier exceeds that of all others
 _CLIP_FRACTIONS = tuple(1 - 0.02 * step for step in range(25))
+
+
+# codes and scale, and with 4 bits zero
+Stored = tuple[Array, ...]
 
 
 class QuantizedWeight(nnx.Module):
@@ -36,6 +41,7 @@ class QuantizedWeight(nnx.Module):
         bits: 8 or 4.
         group_size: columns that share a scale; None, for 8 bits only, is a scale per row.
         symmetric: 4 bits with a zero of 0; 8 bits have none anyway.
+        stored: what to hold in place of `weight`; default: `weight` rounded.
     """
 
     def __init__(
@@ -44,10 +50,12 @@ class QuantizedWeight(nnx.Module):
         bits: int,
         group_size: int | None,
         symmetric: bool = False,
+        stored: Stored | None = None,
     ):
         self.axes = weight.get_metadata("axes")
         self.bits, self.group_size = bits, group_size
-        stored = _each_matrix(_QUANTIZE[bits, symmetric], group_size, weight[...])
+        if stored is None:
+            stored = each_matrix(QUANTIZE[bits, symmetric], group_size, weight[...])
         axes = self.axes if group_size is None else (*self.axes, "hidden")
         self.codes = nnx.Param(stored[0], axes=axes)
         self.scale = nnx.Param(stored[1], axes=axes[:-1])
@@ -85,8 +93,8 @@ def quantize_int8(
     if group_size is not None:
         wide = wide.reshape(len(weight), -1, group_size)
     scale = (jnp.max(jnp.abs(wide), axis=-1) / _INT8_MAX).astype(weight.dtype)
-    codes = jnp.round(wide / _divisor(scale, wide.dtype))
-    return jnp.clip(codes, -_INT8_MAX, _INT8_MAX).astype(jnp.int8), scale
+    codes = round_to_codes(wide, scale.astype(wide.dtype)[..., None], 0, CODE_RANGES[8])
+    return codes.astype(jnp.int8), scale
 
 
 def dequantize_int8(
@@ -118,8 +126,9 @@ def quantize_int4(
         # the codes are centered at -1/2
         zero = jnp.zeros_like(scale) if symmetric else (low + high + step) / 2
         zero = zero.astype(weight.dtype)
-        restored = _codes(wide, scale, zero) * step[..., None]
-        error = jnp.sum(jnp.square(restored + zero.astype(wide.dtype)[..., None] - wide), axis=-1)
+        offset = zero.astype(wide.dtype)[..., None]
+        codes = round_to_codes(wide, step[..., None], offset, CODE_RANGES[4])
+        error = jnp.sum(jnp.square(codes * step[..., None] + offset - wide), axis=-1)
         return error, scale, zero
 
     def better(best: Any, fraction: Array) -> tuple[Any, None]:
@@ -129,9 +138,14 @@ def quantize_int4(
 
     fractions = jnp.asarray(_CLIP_FRACTIONS, wide.dtype)
     (_, scale, zero), _ = jax.lax.scan(better, clip(fractions[0]), fractions[1:])
-    codes = (_codes(wide, scale, zero) - _INT4_MIN).astype(jnp.uint8)
-    first, second = jnp.split(codes, 2, axis=-1)
-    return first | (second << jnp.uint8(4)), scale, zero
+    step, offset = (values.astype(wide.dtype)[..., None] for values in (scale, zero))
+    return pack_int4(round_to_codes(wide, step, offset, CODE_RANGES[4])), scale, zero
+
+
+def pack_int4(codes: Float[Array, "*groups group"]) -> UInt8[Array, "*groups half"]:
+    """Codes from -8 to 7, two per byte."""
+    first, second = jnp.split((codes - _INT4_MIN).astype(jnp.uint8), 2, axis=-1)
+    return first | (second << jnp.uint8(4))
 
 
 def dequantize_int4(
@@ -154,18 +168,19 @@ def _widened(codes: Codes) -> Float[Array, "out in"]:
     return dequantize_int8(values, scale).reshape(len(values), -1)
 
 
-def _codes(wide: Array, scale: Array, zero: Array) -> Array:
-    distance = wide - zero.astype(wide.dtype)[..., None]
-    return jnp.clip(jnp.round(distance / _divisor(scale, wide.dtype)), _INT4_MIN, _INT4_MAX)
-
-
-def _divisor(scale: Array, dtype: jnp.dtype) -> Array:
-    """The scales as divisors, with 1 for the 0 of a group of zeros or of equal values."""
-    return jnp.where(scale == 0, 1, scale).astype(dtype)[..., None]
+def round_to_codes(
+    values: Float[Array, "*shape"],
+    scale: Float[Array, "*shape"],
+    zero: Float[Array, "*shape"] | float,
+    code_range: tuple[int, int],
+) -> Float[Array, "*shape"]:
+    """The codes nearest to `values`, as numbers; scale and zero have their dtype."""
+    divisor = jnp.where(scale == 0, 1, scale)  # of a group of zeros or of equal values
+    return jnp.clip(jnp.round((values - zero) / divisor), *code_range)
 
 
 # by bits, and whether symmetric
-_QUANTIZE: dict[tuple[int, bool], Callable[..., tuple[Array, ...]]] = {
+QUANTIZE: dict[tuple[int, bool], Callable[..., Stored]] = {
     (8, False): quantize_int8,
     (8, True): quantize_int8,
     (4, False): quantize_int4,
@@ -174,7 +189,7 @@ _QUANTIZE: dict[tuple[int, bool], Callable[..., tuple[Array, ...]]] = {
 
 
 @partial(jax.jit, static_argnums=(0, 1))
-def _each_matrix(
+def each_matrix(
     quantize: Callable[..., tuple[Array, ...]], group_size: int | None, weight: Array
 ) -> tuple[Array, ...]:
     """One matrix of a stack at a time, so that only one is held in the wide dtype."""

@@ -1,0 +1,97 @@
+"""Models that are quantized by what their matrices multiply with on a text."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from llama_jax import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    LlamaForSequenceClassification,
+    LlamaModel,
+    dequantize,
+    quantize,
+    quantize_calibrated,
+)
+from llama_jax.quantization.model import matrices_by_bits, quantization_of
+
+CONFIG = LlamaConfig(
+    vocab_size=61,
+    hidden_size=32,
+    intermediate_size=64,
+    num_hidden_layers=3,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    attention_bias=True,
+    initializer_range=0.2,
+)
+IDS = np.random.default_rng(0).integers(0, 61, (12, 32)).astype(np.int32)
+NEW_IDS = np.random.default_rng(1).integers(0, 61, (8, 32)).astype(np.int32)
+
+
+@pytest.fixture(scope="module")
+def model() -> LlamaForCausalLM:
+    return LlamaForCausalLM(CONFIG, rngs=nnx.Rngs(0), dtype=jnp.float32)
+
+
+def change(model, other) -> float:
+    """What quantization did to the hidden states of another text."""
+    before, after = (of.model(NEW_IDS).last_hidden_state for of in (model, other))
+    return float(jnp.linalg.norm((after - before).astype(jnp.float32)))
+
+
+@pytest.mark.parametrize("kind", [(8, None), (8, 16), (4, 16), (4, None)])
+def test_less_changes_than_by_rounding(model, kind):
+    rounded, calibrated = quantize(model, *kind), quantize_calibrated(model, IDS, *kind)
+    assert quantization_of(calibrated) == quantization_of(rounded)
+    assert matrices_by_bits(calibrated) == matrices_by_bits(rounded)
+    assert change(model, calibrated) < 0.9 * change(model, rounded)
+
+
+def test_the_given_model_is_not_changed(model):
+    before = model(NEW_IDS).logits
+    quantize_calibrated(model, IDS, 4, 16)
+    assert quantization_of(model) is None
+    assert np.array_equal(model(NEW_IDS).logits, before)
+
+
+def test_saved_and_loaded_bitwise(tmp_path, model):
+    calibrated = quantize_calibrated(model, IDS, 4, 16)
+    calibrated.save_pretrained(tmp_path / "model")
+    loaded = LlamaForCausalLM.from_pretrained(tmp_path / "model")
+    assert np.array_equal(loaded(NEW_IDS).logits, calibrated(NEW_IDS).logits)
+    assert np.array_equal(dequantize(loaded)(NEW_IDS).logits, calibrated(NEW_IDS).logits)
+
+
+def test_other_models(model):
+    """A decoder, a task head, bfloat16, tied embeddings, sums in slices."""
+    decoder = LlamaModel(CONFIG, rngs=nnx.Rngs(0))
+    assert quantize_calibrated(decoder, IDS, 8)(NEW_IDS).last_hidden_state.shape == (8, 32, 32)
+    classifier = LlamaForSequenceClassification(CONFIG, rngs=nnx.Rngs(0))
+    assert quantize_calibrated(classifier, IDS, 8)(NEW_IDS).logits.shape == (8, 2)
+    config = LlamaConfig(**{**CONFIG.to_dict(), "tie_word_embeddings": True, "pretraining_tp": 2})
+    tied = LlamaForCausalLM(config, rngs=nnx.Rngs(0), dtype=jnp.bfloat16)
+    kinds = quantize(tied, 4, 16), quantize_calibrated(tied, IDS, 4, 16)
+    assert change(tied, kinds[1]) < change(tied, kinds[0])
+    assert kinds[1](NEW_IDS).logits.dtype == jnp.bfloat16
+
+
+@pytest.mark.parametrize(
+    ("ids", "message"),
+    [
+        (IDS[0], r"input_ids: found shape \(32,\), expected \[rows, seq\]"),
+        (IDS[:0], r"input_ids: found shape \(0, 32\)"),
+        (np.full((1, 4), 61), "input_ids: found token 61, expected 0 to 60"),
+        (np.full((1, 4), 0.5), "input_ids: found dtype float64"),
+        (np.zeros((1, 4096), np.int32), "with seq of 1 to 2048"),
+    ],
+)
+def test_bad_ids(model, ids, message):
+    with pytest.raises(ValueError, match=message):
+        quantize_calibrated(model, ids, 8)
+
+
+def test_a_quantized_model_is_refused(model):
+    with pytest.raises(ValueError, match="already quantized"):
+        quantize_calibrated(quantize(model, 8), IDS, 8)
