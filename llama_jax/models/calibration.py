@@ -1,6 +1,6 @@
 """Quantize a model by what its matrices multiply with on a text, one layer after the other."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from operator import itemgetter
 from typing import Any, TypeVar
@@ -113,15 +113,14 @@ def quantize_calibrated(
     return copy
 
 
-class _Observed:
-    """In place of a projection: what it is called with."""
+class _Observed(Linear):
+    """A projection that passes on what it is called with."""
 
-    def __init__(self, linear: Linear):
-        self._linear, self.slices = linear, linear.slices
-        self.inputs: list[Array] = []
+    def __init__(self, linear: Linear, observe: Callable[[Array], None]):
+        self._linear, self._observe, self.slices = linear, observe, linear.slices
 
     def __call__(self, x: Array, reduce_dtype: DTypeLike | None = None) -> Array:
-        self.inputs.append(x)
+        self._observe(x)
         return self._linear(x, reduce_dtype)
 
 
@@ -157,11 +156,13 @@ def _moments(
 
     def of_row(row: Float[Array, "seq hidden"]) -> dict[_Path, Float[Array, "in in"]]:
         layer = nnx.merge(structure, state)
-        observed = {path: _Observed(linear) for path, linear in _linears(layer)}
-        for (parent, name), observer in observed.items():
-            setattr(getattr(layer, parent), name, observer)
+        inputs: dict[_Path, Array] = {}
+        for path, linear in tuple(_linears(layer)):
+            parent, name = path
+            observed = _Observed(linear, partial(inputs.__setitem__, path))
+            setattr(getattr(layer, parent), name, observed)
         layer(row[None], call)
-        return {path: _moments_of(one.inputs[0][0]) for path, one in observed.items()}
+        return {path: _moments_of(x[0]) for path, x in inputs.items()}
 
     sums, _ = jax.lax.scan(add_row, of_row(hidden[0]), hidden[1:])
     return sums

@@ -37,9 +37,6 @@ STEP_OPTIONS: dict[str, Options] = {
         # XLA hoists the conversion of a bfloat16 array to float32 out of a loop that reads slices of it:
         # the residuals and the stacked weights would be held twice as large.
         "xla_disable_hlo_passes": "while-loop-invariant-code-motion",
-        # At LLVM's level 3 the hundreds of kernels of a step take more than half as long again to compile,
-        # and run no faster: level 1 vectorizes them as well, and most matmuls are not LLVM's.
-        "xla_backend_optimization_level": 1,
     },
     "gpu": {
         # A layer's weights are gathered during the layer before it ("Tips for High-Performance LLMs"), and
@@ -49,6 +46,9 @@ STEP_OPTIONS: dict[str, Options] = {
         "xla_gpu_all_gather_combine_threshold_bytes": 256 * 2**20,
     },
 }
+
+# For what runs once, such as initial parameters. LLVM's level 3 takes three times as long to compile those.
+RUN_ONCE_OPTIONS: dict[str, Options] = {"cpu": {"xla_backend_optimization_level": 1}}
 
 # In addition where hosts are linked by a network.
 STEP_OPTIONS_ACROSS_HOSTS: dict[str, Options] = {
@@ -79,12 +79,21 @@ def step_compiler_options(
     options = dict(STEP_OPTIONS.get(platform, {}))
     if across_hosts:
         options |= STEP_OPTIONS_ACROSS_HOSTS.get(platform, {})
+    options = _not_set_by_user(options, platform)
+    return options | (DETERMINISTIC.get(platform, {}) if deterministic else {})
+
+
+def run_once_compiler_options(platform: str) -> Options:
+    """`compiler_options` of `jax.jit` for a program that runs once: little time to compile."""
+    return _not_set_by_user(RUN_ONCE_OPTIONS.get(platform, {}), platform)
+
+
+def _not_set_by_user(options: Options, platform: str) -> Options:
     set_by_user = _names_in(os.environ.get("XLA_FLAGS", ""))
     if platform == "tpu":
         set_by_user |= _names_in(os.environ.get("LIBTPU_INIT_ARGS", ""))
     set_by_user |= {name.replace(_OLD_PIPELINED, _PIPELINED) for name in set_by_user}
-    options = {name: value for name, value in options.items() if name not in set_by_user}
-    return options | (DETERMINISTIC.get(platform, {}) if deterministic else {})
+    return {name: value for name, value in options.items() if name not in set_by_user}
 
 
 def _names_in(flags: str) -> set[str]:

@@ -20,7 +20,7 @@ from llama_jax.attention.zigzag import ZigZag
 from llama_jax.config import LlamaConfig
 from llama_jax.models.causal_lm import LlamaForCausalLM
 from llama_jax.models.pipeline import Pipeline
-from llama_jax.numerics.xla_options import step_compiler_options
+from llama_jax.numerics.xla_options import run_once_compiler_options, step_compiler_options
 from llama_jax.sharding import (
     BATCH_AXES,
     MESH_AXES,
@@ -312,8 +312,8 @@ def initial_opt_state(program: Program, params: Any) -> Any:
 
 
 def _jit_once(program: Program, function: Callable[..., Any], result: Any) -> jax.stages.Wrapped:
-    """`function`, whose result is like `result`, compiled like the step: in little time on a CPU."""
-    options = step_compiler_options(program.mesh.devices.flat[0].platform)
+    """`function`, whose result is like `result`."""
+    options = run_once_compiler_options(program.mesh.devices.flat[0].platform)
     return jax.jit(function, compiler_options=options, out_shardings=shardings_of(result))
 
 
