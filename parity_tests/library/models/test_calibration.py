@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from tokenizers import Tokenizer, models, pre_tokenizers
 
 from llama_jax import (
     LlamaConfig,
@@ -15,6 +16,7 @@ from llama_jax import (
     quantize,
     quantize_calibrated,
 )
+from llama_jax.__main__ import main
 from llama_jax.quantization.model import matrices_by_bits, quantization_of
 
 CONFIG = LlamaConfig(
@@ -95,3 +97,30 @@ def test_bad_ids(model, ids, message):
 def test_a_quantized_model_is_refused(model):
     with pytest.raises(ValueError, match="already quantized"):
         quantize_calibrated(quantize(model, 8), IDS, 8)
+
+
+def test_command(tmp_path, model, capsys):
+    """Codes differ from those without the option, and the text is cut into windows of one size."""
+    source, text, empty = tmp_path / "model", tmp_path / "text.txt", tmp_path / "empty.txt"
+    model.save_pretrained(source)
+    words = [f"w{number}" for number in range(61)]
+    tokenizer = Tokenizer(models.WordLevel({word: n for n, word in enumerate(words)}, "w0"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.save(str(source / "tokenizer.json"))
+    text.write_text(" ".join(words[number] for number in np.tile(IDS.ravel(), 3)))
+    empty.touch()
+    command = ["quantize", "--model", str(source), "--bits", "4", "--group-size", "16"]
+    assert main([*command, "--out", str(tmp_path / "rounded")]) == 0
+    assert main([*command, "--out", str(tmp_path / "calibrated"), "--calibrate", str(text)]) == 0
+    rounded, calibrated = (
+        LlamaForCausalLM.from_pretrained(tmp_path / name) for name in ("rounded", "calibrated")
+    )
+    assert quantization_of(calibrated) == quantization_of(rounded)
+    assert not np.array_equal(calibrated(NEW_IDS).logits, rounded(NEW_IDS).logits)
+    capsys.readouterr()
+    out = ["--out", str(tmp_path / "r")]
+    for path, message in ((empty, "empty.txt is empty"), (tmp_path / "no.txt", "no.txt")):
+        assert main([*command, *out, "--calibrate", str(path)]) == 2
+        error = capsys.readouterr().err
+        assert message in error
+        assert error.count("\n") == 1
