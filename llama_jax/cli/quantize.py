@@ -27,8 +27,8 @@ def add_quantize(program: Parser) -> None:
         "--group-size",
         type=positive,
         metavar="N",
-        help="columns that share a scale; default: the whole row for 8 bits; for 4 the one of 128, 64 and "
-        "32 that divides most input dimensions",
+        help="columns that share a scale; default: the whole row for 8 bits; for 4 128, or 32 if that "
+        "divides more input dimensions",
     )
     parser.add_argument(
         "--dtype",

@@ -13,7 +13,9 @@ from llama_jax.quantization.weight import QuantizedWeight
 
 Model = TypeVar("Model", bound=nnx.Module)
 
-_INT4_GROUP_SIZES = 128, 64, 32  # defaults, the best first
+# By default, the first of those that divide most input dimensions. Models that 128 does not divide are
+# small, and of small ones more is lost.
+_INT4_GROUP_SIZES = 128, 32
 
 
 class Quantization(NamedTuple):
@@ -58,8 +60,8 @@ def quantize(
     Args:
         model: any model of this library; it is not changed.
         bits: 8 or 4.
-        group_size: columns that share a scale, an even number; default: a row with 8 bits; with 4 the one
-            of 128, 64 and 32 that divides most input dimensions.
+        group_size: columns that share a scale, an even number; default: a row with 8 bits; with 4 128, or
+            32 if that divides more input dimensions.
         vocabulary: quantize the embedding and the head, too.
         symmetric: 4 bits without a zero, as `save_pretrained(compressed_tensors=True)` requires.
 
