@@ -44,7 +44,10 @@ def quantize_calibrated(
     Args:
         model: a causal model, another with a decoder, or the decoder; it is not changed.
         input_ids: some ten thousand tokens of text that is like what the model is for.
-        bits, group_size, vocabulary, symmetric: see `quantize`.
+        bits: 8 or 4.
+        group_size: see `quantize`, as for the next two.
+        vocabulary: round the embedding and the head, too.
+        symmetric: 4 bits without a zero.
 
     Raises:
         ValueError: those of `quantize`, and ids that are not [rows, seq], outside the vocabulary, or in
