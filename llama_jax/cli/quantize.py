@@ -27,7 +27,7 @@ def add_quantize(program: Parser) -> None:
         "--group-size",
         type=positive,
         metavar="N",
-        help="columns that share a scale; default: the whole row for 8 bits; for 4 128, or 32 if that "
+        help="columns that share a scale; default: the whole row for 8 bits; 128 for 4 bits, or 32 if that "
         "divides more input dimensions",
     )
     parser.add_argument(

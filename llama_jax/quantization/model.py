@@ -60,8 +60,8 @@ def quantize(
     Args:
         model: any model of this library; it is not changed.
         bits: 8 or 4.
-        group_size: columns that share a scale, an even number; default: a row with 8 bits; with 4 128, or
-            32 if that divides more input dimensions.
+        group_size: columns that share a scale, an even number; default: a row with 8 bits; 128 with 4
+            bits, or 32 if that divides more input dimensions.
         vocabulary: quantize the embedding and the head, too.
         symmetric: 4 bits without a zero, as `save_pretrained(compressed_tensors=True)` requires.
 
