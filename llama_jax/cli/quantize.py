@@ -76,6 +76,10 @@ def quantize(options: argparse.Namespace) -> None:
         raise ValueError(f"--out: {options.out} already exists; choose another directory")
     elif not_a_directory := [path for path in out.parents if path.is_file()]:
         raise ValueError(f"--out: {not_a_directory[0]} is a file, expected a directory")
+    if options.text and options.calibrate and options.text.resolve() == options.calibrate.resolve():
+        raise ValueError(
+            "--text: is the file of --calibrate, on which the loss would look too small; give another"
+        )
     ids = _token_ids(options, "text")
     calibration = _token_ids(options, "calibrate")
     model = load_model(options.model, options.dtype)

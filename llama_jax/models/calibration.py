@@ -17,7 +17,7 @@ from llama_jax.models.decoder import LlamaModel, mask_and_cache
 from llama_jax.models.layers import DecoderLayer, LayerCall, Linear
 from llama_jax.numerics.matmul import working_dtype
 from llama_jax.numerics.rope import rope_cos_sin
-from llama_jax.quantization.compensation import compensated
+from llama_jax.quantization.compensation import compensated, compensation
 from llama_jax.quantization.model import MatrixToQuantize, matrices_to_quantize
 from llama_jax.quantization.weight import QuantizedWeight, Stored
 
@@ -38,8 +38,8 @@ def quantize_calibrated(
     """`quantize`, with codes that change the projections' outputs on a text least (GPTQ).
 
     A layer is quantized by what the quantized layers before it make of the text. Its cost is that of
-    running the text three times, and of a Cholesky factorization for each matrix, whose second moments,
-    [in, in] in float32, are held for one layer at a time. The embedding and the head are rounded.
+    running the text three times, and of four Cholesky factorizations of second moments, [in, in] in
+    float32, which are held for one layer at a time. The embedding and the head are rounded.
 
     Args:
         model: a causal model, another with a decoder, or the decoder; it is not changed.
@@ -80,11 +80,11 @@ def quantize_calibrated(
     require_ids("input_ids", ids, decoder.config.vocab_size)
     layers = decoder.layers
     assert isinstance(layers, DecoderLayer), "only decoding unstacks layers"
-    paths = {id(linear): path for path, linear in _linears(layers)}
+    path_of = {id(linear): path for path, linear in _linears(layers)}
     plans: dict[_Path, MatrixToQuantize] = {}
     for plan in matrices_to_quantize(copy, bits, group_size, vocabulary):
-        if id(plan.module) in paths:
-            plans[paths[id(plan.module)]] = plan
+        if id(plan.module) in path_of:
+            plans[path_of[id(plan.module)]] = plan
         else:
             weight = plan.module.weight
             plan.module.weight = QuantizedWeight(weight, plan.bits, plan.group_size, symmetric)
@@ -99,16 +99,17 @@ def quantize_calibrated(
     call = _call(decoder, ids.shape[1])
     for index in range(decoder.config.num_hidden_layers):
         state = jax.tree.map(itemgetter(index), stacked)
-        moments = _moments(structure, state, hidden, call)
         layer = nnx.merge(structure, state)
-        for path, linear in _linears(layer):
-            of_inputs = np.asarray(moments[path], np.float64)
-            plan = plans[path]
-            stored = compensated(
-                linear.weight[...], of_inputs, plan.bits, plan.group_size, symmetric=symmetric
-            )
-            rounded[path].append(stored)
-            linear.weight = quantized(path, linear.weight, stored)
+        linears = dict(_linears(layer))
+        for paths, moments in _moments(structure, state, hidden, call).items():
+            how = compensation(np.asarray(moments, np.float64))
+            for path in paths:
+                linear, plan = linears[path], plans[path]
+                stored = compensated(
+                    linear.weight[...], how, plan.bits, plan.group_size, symmetric=symmetric
+                )
+                rounded[path].append(stored)
+                linear.weight = quantized(path, linear.weight, stored)
         hidden = _run(*nnx.split(layer), hidden, call)
     for path, plan in plans.items():
         codes = tuple(jnp.stack(parts) for parts in zip(*rounded[path], strict=True))
@@ -151,13 +152,13 @@ def _call(decoder: LlamaModel, seq: int) -> LayerCall:
 @partial(jax.jit, static_argnums=0)
 def _moments(
     structure: Any, state: Any, hidden: Float[Array, "rows seq hidden"], call: LayerCall
-) -> dict[_Path, Float[Array, "in in"]]:
-    """For each projection of a layer, the sum of x_i x_j over its inputs x."""
+) -> dict[tuple[_Path, ...], Float[Array, "in in"]]:
+    """For the projections of a layer that read the same, the sum of x_i x_j over their inputs x."""
 
     def add_row(sums: Any, row: Float[Array, "seq hidden"]) -> tuple[Any, None]:
         return jax.tree.map(jnp.add, sums, of_row(row)), None
 
-    def of_row(row: Float[Array, "seq hidden"]) -> dict[_Path, Float[Array, "in in"]]:
+    def of_row(row: Float[Array, "seq hidden"]) -> dict[tuple[_Path, ...], Float[Array, "in in"]]:
         layer = nnx.merge(structure, state)
         inputs: dict[_Path, Array] = {}
         for path, linear in tuple(_linears(layer)):
@@ -165,7 +166,10 @@ def _moments(
             observed = _Observed(linear, partial(inputs.__setitem__, path))
             setattr(getattr(layer, parent), name, observed)
         layer(row[None], call)
-        return {path: _moments_of(x[0]) for path, x in inputs.items()}
+        readers: dict[int, list[_Path]] = {}
+        for path, x in inputs.items():
+            readers.setdefault(id(x), []).append(path)
+        return {tuple(paths): _moments_of(inputs[paths[0]][0]) for paths in readers.values()}
 
     sums, _ = jax.lax.scan(add_row, of_row(hidden[0]), hidden[1:])
     return sums

@@ -4,6 +4,7 @@ Scales and zeros stay those of `QuantizedWeight`, so the result is stored and re
 """
 
 from functools import partial
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -26,9 +27,34 @@ _DAMPING = 0.01
 _BLOCK = 128  # columns after which all later ones are brought up to date
 
 
+class Compensation(NamedTuple):
+    """How columns make up for the rounding of others, in every matrix with the same inputs.
+
+    Attributes:
+        order: of the columns, in which they are rounded: those with the largest inputs first (`act_order`
+            in GPTQ's code).
+        factor: the upper triangular U with U^T U the inverse of the damped moments, both in that order;
+            float64.
+    """
+
+    order: Int[np.ndarray, " in"]
+    factor: Float[np.ndarray, "in in"]
+
+
+def compensation(moments: Float[np.ndarray, "in in"]) -> Compensation:
+    """From the sum of the products x_i x_j over the inputs x, in float64."""
+    order = np.argsort(-np.diag(moments), kind="stable")
+    ordered = moments[np.ix_(order, order)]
+    damping = _DAMPING * np.mean(np.diag(moments)) or 1.0  # all inputs are 0: any codes will do
+    damped = ordered + damping * np.eye(len(ordered))
+    # flipped, so that Cholesky's lower factor becomes an upper one
+    inverse: np.ndarray = np.linalg.inv(np.linalg.cholesky(damped[::-1, ::-1])[::-1, ::-1])
+    return Compensation(order, inverse)
+
+
 def compensated(
     weight: Float[Array, "out in"],
-    moments: Float[np.ndarray, "in in"],
+    how: Compensation,
     bits: int,
     group_size: int | None,
     *,
@@ -36,12 +62,11 @@ def compensated(
 ) -> Stored:
     """Quantize a matrix so that its outputs for certain inputs change least.
 
-    Columns are rounded one after the other, those with the largest inputs first (`act_order` in GPTQ's
-    code), with the scales that plain rounding has.
+    Columns are rounded one after the other, with the scales that plain rounding has.
 
     Args:
         weight: the matrix.
-        moments: sum of the products x_i x_j over its inputs x, in float64.
+        how: `compensation` of its inputs.
         bits, group_size, symmetric: see `QuantizedWeight`.
 
     Returns:
@@ -50,22 +75,10 @@ def compensated(
     _, scale, *zeros = each_matrix(QUANTIZE[bits, symmetric], group_size, weight)
     by_group = scale.reshape(len(weight), -1)
     zero = zeros[0] if zeros else jnp.zeros_like(by_group)
-    order = np.argsort(-np.diag(moments), kind="stable")
-    factor = _inverse_factor(moments[np.ix_(order, order)])
-    codes = _round_in_order(weight, by_group, zero, factor, order, CODE_RANGES[bits])
+    codes = _round_in_order(weight, by_group, zero, how.factor, how.order, CODE_RANGES[bits])
     if group_size is not None:
         codes = codes.reshape(len(weight), -1, group_size)
     return pack_int4(codes) if bits == 4 else codes.astype(jnp.int8), scale, *zeros
-
-
-def _inverse_factor(moments: Float[np.ndarray, "in in"]) -> Float[np.ndarray, "in in"]:
-    """The upper triangular U with U^T U the inverse of the damped moments."""
-    diagonal = np.diag(moments)
-    damping = _DAMPING * np.mean(diagonal) or 1.0  # all inputs are 0: any codes will do
-    damped = moments + damping * np.eye(len(moments))
-    # flipped, so that Cholesky's lower factor becomes an upper one
-    inverse: np.ndarray = np.linalg.inv(np.linalg.cholesky(damped[::-1, ::-1])[::-1, ::-1])
-    return inverse
 
 
 @partial(jax.jit, static_argnums=5)

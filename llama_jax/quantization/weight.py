@@ -170,11 +170,11 @@ def _widened(codes: Codes) -> Float[Array, "out in"]:
 
 def round_to_codes(
     values: Float[Array, "*shape"],
-    scale: Float[Array, "*shape"],
-    zero: Float[Array, "*shape"] | float,
+    scale: Float[Array, "*#shape"],
+    zero: Float[Array, "*#shape"] | float,
     code_range: tuple[int, int],
 ) -> Float[Array, "*shape"]:
-    """The codes nearest to `values`, as numbers; scale and zero have their dtype."""
+    """The codes nearest to `values`, as numbers; scale and zero are broadcast, and have their dtype."""
     divisor = jnp.where(scale == 0, 1, scale)  # of a group of zeros or of equal values
     return jnp.clip(jnp.round((values - zero) / divisor), *code_range)
 

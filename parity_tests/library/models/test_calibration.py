@@ -124,3 +124,6 @@ def test_command(tmp_path, model, capsys):
         error = capsys.readouterr().err
         assert message in error
         assert error.count("\n") == 1
+    same = tmp_path / "model" / ".." / "text.txt"
+    assert main([*command, *out, "--calibrate", str(text), "--text", str(same)]) == 2
+    assert "--text: is the file of --calibrate" in capsys.readouterr().err

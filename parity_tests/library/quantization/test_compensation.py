@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from llama_jax.quantization.compensation import compensated
+from llama_jax.quantization.compensation import compensated, compensation
 from llama_jax.quantization.weight import (
     dequantize_int4,
     dequantize_int8,
@@ -69,7 +69,7 @@ def test_it_is_the_papers_method(bits, group_size):
         _, scale, *zero = rounded(weight, bits, group_size)
         scale = np.asarray(scale).reshape(len(values), -1)
         offset = np.asarray(zero[0]) if zero else np.zeros_like(scale)
-        result = restored(compensated(weight, moments, bits, group_size), bits)
+        result = restored(compensated(weight, compensation(moments), bits, group_size), bits)
     limits = [-8, 7] if bits == 4 else [-127, 127]
     expected = by_the_papers_equations(values, moments, scale, offset, limits)
     np.testing.assert_allclose(result, expected, rtol=0, atol=1e-12)
@@ -81,7 +81,7 @@ def test_outputs_change_less(bits, group_size, dtype):
     values, inputs = random_case(seed=10 * bits)
     weight = jnp.asarray(values, dtype)
     wide = np.asarray(weight, np.float64)
-    stored = compensated(weight, inputs.T @ inputs, bits, group_size)
+    stored = compensated(weight, compensation(inputs.T @ inputs), bits, group_size)
     plain = rounded(weight, bits, group_size)
     assert [part.dtype for part in stored] == [part.dtype for part in plain]
     assert [part.shape for part in stored] == [part.shape for part in plain]
@@ -98,7 +98,7 @@ def test_outputs_change_less(bits, group_size, dtype):
 def test_without_moments_it_is_plain_rounding(bits, group_size):
     values, _ = random_case(seed=0)
     weight = jnp.asarray(values, jnp.float32)
-    stored = compensated(weight, np.zeros((WIDTH, WIDTH)), bits, group_size)
+    stored = compensated(weight, compensation(np.zeros((WIDTH, WIDTH))), bits, group_size)
     for part, expected in zip(stored, rounded(weight, bits, group_size), strict=True):
         assert np.array_equal(part, expected)
 
@@ -106,5 +106,5 @@ def test_without_moments_it_is_plain_rounding(bits, group_size):
 def test_an_input_that_is_always_zero_changes_nothing():
     values, inputs = random_case(seed=1)
     inputs[:, 7] = 0
-    stored = compensated(jnp.asarray(values, jnp.float32), inputs.T @ inputs, 8, None)
+    stored = compensated(jnp.asarray(values, jnp.float32), compensation(inputs.T @ inputs), 8, None)
     assert np.isfinite(restored(stored, 8)).all()
