@@ -250,8 +250,8 @@ def _add_trajectory(program: Parser) -> None:
         nargs=2,
         type=Path,
         metavar="LOG",
-        help="a run's folder, metrics.jsonl, also of resume_torch.py, MaxText's metrics_file, CSV, or an "
-        "event file of TensorBoard",
+        help="a run's folder, metrics.jsonl, also of resume_torch.py, MaxText's metrics_file, "
+        "trainer_state.json, CSV, an event file of TensorBoard, or what a program printed",
     )
     parser.add_argument(
         "--rounding",

@@ -175,7 +175,7 @@ def record(
     heads: tuple[int, int, int] | None = None,
     backward: bool = True,
     settings: Mapping[str, Any] | None = None,
-    **inputs: Tensor,
+    **inputs: Any,
 ) -> Path:
     """Run `model` once on `ids` and write a trace of it.
 
@@ -188,7 +188,8 @@ def record(
         labels: [B, T], not shifted, -100 where none counts; default: `ids`.
         names, heads, settings: as for `recording`.
         backward: record gradients too.
-        inputs: further tensors to call the model with, such as `attention_mask` and `position_ids`.
+        inputs: what else to call the model with, such as `attention_mask`, `position_ids` and transformers'
+            `num_items_in_batch`.
 
     Returns:
         The folder.
@@ -196,16 +197,26 @@ def record(
     Raises:
         ValueError: as `recording`.
     """
+    if not isinstance(ids, Tensor):
+        raise ValueError("ids: expected a tensor of token ids [batch, length]")
     labels = ids if labels is None else labels
+    if labels.shape != ids.shape:
+        raise ValueError(f"labels: found {list(labels.shape)}, expected {list(ids.shape)}")
     with recording(model, out, names=names, heads=heads, settings=settings) as trace:
+        vocabulary = _rows(trace.parameters, "model.embed_tokens.weight")
+        if labels is not ids:
+            _require_tokens("labels", labels[labels != -100], vocabulary)
         with contextlib.nullcontext() if backward else torch.no_grad():
             if hasattr(model, "config") and hasattr(model, "generate"):
                 loss = model(input_ids=ids, labels=labels, **inputs).loss
             else:
                 logits = _first_tensor(model(ids, **inputs))
                 targets = labels[:, 1:].flatten().to(logits.device)
-                loss = cross_entropy(logits[:, :-1].flatten(0, 1).float(), targets)
+                wide = torch.promote_types(logits.dtype, torch.float32)
+                loss = cross_entropy(logits[:, :-1].flatten(0, 1).to(wide), targets)
         trace.loss(loss, labels=labels)
+        if backward and not loss.requires_grad:
+            raise ValueError("no parameter requires a gradient: give backward=False")
         if backward:
             loss.backward()
     if backward:
@@ -264,6 +275,8 @@ class Recorder:
         if not folder.absolute().parent.is_dir():
             raise ValueError(f"{folder.parent}: no such directory")
         self.model, self.folder, self.settings, self.quiet = model, folder, settings, quiet
+        if heads is not None and (len(heads) != 3 or any(not isinstance(n, int) for n in heads)):
+            raise ValueError(f"heads: found {heads}, expected (query, key/value, size of a head)")
         self.heads = _heads(model) if heads is None else Heads(*heads)
         self.modules = _modules(model, _known_names(model) if names is None else names, self.heads)
         self.parameters = dict(_parameters(self.modules))
@@ -275,10 +288,13 @@ class Recorder:
         self._outputs: set[str] = set()
         self._dtypes: set[str] = set()
         self._manifest: dict[str, Any] = {}
-        self._writer = _Writer(folder.with_name(f".{folder.name}.partial"))
+        self._writer = _Writer(folder.with_name(f".{folder.name}.{os.getpid()}.partial"))
 
     def __enter__(self) -> "Recorder":
-        self._writer.folder.mkdir()
+        try:
+            self._writer.folder.mkdir()
+        except OSError as error:
+            raise ValueError(f"{self.folder}: cannot be written ({error.strerror})") from None
         try:
             self._hook()
         except BaseException:
@@ -299,8 +315,17 @@ class Recorder:
         finally:
             shutil.rmtree(self._writer.folder, ignore_errors=True)
 
-    def loss(self, loss: Tensor, labels: Tensor | None = None) -> None:
-        """Record the loss, and the labels [B, T] that it is of, not shifted."""
+    def loss(
+        self, loss: Tensor, labels: Tensor | None = None, num_items: float | Tensor | None = None
+    ) -> None:
+        """Record the loss, and the labels [B, T] that it is of, not shifted.
+
+        Args:
+            num_items: what the sum over the labels was divided by, if not by the number of those that
+                count: with gradient accumulation, that of all micro-batches.
+        """
+        if num_items is not None:
+            self._manifest["num_items_in_batch"] = float(num_items)
         self._writer.add("loss", loss)
         if labels is not None:
             self._writer.add("labels", labels)
@@ -394,6 +419,12 @@ class Recorder:
         ids = options.get("input_ids", arguments[0] if arguments else None)
         if not isinstance(ids, Tensor) or ids.ndim != 2 or ids.is_floating_point():
             raise ValueError("the model was not called with token ids [batch, length]")
+        if ids.numel() == 0:
+            raise ValueError(
+                f"input_ids: found shape {list(ids.shape)}, expected at least one token"
+            )
+        vocabulary = _rows(self.parameters, "model.embed_tokens.weight")
+        _require_tokens("input_ids", ids, vocabulary)
         size = self._size(*ids.shape)
         room = shutil.disk_usage(self._writer.folder).free
         if size > room:
@@ -407,8 +438,12 @@ class Recorder:
             for name in ("attention_mask", "position_ids", "segment_ids")
             if isinstance(options.get(name), Tensor)
         }
+        if "attention_mask" in inputs and inputs["attention_mask"].ndim == 4:
+            inputs |= _mask_and_segments(inputs.pop("attention_mask"))
         for name, values in inputs.items():
             self._writer.add(name, values)
+        if (items := options.get("num_items_in_batch")) is not None:
+            self._manifest["num_items_in_batch"] = float(items)
         self._manifest |= self._facts()
 
     def _size(self, batch: int, length: int) -> int:
@@ -466,6 +501,11 @@ class Recorder:
         for name, (_, parameter) in self.parameters.items():
             if f"{name}.grad" not in self._writer:
                 self._add_parameter(f"{name}.grad", name, parameter.grad)
+
+    def dropout(self, share: float) -> None:
+        """State that values are dropped: no two such runs compute the same."""
+        if share > self._manifest.get("dropout", 0.0):
+            self._manifest["dropout"] = share
 
     def attention(self, query: Tensor, key: Tensor) -> None:
         """Record rotated queries and keys [B, heads, T, D], as attention gets them."""
@@ -539,11 +579,40 @@ class Recorder:
         manifest = self._manifest | {"dtypes": sorted(self._dtypes), "arrays": self._writer.arrays}
         text = json.dumps(manifest, indent=1, default=str)
         (self._writer.folder / "manifest.json").write_text(text)
+        if os.path.lexists(self.folder):
+            raise ValueError(f"{self.folder}: was written by another program in the meantime")
         self._writer.folder.rename(self.folder)
 
 
+def _mask_and_segments(mask: Tensor) -> dict[str, Tensor]:
+    """[B, T] each, of a mask [B, 1, T, T] that is true or 0 where a query sees a key.
+
+    Raises:
+        ValueError: a mask that is neither of padding nor of documents in a row.
+    """
+    sees = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
+    _, heads, queries, keys = sees.shape
+    if heads != 1 or queries != keys:
+        raise ValueError(f"attention_mask: found {list(mask.shape)}, expected [batch, 1, T, T]")
+    sees = sees[:, 0]
+    shown = sees.any(1)
+    # a document begins where a token does not see the one before
+    apart = ~sees.diagonal(-1, 1, 2) & shown[:, 1:] & shown[:, :-1]
+    segments = nn.functional.pad(apart.long().cumsum(1), (1, 0))
+    causal = torch.ones(queries, keys, dtype=torch.bool, device=sees.device).tril()
+    same = segments[:, :, None] == segments[:, None]
+    if not torch.equal(
+        sees & shown[:, :, None], causal & same & shown[:, None] & shown[:, :, None]
+    ):
+        raise ValueError(
+            "attention_mask: found one that is not causal, or hides more than padding and other documents"
+        )
+    found = {} if shown.all() else {"attention_mask": shown.long()}
+    return found | ({"segment_ids": segments} if segments.any() else {})
+
+
 class _Attention(TorchFunctionMode):
-    """Shows the recorder what `scaled_dot_product_attention` is called with."""
+    """Shows the recorder what `scaled_dot_product_attention` is called with, and whether dropout is on."""
 
     def __init__(self, recorder: Recorder) -> None:
         super().__init__()
@@ -554,8 +623,13 @@ class _Attention(TorchFunctionMode):
     ) -> Any:
         options = options or {}
         if function is scaled_dot_product_attention:
-            named = dict(zip(("query", "key"), arguments, strict=False)) | options
+            order = ("query", "key", "value", "attn_mask", "dropout_p")
+            named = dict(zip(order, arguments, strict=False)) | options
             self.recorder.attention(named["query"], named["key"])
+            self.recorder.dropout(named.get("dropout_p", 0.0))
+        if function is torch.nn.functional.dropout:
+            named = dict(zip(("input", "p", "training"), arguments, strict=False)) | options
+            self.recorder.dropout(named.get("p", 0.5) if named.get("training", True) else 0.0)
         return function(*arguments, **options)
 
 
@@ -666,6 +740,10 @@ def _modules(model: nn.Module, names: NameMap, heads: Heads) -> list[tuple[nn.Mo
                 continue
             used.add(key)
             value = names[key]
+            if not isinstance(value, str | tuple | list) or not all(
+                isinstance(v, str) for v in value
+            ):
+                raise ValueError(f"names: {key!r}: found {value!r}, expected a name, or several")
             texts = [value] if isinstance(value, str) else list(value)
             texts = [text.format(layer=match[1] if match.groups() else "") for text in texts]
             parts = _split(texts, heads, module)
@@ -676,6 +754,8 @@ def _modules(model: nn.Module, names: NameMap, heads: Heads) -> list[tuple[nn.Mo
                     raise ValueError(f"names: {part.name} is no module of Hugging Face's Llama")
                 seen.add(part.name)
             modules.append((module, parts))
+    if not names:
+        raise ValueError(f"names: found none, expected names of {_some(_named_modules(model))}")
     unused = [key for key in names if key not in used]
     if unused:
         present = _named_modules(model)
@@ -807,6 +887,13 @@ def _layers(modules: Iterable[tuple[nn.Module, list[_Part]]]) -> Iterator[int]:
 
 def _size(count: int) -> str:
     return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.2f} MB"
+
+
+def _require_tokens(name: str, tokens: Tensor, vocabulary: int | None) -> None:
+    outside = tokens[(tokens < 0) | (tokens >= (vocabulary or sys.maxsize))]
+    if len(outside):
+        expected = "0 or more" if vocabulary is None else f"0 to {vocabulary - 1}"
+        raise ValueError(f"{name}: found token {int(outside[0])}, expected {expected}")
 
 
 def _number(value: Any) -> Any:

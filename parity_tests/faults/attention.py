@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -16,9 +17,10 @@ from parity_tests.faults.change import (
     Steps,
     Variants,
     Weights,
-    in_bfloat16,
+    in_halves,
     of_number,
     one,
+    rounded_to,
     several,
 )
 from parity_tests.reference import oracle
@@ -30,6 +32,10 @@ Q, K, V = (f"self_attn.{p}_proj" for p in "qkv")
 
 
 def _same(x: Tensor) -> Tensor:
+    return x
+
+
+def _first(x: Tensor, _: Tensor) -> Tensor:
     return x
 
 
@@ -125,13 +131,92 @@ def _shown(visible: Tensor, arguments: Any, *, diagonal: int | None) -> Tensor:
     return shown
 
 
+def _hidden(
+    scores: Callable[[Tensor, Tensor], Tensor], after: Callable[[Tensor, Tensor], Tensor] = _first
+) -> Change:
+    """Another way to hide keys: other scores, of those and of what is visible, or other probabilities."""
+
+    def attention(q: Tensor, k: Tensor, v: Tensor, visible: Tensor) -> tuple[Tensor, Tensor]:
+        group = q.shape[1] // k.shape[1]
+        k, v = k.repeat_interleave(group, dim=1), v.repeat_interleave(group, dim=1)
+        s = scores(q @ k.transpose(-1, -2) / math.sqrt(q.shape[-1]), visible)
+        p = after(torch.softmax(s, dim=-1), visible)
+        return p @ v, p
+
+    return Change(functions={"attention": lambda _: attention}, future=True)
+
+
+def _over_heads(*, of_group: bool) -> Change:
+    """Hidden scores, equally low in all heads, then hide nothing."""
+
+    def attention(q: Tensor, k: Tensor, v: Tensor, visible: Tensor) -> tuple[Tensor, Tensor]:
+        groups = k.shape[1]
+        group = q.shape[1] // groups
+        k, v = k.repeat_interleave(group, dim=1), v.repeat_interleave(group, dim=1)
+        s = q @ k.transpose(-1, -2) / math.sqrt(q.shape[-1])
+        s = s.masked_fill(~visible, torch.finfo(torch.float32).min)
+        p = s.unflatten(1, (groups, -1)).softmax(2).flatten(1, 2) if of_group else s.softmax(1)
+        return p @ v, p
+
+    return Change(functions={"attention": lambda _: attention}, future=True)
+
+
+def _transposed_mask(visible: Tensor, _: Any) -> Tensor:
+    return visible.transpose(-1, -2)
+
+
+def _chunks(_: Config, inputs: Inputs) -> Variants:
+    length = inputs.ids.shape[1]
+    for size in (4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192):
+        if size < length:
+            at = torch.arange(length) // size
+            yield size, _visible(partial(_shown_where, at[:, None] == at))
+
+
+def _shown_where(same: Tensor, visible: Tensor, _: Any) -> Tensor:
+    return visible & same
+
+
+def _mask_added(_: Config, inputs: Inputs) -> Variants:
+    if inputs.attention_mask is not None:
+        mask = torch.from_numpy(inputs.attention_mask.astype(np.float64))[:, None, None]
+
+        def attention(q: Tensor, k: Tensor, v: Tensor, visible: Tensor) -> Any:
+            group, keys = q.shape[1] // k.shape[1], k.shape[2]
+            k, v = k.repeat_interleave(group, dim=1), v.repeat_interleave(group, dim=1)
+            s = q @ k.transpose(-1, -2) / math.sqrt(q.shape[-1]) + mask[..., :keys].to(q.dtype)
+            p = torch.softmax(s.masked_fill(~visible, torch.finfo(torch.float32).min), dim=-1)
+            return p @ v, p
+
+        yield (
+            "",
+            Change(
+                inputs=lambda i: i._replace(attention_mask=None),
+                functions={"attention": lambda _: attention},
+            ),
+        )
+
+
+def _blind(_: Config, inputs: Inputs) -> Variants:
+    """Of queries that see no key, those before the text of a row that is padded on the left."""
+    if inputs.attention_mask is None or np.asarray(inputs.attention_mask)[:, 0].all():
+        return
+    lowest = torch.finfo(torch.float32).min
+    yield (
+        "is set to a finite number",
+        _hidden(lambda scores, sees: scores.masked_fill(~sees, lowest)),
+    )
+    yield "has a finite number added", _hidden(lambda scores, sees: scores + lowest * ~sees)
+
+
 def _window(size: int) -> Change:
     return _visible(lambda visible, _: visible & torch.ones_like(visible).triu(1 - size))
 
 
 def _windows(_: Config, inputs: Inputs) -> Variants:
     length = inputs.ids.shape[1]
-    sizes = {2**n for n in range(1, 14)} | {2**n + 1 for n in range(1, 14)}
+    sizes = {2**n for n in range(1, 14)} | {2**n + 1 for n in range(1, 14)} | set(range(1, 33))
+    sizes |= set(range(40, 129, 8)) | {100, 200, 500, 1000, 2000}
     for size in sorted(size for size in sizes if size < length):
         yield size, _window(size)
 
@@ -192,9 +277,145 @@ def _heads_reversed_group(w: Tensor, fields: Config) -> Tensor:
     )
 
 
+def columns(name: str, change: Callable[[Tensor, Config], Tensor]) -> Change:
+    """Other columns of a projection: `change` is called with them as rows."""
+
+    def weights(weights: Weights, fields: Config, _: Any) -> Weights:
+        return {
+            n: change(w.T, fields).T if n.endswith(f"{name}.weight") else w
+            for n, w in weights.items()
+        }
+
+    return Change(weights=weights)
+
+
+def _for_query_heads(*changes: Callable[[Tensor, Config], Tensor]) -> Change:
+    """Rows of k reordered as if it had the query heads, each with fewer features."""
+
+    def change(w: Tensor, fields: Config) -> Tensor:
+        small = len(w) // fields["num_attention_heads"]
+        if small % 2:
+            raise ValueError("no pairs of features")
+        for own in changes:
+            w = own(w, dict(fields) | {"head_dim": small})
+        return w
+
+    return rows((K,), change)
+
+
+def _with_own_heads(
+    change: Callable[[Tensor, Config], Tensor], fields: Config
+) -> Callable[[Tensor, Config], Tensor]:
+    return lambda w, _: change(w, fields)
+
+
+def _k_for_query_heads(fields: Config, _: Inputs) -> Variants:
+    if fields["num_key_value_heads"] == fields["num_attention_heads"]:
+        return
+    own = {f: _with_own_heads(f, fields) for f in (_metas_order, _from_metas_order)}
+    yield "", _for_query_heads(_metas_order)
+    yield " (from Meta's order)", _for_query_heads(_from_metas_order)
+    yield (
+        " into Meta's order, and with its own back",
+        _for_query_heads(_metas_order, own[_from_metas_order]),
+    )
+    yield (
+        " from Meta's order, and with its own before",
+        _for_query_heads(own[_metas_order], _from_metas_order),
+    )
+
+
+def biases(names: tuple[str, ...], change: Callable[[Tensor, Config], Tensor]) -> Change:
+    """Other biases of these projections, whose weights are right."""
+
+    def weights(weights: Weights, fields: Config, _: Any) -> Weights:
+        return {
+            name: change(value, fields)
+            if name.endswith(".bias") and any(f"{n}." in name for n in names)
+            else value
+            for name, value in weights.items()
+        }
+
+    return Change(weights=weights)
+
+
+_QKV = ("q", "k", "v")
+
+
+def _fused(
+    pack: Callable[[list[Tensor], list[int]], Tensor],
+    unpack: Callable[..., list[Tensor]],
+    *,
+    pairs: bool,
+) -> Change:
+    """Queries', keys' and values' rows are packed in one layout and unpacked in another.
+
+    Both are called with rows and the numbers of rows of the three. pairs: q and k are in Meta's order.
+    """
+
+    def weights(weights: Weights, fields: Config, _: Any) -> Weights:
+        def reordered(three: list[Tensor], change: Callable[..., Tensor]) -> list[Tensor]:
+            q, k, v = three
+            return [change(q, fields), change(k, fields), v] if pairs else three
+
+        result = dict(weights)
+        for leaf in ("weight", "bias"):
+            names = [n for p in _QKV for n in weights if n.endswith(f"self_attn.{p}_proj.{leaf}")]
+            if len(names) == len(_QKV):
+                sizes = [len(weights[n]) for n in names]
+                fused = pack(reordered([weights[n] for n in names], _metas_order), sizes)
+                three = reordered(unpack(fused, sizes), _from_metas_order)
+                result |= dict(zip(names, three, strict=True))
+        return result
+
+    return Change(weights=weights)
+
+
+def _pack(parts: int) -> Callable[[list[Tensor], list[int]], Tensor]:
+    """The three side by side in each of so many parts."""
+
+    def pack(three: list[Tensor], _: list[int]) -> Tensor:
+        return torch.cat([x.unflatten(0, (parts, -1)) for x in three], dim=1).flatten(0, 1)
+
+    return pack
+
+
+def _unpack(parts: int) -> Callable[[Tensor, list[int]], list[Tensor]]:
+    def unpack(fused: Tensor, sizes: list[int]) -> list[Tensor]:
+        split = fused.unflatten(0, (parts, -1)).split([size // parts for size in sizes], dim=1)
+        return [x.flatten(0, 1) for x in split]
+
+    return unpack
+
+
+def _pack_in(order: tuple[int, ...]) -> Callable[[list[Tensor], list[int]], Tensor]:
+    return lambda three, _: torch.cat([three[i] for i in order])
+
+
+def _fused_layouts(fields: Config, _: Inputs) -> Variants:
+    groups = fields["num_key_value_heads"]
+    parts = {n: f"in {n} parts of the three" for n in (2, 4, 8, 16) if groups % n == 0}
+    if groups > 1:
+        parts[groups] = "one key/value head after the other, each with its query heads"
+    layouts: dict[str, tuple[Any, Any]] = {}
+    for count, words in parts.items():
+        layouts[f"packed {words}, but read side by side"] = _pack(count), _unpack(1)
+        layouts[f"packed side by side, but read {words}"] = _pack(1), _unpack(count)
+    for order in ((0, 2, 1), (1, 0, 2), (1, 2, 0), (2, 0, 1), (2, 1, 0)):
+        words = ", ".join(_QKV[i] for i in order)
+        layouts[f"in the order {words}"] = _pack_in(order), _unpack(1)
+    for words, layout in layouts.items():
+        yield words, _fused(*layout, pairs=False)
+        yield f"{words} (with q and k in Meta's order)", _fused(*layout, pairs=True)
+
+
 def _features_first(w: Tensor, fields: Config) -> Tensor:
     """[D, heads] read as [heads, D]."""
     return w.unflatten(0, (-1, oracle.head_dim(fields))).transpose(0, 1).flatten(0, 1)
+
+
+def _heads_in_reverse(w: Tensor, fields: Config) -> Tensor:
+    return w.unflatten(0, (-1, oracle.head_dim(fields))).flip(0).flatten(0, 1)
 
 
 def _features_last(w: Tensor, fields: Config) -> Tensor:
@@ -241,12 +462,29 @@ def _first_head(x: Tensor) -> Tensor:
     return x[:, :1].expand(x.shape)
 
 
-def _rounded_operands(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    return in_bfloat16(q), in_bfloat16(k), in_bfloat16(v)
+def _softmax_in(dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
+    return lambda scores: torch.softmax(scores.to(dtype), dim=-1).to(scores.dtype)
 
 
-def _softmax_in_bfloat16(scores: Tensor) -> Tensor:
-    return torch.softmax(scores.to(torch.bfloat16), dim=-1).to(scores.dtype)
+def _attention_in(half: str, dtype: torch.dtype) -> Fault:
+    narrow = rounded_to(dtype)
+    return several(
+        f"softmax_{half}",
+        f"attention is in {half} ({{}})",
+        ATTENTION,
+        {
+            "the softmax": attend(softmax=_softmax_in(dtype)),
+            "the probabilities": attend(probabilities=narrow),
+            "the scores": attend(scores=narrow),
+            "scores and probabilities": attend(scores=narrow, probabilities=narrow),
+            "scores and softmax": attend(scores=narrow, softmax=_softmax_in(dtype)),
+            "queries, keys and values": _on_heads(
+                lambda q, k, v: (narrow(q), narrow(k), narrow(v))
+            ),
+            "what it returns": _on_heads(lambda q, k, v: (q, k, v), lambda out, _: narrow(out)),
+        },
+        rounds=True,
+    )
 
 
 FAULTS: list[Fault] = [
@@ -258,6 +496,9 @@ FAULTS: list[Fault] = [
             "q and k": rows((Q, K), _metas_order),
             "q": rows((Q,), _metas_order),
             "k": rows((K,), _metas_order),
+            "q, k and v": rows((Q, K, V), _metas_order),
+            "v": rows((V,), _metas_order),
+            "the biases' q and k": biases((Q, K), _metas_order),
         },
     ),
     several(
@@ -268,6 +509,28 @@ FAULTS: list[Fault] = [
             "q and k": rows((Q, K), _from_metas_order),
             "q": rows((Q,), _from_metas_order),
             "k": rows((K,), _from_metas_order),
+            "q, k and v": rows((Q, K, V), _from_metas_order),
+            "v": rows((V,), _from_metas_order),
+            "the biases' q and k": biases((Q, K), _from_metas_order),
+        },
+    ),
+    Fault(
+        "k_permuted_for_query_heads",
+        "rows of k are reordered with the number of query heads{}",
+        (K,),
+        _k_for_query_heads,
+    ),
+    several(
+        "o_columns",
+        "columns of o_proj are in another order: {}",
+        ("self_attn.o_proj",),
+        {
+            "query heads of a group apart": columns("o_proj", _heads_by_group),
+            "query heads of other groups side by side": columns("o_proj", _heads_reversed_group),
+            "features before heads": columns("o_proj", _features_first),
+            "heads before features": columns("o_proj", _features_last),
+            "each head's in Meta's order": columns("o_proj", _metas_order),
+            "each head's as if they were in Meta's order": columns("o_proj", _from_metas_order),
         },
     ),
     several(
@@ -281,10 +544,13 @@ FAULTS: list[Fault] = [
             "features before heads, q": rows((Q,), _features_first),
             "heads before features, q, k and v": rows((Q, K, V), _features_last),
             "heads before features, q": rows((Q,), _features_last),
+            "key/value heads in reverse": rows((K, V), _heads_in_reverse),
+            "all heads in reverse": rows((Q, K, V), _heads_in_reverse),
         },
     ),
     one("kv_swapped", "k_proj and v_proj are swapped", (K, V), swapped(K, V)),
     one("qk_swapped", "q_proj and k_proj are swapped", (Q, K), swapped(Q, K)),
+    Fault("fused_layout", "rows of fused q, k and v are {}", (Q, K, V), _fused_layouts),
     one(
         "kv_heads_tiled",
         "key/value heads are tiled, not repeated: query head n reads head n % K",
@@ -292,6 +558,25 @@ FAULTS: list[Fault] = [
         _on_heads(
             lambda q, k, v: (_tiled(q, k.shape[1]), k, v), lambda out, count: _untiled(out, count)
         ),
+    ),
+    several(
+        "heads_of_groups",
+        "{} in the order of tiled key/value heads",
+        ATTENTION,
+        {
+            "results of heads are": _on_heads(
+                lambda q, k, v: (q, k, v), lambda out, count: _untiled(out, count)
+            ),
+            "queries are, results are not": _on_heads(
+                lambda q, k, v: (_tiled(q, k.shape[1]), k, v)
+            ),
+        },
+    ),
+    one(
+        "values_are_keys",
+        "attention reads keys in place of values",
+        ATTENTION,
+        _on_heads(lambda q, k, v: (q, k, k)),
     ),
     one(
         "kv_head_first",
@@ -333,6 +618,48 @@ FAULTS: list[Fault] = [
         ATTENTION,
         _visible(lambda visible, a: _shown(visible, a, diagonal=None)),
     ),
+    one("mask_transposed", "the causal mask is transposed", ATTENTION, _visible(_transposed_mask)),
+    one(
+        "mask_multiplied",
+        "scores are multiplied by the mask: hidden ones are 0, not -inf",
+        ATTENTION,
+        _hidden(lambda scores, visible: scores * visible),
+    ),
+    one(
+        "mask_after_softmax",
+        "the mask comes after the softmax, whose sum has the hidden keys",
+        ATTENTION,
+        _hidden(_first, lambda p, visible: p * visible),
+    ),
+    of_number(
+        "mask_value",
+        "hidden scores are -{}, which does not hide them",
+        ATTENTION,
+        lambda _: (1.0, 10.0, 100.0, 1e-9, 1e-5),
+        lambda value: _hidden(lambda scores, visible: scores.masked_fill(~visible, -value)),
+    ),
+    of_number(
+        "mask_value_added",
+        "-{} is added to hidden scores, which does not hide them",
+        ATTENTION,
+        lambda _: (1.0, 10.0, 100.0, 1e-9, 1e-5),
+        lambda value: _hidden(lambda scores, visible: scores - value * ~visible),
+    ),
+    Fault("attention_chunks", "queries see only their chunk of {} tokens", ATTENTION, _chunks),
+    Fault(
+        "mask_added",
+        "attention_mask, 0 and 1, is added to the scores",
+        ATTENTION,
+        _mask_added,
+    ),
+    Fault(
+        "blind_queries",
+        "queries that see no key read the mean of all values: what they do not see {}",
+        (V, K, Q, "self_attn.rotate.q", "self_attn.rotate.k"),
+        _blind,
+        direction="backward",
+        convention=True,
+    ),
     Fault("sliding_window", "queries see only {} tokens", ATTENTION, _windows),
     Fault("documents_leak", "segment_ids are ignored: documents see each other", ATTENTION, _leak),
     Fault("padding", "padding {}", ATTENTION, _padding),
@@ -349,11 +676,15 @@ FAULTS: list[Fault] = [
         ATTENTION,
         attend(softmax=_softmax_plus_one),
     ),
-    one(
+    several(
         "softmax_over_queries",
-        "the softmax is over queries, not keys",
+        "the softmax is over {}, not keys",
         ATTENTION,
-        attend(softmax=lambda s: torch.softmax(s, dim=-2)),
+        {
+            "queries": attend(softmax=lambda s: torch.softmax(s, dim=-2)),
+            "heads": _over_heads(of_group=False),
+            "the heads of a group": _over_heads(of_group=True),
+        },
     ),
     one("softmax_left_out", "scores have no softmax", ATTENTION, attend(softmax=_same)),
     one(
@@ -368,21 +699,5 @@ FAULTS: list[Fault] = [
         ATTENTION,
         _on_heads(lambda q, k, v: (_normed(q), _normed(k), v)),
     ),
-    several(
-        "softmax_bfloat16",
-        "attention is in bfloat16 ({})",
-        ATTENTION,
-        {
-            "the softmax": attend(softmax=_softmax_in_bfloat16),
-            "the probabilities": attend(probabilities=in_bfloat16),
-            "the scores": attend(scores=in_bfloat16),
-            "scores and probabilities": attend(scores=in_bfloat16, probabilities=in_bfloat16),
-            "scores and softmax": attend(scores=in_bfloat16, softmax=_softmax_in_bfloat16),
-            "queries, keys and values": _on_heads(_rounded_operands),
-            "what it returns": _on_heads(
-                lambda q, k, v: (q, k, v), lambda out, _: in_bfloat16(out)
-            ),
-        },
-        rounds=True,
-    ),
+    *in_halves(_attention_in),
 ]

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -15,8 +16,9 @@ from parity_tests.faults.change import (
     Fault,
     Steps,
     Variants,
-    in_bfloat16,
+    in_halves,
     one,
+    rounded_to,
     several,
 )
 from parity_tests.faults.norms import NORMS
@@ -222,6 +224,72 @@ def _of_rows(
     return Change(functions=functions, steps={"lm_head": head})
 
 
+def _of_positions(keep: Callable[[int], slice], *, norms_alone: bool) -> Change:
+    """Gradients of parameters are of these positions alone, as under sequence parallelism without a sum."""
+
+    def rms_norm(right: Any) -> Any:
+        def wrong(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+            return _value_of(right, keep(x.shape[1]), x, weight, eps)
+
+        return wrong
+
+    def linear(right: Any) -> Any:
+        def wrong(weights: Any, name: str, x: Tensor, *rest: Any) -> Tensor:
+            frozen = {n: w.detach() for n, w in weights.items() if n.startswith(f"{name}.")}
+            outputs = right(dict(weights) | frozen, name, x, *rest)
+            own = right(weights, name, x, *rest)
+            return _at(own, outputs, keep(x.shape[1]))
+
+        return wrong
+
+    functions: dict[str, Any] = {"rms_norm": rms_norm}
+    return Change(functions=functions if norms_alone else functions | {"linear": linear})
+
+
+def _value_of(right: Any, kept: slice, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    return _at(right(x, weight, eps), right(x, weight.detach(), eps), kept)
+
+
+def _at(own: Tensor, frozen: Tensor, kept: slice) -> Tensor:
+    mask = torch.zeros(own.shape[1], dtype=torch.bool)
+    mask[kept] = True
+    return torch.where(mask[None, :, None], own, frozen)
+
+
+def _parts_of_sequence(_: Config, inputs: Inputs) -> Variants:
+    for parts in (2, 4, 8):
+        for words, number in (("first", 0), ("last", parts - 1)):
+
+            def keep(length: int, parts: int = parts, number: int = number) -> slice:
+                return slice(length * number // parts, length * (number + 1) // parts)
+
+            where = f"the {words} 1/{parts} of the sequence"
+            if inputs.ids.shape[1] % parts == 0:
+                yield f"norms are of {where}", _of_positions(keep, norms_alone=True)
+                yield (
+                    f"norms and projections are of {where}",
+                    _of_positions(keep, norms_alone=False),
+                )
+
+
+_FACTORS = (*(2.0**n for n in range(-7, 8) if n), 3.0, 6.0, 1 / 3, 1 / 6)
+
+
+def _parameters_times(factor: float) -> Change:
+    return _of_rows(_row, lambda g: g * factor)
+
+
+def _norms_times(factor: float) -> Change:
+    def norm(right: Any) -> Any:
+        return lambda x, w, eps: right(x, with_gradient(w, lambda g: g * factor), eps)
+
+    return Change(functions={"rms_norm": norm})
+
+
+def _row(gradient: Tensor, _: int, __: int) -> Tensor:
+    return gradient
+
+
 def _same(x: Tensor) -> Tensor:
     return x
 
@@ -249,16 +317,36 @@ def _overwritten(last: bool) -> Change:
     return Change(functions={"embed": embed})
 
 
+def _mean_of_occurrences() -> Change:
+    """A token's row has the mean of its gradients, as with `scale_grad_by_freq`."""
+
+    def embed(right: Any) -> Any:
+        def wrong(config: Config, table: Tensor, ids: Tensor) -> Tensor:
+            share = 1 / ids.flatten().bincount()[ids].to(table.dtype)[..., None]
+            return with_gradient(right(config, table, ids), lambda g: g * share)
+
+        return wrong
+
+    return Change(functions={"embed": embed})
+
+
+def _padding_zero(_: Config, inputs: Inputs) -> Variants:
+    if inputs.attention_mask is not None:
+        hidden = torch.from_numpy(np.asarray(inputs.attention_mask) == 0)[..., None]
+        yield "", Change(steps={"embed_tokens": lambda _, x: x.masked_fill(hidden, 0.0)})
+
+
 def _ignored(of_logit: float) -> Change:
     """Positions of label -100 have the gradient of one that counts, of token 0 or of none."""
 
     def loss(right: Any) -> Any:
-        def wrong(logits: Tensor, labels: Tensor) -> Tensor:
+        def wrong(logits: Tensor, labels: Tensor, count: float | None = None) -> Tensor:
             ignored = labels[:, 1:] == -100
             kept = logits[:, :-1]
             extra = (kept.logsumexp(-1) - of_logit * kept[..., 0])[ignored].sum()
-            counted = max(int((~ignored).sum()), 1)
-            return _value(right(logits, labels), right(logits, labels) + extra / counted)
+            counted = count or max(int((~ignored).sum()), 1)
+            loss = right(logits, labels, count)
+            return _value(loss, loss + extra / counted)
 
         return wrong
 
@@ -283,6 +371,39 @@ def _frozen_in(name: str) -> Change:
         return lambda *arguments: with_gradient(right(*arguments), _zero)
 
     return Change(functions={name: {"rms_norm": norm, "linear": linear, "embed": embed}[name]})
+
+
+def _parameter_gradient_in(half: str, dtype: torch.dtype) -> Fault:
+    narrow = rounded_to(dtype)
+    return several(
+        f"weight_gradient_{half}",
+        f"gradients of parameters are {{}} in {half}",
+        _WEIGHTS,
+        {
+            "rounded": _of_rows(lambda g, i, n: g, narrow),
+            "summed over rows": _of_rows(lambda g, i, n: narrow(g), narrow),
+        },
+        rounds=True,
+        direction="backward",
+    )
+
+
+def _gradient_in(half: str, dtype: torch.dtype) -> Fault:
+    narrow = rounded_to(dtype)
+    return several(
+        f"gradient_{half}",
+        f"gradients of {{}} are in {half}",
+        ("lm_head", "norm", "self_attn.attention", "mlp.act"),
+        {
+            "logits": Change(steps={"lm_head": lambda _, x: with_gradient(x, narrow)}),
+            "weights and inputs of projections": Change(
+                functions={"linear": lambda right: lambda *a: with_gradient(right(*a), narrow)}
+            ),
+            "hidden states": _residual(lambda x, y: with_gradient(x + y, narrow)),
+        },
+        rounds=True,
+        direction="backward",
+    )
 
 
 FAULTS: list[Fault] = [
@@ -396,6 +517,38 @@ FAULTS: list[Fault] = [
         {"last": _overwritten(last=True), "first": _overwritten(last=False)},
         direction="backward",
     ),
+    one(
+        "embedding_gradient_mean",
+        "of a token that occurs several times, the embedding has the mean of its gradients",
+        ("embed_tokens",),
+        _mean_of_occurrences(),
+        direction="backward",
+    ),
+    Fault(
+        "embedding_of_padding",
+        "embeddings of padding are zero, so that they have no gradient",
+        ("embed_tokens",),
+        _padding_zero,
+        direction="backward",
+    ),
+    several(
+        "parameter_gradient_scale",
+        "gradients of {}; those of activations are right",
+        _WEIGHTS,
+        {
+            f"{which} are multiplied by {factor:g}": times(factor)
+            for which, times in (("parameters", _parameters_times), ("norms", _norms_times))
+            for factor in _FACTORS
+        },
+        direction="backward",
+    ),
+    Fault(
+        "gradient_of_positions",
+        "gradients of {} alone",
+        ("norm", "self_attn.q_proj"),
+        _parts_of_sequence,
+        direction="backward",
+    ),
     several(
         "ignored_have_gradients",
         "positions whose label is -100 have the gradient of {}",
@@ -422,29 +575,6 @@ FAULTS: list[Fault] = [
         _rows,
         direction="backward",
     ),
-    several(
-        "weight_gradient_bfloat16",
-        "gradients of parameters are {} in bfloat16",
-        _WEIGHTS,
-        {
-            "rounded": _of_rows(lambda g, i, n: g, in_bfloat16),
-            "summed over rows": _of_rows(lambda g, i, n: in_bfloat16(g), in_bfloat16),
-        },
-        rounds=True,
-        direction="backward",
-    ),
-    several(
-        "gradient_bfloat16",
-        "gradients of {} are in bfloat16",
-        ("lm_head", "norm", "self_attn.attention", "mlp.act"),
-        {
-            "logits": Change(steps={"lm_head": lambda _, x: with_gradient(x, in_bfloat16)}),
-            "weights and inputs of projections": Change(
-                functions={"linear": lambda right: lambda *a: with_gradient(right(*a), in_bfloat16)}
-            ),
-            "hidden states": _residual(lambda x, y: with_gradient(x + y, in_bfloat16)),
-        },
-        rounds=True,
-        direction="backward",
-    ),
+    *in_halves(_parameter_gradient_in),
+    *in_halves(_gradient_in),
 ]

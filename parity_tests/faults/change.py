@@ -74,6 +74,7 @@ class Fault(NamedTuple):
         family: changes by a number that is fitted if none of its known values explains a recording.
         rounds: it only rounds: a value may be rounded up here and down there.
         direction: "backward" for what leaves all values right.
+        convention: no mistake, but another way to do what Llama's definition leaves open.
     """
 
     name: str
@@ -83,6 +84,7 @@ class Fault(NamedTuple):
     family: Callable[[Config], Family] | None = None
     rounds: bool = False
     direction: Literal["forward", "backward"] = "forward"
+    convention: bool = False
 
     def hypotheses(self, fields: Config, inputs: Inputs) -> Iterator[tuple[str, Change]]:
         """Every change of known values, in words."""
@@ -126,6 +128,11 @@ def of_number(
     return Fault(name, words, begins, lambda _, __: (), family, **options)
 
 
-def in_bfloat16(x: Tensor) -> Tensor:
-    """Rounded to bfloat16, in its own dtype; so is its gradient."""
-    return x.to(torch.bfloat16).to(x.dtype)
+def rounded_to(dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
+    """Rounds to a dtype and stays in its own; so does its gradient."""
+    return lambda x: x.to(dtype).to(x.dtype)
+
+
+def in_halves(fault: Callable[[str, torch.dtype], Fault]) -> list[Fault]:
+    """A fault that rounds, for each half precision, of its name and dtype."""
+    return [fault("bfloat16", torch.bfloat16), fault("float16", torch.float16)]

@@ -1,6 +1,8 @@
 """Mistakes at both ends of the model: embedding, head and loss."""
 
+import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -14,9 +16,10 @@ from parity_tests.faults.change import (
     Steps,
     Variants,
     Weights,
-    in_bfloat16,
+    in_halves,
     of_number,
     one,
+    rounded_to,
     several,
 )
 from parity_tests.reference.oracle import IGNORE
@@ -30,11 +33,16 @@ def _step(name: str, change: Callable[[Tensor], Tensor]) -> Change:
     return Change(steps={name: lambda _, value: change(value)})
 
 
-def _ids(by: int) -> Change:
-    def inputs(inputs: Inputs) -> Inputs:
-        return inputs._replace(ids=np.maximum(inputs.ids + by, 0))
+def _other_ids(fields: Config, _: Inputs) -> Variants:
+    last = fields["vocab_size"] - 1
 
-    return Change(inputs=inputs)
+    def ids(change: Callable[[np.ndarray], np.ndarray]) -> Change:
+        return Change(inputs=lambda i: i._replace(ids=change(i.ids)))
+
+    yield "one too large", ids(lambda i: np.minimum(i + 1, last))
+    yield "one too small", ids(lambda i: np.maximum(i - 1, 0))
+    yield "one too large, the last token is the first", ids(lambda i: np.where(i < last, i + 1, 0))
+    yield "rolled by one position", ids(lambda i: np.roll(i, 1, axis=1))
 
 
 def _tied(weights: Weights, _: Config, read: Callable[[str], Tensor]) -> Weights:
@@ -86,6 +94,78 @@ def _backwards(_: Any, logits: Tensor, labels: Tensor, __: Any) -> Tensor:
     return _mean(logits, torch.nn.functional.pad(labels, (1, 0), value=IGNORE)[:, :-1])
 
 
+def _flattened(_: Any, logits: Tensor, labels: Tensor, __: Any) -> Tensor:
+    """All rows are one: the last logits of a row are for the first label of the next."""
+    return _mean(logits.flatten(0, 1)[None, :-1], labels.flatten()[None, 1:])
+
+
+def _rolled(_: Any, logits: Tensor, labels: Tensor, __: Any) -> Tensor:
+    return _mean(logits, labels.roll(-1, 1))
+
+
+def _of_parts(count: int) -> Change:
+    """The mean of the means of parts of the sequence."""
+
+    def loss(right: Any, logits: Tensor, labels: Tensor, _: Any) -> Tensor:
+        parts = zip(logits.chunk(count, dim=1), _targets(labels).chunk(count, dim=1), strict=True)
+        return torch.stack([_mean(own, targets) for own, targets in parts]).mean()
+
+    return _loss(loss)
+
+
+def _tokens_ignored(fields: Config, inputs: Inputs) -> Variants:
+    """Labels of some tokens do not count."""
+
+    def ignoring(token: int) -> Change:
+        return _loss(
+            lambda right, logits, labels, count: right(
+                logits, labels.masked_fill(labels == token, IGNORE), count
+            )
+        )
+
+    names: dict[int, str] = {0: "token 0"}
+    for name in ("pad_token_id", "eos_token_id", "bos_token_id"):
+        token = fields.get(name)
+        if isinstance(token, int) and token >= 0:
+            names[token] = f"token {token} ({name})"
+    for token, words in names.items():
+        if (inputs.targets == token).any():
+            yield words, ignoring(token)
+    segments = inputs.segment_ids
+    if segments is not None:
+        first = np.diff(segments, axis=1, prepend=segments[:, :1]) != 0
+        begins = torch.from_numpy(first)
+        yield (
+            "the first token of each document",
+            _loss(
+                lambda right, logits, labels, count: right(
+                    logits, labels.masked_fill(begins, IGNORE), count
+                )
+            ),
+        )
+
+
+def _scaled(factor: float) -> Change:
+    return _loss(lambda right, *args: factor * right(*args))
+
+
+def _divided(count: float) -> Change:
+    """The sum is divided by a number that a batch of this size cannot have."""
+    return _loss(lambda right, logits, labels, _: right(logits, labels, 1) / count)
+
+
+def _of_probabilities(right: Any, logits: Tensor, *rest: Any) -> Tensor:
+    return right(torch.softmax(logits, dim=-1), *rest)
+
+
+def _zeros_of(fields: Config, inputs: Inputs) -> Variants:
+    pad = fields.get("pad_token_id")
+    for token in {0, pad} if isinstance(pad, int) and pad >= 0 else {0}:
+        hidden = torch.from_numpy(inputs.ids == token)[..., None]
+        if hidden.any():
+            yield token, _step("embed_tokens", partial(Tensor.masked_fill, mask=hidden, value=0.0))
+
+
 def _mean_of_means(right: Any, logits: Tensor, labels: Tensor, _: Any) -> Tensor:
     rows = [right(logits[i : i + 1], labels[i : i + 1], None) for i in range(len(labels))]
     return torch.stack(rows).mean()
@@ -96,6 +176,13 @@ def _with_z_loss(weight: float) -> Change:
         counts = _targets(labels) != IGNORE
         squares = torch.logsumexp(logits, dim=-1).square().where(counts, 0.0)
         return right(logits, labels, count) + weight * squares.sum() / counts.sum()
+
+    return _loss(loss)
+
+
+def _with_z_loss_of_all(weight: float) -> Change:
+    def loss(right: Any, logits: Tensor, labels: Tensor, count: Any) -> Tensor:
+        return right(logits, labels, count) + weight * logits.logsumexp(-1).square().mean()
 
     return _loss(loss)
 
@@ -142,6 +229,55 @@ def _padding_ignored(_: Config, inputs: Inputs) -> Variants:
         )
 
 
+def _embedding_in(half: str, dtype: torch.dtype) -> Fault:
+    narrow = rounded_to(dtype)
+    return one(
+        f"embedding_{half}",
+        f"embeddings are in {half}",
+        EMBEDDED,
+        _step("embed_tokens", narrow),
+        rounds=True,
+    )
+
+
+def _logits_in(half: str, dtype: torch.dtype) -> Fault:
+    narrow = rounded_to(dtype)
+    return one(
+        f"logits_{half}",
+        f"logits are in {half}",
+        LOGITS,
+        _step("lm_head", narrow),
+        rounds=True,
+    )
+
+
+def _loss_in(half: str, dtype: torch.dtype) -> Fault:
+    narrow = rounded_to(dtype)
+
+    def all_of_it(_: Any, logits: Tensor, labels: Tensor, __: Any) -> Tensor:
+        targets = _targets(labels).flatten()
+        return torch.nn.functional.cross_entropy(logits.flatten(0, 1).to(dtype), targets).to(
+            logits.dtype
+        )
+
+    return several(
+        f"loss_{half}",
+        f"{{}} in {half}",
+        LOSS,
+        {
+            "the loss is of logits": _loss(
+                lambda right, logits, *args: right(narrow(logits), *args)
+            ),
+            "the loss is": _loss(lambda right, *args: narrow(right(*args))),
+            "logits and the loss are": _loss(
+                lambda right, logits, *args: narrow(right(narrow(logits), *args))
+            ),
+            "log-probabilities and the loss are": _loss(all_of_it),
+        },
+        rounds=True,
+    )
+
+
 FAULTS: list[Fault] = [
     of_number(
         "embedding_scale",
@@ -150,25 +286,9 @@ FAULTS: list[Fault] = [
         lambda fields: (fields["hidden_size"] ** 0.5, fields["hidden_size"] ** -0.5, 12.0),
         lambda value: _step("embed_tokens", lambda x: x * value),
     ),
-    several(
-        "token_ids",
-        "token ids are {}",
-        EMBEDDED,
-        {
-            "one too large": _ids(1),
-            "one too small": _ids(-1),
-            "rolled by one position": Change(
-                inputs=lambda i: i._replace(ids=np.roll(i.ids, 1, axis=1))
-            ),
-        },
-    ),
-    one(
-        "embedding_bfloat16",
-        "embeddings are in bfloat16",
-        EMBEDDED,
-        _step("embed_tokens", in_bfloat16),
-        rounds=True,
-    ),
+    Fault("embedding_zeros", "the embedding of token {} is zero", EMBEDDED, _zeros_of),
+    Fault("token_ids", "token ids are {}", EMBEDDED, _other_ids),
+    *in_halves(_embedding_in),
     one("head_tied", "the head is the embedding, not lm_head", LOGITS, Change(weights=_tied)),
     one("head_transposed", "lm_head is transposed", LOGITS, Change(weights=_head_transposed)),
     one("head_rows", "rows of lm_head are off by one", LOGITS, Change(weights=_head_rolled)),
@@ -192,13 +312,7 @@ FAULTS: list[Fault] = [
         lambda _: (30.0, 50.0, 15.0, 20.0),
         lambda cap: _step("lm_head", lambda x: cap * torch.tanh(x / cap)),
     ),
-    one(
-        "logits_bfloat16",
-        "logits are in bfloat16",
-        LOGITS,
-        _step("lm_head", in_bfloat16),
-        rounds=True,
-    ),
+    *in_halves(_logits_in),
     one(
         "loss_without_shift",
         "labels are not shifted",
@@ -209,7 +323,14 @@ FAULTS: list[Fault] = [
         "loss_shift",
         "labels are shifted {}",
         LOSS,
-        {"twice": _loss(_twice_shifted), "the wrong way": _loss(_backwards)},
+        {
+            "twice": _loss(_twice_shifted),
+            "the wrong way": _loss(_backwards),
+            "across rows: the last position of a row predicts the next row's first token": _loss(
+                _flattened
+            ),
+            "around: the last position of a row predicts its first token": _loss(_rolled),
+        },
     ),
     several(
         "mean_over_all_tokens",
@@ -226,11 +347,35 @@ FAULTS: list[Fault] = [
             "the length of the sequence": _counted(lambda labels: labels.shape[1]),
         },
     ),
-    one(
+    several(
         "mean_of_means",
-        "the loss is the mean of the rows' means",
+        "the loss is the mean of the means of {}",
         LOSS,
-        _loss(_mean_of_means),
+        {
+            "rows": _loss(_mean_of_means),
+            **{f"{count} parts of the sequence": _of_parts(count) for count in (2, 4, 8)},
+        },
+    ),
+    Fault("label_ignored", "labels that are {} do not count", LOSS, _tokens_ignored),
+    one(
+        "softmax_twice",
+        "the loss is of probabilities in place of logits: the softmax is applied twice",
+        LOSS,
+        _loss(_of_probabilities),
+    ),
+    of_number(
+        "loss_count",
+        "the sum of the loss is divided by {}, not by the number of labels that count",
+        LOSS,
+        lambda fields: (1024.0, 2048.0, 4096.0, 8192.0, 65536.0, float(fields["vocab_size"])),
+        _divided,
+    ),
+    of_number(
+        "loss_scale",
+        "the loss is multiplied by {}",
+        LOSS,
+        lambda _: (*(2.0**n for n in range(-7, 8) if n), 1 / math.log(2), math.log(2), 10.0, 0.1),
+        _scaled,
     ),
     one("ignored_counted", "labels of -100 count, as token 0", LOSS, _loss(_ignored_counted)),
     Fault("padding_ignored", "labels of padding are ignored", LOSS, _padding_ignored),
@@ -243,17 +388,18 @@ FAULTS: list[Fault] = [
         _with_z_loss,
     ),
     of_number(
+        "z_loss_of_all",
+        "the loss has a z-loss of weight {}, also of positions without a label",
+        LOSS,
+        lambda _: (1e-4, 1e-5, 1e-3, 2e-4),
+        _with_z_loss_of_all,
+    ),
+    of_number(
         "label_smoothing",
         "labels are smoothed by {}",
         LOSS,
         lambda _: (0.1, 0.05, 0.01),
         _smoothed,
     ),
-    one(
-        "loss_bfloat16",
-        "the loss is of logits in bfloat16",
-        LOSS,
-        _loss(lambda right, logits, *args: right(in_bfloat16(logits), *args)),
-        rounds=True,
-    ),
+    *in_halves(_loss_in),
 ]

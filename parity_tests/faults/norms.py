@@ -12,12 +12,14 @@ from parity_tests.faults.change import (
     Fault,
     Steps,
     Weights,
-    in_bfloat16,
+    in_halves,
     of_number,
     one,
+    rounded_to,
     several,
 )
 from parity_tests.reference.oracle import rms_norm
+from parity_tests.report.programs.checkpoint import NORM
 
 NORMS = ("input_layernorm", "post_attention_layernorm", "norm")
 
@@ -35,10 +37,38 @@ def _layer_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return rms_norm(x - x.mean(-1, keepdim=True), weight, eps)
 
 
-def _all_in_bfloat16(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    narrow = x.to(torch.bfloat16)
-    scale = torch.rsqrt(narrow.pow(2).mean(-1, keepdim=True) + eps)
-    return (narrow * scale * weight.to(torch.bfloat16)).to(x.dtype)
+def _all_in(dtype: torch.dtype) -> Callable[[Tensor, Tensor, float], Tensor]:
+    def norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        narrow = x.to(dtype)
+        scale = torch.rsqrt(narrow.pow(2).mean(-1, keepdim=True) + eps)
+        return (narrow * scale * weight.to(dtype)).to(x.dtype)
+
+    return norm
+
+
+def _over(*axes: int) -> Change:
+    """The mean of squares is over these axes of [B, T, H]."""
+
+    def norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        return x * torch.rsqrt(x.square().mean(axes, keepdim=True) + eps) * weight
+
+    return instead(norm)
+
+
+def _by(scale: Callable[[Tensor, float], Tensor]) -> Change:
+    """The norm divides by a function of its input and eps."""
+    return instead(lambda x, w, eps: x / scale(x, eps) * w)
+
+
+def _of_layers_norm(name: str) -> Change:
+    """The final norm has the weight of one of the last layer's."""
+
+    def weights(weights: Weights, fields: Config, read: Callable[[str], Tensor]) -> Weights:
+        last = fields["num_hidden_layers"] - 1
+        other = f"model.layers.{last}.{name}.weight"
+        return weights | {NORM: read(other)} if NORM in weights else weights
+
+    return Change(weights=weights)
 
 
 def _swapped(weights: Weights, *_: Any) -> Weights:
@@ -89,6 +119,32 @@ def _eps_values(fields: Config) -> list[float]:
     return [value for value in values if value != fields["rms_norm_eps"]]
 
 
+def _norm_in(half: str, dtype: torch.dtype) -> Fault:
+    narrow = rounded_to(dtype)
+    return several(
+        f"norm_{half}",
+        f"norms are in {half} ({{}})",
+        NORMS,
+        {
+            "every step": instead(_all_in(dtype)),
+            "what they read": instead(lambda x, w, eps: rms_norm(narrow(x), w, eps)),
+            "before the weight": instead(lambda x, w, eps: narrow(x * _rsqrt_mean(x, eps)) * w),
+            "what they return": instead(lambda x, w, eps: narrow(rms_norm(x, w, eps))),
+            "the weight": instead(lambda x, w, eps: rms_norm(x, narrow(w), eps)),
+            "the mean of squares": instead(lambda x, w, eps: x * narrow(_rsqrt_mean(x, eps)) * w),
+            "up to the weight": instead(
+                lambda x, w, eps: (
+                    (x.to(dtype) * torch.rsqrt(x.to(dtype).pow(2).mean(-1, keepdim=True) + eps)).to(
+                        x.dtype
+                    )
+                    * w
+                )
+            ),
+        },
+        rounds=True,
+    )
+
+
 FAULTS: list[Fault] = [
     of_number("norm_eps", "eps of the norms is {}", NORMS, _eps_values, _eps),
     one("norm_eps_zero", "the norms have no eps", NORMS, _eps(0.0)),
@@ -117,11 +173,57 @@ FAULTS: list[Fault] = [
         Change(weights=_swapped),
     ),
     one("layer_norm", "norms subtract the mean (LayerNorm)", NORMS, instead(_layer_norm)),
-    one(
+    several(
         "norm_sum",
-        "norms divide by the root of the sum, not of the mean",
+        "norms divide by the root of the sum, not of the mean{}",
         NORMS,
-        instead(lambda x, w, eps: x * torch.rsqrt(x.square().sum(-1, keepdim=True) + eps) * w),
+        {
+            "": _by(lambda x, eps: (x.square().sum(-1, keepdim=True) + eps).sqrt()),
+            ", and have no eps": _by(lambda x, eps: x.square().sum(-1, keepdim=True).sqrt()),
+        },
+    ),
+    several(
+        "norm_axes",
+        "norms take the mean of squares over {}",
+        NORMS,
+        {
+            "positions and features": _over(1, 2),
+            "rows, positions and features": _over(0, 1, 2),
+            "rows and features": _over(0, 2),
+            "positions": _over(1),
+        },
+    ),
+    several(
+        "norm_deviation",
+        "norms divide by {}",
+        NORMS,
+        {
+            "the standard deviation": _by(
+                lambda x, eps: (x.var(-1, unbiased=False, keepdim=True) + eps).sqrt()
+            ),
+            "the standard deviation, of H - 1 features": _by(
+                lambda x, eps: (x.var(-1, keepdim=True) + eps).sqrt()
+            ),
+            "the root of the sum of squares over H - 1": _by(
+                lambda x, eps: (x.square().sum(-1, keepdim=True) / (x.shape[-1] - 1) + eps).sqrt()
+            ),
+            "the mean of squares, without a root": _by(
+                lambda x, eps: x.square().mean(-1, keepdim=True) + eps
+            ),
+            "the mean of absolute values": _by(lambda x, eps: x.abs().mean(-1, keepdim=True) + eps),
+        },
+    ),
+    one(
+        "norm_twice",
+        "a norm is applied twice",
+        NORMS,
+        instead(lambda x, w, eps: rms_norm(rms_norm(x, w, eps), w, eps)),
+    ),
+    several(
+        "norm_of_layer",
+        "the final norm has the weight of the last layer's {}",
+        ("norm",),
+        {name: _of_layers_norm(name) for name in NORMS[:2]},
     ),
     one("norm_dropped", "a norm is left out", NORMS, instead(lambda x, w, eps: x)),
     one(
@@ -130,31 +232,5 @@ FAULTS: list[Fault] = [
         (*NORMS[:2], "self_attn.q_proj"),
         _post_norm(),
     ),
-    several(
-        "norm_bfloat16",
-        "norms are in bfloat16 ({})",
-        NORMS,
-        {
-            "every step": instead(_all_in_bfloat16),
-            "what they read": instead(lambda x, w, eps: rms_norm(in_bfloat16(x), w, eps)),
-            "before the weight": instead(
-                lambda x, w, eps: in_bfloat16(x * _rsqrt_mean(x, eps)) * w
-            ),
-            "what they return": instead(lambda x, w, eps: in_bfloat16(rms_norm(x, w, eps))),
-            "the weight": instead(lambda x, w, eps: rms_norm(x, in_bfloat16(w), eps)),
-            "the mean of squares": instead(
-                lambda x, w, eps: x * in_bfloat16(_rsqrt_mean(x, eps)) * w
-            ),
-            "up to the weight": instead(
-                lambda x, w, eps: (
-                    (
-                        x.to(torch.bfloat16)
-                        * torch.rsqrt(x.to(torch.bfloat16).pow(2).mean(-1, keepdim=True) + eps)
-                    ).to(x.dtype)
-                    * w
-                )
-            ),
-        },
-        rounds=True,
-    ),
+    *in_halves(_norm_in),
 ]

@@ -98,6 +98,18 @@ def _sgd(momentum: Callable[[float, np.ndarray, np.ndarray], np.ndarray]) -> Rul
     return RIGHT._replace(step=wrong)
 
 
+def _forgotten() -> Rule:
+    """The moments before the step are taken for zeros."""
+
+    def wrong(
+        kind: str, group: Group, count: int, w: np.ndarray, g: np.ndarray, moments: Moments
+    ) -> np.ndarray:
+        zeros = Moments(*(np.zeros_like(moment) for moment in moments))
+        return step(kind, group, count, w, g, zeros)
+
+    return RIGHT._replace(step=wrong)
+
+
 def _own_norm(gradient: np.ndarray, _: float, limit: float | None) -> np.ndarray:
     norm = float(np.sqrt(np.sum(np.square(gradient, dtype=np.float64))))
     number = gradient.dtype.type
@@ -169,6 +181,8 @@ def faults() -> Iterator[OptimizerFault]:
     for by in (1, -1):
         words = "one too many" if by > 0 else "one too few"
         yield OptimizerFault("adam_step", f"Adam counts {words} steps", _counted(by))
+    yield OptimizerFault("adam_step", "Adam counts from the first step again", _counted(-(1 << 62)))
+    yield OptimizerFault("adam_moments", "moments of earlier steps are lost", _forgotten())
     for eps in (1e-8, 1e-6, 1e-5, 1e-10, 1e-15, 0.0):
         yield OptimizerFault("adam_eps", f"eps of Adam is {eps:g}", _settings(eps=eps))
     for betas in ((0.9, 0.999), (0.9, 0.95), (0.9, 0.98), (0.9, 0.99), (0.95, 0.95)):

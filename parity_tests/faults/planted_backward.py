@@ -260,6 +260,19 @@ TORCH: dict[str, planted_torch.Plant] = {
         "weight_gradient_bfloat16", HEAD, change=_linears(_SummedInBfloat16.apply)
     ),
     "weights of the first row": _torch("weight_gradient_rows", HEAD, change=_linears(_own_row)),
+    "accumulated twice": _torch(
+        "parameter_gradient_scale", HEAD, change=_parameters(lambda _: True, lambda g: 2 * g)
+    ),
+    "mean of occurrences": _torch(
+        "embedding_gradient_mean",
+        TABLE,
+        change=_rows(lambda w, ids: F.embedding(ids, w, scale_grad_by_freq=True)),
+    ),
+    "weights float16": _torch(
+        "weight_gradient_float16",
+        HEAD,
+        change=_parameters(lambda _: True, lambda g: g.half().float()),
+    ),
     "stream bf16": _torch(
         "gradient_bfloat16",
         DOWN,
@@ -351,6 +364,16 @@ _mix = planted_jax._mix
 JAX: dict[str, planted_jax.Plant] = {
     "norm's scale detached": _jax("norm_scale_detached", LAST, {"norm": _scale_stopped}),
     "norms frozen": _jax("frozen", "model.norm.weight", _norm_of(lambda w, x: _stop(w) * x)),
+    "norms of half the sequence": _jax(
+        "gradient_of_positions",
+        "model.norm.weight",
+        {
+            "norm": lambda x, w, eps: jnp.concatenate(
+                [_RIGHT["norm"](x[:, :12], w, eps), _RIGHT["norm"](x[:, 12:], _stop(w), eps)],
+                axis=1,
+            )
+        },
+    ),
     "kv of first head": _jax(
         "kv_gradient_of_one", K_ROTATED, _mix(heads=_heads(lambda x, i: _stop(x) if i else x))
     ),

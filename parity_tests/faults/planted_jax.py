@@ -20,6 +20,7 @@ Config = dict[str, Any]
 CONFIGS: dict[str, Config] = {
     "base": CASE.config,
     "tied": CASE.config | {"tie_word_embeddings": True},
+    "pairs of heads": BY_NAME["gqa_2_to_1"].config,
 }
 _RIGHT = {
     name: getattr(llama, name)
@@ -255,7 +256,272 @@ NORM1, ROTATED, ATTENTION = (
 )
 ACT, MIDDLE, Q = f"{LAYER}.mlp.act", f"{LAYER}.after_attention", f"{LAYER}.self_attn.q_proj"
 
-PLANTS: dict[str, Plant] = {
+
+def f16(x: Array) -> Array:
+    return x.astype(jnp.float16).astype(jnp.float32)
+
+
+def _angles_of(powers: Callable[[int], Array]) -> dict[str, Any]:
+    """Frequencies are these powers of theta."""
+
+    def angles(positions: Array, dim: int, theta: float) -> Array:
+        frequencies = jnp.float32(theta) ** -powers(dim)
+        return positions.astype(jnp.float32)[..., None] * frequencies[None, None]
+
+    return {"angles": angles}
+
+
+def _by_heads(x: Array, turned_by: Array) -> Array:
+    """The axes of positions and heads are exchanged, that of the angles are not."""
+    turned = _RIGHT["rotate"](x.swapaxes(1, 2), turned_by[:, : x.shape[2]])
+    return turned.swapaxes(1, 2)
+
+
+def _plus(x: Array, turned_by: Array) -> Array:
+    cos, sin = jnp.cos(turned_by)[:, :, None], jnp.sin(turned_by)[:, :, None]
+    a, b = jnp.split(x, 2, axis=-1)
+    return jnp.concatenate([a * cos + b * sin, b * cos + a * sin], axis=-1)
+
+
+def _put_in_halves(x: Array, turned_by: Array) -> Array:
+    turned = _interleaved(x, turned_by)
+    return jnp.concatenate([turned[..., ::2], turned[..., 1::2]], axis=-1)
+
+
+def _all_at_once(x: Array, _: Array) -> Array:
+    """All heads are one."""
+    width = x.shape[2] * x.shape[3]
+    turned_by = _RIGHT["angles"](jnp.arange(x.shape[1])[None], width, 10000.0)
+    return _RIGHT["rotate"](x.reshape(*x.shape[:2], 1, width), turned_by).reshape(x.shape)
+
+
+def _mix_with(
+    of_scores: Callable[[Array, Array], Array],
+    of_shares: Callable[[Array, Array], Array] = lambda p, seen: p,
+    values: Callable[[Array, Array], Array] = lambda k, v: v,
+) -> dict[str, Any]:
+    """Other scores and probabilities, of them and of what is seen; other values."""
+
+    def mix(q: Array, k: Array, v: Array, seen: Array) -> Array:
+        k, v = (jnp.repeat(x, q.shape[2] // k.shape[2], axis=2) for x in (k, values(k, v)))
+        scores = jnp.einsum("btnd,bsnd->bnts", q, k) * q.shape[-1] ** -0.5
+        scores = of_scores(scores, jnp.broadcast_to(seen[:, None], scores.shape))
+        shares = of_shares(jax.nn.softmax(scores, axis=-1), seen[:, None])
+        return jnp.einsum("bnts,bsnd->btnd", shares, v)
+
+    return {"mix": mix}
+
+
+def _results_by_group(q: Array, k: Array, v: Array, seen: Array) -> Array:
+    mixed = _RIGHT["mix"](q, k, v, seen)
+    groups = mixed.reshape(*mixed.shape[:2], k.shape[2], -1, mixed.shape[3])
+    return groups.swapaxes(2, 3).reshape(mixed.shape)
+
+
+def _fused(weights: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Packed by key/value heads, as Megatron does it, and read as if the three were side by side."""
+    result = dict(weights)
+    for name in weights:
+        if ".q_proj." in name:
+            names = [name.replace("q_proj", f"{p}_proj") for p in "qkv"]
+            three = [weights[n] for n in names]
+            groups = [w.reshape(2, -1, w.shape[1]) for w in three]
+            fused = np.concatenate(groups, axis=1).reshape(-1, three[0].shape[1])
+            ends = np.cumsum([len(w) for w in three])[:-1]
+            result |= dict(zip(names, np.split(fused, ends), strict=True))
+    return result
+
+
+def _gate_up_by_rows(weights: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    result = dict(weights)
+    for name in weights:
+        if ".gate_proj." in name:
+            up = name.replace("gate", "up")
+            rows = np.stack([weights[name], weights[up]], axis=1)
+            result[name], result[up] = np.split(rows.reshape(-1, rows.shape[-1]), 2)
+    return result
+
+
+def _layers_exchanged(weights: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    other = {"layers.0.": "layers.1.", "layers.1.": "layers.0."}
+    result = dict(weights)
+    for name in weights:
+        for one in other:
+            if one in name:
+                result[name] = weights[name.replace(one, other[one])]
+    return result
+
+
+def _in_8_bits(w: np.ndarray) -> np.ndarray:
+    scale = np.abs(w).max(axis=1, keepdims=True) / 127
+    return (np.round(w / scale) * scale).astype(np.float32)
+
+
+def _k_for_all_heads(w: np.ndarray) -> np.ndarray:
+    """llama.cpp's permutation of k with the number of query heads."""
+    return w.reshape(4, 2, -1, w.shape[1]).swapaxes(1, 2).reshape(w.shape)
+
+
+PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+_MORE: dict[str, Plant] = {
+    "exponents i / D": Plant(
+        "rope_exponents", ROTATED, _angles_of(lambda dim: jnp.arange(dim // 2) / dim)
+    ),
+    "exponents to 1": Plant(
+        "rope_exponents", ROTATED, _angles_of(lambda dim: jnp.linspace(0.0, 1.0, dim // 2))
+    ),
+    "positions over rows": Plant(
+        "positions_over_rows",
+        ROTATED,
+        _before("angles", lambda p, *a: (p + jnp.array([[0], [24]]), *a)),
+    ),
+    "rotated by heads": Plant("positions_of_heads", ROTATED, {"rotate": _by_heads}),
+    "no minus": Plant("rope_sign", ROTATED, {"rotate": _plus}),
+    "neighbours put in halves": Plant("rope_neighbours", ROTATED, {"rotate": _put_in_halves}),
+    "rotated before heads": Plant("rope_before_heads", ROTATED, {"rotate": _all_at_once}),
+    "values rotated": Plant(
+        "rope_of_values",
+        ATTENTION,
+        _before(
+            "mix",
+            lambda q, k, v, seen: (
+                *(q, k),
+                _RIGHT["rotate"](v, _RIGHT["angles"](jnp.arange(v.shape[1])[None], 8, 10000.0)),
+                seen,
+            ),
+        ),
+    ),
+    "mean over positions too": Plant(
+        "norm_axes",
+        NORM1,
+        _norm(
+            lambda x, w, e: (
+                x * jax.lax.rsqrt(jnp.mean(x * x, axis=(1, 2), keepdims=True) + e) * w[None, None]
+            )
+        ),
+    ),
+    "standard deviation": Plant(
+        "norm_deviation",
+        NORM1,
+        _norm(
+            lambda x, w, e: (
+                x * jax.lax.rsqrt(jnp.var(x, axis=-1, keepdims=True) + e) * w[None, None]
+            )
+        ),
+    ),
+    "no root": Plant(
+        "norm_deviation",
+        NORM1,
+        _norm(lambda x, w, e: x / (jnp.mean(x * x, axis=-1, keepdims=True) + e) * w[None, None]),
+    ),
+    "norm twice": Plant(
+        "norm_twice", NORM1, _norm(lambda x, w, e: _RIGHT["norm"](_RIGHT["norm"](x, w, e), w, e))
+    ),
+    "norm float16": Plant("norm_float16", NORM1, _after("norm", f16)),
+    "fused by groups": Plant("fused_layout", Q, weights=_fused),
+    "k for all heads": Plant(
+        "k_permuted_for_query_heads",
+        f"{LAYER}.self_attn.k_proj",
+        weights=_weights(k_proj=_k_for_all_heads),
+        of="pairs of heads",
+    ),
+    "v in Meta's order": Plant(
+        "no_qk_permutation", f"{LAYER}.self_attn.v_proj", weights=_weights(v_proj=_meta)
+    ),
+    "columns of o apart": Plant(
+        "o_columns",
+        f"{LAYER}.self_attn.o_proj",
+        weights=_weights(o_proj=lambda w: w.reshape(48, 2, 3, 8).swapaxes(1, 2).reshape(48, 48)),
+    ),
+    "gate and up by rows": Plant(
+        "gate_up_layout", f"{LAYER}.mlp.gate_proj", weights=_gate_up_by_rows
+    ),
+    "layers exchanged": Plant("layer_order", NORM1, weights=_layers_exchanged),
+    "8 bits": Plant(
+        "weights_rounded", Q, weights=_weights(**dict.fromkeys(PROJECTIONS, _in_8_bits))
+    ),
+    "results by group": Plant("heads_of_groups", ATTENTION, {"mix": _results_by_group}),
+    "values are keys": Plant(
+        "values_are_keys",
+        ATTENTION,
+        _mix_with(lambda s, seen: jnp.where(seen, s, -1e30), values=lambda k, v: k + 0 * v),
+    ),
+    "mask transposed": Plant(
+        "mask_transposed", ATTENTION, _seen(lambda n: jnp.triu(jnp.ones((n, n), bool)))
+    ),
+    "mask multiplied": Plant("mask_multiplied", ATTENTION, _mix_with(lambda s, seen: s * seen)),
+    "mask after softmax": Plant(
+        "mask_after_softmax", ATTENTION, _mix_with(lambda s, _: s, lambda p, seen: p * seen)
+    ),
+    "hidden at -5": Plant(
+        "mask_value", ATTENTION, _mix_with(lambda s, seen: jnp.where(seen, s, -5.0))
+    ),
+    "chunks of 8": Plant(
+        "attention_chunks",
+        ATTENTION,
+        _seen(
+            lambda n: (
+                jnp.tril(jnp.ones((n, n), bool))
+                & (jnp.arange(n)[:, None] // 8 == jnp.arange(n)[None] // 8)
+            )
+        ),
+    ),
+    "softmax over heads": Plant(
+        "softmax_over_queries",
+        ATTENTION,
+        _mix(softmax=lambda s: jax.nn.softmax(s, axis=1)),
+    ),
+    "softmax float16": Plant(
+        "softmax_float16", ATTENTION, _mix(softmax=lambda s: f16(jax.nn.softmax(s, axis=-1)))
+    ),
+    "gate plus up": Plant("activation_sum", ACT, {"gated": lambda g, u: jax.nn.silu(g) + u}),
+    "activation twice": Plant(
+        "activation_twice", ACT, {"gated": lambda g, u: jax.nn.silu(jax.nn.silu(g)) * u}
+    ),
+    "matmul float8": Plant(
+        "matmul_rounded",
+        Q,
+        {"project": rounded_matmul(lambda x: x.astype(jnp.float8_e4m3fn).astype(jnp.float32))},
+    ),
+    "token 0 is zero": Plant(
+        "embedding_zeros",
+        "embed_tokens",
+        {"embed": lambda table, ids: table[ids] * (ids != 0)[..., None]},
+    ),
+    "token 1 ignored": Plant(
+        "label_ignored",
+        "loss",
+        _before("cross_entropy", lambda x, y: (x, jnp.where(y == 1, -100, y))),
+    ),
+    "loss / 8": Plant("loss_scale", "loss", _after("cross_entropy", lambda loss: loss / 8)),
+    "sum / 131": Plant("loss_count", "loss", _ce(lambda n, c, _: jnp.sum(n * c) / 131)),
+    "softmax twice": Plant(
+        "softmax_twice",
+        "loss",
+        _before("cross_entropy", lambda x, y: (jax.nn.softmax(x, axis=-1), y)),
+    ),
+    "labels across rows": Plant(
+        "loss_shift",
+        "loss",
+        _before("cross_entropy", lambda x, y: (x.reshape(1, -1, x.shape[-1]), y.reshape(1, -1))),
+    ),
+    "mean of halves": Plant(
+        "mean_of_means",
+        "loss",
+        {
+            "cross_entropy": lambda x, y: (
+                (
+                    _RIGHT["cross_entropy"](x[:, :13], y[:, :13])
+                    + _RIGHT["cross_entropy"](x[:, 12:], y[:, 12:])
+                )
+                / 2
+            )
+        },
+        inputs=("labels",),
+    ),
+}
+
+PLANTS: dict[str, Plant] = _MORE | {
     "theta 500000": Plant("rope_theta", ROTATED, config={"rope_theta": 500000.0}),
     "theta 23456": Plant("rope_theta", ROTATED, config={"rope_theta": 23456.0}),
     "positions from 1": Plant(

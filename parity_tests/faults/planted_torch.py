@@ -61,6 +61,7 @@ CONFIGS: dict[str, Config] = {
     "biases": BASE | {"attention_bias": True, "mlp_bias": True},
     "gelu": BASE | {"hidden_act": "gelu"},
     "tied": BASE | {"tie_word_embeddings": True},
+    "pairs of heads": BY_NAME["gqa_2_to_1"].config,
 }
 
 

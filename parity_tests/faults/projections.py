@@ -1,5 +1,6 @@
 """Mistakes in matrices, the MLP and the residual stream."""
 
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -13,9 +14,11 @@ from parity_tests.faults.change import (
     Fault,
     Steps,
     Variants,
-    in_bfloat16,
+    Weights,
+    in_halves,
     of_number,
     one,
+    rounded_to,
     several,
 )
 from parity_tests.reference import oracle
@@ -25,6 +28,7 @@ GATE, UP, DOWN, OUT = "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj", "self_att
 MATRICES = (Q, K, V, OUT, GATE, UP, DOWN)
 ACT = ("mlp.act",)
 RESIDUAL = ("after_attention", "")
+NORMS = ("input_layernorm", "post_attention_layernorm")
 
 
 def _transposed(name: str) -> Change:
@@ -52,6 +56,97 @@ def _biases_dropped(fields: Config, _: Inputs) -> Variants:
         yield "the MLP", without(GATE, UP, DOWN)
         for name in (GATE, UP, DOWN):
             yield name, without(name)
+
+
+def _biases_twice(fields: Config, _: Inputs) -> Variants:
+    def twice(weights: Weights, *_: Any) -> Weights:
+        return {n: 2 * w if n.endswith(".bias") else w for n, w in weights.items()}
+
+    if fields.get("attention_bias") or fields.get("mlp_bias"):
+        yield "", Change(weights=twice)
+
+
+def _gate_up(parts: int, *, packed: bool) -> Change:
+    """Rows of gate and up, in so many parts of both but read as two, or the reverse; 0: one by one."""
+
+    def weights(weights: Weights, *_: Any) -> Weights:
+        result = dict(weights)
+        for gate in [name for name in weights if f"{GATE}." in name]:
+            up = gate.replace(GATE, UP)
+            count = parts or len(weights[gate])
+            if packed:
+                both = torch.stack([weights[n].unflatten(0, (count, -1)) for n in (gate, up)], 1)
+                result[gate], result[up] = both.flatten(0, 2).chunk(2)
+            else:
+                both = torch.cat([weights[gate], weights[up]]).unflatten(0, (count, 2, -1))
+                result[gate], result[up] = both[:, 0].flatten(0, 1), both[:, 1].flatten(0, 1)
+        return result
+
+    return Change(weights=weights)
+
+
+def _of_layer(of: Callable[[int, int], int], names: tuple[str, ...]) -> Change:
+    """Parameters of another layer: `of` its index and the number of layers."""
+
+    def weights(weights: Weights, fields: Config, read: Callable[[str], Tensor]) -> Weights:
+        result = dict(weights)
+        for name in weights:
+            layer = re.match(r"model\.layers\.(\d+)\.", name)
+            if layer is None or not any(f"{part}." in name for part in names):
+                continue
+            other = of(int(layer[1]), fields["num_hidden_layers"])
+            result[name] = read(f"model.layers.{other}.{name.removeprefix(layer[0])}")
+        return result
+
+    return Change(weights=weights)
+
+
+def _as_text(index: int, count: int) -> int:
+    return sorted(range(count), key=str)[index]
+
+
+_ORDERS: dict[str, Callable[[int, int], int]] = {
+    "layers are one too far": lambda index, count: (index + 1) % count,
+    "layers are one too early": lambda index, count: (index - 1) % count,
+    "the first layer's everywhere": lambda index, count: 0,
+    "layers in reverse": lambda index, count: count - 1 - index,
+    "layers sorted as text: 0, 1, 10, 11, 2": _as_text,
+    "layers sorted as text: 0, 1, 3, 4, ..., 11, 2": lambda index, count: sorted(
+        range(count), key=str
+    ).index(index),
+}
+
+_ALONE = ("layers are one too far", "layers are one too early", "the first layer's everywhere")
+"""Orders that a single matrix may have."""
+
+
+def _other_layers(fields: Config, _: Inputs) -> Variants:
+    count = fields["num_hidden_layers"]
+    seen = [tuple(range(count))]
+    for words, of in _ORDERS.items():
+        order = tuple(of(index, count) for index in range(count))
+        if order not in seen:
+            seen.append(order)
+            yield words, _of_layer(of, (*MATRICES, *NORMS))
+            yield f"{words}, of the norms alone", _of_layer(of, NORMS)
+            for name in MATRICES if words in _ALONE else ():
+                yield f"{words}, of {name} alone", _of_layer(of, (name,))
+
+
+def _rounded_weights(to: Callable[[Tensor], Tensor], *, all_of_them: bool = True) -> Change:
+    def weights(weights: Weights, *_: Any) -> Weights:
+        def is_rounded(name: str) -> bool:
+            return all_of_them or any(f"{part}.weight" in name for part in MATRICES)
+
+        return {n: to(w) if is_rounded(n) else w for n, w in weights.items()}
+
+    return Change(weights=weights)
+
+
+def _integers(w: Tensor) -> Tensor:
+    """In 8 bits, with a scale for each row."""
+    scale = w.float().abs().amax(-1, keepdim=True) / 127
+    return ((w.float() / scale).round() * scale).to(w.dtype)
 
 
 class _RoundedMatmul(torch.autograd.Function):
@@ -83,10 +178,6 @@ def _ten_bits(x: Tensor) -> Tensor:
     bits = x.float().contiguous().view(torch.int32)
     even = (bits >> 13) & 1
     return ((bits + 0xFFF + even) & ~0x1FFF).view(torch.float32).to(x.dtype)
-
-
-def _float16(x: Tensor) -> Tensor:
-    return x.to(torch.float16).to(x.dtype)
 
 
 def _activations(fields: Config, _: Inputs) -> Variants:
@@ -127,11 +218,101 @@ def _weighted(stream: float, branch: float) -> Change:
     )
 
 
+_HALVES = "one after the other"
+_LAYOUTS = {
+    0: "row by row",
+    2: "in 2 parts of both",
+    4: "in 4 parts of both",
+    8: "in 8 parts of both",
+}
+
+
+def _matmul_result_in(half: str, dtype: torch.dtype) -> Fault:
+    narrow = rounded_to(dtype)
+    return one(
+        f"matmul_result_{half}",
+        f"results of matmuls are in {half}",
+        MATRICES,
+        Change(functions={"linear": lambda right: lambda *args: narrow(right(*args))}),
+        rounds=True,
+    )
+
+
+def _activation_in(half: str, dtype: torch.dtype) -> Fault:
+    narrow = rounded_to(dtype)
+    return several(
+        f"activation_{half}",
+        f"the MLP's product is in {half} ({{}})",
+        ACT,
+        {
+            "the product": _act(lambda f, gate, up: narrow(f(gate) * up)),
+            "the activation": _act(lambda f, gate, up: narrow(f(gate)) * up),
+            "what it reads": _act(lambda f, gate, up: f(narrow(gate)) * narrow(up)),
+            "the gate and the activation": _act(lambda f, gate, up: narrow(f(narrow(gate))) * up),
+            "every step": _act(lambda f, gate, up: narrow(narrow(f(narrow(gate))) * narrow(up))),
+        },
+        rounds=True,
+    )
+
+
+def _residual_in(half: str, dtype: torch.dtype) -> Fault:
+    narrow = rounded_to(dtype)
+    return several(
+        f"residual_{half}",
+        f"the residual stream is in {half} ({{}})",
+        RESIDUAL,
+        {
+            "each sum": _sum(
+                lambda s: narrow(s.read["x"] + s.read[OUT]),
+                lambda s: narrow(s.read["after_attention"] + s.read[DOWN]),
+            ),
+            "operands and sums": _sum(
+                lambda s: narrow(narrow(s.read["x"]) + narrow(s.read[OUT])),
+                lambda s: narrow(narrow(s.read["after_attention"]) + narrow(s.read[DOWN])),
+            ),
+            "what is added": _sum(
+                lambda s: s.read["x"] + narrow(s.read[OUT]),
+                lambda s: s.read["after_attention"] + narrow(s.read[DOWN]),
+            ),
+        },
+        rounds=True,
+    )
+
+
 FAULTS: list[Fault] = [
     several(
         "transposed", "{} is transposed", MATRICES, {name: _transposed(name) for name in MATRICES}
     ),
     one("gate_up_swapped", "gate_proj and up_proj are swapped", (GATE, UP), swapped(GATE, UP)),
+    several(
+        "gate_up_layout",
+        "rows of fused gate_proj and up_proj are {}",
+        (GATE, UP),
+        {
+            f"packed {words}, but read {other}": _gate_up(parts, packed=packed)
+            for parts, layout in _LAYOUTS.items()
+            for packed in (True, False)
+            for words, other in [(layout, _HALVES) if packed else (_HALVES, layout)]
+        },
+    ),
+    Fault(
+        "layer_order",
+        "weights are of another layer: {}",
+        (*NORMS, *MATRICES),
+        _other_layers,
+    ),
+    several(
+        "weights_rounded",
+        "weights are rounded to {}",
+        ("embed_tokens", *NORMS, *MATRICES, "norm", "lm_head"),
+        {
+            "bfloat16": _rounded_weights(rounded_to(torch.bfloat16)),
+            "float16": _rounded_weights(rounded_to(torch.float16)),
+            "integers of 8 bits": _rounded_weights(_integers, all_of_them=False),
+            "float8_e4m3": _rounded_weights(rounded_to(torch.float8_e4m3fn), all_of_them=False),
+        },
+    ),
+    Fault("biases_twice", "biases are added twice", MATRICES, _biases_twice),
     Fault("biases_dropped", "biases of {} are left out", MATRICES, _biases_dropped),
     several(
         "matmul_rounded",
@@ -139,18 +320,13 @@ FAULTS: list[Fault] = [
         (*MATRICES, "lm_head"),
         {
             "tf32": _rounded(_ten_bits),
-            "bfloat16": _rounded(in_bfloat16),
-            "float16": _rounded(_float16),
+            "bfloat16": _rounded(rounded_to(torch.bfloat16)),
+            "float16": _rounded(rounded_to(torch.float16)),
+            "float8_e4m3": _rounded(rounded_to(torch.float8_e4m3fn)),
         },
         rounds=True,
     ),
-    one(
-        "matmul_result_bfloat16",
-        "results of matmuls are in bfloat16",
-        MATRICES,
-        Change(functions={"linear": lambda right: lambda *args: in_bfloat16(right(*args))}),
-        rounds=True,
-    ),
+    *in_halves(_matmul_result_in),
     Fault("activation", "the activation is {}", ACT, _activations),
     one(
         "activation_of_up",
@@ -159,6 +335,18 @@ FAULTS: list[Fault] = [
         _act(lambda f, gate, up: gate * f(up)),
     ),
     one("gate_left_out", "the product lacks the gate", ACT, _act(lambda f, gate, up: f(up))),
+    one(
+        "activation_sum",
+        "gate and up are added, not multiplied",
+        ACT,
+        _act(lambda f, gate, up: f(gate) + up),
+    ),
+    one(
+        "activation_twice",
+        "the activation is applied twice",
+        ACT,
+        _act(lambda f, gate, up: f(f(gate)) * up),
+    ),
     one("up_left_out", "the product lacks up_proj", ACT, _act(lambda f, gate, up: f(gate))),
     one(
         "activation_of_product",
@@ -173,20 +361,7 @@ FAULTS: list[Fault] = [
         lambda _: (7.0, 10.0, 1.0),
         lambda limit: _act(lambda f, gate, up: f(gate.clamp(max=limit)) * up.clamp(-limit, limit)),
     ),
-    several(
-        "activation_bfloat16",
-        "the MLP's product is in bfloat16 ({})",
-        ACT,
-        {
-            "the product": _act(lambda f, gate, up: in_bfloat16(f(gate) * up)),
-            "the activation": _act(lambda f, gate, up: in_bfloat16(f(gate)) * up),
-            "what it reads": _act(lambda f, gate, up: f(in_bfloat16(gate)) * in_bfloat16(up)),
-            "every step": _act(
-                lambda f, gate, up: in_bfloat16(in_bfloat16(f(in_bfloat16(gate))) * in_bfloat16(up))
-            ),
-        },
-        rounds=True,
-    ),
+    *in_halves(_activation_in),
     of_number(
         "residual_multiplier",
         "attention and the MLP are multiplied by {} before they are added",
@@ -218,32 +393,42 @@ FAULTS: list[Fault] = [
             lambda s: s.read["post_attention_layernorm"] + s.read[DOWN],
         ),
     ),
+    several(
+        "branch_left_out",
+        "{} not added to the residual stream",
+        RESIDUAL,
+        {
+            "attention is": _sum(
+                lambda s: s.read["x"], lambda s: s.read["after_attention"] + s.read[DOWN]
+            ),
+            "the MLP is": _sum(
+                lambda s: s.read["x"] + s.read[OUT], lambda s: s.read["after_attention"]
+            ),
+        },
+    ),
+    one(
+        "layer_left_out",
+        "a layer is left out: it returns what it reads",
+        RESIDUAL,
+        _sum(lambda s: s.read["x"] + s.read[OUT], lambda s: s.read["x"]),
+    ),
+    one(
+        "residual_of_layer",
+        "the MLP is added to what the layer reads: attention is lost",
+        RESIDUAL,
+        _sum(lambda s: s.read["x"] + s.read[OUT], lambda s: s.read["x"] + s.read[DOWN]),
+    ),
+    one(
+        "norm_of_branch",
+        "the second norm reads what attention returns, without the residual stream",
+        RESIDUAL,
+        _sum(lambda s: s.read[OUT], lambda s: s.read["x"] + s.read[OUT] + s.read[DOWN]),
+    ),
     one(
         "mlp_beside_attention",
         "the MLP reads what attention reads, not what it returns",
         RESIDUAL,
         _sum(lambda s: s.read["x"], lambda s: s.read["x"] + s.read[OUT] + s.read[DOWN]),
     ),
-    several(
-        "residual_bfloat16",
-        "the residual stream is in bfloat16 ({})",
-        RESIDUAL,
-        {
-            "each sum": _sum(
-                lambda s: in_bfloat16(s.read["x"] + s.read[OUT]),
-                lambda s: in_bfloat16(s.read["after_attention"] + s.read[DOWN]),
-            ),
-            "operands and sums": _sum(
-                lambda s: in_bfloat16(in_bfloat16(s.read["x"]) + in_bfloat16(s.read[OUT])),
-                lambda s: in_bfloat16(
-                    in_bfloat16(s.read["after_attention"]) + in_bfloat16(s.read[DOWN])
-                ),
-            ),
-            "what is added": _sum(
-                lambda s: s.read["x"] + in_bfloat16(s.read[OUT]),
-                lambda s: s.read["after_attention"] + in_bfloat16(s.read[DOWN]),
-            ),
-        },
-        rounds=True,
-    ),
+    *in_halves(_residual_in),
 ]

@@ -1,5 +1,6 @@
 """Mistakes in rotary position embeddings."""
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -15,9 +16,10 @@ from parity_tests.faults.change import (
     Fault,
     Steps,
     Variants,
-    in_bfloat16,
+    in_halves,
     of_number,
     one,
+    rounded_to,
     several,
 )
 from parity_tests.reference import oracle
@@ -78,7 +80,23 @@ def _thetas(fields: Config) -> list[float]:
         100000.0,
         *(p.rope["rope_theta"] for p in PRESETS.values()),
     ]
-    return [float(theta) for theta in known if theta != oracle.rope_settings(fields)["rope_theta"]]
+    rope, dim = oracle.rope_settings(fields), oracle.head_dim(fields)
+    theta, factor = rope["rope_theta"], rope.get("factor") or 1.0
+    known += [theta * factor, theta * factor ** (dim / (dim - 2)) if dim > 2 else theta]
+    return [float(value) for value in known if value != theta]
+
+
+def _exponents(fields: Config, _: Inputs) -> Variants:
+    """Powers of theta from 0 to less than 1 in steps of 2 / D; others are those of another theta."""
+    theta, dim = oracle.rope_settings(fields)["rope_theta"], oracle.head_dim(fields)
+    size = fields["hidden_size"] // fields["num_attention_heads"]
+    if size != dim:
+        yield "are divided by hidden_size / heads", with_rope(rope_theta=theta ** (dim / size))
+    yield "are half as large, i / D", with_rope(rope_theta=theta**0.5)
+    yield "are twice as large, 4i / D", with_rope(rope_theta=theta**2)
+    if dim > 2:
+        yield "end in 1, 2i / (D - 2)", with_rope(rope_theta=theta ** (dim / (dim - 2)))
+    yield "are divided by hidden_size", with_rope(rope_theta=theta ** (dim / fields["hidden_size"]))
 
 
 def _field(name: str) -> Fault:
@@ -116,6 +134,14 @@ def _other_type(fields: Config, _: Inputs) -> Variants:
         for other in ("linear", "dynamic", "yarn"):
             if other != kind:
                 yield other, with_rope(rope_type=other, factor=factor)
+        theta, dim = rope["rope_theta"], oracle.head_dim(fields)
+        plain = "default, with rope_theta times the factor"
+        yield plain, with_rope(rope_type="default", rope_theta=theta * factor)
+        power = dim / (dim - 2) if dim > 2 else 1.0
+        yield (
+            f"{plain} to the power of D / (D - 2)",
+            with_rope(rope_type="default", rope_theta=theta * factor**power),
+        )
     for name, preset in PRESETS.items():
         settings = dict(preset.rope)
         if settings.get("rope_type", "default") not in (kind, "default"):
@@ -133,6 +159,105 @@ def _truncate(fields: Config, _: Inputs) -> Variants:
     if rope["rope_type"] == "yarn":
         truncate = not rope.get("truncate", True)
         yield str(truncate).lower(), with_rope(truncate=truncate)
+
+
+def _without_scaling(config: Config) -> Config:
+    rope = oracle.rope_settings(config)
+    kept = {"rope_type": "default", "rope_theta": rope["rope_theta"]}
+    rest = {name: value for name, value in config.items() if name != "rope_scaling"}
+    return rest | {"rope_parameters": kept}
+
+
+def _blended(share_of: Callable[[Tensor], Tensor]) -> Change:
+    """Another share of the frequencies is not interpolated, as a function of the right one."""
+
+    def replacement(right: Any) -> Any:
+        def wrong(config: Config, *args: Any) -> Any:
+            scaled, scale = right(config, *args)
+            plain = right(_without_scaling(config), *args)[0]
+            slow = plain / _factor(config)
+            share = ((scaled - slow) / (plain - slow)).clamp(0.0, 1.0)
+            share = torch.where(share < 1e-9, 0.0, torch.where(share > 1 - 1e-9, 1.0, share))
+            share = share_of(share)
+            return share * plain + (1 - share) * slow, scale
+
+        return wrong
+
+    return Change(functions={"inverse_frequencies": replacement}, angles=True)
+
+
+def _factor(config: Config) -> float:
+    rope = oracle.rope_settings(config)
+    trained = rope["original_max_position_embeddings"]
+    return rope.get("factor") or config["max_position_embeddings"] / trained
+
+
+def _blends(fields: Config, _: Inputs) -> Variants:
+    """Of types that leave fast pairs, interpolate slow ones, and blend between them."""
+    if oracle.rope_settings(fields)["rope_type"] not in ("llama3", "yarn"):
+        return
+    yield "not blended: all between is left as it is", _blended(lambda s: (s > 0).to(s.dtype))
+    yield "not blended: all between is interpolated", _blended(lambda s: (s == 1).to(s.dtype))
+    yield (
+        "blended the wrong way round",
+        _blended(lambda s: torch.where((s > 0) & (s < 1), 1 - s, s)),
+    )
+    yield "exchanged: fast pairs are interpolated, slow ones are not", _blended(lambda s: 1 - s)
+
+
+def _scaled_twice(fields: Config, _: Inputs) -> Variants:
+    """The frequencies that scaling returns are scaled again."""
+
+    def replacement(right: Any) -> Any:
+        def wrong(config: Config, *args: Any) -> Any:
+            scaled, scale = right(config, *args)
+            rope = oracle.rope_settings(config)
+            turns = rope["original_max_position_embeddings"] * scaled / (2 * math.pi)
+            low, high = rope["low_freq_factor"], rope["high_freq_factor"]
+            share = ((turns - low) / (high - low)).clamp(0.0, 1.0)
+            return share * scaled + (1 - share) * scaled / rope["factor"], scale
+
+        return wrong
+
+    def of_plain(right: Any) -> Any:
+        def wrong(config: Config, *args: Any) -> Any:
+            scaled, scale = right(config, *args)
+            return scaled * scaled / right(_without_scaling(config), *args)[0], scale
+
+        return wrong
+
+    kind = oracle.rope_settings(fields)["rope_type"]
+    if kind == "llama3":
+        yield "", Change(functions={"inverse_frequencies": replacement}, angles=True)
+    elif kind != "default":
+        yield "", Change(functions={"inverse_frequencies": of_plain}, angles=True)
+
+
+_PAIRS = (
+    ("low_freq_factor", "high_freq_factor"),
+    ("beta_fast", "beta_slow"),
+    ("mscale", "mscale_all_dim"),
+    ("factor", "original_max_position_embeddings"),
+)
+
+
+def _pairs_of_fields(fields: Config, _: Inputs) -> Variants:
+    """Two fields exchanged, or both left out."""
+    rope = oracle.rope_settings(fields)
+    used = _USED.get(rope["rope_type"], ())
+    for first, second in _PAIRS:
+        if first in used and second in used and rope.get(first) and rope.get(second):
+            exchanged = with_rope(**{first: rope[second], second: rope[first]})
+            yield f"{first} and {second} are exchanged", exchanged
+            if first in ("beta_fast", "mscale"):  # those that have a default
+                yield f"{first} and {second} are left out", with_rope(**{first: None, second: None})
+
+
+def _one_list(fields: Config, _: Inputs) -> Variants:
+    rope = oracle.rope_settings(fields)
+    if rope["rope_type"] == "longrope":
+        yield "short_factor", with_rope(long_factor=rope["short_factor"])
+        yield "long_factor", with_rope(short_factor=rope["long_factor"])
 
 
 def _moved(by: Callable[[np.ndarray, Inputs], np.ndarray]) -> Change:
@@ -157,15 +282,92 @@ def _not_restarted(_: Config, inputs: Inputs) -> Variants:
 def _restarted(_: Config, inputs: Inputs) -> Variants:
     mask, segments = inputs.attention_mask, inputs.segment_ids
     if mask is not None:
+        count = np.cumsum(np.asarray(mask) != 0, axis=1)
         yield (
             "count the tokens that attention_mask shows",
-            _moved(lambda *_: np.maximum(np.cumsum(mask, axis=1) - 1, 0)),
+            _moved(lambda *_: np.maximum(count - 1, 0)),
         )
+        yield "count the tokens that attention_mask shows, from 1", _moved(lambda *_: count)
     if segments is not None:
         steps = np.broadcast_to(np.arange(segments.shape[1]), segments.shape)
         first = np.diff(segments, axis=1, prepend=segments[:, :1] - 1) != 0
         start = np.maximum.accumulate(np.where(first, steps, 0), axis=1)
         yield "restart in every document", _moved(lambda *_: steps - start)
+
+
+def _over_rows(_: Config, inputs: Inputs) -> Variants:
+    if len(inputs.ids) > 1:
+        steps = np.arange(inputs.ids.size).reshape(inputs.ids.shape)
+        yield "", _moved(lambda *_: steps)
+
+
+def _of_heads(_: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Each head is turned by the angles of the position that has its number."""
+    heads = x.shape[1]
+    first, second = x.chunk(2, dim=-1)
+    turned = torch.cat((-second, first), dim=-1)
+    return x * cos[:, :heads, None] + turned * sin[:, :heads, None]
+
+
+def _with_values(rotation: Callable[[Any, Tensor, Tensor, Tensor], Tensor]) -> Change:
+    """Values are rotated too."""
+    kept: list[Any] = []
+
+    def rotate(right: Any) -> Any:
+        def same(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+            kept[:] = [right, cos, sin]  # attention follows and has no angles
+            return right(x, cos, sin)
+
+        return same
+
+    def attention(right: Any) -> Any:
+        def wrong(q: Tensor, k: Tensor, v: Tensor, visible: Tensor) -> Any:
+            rotate, *angles = kept
+            cos, sin = (each[:, : v.shape[2]] for each in angles)
+            return right(q, k, rotation(rotate, v, cos, sin), visible)
+
+        return wrong
+
+    return Change(functions={"rotate": rotate, "attention": attention})
+
+
+def _before_heads(fields: Config, inputs: Inputs) -> Variants:
+    """All features of a token are rotated as one head."""
+    theta = oracle.rope_settings(fields)["rope_theta"]
+    dim = oracle.head_dim(fields)
+
+    def rotated(value: Tensor, x: Tensor, neighbours: bool) -> Tensor:
+        width = x.shape[-1]
+        powers = theta ** (-torch.arange(0, width, 2, dtype=x.dtype) / width)
+        angles = torch.from_numpy(inputs.positions).to(x.dtype)[..., None] * powers
+        cos, sin = angles.cos(), angles.sin()
+        if not neighbours:
+            a, b = x.chunk(2, dim=-1)
+            return torch.cat((a * cos - b * sin, b * cos + a * sin), -1).reshape(value.shape)
+        x = _in_pairs(x.unflatten(-1, (-1, dim))).flatten(-2)
+        a, b = x[..., 0::2], x[..., 1::2]
+        x = torch.stack((a * cos - b * sin, b * cos + a * sin), dim=-1).flatten(-2)
+        return _in_halves(x.unflatten(-1, (-1, dim))).reshape(value.shape)
+
+    def change(neighbours: bool) -> Change:
+        def step(name: str) -> Callable[[Steps, Tensor], Tensor]:
+            return lambda steps, value: rotated(
+                value, steps.read[f"self_attn.{name}_proj"], neighbours
+            )
+
+        return Change(steps={f"self_attn.rotate.{name}": step(name) for name in "qk"})
+
+    yield "", change(neighbours=False)
+    yield " (of rows in Meta's order)", change(neighbours=True)
+
+
+def _in_pairs(x: Tensor) -> Tensor:
+    """Features [..., D] from halves to pairs of neighbours."""
+    return x.unflatten(-1, (2, -1)).transpose(-1, -2).flatten(-2)
+
+
+def _in_halves(x: Tensor) -> Tensor:
+    return x.unflatten(-1, (-1, 2)).transpose(-1, -2).flatten(-2)
 
 
 def _angles(change: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]) -> Change:
@@ -186,19 +388,21 @@ def _frequencies(change: Callable[[Tensor], Tensor]) -> Change:
     return Change(functions={"inverse_frequencies": replacement}, angles=True)
 
 
-def _angles_in_bfloat16(_: Any) -> Any:
+def _angles_in(narrow: Callable[[Tensor], Tensor]) -> Callable[[Any], Any]:
+    """Positions, frequencies, angles, cos and sin."""
+
     def wrong(config: Config, position_ids: Tensor, dtype: torch.dtype = torch.float64) -> Any:
         inv_freq, scale = oracle.inverse_frequencies(config, int(position_ids.max()) + 1, dtype)
-        angles = in_bfloat16(in_bfloat16(position_ids[..., None].to(dtype)) * in_bfloat16(inv_freq))
+        angles = narrow(narrow(position_ids[..., None].to(dtype)) * narrow(inv_freq))
         angles = torch.cat((angles, angles), dim=-1)
-        return in_bfloat16(angles.cos() * scale), in_bfloat16(angles.sin() * scale)
+        return narrow(angles.cos() * scale), narrow(angles.sin() * scale)
 
-    return wrong
+    return lambda _: wrong
 
 
-def _positions_in_bfloat16(right: Any) -> Any:
-    return lambda config, positions, *args: right(
-        config, positions.to(torch.bfloat16).long(), *args
+def _positions_in(dtype: torch.dtype) -> Callable[[Any], Any]:
+    return lambda right: (
+        lambda config, positions, *args: right(config, positions.to(dtype).long(), *args)
     )
 
 
@@ -215,6 +419,44 @@ def _neighbours(_: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     c, s = cos[:, None, :, :half], sin[:, None, :, :half]
     a, b = x[..., 0::2], x[..., 1::2]
     return torch.stack((a * c - b * s, b * c + a * s), dim=-1).flatten(-2)
+
+
+def _neighbours_put_in_halves(right: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    return _in_halves(_neighbours(right, x, cos, sin))
+
+
+def _halves_of_metas_order(right: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """The rows are in Meta's order, but the pairs (i, i + D/2) of it are turned."""
+    return _in_halves(right(_in_pairs(x), cos, sin))
+
+
+def _without_sign(_: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    first, second = x.chunk(2, dim=-1)
+    return x * cos[:, None] + torch.cat((second, first), dim=-1) * sin[:, None]
+
+
+def _turned_alone(name: str, change: Callable[[Any, Tensor, Tensor, Tensor], Tensor]) -> Change:
+    """Only the heads of `name`, "q" or "k", are turned otherwise: queries are turned first."""
+
+    def replacement(right: Any) -> Any:
+        calls = [0]
+
+        def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+            calls[0] += 1
+            wrong = (calls[0] % 2 == 1) == (name == "q")
+            return change(right, x, cos, sin) if wrong else right(x, cos, sin)
+
+        return rotate
+
+    return Change(functions={"rotate": replacement})
+
+
+def _previous(right: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    return right(x, cos.roll(1, 1), sin.roll(1, 1))
+
+
+def _backwards(right: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    return right(x, cos, -sin)
 
 
 def _repeated_angles(right: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -243,11 +485,37 @@ def _not_rotated(name: str) -> Change:
     return Change(steps={f"self_attn.rotate.{name}": step})
 
 
+def _rotary_in(half: str, dtype: torch.dtype) -> Fault:
+    narrow = rounded_to(dtype)
+    return several(
+        f"rope_{half}",
+        f"rotary embeddings are in {half} ({{}})",
+        ANGLES,
+        {
+            "cos and sin": _angles(lambda cos, sin: (narrow(cos), narrow(sin))),
+            "frequencies": _frequencies(narrow),
+            "angles": Change(functions={"cos_sin": _angles_in(narrow)}, angles=True),
+            "positions": Change(functions={"cos_sin": _positions_in(dtype)}, angles=True),
+            "the rotation": _rotate(
+                lambda right, *args: right(*(a.to(dtype) for a in args)).to(args[0].dtype)
+            ),
+            "what it returns": _rotate(lambda right, *args: narrow(right(*args))),
+            "what it reads": _rotate(lambda right, x, *args: right(narrow(x), *args)),
+        },
+        rounds=True,
+    )
+
+
 FAULTS: list[Fault] = [
     of_number("rope_theta", "rope_theta is {}", ANGLES, _thetas, lambda v: with_rope(rope_theta=v)),
     Fault("rope_scaling_dropped", "the rotary scaling is left out", ANGLES, _scaling_dropped),
     Fault("rope_type", "the rotary type is {}", ANGLES, _other_type),
     *map(_field, _FIELDS),
+    Fault("rope_exponents", "the exponents of rope_theta {}", ANGLES, _exponents),
+    Fault("rope_blend", "rotary frequencies are {}", ANGLES, _blends),
+    Fault("rope_scaling_twice", "the rotary scaling is applied twice", ANGLES, _scaled_twice),
+    Fault("rope_pair_of_fields", "rotary fields {}", ANGLES, _pairs_of_fields),
+    Fault("rope_one_list", "all lengths use the {} of longrope", ANGLES, _one_list),
     Fault("rope_truncate", "rotary field truncate is {}", ANGLES, _truncate),
     Fault(
         "rope_long_and_short",
@@ -270,8 +538,23 @@ FAULTS: list[Fault] = [
             "are one too large": _moved(lambda p, _: p + 1),
             "are one too large after the first": _moved(lambda p, _: p + (p > 0)),
             "are one too small": _moved(lambda p, _: p - 1),
+            "are two too large": _moved(lambda p, _: p + 2),
             "are rolled by one": _moved(lambda p, _: np.roll(p, 1, axis=1)),
+            "of queries are rolled by one": _turned_alone("q", _previous),
+            "of keys are rolled by one": _turned_alone("k", _previous),
         },
+    ),
+    Fault(
+        "positions_over_rows",
+        "positions count on from one row of the batch to the next",
+        ANGLES,
+        _over_rows,
+    ),
+    one(
+        "positions_of_heads",
+        "heads are rotated by their own number, not by the position (axes of heads and positions)",
+        ROTATED,
+        _rotate(_of_heads),
     ),
     Fault(
         "positions_not_restarted",
@@ -285,11 +568,38 @@ FAULTS: list[Fault] = [
         ANGLES,
         _restarted,
     ),
-    one(
+    several(
         "rope_neighbours",
-        "rotary pairs are neighbours (2i, 2i + 1), not half a head apart",
+        "rotary pairs are {}",
         ROTATED,
-        _rotate(_neighbours),
+        {
+            "neighbours (2i, 2i + 1), not half a head apart": _rotate(_neighbours),
+            "neighbours (2i, 2i + 1), but their results are put half a head apart": _rotate(
+                _neighbours_put_in_halves
+            ),
+            "half a head apart in rows that are in Meta's order": _rotate(_halves_of_metas_order),
+        },
+    ),
+    one(
+        "rope_sign",
+        "the rotation lacks its minus sign",
+        ROTATED,
+        _rotate(_without_sign),
+    ),
+    several(
+        "rope_of_values",
+        "values are rotated too{}",
+        ("self_attn.attention",),
+        {
+            "": _with_values(lambda right, *args: right(*args)),
+            ", in pairs of neighbours": _with_values(_neighbours),
+        },
+    ),
+    Fault(
+        "rope_before_heads",
+        "queries and keys are rotated before they are split into heads{}",
+        ROTATED,
+        _before_heads,
     ),
     one(
         "rope_angles_repeated",
@@ -297,11 +607,15 @@ FAULTS: list[Fault] = [
         ANGLES,
         _rotate(_repeated_angles),
     ),
-    one(
+    several(
         "rope_reversed",
-        "rotary embeddings turn the other way",
+        "rotary embeddings turn the other way{}",
         ANGLES,
-        _angles(lambda cos, sin: (cos, -sin)),
+        {
+            "": _angles(lambda cos, sin: (cos, -sin)),
+            ", of queries": _turned_alone("q", _backwards),
+            ", of keys": _turned_alone("k", _backwards),
+        },
     ),
     one(
         "rope_cos_sin_swapped",
@@ -319,7 +633,15 @@ FAULTS: list[Fault] = [
             "keys are": _not_rotated("k"),
         },
     ),
-    one("positions_zero", "all positions are 0", ANGLES, _moved(lambda p, _: 0 * p)),
+    several(
+        "positions_zero",
+        "all positions are {}",
+        ANGLES,
+        {
+            "0": _moved(lambda p, _: 0 * p),
+            "the number of the row": _moved(lambda p, _: 0 * p + np.arange(len(p))[:, None]),
+        },
+    ),
     one(
         "rope_twice",
         "queries and keys are rotated twice",
@@ -332,21 +654,5 @@ FAULTS: list[Fault] = [
         ROTATED,
         {"a quarter": _partly(0.25), "half": _partly(0.5), "three quarters": _partly(0.75)},
     ),
-    several(
-        "rope_bfloat16",
-        "rotary embeddings are in bfloat16 ({})",
-        ANGLES,
-        {
-            "cos and sin": _angles(lambda cos, sin: (in_bfloat16(cos), in_bfloat16(sin))),
-            "frequencies": _frequencies(in_bfloat16),
-            "angles": Change(functions={"cos_sin": _angles_in_bfloat16}, angles=True),
-            "positions": Change(functions={"cos_sin": _positions_in_bfloat16}, angles=True),
-            "the rotation": _rotate(
-                lambda right, *args: right(*(a.to(torch.bfloat16) for a in args)).to(args[0].dtype)
-            ),
-            "what it returns": _rotate(lambda right, *args: in_bfloat16(right(*args))),
-            "what it reads": _rotate(lambda right, x, *args: right(in_bfloat16(x), *args)),
-        },
-        rounds=True,
-    ),
+    *in_halves(_rotary_in),
 ]

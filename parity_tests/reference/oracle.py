@@ -325,7 +325,9 @@ def visibility(
 # The model ---------------------------------------------------------------------------------------
 
 
-def causal_lm_loss(logits: Tensor, labels: Tensor, num_items_in_batch: int | None = None) -> Tensor:
+def causal_lm_loss(
+    logits: Tensor, labels: Tensor, num_items_in_batch: float | None = None
+) -> Tensor:
     """Cross-entropy of each position's logits [B, T, V] against the next position's label [B, T].
 
     Labels of -100 are ignored. The sum is divided by `num_items_in_batch` or, if that is None, by the

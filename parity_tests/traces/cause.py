@@ -50,6 +50,7 @@ class Cause(NamedTuple):
         layers: those that have the fault.
         equals: other faults that explain as much.
         nearest: if none explains it, the one that leaves the least error.
+        convention: it is no mistake; see `Fault`.
     """
 
     name: str | None
@@ -60,6 +61,7 @@ class Cause(NamedTuple):
     layers: tuple[int, ...] = ()
     equals: tuple[str, ...] = ()
     nearest: str = ""
+    convention: bool = False
 
 
 class _Hypothesis(NamedTuple):
@@ -91,6 +93,7 @@ class Search:
         self.residuals = {_key(residual): residual for residual in residuals}
         self.settled: set[Key] = set()
         self.changes: dict[str, list[Change]] = {}
+        self.agreed = dict(self.residuals)
         self._noise: dict[Any, dict[str, np.ndarray]] = {}
 
     def causes(self) -> Iterator[Cause]:
@@ -110,7 +113,7 @@ class Search:
                 elif found:
                     continue
                 cause = self._unknown(first)
-            found += 1
+            found += not cause.convention
             yield cause
 
     def _departing(self) -> list[Residual]:
@@ -150,10 +153,14 @@ class Search:
             explained=len(best.explained),
             layers=tuple(sorted(int(s[7:]) for s in sections if s.startswith("layers."))),
             equals=tuple(other.words for other in others),
+            convention=best.hypothesis.fault.convention,
         )
 
     def _unknown(self, first: Residual) -> Cause:
         nearest, after = "", first.rms
+        if dropout := self.walk.trace.manifest.get("dropout"):
+            words = f"dropout of {dropout} was on"
+            return Cause("dropout", words, first, first.rms, 0)
         if self.nearest is not None and _size(self.nearest.residual) < first.rms / 2:
             nearest, after = self.nearest.words, self.nearest.residual.rms
         return Cause(None, "unknown", first, after, 0, nearest=nearest)
@@ -299,6 +306,8 @@ class Search:
             self.changes.setdefault(section, []).append(confirmed.hypothesis.change)
         for key in confirmed.explained:
             self.residuals[key] = confirmed.residuals[key]
+            if confirmed.hypothesis.fault.convention:
+                self.agreed[key] = confirmed.residuals[key]
 
     def _walk(self, change: Change, sections: Iterable[str]) -> Walk:
         changes = dict(self.changes)
@@ -378,8 +387,10 @@ class Search:
 
 def find_causes(
     walk: Walk, checkpoint: Checkpoint, dtype: Any, residuals: Iterable[Residual]
-) -> list[Cause]:
+) -> tuple[list[Cause], dict[Key, Residual]]:
     """The causes of a recording's departures, each found with those before it in the oracle.
+
+    Also the residuals by direction and name, with those causes in the oracle that are conventions.
 
     Args:
         walk: of the trace, with the float64 oracle and what rounds as the recording.
@@ -388,7 +399,8 @@ def find_causes(
         residuals: what the walk has found, forward ones first.
     """
     assert isinstance(walk.programs[0], OracleSections)
-    return list(Search(walk, checkpoint, dtype, residuals).causes())
+    search = Search(walk, checkpoint, dtype, residuals)
+    return list(search.causes()), search.agreed
 
 
 def find_step_cause(

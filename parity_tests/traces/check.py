@@ -19,7 +19,7 @@ from parity_tests.traces.our_sections import OurSections
 from parity_tests.traces.precision import DTYPES, describe, precision_of
 from parity_tests.traces.residuals import Residual
 from parity_tests.traces.sections import Inputs
-from parity_tests.traces.trace import Trace, digest, open_trace
+from parity_tests.traces.trace import MANIFEST, Trace, digest, open_trace
 from parity_tests.traces.walk import Walk
 
 if TYPE_CHECKING:  # needs torch
@@ -39,6 +39,7 @@ class Verdict(NamedTuple):
         values, gradients: residuals in forward and in backward order.
         steps: residuals of the parameters' updates.
         causes: of the departures; None where torch is not installed.
+        notes: what the program does otherwise that Llama's definition leaves open, as sentences.
         seconds, peak: time, and bytes of the whole process.
     """
 
@@ -52,6 +53,7 @@ class Verdict(NamedTuple):
     gradients: list[Residual]
     steps: list[Residual]
     causes: "list[Cause] | None"
+    notes: list[str]
     seconds: float
     peak: int
 
@@ -99,12 +101,17 @@ def check(
     gradients = list(walk.backward(advance=advance)) if with_gradients else []
     manifest = trace.manifest
     causes: list[Cause] | None = None
+    notes: list[str] = []
     if importlib.util.find_spec("torch") is not None:
         from parity_tests.traces.cause import find_causes, find_step_cause
 
-        causes = find_causes(walk, checkpoint, precision.parameters, [*values, *gradients])
+        residuals = [*values, *gradients]
+        causes, agreed = find_causes(walk, checkpoint, precision.parameters, residuals)
+        gradients = [agreed[r.direction, r.name] for r in gradients]
         of_step = find_step_cause(trace, checkpoint, precision.parameters, steps)
         causes += [] if of_step is None else [of_step]
+        notes = [cause.words for cause in causes if cause.convention]
+        causes = [cause for cause in causes if not cause.convention]
     return Verdict(
         title=str(folder),
         program=f"{manifest.get('program', 'unknown')} on {manifest.get('device', 'unknown')}",
@@ -116,6 +123,7 @@ def check(
         gradients=gradients,
         steps=steps,
         causes=causes,
+        notes=notes,
         seconds=time.perf_counter() - begin,
         peak=1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss,
     )
@@ -174,7 +182,11 @@ def _inputs(trace: Trace, config: LlamaConfig) -> Inputs:
                 f"{trace.folder}: labels: found {wrong[0]}, expected -100 or 0 to {config.vocab_size - 1}"
             )
     del arrays["input_ids"]
-    return Inputs(ids, **arrays)
+    items = trace.manifest.get("num_items_in_batch")
+    if items is not None and not (isinstance(items, int | float) and items > 0):
+        where = f"{trace.folder / MANIFEST}: num_items_in_batch"
+        raise ValueError(f"{where}: found {items!r}, expected a number above 0")
+    return Inputs(ids, **arrays, num_items=items)
 
 
 def _require_same_model(trace: Trace, checkpoint: Checkpoint) -> list[str]:
@@ -206,10 +218,14 @@ def _require_same_model(trace: Trace, checkpoint: Checkpoint) -> list[str]:
         name for name, recorded in weights.items() if not _same(checkpoint, name, recorded, dtypes)
     ]
     if len(different) == len(weights):
-        raise ValueError(
-            f"{where}: none of its {len(weights)} weights is the checkpoint's, by SHA-256"
-        )
+        halves = [DTYPES["bfloat16"], DTYPES["float16"]]
+        if not any(_same(checkpoint, name, recorded, halves) for name, recorded in weights.items()):
+            raise ValueError(
+                f"{where}: none of its {len(weights)} weights is the checkpoint's, by SHA-256"
+            )
     findings = [f"config: {text}" for text in _config_differences(fields, config)]
+    if dropout := trace.manifest.get("dropout"):
+        findings.append(f"recorded with dropout of {dropout}: call model.eval() first")
     if different:
         findings.append(summarize("weights that are not the checkpoint's", different, limit=3))
     return findings

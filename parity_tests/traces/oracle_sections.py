@@ -131,7 +131,9 @@ class OracleSections:
         normed = step("norm", oracle.rms_norm(x, weights[NORM], self.fields["rms_norm_eps"]))
         logits = step("lm_head", normed @ weights[self.checkpoint.head].T)
         labels = torch.from_numpy(self.inputs.targets)
-        steps["loss"] = self.computed("loss", oracle.causal_lm_loss(logits, labels))
+        steps["loss"] = self.computed(
+            "loss", oracle.causal_lm_loss(logits, labels, self.inputs.num_items)
+        )
         return steps
 
     def _tensors(self, values: Values) -> _Tensors:

@@ -134,10 +134,13 @@ class OurSections:
     def _constants(self) -> dict[str, jax.Array | None]:
         inputs = self.inputs
         present = inputs._replace(labels=inputs.targets, position_ids=inputs.positions)._asdict()
-        return {
+        count = present.pop("num_items")
+        constants = {
             name: None if array is None else jnp.asarray(array, jnp.int32)
             for name, array in present.items()
         }
+        wide = matmul.working_dtype(self.dtype)
+        return constants | {"num_items": None if count is None else jnp.asarray(count, wide)}
 
     @contextmanager
     def _rounding(self) -> Iterator[None]:
@@ -232,7 +235,8 @@ def _run(
         head = weights[sections.checkpoint.head]
         steps = {"norm": layers.rms_norm(x, weights[NORM], config.rms_norm_eps)}
         steps["lm_head"] = layers.linear(read("norm", steps["norm"]), head, None)
-        steps["loss"] = _loss(read("lm_head", steps["lm_head"]), constants["labels"])
+        logits = read("lm_head", steps["lm_head"])
+        steps["loss"] = _loss(logits, constants["labels"], constants["num_items"])
         return steps
     half = config.head_size // 2
     batch = len(ids)
@@ -253,8 +257,8 @@ def _run(
     return steps | {section: output}
 
 
-def _loss(logits: jax.Array, labels: jax.Array) -> jax.Array:
-    """Mean cross-entropy, in float32 or float64."""
+def _loss(logits: jax.Array, labels: jax.Array, count: jax.Array | None) -> jax.Array:
+    """Cross-entropy, in float32 or float64: the mean, or the sum divided by `count`."""
     targets = causal_lm.shift_labels(labels)
     counts = targets != IGNORE_INDEX
     log_probabilities = jax.nn.log_softmax(
@@ -264,4 +268,6 @@ def _loss(logits: jax.Array, labels: jax.Array) -> jax.Array:
         log_probabilities, jnp.where(counts, targets, 0)[..., None], axis=-1
     )[..., 0]
     total = -jnp.sum(jnp.where(counts, chosen, 0))
+    if count is not None:
+        return total / count
     return total / jnp.maximum(jnp.sum(counts), 1).astype(total.dtype)

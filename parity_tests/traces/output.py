@@ -34,6 +34,7 @@ def conclusions(verdict: Verdict) -> list[str]:
     else:
         lines = [f"NOT THE SAME FUNCTION: {len(departures)} of {arrays} arrays depart"]
     lines += verdict.findings
+    lines += verdict.notes
     if departures:
         lines.append(f"departs first: {where(departures[0], verdict.shape)}")
     lines += causes(verdict)
@@ -60,6 +61,9 @@ def causes(verdict: Verdict) -> list[str]:
             lines.append(f"cause of {array}: unknown; no fault of the catalogue explains it")
             if cause.nearest:
                 lines[-1] += f" (nearest: {cause.nearest}; {_fall(cause)})"
+            continue
+        if not cause.explained:  # nothing to compute with
+            lines.append(f"cause of {array}: {cause.words}")
             continue
         text = f"cause: {cause.words}: with it in the oracle, the {_fall(cause)}"
         arrays = "1 departure" if cause.explained == 1 else f"{cause.explained} departures"

@@ -33,6 +33,7 @@ def record_jax(
     names: Mapping[str, Target],
     weights: Callable[[Any], Mapping[str, Any]],
     backward: bool = True,
+    num_items: float | None = None,
     program: str = "JAX program",
     settings: Mapping[str, Any] | None = None,
     quiet: bool = False,
@@ -58,6 +59,7 @@ def record_jax(
         weights: function that slices, transposes or reshapes the parameters and returns them by Hugging
             Face's names, in its shapes [out, in]; it is also called with gradients.
         backward: record gradients too.
+        num_items: what the sum of the loss is divided by, if not by the number of labels that count.
         program: what was recorded, for people.
         settings: of precision, what cannot be seen from here; `matmul` is "float32", "tf32", "bfloat16_3x"
             or "bfloat16", the format to which operands of float32 matmuls are rounded.
@@ -121,7 +123,7 @@ def record_jax(
     write_trace(
         folder,
         loads,
-        _facts(program, tensors, settings or {}),
+        _facts(program, tensors, settings or {}) | {"num_items_in_batch": num_items},
         {name: digest(np.asarray(tensor)) for name, tensor in tensors.items()},
     )
     return folder

@@ -15,13 +15,17 @@ Values = Mapping[str, np.ndarray]
 
 
 class Inputs(NamedTuple):
-    """What the recorded model was called with, [B, T] each."""
+    """What the recorded model was called with, [B, T] each.
+
+    num_items: what the sum of the loss is divided by; None for the number of labels that count.
+    """
 
     ids: np.ndarray
     labels: np.ndarray | None = None
     attention_mask: np.ndarray | None = None
     position_ids: np.ndarray | None = None
     segment_ids: np.ndarray | None = None
+    num_items: float | None = None
 
     @property
     def positions(self) -> np.ndarray:

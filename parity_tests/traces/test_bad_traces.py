@@ -263,6 +263,51 @@ def test_names_of_torch_modules(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize(
+    ("ids", "options", "message"),
+    [
+        (IDS[:0], {}, r"input_ids: found shape \[0, 12\], expected at least one token"),
+        (IDS[:, :0], {}, r"input_ids: found shape \[1, 0\], expected at least one token"),
+        (IDS + 100, {}, "input_ids: found token 1.., expected 0 to 60"),
+        (IDS.tolist(), {}, "expected a tensor of token ids"),
+        (IDS, {"labels": IDS[:, :3]}, r"labels: found \[1, 3\], expected \[1, 12\]"),
+        (IDS, {"labels": IDS - 7000}, "labels: found token -6..., expected 0 to 60"),
+        (IDS, {"heads": (4, 2)}, r"heads: found \(4, 2\), expected \(query, key/value, size"),
+        (IDS, {"names": {"lm_head": 3}}, "names: 'lm_head': found 3, expected a name, or several"),
+        (IDS, {"names": {}}, "names: found none, expected names of lm_head, model"),
+        (
+            IDS,
+            {"attention_mask": torch.ones(1, 1, 12, 12)},
+            "attention_mask: found one that is not",
+        ),
+    ],
+)
+def test_calls_that_cannot_be_recorded(
+    ids: Any, options: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        record(model(), ids, tmp_path / "trace", **options)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_model_without_gradients(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="no parameter requires a gradient: give backward=False"):
+        record(model().requires_grad_(False), IDS, tmp_path / "trace")
+
+
+def test_two_recordings_of_one_name(tmp_path: Path) -> None:
+    (tmp_path / ".trace.partial").mkdir()  # of a recording that was killed
+
+    def record_both() -> None:
+        with recording(llama := model(), tmp_path / "trace"):
+            llama(IDS)
+            record(model(), IDS, tmp_path / "other").rename(tmp_path / "trace")
+
+    with pytest.raises(ValueError, match="was written by another program in the meantime"):
+        record_both()
+    assert (tmp_path / "trace" / "manifest.json").is_file()
+
+
 def test_recordings_that_cannot_be(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

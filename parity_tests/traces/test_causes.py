@@ -15,6 +15,7 @@ from parity_tests.faults.catalogue import FAULTS
 from parity_tests.faults.optimizer import faults
 from parity_tests.harness.cases import weights_of, write_hf_directory
 from parity_tests.harness.mutations import MUTATIONS, mutate
+from parity_tests.record_torch import record
 from parity_tests.report.mutate import write_case
 from parity_tests.traces.check import Verdict, check
 from parity_tests.traces.names import section_of, sections, steps_of
@@ -22,12 +23,17 @@ from parity_tests.traces.optimizer_step import Moments
 from parity_tests.traces.record_checkpoint import record_checkpoint
 
 COMPILED: dict[Any, Any] = {}
-JAX_SAMPLE = ("Meta's rows",)
+JAX_SAMPLE = ("Meta's rows", "fused by groups", "rotated before heads", "sum / 131")
 TORCH_SAMPLE = (
     *("yarn beta_slow", "norm bf16", "kv tiled", "residual times 0.22", "mean of means"),
     *("padding seen",),
 )
-BACKWARD_SAMPLE = (("torch", "tied without head"), ("jax", "embedding overwritten"))
+BACKWARD_SAMPLE = (
+    ("torch", "tied without head"),
+    ("torch", "accumulated twice"),
+    ("jax", "embedding overwritten"),
+    ("jax", "norms of half the sequence"),
+)
 KNOWN_MISSES: dict[str, set[str]] = {"jax": {"weights summed in bf16"}, "torch": set()}
 STEP_SAMPLE = ("decay_of_norms", "adam_eps_inside_root", "clip_by_value")
 Plants = tuple[Any, ...]
@@ -143,6 +149,17 @@ def test_the_wrong_decay_of_an_adam_is_that_of_the_other(
     moments = Moments(np.zeros(5), np.zeros(5))
     wrong = rule.step(kind, settings | setting, 1, weight, gradient, moments)
     np.testing.assert_allclose(wrong, parameter.detach(), rtol=1e-12)
+
+
+def test_dropout_is_a_cause(directories: Path, tmp_path: Path) -> None:
+    model = planted_torch.hf_model(planted_torch.BASE, weights_of(planted_torch.BASE))
+    for layer in model.train().model.layers:
+        layer.self_attn.attention_dropout = 0.1
+    trace = record(model, planted_torch.ids_of(), tmp_path / "trace")
+    verdict = check(trace, directories / "base", compiled=COMPILED)
+    assert verdict.findings == ["recorded with dropout of 0.1: call model.eval() first"]
+    assert verdict.causes is not None
+    assert verdict.causes[0].name == "dropout"
 
 
 def test_a_right_step_has_no_cause(directories: Path, tmp_path: Path) -> None:

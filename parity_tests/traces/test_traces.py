@@ -101,6 +101,67 @@ def test_every_array_of_transformers_is_recorded_and_right(trace: Path, director
     assert len(verdict.gradients) == 2 * 15 + 3 + 2 * 9 + 3
 
 
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_padding_on_the_left_is_right_in_either_convention(
+    attention: str, directory: Path, tmp_path: Path
+) -> None:
+    """Queries before the text see no key: eager attention returns the mean of all values, sdpa zero."""
+    mask = torch.ones(2, 24, dtype=torch.int64)
+    mask[1, :7] = 0
+    model = hugging_face(attention=attention)
+    verdict = checked(record(model, ids_of(), tmp_path / "trace", attention_mask=mask), directory)
+    assert verdict.holds
+    assert bool(verdict.notes) == (attention == "eager")
+    assert all("see no key" in note for note in verdict.notes)
+
+
+@pytest.mark.parametrize("items", [77, torch.tensor(77)])
+def test_the_number_of_items_of_a_batch_is_recorded(
+    items: Any, directory: Path, tmp_path: Path
+) -> None:
+    trace = record(hugging_face(), ids_of(), tmp_path / "trace", num_items_in_batch=items)
+    assert checked(trace, directory).holds
+    model = hugging_face()
+    with recording(model, tmp_path / "own") as recorder:
+        logits = model(ids_of()).logits[:, :-1].flatten(0, 1)
+        loss = cross_entropy(logits, ids_of()[:, 1:].flatten(), reduction="sum") / 77
+        recorder.loss(loss, labels=ids_of(), num_items=77)
+        loss.backward()
+    assert checked(tmp_path / "own", directory).holds
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_a_mask_of_queries_and_keys(attention: str, directory: Path, tmp_path: Path) -> None:
+    """Documents in a row, one of which is followed by padding."""
+    segments = torch.tensor([[0] * 9 + [1] * 15, [0] * 4 + [1] * 13 + [2] * 7])
+    shown = torch.ones(2, 24, dtype=torch.bool)
+    shown[0, 20:] = False
+    sees = (segments[:, :, None] == segments[:, None]).tril() & shown[:, None]
+    mask = sees[:, None]
+    if attention == "eager":
+        mask = torch.zeros(mask.shape).masked_fill(~mask, torch.finfo(torch.float32).min)
+    trace = record(
+        hugging_face(attention=attention), ids_of(), tmp_path / "trace", attention_mask=mask
+    )
+    inputs = open_trace(trace).inputs()
+    np.testing.assert_array_equal(inputs["attention_mask"], shown)
+    np.testing.assert_array_equal(inputs["segment_ids"][shown], segments[shown])
+    assert checked(trace, directory).holds
+
+
+@pytest.mark.parametrize("ids", [ids_of(length=2), torch.full((2, 24), 7)])
+def test_gradients_of_queries_that_cancel(ids: Tensor, directory: Path, tmp_path: Path) -> None:
+    """Where a query sees one value, or the same everywhere, its exact gradient is 0."""
+    assert checked(record(hugging_face(), ids, tmp_path / "trace"), directory).holds
+
+
+def test_weights_that_are_rounded(directory: Path, tmp_path: Path) -> None:
+    model = hugging_face(torch.bfloat16).float()
+    verdict = checked(record(model, ids_of(), tmp_path / "trace"), directory)
+    assert verdict.causes is not None
+    assert verdict.causes[0].words == "weights are rounded to bfloat16"
+
+
 @pytest.mark.parametrize(
     "dtype", [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.slow)]
 )

@@ -9,13 +9,23 @@ import numpy as np
 from llama_jax import LlamaConfig
 from llama_jax.checkpoints.safetensors_read import STORED_DTYPES
 from parity_tests.report.programs.checkpoint import EMBEDDING
-from parity_tests.traces.names import COS, SIN, array_of, input_of, output_of, sections, steps_of
+from parity_tests.traces.names import (
+    COS,
+    SIN,
+    array_of,
+    input_of,
+    output_of,
+    section_of,
+    sections,
+    steps_of,
+)
 from parity_tests.traces.residuals import Residual, residual
 from parity_tests.traces.sections import Inputs, Sections
 from parity_tests.traces.trace import Trace
 
 # of log-probabilities, which are about -10 to -30, where a program takes their exponential
 _LOSS_ROUNDINGS = 32
+_SCORED = ("rotate.q", "rotate.k", "q_proj", "k_proj")
 _HEADS = ("q_proj", "k_proj", "v_proj", "rotate.q", "rotate.k", "attention")
 
 Pair = tuple[dict[str, np.ndarray], dict[str, np.ndarray]]
@@ -161,6 +171,8 @@ class Walk:
             rows = len(exact) if exact.ndim > 1 else 1
             return compare(eps=eps, rows=rows, counted=counted)
         least = 0.0
+        if direction == "backward" and name.endswith(_SCORED):
+            least = self._size_of_scores(name)
         if name == "lm_head" and direction == "backward":
             eps *= _LOSS_ROUNDINGS
             # p - 1 of a likely token: the difference is small, its terms are not
@@ -172,6 +184,23 @@ class Walk:
         if name.endswith(_HEADS):
             heads = exact[0, 0].size // self.config.head_size
         return compare(eps=eps, rows=rows, counted=counted, heads=heads, least=least)
+
+    def _size_of_scores(self, name: str) -> float:
+        """About the rms of the terms that the gradient of queries and keys is a sum of.
+
+        They cancel if all values that a query sees are alike, and leave nothing but their rounding.
+        """
+        layer = section_of(name)
+        other = "k" if name.endswith(("q", "q_proj")) else "q"
+        steps = {f"{layer}.self_attn.attention": True, f"{layer}.self_attn.v_proj": False}
+        arrays = [array_of(step, gradient=is_gradient) for step, is_gradient in steps.items()]
+        arrays.append(array_of(f"{layer}.self_attn.{other}_proj"))
+        sizes = [
+            float(np.sqrt(np.mean(np.square(self.trace.read(array), dtype=np.float64))))
+            for array in arrays
+            if array in self.trace.stored
+        ]
+        return float(np.prod(sizes)) if len(sizes) == len(arrays) else 0.0
 
     def _rounded_logits(self, loss: np.ndarray) -> float:
         """The relative change of the loss, as an eps, if it is not computed from rounded logits.

@@ -14,6 +14,7 @@ OUTCOMES = ("loss", "grad_norm", "validation_loss")
 INPUTS = ("learning_rate", "num_tokens")
 INPUT_TOLERANCE = 1e-6  # relative: the rounding of a schedule in float32
 FACTOR = 30.0
+_FEW = 6  # decimals that a program prints; those of a float32 are more
 
 
 class Curve(NamedTuple):
@@ -85,7 +86,7 @@ def compare(a: Log, b: Log, rounding: tuple[Log, Log] | None, factor: float = FA
         )
     curves = []
     for name in names:
-        steps = sorted(a.metrics[name].keys() & b.metrics[name].keys())
+        steps = sorted(_alike(name, a, b).keys() & _alike(name, b, a).keys())
         if rounding is not None:
             steps = [step for step in steps if step <= _last(rounding, name)]
         if steps:
@@ -106,20 +107,46 @@ def compare(a: Log, b: Log, rounding: tuple[Log, Log] | None, factor: float = FA
 def _curve(
     name: str, steps: list[int], a: Log, b: Log, rounding: tuple[Log, Log] | None, factor: float
 ) -> Curve:
-    one, other = a.metrics[name], b.metrics[name]
+    one, other = _alike(name, a, b), _alike(name, b, a)
     differences = np.asarray([relative_difference(one[step], other[step]) for step in steps])
     floor = max(map(_resolution, (a, b, *(rounding or ()))))
     if rounding is None:
-        return Curve(name, np.asarray(steps), differences, np.zeros(0), floor, None)
+        infinite = np.asarray(steps)[np.isinf(differences)]  # whatever rounding does
+        departs = int(infinite[0]) if len(infinite) else None
+        return Curve(name, np.asarray(steps), differences, np.zeros(0), floor, departs)
     c, d = (log.metrics[name] for log in rounding)
     common = sorted(c.keys() & d.keys())
     largest = np.maximum.accumulate([relative_difference(c[step], d[step]) for step in common])
     # before the first step that the roundings have, there is none to compare with
     at = np.searchsorted(common, steps, side="right") - 1
     allowed = np.where(at < 0, 0.0, largest[np.maximum(at, 0)])
-    beyond = differences > factor * np.maximum(allowed, floor)
+    printed = sum(_half_of_last_digit(log.metrics[name]) for log in (a, b))
+    beyond = differences > factor * np.maximum(allowed, floor) + printed
     departs = int(np.asarray(steps)[beyond][0]) if beyond.any() else None
     return Curve(name, np.asarray(steps), differences, allowed, floor, departs)
+
+
+def _alike(name: str, log: Log, other: Log) -> dict[int, float]:
+    """The values of a log: where the other has means over steps, means over the same steps."""
+    values = log.metrics[name]
+    if name not in other.means or name in log.means:
+        return values
+    result, before = {}, 0
+    for step in sorted(other.metrics[name]):
+        within = [values[at] for at in range(before + 1, step + 1) if at in values]
+        if len(within) == step - before:
+            result[step] = float(np.mean(within))
+        before = step
+    return result
+
+
+def _half_of_last_digit(values: dict[int, float]) -> float:
+    """Relative to the values, of a metric that was written with few decimals; 0 for one that was not."""
+    finite = [abs(value) for value in values.values() if math.isfinite(value) and value]
+    decimals = [len(f"{value!r}".partition("e")[0].partition(".")[2]) for value in finite]
+    if not finite or max(decimals) > _FEW or any("e" in f"{value!r}" for value in finite):
+        return 0.0
+    return 0.5 * 10.0 ** -max(decimals) / float(np.median(finite))
 
 
 def _resolution(log: Log) -> float:

@@ -1,10 +1,12 @@
-"""Read the metrics of a training run: JSON lines, CSV or TensorBoard's event files."""
+"""Read the metrics of a training run: JSON, CSV, TensorBoard's event files, or what it printed."""
 
 import csv
 import json
 import math
+import re
 import struct
 from collections.abc import Iterable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,18 +25,38 @@ _NAMES = {
     "train/learning_rate": "learning_rate",
     "eval/loss": "validation_loss",
     "eval_loss": "validation_loss",
+    "val_loss": "validation_loss",
+    "lm loss": "loss",  # Megatron's
+    "lm_loss": "loss",  # nanotron's
+    "grad norm": "grad_norm",
+    "learning rate": "learning_rate",
+    "loss_metrics/global_avg_loss": "loss",  # torchtitan's
     "lr": "learning_rate",
     "iteration": "step",
+    "iter": "step",
+    "global_step": "step",
     "train/global_step": "step",
+    "trainer/global_step": "step",
+    "_step": "step",
 }
+_LIGHTNING = re.compile(r"lr-\w+|train_loss(_step)?|trainer/global_step")
+_NUMBER = r"[-+]?(?:\d+(?:\.\d*)?(?:[eE][-+]?\d+)?|nan|inf)"
+_STEP = re.compile(r"\b(?:step|iteration|iter)\b[ :=]*(\d+)")
+_PAIR = re.compile(rf"\b([A-Za-z_]+(?: [a-z]+)*) *[:=] *({_NUMBER})(?=[\s,|;]|$)")
+_JSON = re.compile(r"\s*(\{|\[\s*[{\]])")
+_COLORS = re.compile(r"\x1b\[[\d;]*m")
 _EVENTS = "*tfevents*"
 
 
 class Log(NamedTuple):
-    """metrics: name -> step -> value. Steps count from 1: a line has those that are done."""
+    """metrics: name -> step -> value. Steps count from 1: a line has those that are done.
+
+    means: metrics whose values are means over all steps since the line before.
+    """
 
     path: Path
     metrics: dict[str, dict[int, float]]
+    means: frozenset[str] = frozenset()
 
     @property
     def steps(self) -> list[int]:
@@ -45,25 +67,37 @@ class Log(NamedTuple):
 def read_log(path: Path) -> Log:
     """The numbers in a log, or in that of a run's folder.
 
-    MaxText counts steps from 0; 1 is added to those of a log with its names, evaluations included. Of
-    several lines for a step the last counts, since a run that is resumed repeats steps.
+    MaxText and Lightning count steps from 0; 1 is added to those of a log with their names, evaluations
+    included. Of several lines for a step the last counts, since a run that is resumed repeats steps.
+    transformers' Trainer logs the mean loss of all steps since the last line.
 
     Raises:
         ValueError: no such file, none in the folder, or one without steps or numbers; the message says
             where.
     """
     file = _file_of(path)
+    means: frozenset[str] = frozenset()
     if "tfevents" in file.name:
         read = _events
-    elif file.suffix.lower() == ".csv":
+    elif file.suffix.lower() in (".csv", ".tsv"):
         read = _csv
+    elif _is_printed(file):
+        read = _printed
+    elif (history := _history(file)) is not None:
+        means = frozenset({"loss"})
+        read = partial(_of_list, history)
     else:
         read = _json_lines
     lines = [(where, line) for where, line in read(file) if not _is_under_way(line)]
-    first = 1 if any(name.startswith("learning/") for _, line in lines for name in line) else 0
+    present = {name for _, line in lines for name in line}
+    is_lightning = any(map(_LIGHTNING.fullmatch, present)) and "loss" not in present
+    first = int(is_lightning or any(name.startswith("learning/") for name in present))
+    own = _NAMES | {"train_loss": "loss", "train_loss_step": "loss"} if is_lightning else _NAMES
     metrics: dict[str, dict[int, float]] = {}
     for where, line in lines:
-        values = {_NAMES.get(name, name): value for name, value in line.items()}
+        values = {
+            _name(name, own): value for name, value in line.items() if value not in (None, "")
+        }
         step = _number(values.pop("step", None))
         if step is None or not step.is_integer():
             raise ValueError(
@@ -74,7 +108,17 @@ def read_log(path: Path) -> Log:
                 metrics.setdefault(name, {})[int(step) + first] = number
     if not metrics:
         raise ValueError(f"{file}: has no metrics")
-    return Log(path, metrics)
+    return Log(path, metrics, means)
+
+
+def _name(name: str, names: Mapping[str, str]) -> str:
+    """Our name of a metric; W&B's tables have the run's before it."""
+    name = name.rpartition(" - ")[2]
+    if name.lower() in ("step", "global_step"):
+        return "step"
+    if re.fullmatch(r"lr-\w+", name):
+        return "learning_rate"
+    return names.get(name, name)
 
 
 def _file_of(path: Path) -> Path:
@@ -111,6 +155,50 @@ def _number(value: Any) -> float | None:
         return None
 
 
+def _history(file: Path) -> list[Any] | None:
+    """The lines of transformers' trainer_state.json, or of a `log_history` alone; None for others."""
+    text = _text(file)
+    if not _JSON.match(text):
+        return None
+    try:
+        content = json.loads(text)
+    except (ValueError, RecursionError):
+        return None  # JSON lines, perhaps
+    lines = content.get("log_history") if isinstance(content, dict) else content
+    return lines if isinstance(lines, list) else None
+
+
+def _of_list(lines: list[Any], file: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    for number, line in enumerate(lines, start=1):
+        where = f"{file}, entry {number}"
+        if not isinstance(line, dict):
+            raise ValueError(f"{where}: found a {type(line).__name__}, expected an object")
+        if "train_runtime" not in line:  # of the whole run
+            yield where, line
+
+
+def _is_printed(file: Path) -> bool:
+    """Whether it is a text with lines such as "step: 10  loss: 3.21"."""
+    return not _JSON.match(_text(file)) and any(True for _ in _printed(file))
+
+
+def _printed(file: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """Of torchtitan, Megatron, nanotron and others: lines with a step and `name: number`."""
+    for number, text in enumerate(_COLORS.sub("", _text(file)).splitlines(), start=1):
+        step = _STEP.search(text)
+        pairs = dict(_PAIR.findall(text[step.end() :])) if step else {}
+        if step and pairs:
+            yield f"{file}, line {number}", pairs | {"step": step[1]}
+
+
+def _flat(line: Mapping[str, Any]) -> dict[str, Any]:
+    """Objects within a line are groups of metrics."""
+    flat: dict[str, Any] = {}
+    for name, value in line.items():
+        flat |= _flat(value) if isinstance(value, dict) else {name: value}
+    return flat
+
+
 def _json_lines(file: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
     lines = _text(file).split("\n")
     # what follows the last newline may be half a line, of a run that goes on or was killed
@@ -124,11 +212,14 @@ def _json_lines(file: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
             raise ValueError(f"{where}: not valid JSON ({error})") from None
         if not isinstance(line, dict):
             raise ValueError(f"{where}: found a {type(line).__name__}, expected an object")
-        yield where, line
+        yield where, _flat(line)
 
 
 def _csv(file: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    rows = csv.DictReader(_text(file).splitlines())
+    text = _text(file)
+    header = text.partition("\n")[0]
+    delimiter = max(",;\t", key=header.count)
+    rows = csv.DictReader(text.splitlines(), delimiter=delimiter)
     for row in rows:
         # rows that are longer than the header have a list under None, shorter ones None
         yield f"{file}, line {rows.line_num}", {k: v for k, v in row.items() if k and v is not None}
@@ -136,9 +227,11 @@ def _csv(file: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
 
 def _text(file: Path) -> str:
     try:
-        return file.read_text("utf-8")
+        return file.read_text("utf-8-sig")
     except UnicodeDecodeError:
-        raise ValueError(f"{file}: not UTF-8; expected JSON lines, CSV or an event file") from None
+        raise ValueError(
+            f"{file}: not UTF-8; expected JSON, CSV, an event file or printed lines"
+        ) from None
 
 
 def _events(file: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:

@@ -21,6 +21,8 @@ def verdict(trajectory: Trajectory) -> str:
     departs = trajectory.departs
     if trajectory.same:
         return "the same at every common step"
+    if departs is not None and not trajectory.has_rounding:
+        return f"departs at step {departs.departs}: {departs.metric} is finite in one run alone"
     if not trajectory.has_rounding:
         return (
             "they differ; whether it is rounding cannot be told without two runs that differ in nothing "

@@ -18,6 +18,7 @@ from parity_tests.__main__ import main
 from parity_tests.harness.child_process import ROOT
 from parity_tests.train.conftest import tiny  # noqa: F401
 from parity_tests.train.runs import Tiny, run_flags
+from parity_tests.trajectory.logs import read_log
 from train.__main__ import main as train
 from train.monitoring.metrics_log import read_metrics
 
@@ -173,6 +174,72 @@ def test_evaluations_of_maxtext(form: str, tmp_path: Path) -> None:
     assert metric["differences"] == [0.0, 0.0]
 
 
+def trainer_state(path: Path, values: list[float], every: int) -> Path:
+    """What transformers' Trainer writes: means of the loss, with four decimals."""
+    history: list[dict[str, Any]] = []
+    for step in range(every, STEPS + 1, every):
+        mean = round(float(np.mean(values[step - every : step])), 4)
+        history.append({"epoch": step / 100, "loss": mean, "grad_norm": 1.0, "step": step})
+        history.append({"epoch": step / 100, "eval_loss": mean, "step": step})
+    history.append({"step": STEPS, "train_loss": 3.0, "train_runtime": 1.0})
+    path.write_text(json.dumps({"global_step": STEPS, "log_history": history}, indent=2))
+    return path
+
+
+@pytest.mark.parametrize("every", [1, 10])
+def test_means_of_several_steps(logs: dict[str, Path], tmp_path: Path, every: int) -> None:
+    state = trainer_state(tmp_path / "trainer_state.json", losses(1), every)
+    assert read_log(state).metrics["validation_loss"].keys() == {*range(every, STEPS + 1, every)}
+    assert run(logs["a"], state, "--rounding", logs["c"], logs["d"]) == 0
+    state = trainer_state(tmp_path / "other.json", losses(1, departs=20), every)
+    assert run(logs["a"], state, "--rounding", logs["c"], logs["d"]) == 1
+
+
+def torchtitan(step: int, loss: float) -> str:
+    start = "[rank0]:2026-01-01 10:00:00,000 - root - INFO - \x1b[31mstep: "
+    return f"{start}{step:2}  \x1b[32mloss: {loss:7.4f}  grad_norm:  1.2000  tps: 7,000  mfu: 3.91%"
+
+
+def megatron(step: int, loss: float) -> str:
+    start = (
+        f" [2026-01-01 10:00:00] iteration {step:8}/     100 | consumed samples: {8 * step:12} | "
+    )
+    end = f"lm loss: {loss:.6E} | loss scale: 1.0 | grad norm: 1.200 |"
+    return f"{start}elapsed time per iteration (ms): 10.0 | learning rate: 1.0E-04 | {end}"
+
+
+@pytest.mark.parametrize(
+    ("name", "head", "line"),
+    [
+        ("torchtitan.log", "a line of something else\n", torchtitan),
+        ("megatron.txt", "", megatron),
+        ("lightning.csv", "epoch,step,train_loss,lr-AdamW\n", lambda n, x: f"0,{n - 1},{x!r},0.1"),
+        ("wandb.csv", '"Step","run - train/loss"\n', lambda n, x: f"{n},{x!r}"),
+        ("spaces.tsv", "step\tloss\n", lambda n, x: f"{n}\t{x!r}"),
+        ("excel.csv", "\ufeffstep;loss\n", lambda n, x: f"{n};{x!r}"),
+        ("groups.jsonl", "", lambda n, x: json.dumps({"step": n, "metrics": {"loss": x}})),
+    ],
+)
+def test_logs_in_other_forms(
+    name: str, head: str, line: Any, logs: dict[str, Path], tmp_path: Path
+) -> None:
+    path = tmp_path / name
+    for seed, departs in ((1, None), (1, 20)):
+        rows = [line(n, value) for n, value in enumerate(losses(seed, departs), start=1)]
+        path.write_text(head + "\n".join(rows) + "\n", encoding="utf-8")
+        assert read_log(path).steps == [*range(1, STEPS + 1)]
+        rounding = "--rounding", logs["c"], logs["d"]
+        assert run(logs["a"], path, *rounding) == (0 if departs is None else 1)
+
+
+def test_what_only_one_run_has_finite_is_no_rounding(
+    logs: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = write(tmp_path / "nan.jsonl", lines([*losses(0)[:30], float("nan"), 3.0]))
+    assert run(logs["a"], other) == 1
+    assert "\ndeparts at step 31: loss is finite in one run alone" in capsys.readouterr().out
+
+
 def test_a_loss_that_is_not_a_number(
     tmp_path: Path, logs: dict[str, Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -227,7 +294,7 @@ def test_files_that_are_damaged(
     record = struct.pack("<QI", 4, 0) + b"\xff" * 4 + bytes(4)
     (tmp_path / "events.out.tfevents.1").write_bytes(record)
     for name, message in (
-        ("bytes", "not UTF-8; expected JSON lines, CSV or an event file"),
+        ("bytes", "not UTF-8; expected JSON, CSV, an event file or printed lines"),
         ("events.out.tfevents.1", "a damaged event file ("),
     ):
         assert run(logs["a"], tmp_path / name) == 2
