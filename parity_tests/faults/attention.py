@@ -215,8 +215,8 @@ def _window(size: int) -> Change:
 
 def _windows(_: Config, inputs: Inputs) -> Variants:
     length = inputs.ids.shape[1]
-    sizes = {2**n for n in range(1, 14)} | {2**n + 1 for n in range(1, 14)} | set(range(1, 33))
-    sizes |= set(range(40, 129, 8)) | {100, 200, 500, 1000, 2000}
+    sizes = {2**n for n in range(1, 14)} | {2**n + 1 for n in range(1, 14)} | {1, 10, 20, 100, 1000}
+    sizes |= set(range(4, 33, 4)) | set(range(40, 129, 8))
     for size in sorted(size for size in sizes if size < length):
         yield size, _window(size)
 
@@ -445,6 +445,11 @@ def _heads_mixed(steps: Steps, value: Tensor) -> Tensor:
     return value.view(batch, length, -1, dim).transpose(1, 2).reshape(value.shape)
 
 
+def _features_in_front(steps: Steps, value: Tensor) -> Tensor:
+    """[heads, D] as [D, heads]."""
+    return value.unflatten(-1, (-1, oracle.head_dim(steps.fields))).transpose(-1, -2).flatten(-2)
+
+
 def _softmax_plus_one(scores: Tensor) -> Tensor:
     zero = scores.new_zeros((*scores.shape[:-1], 1))
     return torch.softmax(torch.cat((scores, zero), dim=-1), dim=-1)[..., :-1]
@@ -572,11 +577,16 @@ FAULTS: list[Fault] = [
             ),
         },
     ),
-    one(
+    several(
         "values_are_keys",
-        "attention reads keys in place of values",
+        "attention reads keys in place of values{}",
         ATTENTION,
-        _on_heads(lambda q, k, v: (q, k, k)),
+        {
+            "": _on_heads(lambda q, k, v: (q, k, k)),
+            ", with features in Meta's order": _on_heads(
+                lambda q, k, v: (q, k, k.unflatten(-1, (2, -1)).transpose(-1, -2).flatten(-2))
+            ),
+        },
     ),
     one(
         "kv_head_first",
@@ -687,11 +697,14 @@ FAULTS: list[Fault] = [
         },
     ),
     one("softmax_left_out", "scores have no softmax", ATTENTION, attend(softmax=_same)),
-    one(
+    several(
         "heads_not_transposed",
-        "heads are not moved beside their features before o_proj",
+        "before o_proj, {}",
         ATTENTION,
-        Change(steps={ATTENTION[0]: _heads_mixed}),
+        {
+            "heads are not moved beside their features": Change(steps={ATTENTION[0]: _heads_mixed}),
+            "features are in front of heads": Change(steps={ATTENTION[0]: _features_in_front}),
+        },
     ),
     one(
         "qk_norm",

@@ -116,7 +116,7 @@ _ORDERS: dict[str, Callable[[int, int], int]] = {
     ).index(index),
 }
 
-_ALONE = ("layers are one too far", "layers are one too early", "the first layer's everywhere")
+_ALONE = ("layers are one too far", "layers are one too early")
 """Orders that a single matrix may have."""
 
 
