@@ -496,7 +496,7 @@ FAULTS: list[Fault] = [
     several(
         "no_qk_permutation",
         "{} rows in Meta's order",
-        (Q, K),
+        (Q, K, V),
         {
             "q and k": rows((Q, K), _metas_order),
             "q": rows((Q,), _metas_order),
@@ -509,7 +509,7 @@ FAULTS: list[Fault] = [
     several(
         "qk_permuted_twice",
         "{} rows reordered as if they were in Meta's order",
-        (Q, K),
+        (Q, K, V),
         {
             "q and k": rows((Q, K), _from_metas_order),
             "q": rows((Q,), _from_metas_order),

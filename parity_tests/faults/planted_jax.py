@@ -449,9 +449,13 @@ _MORE: dict[str, Plant] = {
     "mask transposed": Plant(
         "mask_transposed", ATTENTION, _seen(lambda n: jnp.triu(jnp.ones((n, n), bool)))
     ),
-    "mask multiplied": Plant("mask_multiplied", ATTENTION, _mix_with(lambda s, seen: s * seen)),
+    "mask multiplied": Plant(
+        "mask_multiplied", ATTENTION, _mix_with(lambda s, seen: jnp.where(seen, s, 0.0))
+    ),
     "mask after softmax": Plant(
-        "mask_after_softmax", ATTENTION, _mix_with(lambda s, _: s, lambda p, seen: p * seen)
+        "mask_after_softmax",
+        ATTENTION,
+        _mix_with(lambda s, _: s, lambda p, seen: jnp.where(seen, p, 0.0)),
     ),
     "hidden at -5": Plant(
         "mask_value", ATTENTION, _mix_with(lambda s, seen: jnp.where(seen, s, -5.0))
@@ -486,7 +490,7 @@ _MORE: dict[str, Plant] = {
     "token 0 is zero": Plant(
         "embedding_zeros",
         "embed_tokens",
-        {"embed": lambda table, ids: table[ids] * (ids != 0)[..., None]},
+        {"embed": lambda table, ids: jnp.where((ids != 0)[..., None], table[ids], 0.0)},
     ),
     "token 1 ignored": Plant(
         "label_ignored",

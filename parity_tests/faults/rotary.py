@@ -134,18 +134,23 @@ def _other_type(fields: Config, _: Inputs) -> Variants:
         for other in ("linear", "dynamic", "yarn"):
             if other != kind:
                 yield other, with_rope(rope_type=other, factor=factor)
-        theta, dim = rope["rope_theta"], oracle.head_dim(fields)
-        plain = "default, with rope_theta times the factor"
-        yield plain, with_rope(rope_type="default", rope_theta=theta * factor)
-        power = dim / (dim - 2) if dim > 2 else 1.0
-        yield (
-            f"{plain} to the power of D / (D - 2)",
-            with_rope(rope_type="default", rope_theta=theta * factor**power),
-        )
     for name, preset in PRESETS.items():
         settings = dict(preset.rope)
         if settings.get("rope_type", "default") not in (kind, "default"):
             yield f"that of {name}", with_rope(**settings)
+
+
+def _theta_scaled(fields: Config, _: Inputs) -> Variants:
+    """In place of a scaling."""
+    rope, dim = oracle.rope_settings(fields), oracle.head_dim(fields)
+    theta, factor = rope["rope_theta"], rope.get("factor") or 1.0
+    if rope["rope_type"] != "default" and factor != 1:
+        power = dim / (dim - 2) if dim > 2 else 1.0
+        yield "", with_rope(rope_type="default", rope_theta=theta * factor)
+        yield (
+            " to the power of D / (D - 2)",
+            with_rope(rope_type="default", rope_theta=theta * factor**power),
+        )
 
 
 def _long_and_short(fields: Config, _: Inputs) -> Variants:
@@ -515,13 +520,19 @@ FAULTS: list[Fault] = [
     Fault("rope_blend", "rotary frequencies are {}", ANGLES, _blends),
     Fault("rope_scaling_twice", "the rotary scaling is applied twice", ANGLES, _scaled_twice),
     Fault("rope_pair_of_fields", "rotary fields {}", ANGLES, _pairs_of_fields),
-    Fault("rope_one_list", "all lengths use the {} of longrope", ANGLES, _one_list),
     Fault("rope_truncate", "rotary field truncate is {}", ANGLES, _truncate),
     Fault(
         "rope_long_and_short",
         "long_factor and short_factor are swapped",
         ANGLES,
         _long_and_short,
+    ),
+    Fault("rope_one_list", "all lengths use the {} of longrope", ANGLES, _one_list),
+    Fault(
+        "rope_theta_scaled",
+        "rope_theta is multiplied by the factor{}, in place of the scaling",
+        ANGLES,
+        _theta_scaled,
     ),
     of_number(
         "positions_divided",

@@ -154,7 +154,7 @@ def test_a_state_dict_of_torch(finished: Path, exported: Path, tiny: Tiny, tmp_p
     assert same_bits(state_of(tmp_path / "run", 12), state_of(finished, 12))
 
 
-@pytest.mark.parametrize("form", ["nested, wrapped", "listed", "by name"])
+@pytest.mark.parametrize("form", ["nested, wrapped", "listed", "by name", "Trainer"])
 def test_names_of_parameters(form: str, exported: Path, tmp_path: Path) -> None:
     directory = tmp_path / "hf"
     content: dict[str, Any] = torch_state(exported, directory).state_dict()
@@ -162,9 +162,12 @@ def test_names_of_parameters(form: str, exported: Path, tmp_path: Path) -> None:
     if form == "nested, wrapped":
         content["param_groups"][0]["param_names"] = [f"module._orig_mod.{n}" for n in names[:-5]]
         content["param_groups"][1]["param_names"] = [f"module._orig_mod.{n}" for n in names[-5:]]
-        content = {"epoch": 1, "optimizer": content}
+        content = {"epoch": 1, "optimizer_states": [content]}  # Lightning's
+    elif form == "Trainer":
+        (directory / "trainer_state.json").write_text("{}")
     elif form == "listed":
         (directory / "optimizer.json").write_text(json.dumps({"param_names": names}))
+        content = {"model": {}, "optimizer": content}
     else:
         content["state"] = {names[key]: value for key, value in content["state"].items()}
         for group in content["param_groups"]:

@@ -23,6 +23,13 @@ NAMES = "optimizer.json"
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 # where trainers put it in the dictionary that they save
 _NESTED = ("optimizer", "optimizer_state_dict", "optim")
+_LIGHTNING = "optimizer_states"  # a list
+_TRAINER = "trainer_state.json"
+_IN_LAYER = (
+    *(f"self_attn.{name}_proj" for name in "qkvo"),
+    *(f"mlp.{name}_proj" for name in ("gate", "up", "down")),
+    *("input_layernorm", "post_attention_layernorm"),
+)
 
 
 class TorchOptimizer(NamedTuple):
@@ -51,7 +58,7 @@ def read_optimizer(directory: Path) -> TorchOptimizer:
 
     Parameters are found by their names: torch saves them since 2.6 if the optimizer was made with
     `model.named_parameters()`; otherwise optimizer.json lists them, `{"param_names": [...]}`, in the
-    optimizer's order.
+    optimizer's order. Beside a trainer_state.json it is that of transformers' Trainer.
 
     Raises:
         ValueError: torch is not installed; a file that is damaged, or not an AdamW's; no names, or not as
@@ -62,6 +69,9 @@ def read_optimizer(directory: Path) -> TorchOptimizer:
     content = next(
         (content[key] for key in _NESTED if isinstance(content.get(key), Mapping)), content
     )
+    listed = content.get(_LIGHTNING)
+    if isinstance(listed, list) and len(listed) == 1 and isinstance(listed[0], Mapping):
+        (content,) = listed
     states, groups = content.get("state"), content.get("param_groups")
     if not isinstance(states, Mapping) or not isinstance(groups, Sequence) or not groups:
         raise ValueError(f"{path}: not what torch.optim.AdamW.state_dict() returns")
@@ -183,6 +193,8 @@ def _names(path: Path, groups: Sequence[Any]) -> dict[Any, str]:
         names = _concatenated(groups, "param_names")
     elif listed.exists():
         names, path = read_json_object(listed).get("param_names"), listed
+    elif (names := _trainers_names(path, groups)) is not None:
+        pass
     else:
         raise ValueError(
             f"{path}: has no names of parameters: make the optimizer with model.named_parameters() (torch "
@@ -197,6 +209,39 @@ def _names(path: Path, groups: Sequence[Any]) -> dict[Any, str]:
         )
     unwrapped = unwrap_names(names)
     return {key: unwrapped[name].name for key, name in zip(keys, names, strict=True)}
+
+
+def _trainers_names(path: Path, groups: Sequence[Any]) -> list[str] | None:
+    """The names in the order of transformers' Trainer: those that decay, then the others.
+
+    None for another program's file, and for groups of other sizes.
+    """
+    config = path.with_name("config.json")
+    if not (path.with_name(_TRAINER).is_file() and config.is_file() and len(groups) == 2):
+        return None
+    names = _in_order(LlamaConfig.from_dict(read_json_object(config)))
+    parts = [[name for name in names if decays(name) == first] for first in (True, False)]
+    if [len(group["params"]) for group in groups] != [len(part) for part in parts]:
+        return None
+    return [name for part in parts for name in part]
+
+
+def _in_order(config: LlamaConfig) -> list[str]:
+    """The parameters of transformers' Llama in its order."""
+
+    def has_bias(module: str) -> bool:
+        return config.attention_bias if "attn" in module else config.mlp_bias and "mlp" in module
+
+    names = ["model.embed_tokens.weight"]
+    for layer in range(config.num_hidden_layers):
+        for module in _IN_LAYER:
+            name = f"model.layers.{layer}.{module}"
+            names += [f"{name}.weight", *([f"{name}.bias"] if has_bias(module) else [])]
+    return [
+        *names,
+        "model.norm.weight",
+        *([] if config.tie_word_embeddings else ["lm_head.weight"]),
+    ]
 
 
 def _concatenated(groups: Sequence[Any], field: str) -> list[Any] | None:
