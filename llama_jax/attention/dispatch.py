@@ -14,6 +14,7 @@ from llama_jax.attention.blocked import blocked_attention
 from llama_jax.attention.cudnn import cudnn_attention, why_not_cudnn
 from llama_jax.attention.implementation import Implementation
 from llama_jax.attention.masks import AttentionMask, dense_mask, slots_of
+from llama_jax.attention.one_query import one_query_attention
 from llama_jax.attention.plain import dot_product_attention
 from llama_jax.numerics.backend import target_platform
 from llama_jax.sharding import BATCH_AXES, SEQUENCE_AXIS, TENSOR_AXIS, MeshAxes, mesh_axes
@@ -99,6 +100,10 @@ def attention(
     dropout = dropout_key is not None and dropout_rate > 0
     needs_weights = dropout or output_weights
     chosen = choose_implementation(implementation, query, mask, needs_weights).implementation
+    if implementation is None and not needs_weights:
+        out = one_query_attention(query, key, value, mask)
+        if out is not None:
+            return out, None
     if chosen == "plain":
         return _plain(query, key, value, mask, dropout_rate, dropout_key, output_weights)
     shards = _find_shards(axes, query, key)

@@ -5,7 +5,7 @@ have PyTorch's layout, [out, in], and transformers' names, so a checkpoint is re
 `stack` is the leading shape of stacked layers, () for a single one.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, NamedTuple
@@ -24,7 +24,7 @@ from llama_jax.config import LlamaConfig
 from llama_jax.inputs.keys import require_rngs
 from llama_jax.models.tensor_parallel import find_ring, gather_matmul, matmul_scatter
 from llama_jax.numerics.activations import ACTIVATIONS
-from llama_jax.numerics.few_rows import few_rows_matmul
+from llama_jax.numerics.few_rows import few_rows_matmul, multiply_in_memory, weight_in_memory
 from llama_jax.numerics.matmul import einsum, working_dtype
 from llama_jax.numerics.rope import rotate
 from llama_jax.quantization.weight import QuantizedWeight
@@ -109,10 +109,33 @@ def step_matmul(
 ) -> Float[Array, "rows out"] | None:
     """x weight^T of a decoding step, or None where XLA's matmul is the way: see `few_rows_matmul`."""
     if isinstance(weight, QuantizedWeight):
-        out = weight.few_rows(x, out_dtype)
-        if out is not None:
-            return out
+        in_memory = weight.in_memory(x)
+        if in_memory is not None:
+            return multiply_in_memory(x, [in_memory])[0].astype(out_dtype)
     return few_rows_matmul(x, weight[...], out_dtype, is_head=is_head)
+
+
+def _step_matmuls(
+    x: Float[Array, "rows in"], projections: Sequence["Linear"]
+) -> tuple[Float[Array, "rows _"], ...] | None:
+    """x through several projections in one call of a kernel, or None where there is none."""
+    weights = []
+    for projection in projections:
+        if type(projection) is not Linear or projection.slices > 1:
+            return None
+        weight: Any = projection.weight  # or codes in its place
+        is_codes = isinstance(weight, QuantizedWeight)
+        in_memory = weight.in_memory(x) if is_codes else weight_in_memory(x, weight[...])
+        if in_memory is None:
+            return None
+        weights.append(in_memory)
+    biases = [
+        projection.bias[...] if hasattr(projection, "bias") else None for projection in projections
+    ]
+    outs = zip(multiply_in_memory(x, weights), biases, strict=True)
+    return tuple(
+        _projected(out.astype(_before_bias(x.dtype, bias)), bias, x.dtype) for out, bias in outs
+    )
 
 
 def _before_bias(dtype: jnp.dtype, *biases: Array | None) -> jnp.dtype:
@@ -246,6 +269,10 @@ def project_in(
     x: Float[Array, "batch seq in"], *projections: Linear, reduce_dtype: DTypeLike | None
 ) -> tuple[Float[Array, "batch seq out"], ...]:
     """`x`, from the residual stream, through several projections; where it is split, gathered once."""
+    if x.shape[1] == 1:
+        outs = _step_matmuls(x[:, 0], projections)
+        if outs is not None:
+            return tuple(out[:, None] for out in outs)
     if any(projection.slices > 1 for projection in projections) or not mesh_axes().sizes:
         return tuple(projection(x, reduce_dtype) for projection in projections)
     weights, biases = zip(*(projection.arrays() for projection in projections), strict=True)

@@ -5,17 +5,16 @@ multiplies with them; written as sums, it reads them in place, and once for all 
 bfloat16 and integers in memory first; a kernel widens them in registers (extra `cpu`).
 """
 
-import importlib.util
-import warnings
-from collections.abc import Callable
-from functools import cache, partial
-from typing import Any
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from llama_jax.numerics.backend import target_platform
+from llama_jax.numerics.cpu.available import cpu_kernels
 from llama_jax.numerics.matmul import working_dtype
 
 _FEW_ROWS = 8
@@ -24,6 +23,19 @@ _LEAST_GROUP = 16
 
 # codes, scale [out, groups] and zero, or None, of a matrix [out, in]
 Codes = tuple[Array, Array, Array | None]
+
+
+class InMemory(NamedTuple):
+    """A weight that the kernel reads where it is.
+
+    Attributes:
+        widen: the matrix [out, in] that codes stand for, of which derivatives are taken.
+        codes: int8 [out, groups, group], uint8 with two codes each [out, groups, group / 2], or the float32
+            or bfloat16 weight itself.
+    """
+
+    widen: Callable[[Codes], Array]
+    codes: Codes
 
 
 def few_rows_matmul(
@@ -45,32 +57,39 @@ def few_rows_matmul(
         return None
     if target_platform() == "gpu" and not is_head:
         return _sums(x, weight, out_dtype)
-    if weight.dtype == x.dtype and _takes(x):
-        scale = jnp.ones((1, 1), jnp.float32)
-        return _from_memory(_is_weight, x, (weight, scale, None)).astype(out_dtype)
-    return None
+    in_memory = weight_in_memory(x, weight)
+    return None if in_memory is None else multiply_in_memory(x, [in_memory])[0].astype(out_dtype)
 
 
-def few_rows_from_codes(
-    x: Float[Array, "rows in"],
-    codes: Codes,
-    widen: Callable[[Codes], Float[Array, "out in"]],
-    out_dtype: jnp.dtype,
-) -> Float[Array, "rows out"] | None:
-    """x weight^T of a weight that is only codes; None where it is to be widened before.
+def weight_in_memory(x: Float[Array, "rows in"], weight: Float[Array, "out in"]) -> InMemory | None:
+    """A weight for `multiply_in_memory`; None where XLA's matmul is the way."""
+    if weight.dtype != x.dtype or not _takes(x):
+        return None
+    return InMemory(_is_weight, (weight, jnp.ones((1, 1), jnp.float32), None))
 
-    The widened weight is not rounded to its dtype, so that in bfloat16 this is the more exact way.
 
-    Args:
-        x: in float32 or bfloat16.
-        codes: int8 [out, groups, group], or uint8 with two codes each [out, groups, group / 2].
-        widen: the matrix that the codes stand for, of which derivatives are taken.
-        out_dtype: of the result.
-    """
+def codes_in_memory(
+    x: Float[Array, "rows in"], codes: Codes, widen: Callable[[Codes], Float[Array, "out in"]]
+) -> InMemory | None:
+    """A weight that is only codes for `multiply_in_memory`; None where it is to be widened before."""
     _, scale, _ = codes
     if not _takes(x) or x.shape[1] // scale.shape[1] < _LEAST_GROUP:
         return None
-    return _from_memory(widen, x, codes).astype(out_dtype)
+    return InMemory(widen, codes)
+
+
+def multiply_in_memory(
+    x: Float[Array, "rows in"], weights: Sequence[InMemory]
+) -> tuple[Float[Array, "rows _"], ...]:
+    """x weight^T for each of several weights, accumulated and returned in float32.
+
+    Widened weights are not rounded to their dtype, so that in bfloat16 this is the more exact way.
+
+    Args:
+        x: in float32 or bfloat16.
+        weights: of this x.
+    """
+    return _from_memory(tuple(w.widen for w in weights), x, tuple(w.codes for w in weights))
 
 
 def _sums(x: Array, weight: Array, out_dtype: jnp.dtype) -> Array:
@@ -81,25 +100,10 @@ def _sums(x: Array, weight: Array, out_dtype: jnp.dtype) -> Array:
 
 
 def _takes(x: Array) -> bool:
-    """Whether the kernel multiplies x: numba is installed, and this program is for one CPU."""
+    """Whether the kernel multiplies x."""
     if len(x) > _FEW_ROWS or x.dtype not in (jnp.float32, jnp.bfloat16):
         return False
-    is_one = jax.sharding.get_abstract_mesh().empty
-    return is_one and target_platform() == "cpu" and _kernel() is not None
-
-
-@cache
-def _kernel() -> Callable[..., Array] | None:
-    """`multiply`, which takes seconds to compile where numba has no cache of it; None without numba."""
-    if importlib.util.find_spec("numba") is None:
-        return None
-    try:
-        from llama_jax.numerics.cpu.call import multiply
-    except (ImportError, OSError, RuntimeError) as error:
-        # no numba for this numpy, or nowhere to keep what it compiles
-        warnings.warn(f"decoding is slower than it could be: numba: {error}", stacklevel=2)
-        return None
-    return multiply
+    return cpu_kernels() is not None
 
 
 def _is_weight(codes: Codes) -> Array:
@@ -109,24 +113,28 @@ def _is_weight(codes: Codes) -> Array:
 
 @partial(jax.custom_jvp, nondiff_argnums=(0,))
 def _from_memory(
-    widen: Callable[[Codes], Array], x: Float[Array, "rows in"], codes: Codes
-) -> Float[Array, "rows out"]:
+    widens: tuple[Callable[[Codes], Array], ...], x: Array, weights: tuple[Codes, ...]
+) -> tuple[Array, ...]:
     """By the kernel, in float32."""
-    multiply = _kernel()
-    assert multiply is not None, "see _takes"
-    values, scale, zero = codes
-    scale = scale.astype(jnp.float32)
-    zero = scale if zero is None else zero.astype(jnp.float32)
-    return multiply(x.astype(jnp.float32), values, scale, zero)
+    kernels = cpu_kernels()
+    assert kernels is not None, "see _takes"
+    wide = []
+    for codes, scale, zero in weights:
+        scale = scale.astype(jnp.float32)
+        wide.append((codes, scale, scale if zero is None else zero.astype(jnp.float32)))
+    return tuple(kernels.multiply(x.astype(jnp.float32), wide))
 
 
 @_from_memory.defjvp
 def _from_memory_jvp(
-    widen: Callable[[Codes], Array],
-    primals: tuple[Array, Codes],
+    widens: tuple[Callable[[Codes], Array], ...],
+    primals: tuple[Array, tuple[Codes, ...]],
     tangents: tuple[Array, Any],  # integers have none
-) -> tuple[Array, Array]:
-    def reference(x: Array, codes: Codes) -> Array:
-        return jnp.einsum("bi,oi->bo", *(of.astype(jnp.float32) for of in (x, widen(codes))))
+) -> tuple[tuple[Array, ...], tuple[Array, ...]]:
+    def reference(x: Array, weights: tuple[Codes, ...]) -> tuple[Array, ...]:
+        wide = [
+            widen(codes).astype(jnp.float32) for widen, codes in zip(widens, weights, strict=True)
+        ]
+        return tuple(jnp.einsum("bi,oi->bo", x.astype(jnp.float32), weight) for weight in wide)
 
-    return _from_memory(widen, *primals), jax.jvp(reference, primals, tangents)[1]
+    return _from_memory(widens, *primals), jax.jvp(reference, primals, tangents)[1]

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int8, UInt8
 
-from llama_jax.numerics.few_rows import Codes, few_rows_from_codes
+from llama_jax.numerics.few_rows import Codes, InMemory, codes_in_memory
 from llama_jax.numerics.matmul import working_dtype
 
 _INT8_MAX = 127
@@ -74,15 +74,13 @@ class QuantizedWeight(nnx.Module):
         values = dequantize_int8(self.codes[...], self.scale[...])
         return values if self.group_size is None else values.reshape(*values.shape[:-2], -1)
 
-    def few_rows(
-        self, x: Float[Array, "rows in"], out_dtype: jnp.dtype
-    ) -> Float[Array, "rows out"] | None:
-        """x weight^T of a matrix that is not stacked, or None, see `few_rows_from_codes`."""
+    def in_memory(self, x: Float[Array, "rows in"]) -> InMemory | None:
+        """A matrix that is not stacked for `multiply_in_memory`, or None, see `codes_in_memory`."""
         codes, scale = self.codes[...], self.scale[...]
         if self.group_size is None:
             codes, scale = codes[:, None], scale[:, None]
         zero = self.zero[...] if self.bits == 4 else None
-        return few_rows_from_codes(x, (codes, scale, zero), _widened, out_dtype)
+        return codes_in_memory(x, (codes, scale, zero), _widened)
 
 
 def quantize_int8(

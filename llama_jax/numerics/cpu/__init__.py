@@ -1,1 +1,1 @@
-"""Matmuls of few rows on a CPU, compiled by numba and called by XLA; needs the extra `cpu`."""
+"""Kernels of a decoding step on a CPU, compiled by numba and called by XLA; they need the extra `cpu`."""

@@ -1,8 +1,9 @@
-"""x weight^T for few rows x: the function that XLA calls, with the work of a call shared by its threads.
+"""The functions that XLA calls, with the work of a call shared by its threads.
 
-XLA calls `handler` with a frame of its C interface (xla/ffi/api/c_api.h in jaxlib). Rows of the weight are
-taken in chunks by whichever thread is free: a thread that never comes is not waited for, as it may itself
-wait behind this call.
+XLA calls a handler with a frame of its C interface (xla/ffi/api/c_api.h in jaxlib). `multiply_handler` is
+for x weight^T of one or several weights, `attend_handler` for attention of one query a row. Their items,
+which are rows of a weight or heads, are taken in chunks by whichever thread is free: a thread that never
+comes is not waited for, as it may itself wait behind this call.
 """
 
 from typing import Any
@@ -11,6 +12,7 @@ import numpy as np
 from llvmlite import binding
 from numba import carray, cfunc, njit, types
 
+from llama_jax.numerics.cpu.attention import attend
 from llama_jax.numerics.cpu.block import (
     multiply_bfloat16,
     multiply_float32,
@@ -20,6 +22,7 @@ from llama_jax.numerics.cpu.block import (
 from llama_jax.numerics.cpu.machine import (
     SEATS,
     TASK,
+    WORK,
     call,
     compare_exchange,
     exchange,
@@ -32,19 +35,25 @@ from llama_jax.numerics.cpu.machine import (
     sched_yield,
     seats_address,
     task_address,
+    work_address,
 )
 
-# A job is what the threads of a call share, words of 8 bytes at these places; behind them, for 4-bit codes,
-# the sums of x over groups, float32 [rows, groups].
-_NEXT, _DONE, _HOLDERS = 0, 1, 2  # weight rows taken and computed; threads that hold the job
-_DTYPE, _X, _CODES, _SCALE, _ZERO, _OUT = 3, 4, 5, 6, 7, 8  # dtype of the codes, addresses
-_ROWS, _IN, _FEATURES, _GROUPS, _CHUNK = 9, 10, 11, 12, 13
-_CALL, _COUNT = 14, 19  # arguments for XLA
-_WORDS = 20
+# A job is what the threads of a call share, words of 8 bytes at these places. Behind them are the operands
+# of attention, or of each weight, and for 4-bit codes the sums of x over groups, float32 [rows, groups].
+_NEXT, _DONE, _HOLDERS = 0, 1, 2  # items taken and computed; threads that hold the job
+_ITEMS, _CHUNK = 3, 4
+_WEIGHTS, _DTYPE = 5, 6  # count of weights, 0 for attention; dtype of the keys
+_CALL, _COUNT = 7, 12  # arguments for XLA
+_HEADER = 13
+_OF_WEIGHT, _OF_ATTENTION = 12, 9  # words
+# of a weight: the dtype of its codes, its first item, and what `block.Operands` has
+_CODES_DTYPE, _FIRST, _CODES, _X, _SCALE, _ZERO, _SUMS, _OUT = 0, 1, 2, 3, 4, 5, 6, 7
+_ROWS, _IN, _FEATURES, _GROUPS = 8, 9, 10, 11
 _BYTES, _FLOAT_BYTES = 8, 4
 
 # Places in XLA's structures, in words.
-_EXTENSION, _API, _CONTEXT, _ARGUMENTS, _RESULTS = 1, 2, 3, 9, 14  # of a frame
+_EXTENSION, _API, _CONTEXT = 1, 2, 3  # of a frame
+_ARGUMENT_COUNT, _ARGUMENTS, _RESULTS = 7, 9, 14
 _SCHEDULE, _THREADS = 17, 18  # functions of the API
 _BUFFER_DTYPE, _DATA, _DIMENSIONS = 2, 3, 5
 _METADATA, _METADATA_VERSION = 1, 3  # kind of extension; version in the metadata
@@ -57,12 +66,13 @@ _PATIENCE = 3000
 _SEATS, _SEAT_BYTES = 8, 64  # a cache line each
 _FREE, _WAITING = 0, 1
 
-# Weights of a chunk: enough that taking it costs nothing, few enough that threads end together.
-_CHUNK_WEIGHTS = 1 << 15
+# Numbers to multiply with of a chunk: enough that taking it costs nothing, few enough that threads end
+# together.
+_CHUNK_NUMBERS = 1 << 15
 
-# numba keeps what it compiled for as long as this file is the same. This checksum of the other two, which a
+# numba keeps what it compiled for as long as this file is the same. This checksum of the others, which a
 # test compares, makes it another file when they change.
-OTHER_SOURCES = "654dd991fe614b42"
+OTHER_SOURCES = "12188b3dd0228e1d"
 
 # Sums in any order, so that they are vectors. NaN and infinity stay what they are.
 _compile = njit(fastmath={"reassoc", "contract", "nsz"}, error_model="numpy", cache=True)
@@ -73,36 +83,53 @@ def _words(address: int, count: int) -> Any:
     return carray(pointer(address), (count,), np.int64)
 
 
-@_compile
-def _work(address: int) -> None:
-    """Take chunks until none is left."""
-    job = _words(address, _WORDS)
-    operands = (
-        job[_CODES],
-        job[_X],
-        job[_SCALE],
-        job[_ZERO],
-        address + _WORDS * _BYTES,
-        job[_OUT],
-        job[_ROWS],
-        job[_IN],
-        job[_FEATURES],
-        job[_GROUPS],
-    )
+@cfunc(types.int64(types.int64), cache=True)
+def work(address: int) -> int:
+    """Take chunks until none is left.
+
+    It is called by its address: numba would compile all of it again for each function that calls it.
+    """
+    job = _words(address, _HEADER)
     while True:
         begin = fetch_add(address + _NEXT * _BYTES, job[_CHUNK])
-        if begin >= job[_FEATURES]:
-            return
-        end = min(begin + job[_CHUNK], job[_FEATURES])
-        if job[_DTYPE] == _BFLOAT16:
-            multiply_bfloat16(operands, begin, end)
-        elif job[_DTYPE] == _FLOAT32:
-            multiply_float32(operands, begin, end)
-        elif job[_DTYPE] == _INT8:
-            multiply_int8(operands, begin, end)
-        else:
-            multiply_int4(operands, begin, end)
+        if begin >= job[_ITEMS]:
+            return 0
+        end = min(begin + job[_CHUNK], job[_ITEMS])
+        if job[_WEIGHTS] == 0:
+            of = _words(address + _HEADER * _BYTES, _OF_ATTENTION)
+            attention = (of[0], of[1], of[2], of[3], of[4], of[5], of[6], of[7], of[8])
+            attend(attention, job[_DTYPE] == _BFLOAT16, begin, end)
+        for index in range(job[_WEIGHTS]):
+            # rows are counted on from one weight to the next
+            of = _words(address + (_HEADER + index * _OF_WEIGHT) * _BYTES, _OF_WEIGHT)
+            first = max(begin - of[_FIRST], 0)
+            last = min(end - of[_FIRST], of[_FEATURES])
+            if first >= last:
+                continue
+            operands = (
+                of[_CODES],
+                of[_X],
+                of[_SCALE],
+                of[_ZERO],
+                of[_SUMS],
+                of[_OUT],
+                of[_ROWS],
+                of[_IN],
+                of[_FEATURES],
+                of[_GROUPS],
+            )
+            if of[_CODES_DTYPE] == _BFLOAT16:
+                multiply_bfloat16(operands, first, last)
+            elif of[_CODES_DTYPE] == _FLOAT32:
+                multiply_float32(operands, first, last)
+            elif of[_CODES_DTYPE] == _INT8:
+                multiply_int8(operands, first, last)
+            else:
+                multiply_int4(operands, first, last)
         fetch_add(address + _DONE * _BYTES, end - begin)
+
+
+binding.add_symbol(WORK, work.address)
 
 
 @_compile
@@ -140,8 +167,8 @@ def _wait_for_job(seats: int) -> int:
 def task(address: int) -> None:
     """What another thread of XLA does for a call, and for those that follow at once."""
     while address != 0:
-        seats = _seats(_words(address, _WORDS)[_COUNT])
-        _work(address)
+        seats = _seats(_words(address, _HEADER)[_COUNT])
+        call(work_address(), address)
         _release(address)
         address = _wait_for_job(seats)
 
@@ -150,53 +177,98 @@ binding.add_symbol(TASK, task.address)
 
 
 @_compile
-def _sum_groups(address: int) -> None:
-    """The sums of x that are multiplied with zeros, behind the job."""
-    job = _words(address, _WORDS)
-    rows, groups, size = job[_ROWS], job[_GROUPS], job[_IN] // job[_GROUPS]
-    x = carray(pointer(job[_X]), (rows, groups, size), np.float32)
-    sums = carray(pointer(address + _WORDS * _BYTES), (rows, groups), np.float32)
+def _sum_groups(x: int, sums: int, rows: int, groups: int, size: int) -> None:
+    """The sums of x over groups of columns, which are multiplied with zeros."""
+    values = carray(pointer(x), (rows, groups, size), np.float32)
+    totals = carray(pointer(sums), (rows, groups), np.float32)
     for row in range(rows):
         for group in range(groups):
             total = np.float32(0)
             for column in range(size):
-                total += x[row, group, column]
-            sums[row, group] = total
+                total += values[row, group, column]
+            totals[row, group] = total
 
 
 @_compile
-def _new_job(frame: Any) -> int:
-    """The job of a call of x [rows, in], codes [features, ...], scale [features, groups] and zero."""
-    arguments, results = _words(frame[_ARGUMENTS], 4), _words(frame[_RESULTS], 1)
-    x, codes = _words(arguments[0], 6), _words(arguments[1], 6)
-    scale, zero = _words(arguments[2], 6), _words(arguments[3], 6)
-    shape = _words(x[_DIMENSIONS], 2)
-    groups = _words(scale[_DIMENSIONS], 2)[1]
-    address = malloc(_WORDS * _BYTES + shape[0] * groups * _FLOAT_BYTES)
-    job = _words(address, _WORDS)
+def _new_job(words: int, floats: int, weights: int) -> int:
+    address = malloc(words * _BYTES + floats * _FLOAT_BYTES)
+    job = _words(address, words)
     job[:] = 0
-    job[_DTYPE] = codes[_BUFFER_DTYPE] & 0xFFFFFFFF
-    job[_X], job[_CODES], job[_SCALE] = x[_DATA], codes[_DATA], scale[_DATA]
-    job[_ZERO], job[_OUT] = zero[_DATA], _words(results[0], 6)[_DATA]
-    job[_ROWS], job[_IN] = shape[0], shape[1]
-    job[_FEATURES] = _words(codes[_DIMENSIONS], 1)[0]
-    job[_GROUPS] = groups
-    job[_CHUNK] = max(1, _CHUNK_WEIGHTS // job[_IN])
-    job[_HOLDERS] = 1
-    if job[_DTYPE] == _INT4:
-        _sum_groups(address)
+    job[_HOLDERS], job[_WEIGHTS] = 1, weights
     return address
 
 
 @_compile
-def _multiply(frame: Any) -> None:
-    address = _new_job(frame)
-    job, api = _words(address, _WORDS), _words(frame[_API], _THREADS + 1)
+def _buffer(frame: Any, table: int, index: int) -> Any:
+    """An argument or a result."""
+    return _words(_words(frame[table], index + 1)[index], 6)
+
+
+@_compile
+def _new_multiplication(frame: Any) -> int:
+    """Of x [rows, in] and for each weight codes [features, ...], scale [features, groups] and zero."""
+    weights = (frame[_ARGUMENT_COUNT] - 1) // 3
+    x = _buffer(frame, _ARGUMENTS, 0)
+    shape = _words(x[_DIMENSIONS], 2)
+    words, floats = _HEADER + weights * _OF_WEIGHT, 0
+    for index in range(weights):
+        scale = _buffer(frame, _ARGUMENTS, 3 * index + 2)
+        floats += shape[0] * _words(scale[_DIMENSIONS], 2)[1]
+    address = _new_job(words, floats, weights)
+    job = _words(address, words)
+    sums = address + words * _BYTES
+    for index in range(weights):
+        codes = _buffer(frame, _ARGUMENTS, 3 * index + 1)
+        scale = _buffer(frame, _ARGUMENTS, 3 * index + 2)
+        of = job[_HEADER + index * _OF_WEIGHT :]
+        groups = _words(scale[_DIMENSIONS], 2)[1]
+        of[_CODES_DTYPE] = codes[_BUFFER_DTYPE] & 0xFFFFFFFF
+        of[_FIRST] = job[_ITEMS]
+        of[_X], of[_CODES], of[_SCALE] = x[_DATA], codes[_DATA], scale[_DATA]
+        of[_ZERO] = _buffer(frame, _ARGUMENTS, 3 * index + 3)[_DATA]
+        of[_OUT] = _buffer(frame, _RESULTS, index)[_DATA]
+        of[_ROWS], of[_IN], of[_GROUPS] = shape[0], shape[1], groups
+        of[_FEATURES] = _words(codes[_DIMENSIONS], 1)[0]
+        of[_SUMS] = sums
+        if of[_CODES_DTYPE] == _INT4:
+            before = job[_HEADER + (index - 1) * _OF_WEIGHT :]
+            if index > 0 and before[_CODES_DTYPE] == _INT4 and before[_GROUPS] == groups:
+                of[_SUMS] = before[_SUMS]
+            else:
+                _sum_groups(of[_X], sums, shape[0], groups, shape[1] // groups)
+                sums += shape[0] * groups * _FLOAT_BYTES
+        job[_ITEMS] += of[_FEATURES]
+    job[_CHUNK] = max(1, _CHUNK_NUMBERS // shape[1])
+    return address
+
+
+@_compile
+def _new_attention(frame: Any) -> int:
+    """Of one query a row, see `attention.Operands`."""
+    query, keys = _buffer(frame, _ARGUMENTS, 0), _buffer(frame, _ARGUMENTS, 1)
+    address = _new_job(_HEADER + _OF_ATTENTION, 0, 0)
+    job = _words(address, _HEADER + _OF_ATTENTION)
+    of = job[_HEADER:]
+    for index in range(4):
+        of[index] = _buffer(frame, _ARGUMENTS, index)[_DATA]
+    of[4] = _buffer(frame, _RESULTS, 0)[_DATA]
+    shape, cached = _words(query[_DIMENSIONS], 3), _words(keys[_DIMENSIONS], 3)
+    of[5], of[6], of[7], of[8] = shape[1], cached[0] // shape[0], cached[1], cached[2]
+    job[_DTYPE] = keys[_BUFFER_DTYPE] & 0xFFFFFFFF
+    job[_ITEMS] = shape[0] * shape[1]
+    job[_CHUNK] = max(1, _CHUNK_NUMBERS // (2 * cached[1] * cached[2]))
+    return address
+
+
+@_compile
+def _share(frame: Any, address: int) -> None:
+    """Do the work of a job, with the help of other threads, and free it."""
+    job, api = _words(address, _HEADER), _words(frame[_API], _THREADS + 1)
     request = address + _CALL * _BYTES
     job[_CALL], job[_CALL + 2] = 4 * _BYTES, frame[_CONTEXT]
     job[_CALL + 3] = address + _COUNT * _BYTES
     call(api[_THREADS], request)
-    chunks = -(-job[_FEATURES] // job[_CHUNK])
+    chunks = -(-job[_ITEMS] // job[_CHUNK])
     helpers = min(job[_COUNT], chunks) - 1
     for index in range(_seats(job[_COUNT])):
         if helpers == 0:
@@ -213,8 +285,8 @@ def _multiply(frame: Any) -> None:
         if call(api[_SCHEDULE], request) != 0:  # an error: alone, then
             fetch_add(address + _HOLDERS * _BYTES, -1)
             break
-    _work(address)
-    while load(address + _DONE * _BYTES) < job[_FEATURES]:
+    call(work_address(), address)
+    while load(address + _DONE * _BYTES) < job[_ITEMS]:
         sched_yield()
     _release(address)
 
@@ -229,11 +301,22 @@ def _answer_registration(extension: int) -> None:
 
 
 @cfunc(types.int64(types.int64), cache=True)
-def handler(address: int) -> int:
+def multiply_handler(address: int) -> int:
     """An XLA_FFI_Handler; returns no error."""
     frame = _words(address, 20)
     if frame[_EXTENSION] != 0:
         _answer_registration(frame[_EXTENSION])
     else:
-        _multiply(frame)
+        _share(frame, _new_multiplication(frame))
+    return 0
+
+
+@cfunc(types.int64(types.int64), cache=True)
+def attend_handler(address: int) -> int:
+    """An XLA_FFI_Handler; returns no error."""
+    frame = _words(address, 20)
+    if frame[_EXTENSION] != 0:
+        _answer_registration(frame[_EXTENSION])
+    else:
+        _share(frame, _new_attention(frame))
     return 0

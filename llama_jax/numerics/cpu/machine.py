@@ -10,8 +10,8 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
-# symbols, of which `task_address` and `seats_address` are the addresses
-TASK, SEATS = "llama_jax_few_rows_task", "llama_jax_few_rows_seats"
+# symbols, of which `work_address`, `task_address` and `seats_address` are the addresses
+WORK, TASK, SEATS = "llama_jax_work", "llama_jax_task", "llama_jax_seats"
 
 _WORD = ir.IntType(64)
 _POINTER = ir.IntType(8).as_pointer()
@@ -103,7 +103,7 @@ def _symbol_address(symbol: str) -> Any:
     return address
 
 
-task_address, seats_address = _symbol_address(TASK), _symbol_address(SEATS)
+work_address, task_address, seats_address = map(_symbol_address, (WORK, TASK, SEATS))
 
 
 def lasting_zeros(size: int) -> int:

@@ -13,14 +13,16 @@ import pytest
 import torch
 from flax import nnx
 
+from llama_jax import LlamaConfig, LlamaModel, init_cache
 from llama_jax.models.layers import linear
 from llama_jax.numerics import few_rows
-from llama_jax.numerics.cpu import kernel
-from llama_jax.numerics.few_rows import few_rows_matmul
+from llama_jax.numerics.cpu import available, kernel
+from llama_jax.numerics.few_rows import few_rows_matmul, multiply_in_memory, weight_in_memory
 from llama_jax.quantization.weight import QuantizedWeight
 from parity_tests.reference.errors import rms_error
 from parity_tests.reference.tolerances import ROUNDING_RATIO
 
+OTHERS = ("attention.py", "block.py", "machine.py")
 KINDS = {
     "8 bits": (8, None),
     "8 bits, groups of 96": (8, 96),
@@ -161,10 +163,10 @@ def test_the_kernel_reads_codes_without_widening_them(rows):
 def test_many_rows_and_no_numba_widen(monkeypatch):
     weight = quantized((16, 192), "8 bits", jnp.float32)
     x = jnp.asarray(np.random.default_rng(1).standard_normal((9, 192)), jnp.float32)
-    assert weight.few_rows(x, x.dtype) is None
-    assert coded((16, 192), 8, 2, x.dtype).few_rows(x[:1], x.dtype) is None
-    monkeypatch.setattr(few_rows, "_kernel", lambda: None)
-    assert weight.few_rows(x[:1], x.dtype) is None
+    assert weight.in_memory(x) is None
+    assert coded((16, 192), 8, 2, x.dtype).in_memory(x[:1]) is None
+    monkeypatch.setattr(few_rows, "cpu_kernels", lambda: None)
+    assert weight.in_memory(x[:1]) is None
     assert few_rows_matmul(x[:1], weight[...], x.dtype) is None
     np.testing.assert_allclose(step(x[:1], weight), x[:1] @ weight[...].T, rtol=1e-5, atol=1e-5)
 
@@ -180,7 +182,7 @@ def test_a_numba_that_fails_is_a_warning(monkeypatch):
     monkeypatch.delitem(sys.modules, "llama_jax.numerics.cpu.call", raising=False)
     monkeypatch.setattr(sys, "meta_path", [Failing(), *sys.meta_path])
     with pytest.warns(UserWarning, match="numba: Numba needs NumPy"):
-        assert few_rows._kernel.__wrapped__() is None
+        assert available._kernels.__wrapped__() is None
 
 
 def test_under_vmap():
@@ -193,7 +195,7 @@ def test_under_vmap():
 def test_the_kept_code_is_that_of_all_sources():
     """numba looks at kernel.py alone: who changes another of its files puts the new checksum there."""
     folder = Path(kernel.__file__).parent
-    sources = b"".join((folder / name).read_bytes() for name in ("block.py", "machine.py"))
+    sources = b"".join((folder / name).read_bytes() for name in OTHERS)
     assert hashlib.sha256(sources).hexdigest()[:16] == kernel.OTHER_SOURCES
 
 
@@ -211,7 +213,8 @@ def test_calls_from_several_threads():
 def test_a_process_ends_while_a_thread_waits_for_more():
     program = """
 import jax, jax.numpy as jnp
-from llama_jax.numerics.few_rows import few_rows_matmul
+from llama_jax import LlamaConfig, LlamaModel, init_cache
+from llama_jax.numerics.few_rows import few_rows_matmul, multiply_in_memory, weight_in_memory
 run = jax.jit(lambda x, w: few_rows_matmul(x, w, jnp.float32))
 run(jnp.ones((1, 256)), jnp.ones((4096, 256))).block_until_ready()
 """
@@ -232,3 +235,30 @@ def test_many_calls_at_once_end():
         outs = run(x, weights)
     for out in outs:
         np.testing.assert_allclose(out, x @ weights[0][...].T, rtol=1e-4, atol=1e-4)
+
+
+def test_several_weights_in_one_call():
+    """The same bits as one by one, whatever their dtypes and groups."""
+    x = jnp.asarray(np.random.default_rng(1).standard_normal((2, 192)), jnp.float32)
+    kinds = ("4 bits, groups of 64", "4 bits, groups of 64", "8 bits", "4 bits, groups of 24")
+    weights = [quantized((n, 192), kind, x.dtype).in_memory(x) for n, kind in enumerate(kinds, 5)]
+    weights.append(weight_in_memory(x, jnp.ones((700, 192))))
+    outs = jax.jit(lambda x: multiply_in_memory(x, weights))(x)
+    for out, weight in zip(outs, weights, strict=True):
+        np.testing.assert_array_equal(out, multiply_in_memory(x, [weight])[0])
+
+
+def test_projections_of_a_layer_that_read_the_same_are_one_call():
+    config = LlamaConfig(
+        vocab_size=31,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        attention_bias=True,
+    )
+    model = LlamaModel(config, rngs=nnx.Rngs(0))
+    cache = init_cache(config, 1, 8, jnp.float32)
+    run = jax.jit(lambda ids: model(ids, cache=cache).last_hidden_state)
+    program = run.lower(jnp.ones((1, 1), jnp.int32)).as_text()
+    assert program.count("@llama_jax_few_rows") == 4
