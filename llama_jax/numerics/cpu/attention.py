@@ -7,8 +7,7 @@ from numba import carray, njit
 
 from llama_jax.numerics.cpu.machine import pointer
 
-_BYTES = 4  # of a float32
-_BLOCK = 64  # slots whose values are added up before they are added to the result
+_BLOCK = 64  # slots that are computed with at a time
 
 
 class Operands(NamedTuple):
@@ -30,56 +29,58 @@ _compile = njit(fastmath={"reassoc", "contract", "nsz"}, error_model="numpy")
 
 
 @_compile
-def _widened(address: int, begin: int, end: int, dim: int) -> Any:
-    """Slots of bfloat16, which is the first half of a float32, as float32 [end, dim]."""
-    narrow = carray(pointer(address), (end * dim,), np.uint16)
-    bits = np.empty(end * dim, np.uint32)
-    for i in range(begin * dim, end * dim):
+def _rows(cache: int, begin: int, end: int, is_bfloat16: bool, scratch: Any) -> Any:
+    """Keys or values of the slots `begin` to `end` in float32: where they are, or in `scratch`."""
+    dim = scratch.shape[1]
+    if not is_bfloat16:
+        return carray(pointer(cache + begin * dim * 4), (_BLOCK, dim), np.float32)
+    # bfloat16 is the first half of a float32
+    narrow = carray(pointer(cache + begin * dim * 2), (_BLOCK * dim,), np.uint16)
+    bits = scratch.reshape(-1).view(np.uint32)
+    for i in range((end - begin) * dim):
         bits[i] = np.uint32(narrow[i]) << np.uint32(16)
-    return bits.view(np.float32)
+    return scratch
 
 
 @_compile
-def _attend(
-    query: Any, keys: Any, values: Any, visible: Any, weights: Any, out: Any, begin: int, end: int
-) -> None:
-    """Of one head; keys and values are [slots * dim], and `weights` is for the weights."""
-    dim = len(query)
-    largest = np.float32(-np.inf)
-    for slot in range(begin, end):
-        score = np.float32(0)
-        for i in range(dim):
-            score += query[i] * keys[slot * dim + i]
-        weights[slot] = score
+def _scores(query: Any, keys: Any, scores: Any) -> None:
+    for slot in range(len(scores)):
+        key, score = keys[slot], np.float32(0)
+        for i in range(len(query)):
+            score += query[i] * key[i]
+        scores[slot] = score
+
+
+@_compile
+def _softmax(scores: Any, visible: Any) -> Any:
+    """Turn scores into weights, and return their sum, by which they are not divided."""
+    largest, total = np.float32(-np.inf), np.float32(0)
+    for slot in range(len(scores)):
         if visible[slot]:
-            largest = max(largest, score)
-    scale, total = np.float32(1 / np.sqrt(dim)), np.float32(0)
-    for slot in range(begin, end):
-        weight = np.exp((weights[slot] - largest) * scale) if visible[slot] else np.float32(0)
-        weights[slot] = weight
-    for slot in range(begin, end):  # a loop of its own is one of vectors, whose sums round less
-        total += weights[slot]
-    # sums of blocks round less than one long sum; four slots at once are read and rounded less often
-    part = np.empty(dim, np.float32)
-    for block in range(begin, end, _BLOCK):
-        stop = min(block + _BLOCK, end)
-        in_fours = stop - (stop - block) % 4
-        part[:] = 0
-        for slot in range(block, in_fours, 4):
-            place = slot * dim
-            for i in range(dim):
-                first = weights[slot] * values[place + i]
-                first += weights[slot + 1] * values[place + dim + i]
-                second = weights[slot + 2] * values[place + 2 * dim + i]
-                second += weights[slot + 3] * values[place + 3 * dim + i]
-                part[i] += first + second
-        for slot in range(in_fours, stop):
-            for i in range(dim):
-                part[i] += weights[slot] * values[slot * dim + i]
-        for i in range(dim):
-            out[i] += part[i]
-    for i in range(dim):
-        out[i] /= total
+            largest = max(largest, scores[slot])
+    for slot in range(len(scores)):
+        scores[slot] = np.exp(scores[slot] - largest) if visible[slot] else np.float32(0)
+    for slot in range(len(scores)):  # a loop of its own is one of vectors, whose sums round less
+        total += scores[slot]
+    return total
+
+
+@_compile
+def _add_values(weights: Any, values: Any, part: Any, out: Any) -> None:
+    """Of a block, which is added up first: that rounds less than one long sum."""
+    part[:] = 0
+    in_fours = len(weights) - len(weights) % 4
+    for slot in range(0, in_fours, 4):  # `part` is read and rounded less often
+        a, b, c, d = values[slot], values[slot + 1], values[slot + 2], values[slot + 3]
+        e, f, g, h = weights[slot], weights[slot + 1], weights[slot + 2], weights[slot + 3]
+        for i in range(len(part)):
+            part[i] += (e * a[i] + f * b[i]) + (g * c[i] + h * d[i])
+    for slot in range(in_fours, len(weights)):
+        a, e = values[slot], weights[slot]
+        for i in range(len(part)):
+            part[i] += e * a[i]
+    for i in range(len(part)):
+        out[i] += part[i]
 
 
 @_compile
@@ -90,7 +91,8 @@ def attend(of: Any, is_bfloat16: bool, begin: int, end: int) -> None:
         of: `Operands`, as a tuple.
     """
     query, keys, values, visible, out, heads, kv_heads, capacity, dim = of
-    weights = np.empty(capacity, np.float32)
+    weights, scratch = np.empty(capacity, np.float32), np.empty((_BLOCK, dim), np.float32)
+    scaled, part = np.empty(dim, np.float32), np.empty(dim, np.float32)
     for index in range(begin, end):
         row, head = index // heads, index % heads
         is_visible = carray(pointer(visible + row * capacity), (capacity,), np.uint8)
@@ -99,17 +101,23 @@ def attend(of: Any, is_bfloat16: bool, begin: int, end: int) -> None:
             first += 1
         while first < last and not is_visible[last - 1]:
             last -= 1
-        place = index * dim * _BYTES
-        one = carray(pointer(query + place), (dim,), np.float32)
-        total = carray(pointer(out + place), (dim,), np.float32)
+        one = carray(pointer(query + index * dim * 4), (dim,), np.float32)
+        total = carray(pointer(out + index * dim * 4), (dim,), np.float32)
         total[:] = 0
         if first == last:
             continue
-        place = (row * kv_heads + head // (heads // kv_heads)) * capacity * dim
-        if is_bfloat16:
-            wide_keys = _widened(keys + place * 2, first, last, dim)
-            wide_values = _widened(values + place * 2, first, last, dim)
-        else:
-            wide_keys = carray(pointer(keys + place * _BYTES), (capacity * dim,), np.float32)
-            wide_values = carray(pointer(values + place * _BYTES), (capacity * dim,), np.float32)
-        _attend(one, wide_keys, wide_values, is_visible, weights, total, first, last)
+        for i in range(dim):
+            scaled[i] = one[i] / np.sqrt(dim)
+        kv_head = row * kv_heads + head // (heads // kv_heads)
+        place = kv_head * capacity * dim * (2 if is_bfloat16 else 4)
+        for block in range(first, last, _BLOCK):
+            stop = min(block + _BLOCK, last)
+            of_block = _rows(keys + place, block, stop, is_bfloat16, scratch)
+            _scores(scaled, of_block, weights[block:stop])
+        divisor = _softmax(weights[first:last], is_visible[first:last])
+        for block in range(first, last, _BLOCK):
+            stop = min(block + _BLOCK, last)
+            of_block = _rows(values + place, block, stop, is_bfloat16, scratch)
+            _add_values(weights[block:stop], of_block, part, total)
+        for i in range(dim):
+            total[i] /= divisor
