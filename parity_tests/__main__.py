@@ -130,10 +130,14 @@ def _add_check(parser: Parser) -> None:
     )
     check.add_argument("trace", type=Path, metavar="TRACE", help="folder that was recorded")
     check.add_argument(
-        "other", type=Path, nargs="?", metavar="TRACE2", help="compare with this recording"
+        "other",
+        type=Path,
+        nargs="?",
+        metavar="TRACE2",
+        help="a second recording, to compare the first with in place of --model",
     )
     check.add_argument(
-        "--model", type=Path, metavar="HF_DIR", help="the checkpoint that was recorded"
+        "--model", type=Path, metavar="HF_DIR", help="the Hugging Face checkpoint that TRACE is of"
     )
     check.add_argument("--json", type=Path, metavar="FILE", help="write every number")
     check.add_argument("--html", type=Path, metavar="FILE", help="write a page with pictures")
@@ -250,8 +254,8 @@ def _add_trajectory(program: Parser) -> None:
         nargs=2,
         type=Path,
         metavar="LOG",
-        help="a run's folder, metrics.jsonl, also of resume_torch.py, MaxText's metrics_file, "
-        "trainer_state.json, CSV, an event file of TensorBoard, or what a program printed",
+        help="a run's folder, metrics.jsonl (also of resume_torch.py), MaxText's metrics_file, "
+        "trainer_state.json, CSV, an event file of TensorBoard, or lines that a program printed",
     )
     parser.add_argument(
         "--rounding",
