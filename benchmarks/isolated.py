@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from llama_jax.numerics.xla_options import reserve_gpu_memory
+from llama_jax.numerics.xla_options import leave_loops_rolled, reserve_gpu_memory
 
 ROOT = Path(__file__).parents[1]
 _FIRST = "result: "
@@ -48,6 +48,7 @@ def _cause(stderr: str) -> str:
 def _main() -> None:
     module, _, name = sys.argv[1].partition(":")
     reserve_gpu_memory()  # as a run does; programs of torch never start JAX
+    leave_loops_rolled()
     function = getattr(importlib.import_module(f"benchmarks.{module}"), name)
     print(_FIRST + json.dumps(function(*json.loads(sys.argv[2]))))
 

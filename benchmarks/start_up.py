@@ -1,7 +1,8 @@
 """From the shell to the text: imports, and `generate` as a whole command against transformers.
 
 Every measurement is a process of its own; those that are compared alternate. Processor time (user and
-system) depends less on what else runs than the wall's.
+system) depends less on what else runs than the wall's. Each command runs once before it is measured, so
+that Python's bytecode is there.
 """
 
 import os
@@ -10,12 +11,14 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
 from benchmarks.isolated import ROOT
 from benchmarks.real_checkpoint import real_checkpoint
 from benchmarks.report import Report, show
+from benchmarks.user_environment import user_environment
 
 IMPORTS = ("import jax", "import llama_jax", "from llama_jax import LlamaForCausalLM")
 IMPORT_ROUNDS, ROUNDS, NEW = 10, 3, 32
@@ -54,17 +57,21 @@ class Times(NamedTuple):
 
 def main() -> None:
     """Print the tables."""
-    show(imports_report())
-    with real_checkpoint() as directory:
-        show(generate_report(directory))
+    with user_environment() as environment:
+        show(imports_report(environment))
+        with real_checkpoint() as directory:
+            show(generate_report(directory, environment))
 
 
-def imports_report() -> Report:
+def imports_report(environment: Mapping[str, str]) -> Report:
     """What the imports cost."""
+    commands = {statement: [sys.executable, "-c", statement] for statement in IMPORTS}
+    for command in commands.values():
+        timed(command, environment)
     seconds: dict[str, list[float]] = {statement: [] for statement in IMPORTS}
     for _ in range(IMPORT_ROUNDS):
-        for statement in IMPORTS:
-            seconds[statement].append(timed([sys.executable, "-c", statement]).processor)
+        for statement, command in commands.items():
+            seconds[statement].append(timed(command, environment).processor)
     medians = {statement: statistics.median(values) for statement, values in seconds.items()}
     base = medians[IMPORTS[0]]
     rows = [[text, f"{value:.2f} s", f"{value / base:.2f}"] for text, value in medians.items()]
@@ -72,22 +79,21 @@ def imports_report() -> Report:
     return Report(title, ("", "seconds", "ratio"), rows, [], [medians])
 
 
-def generate_report(directory: Path) -> Report:
+def generate_report(directory: Path, environment: Mapping[str, str]) -> Report:
     """`generate` with a new cache of compiled programs, with that of the run before, and transformers."""
     theirs = [sys.executable, "-c", _TRANSFORMERS, str(directory), PROMPT, str(NEW)]
     names = ("transformers", "ours, first", "ours, second", "ours, another prompt")
     runs: dict[str, list[Times]] = {name: [] for name in names}
+    timed(theirs, environment)
+    with tempfile.TemporaryDirectory() as cache:
+        timed(ours(directory, PROMPT, Path(cache)), environment)
+        compiled = compiled_by(ours(directory, LONGER, Path(cache)), environment)
     for _ in range(ROUNDS):
         with tempfile.TemporaryDirectory() as cache:
             for name in names:
                 prompt = LONGER if name == names[-1] else PROMPT
                 command = ours(directory, prompt, Path(cache)) if name != names[0] else theirs
-                runs[name].append(timed(command))
-    with tempfile.TemporaryDirectory() as cache:
-        subprocess.run(
-            ours(directory, PROMPT, Path(cache)), capture_output=True, check=True, cwd=ROOT
-        )
-        compiled = compiled_by(ours(directory, LONGER, Path(cache)))
+                runs[name].append(timed(command, environment))
     medians = {
         name: Times(*map(statistics.median, zip(*times, strict=True)))
         for name, times in runs.items()
@@ -114,7 +120,7 @@ def ours(directory: Path, prompt: str, cache: Path) -> list[str]:
     ]
 
 
-def timed(command: list[str]) -> Times:
+def timed(command: list[str], environment: Mapping[str, str] | None = None) -> Times:
     """Run a command.
 
     Raises:
@@ -124,7 +130,7 @@ def timed(command: list[str]) -> Times:
     first = None
     with tempfile.TemporaryFile() as errors:
         process = subprocess.Popen(
-            command, stdout=subprocess.PIPE, stderr=errors, cwd=ROOT, bufsize=0
+            command, stdout=subprocess.PIPE, stderr=errors, cwd=ROOT, env=environment, bufsize=0
         )
         assert process.stdout is not None
         while process.stdout.read(4096):
@@ -139,7 +145,7 @@ def timed(command: list[str]) -> Times:
     return Times(first or total, total, usage.ru_utime + usage.ru_stime)
 
 
-def compiled_by(command: list[str]) -> list[str]:
+def compiled_by(command: list[str], environment: Mapping[str, str]) -> list[str]:
     """The programs that XLA compiles for a command, without those that it finds compiled."""
     log = subprocess.run(
         command,
@@ -147,7 +153,7 @@ def compiled_by(command: list[str]) -> list[str]:
         text=True,
         check=True,
         cwd=ROOT,
-        env=os.environ | {"JAX_EXPLAIN_CACHE_MISSES": "1"},
+        env={**environment, "JAX_EXPLAIN_CACHE_MISSES": "1"},
     ).stderr
     missed = "PERSISTENT COMPILATION CACHE MISS for '"
     parts = log.split(missed)[1:]

@@ -1,6 +1,6 @@
 """`python -m llama_jax generate|chat|score|mask|info|quantize`."""
 
-from llama_jax.cli.startup import end_on_interrupt
+from llama_jax.cli.startup import end_on_interrupt, restore_garbage_collection
 
 if __name__ == "__main__":
     end_on_interrupt()
@@ -27,12 +27,15 @@ def main(arguments: list[str] | None = None) -> int:
         options = _parser().parse_args(arguments)
         options.command(options)
 
-    return run_program(command)
+    try:
+        return run_program(command)
+    finally:
+        restore_garbage_collection()
 
 
 def console_script() -> NoReturn:
     """The program `llama-jax`."""
-    leave(main())
+    leave(main(), at_once=True)
 
 
 def _parser() -> Parser:
@@ -98,4 +101,4 @@ def _info(options: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    leave(main())
+    leave(main(), at_once=True)

@@ -14,11 +14,15 @@ import torch
 from jax.experimental.compilation_cache import compilation_cache
 from jaxtyping import install_import_hook
 
+from llama_jax.numerics.xla_options import leave_loops_rolled
+
 # An accidental float64 or a silent upcast is an error.
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 # So is an accidental broadcast of a vector over a matrix.
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_platforms", "cpu")
+# Tests compare runs of this process and of others, bit for bit.
+leave_loops_rolled()
 torch.set_num_threads(1)
 # No test reaches the network; those of the Hub have one of their own.
 os.environ["HF_HUB_OFFLINE"] = "1"

@@ -1,6 +1,7 @@
 """Parts of the benchmarks: emulated precision, drift from the oracle, presets grouped by shape."""
 
 import os
+import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -26,6 +27,7 @@ from benchmarks.precision import BFLOAT16, TF32, drift, emulated, emulated_einsu
 from benchmarks.real_checkpoint import real_checkpoint
 from benchmarks.report import markdown
 from benchmarks.start_up import timed
+from benchmarks.user_environment import user_environment
 from convert.formats import registry
 from llama_jax import PRESETS, LlamaConfig, LlamaForCausalLM
 from llama_jax.inspection.architecture import tensors
@@ -212,6 +214,20 @@ def test_a_command_is_timed_until_it_prints_and_until_it_ends() -> None:
     assert times.processor > 0
     with pytest.raises(ValueError, match="failed: no such thing"):
         timed([sys.executable, "-c", "raise SystemExit('no such thing')"])
+
+
+def test_commands_are_measured_with_bytecode(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PYTHONDONTWRITEBYTECODE", "1")
+    (tmp_path / "module.py").touch()
+    show = "import sys, module; print(module.__cached__)"
+    with user_environment() as environment:
+        variables = {**environment, "PYTHONPATH": str(tmp_path)}
+        command = [sys.executable, "-c", show]
+        printed = subprocess.run(command, capture_output=True, text=True, env=variables, check=True)
+        assert Path(printed.stdout.strip()).is_file()
+    assert not (tmp_path / "__pycache__").exists()
 
 
 def test_texts_that_begin_alike_are_timed(monkeypatch: pytest.MonkeyPatch) -> None:

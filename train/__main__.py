@@ -1,12 +1,15 @@
 """`python -m train run|resume|export|eval|report|autopsy|plan|sweep|coordinates|tokenize`."""
 
-from llama_jax.cli.startup import end_on_interrupt
+from llama_jax.cli.startup import (
+    end_on_interrupt,
+    restore_garbage_collection,
+    without_garbage_collection,
+)
 
 if __name__ == "__main__":
     end_on_interrupt()
 
 import argparse
-import gc
 import logging
 import os
 import sys
@@ -68,7 +71,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             extra="train",
         )
     finally:
-        gc.enable()
+        restore_garbage_collection()
 
 
 def _parser() -> Parser:
@@ -97,7 +100,7 @@ def _add_run(program: Parser) -> None:
 
 
 def _run(arguments: argparse.Namespace) -> int:
-    startup.without_garbage_collection()
+    without_garbage_collection()
     from train.run.begin import begin
     from train.run.continued import options_to_continue
     from train.run.remote import mirrored, new_run, require_one_process
@@ -187,7 +190,7 @@ def _add_resume(program: Parser) -> None:
 
 
 def _resume(arguments: argparse.Namespace) -> int:
-    startup.without_garbage_collection()
+    without_garbage_collection()
     from train.run.stop import ending_at_once
 
     with ExitStack() as stack:

@@ -3,10 +3,11 @@
 One clock for the process, as there is one start: `restart` at its beginning, `lap` at the end of each part.
 """
 
-import gc
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+
+from llama_jax.cli.startup import with_garbage_collection
 
 _COMPILING = {
     "jaxpr_trace_duration": "tracing",
@@ -25,14 +26,6 @@ def restart() -> None:
     global _started, _last
     _started = _last = _now()
     _parts.clear()
-
-
-def without_garbage_collection() -> None:
-    """Until the first step is done: imports and tracing make many objects, and hardly any garbage.
-
-    It takes an eighth of a restart's processor time.
-    """
-    gc.disable()
 
 
 def lap(name: str) -> None:
@@ -65,7 +58,7 @@ def first_step(name: str) -> Iterator[None]:
         yield
     finally:
         monitoring.unregister_event_duration_listener(listen)
-        gc.enable()
+        with_garbage_collection()
     lap("first step")
     _parts["first step"] -= sum(measured.values())
     _parts.update(measured)

@@ -1,5 +1,7 @@
 """A checksum of an array that does not depend on its sharding; those of its parts add up to it."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -28,17 +30,18 @@ def fingerprint(
     width = array.dtype.itemsize * 8
     bits = jax.lax.bitcast_convert_type(array, jnp.dtype(f"uint{min(width, 32)}"))
     # mixed with the position, so that swapped values change the sum
-    mixed: Array = jnp.uint32(0)
+    mixed: Any = np.uint32(0)
     for axis in range(bits.ndim):
         position = jax.lax.broadcasted_iota(jnp.uint32, bits.shape, axis)
         if axis == 0:
             position = position + jnp.asarray(start).astype(jnp.uint32)
-        mixed = _mix(mixed ^ (position + jnp.uint32(axis)))
+        mixed = _mix(mixed ^ (position + np.uint32(axis)))
     return jnp.sum(_mix(bits.astype(jnp.uint32) ^ mixed), dtype=jnp.uint32)
 
 
 def _mix(x: UInt32[Array, "..."]) -> UInt32[Array, "..."]:
     """The finalizer of MurmurHash3, a permutation of the 32-bit integers."""
+    # numpy's numbers: JAX would make an array of each, with a program
     for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):
-        x = (x ^ (x >> jnp.uint32(shift))) * jnp.uint32(factor)
-    return x ^ (x >> jnp.uint32(16))
+        x = (x ^ (x >> np.uint32(shift))) * np.uint32(factor)
+    return x ^ (x >> np.uint32(16))

@@ -8,7 +8,6 @@ from typing import Any, TypeVar
 
 import jax
 import numpy as np
-import orbax.checkpoint as ocp
 from flax import nnx
 
 from llama_jax.checkpoints.dtypes import requested_dtype, require_float, widest
@@ -90,6 +89,8 @@ def load_orbax(model_class: Callable[..., Model], path: Path, dtype: Any = None)
     Raises:
         ValueError: an impossible dtype; no checkpoint, a damaged one, or one of another config.json.
     """
+    import orbax.checkpoint as ocp  # slow, and most models are in another format
+
     home, params = locate(path)
     config = LlamaConfig.from_pretrained(home)
     dtype = requested_dtype(dtype)
@@ -134,6 +135,8 @@ def _one_line_errors(params: Path) -> Iterator[None]:
 
 def _stored_tree(params: Path) -> Any:
     """The tree of the stored arrays, without their values."""
+    import orbax.checkpoint as ocp
+
     with _one_line_errors(params), quiet_orbax(), ocp.StandardCheckpointer() as checkpointer:
         return checkpointer.metadata(on_disk(params).absolute()).item_metadata.tree
 

@@ -19,6 +19,7 @@ from llama_jax.cli.generation import (
     write,
 )
 from llama_jax.cli.program import json_line
+from llama_jax.cli.startup import with_garbage_collection, without_garbage_collection
 from llama_jax.text.detokenize import TextStream
 
 
@@ -79,6 +80,7 @@ class _Row:
 
 
 def _generate(options: argparse.Namespace) -> None:
+    without_garbage_collection()
     keep_compiled_programs(options)
     choices = sampling_choices(options)
     tokenizer, model = load_with_tokenizer(options)
@@ -103,6 +105,8 @@ def _generate(options: argparse.Namespace) -> None:
                 show(index, row, row.push(token, ends=token in ends))
         if all(row.finish_reason for row in rows):
             break
+        if any(len(row.ids) > 1 for row in rows):  # all programs are there
+            with_garbage_collection()
     for index, row in enumerate(rows):
         if row.finish_reason is None:
             show(index, row, row.finish())

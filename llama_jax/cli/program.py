@@ -91,14 +91,18 @@ def run_program(
     return code
 
 
-def leave(code: int) -> NoReturn:
+def leave(code: int, *, at_once: bool = False) -> NoReturn:
     """End the process with the exit code of `run_program`.
 
     After an interrupt this skips Python's own shutdown, which sometimes crashes: it tears down XLA's
     threads while they are still computing. One of several processes skips it after an error as well, or if
     nobody reads its output: JAX would wait there for the others, which wait for this one.
+
+    Args:
+        at_once: skip it in any case, for a program with nothing left to do. To take JAX apart, a model and
+            its programs can take more than a second.
     """
-    if code == INTERRUPTED or (code in (ERROR, BROKEN_PIPE) and _is_one_of_several()):
+    if at_once or code == INTERRUPTED or (code in (ERROR, BROKEN_PIPE) and _is_one_of_several()):
         os._exit(code)  # the streams are flushed
     sys.exit(code)
 

@@ -1,5 +1,6 @@
-"""What a program does before it imports anything else."""
+"""What a program does before it imports anything else, and until its first result."""
 
+import gc
 import signal
 
 
@@ -11,3 +12,24 @@ def end_on_interrupt() -> None:
     """
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
+def without_garbage_collection() -> None:
+    """Until `with_garbage_collection`: imports and tracing make many objects, and hardly any garbage.
+
+    Looking for it takes an eighth of the processor time of a start.
+    """
+    gc.disable()
+
+
+def with_garbage_collection() -> None:
+    """From here on, but for the objects that there are: they stay, and are not looked through any more."""
+    if not gc.isenabled():
+        gc.freeze()
+        gc.enable()
+
+
+def restore_garbage_collection() -> None:
+    """As Python begins, for a program that was called as a function."""
+    gc.unfreeze()
+    gc.enable()

@@ -2,8 +2,10 @@
 
 import warnings
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
+from threading import Thread
 from typing import Any, NamedTuple, Protocol
 
 import jax
@@ -138,7 +140,13 @@ def stream(
     """The new tokens of `generate` as they come, int32 [batch]; padding in rows that have ended."""
     started = _start(model, input_ids, attention_mask, request, prompt_cache)
     state, prompt = started.state, input_ids.shape[1]
+    # the prompt is still computed, and its first token is worth showing before the next can be computed
+    compiling = Thread(target=started.compile, name="compile the decoding step", daemon=True)
+    if request.max_new_tokens > 1:
+        compiling.start()
     for count in range(1, int(request.max_new_tokens) + 1):
+        if count == 2:
+            compiling.join()
         if count > 1:
             state = started.continue_to(state, count)
         if int(state.length) < prompt + count:
@@ -149,10 +157,15 @@ def stream(
 
 
 class _Started(NamedTuple):
-    """A generation after its first token; `continue_to(state, count)` runs it to `count` new tokens."""
+    """A generation after its first token.
+
+    continue_to: `continue_to(state, count)` runs it to `count` new tokens.
+    compile: compiles for that, or reads the program from the cache of compiled programs.
+    """
 
     state: _State
     continue_to: Callable[[_State, int], _State]
+    compile: Callable[[], None]
 
 
 def _start(
@@ -218,7 +231,12 @@ def _start(
         end = np.asarray(prompt + count, np.int32)
         return _decode(decoder, state, end, begin, sampling, ending, key)
 
-    return _Started(state, continue_to)
+    def compile_decode() -> None:
+        # what fails here fails again, where it is reported, in `continue_to`
+        with suppress(Exception):
+            _decode.lower(decoder, state, begin, begin, sampling, ending, key).compile()
+
+    return _Started(state, continue_to, compile_decode)
 
 
 def _checked_request(request: Request, config: LlamaConfig) -> Request:

@@ -8,7 +8,11 @@ import numpy as np
 
 from llama_jax.files.staging import replacing, write_text
 from llama_jax.formatting import console, printable
-from llama_jax.numerics.xla_options import reserve_gpu_memory, reserve_host_threads
+from llama_jax.numerics.xla_options import (
+    leave_loops_rolled,
+    reserve_gpu_memory,
+    reserve_host_threads,
+)
 from train.autopsy.examine import examine
 from train.autopsy.page import write_page
 from train.autopsy.replay import Replay, open_replay
@@ -46,6 +50,7 @@ def run_autopsy(
     say = console(stderr=True, soft_wrap=True)
     reserve_gpu_memory()
     reserve_host_threads()
+    leave_loops_rolled()
     with ExitStack() as stack:
         replay = open_replay(folder, options, stack)
         require_done(replay, step)

@@ -17,9 +17,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from llama_jax.files.staging import staged_directory, write_text
 from llama_jax.files.user_cache import cache_directory
-from train.data.documents import read_documents
 from train.data.token_shards import INDEX_FILE, VERSION
-from train.data.tokenize import tokenize
 
 EOS = "<|endoftext|>"
 VOCAB_SIZE = 4096
@@ -64,6 +62,10 @@ def stdlib_tokens() -> Path:
 
 
 def _make(files: Iterable[Path], directory: Path) -> None:
+    # every run comes by here, and needs neither them nor pyarrow
+    from train.data.documents import read_documents
+    from train.data.tokenize import tokenize
+
     with tempfile.TemporaryDirectory() as scratch:
         documents = Path(scratch, "documents.jsonl")
         with documents.open("w", encoding="utf-8") as file:

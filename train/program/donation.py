@@ -26,7 +26,10 @@ def donatable(tree: Any) -> Any:
 
 
 def _copied(array: jax.Array) -> jax.Array:
-    copy = _copy_to(array.sharding)(array)
+    if array.is_fully_addressable:  # without a program for each shape
+        copy = jax.device_put(array, array.sharding, may_alias=False)
+    else:
+        copy = _copy_to(array.sharding)(array)
     copy.block_until_ready()
     array.delete()
     return copy

@@ -14,7 +14,11 @@ from llama_jax.files.foreign_weights import describe
 from llama_jax.formatting import summarize
 from llama_jax.generation.config import read_generation_config
 from llama_jax.models.causal_lm import LlamaForCausalLM
-from llama_jax.numerics.xla_options import reserve_gpu_memory, reserve_host_threads
+from llama_jax.numerics.xla_options import (
+    leave_loops_rolled,
+    reserve_gpu_memory,
+    reserve_host_threads,
+)
 from train import startup
 from train.checkpoints import require_safe_path
 from train.data.sources import common_vocabulary, find_sources, require_same_tokenizer
@@ -55,6 +59,7 @@ def begin(
             checkpoint that cannot be saved.
     """
     startup.lap("imports")
+    leave_loops_rolled()
     validate(options)
     require_possible(diagnosis, options.steps)
     options = with_weights(options)

@@ -68,6 +68,8 @@ def rejected_steps(saved: RunOptions, options: RunOptions, done: int) -> list[st
     change = f"steps: found {options.steps}, expected {saved.steps}"
     if options.steps < done:
         return [f"{change}, or any number from {done}, the steps that are done"]
+    if _same_constant(saved, options):  # known without computing any
+        return []
     if np.array_equal(_learning_rates(saved, done), _learning_rates(options, done)):
         return []
     return [
@@ -75,6 +77,13 @@ def rejected_steps(saved: RunOptions, options: RunOptions, done: int) -> list[st
         f"step {saved.steps}; steps can be added with a constant schedule, or with wsd before its decay: "
         "begin a new run from an export, --model.init-from"
     ]
+
+
+def _same_constant(saved: RunOptions, options: RunOptions) -> bool:
+    """Whether both have the same constant schedule; only its warmup can depend on the steps."""
+    warmups = {warmup_steps(of.optimizer, of.steps) for of in (saved, options)}
+    is_constant = saved.optimizer.schedule == "constant"
+    return is_constant and saved.optimizer == options.optimizer and len(warmups) == 1
 
 
 def _learning_rates(options: RunOptions, done: int) -> np.ndarray:

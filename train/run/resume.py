@@ -6,7 +6,11 @@ from pathlib import Path
 
 import jax
 
-from llama_jax.numerics.xla_options import reserve_gpu_memory, reserve_host_threads
+from llama_jax.numerics.xla_options import (
+    leave_loops_rolled,
+    reserve_gpu_memory,
+    reserve_host_threads,
+)
 from train import checkpoints, startup
 from train.checkpoints import require_safe_path
 from train.data import identity
@@ -51,6 +55,7 @@ def resume(
             change; data that is not what the run began with.
     """
     startup.lap("imports")
+    leave_loops_rolled()  # in every process of a run, or its bits would change
     options = with_absolute_paths(options)
     _require_valid(saved, options)
     require_possible(diagnosis, options.steps)

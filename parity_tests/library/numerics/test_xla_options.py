@@ -1,6 +1,7 @@
 """XLA's options: the user's own flags win, and the compilers accept every one."""
 
 import json
+import os
 
 import jax
 import pytest
@@ -10,6 +11,7 @@ from llama_jax.numerics.xla_options import (
     GPU_MEMORY_FRACTION,
     STEP_OPTIONS,
     STEP_OPTIONS_ACROSS_HOSTS,
+    leave_loops_rolled,
     reserve_gpu_memory,
     reserve_host_threads,
     step_compiler_options,
@@ -61,8 +63,6 @@ def test_only_a_gpu_needs_an_option_for_determinism(platform, added):
 
 
 def test_memory_is_reserved_unless_the_user_did(monkeypatch):
-    import os
-
     for name in (FRACTION, OLD_FRACTION):
         monkeypatch.setenv(name, "0.5")
         reserve_gpu_memory()
@@ -92,6 +92,22 @@ def test_threads_for_devices_made_of_the_cpu(monkeypatch, flags, chosen, threads
         monkeypatch.delenv("NPROC")
     reserve_host_threads()
     assert os.environ.get("NPROC") == threads
+
+
+@pytest.mark.parametrize("flags", ["", "--xla_cpu_enable_fast_math=false"])
+def test_loops_are_not_unrolled(monkeypatch, flags):
+    monkeypatch.setenv("XLA_FLAGS", flags)
+    leave_loops_rolled()
+    leave_loops_rolled()
+    rolled = "--xla_backend_extra_options=xla_cpu_disable_loop_unrolling=true"
+    assert os.environ["XLA_FLAGS"].split() == [*flags.split(), rolled]
+
+
+def test_options_of_the_user_for_a_backend_stay(monkeypatch):
+    flags = "--xla_backend_extra_options=xla_cpu_optimize_for_size=true"
+    monkeypatch.setenv("XLA_FLAGS", flags)
+    leave_loops_rolled()
+    assert os.environ["XLA_FLAGS"] == flags
 
 
 def test_the_options_have_the_names_of_this_version():

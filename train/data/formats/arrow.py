@@ -9,18 +9,23 @@ for tokens that are not in the loss, or "assistant_masks", "completion_mask" or 
 is in the loss if all of these columns that there are say so.
 """
 
+from __future__ import annotations
+
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
-import pyarrow as pa
 
 from llama_jax.files.json_object import read_json_object
 from llama_jax.loss import IGNORE_INDEX
 from train.data.formats.files import list_files
 from train.data.tokens import Ends, Tokens, Vocabulary, join_shards
 from train.options import TokenOptions
+
+if TYPE_CHECKING:
+    import pyarrow as pa  # runs look for files of all formats, and few have these
 
 _STATE = "state.json"
 
@@ -95,6 +100,8 @@ def is_listed(file: Path) -> bool:
 
 def open_table(file: Path) -> pa.Table:
     """The table in a file, memory-mapped. Raises ValueError if it is not one of Arrow's."""
+    import pyarrow as pa
+
     try:
         source = pa.memory_map(str(file))
         try:
@@ -109,6 +116,8 @@ def open_table(file: Path) -> pa.Table:
 
 def read_column(file: Path, column: str) -> pa.ChunkedArray:
     """A column of lists of integers."""
+    import pyarrow as pa
+
     table = open_table(file)
     if column not in table.column_names:
         columns = ", ".join(table.column_names) or "none"
@@ -126,6 +135,8 @@ def read_column(file: Path, column: str) -> pa.ChunkedArray:
 
 def _values_of(file: Path, column: str, rows: pa.Array) -> tuple[np.ndarray, np.ndarray]:
     """The integers in all rows of a record batch, and the offsets of the rows, from any number on."""
+    import pyarrow as pa
+
     values = rows.flatten()
     if rows.null_count or values.null_count:
         raise ValueError(f"{file}: found null in column {column!r}, expected lists of integers")
