@@ -116,8 +116,8 @@ def reserve_gpu_memory() -> None:
 def leave_loops_rolled() -> None:
     """Let LLVM unroll no loops of XLA's on a CPU, unless the user has chosen options of this kind.
 
-    Those loops are vectors already. A step compiles in three quarters of the time or less, and takes no
-    longer (docs/performance.md). No option of `jax.jit` says so, and XLA reads this one when it first
+    Those loops are vectors already. A step compiles in a tenth to a half less time, and one in bfloat16
+    takes no longer (docs/log.md). No option of `jax.jit` says so, and XLA reads this one when it first
     compiles: to be called before JAX looks for devices.
     """
     flags = os.environ.get("XLA_FLAGS", "")
