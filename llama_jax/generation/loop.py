@@ -141,7 +141,8 @@ def stream(
     started = _start(model, input_ids, attention_mask, request, prompt_cache)
     state, prompt = started.state, input_ids.shape[1]
     # the prompt is still computed, and its first token is worth showing before the next can be computed
-    compiling = Thread(target=started.compile, name="compile the decoding step", daemon=True)
+    # not a daemon: Python ends badly while one of those is in XLA
+    compiling = Thread(target=started.compile, name="compile the decoding step")
     if request.max_new_tokens > 1:
         compiling.start()
     for count in range(1, int(request.max_new_tokens) + 1):
@@ -231,12 +232,23 @@ def _start(
         end = np.asarray(prompt + count, np.int32)
         return _decode(decoder, state, end, begin, sampling, ending, key)
 
+    settings = _settings()
+
     def compile_decode() -> None:
+        if _settings() != settings:
+            return  # another thread does not have those of a `with`, and would compile another program
         # what fails here fails again, where it is reported, in `continue_to`
         with suppress(Exception):
             _decode.lower(decoder, state, begin, begin, sampling, ending, key).compile()
 
     return _Started(state, continue_to, compile_decode)
+
+
+def _settings() -> tuple[Any, ...]:
+    """What programs depend on and a `with` can set."""
+    options = ("enable_x64", "default_matmul_precision", "numpy_dtype_promotion", "default_device")
+    mesh = jax.sharding.get_abstract_mesh()
+    return mesh, *(getattr(jax.config, f"jax_{option}") for option in options)
 
 
 def _checked_request(request: Request, config: LlamaConfig) -> Request:
