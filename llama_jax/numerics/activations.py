@@ -9,7 +9,14 @@ from math import pi, sqrt
 import jax
 import jax.numpy as jnp
 
+from llama_jax.numerics.matmul import working_dtype
+
 Activation = Callable[[jax.Array], jax.Array]
+
+
+def _silu(x: jax.Array) -> jax.Array:
+    """Rounded once, as PyTorch's is; XLA's exponential of bfloat16 is also slow on a CPU."""
+    return jax.nn.silu(x.astype(working_dtype(x.dtype))).astype(x.dtype)
 
 
 def _gelu_accurate(x: jax.Array) -> jax.Array:
@@ -37,8 +44,8 @@ def _gelu_fast(x: jax.Array) -> jax.Array:
 
 
 ACTIVATIONS: dict[str, Activation] = {
-    "silu": jax.nn.silu,
-    "swish": jax.nn.silu,
+    "silu": _silu,
+    "swish": _silu,
     "gelu": _gelu_exact,
     "gelu_python": _gelu_exact,
     "gelu_new": _gelu_accurate,

@@ -18,6 +18,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from llama_jax.numerics.backend import is_partitioned, target_platform
+from llama_jax.numerics.many_rows import many_rows_matmul, takes_many_rows
 
 
 def working_dtype(dtype: jnp.dtype) -> jnp.dtype:
@@ -141,13 +142,19 @@ def _blocked_einsum(spec: str, a: Array, b: Array) -> Array:
     depth = a.shape[spec.index(contracted)]
     rows = a.size // depth
     blocks = _block_count(depth, rows)
-    if blocks < 2 or rows < 2:
-        return _plain_einsum(spec, a, b)
-    size = -(-depth // blocks)
     operands = (jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (a, b))
-    loop = _loop_over_blocks.trace(spec, size, *operands).jaxpr
+    if takes_many_rows(spec, a, b):
+        loop = _by_kernel.trace(spec, a.dtype, *operands).jaxpr
+    elif blocks < 2 or rows < 2:
+        return _plain_einsum(spec, a, b)
+    else:
+        loop = _loop_over_blocks.trace(spec, -(-depth // blocks), *operands).jaxpr
     out: Array = _sum_of_blocks.bind(a, b, spec=spec, jaxpr=loop)
     return out
+
+
+# a kernel has the loop within it
+_by_kernel = jax.jit(many_rows_matmul, static_argnums=(0, 1))
 
 
 @partial(jax.jit, static_argnums=(0, 1))
@@ -244,6 +251,8 @@ def _plain_einsum(spec: str, a: Array, b: Array) -> Array:
 
 def wide_einsum(spec: str, a: Array, b: Array, dtype: DTypeLike) -> Array:
     """`jnp.einsum(spec, a, b)`, accumulated and returned in `dtype`; its derivative is JAX's own."""
+    if dtype == jnp.float32 and takes_many_rows(spec, a, b):
+        return many_rows_matmul(spec, jnp.dtype(dtype), a, b)
     if a.dtype in (jnp.bfloat16, jnp.float16) and target_platform() == "cpu":
         return _half_precision_cpu_einsum(_parse(spec), a, b, dtype)
     return jnp.einsum(spec, a, b, preferred_element_type=dtype)
@@ -306,6 +315,8 @@ def _contracted_last(a: Array, indices: str, contracted: str) -> tuple[Array, st
 def _low_precision_einsum(
     spec: str, out_dtype: jnp.dtype, reduce_dtype: DTypeLike | None, a: Array, b: Array
 ) -> Array:
+    if out_dtype == a.dtype and takes_many_rows(spec, a, b):
+        return many_rows_matmul(spec, out_dtype, a, b)
     return wide_einsum(spec, a, b, jnp.dtype(jnp.float32)).astype(out_dtype)
 
 

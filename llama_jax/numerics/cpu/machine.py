@@ -86,7 +86,7 @@ def call(_: Any, function: Any, argument: Any) -> Any:
     return types.int64(types.int64, types.int64), emit
 
 
-def _symbol_address(symbol: str) -> Any:
+def symbol_address(symbol: str) -> Any:
     """An intrinsic; a number would not be true in the next process."""
 
     def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
@@ -103,7 +103,7 @@ def _symbol_address(symbol: str) -> Any:
     return address
 
 
-work_address, task_address, seats_address = map(_symbol_address, (WORK, TASK, SEATS))
+work_address, task_address, seats_address = map(symbol_address, (WORK, TASK, SEATS))
 
 
 def lasting_zeros(size: int) -> int:

@@ -16,6 +16,13 @@ SPECS = ["ti,oi->to", "bqngd,bknd->bngqk", "bngqk,bknd->bqngd", "bsh,vh->bsv"]
 SIZES = dict(zip("tiobqngdkshv", (3, 5, 4, 2, 3, 2, 2, 4, 5, 3, 6, 7), strict=True))
 
 
+@pytest.fixture(params=["by the kernel, if there is one", "by XLA"])
+def either_way(request, monkeypatch):
+    """Both ways to a float32 matmul."""
+    if request.param == "by XLA":
+        monkeypatch.setattr(matmul, "takes_many_rows", lambda *_: False)
+
+
 def operands(spec: str, dtype: jnp.dtype) -> tuple[jax.Array, jax.Array]:
     rng = np.random.default_rng(0)
     shapes = [[SIZES[letter] for letter in part] for part in spec.split("->")[0].split(",")]
@@ -51,6 +58,7 @@ def test_operands_of_two_dtypes_are_an_error():
         einsum("ti,oi->to", jnp.ones((2, 3)), jnp.ones((4, 3), jnp.bfloat16))
 
 
+@pytest.mark.usefixtures("either_way")
 @pytest.mark.parametrize("rows", [2, 4, 15, 64])
 @pytest.mark.parametrize(("depth", "width"), [(576, 1536), (1536, 576), (2048, 512), (4096, 256)])
 def test_float32_rounds_no_more_than_torch_at_real_widths(rows, depth, width):
@@ -64,6 +72,7 @@ def test_float32_rounds_no_more_than_torch_at_real_widths(rows, depth, width):
     assert ours <= ROUNDING_RATIO * theirs
 
 
+@pytest.mark.usefixtures("either_way")
 @pytest.mark.parametrize(("depth", "width"), [(576, 192), (576, 576)])
 def test_gradient_of_the_input_rounds_no_more_than_torchs(depth, width):
     """Projections of attention. As one matmul, that of the square one has a ratio of 1.5."""
@@ -77,6 +86,7 @@ def test_gradient_of_the_input_rounds_no_more_than_torchs(depth, width):
     assert rms_error(np.asarray(ours), exact) <= ROUNDING_RATIO * rms_error(theirs, exact)
 
 
+@pytest.mark.usefixtures("either_way")
 @pytest.mark.parametrize("tokens", [256, 1024])
 @pytest.mark.parametrize(("depth", "width"), [(576, 192), (704, 256), (1536, 576)])
 def test_gradient_of_the_weight_rounds_no_more_than_torchs(tokens, depth, width):
@@ -162,7 +172,8 @@ def test_gradients_over_a_mesh_are_plain_matmuls():
         assert count() == 1
 
 
-def test_a_sum_of_blocks_holds_one_sum():
+def test_a_sum_of_blocks_holds_one_sum(monkeypatch):
+    monkeypatch.setattr(matmul, "takes_many_rows", lambda *_: False)
     rows, depth, width = 512, 1152, 768
     a, b = jnp.ones((rows, depth)), jnp.ones((width, depth))
     program = jax.jit(lambda a, b: einsum("ti,oi->to", a, b)).lower(a, b).compile()

@@ -1,0 +1,36 @@
+"""The frame with which XLA calls a function (xla/ffi/api/c_api.h in jaxlib), as words of 8 bytes."""
+
+from typing import Any
+
+import numpy as np
+from numba import carray, njit
+
+from llama_jax.numerics.cpu.machine import pointer
+
+BYTES = 8  # of a word
+
+# Places in XLA's structures, in words.
+EXTENSION, API, CONTEXT, ARGUMENTS, RESULTS = 1, 2, 3, 9, 14  # of a frame
+SCHEDULE, THREADS = 17, 18  # functions of the API
+BUFFER_DTYPE, DATA, DIMENSIONS = 2, 3, 5
+INT8, UINT8, FLOAT32, BFLOAT16 = 2, 6, 11, 16  # dtypes
+
+_METADATA, _METADATA_VERSION = 1, 3  # kind of extension; version in the metadata
+_VERSION = 0 | 3 << 32  # major 0, minor 3
+
+_compile = njit(error_model="numpy", cache=True)
+
+
+@_compile
+def words(address: int, count: int) -> Any:
+    """The words at an address."""
+    return carray(pointer(address), (count,), np.int64)
+
+
+@_compile
+def answer_registration(extension: int) -> None:
+    """Tell XLA which version of its interface this is."""
+    extension_words = words(extension, 4)
+    if extension_words[1] & 0xFFFFFFFF == _METADATA:
+        metadata = words(extension_words[3], 6)
+        metadata[_METADATA_VERSION] = _VERSION
