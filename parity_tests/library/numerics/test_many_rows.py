@@ -75,7 +75,7 @@ def test_float32_rounds_no_more_than_torch(rows):
 
 
 def test_one_large_token_rounds_no_more_than_in_torch():
-    """As the first one often is: all sums after it are rounded like it. Sums of 192 had 1.47 in a report."""
+    """As the first one often is: sums after it are rounded like it. With sums of 192 a report had 1.47."""
     rng = np.random.default_rng(0)
     d_out, x = (rng.standard_normal((2000, n)).astype(np.float32) for n in (192, 576))
     d_out[0] *= 30
