@@ -9,7 +9,7 @@ from jaxtyping import Array, Bool, Float
 
 from llama_jax.attention.masks import AttentionMask, dense_mask
 from llama_jax.attention.plain import dot_product_attention
-from llama_jax.numerics.cpu.available import cpu_kernels
+from llama_jax.numerics.cpu.available import step_kernels
 
 
 def one_query_attention(
@@ -26,7 +26,7 @@ def one_query_attention(
         query, key, value: of one dtype.
     """
     has_cache = query.shape[1] == 1 and mask.query_slots is not None
-    if not has_cache or query.dtype not in (jnp.float32, jnp.bfloat16) or cpu_kernels() is None:
+    if not has_cache or query.dtype not in (jnp.float32, jnp.bfloat16) or step_kernels() is None:
         return None
     visible = dense_mask(mask, 1, key.shape[1])[:, 0, 0]
     visible = jnp.broadcast_to(visible, key.shape[:2])
@@ -47,7 +47,7 @@ def _attend(
     values: Float[Array, "batch*kv_heads k dim"],
     visible: Bool[Array, "batch k"],
 ) -> Float[Array, "batch heads dim"]:
-    kernels = cpu_kernels()
+    kernels = step_kernels()
     assert kernels is not None, "see one_query_attention"
     out: Array = kernels.attend(query, keys, values, visible)
     return out

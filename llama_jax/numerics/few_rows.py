@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from llama_jax.numerics.backend import target_platform
-from llama_jax.numerics.cpu.available import cpu_kernels
+from llama_jax.numerics.cpu.available import step_kernels
 from llama_jax.numerics.matmul import working_dtype
 
 _FEW_ROWS = 8
@@ -103,7 +103,7 @@ def _takes(x: Array) -> bool:
     """Whether the kernel multiplies x."""
     if len(x) > _FEW_ROWS or x.dtype not in (jnp.float32, jnp.bfloat16):
         return False
-    return cpu_kernels() is not None
+    return step_kernels() is not None
 
 
 def _is_weight(codes: Codes) -> Array:
@@ -116,7 +116,7 @@ def _from_memory(
     widens: tuple[Callable[[Codes], Array], ...], x: Array, weights: tuple[Codes, ...]
 ) -> tuple[Array, ...]:
     """By the kernel, in float32."""
-    kernels = cpu_kernels()
+    kernels = step_kernels()
     assert kernels is not None, "see _takes"
     wide = []
     for codes, scale, zero in weights:

@@ -5,11 +5,8 @@ time; the kernel sums up blocks in registers. In bfloat16 it uses AMX whatever t
 XLA writes another layout to memory first.
 """
 
-import importlib.util
 import math
-import warnings
 from functools import cache, partial
-from types import ModuleType
 from typing import Any, NamedTuple
 
 import jax
@@ -19,6 +16,7 @@ from jax.interpreters import ad, batching, mlir
 from jaxtyping import Array
 
 from llama_jax.numerics.backend import target_platform
+from llama_jax.numerics.cpu.available import tiled_kernel
 
 # Smaller matmuls are XLA's: a call of the kernel costs more than it saves.
 _LEAST_PRODUCTS = 1 << 22
@@ -83,29 +81,8 @@ def takes_many_rows(spec: str, a: Array, b: Array) -> bool:
     units = (4, 32, 16) if a.dtype == jnp.float32 else (32, 32, 32)
     if any(size % unit for size, unit in zip((rows, columns, inner), units, strict=True)):
         return False
-    kernel = _kernel()
+    kernel = tiled_kernel()
     return kernel is not None and (a.dtype == jnp.float32 or kernel.HAS_AMX)
-
-
-@cache
-def _kernel() -> ModuleType | None:
-    """`cpu.tiled_call`, which takes seconds to compile where numba has no cache of it.
-
-    None without numba, or on a processor without the registers that the kernel is written for.
-    """
-    if importlib.util.find_spec("numba") is None:
-        return None
-    try:
-        from llvmlite import binding
-
-        if not binding.get_host_cpu_features().get("avx512f"):
-            return None
-        from llama_jax.numerics.cpu import tiled_call
-    except (ImportError, OSError, RuntimeError) as error:
-        # no numba for this numpy, or nowhere to keep what it compiles
-        warnings.warn(f"matmuls are slower than they could be: numba: {error}", stacklevel=2)
-        return None
-    return tiled_call
 
 
 def many_rows_matmul(spec: str, out_dtype: jnp.dtype, a: Array, b: Array) -> Array:
@@ -134,7 +111,7 @@ _many_rows_matmul = Primitive("many_rows_matmul")
 
 @_many_rows_matmul.def_impl
 def _run(a: Array, b: Array, *, spec: str, jaxpr: ClosedJaxpr) -> Array:
-    form, kernel = _form(spec), _kernel()
+    form, kernel = _form(spec), tiled_kernel()
     assert form is not None, "see takes_many_rows"
     assert kernel is not None, "see takes_many_rows"
     batch, rows, columns, inner = _sizes(form, spec, a.shape, b.shape)

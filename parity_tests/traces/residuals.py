@@ -53,6 +53,8 @@ class Residual(NamedTuple):
         return not self.ratio <= LIMIT
 
 
+# a program that is wrong can make infinities, and their difference is NaN, which departs
+@np.errstate(over="ignore", invalid="ignore")
 def residual(
     name: str,
     direction: str,

@@ -31,6 +31,7 @@ from parity_tests.harness.cases import BY_NAME, hf_model, weights_of, write_hf_d
 from parity_tests.record_torch import META, record, recording
 from parity_tests.traces.check import Verdict, check
 from parity_tests.traces.record_jax import record_jax
+from parity_tests.traces.residuals import residual
 from parity_tests.traces.trace import open_trace
 
 CASE = BY_NAME["gqa_3_to_1"]
@@ -503,3 +504,11 @@ def test_a_recording_is_as_large_as_was_told_and_in_files_by_layer(
     assert float(told[1]) == pytest.approx(written, rel=0.05)
     files = {stored.path.name.partition("-")[2] for stored in trace.stored.values()}
     assert files == {f"{n}.safetensors" for n in ("embedding", "layers.0", "layers.1", "head")}
+
+
+def test_infinities_depart() -> None:
+    """A fault that is put into the oracle can overflow; warnings are errors here."""
+    infinite = np.full((2, 3), np.inf)
+    found = residual("x", "forward", np.ones((2, 3)), infinite, infinite, eps=1e-7, rows=2)
+    assert found.departs
+    assert not np.isfinite(found.rms)

@@ -1,4 +1,4 @@
-"""Whether a program may use the kernels, in a module that does not import numba."""
+"""Which kernels a program may use, in a module that does not import numba."""
 
 import importlib
 import importlib.util
@@ -11,20 +11,35 @@ import jax
 from llama_jax.numerics.backend import target_platform
 
 
-def cpu_kernels() -> ModuleType | None:
+def step_kernels() -> ModuleType | None:
     """The module `call`, if this program is for one CPU and numba is installed (extra `cpu`)."""
     is_one = jax.sharding.get_abstract_mesh().empty
-    return _kernels() if is_one and target_platform() == "cpu" else None
+    return _kernels("call") if is_one and target_platform() == "cpu" else None
 
 
 @cache
-def _kernels() -> ModuleType | None:
+def tiled_kernel() -> ModuleType | None:
+    """The module `tiled_call`, if numba is installed and the processor has the registers that it needs.
+
+    On AMD's processors XLA's matmuls were measured, and this was not.
+    """
+    if importlib.util.find_spec("numba") is None:
+        return None
+    from llvmlite import binding
+
+    is_measured = not binding.get_host_cpu_name().startswith("znver")
+    has_avx512 = binding.get_host_cpu_features().get("avx512f")
+    return _kernels("tiled_call") if is_measured and has_avx512 else None
+
+
+@cache
+def _kernels(module: str) -> ModuleType | None:
     """To import them takes seconds where numba has no cache of what it compiled."""
     if importlib.util.find_spec("numba") is None:
         return None
     try:
-        return importlib.import_module("llama_jax.numerics.cpu.call")
+        return importlib.import_module(f"llama_jax.numerics.cpu.{module}")
     except (ImportError, OSError, RuntimeError) as error:
         # no numba for this numpy, or nowhere to keep what it compiles
-        warnings.warn(f"decoding is slower than it could be: numba: {error}", stacklevel=3)
+        warnings.warn(f"matmuls are slower than they could be: numba: {error}", stacklevel=3)
         return None

@@ -6,8 +6,8 @@ import platform
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
-from llvmlite import binding
 
+from llama_jax.numerics.cpu import tiles
 from llama_jax.numerics.cpu.tiled import HANDLERS
 
 _TARGET = "llama_jax_tiled_matmul"
@@ -21,7 +21,7 @@ for _layout, _handler in enumerate(HANDLERS):
 
 def _may_use_amx() -> bool:
     """Whether the processor has bfloat16 in AMX, and Linux lets this process use it."""
-    if platform.system() != "Linux" or not binding.get_host_cpu_features().get("amx-bf16"):
+    if platform.system() != "Linux" or not tiles.HAS_AMX:
         return False
     return not ctypes.CDLL(None).syscall(_ARCH_PRCTL, _REQUEST_PERMISSION, _TILE_DATA)
 

@@ -7,7 +7,7 @@ Arguments are tuples of int64: addresses, distances in bytes and counts. A tile 
 from collections.abc import Callable
 from typing import Any
 
-from llvmlite import ir
+from llvmlite import binding, ir
 from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
@@ -19,11 +19,10 @@ PANEL = 32  # columns of a block, and in bfloat16 its rows: two tiles
 # first token's often is, all sums are rounded like it: with 192 the gradient of SmolLM2-135M's k_proj over
 # 2,000 tokens had 1.47 times PyTorch's error.
 DEPTH = 64
-BLOCK_ROWS = (
-    12,
-    8,
-    4,
-)  # of float32: with 12 and two vectors of columns, 24 of 32 registers are sums
+# Rows of a float32 block: with 12 and two vectors of columns, 24 of 32 registers are sums.
+BLOCK_ROWS = (12, 8, 4)
+# LLVM ends the process if it finds an instruction that the processor has not.
+HAS_AMX = bool(binding.get_host_cpu_features().get("amx-bf16"))
 
 _WORD, _BITS, _FLOAT, _BYTE = ir.IntType(64), ir.IntType(32), ir.FloatType(), ir.IntType(8)
 _BITS_VECTOR, _FLOAT_VECTOR = (ir.VectorType(of, LANES) for of in (_BITS, _FLOAT))
@@ -178,7 +177,9 @@ def _fma(builder: Any, first: Any, second: Any, total: Any) -> Any:
 
 
 def _amx(builder: Any, name: str, *arguments: Any) -> None:
-    """An instruction of AMX; its registers are constants of 8 bits, addresses become pointers."""
+    """An instruction of AMX, or none; its registers are constants of 8 bits, addresses are pointers."""
+    if not HAS_AMX:
+        return
     kind = ir.FunctionType(ir.VoidType(), [argument.type for argument in arguments])
     function = cgutils.get_or_insert_function(builder.module, kind, f"llvm.x86.{name}")
     builder.call(function, arguments)

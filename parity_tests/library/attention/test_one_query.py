@@ -133,7 +133,7 @@ def test_what_it_leaves_to_the_formula(monkeypatch):
     two = jnp.concatenate([arrays[0]] * 2, axis=1)
     assert one_query_attention(two, *arrays[1:], mask) is None
     assert attention(*arrays, mask, output_weights=True)[1].shape == (ROWS, 9, 1, CAPACITY)
-    monkeypatch.setattr(one_query, "cpu_kernels", lambda: None)
+    monkeypatch.setattr(one_query, "step_kernels", lambda: None)
     assert one_query_attention(*arrays, mask) is None
 
 

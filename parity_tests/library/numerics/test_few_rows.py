@@ -165,7 +165,7 @@ def test_many_rows_and_no_numba_widen(monkeypatch):
     x = jnp.asarray(np.random.default_rng(1).standard_normal((9, 192)), jnp.float32)
     assert weight.in_memory(x) is None
     assert coded((16, 192), 8, 2, x.dtype).in_memory(x[:1]) is None
-    monkeypatch.setattr(few_rows, "cpu_kernels", lambda: None)
+    monkeypatch.setattr(few_rows, "step_kernels", lambda: None)
     assert weight.in_memory(x[:1]) is None
     assert few_rows_matmul(x[:1], weight[...], x.dtype) is None
     np.testing.assert_allclose(step(x[:1], weight), x[:1] @ weight[...].T, rtol=1e-5, atol=1e-5)
@@ -182,7 +182,7 @@ def test_a_numba_that_fails_is_a_warning(monkeypatch):
     monkeypatch.delitem(sys.modules, "llama_jax.numerics.cpu.call", raising=False)
     monkeypatch.setattr(sys, "meta_path", [Failing(), *sys.meta_path])
     with pytest.warns(UserWarning, match="numba: Numba needs NumPy"):
-        assert available._kernels.__wrapped__() is None
+        assert available._kernels.__wrapped__("call") is None
 
 
 def test_under_vmap():

@@ -1,6 +1,9 @@
 """Matmuls of many rows on a CPU: the kernel's results, its derivatives, and what is left to XLA."""
 
 import hashlib
+import os
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -11,12 +14,13 @@ import pytest
 import torch
 
 from llama_jax.numerics import many_rows, matmul
+from llama_jax.numerics.cpu.available import tiled_kernel
 from llama_jax.numerics.matmul import einsum, wide_einsum
 from parity_tests.reference.errors import rms_error
 from parity_tests.reference.tolerances import ROUNDING_RATIO
 
-KERNEL = many_rows._kernel()
-pytestmark = pytest.mark.skipif(KERNEL is None, reason="no numba, or no AVX-512")
+KERNEL = tiled_kernel()
+pytestmark = pytest.mark.skipif(KERNEL is None, reason="no numba, no AVX-512, or AMD")
 
 FLOAT32, BFLOAT16 = jnp.dtype(jnp.float32), jnp.dtype(jnp.bfloat16)
 DTYPES = [
@@ -161,7 +165,7 @@ def test_what_is_left_to_xla(monkeypatch):
     mesh = jax.sharding.AbstractMesh((2,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
     with jax.sharding.use_abstract_mesh(mesh):
         assert not takes("mk,nk->mn", matrix, matrix)
-    monkeypatch.setattr(many_rows, "_kernel", lambda: None)
+    monkeypatch.setattr(many_rows, "tiled_kernel", lambda: None)
     assert not takes("mk,nk->mn", matrix, matrix)
 
 
@@ -189,3 +193,33 @@ def test_the_kept_code_is_that_of_all_sources():
     names = "tiles.py", "frame.py", "machine.py"
     sources = b"".join((folder / name).read_bytes() for name in names)
     assert hashlib.sha256(sources).hexdigest()[:16] == tiled.OTHER_SOURCES
+
+
+def test_it_compiles_for_a_processor_without_amx(tmp_path):
+    """LLVM ends the process if an instruction is missing."""
+    from llvmlite import binding
+
+    features = binding.get_host_cpu_features()
+    names = (
+        ("+" if has and not name.startswith("amx") else "-") + name
+        for name, has in features.items()
+    )
+    program = """
+from llvmlite import binding
+features = binding.get_host_cpu_features()
+binding.get_host_cpu_features = lambda: {n: h and not n.startswith("amx") for n, h in features.items()}
+from llama_jax.numerics.cpu.tiled_call import HAS_AMX
+assert not HAS_AMX
+"""
+    variables = {
+        "NUMBA_CACHE_DIR": str(tmp_path),
+        "NUMBA_CPU_NAME": "skylake-avx512",
+        "NUMBA_CPU_FEATURES": ",".join(names),
+    }
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        env=os.environ | variables,
+        capture_output=True,
+        timeout=600,
+    )
+    assert (done.returncode, done.stderr) == (0, b"")
