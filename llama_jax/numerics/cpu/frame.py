@@ -10,7 +10,8 @@ from llama_jax.numerics.cpu.machine import pointer
 BYTES = 8  # of a word
 
 # Places in XLA's structures, in words.
-EXTENSION, API, CONTEXT, ARGUMENTS, RESULTS = 1, 2, 3, 9, 14  # of a frame
+EXTENSION, API, CONTEXT = 1, 2, 3  # of a frame
+ARGUMENT_COUNT, ARGUMENTS, RESULTS = 7, 9, 14
 SCHEDULE, THREADS = 17, 18  # functions of the API
 BUFFER_DTYPE, DATA, DIMENSIONS = 2, 3, 5
 INT8, UINT8, FLOAT32, BFLOAT16 = 2, 6, 11, 16  # dtypes

@@ -19,6 +19,26 @@ from llama_jax.numerics.cpu.block import (
     multiply_int4,
     multiply_int8,
 )
+from llama_jax.numerics.cpu.frame import (
+    API,
+    ARGUMENT_COUNT,
+    ARGUMENTS,
+    BFLOAT16,
+    BUFFER_DTYPE,
+    BYTES,
+    CONTEXT,
+    DATA,
+    DIMENSIONS,
+    EXTENSION,
+    FLOAT32,
+    INT8,
+    RESULTS,
+    SCHEDULE,
+    THREADS,
+    UINT8,
+    answer_registration,
+    words,
+)
 from llama_jax.numerics.cpu.machine import (
     SEATS,
     TASK,
@@ -49,16 +69,7 @@ _OF_WEIGHT, _OF_ATTENTION = 12, 9  # words
 # of a weight: the dtype of its codes, its first item, and what `block.Operands` has
 _CODES_DTYPE, _FIRST, _CODES, _X, _SCALE, _ZERO, _SUMS, _OUT = 0, 1, 2, 3, 4, 5, 6, 7
 _ROWS, _IN, _FEATURES, _GROUPS = 8, 9, 10, 11
-_BYTES, _FLOAT_BYTES = 8, 4
-
-# Places in XLA's structures, in words.
-_EXTENSION, _API, _CONTEXT = 1, 2, 3  # of a frame
-_ARGUMENT_COUNT, _ARGUMENTS, _RESULTS = 7, 9, 14
-_SCHEDULE, _THREADS = 17, 18  # functions of the API
-_BUFFER_DTYPE, _DATA, _DIMENSIONS = 2, 3, 5
-_METADATA, _METADATA_VERSION = 1, 3  # kind of extension; version in the metadata
-_INT8, _INT4, _FLOAT32, _BFLOAT16 = 2, 6, 11, 16  # _INT4: uint8, with two codes each
-_VERSION = 0 | 3 << 32  # major 0, minor 3
+_FLOAT_BYTES = 4
 
 # A thread that has worked looks into a seat for its next job so many times, since to wake one can take
 # longer than a call; in between others may run. A seat has the address of a job, or one of these.
@@ -72,15 +83,10 @@ _CHUNK_NUMBERS = 1 << 15
 
 # numba keeps what it compiled for as long as this file is the same. This checksum of the others, which a
 # test compares, makes it another file when they change.
-OTHER_SOURCES = "2b6223155bf56971"
+OTHER_SOURCES = "4354c48baf7bcb38"
 
 # Sums in any order, so that they are vectors. NaN and infinity stay what they are.
 _compile = njit(fastmath={"reassoc", "contract", "nsz"}, error_model="numpy", cache=True)
-
-
-@_compile
-def _words(address: int, count: int) -> Any:
-    return carray(pointer(address), (count,), np.int64)
 
 
 @cfunc(types.int64(types.int64), cache=True)
@@ -89,19 +95,19 @@ def work(address: int) -> int:
 
     It is called by its address: numba would compile all of it again for each function that calls it.
     """
-    job = _words(address, _HEADER)
+    job = words(address, _HEADER)
     while True:
-        begin = fetch_add(address + _NEXT * _BYTES, job[_CHUNK])
+        begin = fetch_add(address + _NEXT * BYTES, job[_CHUNK])
         if begin >= job[_ITEMS]:
             return 0
         end = min(begin + job[_CHUNK], job[_ITEMS])
         if job[_WEIGHTS] == 0:
-            of = _words(address + _HEADER * _BYTES, _OF_ATTENTION)
+            of = words(address + _HEADER * BYTES, _OF_ATTENTION)
             attention = (of[0], of[1], of[2], of[3], of[4], of[5], of[6], of[7], of[8])
-            attend(attention, job[_DTYPE] == _BFLOAT16, begin, end)
+            attend(attention, job[_DTYPE] == BFLOAT16, begin, end)
         for index in range(job[_WEIGHTS]):
             # rows are counted on from one weight to the next
-            of = _words(address + (_HEADER + index * _OF_WEIGHT) * _BYTES, _OF_WEIGHT)
+            of = words(address + (_HEADER + index * _OF_WEIGHT) * BYTES, _OF_WEIGHT)
             first = max(begin - of[_FIRST], 0)
             last = min(end - of[_FIRST], of[_FEATURES])
             if first >= last:
@@ -118,15 +124,15 @@ def work(address: int) -> int:
                 of[_FEATURES],
                 of[_GROUPS],
             )
-            if of[_CODES_DTYPE] == _BFLOAT16:
+            if of[_CODES_DTYPE] == BFLOAT16:
                 multiply_bfloat16(operands, first, last)
-            elif of[_CODES_DTYPE] == _FLOAT32:
+            elif of[_CODES_DTYPE] == FLOAT32:
                 multiply_float32(operands, first, last)
-            elif of[_CODES_DTYPE] == _INT8:
+            elif of[_CODES_DTYPE] == INT8:
                 multiply_int8(operands, first, last)
             else:
                 multiply_int4(operands, first, last)
-        fetch_add(address + _DONE * _BYTES, end - begin)
+        fetch_add(address + _DONE * BYTES, end - begin)
 
 
 binding.add_symbol(WORK, work.address)
@@ -141,7 +147,7 @@ def _seats(threads: int) -> int:
 @_compile
 def _release(address: int) -> None:
     """The last holder frees the job."""
-    if fetch_add(address + _HOLDERS * _BYTES, -1) == 1:
+    if fetch_add(address + _HOLDERS * BYTES, -1) == 1:
         free(address)
 
 
@@ -167,7 +173,7 @@ def _wait_for_job(seats: int) -> int:
 def task(address: int) -> None:
     """What another thread of XLA does for a call, and for those that follow at once."""
     while address != 0:
-        seats = _seats(_words(address, _HEADER)[_COUNT])
+        seats = _seats(words(address, _HEADER)[_COUNT])
         call(work_address(), address)
         _release(address)
         address = _wait_for_job(seats)
@@ -190,9 +196,9 @@ def _sum_groups(x: int, sums: int, rows: int, groups: int, size: int) -> None:
 
 
 @_compile
-def _new_job(words: int, floats: int, weights: int) -> int:
-    address = malloc(words * _BYTES + floats * _FLOAT_BYTES)
-    job = _words(address, words)
+def _new_job(size: int, floats: int, weights: int) -> int:
+    address = malloc(size * BYTES + floats * _FLOAT_BYTES)
+    job = words(address, size)
     job[:] = 0
     job[_HOLDERS], job[_WEIGHTS] = 1, weights
     return address
@@ -201,38 +207,38 @@ def _new_job(words: int, floats: int, weights: int) -> int:
 @_compile
 def _buffer(frame: Any, table: int, index: int) -> Any:
     """An argument or a result."""
-    return _words(_words(frame[table], index + 1)[index], 6)
+    return words(words(frame[table], index + 1)[index], 6)
 
 
 @_compile
 def _new_multiplication(frame: Any) -> int:
     """Of x [rows, in] and for each weight codes [features, ...], scale [features, groups] and zero."""
-    weights = (frame[_ARGUMENT_COUNT] - 1) // 3
-    x = _buffer(frame, _ARGUMENTS, 0)
-    shape = _words(x[_DIMENSIONS], 2)
-    words, floats = _HEADER + weights * _OF_WEIGHT, 0
+    weights = (frame[ARGUMENT_COUNT] - 1) // 3
+    x = _buffer(frame, ARGUMENTS, 0)
+    shape = words(x[DIMENSIONS], 2)
+    size, floats = _HEADER + weights * _OF_WEIGHT, 0
     for index in range(weights):
-        scale = _buffer(frame, _ARGUMENTS, 3 * index + 2)
-        floats += shape[0] * _words(scale[_DIMENSIONS], 2)[1]
-    address = _new_job(words, floats, weights)
-    job = _words(address, words)
-    sums = address + words * _BYTES
+        scale = _buffer(frame, ARGUMENTS, 3 * index + 2)
+        floats += shape[0] * words(scale[DIMENSIONS], 2)[1]
+    address = _new_job(size, floats, weights)
+    job = words(address, size)
+    sums = address + size * BYTES
     for index in range(weights):
-        codes = _buffer(frame, _ARGUMENTS, 3 * index + 1)
-        scale = _buffer(frame, _ARGUMENTS, 3 * index + 2)
+        codes = _buffer(frame, ARGUMENTS, 3 * index + 1)
+        scale = _buffer(frame, ARGUMENTS, 3 * index + 2)
         of = job[_HEADER + index * _OF_WEIGHT :]
-        groups = _words(scale[_DIMENSIONS], 2)[1]
-        of[_CODES_DTYPE] = codes[_BUFFER_DTYPE] & 0xFFFFFFFF
+        groups = words(scale[DIMENSIONS], 2)[1]
+        of[_CODES_DTYPE] = codes[BUFFER_DTYPE] & 0xFFFFFFFF
         of[_FIRST] = job[_ITEMS]
-        of[_X], of[_CODES], of[_SCALE] = x[_DATA], codes[_DATA], scale[_DATA]
-        of[_ZERO] = _buffer(frame, _ARGUMENTS, 3 * index + 3)[_DATA]
-        of[_OUT] = _buffer(frame, _RESULTS, index)[_DATA]
+        of[_X], of[_CODES], of[_SCALE] = x[DATA], codes[DATA], scale[DATA]
+        of[_ZERO] = _buffer(frame, ARGUMENTS, 3 * index + 3)[DATA]
+        of[_OUT] = _buffer(frame, RESULTS, index)[DATA]
         of[_ROWS], of[_IN], of[_GROUPS] = shape[0], shape[1], groups
-        of[_FEATURES] = _words(codes[_DIMENSIONS], 1)[0]
+        of[_FEATURES] = words(codes[DIMENSIONS], 1)[0]
         of[_SUMS] = sums
-        if of[_CODES_DTYPE] == _INT4:
+        if of[_CODES_DTYPE] == UINT8:
             before = job[_HEADER + (index - 1) * _OF_WEIGHT :]
-            if index > 0 and before[_CODES_DTYPE] == _INT4 and before[_GROUPS] == groups:
+            if index > 0 and before[_CODES_DTYPE] == UINT8 and before[_GROUPS] == groups:
                 of[_SUMS] = before[_SUMS]
             else:
                 _sum_groups(of[_X], sums, shape[0], groups, shape[1] // groups)
@@ -245,16 +251,16 @@ def _new_multiplication(frame: Any) -> int:
 @_compile
 def _new_attention(frame: Any) -> int:
     """Of one query a row, see `attention.Operands`."""
-    query, keys = _buffer(frame, _ARGUMENTS, 0), _buffer(frame, _ARGUMENTS, 1)
+    query, keys = _buffer(frame, ARGUMENTS, 0), _buffer(frame, ARGUMENTS, 1)
     address = _new_job(_HEADER + _OF_ATTENTION, 0, 0)
-    job = _words(address, _HEADER + _OF_ATTENTION)
+    job = words(address, _HEADER + _OF_ATTENTION)
     of = job[_HEADER:]
     for index in range(4):
-        of[index] = _buffer(frame, _ARGUMENTS, index)[_DATA]
-    of[4] = _buffer(frame, _RESULTS, 0)[_DATA]
-    shape, cached = _words(query[_DIMENSIONS], 3), _words(keys[_DIMENSIONS], 3)
+        of[index] = _buffer(frame, ARGUMENTS, index)[DATA]
+    of[4] = _buffer(frame, RESULTS, 0)[DATA]
+    shape, cached = words(query[DIMENSIONS], 3), words(keys[DIMENSIONS], 3)
     of[5], of[6], of[7], of[8] = shape[1], cached[0] // shape[0], cached[1], cached[2]
-    job[_DTYPE] = keys[_BUFFER_DTYPE] & 0xFFFFFFFF
+    job[_DTYPE] = keys[BUFFER_DTYPE] & 0xFFFFFFFF
     job[_ITEMS] = shape[0] * shape[1]
     job[_CHUNK] = max(1, _CHUNK_NUMBERS // (2 * cached[1] * cached[2]))
     return address
@@ -263,49 +269,40 @@ def _new_attention(frame: Any) -> int:
 @_compile
 def _share(frame: Any, address: int) -> None:
     """Do the work of a job, with the help of other threads, and free it."""
-    job, api = _words(address, _HEADER), _words(frame[_API], _THREADS + 1)
-    request = address + _CALL * _BYTES
-    job[_CALL], job[_CALL + 2] = 4 * _BYTES, frame[_CONTEXT]
-    job[_CALL + 3] = address + _COUNT * _BYTES
-    call(api[_THREADS], request)
+    job, api = words(address, _HEADER), words(frame[API], THREADS + 1)
+    request = address + _CALL * BYTES
+    job[_CALL], job[_CALL + 2] = 4 * BYTES, frame[CONTEXT]
+    job[_CALL + 3] = address + _COUNT * BYTES
+    call(api[THREADS], request)
     chunks = -(-job[_ITEMS] // job[_CHUNK])
     helpers = min(job[_COUNT], chunks) - 1
     for index in range(_seats(job[_COUNT])):
         if helpers == 0:
             break
-        fetch_add(address + _HOLDERS * _BYTES, 1)
+        fetch_add(address + _HOLDERS * BYTES, 1)
         seat = seats_address() + index * _SEAT_BYTES
         if compare_exchange(seat, _WAITING, address) == _WAITING:
             helpers -= 1
         else:
-            fetch_add(address + _HOLDERS * _BYTES, -1)
-    job[_CALL], job[_CALL + 3], job[_CALL + 4] = 5 * _BYTES, task_address(), address
+            fetch_add(address + _HOLDERS * BYTES, -1)
+    job[_CALL], job[_CALL + 3], job[_CALL + 4] = 5 * BYTES, task_address(), address
     for _ in range(helpers):
-        fetch_add(address + _HOLDERS * _BYTES, 1)
-        if call(api[_SCHEDULE], request) != 0:  # an error: alone, then
-            fetch_add(address + _HOLDERS * _BYTES, -1)
+        fetch_add(address + _HOLDERS * BYTES, 1)
+        if call(api[SCHEDULE], request) != 0:  # an error: alone, then
+            fetch_add(address + _HOLDERS * BYTES, -1)
             break
     call(work_address(), address)
-    while load(address + _DONE * _BYTES) < job[_ITEMS]:
+    while load(address + _DONE * BYTES) < job[_ITEMS]:
         sched_yield()
     _release(address)
-
-
-@_compile
-def _answer_registration(extension: int) -> None:
-    """Tell XLA which version of its interface this is."""
-    words = _words(extension, 4)
-    if words[1] & 0xFFFFFFFF == _METADATA:
-        metadata = _words(words[3], 6)
-        metadata[_METADATA_VERSION] = _VERSION
 
 
 @cfunc(types.int64(types.int64), cache=True)
 def multiply_handler(address: int) -> int:
     """An XLA_FFI_Handler; returns no error."""
-    frame = _words(address, 20)
-    if frame[_EXTENSION] != 0:
-        _answer_registration(frame[_EXTENSION])
+    frame = words(address, 20)
+    if frame[EXTENSION] != 0:
+        answer_registration(frame[EXTENSION])
     else:
         _share(frame, _new_multiplication(frame))
     return 0
@@ -314,9 +311,9 @@ def multiply_handler(address: int) -> int:
 @cfunc(types.int64(types.int64), cache=True)
 def attend_handler(address: int) -> int:
     """An XLA_FFI_Handler; returns no error."""
-    frame = _words(address, 20)
-    if frame[_EXTENSION] != 0:
-        _answer_registration(frame[_EXTENSION])
+    frame = words(address, 20)
+    if frame[EXTENSION] != 0:
+        answer_registration(frame[EXTENSION])
     else:
         _share(frame, _new_attention(frame))
     return 0

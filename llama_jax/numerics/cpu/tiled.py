@@ -79,7 +79,7 @@ _MOST_ROWS = BLOCK_ROWS[0]
 
 # numba keeps what it compiled for as long as this file is the same. This checksum of the others, which a
 # test compares, makes it another file when they change.
-OTHER_SOURCES = "7d3d63904f74b53b"
+OTHER_SOURCES = "5f6bc6f1b1173db0"
 
 _compile = njit(error_model="numpy", cache=True)
 
