@@ -1,1 +1,1 @@
-"""Kernels of a decoding step on a CPU, compiled by numba and called by XLA; they need the extra `cpu`."""
+"""Kernels for a CPU, of a decoding step and of matmuls of many rows, compiled by numba (extra `cpu`)."""

@@ -19,7 +19,7 @@ INT8, UINT8, FLOAT32, BFLOAT16 = 2, 6, 11, 16  # dtypes
 _METADATA, _METADATA_VERSION = 1, 3  # kind of extension; version in the metadata
 _VERSION = 0 | 3 << 32  # major 0, minor 3
 
-_compile = njit(error_model="numpy", cache=True)
+_compile = njit(error_model="numpy")  # kept as a part of what calls it
 
 
 @_compile

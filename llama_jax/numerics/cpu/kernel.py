@@ -20,21 +20,17 @@ from llama_jax.numerics.cpu.block import (
     multiply_int8,
 )
 from llama_jax.numerics.cpu.frame import (
-    API,
     ARGUMENT_COUNT,
     ARGUMENTS,
     BFLOAT16,
     BUFFER_DTYPE,
     BYTES,
-    CONTEXT,
     DATA,
     DIMENSIONS,
     EXTENSION,
     FLOAT32,
     INT8,
     RESULTS,
-    SCHEDULE,
-    THREADS,
     UINT8,
     answer_registration,
     words,
@@ -47,7 +43,6 @@ from llama_jax.numerics.cpu.machine import (
     compare_exchange,
     exchange,
     fetch_add,
-    free,
     lasting_zeros,
     load,
     malloc,
@@ -57,14 +52,23 @@ from llama_jax.numerics.cpu.machine import (
     task_address,
     work_address,
 )
+from llama_jax.numerics.cpu.threads import (
+    DONE,
+    HOLDERS,
+    NEXT,
+    REQUEST_WORDS,
+    release,
+    schedule,
+    thread_count,
+)
 
 # A job is what the threads of a call share, words of 8 bytes at these places. Behind them are the operands
 # of attention, or of each weight, and for 4-bit codes the sums of x over groups, float32 [rows, groups].
-_NEXT, _DONE, _HOLDERS = 0, 1, 2  # items taken and computed; threads that hold the job
 _ITEMS, _CHUNK = 3, 4
 _WEIGHTS, _DTYPE = 5, 6  # count of weights, 0 for attention; dtype of the keys
-_CALL, _COUNT = 7, 12  # arguments for XLA
-_HEADER = 13
+_REQUEST = 7  # of XLA
+_COUNT = _REQUEST + REQUEST_WORDS - 1  # of its threads
+_HEADER = _REQUEST + REQUEST_WORDS
 _OF_WEIGHT, _OF_ATTENTION = 12, 9  # words
 # of a weight: the dtype of its codes, its first item, and what `block.Operands` has
 _CODES_DTYPE, _FIRST, _CODES, _X, _SCALE, _ZERO, _SUMS, _OUT = 0, 1, 2, 3, 4, 5, 6, 7
@@ -83,7 +87,7 @@ _CHUNK_NUMBERS = 1 << 15
 
 # numba keeps what it compiled for as long as this file is the same. This checksum of the others, which a
 # test compares, makes it another file when they change.
-OTHER_SOURCES = "4354c48baf7bcb38"
+OTHER_SOURCES = "85aa5f803183b15e"
 
 # Sums in any order, so that they are vectors. NaN and infinity stay what they are.
 _compile = njit(fastmath={"reassoc", "contract", "nsz"}, error_model="numpy", cache=True)
@@ -97,7 +101,7 @@ def work(address: int) -> int:
     """
     job = words(address, _HEADER)
     while True:
-        begin = fetch_add(address + _NEXT * BYTES, job[_CHUNK])
+        begin = fetch_add(address + NEXT * BYTES, job[_CHUNK])
         if begin >= job[_ITEMS]:
             return 0
         end = min(begin + job[_CHUNK], job[_ITEMS])
@@ -132,7 +136,7 @@ def work(address: int) -> int:
                 multiply_int8(operands, first, last)
             else:
                 multiply_int4(operands, first, last)
-        fetch_add(address + _DONE * BYTES, end - begin)
+        fetch_add(address + DONE * BYTES, end - begin)
 
 
 binding.add_symbol(WORK, work.address)
@@ -142,13 +146,6 @@ binding.add_symbol(WORK, work.address)
 def _seats(threads: int) -> int:
     """For threads that wait: half of XLA's, which has work of its own between calls."""
     return min(threads // 2, _SEATS)
-
-
-@_compile
-def _release(address: int) -> None:
-    """The last holder frees the job."""
-    if fetch_add(address + _HOLDERS * BYTES, -1) == 1:
-        free(address)
 
 
 binding.add_symbol(SEATS, lasting_zeros(_SEATS * _SEAT_BYTES))
@@ -175,7 +172,7 @@ def task(address: int) -> None:
     while address != 0:
         seats = _seats(words(address, _HEADER)[_COUNT])
         call(work_address(), address)
-        _release(address)
+        release(address)
         address = _wait_for_job(seats)
 
 
@@ -200,7 +197,7 @@ def _new_job(size: int, floats: int, weights: int) -> int:
     address = malloc(size * BYTES + floats * _FLOAT_BYTES)
     job = words(address, size)
     job[:] = 0
-    job[_HOLDERS], job[_WEIGHTS] = 1, weights
+    job[HOLDERS], job[_WEIGHTS] = 1, weights
     return address
 
 
@@ -269,32 +266,24 @@ def _new_attention(frame: Any) -> int:
 @_compile
 def _share(frame: Any, address: int) -> None:
     """Do the work of a job, with the help of other threads, and free it."""
-    job, api = words(address, _HEADER), words(frame[API], THREADS + 1)
-    request = address + _CALL * BYTES
-    job[_CALL], job[_CALL + 2] = 4 * BYTES, frame[CONTEXT]
-    job[_CALL + 3] = address + _COUNT * BYTES
-    call(api[THREADS], request)
+    job, request = words(address, _HEADER), address + _REQUEST * BYTES
+    threads = thread_count(frame, request)
     chunks = -(-job[_ITEMS] // job[_CHUNK])
-    helpers = min(job[_COUNT], chunks) - 1
-    for index in range(_seats(job[_COUNT])):
+    helpers = min(threads, chunks) - 1
+    for index in range(_seats(threads)):
         if helpers == 0:
             break
-        fetch_add(address + _HOLDERS * BYTES, 1)
+        fetch_add(address + HOLDERS * BYTES, 1)
         seat = seats_address() + index * _SEAT_BYTES
         if compare_exchange(seat, _WAITING, address) == _WAITING:
             helpers -= 1
         else:
-            fetch_add(address + _HOLDERS * BYTES, -1)
-    job[_CALL], job[_CALL + 3], job[_CALL + 4] = 5 * BYTES, task_address(), address
-    for _ in range(helpers):
-        fetch_add(address + _HOLDERS * BYTES, 1)
-        if call(api[SCHEDULE], request) != 0:  # an error: alone, then
-            fetch_add(address + _HOLDERS * BYTES, -1)
-            break
+            fetch_add(address + HOLDERS * BYTES, -1)
+    schedule(frame, request, task_address(), address, helpers)
     call(work_address(), address)
-    while load(address + _DONE * BYTES) < job[_ITEMS]:
+    while load(address + DONE * BYTES) < job[_ITEMS]:
         sched_yield()
-    _release(address)
+    release(address)
 
 
 @cfunc(types.int64(types.int64), cache=True)

@@ -10,29 +10,33 @@ from llvmlite import binding
 from numba import cfunc, njit, types
 
 from llama_jax.numerics.cpu.frame import (
-    API,
     ARGUMENTS,
     BFLOAT16,
     BUFFER_DTYPE,
     BYTES,
-    CONTEXT,
     DATA,
     DIMENSIONS,
     EXTENSION,
     RESULTS,
-    SCHEDULE,
-    THREADS,
     answer_registration,
     words,
 )
 from llama_jax.numerics.cpu.machine import (
-    call,
     fetch_add,
     free,
     load,
     malloc,
     sched_yield,
     symbol_address,
+)
+from llama_jax.numerics.cpu.threads import (
+    DONE,
+    HOLDERS,
+    NEXT,
+    REQUEST_WORDS,
+    release,
+    schedule,
+    thread_count,
 )
 from llama_jax.numerics.cpu.tiles import (
     BLOCK_ROWS,
@@ -53,14 +57,14 @@ from llama_jax.numerics.cpu.tiles import (
     transpose_tile,
 )
 
-# A job is what the threads of a call share, words of 8 bytes at these places.
-_NEXT, _DONE, _HOLDERS = 0, 1, 2  # blocks taken and computed; threads that hold the job
+# What a job has at these places, besides those of `threads`.
 _DTYPE, _LAYOUT, _A, _B, _C = 3, 4, 5, 6, 7  # dtype and layout of the operands, addresses
 _C_DTYPE = 8
 _BATCH, _ROWS, _COLUMNS, _INNER = 9, 10, 11, 12  # sizes; the last is contracted
 _BLOCK_ROWS, _BLOCK_COLUMNS, _BLOCKS = 13, 14, 15  # sizes of a block, and number of all
-_CALL, _COUNT = 16, 21  # arguments for XLA
-_WORDS = 22
+_REQUEST = 16  # of XLA
+_COUNT = _REQUEST + REQUEST_WORDS - 1  # of its threads
+_WORDS = _REQUEST + REQUEST_WORDS
 
 # Bits of a layout: the contracted index is the first one of `a`, or the last one of `b`.
 _A_FIRST, _B_LAST = 1, 2
@@ -79,7 +83,7 @@ _MOST_ROWS = BLOCK_ROWS[0]
 
 # numba keeps what it compiled for as long as this file is the same. This checksum of the others, which a
 # test compares, makes it another file when they change.
-OTHER_SOURCES = "5f6bc6f1b1173db0"
+OTHER_SOURCES = "7bc921bd66422866"
 
 _compile = njit(error_model="numpy", cache=True)
 
@@ -266,7 +270,7 @@ def _work(address: int) -> None:
     is_bfloat16 = job[_DTYPE] == BFLOAT16
     size = 2 if is_bfloat16 else 4
     while True:
-        number = fetch_add(address + _NEXT * BYTES, 1)
+        number = fetch_add(address + NEXT * BYTES, 1)
         if number >= job[_BLOCKS]:
             break
         matrix, number = number // of_matrix, number % of_matrix
@@ -288,22 +292,15 @@ def _work(address: int) -> None:
             )
         else:
             _multiply_float32(job[_LAYOUT], a, b, c, sizes, block, a_packed, b_packed)
-        fetch_add(address + _DONE * BYTES, 1)
+        fetch_add(address + DONE * BYTES, 1)
     free(memory)
-
-
-@_compile
-def _release(address: int) -> None:
-    """The last holder frees the job."""
-    if fetch_add(address + _HOLDERS * BYTES, -1) == 1:
-        free(address)
 
 
 @cfunc(types.void(types.int64), cache=True)
 def task(address: int) -> None:
     """What another thread of XLA does for a call."""
     _work(address)
-    _release(address)
+    release(address)
 
 
 _TASK = "llama_jax_tiled_task"
@@ -351,29 +348,21 @@ def _new_job(frame: Any, layout: int) -> int:
     job[_C_DTYPE] = c[BUFFER_DTYPE] & 0xFFFFFFFF
     job[_BATCH], job[_ROWS], job[_COLUMNS] = shape[0], shape[1], shape[2]
     job[_INNER] = a_shape[1 if layout & _A_FIRST else 2]
-    job[_HOLDERS] = 1
+    job[HOLDERS] = 1
     return address
 
 
 @_compile
 def _multiply(frame: Any, layout: int) -> None:
     address = _new_job(frame, layout)
-    job, api = words(address, _WORDS), words(frame[API], THREADS + 1)
-    request = address + _CALL * BYTES
-    job[_CALL], job[_CALL + 2] = 4 * BYTES, frame[CONTEXT]
-    job[_CALL + 3] = address + _COUNT * BYTES
-    call(api[THREADS], request)
+    job, request = words(address, _WORDS), address + _REQUEST * BYTES
+    threads = thread_count(frame, request)
     _divide(job)
-    job[_CALL], job[_CALL + 3], job[_CALL + 4] = 5 * BYTES, _task_address(), address
-    for _ in range(min(job[_COUNT], job[_BLOCKS]) - 1):
-        fetch_add(address + _HOLDERS * BYTES, 1)
-        if call(api[SCHEDULE], request) != 0:  # an error: alone, then
-            fetch_add(address + _HOLDERS * BYTES, -1)
-            break
+    schedule(frame, request, _task_address(), address, min(threads, job[_BLOCKS]) - 1)
     _work(address)
-    while load(address + _DONE * BYTES) < job[_BLOCKS]:
+    while load(address + DONE * BYTES) < job[_BLOCKS]:
         sched_yield()
-    _release(address)
+    release(address)
 
 
 def _handler(layout: int) -> Any:

@@ -22,7 +22,7 @@ from llama_jax.quantization.weight import QuantizedWeight
 from parity_tests.reference.errors import rms_error
 from parity_tests.reference.tolerances import ROUNDING_RATIO
 
-OTHERS = ("attention.py", "block.py", "frame.py", "machine.py")
+OTHERS = ("attention.py", "block.py", "frame.py", "machine.py", "threads.py")
 KINDS = {
     "8 bits": (8, None),
     "8 bits, groups of 96": (8, 96),

@@ -190,7 +190,7 @@ def test_the_kept_code_is_that_of_all_sources():
     from llama_jax.numerics.cpu import tiled
 
     folder = Path(tiled.__file__).parent
-    names = "tiles.py", "frame.py", "machine.py"
+    names = "tiles.py", "frame.py", "machine.py", "threads.py"
     sources = b"".join((folder / name).read_bytes() for name in names)
     assert hashlib.sha256(sources).hexdigest()[:16] == tiled.OTHER_SOURCES
 
@@ -223,3 +223,8 @@ assert not HAS_AMX
         timeout=600,
     )
     assert (done.returncode, done.stderr) == (0, b"")
+
+
+def test_an_llvm_that_fails_leaves_all_to_xla(monkeypatch):
+    monkeypatch.setitem(sys.modules, "llvmlite", None)
+    assert tiled_kernel.__wrapped__() is None
