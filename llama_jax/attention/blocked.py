@@ -1,9 +1,11 @@
-"""Attention one block of queries at a time, in plain XLA: any dtype, no scores of the full sequence.
+"""Attention one block of queries at a time: any dtype, no scores of the full sequence.
 
 The backward pass of FlashAttention (arXiv:2205.14135, 2307.08691): it keeps the output and two numbers per
 row, and recomputes the scores. The two are the maximum and the sum of exponentials instead of their
 logsumexp, which rounds more coarsely than either. Each block of queries takes all of its keys, up to the
 causal frontier, in one matmul, so no running maximum is needed and half of the work is skipped.
+
+It is plain XLA but for the forward pass on processors for which there is a kernel (`flash`).
 """
 
 from collections.abc import Callable
@@ -16,6 +18,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
 from llama_jax.attention import masks
+from llama_jax.attention.flash import flash_attention, takes_flash
 from llama_jax.attention.masks import AttentionMask, slots_of
 from llama_jax.numerics.backend import target_platform
 from llama_jax.numerics.matmul import einsum, working_dtype
@@ -94,6 +97,20 @@ def _attend(size: int, query: Array, key: Array, value: Array, mask: AttentionMa
 def _forward(
     size: int, query: Array, key: Array, value: Array, mask: AttentionMask
 ) -> tuple[Array, _Residuals]:
+    in_blocks = partial(_forward_in_blocks, size)
+    if takes_flash(query, key, value):
+        out, *rows = flash_attention(query, key, value, mask, in_blocks)
+        row_max, row_sum = (_split(size, row[..., None], key.shape[2]) for row in rows)
+    else:
+        out, row_max, row_sum = in_blocks(query, key, value, mask)
+    out, row_max, row_sum = checkpoint_name([out, row_max, row_sum], "attention")
+    return out, _Residuals(query, key, value, mask, out, _RowStatistics(row_max, row_sum))
+
+
+def _forward_in_blocks(
+    size: int, query: Array, key: Array, value: Array, mask: AttentionMask
+) -> tuple[Array, Array, Array]:
+    """The output, and what `_RowStatistics` has."""
     blocks, keys = _split_queries(size, query, key, mask), key.swapaxes(1, 2)
     values = value.swapaxes(1, 2)
     parts = []
@@ -102,8 +119,7 @@ def _forward(
         step = partial(_forward_block, *visible, _keys_until(group.frontier, key, query, mask))
         parts.append(_scan_blocks(step, None, group, blocks)[1])
     out, row_max, row_sum = (jnp.concatenate(part) for part in zip(*parts, strict=True))
-    out, row_max, row_sum = checkpoint_name([_join(out, query), row_max, row_sum], "attention")
-    return out, _Residuals(query, key, value, mask, out, _RowStatistics(row_max, row_sum))
+    return _join(out, query), row_max, row_sum
 
 
 def _forward_block(

@@ -19,17 +19,24 @@ def step_kernels() -> ModuleType | None:
 
 @cache
 def tiled_kernel() -> ModuleType | None:
-    """The module `tiled_call`, if numba is installed and the processor has the registers that it needs.
+    """The module `tiled_call`, if numba is installed and the processor has the registers that it needs."""
+    return _kernels("tiled_call") if _has_vectors() else None
 
-    On AMD's processors XLA's matmuls were measured, and this was not.
-    """
+
+@cache
+def flash_kernel() -> ModuleType | None:
+    """The module `flash_call`, where there is `tiled_kernel`."""
+    return _kernels("flash_call") if _has_vectors() else None
+
+
+def _has_vectors() -> bool:
+    """Whether the processor has AVX-512; not on AMD's, where XLA's matmuls were measured, and ours not."""
     try:
         from llvmlite import binding
     except (ImportError, OSError):
-        return None  # of a numba that is installed but fails, `step_kernels` warns
+        return False  # of a numba that is installed but fails, `step_kernels` warns
     is_measured = not binding.get_host_cpu_name().startswith("znver")
-    has_avx512 = binding.get_host_cpu_features().get("avx512f")
-    return _kernels("tiled_call") if is_measured and has_avx512 else None
+    return is_measured and bool(binding.get_host_cpu_features().get("avx512f"))
 
 
 @cache

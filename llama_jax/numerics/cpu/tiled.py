@@ -41,7 +41,6 @@ from llama_jax.numerics.cpu.threads import (
 from llama_jax.numerics.cpu.tiles import (
     BLOCK_ROWS,
     DEPTH,
-    LANES,
     PANEL,
     bfloat16_block,
     configure_amx,
@@ -56,6 +55,7 @@ from llama_jax.numerics.cpu.tiles import (
     round_block,
     transpose_tile,
 )
+from llama_jax.numerics.cpu.vectors import LANES
 
 # What a job has at these places, besides those of `threads`.
 _DTYPE, _LAYOUT, _A, _B, _C = 3, 4, 5, 6, 7  # dtype and layout of the operands, addresses
@@ -83,7 +83,7 @@ _MOST_ROWS = BLOCK_ROWS[0]
 
 # numba keeps what it compiled for as long as this file is the same. This checksum of the others, which a
 # test compares, makes it another file when they change.
-OTHER_SOURCES = "7bc921bd66422866"
+OTHER_SOURCES = "1b9b14596cb0cadd"
 
 _compile = njit(error_model="numpy", cache=True)
 

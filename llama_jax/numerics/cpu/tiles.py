@@ -12,7 +12,18 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-LANES = 16  # values of 32 bits in a vector, and rows of a tile
+from llama_jax.numerics.cpu.vectors import (
+    BITS_VECTOR,
+    FLOAT,
+    FLOAT_VECTOR,
+    LANES,
+    WORD,
+    fma,
+    load,
+    splat,
+    store,
+)
+
 TILE_BYTES = 1024
 PANEL = 32  # columns of a block, and in bfloat16 its rows: two tiles
 # The most that a float32 block sums up in one go. After a value that is much larger than the others, as the
@@ -24,9 +35,8 @@ BLOCK_ROWS = (12, 8, 4)
 # LLVM ends the process if it finds an instruction that the processor has not.
 HAS_AMX = bool(binding.get_host_cpu_features().get("amx-bf16"))
 
-_WORD, _BITS, _FLOAT, _BYTE = ir.IntType(64), ir.IntType(32), ir.FloatType(), ir.IntType(8)
-_BITS_VECTOR, _FLOAT_VECTOR = (ir.VectorType(of, LANES) for of in (_BITS, _FLOAT))
-_QUAD = ir.VectorType(_FLOAT, 4)
+_BYTE = ir.IntType(8)
+_QUAD = ir.VectorType(FLOAT, 4)
 _ROW = 64
 _UNROLL = 4
 
@@ -45,30 +55,22 @@ def _define(emit: Callable[..., None]) -> Any:
     return define
 
 
-def _load(builder: Any, address: Any, kind: Any) -> Any:
-    return builder.load(builder.inttoptr(address, kind.as_pointer()), align=2)
-
-
-def _store(builder: Any, value: Any, address: Any) -> None:
-    builder.store(value, builder.inttoptr(address, value.type.as_pointer()), align=2)
-
-
 def _after(builder: Any, address: Any, count: int, distance: Any) -> Any:
-    return builder.add(address, builder.mul(distance, _WORD(count)))
+    return builder.add(address, builder.mul(distance, WORD(count)))
 
 
 def _tile_rows(builder: Any, source: Any, distance: Any) -> list[Any]:
     return [
-        _load(builder, _after(builder, source, row, distance), _BITS_VECTOR) for row in range(LANES)
+        load(builder, _after(builder, source, row, distance), BITS_VECTOR) for row in range(LANES)
     ]
 
 
 def _paired_rows(builder: Any, source: Any, distance: Any) -> list[Any]:
     """16 columns of 32 rows of bfloat16, as pairs of rows."""
     halves = ir.VectorType(ir.IntType(16), LANES)
-    shift = ir.Constant(_BITS_VECTOR, [16] * LANES)
+    shift = ir.Constant(BITS_VECTOR, [16] * LANES)
     rows = [
-        builder.zext(_load(builder, _after(builder, source, row, distance), halves), _BITS_VECTOR)
+        builder.zext(load(builder, _after(builder, source, row, distance), halves), BITS_VECTOR)
         for row in range(2 * LANES)
     ]
     pairs = zip(rows[::2], rows[1::2], strict=True)
@@ -79,7 +81,7 @@ def _transposed(builder: Any, rows: list[Any]) -> list[Any]:
     """The tile's transpose: interleaving the lanes of its halves is a perfect shuffle, four are all."""
     half = LANES // 2
     order = [lane for index in range(LANES) for lane in (index, index + LANES)]
-    low, high = (ir.Constant(_BITS_VECTOR, part) for part in (order[:LANES], order[LANES:]))
+    low, high = (ir.Constant(BITS_VECTOR, part) for part in (order[:LANES], order[LANES:]))
     for _ in range(4):
         rows = [
             builder.shuffle_vector(rows[index], rows[index + half], lanes)
@@ -94,7 +96,7 @@ def _packer(rows_of: Callable[[Any, Any, Any], list[Any]]) -> Any:
 
     def emit(builder: Any, source: Any, distance: Any, target: Any, target_distance: Any) -> None:
         for index, row in enumerate(rows_of(builder, source, distance)):
-            _store(builder, row, _after(builder, target, index, target_distance))
+            store(builder, row, _after(builder, target, index, target_distance))
 
     return _define(emit)
 
@@ -108,11 +110,11 @@ pair_and_transpose_tile = _packer(lambda *source: _transposed(source[0], _paired
 def _copier(kind: Any) -> Any:
     """An intrinsic that copies a vector of (source, target)."""
     return _define(
-        lambda builder, source, target: _store(builder, _load(builder, source, kind), target)
+        lambda builder, source, target: store(builder, load(builder, source, kind), target)
     )
 
 
-copy_row, copy_quad = _copier(_FLOAT_VECTOR), _copier(_QUAD)
+copy_row, copy_quad = _copier(FLOAT_VECTOR), _copier(_QUAD)
 
 
 def _float32_block(rows: int, row_distance: int, depth_distance: int) -> Any:
@@ -124,36 +126,34 @@ def _float32_block(rows: int, row_distance: int, depth_distance: int) -> Any:
 
     def emit(builder: Any, a: Any, b: Any, c: Any, distance: Any, depth: Any, adds: Any) -> None:
         places = [(row, column) for row in range(rows) for column in range(2)]
-        sums = {place: cgutils.alloca_once(builder, _FLOAT_VECTOR) for place in places}
+        sums = {place: cgutils.alloca_once(builder, FLOAT_VECTOR) for place in places}
         for variable in sums.values():
-            builder.store(ir.Constant(_FLOAT_VECTOR, None), variable)
-        with cgutils.for_range_slice(builder, _WORD(0), depth, _WORD(_UNROLL)) as (first, _):
-            a_first = builder.add(a, builder.mul(first, _WORD(depth_distance)))
-            b_first = builder.add(b, builder.mul(first, _WORD(2 * _ROW)))
+            builder.store(ir.Constant(FLOAT_VECTOR, None), variable)
+        with cgutils.for_range_slice(builder, WORD(0), depth, WORD(_UNROLL)) as (first, _):
+            a_first = builder.add(a, builder.mul(first, WORD(depth_distance)))
+            b_first = builder.add(b, builder.mul(first, WORD(2 * _ROW)))
             for step in range(_UNROLL):
                 columns = [
-                    _load(
-                        builder, builder.add(b_first, _WORD((2 * step + j) * _ROW)), _FLOAT_VECTOR
-                    )
+                    load(builder, builder.add(b_first, WORD((2 * step + j) * _ROW)), FLOAT_VECTOR)
                     for j in range(2)
                 ]
                 for row in range(rows):
-                    offset = _WORD(row * row_distance + step * depth_distance)
-                    value = _splat(builder, _load(builder, builder.add(a_first, offset), _FLOAT))
+                    offset = WORD(row * row_distance + step * depth_distance)
+                    value = splat(builder, load(builder, builder.add(a_first, offset), FLOAT))
                     for j in range(2):
                         variable = sums[row, j]
-                        total = _fma(builder, value, columns[j], builder.load(variable))
+                        total = fma(builder, value, columns[j], builder.load(variable))
                         builder.store(total, variable)
-        with builder.if_else(builder.icmp_signed("!=", adds, _WORD(0))) as branches:
+        with builder.if_else(builder.icmp_signed("!=", adds, WORD(0))) as branches:
             for branch, is_sum in zip(branches, (True, False), strict=True):
                 with branch:
                     for (row, column), variable in sums.items():
                         place = _after(builder, c, row, distance)
-                        place = builder.add(place, _WORD(column * _ROW))
+                        place = builder.add(place, WORD(column * _ROW))
                         total = builder.load(variable)
                         if is_sum:
-                            total = builder.fadd(_load(builder, place, _FLOAT_VECTOR), total)
-                        _store(builder, total, place)
+                            total = builder.fadd(load(builder, place, FLOAT_VECTOR), total)
+                        store(builder, total, place)
 
     return _define(emit)
 
@@ -161,19 +161,6 @@ def _float32_block(rows: int, row_distance: int, depth_distance: int) -> Any:
 # of `a` as rows of DEPTH values, and as columns of `rows` values
 float32_blocks_of_rows = {rows: _float32_block(rows, DEPTH * 4, 4) for rows in BLOCK_ROWS}
 float32_blocks_of_columns = {rows: _float32_block(rows, 4, rows * 4) for rows in BLOCK_ROWS}
-
-
-def _splat(builder: Any, value: Any) -> Any:
-    undefined = ir.Constant(_FLOAT_VECTOR, ir.Undefined)
-    one = builder.insert_element(undefined, value, _BITS(0))
-    return builder.shuffle_vector(one, undefined, ir.Constant(_BITS_VECTOR, None))
-
-
-def _fma(builder: Any, first: Any, second: Any, total: Any) -> Any:
-    kind = ir.FunctionType(_FLOAT_VECTOR, [_FLOAT_VECTOR] * 3)
-    name = f"llvm.fma.v{LANES}f32"
-    function = cgutils.get_or_insert_function(builder.module, kind, name)
-    return builder.call(function, [first, second, total])
 
 
 def _amx(builder: Any, name: str, *arguments: Any) -> None:
@@ -191,30 +178,30 @@ def _bfloat16_block(
 ) -> None:  # fmt: skip
     """c [32, 32] in float32 is, or gets, a b: of each two rows or columns of `steps` tiles."""
 
-    def load(register: int, address: Any, row_distance: Any) -> None:
+    def load_tile(register: int, address: Any, row_distance: Any) -> None:
         place = builder.inttoptr(address, _BYTE.as_pointer())
         _amx(builder, "tileloadd64", _BYTE(register), place, row_distance)
 
     places = [
-        builder.add(_after(builder, c, LANES * row, distance), _WORD(column * _ROW))
+        builder.add(_after(builder, c, LANES * row, distance), WORD(column * _ROW))
         for row in range(2)
         for column in range(2)
     ]
-    with builder.if_else(builder.icmp_signed("!=", adds, _WORD(0))) as (is_sum, is_new):
+    with builder.if_else(builder.icmp_signed("!=", adds, WORD(0))) as (is_sum, is_new):
         with is_sum:
             for register, place in enumerate(places):
-                load(register, place, distance)
+                load_tile(register, place, distance)
         with is_new:
             for register in range(4):
                 _amx(builder, "tilezero", _BYTE(register))
-    row = _WORD(_ROW)
+    row = WORD(_ROW)
     with cgutils.for_range(builder, steps) as loop:
-        offset = builder.mul(loop.index, _WORD(TILE_BYTES))
+        offset = builder.mul(loop.index, WORD(TILE_BYTES))
         a_tile, b_tile = builder.add(a, offset), builder.add(b, offset)
-        load(4, a_tile, row)
-        load(6, b_tile, row)
-        load(7, builder.add(b_tile, b_distance), row)
-        load(5, builder.add(a_tile, a_distance), row)
+        load_tile(4, a_tile, row)
+        load_tile(6, b_tile, row)
+        load_tile(7, builder.add(b_tile, b_distance), row)
+        load_tile(5, builder.add(a_tile, a_distance), row)
         for register, a_register, b_register in ((0, 4, 6), (1, 4, 7), (2, 5, 6), (3, 5, 7)):
             _amx(builder, "tdpbf16ps", *map(_BYTE, (register, a_register, b_register)))
     for register, place in enumerate(places):
@@ -229,21 +216,21 @@ def _round(builder: Any, source: Any, distance: Any, target: Any, target_distanc
     """A block [32, 32] of float32 to bfloat16, to the nearest, of two the even one."""
 
     def all_lanes(value: int) -> Any:
-        return ir.Constant(_BITS_VECTOR, [value] * LANES)
+        return ir.Constant(BITS_VECTOR, [value] * LANES)
 
-    with cgutils.for_range(builder, _WORD(PANEL)) as loop:
+    with cgutils.for_range(builder, WORD(PANEL)) as loop:
         row = builder.add(source, builder.mul(loop.index, distance))
         target_row = builder.add(target, builder.mul(loop.index, target_distance))
         for half in range(2):
-            bits = _load(builder, builder.add(row, _WORD(half * _ROW)), _BITS_VECTOR)
+            bits = load(builder, builder.add(row, WORD(half * _ROW)), BITS_VECTOR)
             odd = builder.and_(builder.lshr(bits, all_lanes(16)), all_lanes(1))
             rounded = builder.add(builder.add(bits, all_lanes(0x7FFF)), odd)
             magnitude = builder.and_(bits, all_lanes(0x7FFFFFFF))
             is_nan = builder.icmp_unsigned(">", magnitude, all_lanes(0x7F800000))
             quiet = builder.or_(bits, all_lanes(0x400000))
             high = builder.lshr(builder.select(is_nan, quiet, rounded), all_lanes(16))
-            place = builder.add(target_row, _WORD(half * _ROW // 2))
-            _store(builder, builder.trunc(high, ir.VectorType(ir.IntType(16), LANES)), place)
+            place = builder.add(target_row, WORD(half * _ROW // 2))
+            store(builder, builder.trunc(high, ir.VectorType(ir.IntType(16), LANES)), place)
 
 
 round_block = _define(_round)

@@ -190,7 +190,7 @@ def test_the_kept_code_is_that_of_all_sources():
     from llama_jax.numerics.cpu import tiled
 
     folder = Path(tiled.__file__).parent
-    names = "tiles.py", "frame.py", "machine.py", "threads.py"
+    names = "tiles.py", "vectors.py", "frame.py", "machine.py", "threads.py"
     sources = b"".join((folder / name).read_bytes() for name in names)
     assert hashlib.sha256(sources).hexdigest()[:16] == tiled.OTHER_SOURCES
 
