@@ -350,6 +350,8 @@ def _prefill(
     if earlier is None:
         assert capacity is not None
         cache = init_cache(model.config, batch, capacity, cache_dtype)
+        with jax.ensure_compile_time_eval():  # not traced, so that the model sees it is new
+            cache = replace(cache, length=jnp.zeros((), jnp.int32))
         tokens, start = jnp.broadcast_to(ending.pad_token_id, (batch, capacity + 1)), zero
         before: Int[Array, "batch 1"] | int = 0
     else:

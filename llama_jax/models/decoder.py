@@ -256,8 +256,12 @@ class LlamaModel(PretrainedModel):
                 "pipeline: found it with cache, output_hidden_states or output_attentions, of which it has "
                 "none: call without a pipeline for them"
             )
+        is_new = False
         if cache is not None:
             _require_room(cache, self.config, batch, seq)
+            length = known_value(cache.length)
+            # weights are of all slots; of one query there is nothing to skip
+            is_new = length is not None and not length and seq > 1 and not output_attentions
         inputs = _Inputs(
             jnp.asarray(tokens) if inputs_embeds is None else jnp.asarray(tokens, self.dtype),
             None if attention_mask is None else jnp.asarray(attention_mask, bool),
@@ -274,6 +278,7 @@ class LlamaModel(PretrainedModel):
             token_order,
             None if reduce_dtype is None else jnp.dtype(reduce_dtype),
             pipeline,
+            is_new,
         )
         return _forward(self, inputs, cache, as_key("dropout_key", dropout_key), options)
 
@@ -299,6 +304,7 @@ class _Options(NamedTuple):
     token_order: ZigZag | None
     reduce_dtype: DTypeLike | None
     pipeline: Pipeline | None
+    cache_is_new: bool
 
 
 # Jitted as a whole, so that a call outside jit is one dispatch and compiles once per shape; within a
@@ -328,7 +334,9 @@ def _forward(
         config.max_position_embeddings,
         x.dtype,
     )
-    mask, cache = mask_and_cache(batch, seq, inputs.is_token, inputs.segment_ids, cache)
+    mask, cache = mask_and_cache(
+        batch, seq, inputs.is_token, inputs.segment_ids, cache, is_new=options.cache_is_new
+    )
     mask = mask._replace(order=options.token_order, visible_until=inputs.visible_until)
     call = LayerCall(
         cos,
@@ -469,18 +477,24 @@ def mask_and_cache(
     is_token: Bool[Array, "batch seq"] | None,
     segment_ids: Int[Array, "batch seq"] | None,
     cache: KVCache | None,
+    *,
+    is_new: bool = False,
 ) -> tuple[AttentionMask, KVCache | None]:
     """The mask of a call with `seq` tokens per row, and the cache with slots reserved for them.
 
-    The keys are this call's tokens or, with a cache, its slots.
+    The keys are this call's tokens or, with a cache, its slots. With a new one they are the tokens, too, so
+    that it is known at trace time what lies beyond a block.
     """
+    own = AttentionMask(None, None, is_token, segment_ids, segment_ids)
     if cache is None:
-        return AttentionMask(None, None, is_token, segment_ids, segment_ids), None
+        return own, None
     queries = cache.length + jnp.arange(seq, dtype=jnp.int32)
     if segment_ids is None:
         segment_ids = jnp.broadcast_to(last_segment(cache), (batch, seq))
     is_token = jnp.ones((batch, seq), bool) if is_token is None else is_token
     cache = reserve(cache, is_token, segment_ids)
+    if is_new:
+        return own, cache
     keys = jnp.arange(cache.capacity, dtype=jnp.int32)
     return AttentionMask(queries, keys, cache.is_token, segment_ids, cache.segments), cache
 

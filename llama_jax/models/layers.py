@@ -366,6 +366,8 @@ class Attention(nnx.Module):
         value = constrain(value, "batch", "sequence", "kv_heads", "hidden")
         if cache is not None:
             cache, key, value = cache.update(key, value)
+            if call.mask.query_slots is None:  # a new cache, with no other tokens
+                key, value = key[:, : x.shape[1]], value[:, : x.shape[1]]
             key, value = key.astype(query.dtype), value.astype(query.dtype)
         out, weights = attention(
             query,

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,12 +13,14 @@ from transformers import LogitsProcessorList
 
 from llama_jax import LlamaForCausalLM, init_cache
 from llama_jax.generation import loop
+from llama_jax.generation.sampling import Sampling
 from parity_tests.harness.cases import BY_NAME, Config, hf_model, weights_of
 from parity_tests.harness.child_process import output_lines
 from parity_tests.harness.compilation import FAST_COMPILE
 from parity_tests.harness.programs import our_model
 from parity_tests.reference.errors import relative_error
 from parity_tests.reference.tolerances import FLOAT64_BAR
+from train.hardware.flops import matmul_flops
 
 NEW = 12
 
@@ -129,6 +132,49 @@ def test_cached_logits_equal_uncached_ones(name: str) -> None:
                 cache = out.cache
             assert int(cache.length) == 10
             assert relative_error(jnp.concatenate(parts, axis=1), uncached) <= FLOAT64_BAR, sizes
+
+
+@pytest.mark.parametrize("dtype", ["float64", "int8"])
+@pytest.mark.parametrize("seq", [10, 150])
+def test_a_new_cache_is_as_one_of_unknown_length(dtype, seq) -> None:
+    """Outside jit it is known to be empty, and only the tokens of the call are attended to."""
+    with jax.enable_x64(True):
+        config = BY_NAME["gqa_2_to_1"].config
+        model = our_model(config, weights_of(config), jnp.float64)
+        ids = jnp.asarray(prompts(config, 2, seq), jnp.int32)
+        mask = jnp.asarray(left_padding(2, seq), jnp.int32)
+        cache = init_cache(model.config, 2, seq + 20, jnp.dtype(dtype))
+        known = model(ids, mask, cache=cache)
+        traced = jax.jit(lambda model, cache: model(ids, mask, cache=cache))(model, cache)
+        for ours, theirs in zip(jax.tree.leaves(known), jax.tree.leaves(traced), strict=True):
+            np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-12)
+
+
+def test_a_prefill_computes_no_scores_of_unused_slots() -> None:
+    model = tiny_model()
+    ids = np.ones((1, 256), np.int32)
+    ending = loop.Ending(np.zeros(0, np.int32), np.asarray(0, np.int32))
+
+    def flops(capacity: int) -> float:
+        def prefill(model: LlamaForCausalLM) -> Any:
+            return loop._prefill(
+                model,
+                ids,
+                ids.astype(bool),
+                np.asarray(256, np.int32),
+                None,
+                Sampling(),
+                ending,
+                None,
+                capacity=capacity,
+                cache_dtype=jnp.dtype(jnp.float32),
+                unstacked=False,
+                output_scores=False,
+            )
+
+        return matmul_flops(jax.make_jaxpr(prefill)(model).jaxpr)
+
+    assert flops(2048) == flops(257)
 
 
 def test_generation_is_the_argmax_of_uncached_logits() -> None:
