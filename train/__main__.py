@@ -1,18 +1,22 @@
 """`python -m train run|resume|export|eval|report|autopsy|plan|sweep|coordinates|tokenize`."""
 
+import sys
+
 from llama_jax.cli.startup import (
     end_on_interrupt,
+    keep_freed_memory,
     restore_garbage_collection,
     without_garbage_collection,
 )
 
 if __name__ == "__main__":
     end_on_interrupt()
+    if sys.argv[1:2] in (["run"], ["resume"]):
+        keep_freed_memory()
 
 import argparse
 import logging
 import os
-import sys
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack

@@ -17,7 +17,12 @@ from llama_jax.text.chat_template import render_chats
 
 ASSISTANT = "assistant"
 
+# roles of ShareGPT's rows, {"from": ..., "value": ...}
+_SHARE_GPT = {"human": "user", "gpt": ASSISTANT, "chatgpt": ASSISTANT}
+
 _GENERATION = re.compile(r"\{%[-+]?\s*generation\b")
+# a template for content in parts, {"type": "text", "text": ...}
+_READS_PARTS = re.compile(r"""\[\s*['"]text['"]\s*\]|\.text\b""")
 
 Message = Mapping[str, Any]
 Spans = tuple[tuple[int, int], ...]
@@ -52,26 +57,37 @@ class Template(NamedTuple):
 
 
 def parse_chat(where: str, field: str, value: Any) -> Chat:
-    """The messages in a row. Raises ValueError if they are none, or have no roles."""
+    """The messages in a row.
+
+    Messages with `from` and `value`, ShareGPT's, become ones with `role` and `content`.
+
+    Raises:
+        ValueError: they are none, or have no roles.
+    """
     if not isinstance(value, list) or not value:
         shown = "no messages" if value == [] else type(value).__name__
         raise ValueError(f"{where}: found {shown} as {field!r}, expected a list of messages")
-    for number, message in enumerate(value, 1):
-        if not isinstance(message, dict):
-            found = type(message).__name__
-        elif isinstance(message.get("role"), str):
-            continue
-        else:
-            found = f"an object with {', '.join(message) or 'nothing'}"
-        raise ValueError(
-            f'{where}: message {number}: found {found}, expected {{"role": ..., "content": ...}}'
-        )
-    if not any(message["role"] == ASSISTANT for message in value):
-        roles = ", ".join(dict.fromkeys(message["role"] for message in value))
+    messages = [_message(f"{where}: message {n}", message) for n, message in enumerate(value, 1)]
+    if not any(message["role"] == ASSISTANT for message in messages):
+        roles = ", ".join(dict.fromkeys(message["role"] for message in messages))
         raise ValueError(
             f"{where}: found the roles {roles}, expected a turn of the assistant, on which the loss is"
         )
-    return Chat(where, value)
+    return Chat(where, messages)
+
+
+def _message(where: str, message: Any) -> Message:
+    if not isinstance(message, dict):
+        found = type(message).__name__
+        raise ValueError(f'{where}: found {found}, expected {{"role": ..., "content": ...}}')
+    if isinstance(message.get("from"), str) and message.get("role") is None:
+        rest = {name: item for name, item in message.items() if name not in ("from", "value")}
+        role = _SHARE_GPT.get(message["from"], message["from"])
+        message = {**rest, "role": role, "content": message.get("value")}
+    if not isinstance(message.get("role"), str):
+        found = f"an object with {', '.join(message) or 'nothing'}"
+        raise ValueError(f'{where}: found {found}, expected {{"role": ..., "content": ...}}')
+    return message
 
 
 def render(template: Template, chats: Sequence[Chat]) -> Iterator[RenderedChat]:
@@ -80,9 +96,22 @@ def render(template: Template, chats: Sequence[Chat]) -> Iterator[RenderedChat]:
     Raises:
         ValueError: naming the conversation: the template fails, or does not tell the assistant's parts.
     """
+    if not _READS_PARTS.search(template.source):
+        chats = [chat._replace(messages=[*map(_joined, chat.messages)]) for chat in chats]
     if _GENERATION.search(template.source):
         return _render_marked(template, chats)
     return _render_prefixes(template, chats)
+
+
+def _joined(message: Message) -> Message:
+    """Content that is a list of texts as one text."""
+    content = message.get("content")
+    parts = content if isinstance(content, list) else []
+    found = [part.get("text") if isinstance(part, dict) else part for part in parts]
+    texts = [text for text in found if isinstance(text, str)]
+    if not texts or len(texts) < len(found):
+        return message
+    return {**message, "content": "".join(texts)}
 
 
 def _render_jobs(

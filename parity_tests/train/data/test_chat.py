@@ -189,6 +189,47 @@ def test_parquet_arrow_and_another_field(tmp_path: Path) -> None:
         assert masked_documents(out) == masked_documents(tmp_path / "out")
 
 
+def test_messages_as_share_gpt_has_them(tmp_path: Path) -> None:
+    names = {"system": "system", "user": "human", "assistant": "gpt"}
+    rows = [
+        [{"from": names[message["role"]], "value": message["content"]} for message in chat]
+        for chat in (CHATS[0], CHATS[2])
+    ]
+    directory = make_tokenizer(tmp_path / "t", TEMPLATES["chatml"])
+    tokenize(
+        [write_chats(tmp_path / "a.jsonl", [CHATS[0], CHATS[2]])],
+        directory, tmp_path / "out", chat=True, validation_fraction=0,
+    )  # fmt: skip
+    source = write_chats(tmp_path / "b.jsonl", rows, "conversations")
+    tokenize(
+        [source], directory, tmp_path / "1", chat=True, text_field="conversations",
+        validation_fraction=0,
+    )  # fmt: skip
+    assert masked_documents(tmp_path / "1") == masked_documents(tmp_path / "out")
+
+
+READS_PARTS = without_marks(TEMPLATES["chatml"]).replace(
+    "{{ m.content }}", "{% for part in m.content %}{{ part['text'] + '|' }}{% endfor %}"
+)
+
+
+@pytest.mark.parametrize("template", [TEMPLATES["chatml"], READS_PARTS])
+def test_content_in_parts(template: str, tmp_path: Path) -> None:
+    """One text, unless the template reads parts itself."""
+    said = ["a", "|", "b", "|"]
+    chat: list[dict[str, Any]] = [
+        {"role": "user", "content": [{"type": "text", "text": "x"}]},
+        {"role": "assistant", "content": [{"type": "text", "text": t} for t in "ab"]},
+    ]
+    directory = make_tokenizer(tmp_path / "t", template)
+    source = write_chats(tmp_path / "a.jsonl", [chat])
+    tokenize([source], directory, tmp_path / "out", chat=True, validation_fraction=0)
+    ((ids, mask),) = masked_documents(tmp_path / "out")
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(directory)
+    text = tokenizer.decode([i for i, said in zip(ids, mask, strict=True) if said])
+    assert text == ("".join(said) if template == READS_PARTS else "ab") + "<|im_end|>"
+
+
 def test_a_changed_mask_is_noticed(tmp_path: Path) -> None:
     directory = make_tokenizer(tmp_path / "t", TEMPLATES["chatml"])
     source = write_chats(tmp_path / "a.jsonl", CHATS)
@@ -236,8 +277,8 @@ def test_an_interrupted_command_continues(tmp_path: Path) -> None:
         ([], "found no messages as 'messages', expected a list of messages"),
         ("text", "found str as 'messages', expected a list of messages"),
         (
-            [{"from": "human", "value": "Hi"}],
-            'message 1: found an object with from, value, expected {"role": ..., "content": ...}',
+            [{"speaker": "human", "text": "Hi"}],
+            'message 1: found an object with speaker, text, expected {"role": ..., "content": ...}',
         ),
         (
             [{"role": "user", "content": "Hi"}, "Hello"],
