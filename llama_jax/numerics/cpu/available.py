@@ -19,24 +19,29 @@ def step_kernels() -> ModuleType | None:
 
 @cache
 def tiled_kernel() -> ModuleType | None:
-    """The module `tiled_call`, if numba is installed and the processor has the registers that it needs."""
-    return _kernels("tiled_call") if _has_vectors() else None
+    """The module `tiled_call`, if numba is installed and the processor has the registers that it needs.
+
+    On AMD's processors XLA's matmuls were measured, and this was not.
+    """
+    processor = _processor_with_avx512()
+    is_measured = processor is not None and not processor.startswith("znver")
+    return _kernels("tiled_call") if is_measured else None
 
 
 @cache
 def flash_kernel() -> ModuleType | None:
-    """The module `flash_call`, where there is `tiled_kernel`."""
-    return _kernels("flash_call") if _has_vectors() else None
+    """The module `flash_call`, if numba is installed and the processor has the registers that it needs."""
+    return _kernels("flash_call") if _processor_with_avx512() else None
 
 
-def _has_vectors() -> bool:
-    """Whether the processor has AVX-512; not on AMD's, where XLA's matmuls were measured, and ours not."""
+def _processor_with_avx512() -> str | None:
+    """LLVM's name for this one; None without AVX-512 or numba."""
     try:
         from llvmlite import binding
     except (ImportError, OSError):
-        return False  # of a numba that is installed but fails, `step_kernels` warns
-    is_measured = not binding.get_host_cpu_name().startswith("znver")
-    return is_measured and bool(binding.get_host_cpu_features().get("avx512f"))
+        return None  # of a numba that is installed but fails, `step_kernels` warns
+    name: str = binding.get_host_cpu_name()
+    return name if binding.get_host_cpu_features().get("avx512f") else None
 
 
 @cache
