@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key
 
+from llama_jax.numerics.backend import target_platform
 from llama_jax.numerics.scalars import is_integer, is_number, plain_number
 
 # (input_ids [batch, slots], logits [batch, vocab], lengths [batch]) -> logits [batch, vocab]. The tokens
@@ -18,6 +19,8 @@ from llama_jax.numerics.scalars import is_integer, is_number, plain_number
 # follows is arbitrary. Shapes are static and may be larger than needed; lengths are traced. A row that has
 # ended continues with padding tokens, as in transformers.
 LogitsProcessor = Callable[[Array, Array, Array], Array]
+
+_BLOCK = 128  # tokens whose largest score is looked for at a time
 
 
 def temperature_filter(
@@ -159,4 +162,19 @@ def choose(
     if sampling.do_sample:
         assert key is not None
         return jax.random.categorical(key, scores, axis=-1).astype(jnp.int32)
-    return jnp.argmax(scores, axis=-1).astype(jnp.int32)
+    return likeliest(scores)
+
+
+def likeliest(scores: Float[Array, "batch vocab"]) -> Int[Array, " batch"]:
+    """The first of the largest scores; NaN is as large as infinity."""
+    # `jnp.max` of a CPU can pass over NaN
+    numbers = jnp.where(jnp.isnan(scores), jnp.inf, scores)
+    if target_platform() != "cpu":
+        return jnp.argmax(numbers, axis=-1).astype(jnp.int32)
+    # XLA's argmax has no vectors there, its maxima have
+    rest = -scores.shape[1] % _BLOCK
+    padded = jnp.pad(numbers, ((0, 0), (0, rest)), constant_values=-jnp.inf)
+    blocks = padded.reshape(len(scores), -1, _BLOCK)
+    block = jnp.argmax(jnp.max(blocks, axis=-1), axis=-1)
+    within = jnp.take_along_axis(blocks, block[:, None, None], axis=1)[:, 0]
+    return (block * _BLOCK + jnp.argmax(within, axis=-1)).astype(jnp.int32)

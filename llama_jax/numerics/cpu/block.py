@@ -5,7 +5,8 @@ time, whose additions wait for each other. Here several rows are summed at once,
 them.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any, NamedTuple
 
 from llvmlite import binding, ir
@@ -23,6 +24,9 @@ _X_ROWS = 4  # of a block, unless x is a single row
 # Bytes from what is read to what is fetched meanwhile. The processor does not fetch ahead far enough for
 # rows of a few hundred bytes; measured from 1 to 6 KiB, this takes two thirds of the time without it.
 _AHEAD = 6144
+# Columns of a group of 4-bit codes for which there is code without a loop over them. The loop takes a
+# third more time with eight rows of x, a sixth more with one.
+_SIZES = (32, 64, 128)
 
 
 class Operands(NamedTuple):
@@ -62,11 +66,17 @@ def _multiply(kind: _Kind) -> Any:
     def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         operands = Operands(*cgutils.unpack_tuple(builder, arguments[0]))
         is_one = builder.icmp_signed("==", operands.rows, _WORD(1))
-        with builder.if_else(is_one) as (one, more):
-            with one:
-                _Blocks(builder, kind, operands, 4, 1).emit(*arguments[1:])
-            with more:
-                _Blocks(builder, kind, operands, features, _X_ROWS).emit(*arguments[1:])
+        for size in _cases(
+            builder,
+            builder.sdiv(operands.depth, operands.groups),
+            _SIZES if kind.codes > 1 else (),
+        ):
+            blocks = partial(_Blocks, builder, kind, operands, size)
+            with builder.if_else(is_one) as (one, more):
+                with one:
+                    blocks(4, 1).emit(*arguments[1:])
+                with more:
+                    blocks(features, _X_ROWS).emit(*arguments[1:])
         return context.get_dummy_value()
 
     @intrinsic
@@ -76,15 +86,36 @@ def _multiply(kind: _Kind) -> Any:
     return multiply
 
 
-class _Blocks:
-    """A loop over blocks of `features` rows of the weight and `rows` of x."""
+def _cases(builder: Any, size: Any, sizes: tuple[int, ...]) -> Iterator[Any]:
+    """`size` as each constant of `sizes`, for code that runs if it is this one, then for all others."""
+    if not sizes:
+        yield size
+        return
+    is_this = builder.icmp_signed("==", size, _WORD(sizes[0]))
+    with builder.if_else(is_this) as (this, other):
+        with this:
+            yield _WORD(sizes[0])
+        with other:
+            yield from _cases(builder, size, sizes[1:])
 
-    def __init__(self, builder: Any, kind: _Kind, operands: Operands, features: int, rows: int):
+
+class _Blocks:
+    """A loop over blocks of `features` rows of the weight and `rows` of x, in groups of `size` columns."""
+
+    def __init__(
+        self,
+        builder: Any,
+        kind: _Kind,
+        operands: Operands,
+        size: Any,
+        features: int,
+        rows: int,
+    ):
         self.builder, self.kind, self.of = builder, kind, operands
         self.features, self.rows = features, rows
         self.pairs = [(feature, row) for feature in range(features) for row in range(rows)]
-        self.size = builder.sdiv(operands.depth, operands.groups)
-        self.integers = builder.sdiv(self.size, _WORD(kind.codes))  # of a group
+        self.size = size
+        self.integers = builder.sdiv(size, _WORD(kind.codes))  # of a group
         self.vectors = builder.and_(self.integers, _WORD(-_WIDTH))  # of these, in complete vectors
 
     def emit(self, begin: Any, end: Any) -> None:
@@ -115,9 +146,7 @@ class _Blocks:
                 if self.kind.has_scale:
                     scale = self._float(scales[feature], group.index)
                 self._add(totals[feature, row], part, self._splat(scale))
-        if self.kind.codes > 1:
-            with cgutils.for_range(builder, of.groups) as group:
-                for feature, row in self.pairs:
+                if self.kind.codes > 1:
                     zero = self._float(zeros[feature], group.index)
                     self._add(offsets[feature, row], zero, self._float(sums[row], group.index))
         for pair in self.pairs:

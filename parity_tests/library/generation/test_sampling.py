@@ -126,6 +126,17 @@ def test_samples_follow_the_distribution():
     np.testing.assert_allclose(frequencies, [0.5, 0.3, 0.2, 0.0], atol=0.015)
 
 
+@pytest.mark.parametrize("vocab", [1, 5, 128, 129, 1000])
+def test_the_likeliest_is_the_first_of_the_largest(vocab):
+    scores = np.random.default_rng(0).integers(-3, 4, (5, vocab)).astype(np.float32)
+    scores[1] = -np.inf
+    scores[2, vocab // 2] = np.nan
+    scores[3, [vocab // 3, -1]] = np.inf
+    token = jax.jit(lambda scores: choose(Sampling(), scores, None))(scores)
+    assert token.dtype == jnp.int32
+    np.testing.assert_array_equal(token, torch.from_numpy(scores).argmax(dim=-1))
+
+
 @pytest.mark.parametrize(
     ("name", "value", "expected"),
     [

@@ -28,6 +28,8 @@ KINDS = {
     "8 bits, groups of 96": (8, 96),
     "8 bits, groups of 16": (8, 16),
     "4 bits, groups of 64": (4, 64),
+    "4 bits, groups of 32": (4, 32),
+    "4 bits, groups of 96": (4, 96),
     "4 bits, groups of 24": (4, 24),
 }
 
@@ -69,6 +71,15 @@ def test_codes_round_no_more_than_torch_with_the_widened_weight(kind, shape, row
     theirs = torch.from_numpy(x) @ torch.from_numpy(np.array(weight[...])).T
     assert out.dtype == jnp.float32
     assert rms_error(out, reference) <= ROUNDING_RATIO * rms_error(theirs.numpy(), reference)
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize("group_size", [2, 16, 128, 256])
+def test_any_size_of_groups(group_size, rows):
+    weight = coded((7, 768), 4, group_size, jnp.float32)
+    x = np.random.default_rng(1).standard_normal((rows, 768)).astype(np.float32)
+    reference = x.astype(np.float64) @ exact(weight).T
+    np.testing.assert_allclose(step(jnp.asarray(x), weight), reference, rtol=1e-5, atol=1e-4)
 
 
 @pytest.mark.parametrize("rows", [1, 8])
