@@ -20,6 +20,7 @@ _ANY_ORDER = ("reassoc", "contract", "nsz")
 
 _HAS_AVX512 = bool(binding.get_host_cpu_features().get("avx512f"))
 _WIDTH = 16 if _HAS_AVX512 else 8  # floats of a vector; LLVM splits those that no register holds
+FEATURES = 4  # rows of a weight in a block, or a multiple of those
 _X_ROWS = 4  # of a block, unless x is a single row
 # Bytes from what is read to what is fetched meanwhile. The processor does not fetch ahead far enough for
 # rows of a few hundred bytes; measured from 1 to 6 KiB, this takes two thirds of the time without it.
@@ -61,7 +62,7 @@ def _multiply(kind: _Kind) -> Any:
     its group, and groups have zeros, which are multiplied with the sums.
     """
     # rows of the weight in a block of several rows of x: as many as registers hold
-    features = 4 if kind.codes == 1 and _HAS_AVX512 else 2
+    features = FEATURES if kind.codes == 1 and _HAS_AVX512 else FEATURES // 2
 
     def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         operands = Operands(*cgutils.unpack_tuple(builder, arguments[0]))
@@ -74,7 +75,7 @@ def _multiply(kind: _Kind) -> Any:
             blocks = partial(_Blocks, builder, kind, operands, size)
             with builder.if_else(is_one) as (one, more):
                 with one:
-                    blocks(4, 1).emit(*arguments[1:])
+                    blocks(FEATURES, 1).emit(*arguments[1:])
                 with more:
                     blocks(features, _X_ROWS).emit(*arguments[1:])
         return context.get_dummy_value()

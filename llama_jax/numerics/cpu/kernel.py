@@ -14,6 +14,7 @@ from numba import carray, cfunc, njit, types
 
 from llama_jax.numerics.cpu.attention import attend
 from llama_jax.numerics.cpu.block import (
+    FEATURES,
     multiply_bfloat16,
     multiply_float32,
     multiply_int4,
@@ -81,30 +82,40 @@ _PATIENCE = 3000
 _SEATS, _SEAT_BYTES = 8, 64  # a cache line each
 _FREE, _WAITING = 0, 1
 
-# Numbers to multiply with of a chunk: enough that taking it costs nothing, few enough that threads end
-# together.
+# Numbers to multiply with of the smallest chunk: enough that taking it costs nothing, few enough that
+# threads end together. Chunks are larger while much is left, since what is fetched ahead of a thread ends
+# up in the wrong cache where another one goes on.
 _CHUNK_NUMBERS = 1 << 15
 
 # numba keeps what it compiled for as long as this file is the same. This checksum of the others, which a
 # test compares, makes it another file when they change.
-OTHER_SOURCES = "ea6415a3614a19d8"
+OTHER_SOURCES = "9873f17be427b05a"
 
 # Sums in any order, so that they are vectors. NaN and infinity stay what they are.
 _compile = njit(fastmath={"reassoc", "contract", "nsz"}, error_model="numpy", cache=True)
 
 
-@cfunc(types.int64(types.int64), cache=True)
+@_compile
+def _in_blocks(count: int) -> int:
+    """At most so many rows of a weight, which the kernel computes with in blocks."""
+    return count // FEATURES * FEATURES
+
+
+@cfunc(types.int64(types.int64), error_model="numpy", cache=True)
 def work(address: int) -> int:
-    """Take chunks until none is left.
+    """Take chunks, each a part of what is left, until nothing is.
 
     It is called by its address: numba would compile all of it again for each function that calls it.
     """
     job = words(address, _HEADER)
     while True:
-        begin = fetch_add(address + NEXT * BYTES, job[_CHUNK])
-        if begin >= job[_ITEMS]:
+        begin = load(address + NEXT * BYTES)
+        rest = job[_ITEMS] - begin
+        if rest <= 0:
             return 0
-        end = min(begin + job[_CHUNK], job[_ITEMS])
+        end = begin + min(max(_in_blocks(rest // (2 * job[_COUNT])), job[_CHUNK]), rest)
+        if compare_exchange(address + NEXT * BYTES, begin, end) != begin:
+            continue
         if job[_WEIGHTS] == 0:
             of = words(address + _HEADER * BYTES, _OF_ATTENTION)
             attention = (of[0], of[1], of[2], of[3], of[4], of[5], of[6], of[7], of[8])
@@ -241,7 +252,7 @@ def _new_multiplication(frame: Any) -> int:
                 _sum_groups(of[_X], sums, shape[0], groups, shape[1] // groups)
                 sums += shape[0] * groups * _FLOAT_BYTES
         job[_ITEMS] += of[_FEATURES]
-    job[_CHUNK] = max(1, _CHUNK_NUMBERS // shape[1])
+    job[_CHUNK] = max(FEATURES, _in_blocks(_CHUNK_NUMBERS // shape[1]))
     return address
 
 
