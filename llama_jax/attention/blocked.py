@@ -5,7 +5,9 @@ row, and recomputes the scores. The two are the maximum and the sum of exponenti
 logsumexp, which rounds more coarsely than either. Each block of queries takes all of its keys, up to the
 causal frontier, in one matmul, so no running maximum is needed and half of the work is skipped.
 
-It is plain XLA but for the forward pass on processors for which there is a kernel (`flash`).
+It is plain XLA, but where there is no gradient and the processor has a kernel for it (`flash`). A backward
+pass needs scores that were rounded as its own are: of a row that sums to 1 in the kernel's rounding, the
+gradient of the values had 1.14 instead of 0.49 times PyTorch's error.
 """
 
 from collections.abc import Callable
@@ -91,26 +93,17 @@ def default_block() -> int:
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _attend(size: int, query: Array, key: Array, value: Array, mask: AttentionMask) -> Array:
-    return _forward(size, query, key, value, mask)[0]
+    def in_blocks(*operands: Any) -> Array:
+        return _forward(size, *operands)[0]
+
+    if takes_flash(query, key, value):
+        return flash_attention(query, key, value, mask, in_blocks)
+    return in_blocks(query, key, value, mask)
 
 
 def _forward(
     size: int, query: Array, key: Array, value: Array, mask: AttentionMask
 ) -> tuple[Array, _Residuals]:
-    in_blocks = partial(_forward_in_blocks, size)
-    if takes_flash(query, key, value):
-        out, *rows = flash_attention(query, key, value, mask, in_blocks)
-        row_max, row_sum = (_split(size, row[..., None], key.shape[2]) for row in rows)
-    else:
-        out, row_max, row_sum = in_blocks(query, key, value, mask)
-    out, row_max, row_sum = checkpoint_name([out, row_max, row_sum], "attention")
-    return out, _Residuals(query, key, value, mask, out, _RowStatistics(row_max, row_sum))
-
-
-def _forward_in_blocks(
-    size: int, query: Array, key: Array, value: Array, mask: AttentionMask
-) -> tuple[Array, Array, Array]:
-    """The output, and what `_RowStatistics` has."""
     blocks, keys = _split_queries(size, query, key, mask), key.swapaxes(1, 2)
     values = value.swapaxes(1, 2)
     parts = []
@@ -119,7 +112,8 @@ def _forward_in_blocks(
         step = partial(_forward_block, *visible, _keys_until(group.frontier, key, query, mask))
         parts.append(_scan_blocks(step, None, group, blocks)[1])
     out, row_max, row_sum = (jnp.concatenate(part) for part in zip(*parts, strict=True))
-    return _join(out, query), row_max, row_sum
+    out, row_max, row_sum = checkpoint_name([_join(out, query), row_max, row_sum], "attention")
+    return out, _Residuals(query, key, value, mask, out, _RowStatistics(row_max, row_sum))
 
 
 def _forward_block(

@@ -41,31 +41,23 @@ def flash_attention(
     value: Float[Array, "batch k kv_heads dim"],
     mask: AttentionMask,
     plain: Callable[..., Any],
-) -> tuple[
-    Float[Array, "batch q heads dim"],
-    Float[Array, "batch q heads"],
-    Float[Array, "batch q heads"],
-]:
+) -> Float[Array, "batch q heads dim"]:
     """`dot_product_attention` without the weights, where `takes_flash`. It has no derivatives.
 
     Args:
         plain: what XLA would run on the same operands, for those who look for matmuls in a program.
-
-    Returns:
-        The output, and of each row of scores the maximum and the sum of exponentials, 1 if it sees nothing.
     """
     leaves, tree = jax.tree.flatten((query, key, value, mask))
     jaxpr = jax.make_jaxpr(plain)(query, key, value, mask)
-    out, row_max, row_sum = _flash_attention.bind(*leaves, tree=tree, jaxpr=jaxpr)
-    return out, row_max, row_sum
+    out: Array = _flash_attention.bind(*leaves, tree=tree, jaxpr=jaxpr)
+    return out
 
 
 _flash_attention = Primitive("flash_attention")
-_flash_attention.multiple_results = True
 
 
 @_flash_attention.def_impl
-def _run(*leaves: Array, tree: Any, jaxpr: ClosedJaxpr) -> tuple[Array, ...]:
+def _run(*leaves: Array, tree: Any, jaxpr: ClosedJaxpr) -> Array:
     del jaxpr
     query, key, value, mask = jax.tree.unflatten(tree, leaves)
     kernel = flash_kernel()
@@ -82,26 +74,21 @@ def _run(*leaves: Array, tree: Any, jaxpr: ClosedJaxpr) -> tuple[Array, ...]:
     if mask.key_is_token is not None:
         until = jnp.where(mask.key_is_token, until, limits.min)
     integers = *slots_of(mask, query.shape[1], k), query_segments, key_segments, until
-    out: tuple[Array, ...] = kernel.attend(
-        query, key, value, *(x.astype(jnp.int32) for x in integers)
-    )
+    out: Array = kernel.attend(query, key, value, *(x.astype(jnp.int32) for x in integers))
     return out
 
 
 @_flash_attention.def_abstract_eval
-def _results(*leaves: Any, tree: Any, jaxpr: ClosedJaxpr) -> tuple[Any, ...]:
+def _result(*leaves: Any, tree: Any, jaxpr: ClosedJaxpr) -> Any:
     del jaxpr
-    query = jax.tree.unflatten(tree, leaves)[0]
-    rows = query.update(shape=query.shape[:3])
-    return query, rows, rows
+    return jax.tree.unflatten(tree, leaves)[0]
 
 
-def _batch(leaves: Any, axes: Any, **params: Any) -> tuple[Any, Any]:
-    outs = jax.vmap(partial(_run, **params), axes)(*leaves)
-    return outs, [0] * len(outs)
+def _batch(leaves: Any, axes: Any, **params: Any) -> tuple[Array, int]:
+    return jax.vmap(partial(_run, **params), axes)(*leaves), 0
 
 
 batching.primitive_batchers[_flash_attention] = _batch
 mlir.register_lowering(
-    _flash_attention, mlir.lower_fun(_run, multiple_results=True), platform="cpu"
+    _flash_attention, mlir.lower_fun(_run, multiple_results=False), platform="cpu"
 )

@@ -56,11 +56,11 @@ from llama_jax.numerics.cpu.vectors import LANES
 # What a job has at these places, besides those of `threads`: addresses,
 _QUERY, _KEY, _VALUE = 3, 4, 5
 _QUERY_SLOTS, _KEY_SLOTS, _QUERY_SEGMENTS, _KEY_SEGMENTS, _VISIBLE_UNTIL = 6, 7, 8, 9, 10
-_OUT, _ROW_MAX, _ROW_SUM = 11, 12, 13
+_OUT = 11
 # and sizes; a part is a block of queries for one row of the batch and one head of the keys
-_BATCH, _QUERIES, _HEADS, _DIM, _KEYS, _KV_HEADS = 14, 15, 16, 17, 18, 19
-_BLOCK, _PARTS = 20, 21
-_REQUEST = 22  # of XLA
+_BATCH, _QUERIES, _HEADS, _DIM, _KEYS, _KV_HEADS = 12, 13, 14, 15, 16, 17
+_BLOCK, _PARTS = 18, 19
+_REQUEST = 20  # of XLA
 _WORDS = _REQUEST + REQUEST_WORDS
 
 _GROUP = BLOCK_ROWS[0]  # rows that are computed together
@@ -287,9 +287,6 @@ def _attend(job: Any, memory: Any, part: int) -> None:
         of_row = total[row * dim : (row + 1) * dim]
         for place in range(dim):
             out[place] = of_row[place] / divisor
-        lowest = np.float32(np.finfo(np.float32).min)
-        _floats(job[_ROW_MAX], index + 1)[index] = max(row_max[row], lowest)
-        _floats(job[_ROW_SUM], index + 1)[index] = divisor
 
 
 @cfunc(types.int64(types.int64), cache=True)
@@ -349,7 +346,7 @@ _task_address = symbol_address(_TASK)
 @_compile
 def _new_job(frame: Any) -> int:
     """The job of a call, see `flash_call.attend` for its operands."""
-    arguments, results = words(frame[ARGUMENTS], 8), words(frame[RESULTS], 3)
+    arguments, results = words(frame[ARGUMENTS], 8), words(frame[RESULTS], 1)
     query, key = words(arguments[0], 6), words(arguments[1], 6)
     shape, key_shape = words(query[DIMENSIONS], 4), words(key[DIMENSIONS], 4)
     address = malloc(_WORDS * BYTES)
@@ -357,8 +354,7 @@ def _new_job(frame: Any) -> int:
     job[:] = 0
     for index in range(8):
         job[_QUERY + index] = words(arguments[index], 6)[DATA]
-    for index in range(3):
-        job[_OUT + index] = words(results[index], 6)[DATA]
+    job[_OUT] = words(results[0], 6)[DATA]
     for index in range(4):
         job[_BATCH + index] = shape[index]
     job[_KEYS], job[_KV_HEADS] = key_shape[1], key_shape[2]
