@@ -1,8 +1,8 @@
 """Time until the first step of a run: of a new one that compiles, and of the same run resumed.
 
-Both in turn, each in a process of its own, with the default model and data. A new cache of compiled
-programs for each pair, the same for both of it. Python's bytecode is there, as after the first run of a
-user: of a pair that is not counted.
+Both in turn, each in a process of its own, with the default model and data; a signal stops them after that
+step. A new cache of compiled programs for each pair, the same for both of it. Python's bytecode is there,
+as after the first run of a user: of a pair that is not counted.
 """
 
 import statistics
@@ -18,10 +18,10 @@ from benchmarks.isolated import ROOT
 from benchmarks.report import Report, show
 from benchmarks.user_environment import user_environment
 from train.monitoring.history import read_events
+from train.run.stop import RESUME
 
 PAIRS = 3
-# a schedule to which steps can be added
-_RUN = ("--steps=1", "--optimizer.schedule=constant", "--evaluation.every=0")
+_RUN = ("--steps=1000", "--evaluation.every=0")
 _SAID = "first step after"
 
 
@@ -36,7 +36,7 @@ class Start(NamedTuple):
 def start(
     arguments: Sequence[str], run: Path, cache: Path, environment: Mapping[str, str]
 ) -> Start:
-    """Run a command of `python -m train` to its end."""
+    """Run a command of `python -m train`, and stop it after its first step."""
     variables = {**environment, "LLAMA_JAX_CACHE": str(cache), "COLUMNS": "400"}
     begin, seconds, lines = time.perf_counter(), None, []
     command = [sys.executable, "-m", "train", *arguments]
@@ -48,7 +48,8 @@ def start(
             lines.append(line)
             if line.startswith(_SAID):
                 seconds = time.perf_counter() - begin
-    if process.returncode or seconds is None:
+                process.terminate()
+    if process.returncode != RESUME or seconds is None:
         raise ValueError(f"{' '.join(arguments)}: ended with {process.returncode}: {lines[-1:]}")
     *_, parts = (event["seconds"] for event in read_events(run) if event["event"] == "first step")
     return Start(seconds, parts.pop("processor"), parts)
@@ -59,7 +60,7 @@ def measure(environment: Mapping[str, str]) -> tuple[Start, Start]:
     with tempfile.TemporaryDirectory() as folder:
         run, cache = Path(folder) / "run", Path(folder) / "cache"
         first = start(["run", "--out", str(run), *_RUN], run, cache, environment)
-        return first, start(["resume", str(run), "--steps=2"], run, cache, environment)
+        return first, start(["resume", str(run)], run, cache, environment)
 
 
 def tabulate(pairs: Sequence[tuple[Start, Start]]) -> Report:

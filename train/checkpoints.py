@@ -84,7 +84,9 @@ def save(
             f"step {step}: found parameters or optimizer state that are not finite, expected finite "
             "numbers: try a lower --optimizer.learning-rate; earlier checkpoints are kept"
         )
-    facts = facts | {"step": step, "fingerprints": fingerprints((params, opt_state))}
+    # by the two programs that a restart needs
+    numbers = [*fingerprints(params), *fingerprints(opt_state)]
+    facts = facts | {"step": step, "fingerprints": numbers}
     try:
         # later ones were skipped as damaged when the run was resumed; Orbax would keep them as the newest,
         # and save nothing before them

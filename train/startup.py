@@ -40,7 +40,7 @@ def lap(name: str) -> None:
 def first_step(name: str) -> Iterator[None]:
     """Within, the jitted function `name` is called for the first time, and its result waited for.
 
-    What JAX does for it become parts of their own: tracing, lowering, and compilation, which includes
+    What JAX does for it then become parts of their own: tracing, lowering, and compilation, which includes
     reading the program from the cache. The rest is the step itself.
     """
     from jax import monitoring

@@ -39,6 +39,7 @@ def fingerprint(
     return jnp.sum(_mix(bits.astype(jnp.uint32) ^ mixed), dtype=jnp.uint32)
 
 
+@jax.jit  # traced once for each shape
 def _mix(x: UInt32[Array, "..."]) -> UInt32[Array, "..."]:
     """The finalizer of MurmurHash3, a permutation of the 32-bit integers."""
     # numpy's numbers: JAX would make an array of each, with a program

@@ -56,6 +56,17 @@ def keep_compiled_programs(options: argparse.Namespace) -> None:
             _use(_made(folder))
 
 
+def program_folder() -> Path | None:
+    """Where `keep_compiled_programs` keeps those of this machine; None if it does not.
+
+    A directory of JAX's own variable does not count: other machines or users may have it too.
+    """
+    import jax
+
+    folder = jax.config.values["jax_compilation_cache_dir"]
+    return Path(folder) if folder is not None and Path(folder).name == _machine() else None
+
+
 def _default() -> Path | None:
     chosen = os.environ.get("LLAMA_JAX_CACHE")
     if chosen is not None:

@@ -528,9 +528,14 @@ class AdamW(torch.optim.Optimizer):
             g = g + decay * p
         else:
             p.mul_(1 - (1.0 if "decay_not_times_rate" in faults else lr) * decay)
+        if "adam_moments" in faults:
+            state["exp_avg"].zero_()
+            state["exp_avg_sq"].zero_()
         m = state["exp_avg"].lerp_(g, 1 - b1)
         v = state["exp_avg_sq"].mul_(b2).addcmul_(g, g, value=1 - b2)
         steps = state["step"] + ("adam_step" in faults)
+        if "adam_step_again" in faults:
+            steps = 1
         c1, c2 = 1 - b1**steps, 1 - b2**steps
         if "bias_correction" in faults:
             c1 = c2 = 1.0
@@ -547,12 +552,13 @@ class AdamW(torch.optim.Optimizer):
 OPTIMIZER_FAULTS = (
     *("decay_of_norms", "decay_dropped", "decay_coupled", "decay_not_times_rate"),
     *("bias_correction", "bias_correction_of_second", "adam_eps_inside_root", "adam_eps"),
-    *("adam_betas_swapped", "adam_step", "clip_by_value", "clip_dropped", "clip_of_each"),
+    *("adam_betas_swapped", "adam_step", "adam_moments"),
+    *("clip_by_value", "clip_dropped", "clip_of_each"),
 )
 
 
-def record_step(out: Path, fault: str | None) -> Path:
-    """A recording of the second step of `AdamW`, with a clipped gradient."""
+def record_step(out: Path, fault: str | None, earlier: int = 1) -> Path:
+    """A recording of a step of `AdamW` after `earlier` others, with a clipped gradient."""
     model = hf_model(BASE, weights_of(BASE)).eval()
     parameters = list(model.parameters())
     matrices = [p for p in parameters if p.ndim > 1]
@@ -563,9 +569,10 @@ def record_step(out: Path, fault: str | None) -> Path:
     settings["decoupled_weight_decay"] = True  # as torch's own AdamW has it
     optimizer, ids = AdamW(groups, faults, **settings), ids_of()
     before = [p.detach().clone() for p in parameters]
-    model(input_ids=ids, labels=ids).loss.backward()
-    optimizer.step()
-    optimizer.zero_grad()
+    for _ in range(earlier):
+        model(input_ids=ids, labels=ids).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
     with torch.no_grad():  # the checkpoint's weights again
         for parameter, value in zip(parameters, before, strict=True):
             parameter.copy_(value)

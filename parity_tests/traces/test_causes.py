@@ -127,6 +127,15 @@ def test_a_fault_in_an_optimizer(fault: str, directories: Path, tmp_path: Path) 
     assert [cause.name for cause in verdict.causes] == [fault]
 
 
+def test_steps_that_are_counted_from_the_first_again(directories: Path, tmp_path: Path) -> None:
+    """After one earlier step this would be a count that is one too low."""
+    trace = planted_torch.record_step(tmp_path / "trace", "adam_step_again", earlier=3)
+    verdict = check(trace, directories / "base", compiled=COMPILED)
+    assert verdict.causes is not None
+    (cause,) = verdict.causes
+    assert (cause.name, cause.words) == ("adam_step", "Adam counts from the first step again")
+
+
 @pytest.mark.parametrize(
     ("kind", "setting", "other"),
     [

@@ -14,7 +14,6 @@ from llama_jax.config import LlamaConfig
 from llama_jax.formatting import printable
 from llama_jax.models.causal_lm import LlamaForCausalLM
 from train import startup
-from train.checkpoints import Restored
 from train.data import provenance
 from train.data.placement import placed_batches
 from train.data.tokens import Source
@@ -31,7 +30,7 @@ from train.monitoring.reporter import Reporter
 from train.options import RunOptions
 from train.program.build import Program, initial_opt_state, initial_params, model_of
 from train.program.donation import donatable
-from train.run.ahead import compiling
+from train.run.ahead import Ahead
 from train.run.continued import continued_opt_state, open_state
 from train.run.diagnosis import NO_DIAGNOSIS, Diagnosis, profiling, write_programs
 from train.run.evaluation import evaluate_step
@@ -77,9 +76,21 @@ def train_loop(
         saves = Saves(folder, options, program)
         stack.push(partial(_close, saves))
         stack.enter_context(cause_told_by_runtime())
-        restored = _restored(program, options, saves)
+        last = saves.last_step()
+        name = _step_name(options, last + 1)
+        ahead = Ahead(
+            program,
+            options,
+            name,
+            dropout_key(program.config, options.seed, last),
+            must_trace=diagnosis.hlo is not None,
+            # to compile for a GPU is to measure kernels: not while it computes initial values
+            begin=last > 0 or program.mesh.devices.flat[0].platform == "cpu",
+        )
+        restored = saves.restore()
         start, params, opt_state = restored or _first_state(program, options)
         startup.lap("state")
+        steps: dict[str, Any] = {"step": program.step, "statistics_step": program.statistics_step}
         display = stack.enter_context(
             open_display(options.steps, start, silent=quiet or not first_process)
         )
@@ -115,11 +126,14 @@ def train_loop(
             data_wait = time.perf_counter() - waiting_since
             reporter.poll()
             key = dropout_key(program.config, options.seed, done - 1)
-            step = _step(program, options, done)
             before_step(done)
+            if done == start + 1:
+                startup.lap("first batch")
+                steps[name] = ahead.step()
+                startup.lap("compilation")  # what is left of it
+            step = steps[_step_name(options, done)]
             with startup.first_step("step") if done == start + 1 else nullcontext():
                 if done == start + 1:
-                    startup.lap("first batch")
                     write_programs(diagnosis, step, (params, opt_state, batch, key), display.say)
                 params, opt_state, metrics, *statistics = step(params, opt_state, batch, key)
                 if done == start + 1:
@@ -127,6 +141,8 @@ def train_loop(
             if done == start + 1 and (parts := startup.parts()):
                 display.say(startup.in_words(parts))
                 add_event("first step", done, startup.in_words(parts), seconds=parts)
+            if done == start + 1:
+                ahead.keep()
             stop = any_process(stop_requested())
             reporter.submit(done, metrics, stop, data_wait, *statistics)
             if done == start + 1:
@@ -184,18 +200,9 @@ def _close(saves: Saves, error: type[BaseException] | None, *_: Any) -> None:
         saves.close()
 
 
-def _restored(program: Program, options: RunOptions, saves: Saves) -> Restored | None:
-    """The newest intact checkpoint, None if there is none; the step is compiled while it is read."""
-    if not (last := saves.last_step()):
-        return saves.restore()
-    first_step = _step(program, options, last + 1)
-    with compiling(program, first_step, dropout_key(program.config, options.seed, last)):
-        return saves.restore()
-
-
-def _step(program: Program, options: RunOptions, number: int) -> jax.stages.Wrapped:
-    measuring = _due(number, options.log.statistics_every)
-    return program.statistics_step if measuring else program.step
+def _step_name(options: RunOptions, number: int) -> str:
+    """Which step of a program it is."""
+    return "statistics_step" if _due(number, options.log.statistics_every) else "step"
 
 
 def _first_state(program: Program, options: RunOptions) -> tuple[int, Any, Any]:

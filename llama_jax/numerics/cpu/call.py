@@ -1,4 +1,4 @@
-"""The kernels as functions of arrays; to import them compiles them, or reads them from numba's cache."""
+"""The kernels as functions of arrays; to import them compiles them, or reads what was compiled."""
 
 from collections.abc import Sequence
 
@@ -6,12 +6,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from llama_jax.numerics.cpu.kernel import attend_handler, multiply_handler
+from llama_jax.numerics.cpu.objects import register
 
 _MULTIPLY, _ATTEND = "llama_jax_few_rows", "llama_jax_one_query"
 
-for _name, _handler in ((_MULTIPLY, multiply_handler), (_ATTEND, attend_handler)):
-    jax.ffi.register_ffi_target(_name, jax.ffi.pycapsule(_handler.ctypes), platform="cpu")
+register("kernel", {_MULTIPLY: "multiply", _ATTEND: "attend"})
 
 
 def multiply(

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from threading import Thread, current_thread
 from typing import Any
 
 import jax
@@ -236,6 +237,74 @@ def test_stream_equals_generate_and_compiles_once() -> None:
         np.testing.assert_array_equal(generated[:, 5:], streamed)
         # of the same buckets: other lengths of prompt and continuation
         model.generate(jnp.asarray(np.asarray(ids)[:, :4]), max_new_tokens=7).block_until_ready()
+
+
+@pytest.fixture
+def compiling(monkeypatch: pytest.MonkeyPatch) -> list[Thread]:
+    """The threads that `stream` begins."""
+    threads: list[Thread] = []
+
+    def thread(**options: Any) -> Thread:
+        threads.append(Thread(**options))
+        return threads[-1]
+
+    monkeypatch.setattr(loop, "Thread", thread)
+    return threads
+
+
+def test_stream_compiles_its_step_in_a_thread(compiling: list[Thread]) -> None:
+    """Once, and the tokens are those of `generate`, which does so when it calls the step."""
+    model, ids = tiny_model(), jnp.asarray(prompts(BY_NAME["gqa_2_to_1"].config, 1, 5), jnp.int32)
+    compiled: list[str] = []
+
+    def listen(event: str, seconds: float, **facts: str | int) -> None:
+        del seconds
+        if event.endswith("backend_compile_duration"):
+            compiled.append(str(facts.get("fun_name", "")))
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    try:
+        streamed = list(model.stream(ids, max_new_tokens=6, cache_capacity=21))
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listen)
+    (thread,) = compiling
+    assert not thread.is_alive()
+    assert sum("_decode" in name for name in compiled) == 1
+    jax.clear_caches()
+    generated = model.generate(ids, max_new_tokens=6, cache_capacity=21)
+    np.testing.assert_array_equal(np.stack(streamed, axis=1), generated[:, 5:])
+    assert list(model.stream(ids, max_new_tokens=1))
+    assert len(compiling) == 2
+    assert compiling[1].ident is None  # it has nothing to do
+
+
+def test_an_error_of_that_thread_is_raised_when_the_step_is_called(compiling: list[Thread]) -> None:
+    model, ids = tiny_model(), jnp.asarray(prompts(BY_NAME["gqa_2_to_1"].config, 1, 5), jnp.int32)
+    calls: list[str] = []
+
+    def processor(tokens: Any, scores: Any, lengths: Any) -> Any:
+        calls.append(current_thread().name)
+        if len(calls) > 1:
+            raise ValueError("not twice")
+        return scores
+
+    stream = model.stream(ids, max_new_tokens=6, logits_processors=[processor])
+    next(stream)
+    with pytest.raises(ValueError, match="not twice"):
+        next(stream)
+    (thread,) = compiling
+    assert not thread.is_alive()
+    assert thread.name in calls
+
+
+def test_the_thread_of_a_stream_that_is_dropped_ends(compiling: list[Thread]) -> None:
+    model, ids = tiny_model(), jnp.asarray(prompts(BY_NAME["gqa_2_to_1"].config, 1, 5), jnp.int32)
+    stream = model.stream(ids, max_new_tokens=6, cache_capacity=23)
+    next(stream)
+    stream.close()
+    (thread,) = compiling
+    thread.join(timeout=120)
+    assert not thread.is_alive()
 
 
 @contextmanager
