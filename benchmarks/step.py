@@ -20,8 +20,10 @@ import numpy as np
 from benchmarks.isolated import FailedError, measure
 from benchmarks.report import Report, show
 from llama_jax import PRESETS, LlamaConfig
+from llama_jax.cli.startup import keep_freed_memory
 from llama_jax.inspection.architecture import forward_flops_per_token
 from llama_jax.numerics.remat import Remat
+from llama_jax.numerics.xla_options import leave_loops_rolled
 from parity_tests.harness.nvidia import device_kind
 from train.data.batch import Batch
 from train.hardware.chips import CHIPS
@@ -295,6 +297,9 @@ def gpu_reports(kind: str, workloads: tuple[Workload, ...] = GPU) -> Iterator[Re
 
 def main() -> None:
     """Print the tables."""
+    # as `train run` does; torch gains as much by the first
+    keep_freed_memory()
+    leave_loops_rolled()
     kind = device_kind()
     if kind is not None:
         for report in gpu_reports(kind):
