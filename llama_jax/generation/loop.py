@@ -351,7 +351,7 @@ def _prefill(
         assert capacity is not None
         cache = init_cache(model.config, batch, capacity, cache_dtype)
         with jax.ensure_compile_time_eval():  # not traced, so that the model sees it is new
-            cache = replace(cache, length=jnp.zeros((), jnp.int32))
+            cache = replace(cache, length=jax.device_put(np.zeros((), np.int32)))
         tokens, start = jnp.broadcast_to(ending.pad_token_id, (batch, capacity + 1)), zero
         before: Int[Array, "batch 1"] | int = 0
     else:

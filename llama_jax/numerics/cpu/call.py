@@ -1,4 +1,4 @@
-"""The kernels as functions of arrays; to import them compiles them, or reads what was compiled."""
+"""The kernels as functions of arrays; to import them compiles them, or reads them from numba's cache."""
 
 from collections.abc import Sequence
 
@@ -6,11 +6,12 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from llama_jax.numerics.cpu.objects import register
+from llama_jax.numerics.cpu.kernel import attend_handler, multiply_handler
 
 _MULTIPLY, _ATTEND = "llama_jax_few_rows", "llama_jax_one_query"
 
-register("kernel", {_MULTIPLY: "multiply", _ATTEND: "attend"})
+for _name, _handler in ((_MULTIPLY, multiply_handler), (_ATTEND, attend_handler)):
+    jax.ffi.register_ffi_target(_name, jax.ffi.pycapsule(_handler.ctypes), platform="cpu")
 
 
 def multiply(

@@ -73,7 +73,7 @@ assert DEPTH == PIECE, "weights are scores in their place, and an operand of a m
 
 # numba keeps what it compiled for as long as this file is the same. This checksum of the others, which a
 # test compares, makes it another file when they change.
-OTHER_SOURCES = "9ae94fa6b3a1199d"
+OTHER_SOURCES = "6fb7c159c3facc0d"
 
 _compile = njit(error_model="numpy", cache=True)
 
@@ -150,21 +150,11 @@ def _floats(address: int, count: int) -> Any:
 
 
 @_compile
-def _least_and_most(values: Any) -> Any:
-    """numba's own `min` and `max` need its runtime, see `objects`."""
-    least = most = values[0]
-    for value in values:
-        least, most = min(least, value), max(most, value)
-    return least, most
-
-
-@_compile
 def _visible_range(slots: Any, segments: Any, key_slots: Any, key_segments: Any, until: Any) -> Any:
     """Of all keys that some of these queries may see: the first, the end, and whether causality is all
     that hides any of them."""
-    lowest, highest = _least_and_most(slots)
-    segment, last_segment = _least_and_most(segments)
-    is_one = segment == last_segment
+    lowest, highest = slots.min(), slots.max()
+    segment, is_one = segments[0], segments.min() == segments.max()
     begin, end = 0, len(key_slots)
     while begin < end and key_slots[end - 1] > highest:
         end -= 1
@@ -245,9 +235,7 @@ def _attend(job: Any, memory: Any, part: int) -> None:
             seen = size
             if is_causal:
                 of_group = slots[first_row // group : (last_row - 1) // group + 1]
-                seen = min(
-                    size, _least_and_most(of_group)[1] + 1 - key_slots[begin] - (start - begin)
-                )
+                seen = min(size, of_group.max() + 1 - key_slots[begin] - (start - begin))
                 if seen <= 0:
                     continue
             pieces = -(-seen // PIECE)
@@ -281,9 +269,7 @@ def _attend(job: Any, memory: Any, part: int) -> None:
                 if row_sum[row] > 0:
                     factor = np.exp(row_max[row] - shift)
                     row_sum[row] *= factor
-                    # no product of arrays, which needs numba's runtime
-                    for place in range(row * dim, (row + 1) * dim):
-                        total[place] *= factor
+                    total[row * dim : (row + 1) * dim] *= factor
                 row_max[row] = largest
                 row_sum[row] += exponentials(of_row, pieces, _PIECE_BYTES, scale, shift)
             for piece in range(pieces):
@@ -399,8 +385,3 @@ def handler(address: int) -> int:
     else:
         _run(frame)
     return 0
-
-
-# for `objects`
-FUNCTIONS = {_WORK: work, _TASK: task, "attend": handler}
-MEMORY: dict[str, int] = {}

@@ -1,13 +1,13 @@
-"""The kernel of many queries as a function of arrays; to import it compiles it, or reads its code."""
+"""The kernel of many queries as a function of arrays; to import it compiles it, or reads numba's cache."""
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32
 
-from llama_jax.numerics.cpu.objects import register
+from llama_jax.numerics.cpu.flash import handler
 
 _TARGET = "llama_jax_flash_attention"
-register("flash", {_TARGET: "attend"})
+jax.ffi.register_ffi_target(_TARGET, jax.ffi.pycapsule(handler.ctypes), platform="cpu")
 
 
 def attend(

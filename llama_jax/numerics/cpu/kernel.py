@@ -44,6 +44,7 @@ from llama_jax.numerics.cpu.machine import (
     compare_exchange,
     exchange,
     fetch_add,
+    lasting_zeros,
     load,
     malloc,
     pointer,
@@ -52,7 +53,6 @@ from llama_jax.numerics.cpu.machine import (
     task_address,
     work_address,
 )
-from llama_jax.numerics.cpu.objects import lasting_zeros
 from llama_jax.numerics.cpu.threads import (
     DONE,
     HOLDERS,
@@ -89,7 +89,7 @@ _CHUNK_NUMBERS = 1 << 15
 
 # numba keeps what it compiled for as long as this file is the same. This checksum of the others, which a
 # test compares, makes it another file when they change.
-OTHER_SOURCES = "2d25abce35af5e45"
+OTHER_SOURCES = "9873f17be427b05a"
 
 # Sums in any order, so that they are vectors. NaN and infinity stay what they are.
 _compile = njit(fastmath={"reassoc", "contract", "nsz"}, error_model="numpy", cache=True)
@@ -159,8 +159,7 @@ def _seats(threads: int) -> int:
     return min(threads // 2, _SEATS)
 
 
-MEMORY = {SEATS: _SEATS * _SEAT_BYTES}
-binding.add_symbol(SEATS, lasting_zeros(MEMORY[SEATS]))
+binding.add_symbol(SEATS, lasting_zeros(_SEATS * _SEAT_BYTES))
 
 
 @_compile
@@ -318,7 +317,3 @@ def attend_handler(address: int) -> int:
     else:
         _share(frame, _new_attention(frame))
     return 0
-
-
-# for `objects`
-FUNCTIONS = {WORK: work, TASK: task, "multiply": multiply_handler, "attend": attend_handler}

@@ -3,6 +3,7 @@
 Addresses are int64.
 """
 
+import ctypes
 from typing import Any
 
 from llvmlite import ir
@@ -103,6 +104,14 @@ def symbol_address(symbol: str) -> Any:
 
 
 work_address, task_address, seats_address = map(symbol_address, (WORK, TASK, SEATS))
+
+
+def lasting_zeros(size: int) -> int:
+    """The address of so many bytes, which are never freed: threads may outlive Python's objects."""
+    calloc = ctypes.CDLL(None).calloc
+    calloc.restype, calloc.argtypes = ctypes.c_void_p, (ctypes.c_size_t, ctypes.c_size_t)
+    address: int = calloc(1, size)
+    return address
 
 
 def _word_at(builder: Any, address: Any) -> Any:

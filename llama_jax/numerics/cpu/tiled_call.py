@@ -1,4 +1,4 @@
-"""The kernel of many rows as a function of arrays; to import it compiles it, or reads what was compiled."""
+"""The kernel of many rows as a function of arrays; to import it compiles it, or reads numba's cache."""
 
 import ctypes
 import platform
@@ -6,19 +6,22 @@ import platform
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
-from llvmlite import binding
 
-from llama_jax.numerics.cpu.objects import register
+from llama_jax.numerics.cpu import tiles
+from llama_jax.numerics.cpu.tiled import HANDLERS
 
 _TARGET = "llama_jax_tiled_matmul"
 _ARCH_PRCTL, _REQUEST_PERMISSION, _TILE_DATA = 158, 0x1023, 18  # of Linux on x86-64
 
-register("tiled", {f"{_TARGET}_{layout}": f"multiply_{layout}" for layout in range(4)})
+for _layout, _handler in enumerate(HANDLERS):
+    jax.ffi.register_ffi_target(
+        f"{_TARGET}_{_layout}", jax.ffi.pycapsule(_handler.ctypes), platform="cpu"
+    )
 
 
 def _may_use_amx() -> bool:
     """Whether the processor has bfloat16 in AMX, and Linux lets this process use it."""
-    if platform.system() != "Linux" or not binding.get_host_cpu_features().get("amx-bf16"):
+    if platform.system() != "Linux" or not tiles.HAS_AMX:
         return False
     return not ctypes.CDLL(None).syscall(_ARCH_PRCTL, _REQUEST_PERMISSION, _TILE_DATA)
 
