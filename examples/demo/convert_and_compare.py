@@ -33,7 +33,8 @@ from parity_tests.reference.errors import rms_error
 from parity_tests.reference.oracle import oracle
 from parity_tests.reference.tolerances import ROUNDING_RATIO
 
-CONTEXT = 512  # tokens of real text on which logits are compared
+CONTEXT = 512  # tokens of a window of text on which logits are compared
+WINDOWS = 4
 NEW_TOKENS = 32
 PROMPTS = (
     "The capital of France is",
@@ -63,8 +64,9 @@ def main() -> int:
 
     tokenizer = load_tokenizer(directory)
     text = (ROOT / "LICENSE").read_text()
-    ids = np.asarray([tokenizer.encode(text).ids[:CONTEXT]])
-    same = compare(ours, theirs, read_json_object(directory / "config.json"), ids)
+    ids = np.asarray(tokenizer.encode(text).ids[: WINDOWS * CONTEXT])
+    windows = np.split(ids, WINDOWS)
+    same = compare(ours, theirs, read_json_object(directory / "config.json"), windows)
 
     step(f"4. {NEW_TOKENS} greedy tokens from both")
     for prompt in PROMPTS:
@@ -81,31 +83,38 @@ def main() -> int:
     return 0 if same else 1
 
 
-def compare(ours: LlamaForCausalLM, theirs: Any, config: dict[str, Any], ids: np.ndarray) -> bool:
-    """Print logit errors and losses against the float64 oracle; returns whether ours are within the bar."""
+def compare(
+    ours: LlamaForCausalLM, theirs: Any, config: dict[str, Any], windows: list[np.ndarray]
+) -> bool:
+    """Print logit errors and losses against the float64 oracle; returns whether ours are within the bar.
+
+    What counts is the geometric mean of the windows' ratios, since one window can be chance: trained models
+    have tokens that multiply a rounding error by a hundred, and those after it attend to it.
+    """
     forward = jax.jit(lambda model, ids: model(ids, labels=ids))
-    out = forward(ours, jnp.asarray(ids, jnp.int32))
-    tokens = torch.from_numpy(ids)
-    with torch.no_grad():
-        reference = theirs(tokens, labels=tokens)
-        weights = {name: value.double() for name, value in theirs.named_parameters()}
-        exact = oracle(config, weights, input_ids=tokens, labels=tokens)
-    truth = exact.logits.numpy()
-    table = Table(title=f"{ids.shape[1]} tokens of real text against the float64 oracle")
-    for column in ("", "loss", "rms logit error (relative)", "top-1 agreement"):
+    weights = {name: value.double() for name, value in theirs.named_parameters()}
+    table = Table(title=f"windows of {CONTEXT} tokens of real text against the float64 oracle")
+    for column in ("loss", "oracle's", "rms logit error", "PyTorch's", "ratio", "same top-1"):
         table.add_column(column, justify="right")
-    errors = []
-    for name, logits, loss in (
-        ("llama_jax", np.asarray(out.logits), float(out.loss)),
-        ("PyTorch", reference.logits.numpy(), float(reference.loss)),
-    ):
-        errors.append(rms_error([logits], [truth]))
-        agreement = (logits.argmax(-1) == truth.argmax(-1)).mean()
-        table.add_row(name, f"{loss:.7f}", f"{errors[-1]:.2e}", f"{agreement:.2%}")
-    table.add_row("oracle", f"{float(exact.loss):.7f}", "0", "")
+    ratios = []
+    for window in windows:
+        tokens = torch.from_numpy(window[None])
+        out = forward(ours, jnp.asarray(window[None], jnp.int32))
+        with torch.no_grad():
+            reference = theirs(tokens).logits.numpy()
+            exact = oracle(config, weights, input_ids=tokens, labels=tokens)
+        logits, truth = np.asarray(out.logits), exact.logits.numpy()
+        errors = [rms_error([values], [truth]) for values in (logits, reference)]
+        ratios.append(errors[0] / errors[1])
+        table.add_row(
+            *(f"{float(loss):.7f}" for loss in (out.loss, exact.loss)),
+            *(f"{error:.2e}" for error in errors),
+            f"{ratios[-1]:.2f}",
+            f"{(logits.argmax(-1) == truth.argmax(-1)).mean():.2%}",
+        )
     console.print(table)
-    ratio = errors[0] / errors[1]
-    console.print(f"our error is {ratio:.2f} x PyTorch's; {ROUNDING_RATIO} x is allowed")
+    ratio = float(np.exp(np.mean(np.log(ratios))))
+    console.print(f"our error is {ratio:.2f} x PyTorch's on average; {ROUNDING_RATIO} x is allowed")
     return ratio <= ROUNDING_RATIO
 
 

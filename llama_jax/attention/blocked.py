@@ -1,9 +1,13 @@
-"""Attention one block of queries at a time, in plain XLA: any dtype, no scores of the full sequence.
+"""Attention one block of queries at a time: any dtype, no scores of the full sequence.
 
 The backward pass of FlashAttention (arXiv:2205.14135, 2307.08691): it keeps the output and two numbers per
 row, and recomputes the scores. The two are the maximum and the sum of exponentials instead of their
 logsumexp, which rounds more coarsely than either. Each block of queries takes all of its keys, up to the
 causal frontier, in one matmul, so no running maximum is needed and half of the work is skipped.
+
+It is plain XLA, but where there is no gradient and the processor has a kernel for it (`flash`). A backward
+pass needs scores that were rounded as its own are: of a row that sums to 1 in the kernel's rounding, the
+gradient of the values had 1.14 instead of 0.49 times PyTorch's error.
 """
 
 from collections.abc import Callable
@@ -16,6 +20,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
 from llama_jax.attention import masks
+from llama_jax.attention.flash import flash_attention, takes_flash
 from llama_jax.attention.masks import AttentionMask, slots_of
 from llama_jax.numerics.backend import target_platform
 from llama_jax.numerics.matmul import einsum, working_dtype
@@ -88,7 +93,12 @@ def default_block() -> int:
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _attend(size: int, query: Array, key: Array, value: Array, mask: AttentionMask) -> Array:
-    return _forward(size, query, key, value, mask)[0]
+    def in_blocks(*operands: Any) -> Array:
+        return _forward(size, *operands)[0]
+
+    if takes_flash(query, key, value):
+        return flash_attention(query, key, value, mask, in_blocks)
+    return in_blocks(query, key, value, mask)
 
 
 def _forward(

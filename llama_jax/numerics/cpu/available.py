@@ -28,6 +28,12 @@ def tiled_kernel() -> ModuleType | None:
     return _kernels("tiled_call") if is_measured else None
 
 
+@cache
+def flash_kernel() -> ModuleType | None:
+    """The module `flash_call`, if numba is installed and the processor has the registers that it needs."""
+    return _kernels("flash_call") if _processor_with_avx512() else None
+
+
 def _processor_with_avx512() -> str | None:
     """LLVM's name for this one; None without AVX-512 or numba."""
     try:

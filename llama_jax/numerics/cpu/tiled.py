@@ -83,7 +83,7 @@ _MOST_ROWS = BLOCK_ROWS[0]
 
 # numba keeps what it compiled for as long as this file is the same. This checksum of the others, which a
 # test compares, makes it another file when they change.
-OTHER_SOURCES = "f392e0cc90d9da86"
+OTHER_SOURCES = "1b9b14596cb0cadd"
 
 _compile = njit(error_model="numpy", cache=True)
 

@@ -28,8 +28,28 @@ def splat(builder: Any, value: Any) -> Any:
     return builder.shuffle_vector(one, undefined, ir.Constant(BITS_VECTOR, None))
 
 
+def constant(value: float) -> Any:
+    """A vector of one number."""
+    return ir.Constant(FLOAT_VECTOR, [value] * LANES)
+
+
 def fma(builder: Any, first: Any, second: Any, total: Any) -> Any:
     """first * second + total, rounded once."""
-    kind = ir.FunctionType(FLOAT_VECTOR, [FLOAT_VECTOR] * 3)
-    function = cgutils.get_or_insert_function(builder.module, kind, f"llvm.fma.v{LANES}f32")
-    return builder.call(function, [first, second, total])
+    return _call(builder, f"llvm.fma.v{LANES}f32", FLOAT_VECTOR, first, second, total)
+
+
+def largest_lane(builder: Any, vector: Any) -> Any:
+    """The largest of a vector's values."""
+    return _call(builder, f"llvm.vector.reduce.fmax.v{LANES}f32", FLOAT, vector)
+
+
+def sum_of_lanes(builder: Any, vector: Any) -> Any:
+    """The sum of a vector's values, of halves first."""
+    name = f"llvm.vector.reduce.fadd.v{LANES}f32"
+    return _call(builder, name, FLOAT, FLOAT(-0.0), vector, fastmath=("reassoc",))
+
+
+def _call(builder: Any, name: str, result: Any, *arguments: Any, fastmath: Any = ()) -> Any:
+    kind = ir.FunctionType(result, [argument.type for argument in arguments])
+    function = cgutils.get_or_insert_function(builder.module, kind, name)
+    return builder.call(function, arguments, fastmath=fastmath)

@@ -1,0 +1,35 @@
+"""The kernel of many queries as a function of arrays; to import it compiles it, or reads numba's cache."""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int32
+
+from llama_jax.numerics.cpu.flash import handler
+
+_TARGET = "llama_jax_flash_attention"
+jax.ffi.register_ffi_target(_TARGET, jax.ffi.pycapsule(handler.ctypes), platform="cpu")
+
+
+def attend(
+    query: Float[Array, "batch q heads dim"],
+    key: Float[Array, "batch k kv_heads dim"],
+    value: Float[Array, "batch k kv_heads dim"],
+    query_slots: Int32[Array, " q"],
+    key_slots: Int32[Array, " k"],
+    query_segments: Int32[Array, "batch q"],
+    key_segments: Int32[Array, "batch k"],
+    visible_until: Int32[Array, "batch k"],
+) -> Float[Array, "batch q heads dim"]:
+    """softmax(query key^T / sqrt(dim)) value in float32, over the visible keys; zeros without any.
+
+    A query sees the keys of its segment whose slot is not after its own, which is not after their
+    `visible_until`.
+
+    Args:
+        query, key, value: float32; dim is a multiple of 32.
+    """
+    shape = jax.ShapeDtypeStruct(query.shape, jnp.float32)
+    operands = query_slots, key_slots, query_segments, key_segments, visible_until
+    call = jax.ffi.ffi_call(_TARGET, shape, vmap_method="sequential")
+    out: Array = call(query, key, value, *operands)
+    return out
