@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numba import carray, njit
 
-from llama_jax.numerics.cpu.machine import pointer
+from llama_jax.numerics.cpu.machine import fill, pointer
 
 _BLOCK = 64  # slots that are computed with at a time
 
@@ -68,7 +68,7 @@ def _softmax(scores: Any, visible: Any) -> Any:
 @_compile
 def _add_values(weights: Any, values: Any, part: Any, out: Any) -> None:
     """Of a block, which is added up first: that rounds less than one long sum."""
-    part[:] = 0
+    fill(part, 0)
     in_fours = len(weights) - len(weights) % 4
     for slot in range(0, in_fours, 4):  # `part` is read and rounded less often
         a, b, c, d = values[slot], values[slot + 1], values[slot + 2], values[slot + 3]
@@ -103,7 +103,7 @@ def attend(of: Any, is_bfloat16: bool, begin: int, end: int) -> None:
             last -= 1
         one = carray(pointer(query + index * dim * 4), (dim,), np.float32)
         total = carray(pointer(out + index * dim * 4), (dim,), np.float32)
-        total[:] = 0
+        fill(total, 0)
         if first == last:
             continue
         for i in range(dim):

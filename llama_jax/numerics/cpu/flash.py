@@ -19,13 +19,16 @@ from llama_jax.numerics.cpu.frame import (
     DATA,
     DIMENSIONS,
     EXTENSION,
+    FRAME_WORDS,
     RESULTS,
     answer_registration,
     words,
 )
 from llama_jax.numerics.cpu.machine import (
     call,
+    calloc,
     fetch_add,
+    fill,
     free,
     load,
     malloc,
@@ -73,7 +76,7 @@ assert DEPTH == PIECE, "weights are scores in their place, and an operand of a m
 
 # numba keeps what it compiled for as long as this file is the same. This checksum of the others, which a
 # test compares, makes it another file when they change.
-OTHER_SOURCES = "6fb7c159c3facc0d"
+OTHER_SOURCES = "19f6b31746908f41"
 
 _compile = njit(error_model="numpy", cache=True)
 
@@ -136,7 +139,7 @@ def _pack_values(value: int, distance: int, count: int, dim: int, target: int) -
                 copy_row((source, panel))
                 copy_row((source + _LINE, panel + _LINE))
             else:
-                carray(pointer(panel), (PANEL,), np.float32)[:] = 0
+                fill(_floats(panel, PANEL), 0)
 
 
 @_compile
@@ -150,11 +153,21 @@ def _floats(address: int, count: int) -> Any:
 
 
 @_compile
+def _bounds(values: Any) -> Any:
+    """The least and the largest."""
+    least = largest = values[0]
+    for value in values:
+        least, largest = min(least, value), max(largest, value)
+    return least, largest
+
+
+@_compile
 def _visible_range(slots: Any, segments: Any, key_slots: Any, key_segments: Any, until: Any) -> Any:
     """Of all keys that some of these queries may see: the first, the end, and whether causality is all
     that hides any of them."""
-    lowest, highest = slots.min(), slots.max()
-    segment, is_one = segments[0], segments.min() == segments.max()
+    lowest, highest = _bounds(slots)
+    segment, last_segment = _bounds(segments)
+    is_one = segment == last_segment
     begin, end = 0, len(key_slots)
     while begin < end and key_slots[end - 1] > highest:
         end -= 1
@@ -176,7 +189,7 @@ def _hide_after(scores: int, visible: int, pieces: int) -> None:
     """Hide all but the first `visible` keys of a row."""
     for piece in range(visible // PIECE, pieces):
         row = _floats(scores + piece * _PIECE_BYTES, PIECE)
-        row[max(visible - piece * PIECE, 0) :] = -np.inf
+        fill(row[max(visible - piece * PIECE, 0) :], -np.inf)
 
 
 @_compile
@@ -219,10 +232,10 @@ def _attend(job: Any, memory: Any, part: int) -> None:
     query = job[_QUERY] + (batch * queries * heads + kv_head * group) * dim * _FLOAT
     _pack_queries(query, heads * dim * _FLOAT, first, count, group, dim, packed_queries)
     total = _floats(totals, _up(rows, _GROUP) * dim)
-    total[:] = 0
+    fill(total, 0)
     row_max, row_sum = _floats(statistics, rows), _floats(statistics + rows * _FLOAT, rows)
-    row_max[:] = -np.inf
-    row_sum[:] = 0
+    fill(row_max, -np.inf)
+    fill(row_sum, 0)
     distance = kv_heads * dim * _FLOAT
     offset = (batch * keys * kv_heads + kv_head) * dim * _FLOAT
     for start in range(begin, end, _CHUNK):
@@ -235,7 +248,7 @@ def _attend(job: Any, memory: Any, part: int) -> None:
             seen = size
             if is_causal:
                 of_group = slots[first_row // group : (last_row - 1) // group + 1]
-                seen = min(size, of_group.max() + 1 - key_slots[begin] - (start - begin))
+                seen = min(size, _bounds(of_group)[1] + 1 - key_slots[begin] - (start - begin))
                 if seen <= 0:
                     continue
             pieces = -(-seen // PIECE)
@@ -269,7 +282,9 @@ def _attend(job: Any, memory: Any, part: int) -> None:
                 if row_sum[row] > 0:
                     factor = np.exp(row_max[row] - shift)
                     row_sum[row] *= factor
-                    total[row * dim : (row + 1) * dim] *= factor
+                    of_row_total = total[row * dim : (row + 1) * dim]
+                    for place in range(dim):
+                        of_row_total[place] *= factor
                 row_max[row] = largest
                 row_sum[row] += exponentials(of_row, pieces, _PIECE_BYTES, scale, shift)
             for piece in range(pieces):
@@ -349,9 +364,8 @@ def _new_job(frame: Any) -> int:
     arguments, results = words(frame[ARGUMENTS], 8), words(frame[RESULTS], 1)
     query, key = words(arguments[0], 6), words(arguments[1], 6)
     shape, key_shape = words(query[DIMENSIONS], 4), words(key[DIMENSIONS], 4)
-    address = malloc(_WORDS * BYTES)
+    address = calloc(_WORDS, BYTES)
     job = words(address, _WORDS)
-    job[:] = 0
     for index in range(8):
         job[_QUERY + index] = words(arguments[index], 6)[DATA]
     job[_OUT] = words(results[0], 6)[DATA]
@@ -379,7 +393,7 @@ def _run(frame: Any) -> None:
 @cfunc(types.int64(types.int64), cache=True)
 def handler(address: int) -> int:
     """An XLA_FFI_Handler; returns no error."""
-    frame = words(address, 20)
+    frame = words(address, FRAME_WORDS)
     if frame[EXTENSION] != 0:
         answer_registration(frame[EXTENSION])
     else:

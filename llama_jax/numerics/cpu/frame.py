@@ -11,7 +11,8 @@ BYTES = 8  # of a word
 
 # Places in XLA's structures, in words.
 EXTENSION, API, CONTEXT = 1, 2, 3  # of a frame
-ARGUMENT_COUNT, ARGUMENTS, RESULTS = 7, 9, 14
+ARGUMENT_COUNT, ARGUMENTS, RESULTS, ATTRIBUTES = 7, 9, 14, 20
+FRAME_WORDS = 21
 SCHEDULE, THREADS = 17, 18  # functions of the API
 BUFFER_DTYPE, DATA, DIMENSIONS = 2, 3, 5
 INT8, UINT8, FLOAT32, BFLOAT16 = 2, 6, 11, 16  # dtypes
@@ -35,3 +36,10 @@ def answer_registration(extension: int) -> None:
     if extension_words[1] & 0xFFFFFFFF == _METADATA:
         metadata = words(extension_words[3], 6)
         metadata[_METADATA_VERSION] = _VERSION
+
+
+@_compile
+def only_attribute(frame: Any) -> int:
+    """The value of the only attribute of a call, an int64."""
+    scalar = words(words(frame[ATTRIBUTES], 1)[0], 2)
+    return words(scalar[1], 1)[0]

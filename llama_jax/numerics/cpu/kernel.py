@@ -30,6 +30,7 @@ from llama_jax.numerics.cpu.frame import (
     DIMENSIONS,
     EXTENSION,
     FLOAT32,
+    FRAME_WORDS,
     INT8,
     RESULTS,
     UINT8,
@@ -41,12 +42,12 @@ from llama_jax.numerics.cpu.machine import (
     TASK,
     WORK,
     call,
+    calloc,
     compare_exchange,
     exchange,
     fetch_add,
     lasting_zeros,
     load,
-    malloc,
     pointer,
     sched_yield,
     seats_address,
@@ -89,7 +90,7 @@ _CHUNK_NUMBERS = 1 << 15
 
 # numba keeps what it compiled for as long as this file is the same. This checksum of the others, which a
 # test compares, makes it another file when they change.
-OTHER_SOURCES = "9873f17be427b05a"
+OTHER_SOURCES = "f53e31083fc63a16"
 
 # Sums in any order, so that they are vectors. NaN and infinity stay what they are.
 _compile = njit(fastmath={"reassoc", "contract", "nsz"}, error_model="numpy", cache=True)
@@ -205,9 +206,8 @@ def _sum_groups(x: int, sums: int, rows: int, groups: int, size: int) -> None:
 
 @_compile
 def _new_job(size: int, floats: int, weights: int) -> int:
-    address = malloc(size * BYTES + floats * _FLOAT_BYTES)
+    address = calloc(size * BYTES + floats * _FLOAT_BYTES, 1)
     job = words(address, size)
-    job[:] = 0
     job[HOLDERS], job[_WEIGHTS] = 1, weights
     return address
 
@@ -300,7 +300,7 @@ def _share(frame: Any, address: int) -> None:
 @cfunc(types.int64(types.int64), cache=True)
 def multiply_handler(address: int) -> int:
     """An XLA_FFI_Handler; returns no error."""
-    frame = words(address, 20)
+    frame = words(address, FRAME_WORDS)
     if frame[EXTENSION] != 0:
         answer_registration(frame[EXTENSION])
     else:
@@ -311,7 +311,7 @@ def multiply_handler(address: int) -> int:
 @cfunc(types.int64(types.int64), cache=True)
 def attend_handler(address: int) -> int:
     """An XLA_FFI_Handler; returns no error."""
-    frame = words(address, 20)
+    frame = words(address, FRAME_WORDS)
     if frame[EXTENSION] != 0:
         answer_registration(frame[EXTENSION])
     else:

@@ -7,7 +7,7 @@ import ctypes
 from typing import Any
 
 from llvmlite import ir
-from numba import types
+from numba import njit, types
 from numba.extending import intrinsic
 
 # symbols, of which `work_address`, `task_address` and `seats_address` are the addresses
@@ -17,6 +17,7 @@ _WORD = ir.IntType(64)
 _POINTER = ir.IntType(8).as_pointer()
 
 malloc = types.ExternalFunction("malloc", types.int64(types.int64))
+calloc = types.ExternalFunction("calloc", types.int64(types.int64, types.int64))
 free = types.ExternalFunction("free", types.void(types.int64))
 sched_yield = types.ExternalFunction("sched_yield", types.int32())
 
@@ -29,6 +30,13 @@ def pointer(_: Any, address: Any) -> Any:
         return builder.inttoptr(arguments[0], _POINTER)
 
     return types.voidptr(types.int64), emit
+
+
+@njit(error_model="numpy")  # kept as a part of what calls it
+def fill(values: Any, value: Any) -> None:
+    """Set them all. `values[:] = value` takes numba a second to compile, for errors that it could raise."""
+    for index in range(len(values)):
+        values[index] = value
 
 
 @intrinsic

@@ -17,11 +17,15 @@ from llama_jax.numerics.cpu.frame import (
     DATA,
     DIMENSIONS,
     EXTENSION,
+    FRAME_WORDS,
     RESULTS,
     answer_registration,
+    only_attribute,
     words,
 )
 from llama_jax.numerics.cpu.machine import (
+    call,
+    calloc,
     fetch_add,
     free,
     load,
@@ -67,7 +71,7 @@ _COUNT = _REQUEST + REQUEST_WORDS - 1  # of its threads
 _WORDS = _REQUEST + REQUEST_WORDS
 
 # Bits of a layout: the contracted index is the first one of `a`, or the last one of `b`.
-_A_FIRST, _B_LAST = 1, 2
+A_FIRST, B_LAST = 1, 2
 
 # Rows and columns of a block. Packing an element is work for each block that needs it, and what is packed
 # of `b` for DEPTH of float32, or TILE_DEPTH of bfloat16, has to stay in the second cache.
@@ -83,7 +87,7 @@ _MOST_ROWS = BLOCK_ROWS[0]
 
 # numba keeps what it compiled for as long as this file is the same. This checksum of the others, which a
 # test compares, makes it another file when they change.
-OTHER_SOURCES = "1b9b14596cb0cadd"
+OTHER_SOURCES = "bc511755d6f6703e"
 
 _compile = njit(error_model="numpy", cache=True)
 
@@ -147,7 +151,7 @@ def _multiply_float32(
     layout: int, a: int, b: int, c: int, sizes: Any, block: Any, a_packed: int, b_packed: int
 ) -> None:
     """The block (first row, rows, first column, columns) of c = a b of sizes (rows, columns, inner)."""
-    a_first, b_last = (layout & _A_FIRST) != 0, (layout & _B_LAST) != 0
+    a_first, b_last = (layout & A_FIRST) != 0, (layout & B_LAST) != 0
     all_rows, all_columns, all_inner = sizes
     first_row, rows, first_column, columns = block
     a_distance = (all_rows if a_first else all_inner) * 4
@@ -219,7 +223,7 @@ def _multiply_bfloat16(
     is_rounded: Any,
 ) -> None:
     """As `_multiply_float32`; c is float32 or, summed up in `sums` and then rounded, bfloat16."""
-    a_first, b_last = (layout & _A_FIRST) != 0, (layout & _B_LAST) != 0
+    a_first, b_last = (layout & A_FIRST) != 0, (layout & B_LAST) != 0
     all_rows, all_columns, all_inner = sizes
     first_row, rows, first_column, columns = block
     a_distance = (all_rows if a_first else all_inner) * 2
@@ -255,9 +259,12 @@ def _multiply_bfloat16(
     release_amx(())
 
 
-@_compile
-def _work(address: int) -> None:
-    """Take blocks until none is left."""
+@cfunc(types.int64(types.int64), cache=True)
+def work(address: int) -> int:
+    """Take blocks until none is left.
+
+    It is called by its address: numba would compile all of it again for each function that calls it.
+    """
     job = words(address, _WORDS)
     is_rounded = job[_C_DTYPE] == BFLOAT16
     memory = malloc(_LINE + _A_BYTES + _B_BYTES + (_SUM_BYTES if is_rounded else 0))
@@ -294,12 +301,18 @@ def _work(address: int) -> None:
             _multiply_float32(job[_LAYOUT], a, b, c, sizes, block, a_packed, b_packed)
         fetch_add(address + DONE * BYTES, 1)
     free(memory)
+    return 0
+
+
+_WORK = "llama_jax_tiled_work"
+binding.add_symbol(_WORK, work.address)
+_work_address = symbol_address(_WORK)
 
 
 @cfunc(types.void(types.int64), cache=True)
 def task(address: int) -> None:
     """What another thread of XLA does for a call."""
-    _work(address)
+    call(_work_address(), address)
     release(address)
 
 
@@ -335,49 +348,42 @@ def _divide(job: Any) -> None:
 
 
 @_compile
-def _new_job(frame: Any, layout: int) -> int:
+def _new_job(frame: Any) -> int:
     """The job of a call of a and b, [batch, ., .] each, and c [batch, rows, columns]."""
+    layout = only_attribute(frame)
     arguments, results = words(frame[ARGUMENTS], 2), words(frame[RESULTS], 1)
     a, b, c = words(arguments[0], 6), words(arguments[1], 6), words(results[0], 6)
     a_shape, shape = words(a[DIMENSIONS], 3), words(c[DIMENSIONS], 3)
-    address = malloc(_WORDS * BYTES)
+    address = calloc(_WORDS, BYTES)
     job = words(address, _WORDS)
-    job[:] = 0
     job[_DTYPE], job[_LAYOUT] = a[BUFFER_DTYPE] & 0xFFFFFFFF, layout
     job[_A], job[_B], job[_C] = a[DATA], b[DATA], c[DATA]
     job[_C_DTYPE] = c[BUFFER_DTYPE] & 0xFFFFFFFF
     job[_BATCH], job[_ROWS], job[_COLUMNS] = shape[0], shape[1], shape[2]
-    job[_INNER] = a_shape[1 if layout & _A_FIRST else 2]
+    job[_INNER] = a_shape[1 if layout & A_FIRST else 2]
     job[HOLDERS] = 1
     return address
 
 
 @_compile
-def _multiply(frame: Any, layout: int) -> None:
-    address = _new_job(frame, layout)
+def _multiply(frame: Any) -> None:
+    address = _new_job(frame)
     job, request = words(address, _WORDS), address + _REQUEST * BYTES
     threads = thread_count(frame, request)
     _divide(job)
     schedule(frame, request, _task_address(), address, min(threads, job[_BLOCKS]) - 1)
-    _work(address)
+    call(_work_address(), address)
     while load(address + DONE * BYTES) < job[_BLOCKS]:
         sched_yield()
     release(address)
 
 
-def _handler(layout: int) -> Any:
-    """An XLA_FFI_Handler for a layout; returns no error."""
-
-    @cfunc(types.int64(types.int64), cache=True)
-    def handler(address: int) -> int:
-        frame = words(address, 20)
-        if frame[EXTENSION] != 0:
-            answer_registration(frame[EXTENSION])
-        else:
-            _multiply(frame, layout)
-        return 0
-
-    return handler
-
-
-HANDLERS = [_handler(layout) for layout in range(4)]
+@cfunc(types.int64(types.int64), cache=True)
+def handler(address: int) -> int:
+    """An XLA_FFI_Handler; returns no error."""
+    frame = words(address, FRAME_WORDS)
+    if frame[EXTENSION] != 0:
+        answer_registration(frame[EXTENSION])
+    else:
+        _multiply(frame)
+    return 0

@@ -5,18 +5,16 @@ import platform
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float
 
 from llama_jax.numerics.cpu import tiles
-from llama_jax.numerics.cpu.tiled import HANDLERS
+from llama_jax.numerics.cpu.tiled import A_FIRST, B_LAST, handler
 
 _TARGET = "llama_jax_tiled_matmul"
 _ARCH_PRCTL, _REQUEST_PERMISSION, _TILE_DATA = 158, 0x1023, 18  # of Linux on x86-64
 
-for _layout, _handler in enumerate(HANDLERS):
-    jax.ffi.register_ffi_target(
-        f"{_TARGET}_{_layout}", jax.ffi.pycapsule(_handler.ctypes), platform="cpu"
-    )
+jax.ffi.register_ffi_target(_TARGET, jax.ffi.pycapsule(handler.ctypes), platform="cpu")
 
 
 def _may_use_amx() -> bool:
@@ -49,5 +47,6 @@ def multiply(
     """
     shape = a.shape[0], a.shape[2 if a_first else 1], b.shape[1 if b_last else 2]
     result = jax.ShapeDtypeStruct(shape, out_dtype)
-    out: Array = jax.ffi.ffi_call(f"{_TARGET}_{a_first + 2 * b_last}", result)(a, b)
+    layout = A_FIRST * a_first + B_LAST * b_last
+    out: Array = jax.ffi.ffi_call(_TARGET, result)(a, b, layout=np.int64(layout))
     return out
