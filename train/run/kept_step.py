@@ -28,7 +28,7 @@ import llama_jax
 import train
 from llama_jax.cli.compiled_programs import program_folder
 from llama_jax.files.staging import replacing
-from llama_jax.numerics.cpu.available import flash_kernel, tiled_kernel
+from llama_jax.numerics.cpu.available import tiled_kernel
 from train.options import RunOptions
 from train.program.build import Program
 
@@ -67,8 +67,8 @@ def kept_step_file(
         "variables": {v: os.environ[v] for v in sorted(os.environ) if v.startswith(_VARIABLES)},
         "jax": config,
         "devices": [f"{device} {device.device_kind}" for device in devices],
-        # to ask for them also lets XLA call them
-        "kernels": [tiled_kernel() is not None, flash_kernel() is not None],
+        # to ask for it also lets XLA call it
+        "kernel": tiled_kernel() is not None,
         "model": program.config.to_dict(),
         "options": dataclasses.asdict(options) | unrelated,
         "structure": jax.tree.structure(arguments),

@@ -29,9 +29,17 @@ def tiled_kernel() -> ModuleType | None:
 
 
 @cache
+def may_have_flash_kernel() -> bool:
+    """Whether numba is installed and the processor has the registers that it needs.
+
+    This compiles nothing, since a forward pass is traced for training, too, which calls another program.
+    """
+    return importlib.util.find_spec("numba") is not None and _processor_with_avx512() is not None
+
+
 def flash_kernel() -> ModuleType | None:
-    """The module `flash_call`, if numba is installed and the processor has the registers that it needs."""
-    return _kernels("flash_call") if _processor_with_avx512() else None
+    """The module `flash_call`, where `may_have_flash_kernel` and numba works."""
+    return _kernels("flash_call")
 
 
 def _processor_with_avx512() -> str | None:

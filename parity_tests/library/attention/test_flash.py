@@ -15,12 +15,12 @@ from llama_jax.attention import blocked, flash
 from llama_jax.attention.blocked import blocked_attention
 from llama_jax.attention.flash import takes_flash
 from llama_jax.attention.masks import AttentionMask, dense_mask
-from llama_jax.numerics.cpu.available import flash_kernel
+from llama_jax.numerics.cpu.available import may_have_flash_kernel
 from parity_tests.reference.errors import rms_error
 from parity_tests.reference.tolerances import ROUNDING_RATIO
 from train.hardware.flops import matmul_flops
 
-pytestmark = pytest.mark.skipif(flash_kernel() is None, reason="no numba or no AVX-512")
+pytestmark = pytest.mark.skipif(not may_have_flash_kernel(), reason="no numba or no AVX-512")
 
 BATCH = 2
 # queries, keys, the slot of the first query, heads, kv_heads, dim
@@ -181,8 +181,33 @@ def test_what_is_left_to_xla(monkeypatch):
     mesh = jax.sharding.AbstractMesh((2,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
     with jax.sharding.use_abstract_mesh(mesh):
         assert not takes()
-    monkeypatch.setattr(flash, "flash_kernel", lambda: None)
+    monkeypatch.setattr(flash, "may_have_flash_kernel", lambda: False)
     assert not takes()
+
+
+def test_without_a_numba_that_works(monkeypatch):
+    arrays, start = case("a cache with room")
+    mask = mask_of("holes", arrays, start)
+
+    def run():
+        jax.clear_caches()  # what was traced before knows of the kernel
+        return jax.jit(lambda *operands: blocked_attention(*operands))(*arrays, mask)
+
+    monkeypatch.setattr(flash, "flash_kernel", lambda: None)
+    out = run()
+    monkeypatch.setattr(blocked, "takes_flash", lambda *_: False)
+    np.testing.assert_array_equal(out, run())
+
+
+def test_training_does_not_compile_the_kernel(monkeypatch):
+    arrays, _ = case("a layer of SmolLM2")
+
+    @jax.checkpoint
+    def attend(*arrays):
+        return blocked_attention(*arrays, AttentionMask()).sum()
+
+    monkeypatch.setattr(flash, "flash_kernel", lambda: pytest.fail("it compiles the kernel"))
+    jax.jit(jax.grad(attend)).lower(*arrays)
 
 
 def test_programs_show_the_matmuls(monkeypatch):
