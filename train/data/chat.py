@@ -5,17 +5,37 @@ the conversation is rendered up to each assistant turn, with the prompt for it, 
 is added is the turn. Both must be the beginning of the whole conversation's text. Where a template leaves
 out the beginning of earlier turns (their reasoning, say), the rest of the turn must follow the prompt
 there, up to the token that ends it. White space after that token is not the assistant's.
+
+A message may say that it is not to be learned: OpenAI and Mistral call that weight, ms-swift loss, Axolotl
+train or training, verl trainable or loss_mask.
 """
 
 import json
 import re
 import secrets
 from collections.abc import Iterator, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from llama_jax.text.chat_template import render_chats
 
 ASSISTANT = "assistant"
+
+# fields of a message with 0 or false for a turn that is not in the loss
+_TRAINED = ("weight", "loss", "loss_mask", "train", "training", "trainable")
+# the same for ranges of characters, which is not supported
+_TRAINED_IN_PART = ("train_detail", "training_detail")
+
+# fields of a row that go with its messages
+_SYSTEM = ("system", "system_prompt")
+_TOOLS, _VARIABLES = "tools", "chat_template_kwargs"
+FIELDS = (*_SYSTEM, _TOOLS, _VARIABLES)
+
+_TOOL_ROLES = (
+    "tool",
+    "ipython",
+    "function",
+)  # what they say may be an object, which templates write
 
 # roles of ShareGPT's rows, {"from": ..., "value": ...}
 _SHARE_GPT = {"human": "user", "gpt": ASSISTANT, "chatgpt": ASSISTANT}
@@ -29,15 +49,21 @@ Spans = tuple[tuple[int, int], ...]
 
 
 class Chat(NamedTuple):
-    """A conversation, and where it was read, for messages about it."""
+    """A conversation, and where it was read, for messages about it.
+
+    variables: what the template gets beside the messages, such as tools.
+    """
 
     where: str
     messages: Sequence[Message]
+    variables: Mapping[str, Any] = MappingProxyType({})
 
     @property
     def key(self) -> str:
         """What decides its split."""
-        return json.dumps(self.messages, sort_keys=True)
+        if not self.variables:
+            return json.dumps(self.messages, sort_keys=True)
+        return json.dumps([self.messages, dict(self.variables)], sort_keys=True)
 
 
 class RenderedChat(NamedTuple):
@@ -56,14 +82,16 @@ class Template(NamedTuple):
     unsplit: frozenset[str]
 
 
-def parse_chat(where: str, field: str, value: Any) -> Chat:
-    """The messages in a row.
+def parse_chat(where: str, field: str, row: Mapping[str, Any]) -> Chat:
+    """The messages in a row, and what else it has for the template: see `FIELDS`.
 
-    Messages with `from` and `value`, ShareGPT's, become ones with `role` and `content`.
+    Messages with `from` and `value`, ShareGPT's, become ones with `role` and `content`. The text of a field
+    `system` becomes the first message.
 
     Raises:
-        ValueError: they are none, or have no roles.
+        ValueError: they are none, or have no roles; a field has another type than it should.
     """
+    value = row[field]
     if not isinstance(value, list) or not value:
         shown = "no messages" if value == [] else type(value).__name__
         raise ValueError(f"{where}: found {shown} as {field!r}, expected a list of messages")
@@ -73,7 +101,40 @@ def parse_chat(where: str, field: str, value: Any) -> Chat:
         raise ValueError(
             f"{where}: found the roles {roles}, expected a turn of the assistant, on which the loss is"
         )
-    return Chat(where, messages)
+    for name in _SYSTEM:
+        system = row.get(name)
+        if not system:
+            continue
+        if not isinstance(system, str):
+            raise ValueError(f"{where}: found {type(system).__name__} as {name!r}, expected text")
+        if messages[0]["role"] not in ("system", "developer"):
+            messages = [{"role": "system", "content": system}, *messages]
+        elif messages[0].get("content") != system:
+            raise ValueError(
+                f"{where}: found {name!r} and a first message of the system, expected one of them"
+            )
+    return Chat(where, messages, _variables(where, row))
+
+
+def _variables(where: str, row: Mapping[str, Any]) -> dict[str, Any]:
+    """What the template gets beside the messages."""
+    variables = row.get(_VARIABLES) or {}
+    tools = row.get(_TOOLS) or None
+    if isinstance(tools, str):
+        try:
+            tools = json.loads(tools) or None
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{where}: {_TOOLS}: not valid JSON ({error})") from None
+    if not isinstance(variables, dict):
+        found = type(variables).__name__
+        raise ValueError(f"{where}: found {found} as {_VARIABLES!r}, expected an object")
+    if reserved := variables.keys() & {"messages", "add_generation_prompt"}:
+        raise ValueError(f"{where}: {_VARIABLES}: found {min(reserved)!r}, expected other names")
+    if tools is None:
+        return variables
+    if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
+        raise ValueError(f"{where}: found {_TOOLS!r} that is no list of objects, expected one")
+    return {**variables, _TOOLS: tools}
 
 
 def _message(where: str, message: Any) -> Message:
@@ -87,17 +148,33 @@ def _message(where: str, message: Any) -> Message:
     if not isinstance(message.get("role"), str):
         found = f"an object with {', '.join(message) or 'nothing'}"
         raise ValueError(f'{where}: found {found}, expected {{"role": ..., "content": ...}}')
+    for name in _TRAINED:
+        value = message.get(name)
+        if value is not None and value not in (0, 1):
+            raise ValueError(f"{where}: found {value!r} as {name!r}, expected 0 or 1")
+    for name in _TRAINED_IN_PART:
+        if message.get(name):
+            raise ValueError(f"{where}: {name!r} is not supported: a turn is in the loss or not")
     return message
+
+
+def _trained(message: Message) -> bool:
+    """Whether a turn is in the loss."""
+    return all(message.get(name) in (None, 1) for name in _TRAINED)
 
 
 def render(template: Template, chats: Sequence[Chat]) -> Iterator[RenderedChat]:
     """The texts of conversations, with the assistant's parts.
 
     Raises:
-        ValueError: naming the conversation: the template fails, or does not tell the assistant's parts.
+        ValueError: naming the conversation: the template fails, or does not tell the assistant's parts;
+            content that is no text.
     """
-    if not _READS_PARTS.search(template.source):
+    parts = bool(_READS_PARTS.search(template.source))
+    if not parts:
         chats = [chat._replace(messages=[*map(_joined, chat.messages)]) for chat in chats]
+    for chat in chats:
+        _require_text(chat, parts)
     if _GENERATION.search(template.source):
         return _render_marked(template, chats)
     return _render_prefixes(template, chats)
@@ -112,6 +189,20 @@ def _joined(message: Message) -> Message:
     if not texts or len(texts) < len(found):
         return message
     return {**message, "content": "".join(texts)}
+
+
+def _require_text(chat: Chat, parts: bool) -> None:
+    """Raise ValueError for content that a template would write as Python shows it."""
+    for n, message in enumerate(chat.messages, 1):
+        content = message.get("content")
+        text = content is None or isinstance(content, str) or (parts and isinstance(content, list))
+        if text or message["role"] in _TOOL_ROLES:
+            continue
+        found = type(content).__name__
+        if isinstance(content, list):
+            kinds = [part.get("type") if isinstance(part, dict) else part for part in content]
+            found = f"parts of type {', '.join(map(str, kinds))}" if kinds else "an empty list"
+        raise ValueError(f"{chat.where}: message {n}: found {found} as content, expected text")
 
 
 def _render_jobs(
@@ -134,7 +225,7 @@ def _render_jobs(
 
 def _render_marked(template: Template, chats: Sequence[Chat]) -> Iterator[RenderedChat]:
     begin, end = (f"\ue000{secrets.token_hex(8)}{side}\ue001" for side in "<>")
-    jobs = [_job(chat.messages) for chat in chats]
+    jobs = [_job(chat, len(chat.messages)) for chat in chats]
     plain = _render_jobs(template, jobs)
     marked = _render_jobs(template, jobs, (begin, end))
     for chat, text, with_marks in zip(chats, plain, marked, strict=True):
@@ -152,16 +243,24 @@ def _render_marked(template: Template, chats: Sequence[Chat]) -> Iterator[Render
             raise ValueError(
                 f"{chat.where}: chat template: changes what is in a generation block after it"
             )
+        learned = [_trained(chat.messages[turn]) for turn in _turns(chat)]
+        if not all(learned):
+            if len(spans) != len(learned):
+                raise ValueError(
+                    f"{chat.where}: has turns of the assistant that are not to be learned, and the chat "
+                    f"template marks {len(spans)} parts of {len(learned)} turns, expected one of each"
+                )
+            spans = [span for span, kept in zip(spans, learned, strict=True) if kept]
         yield RenderedChat(chat.where, text, tuple(span for span in spans if span[0] < span[1]))
 
 
 def _render_prefixes(template: Template, chats: Sequence[Chat]) -> Iterator[RenderedChat]:
     jobs, counts = [], []
     for chat in chats:
-        own = [_job(chat.messages)]
-        for turn in _turns(chat):
-            own.append(_job(chat.messages[:turn], prompt=True))
-            own.append(_job(chat.messages[: turn + 1]))
+        own = [_job(chat, len(chat.messages))]
+        for turn in _learned_turns(chat):
+            own.append(_job(chat, turn, prompt=True))
+            own.append(_job(chat, turn + 1))
         jobs += own
         counts.append(len(own))
     texts = iter(_render_jobs(template, jobs))
@@ -169,7 +268,9 @@ def _render_prefixes(template: Template, chats: Sequence[Chat]) -> Iterator[Rend
         whole, *prefixes = [_valid(chat, next(texts)) for _ in range(count)]
         spans = [
             _span(chat, turn, whole, before, after, template)
-            for turn, before, after in zip(_turns(chat), prefixes[::2], prefixes[1::2], strict=True)
+            for turn, before, after in zip(
+                _learned_turns(chat), prefixes[::2], prefixes[1::2], strict=True
+            )
         ]
         yield RenderedChat(chat.where, whole, tuple(spans))
 
@@ -200,8 +301,17 @@ def _turns(chat: Chat) -> list[int]:
     return [n for n, message in enumerate(chat.messages) if message["role"] == ASSISTANT]
 
 
-def _job(messages: Sequence[Message], *, prompt: bool = False) -> dict[str, Any]:
-    return {"messages": messages, "add_generation_prompt": prompt}
+def _learned_turns(chat: Chat) -> list[int]:
+    return [turn for turn in _turns(chat) if _trained(chat.messages[turn])]
+
+
+def _job(chat: Chat, stop: int, *, prompt: bool = False) -> dict[str, Any]:
+    """The first `stop` messages."""
+    return {
+        **chat.variables,
+        "messages": chat.messages[:stop],
+        "add_generation_prompt": prompt,
+    }
 
 
 def _valid(chat: Chat, text: str | ValueError) -> str:

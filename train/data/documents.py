@@ -11,13 +11,13 @@ import json
 import re
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from llama_jax.text.lines import byte_lines, not_utf8
-from train.data.chat import Chat, parse_chat
+from train.data.chat import FIELDS, Chat, parse_chat
 from train.data.formats.arrow import is_listed, open_table
 from train.data.formats.files import split_of
 from train.data.tokens import Split
@@ -176,25 +176,27 @@ def _read_lines(path: Path, stream: IO[bytes], field: str, chat: bool) -> Iterat
             fields = ", ".join(record) or "none"
             raise ValueError(f"{where}: found fields {fields}, expected {field!r} (--text-field)")
         if chat:
-            if record.get("tools"):
-                raise ValueError(_TOOLS.format(where))
-            yield parse_chat(where, field, record[field])
+            _require_unicode(where, json.dumps(record, ensure_ascii=False))
+            yield parse_chat(where, field, record)
             continue
         text = record[field]
         if not isinstance(text, str):
             raise ValueError(
                 f"{where}: found {type(text).__name__} as {field!r}, expected a string"
             )
-        try:
-            text.encode()  # JSON can spell lone surrogates, which are not text
-        except UnicodeEncodeError as error:
-            raise ValueError(f"{where}: not Unicode text ({error.reason})") from None
+        _require_unicode(where, text)
         yield text
 
 
-_TOOLS = "{}: has tools for the chat template, which are not supported"
+def _require_unicode(where: str, text: str) -> None:
+    """Raise ValueError for lone surrogates, which JSON can spell, and are not text."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"{where}: not Unicode text ({error.reason})") from None
 
-Batches = Callable[[str], Iterator[pa.RecordBatch]]
+
+Batches = Callable[[list[str]], Iterator[pa.RecordBatch]]
 
 
 def _read_table(
@@ -206,19 +208,19 @@ def _read_table(
             f"{path}: found columns {', '.join(schema.names)}, expected {field!r} (--text-field)"
         )
     dtype = schema.field(field).type
-    if chat:
-        if "tools" in schema.names:
-            raise ValueError(_TOOLS.format(path))
-    elif not (pa.types.is_string(dtype) or pa.types.is_large_string(dtype)):
+    fields = [field, *(name for name in FIELDS if chat and name in schema.names and name != field)]
+    if not chat and not (pa.types.is_string(dtype) or pa.types.is_large_string(dtype)):
         raise ValueError(f"{path}: found {dtype} as column {field!r}, expected string")
     row = 0
     try:
-        for batch in batches(field):
-            for text in batch.column(0).to_pylist():
+        for batch in batches(fields):
+            for values in zip(*(column.to_pylist() for column in batch.columns), strict=True):
                 row += 1
                 if chat:
-                    yield parse_chat(f"{path}, row {row}", field, text)
+                    record = dict(zip(fields, map(_without_nulls, values), strict=True))
+                    yield parse_chat(f"{path}, row {row}", field, record)
                     continue
+                (text,) = values
                 if text is None:
                     raise ValueError(
                         f"{path}, row {row}: found null as {field!r}, expected a string"
@@ -231,21 +233,29 @@ def _read_table(
 
 
 def _batches_of(path: Path, suffix: str) -> tuple[pa.Schema, Batches]:
-    """The schema of a table, and a function that reads a column of it."""
+    """The schema of a table, and a function that reads columns of it."""
     try:
         if suffix == ".arrow":
             table = open_table(path)
             # a slice of a column that is memory-mapped is no copy
-            return table.schema, lambda field: iter(table.select([field]).to_batches(1024))
+            return table.schema, lambda fields: iter(table.select(fields).to_batches(1024))
         schema = pq.read_schema(path)
     except (pa.ArrowException, OSError) as error:
         raise ValueError(_not_valid(path, error)) from None
 
-    def batches(field: str) -> Iterator[pa.RecordBatch]:
+    def batches(fields: list[str]) -> Iterator[pa.RecordBatch]:
         with pq.ParquetFile(path) as parquet:
-            yield from parquet.iter_batches(batch_size=1024, columns=[field])
+            for batch in parquet.iter_batches(batch_size=1024, columns=fields):
+                yield batch.select(fields)  # in this order
 
     return schema, batches
+
+
+def _without_nulls(value: Any) -> Any:
+    """Without the fields that are null: in a table every object has the fields of all others."""
+    if isinstance(value, dict):
+        return {name: _without_nulls(item) for name, item in value.items() if item is not None}
+    return [*map(_without_nulls, value)] if isinstance(value, list) else value
 
 
 def _not_valid(path: Path, error: Exception) -> str:

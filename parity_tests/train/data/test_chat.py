@@ -288,6 +288,37 @@ def test_an_interrupted_command_continues(tmp_path: Path) -> None:
             [{"role": "system", "content": "x"}, {"role": "user", "content": "Hi"}],
             "found the roles system, user, expected a turn of the assistant, on which the loss is",
         ),
+        (
+            [
+                {"role": "user", "content": "Hi"},
+                {"role": "assistant", "content": "x", "weight": 0.5},
+            ],
+            "message 2: found 0.5 as 'weight', expected 0 or 1",
+        ),
+        (
+            [{"role": "assistant", "content": "x", "train_detail": [{"begin_offset": 0}]}],
+            "message 1: 'train_detail' is not supported: a turn is in the loss or not",
+        ),
+        # Python's representation would be in the text
+        (
+            [
+                {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "Hi"}]},
+                {"role": "assistant", "content": "x"},
+            ],
+            "message 1: found parts of type image, text as content, expected text",
+        ),
+        (
+            [{"role": "user", "content": []}, {"role": "assistant", "content": "x"}],
+            "message 1: found an empty list as content, expected text",
+        ),
+        (
+            [{"role": "user", "content": 5}, {"role": "assistant", "content": "x"}],
+            "message 1: found int as content, expected text",
+        ),
+        (
+            [{"role": "user", "content": "a \ud800"}, {"role": "assistant", "content": "x"}],
+            "not Unicode text (surrogates not allowed)",
+        ),
     ],
 )
 def test_rows_that_are_no_chats(messages: Any, message: str, tmp_path: Path) -> None:
@@ -340,11 +371,111 @@ def test_what_else_is_refused(tmp_path: Path) -> None:
     assert error_of(lambda: tokenize([text], directory, tmp_path / "o2", chat=True)) == (
         f"{text}: is plain text, expected chats in JSON lines, Parquet or Arrow"
     )
-    tools = tmp_path / "c.jsonl"
-    tools.write_text(json.dumps({"messages": CHATS[0], "tools": [{"name": "f"}]}) + "\n")
-    assert error_of(lambda: tokenize([tools], directory, tmp_path / "o3", chat=True)) == (
-        f"{tools}, line 1: has tools for the chat template, which are not supported"
+
+
+@pytest.mark.parametrize("name", ["weight", "loss_mask", "training", "loss"])
+@pytest.mark.parametrize("marked", [True, False])
+def test_turns_that_are_not_to_be_learned(marked: bool, name: str, tmp_path: Path) -> None:
+    """The mask is that of transformers without the turns that a message takes out of the loss."""
+    template = TEMPLATES["chatml"]
+    directory = make_tokenizer(tmp_path / "t", template if marked else without_marks(template))
+    flagged = [dict(message) for message in CHATS[2]]
+    flagged[1][name] = 0 if name in ("weight", "loss_mask") else False
+    flagged[3][name] = None if name == "loss" else 1
+    source = write_chats(tmp_path / "a.jsonl", [flagged])
+    tokenize([source], directory, tmp_path / "out", chat=True, validation_fraction=0)
+    ids, mask = expected(directory, template, CHATS[2])
+    first = mask.index(1)
+    stop = mask.index(0, first)
+    mask[first:stop] = [0] * (stop - first)
+    assert 1 in mask
+    assert masked_documents(tmp_path / "out") == [(ids, mask)]
+
+
+def test_blocks_that_are_not_turns_cannot_be_left_out(tmp_path: Path) -> None:
+    content = "{{ m.content }}"
+    both = TEMPLATES["chatml"].replace(content, content + "{% endgeneration %} {% generation %}", 1)
+    directory = make_tokenizer(tmp_path / "t", both)
+    rows = [{**message, "weight": 0} if n == 1 else message for n, message in enumerate(CHATS[2])]
+    source = write_chats(tmp_path / "a.jsonl", [rows])
+    assert error_of(lambda: tokenize([source], directory, tmp_path / "out", chat=True)) == (
+        f"{source}, line 1: has turns of the assistant that are not to be learned, and the chat template "
+        "marks 4 parts of 2 turns, expected one of each"
     )
+
+
+TOOLS = [
+    {
+        "type": "function",
+        "function": {"name": "add", "parameters": {"a": {"type": "integer"}}},
+    },
+    {"type": "function", "function": {"name": "now", "parameters": {"zone": {"type": "string"}}}},
+]
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "parquet"])
+@pytest.mark.parametrize("marked", [True, False])
+def test_what_a_row_has_beside_its_messages(marked: bool, suffix: str, tmp_path: Path) -> None:
+    """Tools, variables of the template and a system prompt, as transformers renders them."""
+    template = (
+        "{% for tool in tools or [] %}{{ tool | tojson }}\n{% endfor %}{{ mood }}"
+        + TEMPLATES["chatml"]
+    )
+    directory = make_tokenizer(tmp_path / "t", template if marked else without_marks(template))
+    rows: list[dict[str, Any]] = [
+        {"messages": CHATS[0], "tools": TOOLS, "chat_template_kwargs": {"mood": "glad"}},
+        {"messages": CHATS[2], "system": "Be brief."},
+    ]
+    source = tmp_path / f"a.{suffix}"
+    if suffix == "jsonl":
+        rows.append({"messages": CHATS[0], "tools": json.dumps(TOOLS), "system": ""})
+        source.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    else:
+        names = ("messages", "tools", "chat_template_kwargs", "system")
+        columns = {name: [row.get(name) for row in rows] for name in names}
+        pq.write_table(pa.table(columns), source)
+    tokenize([source], directory, tmp_path / "out", chat=True, validation_fraction=0)
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(directory)
+    documents = []
+    for row in rows:
+        system = [{"role": "system", "content": row["system"]}] if row.get("system") else []
+        out = tokenizer.apply_chat_template(
+            system + row["messages"],
+            tools=TOOLS if "tools" in row else None,
+            chat_template=template,
+            return_dict=True,
+            return_assistant_tokens_mask=True,
+            **row.get("chat_template_kwargs", {}),
+        )
+        documents.append((out["input_ids"], out["assistant_masks"]))
+    assert masked_documents(tmp_path / "out") == documents
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"tools": "{"}, "tools: not valid JSON (Expecting property name"),
+        ({"tools": {"name": "f"}}, "found 'tools' that is no list of objects, expected one"),
+        ({"chat_template_kwargs": "x"}, "found str as 'chat_template_kwargs', expected an object"),
+        (
+            {"chat_template_kwargs": {"messages": []}},
+            "chat_template_kwargs: found 'messages', expected other names",
+        ),
+        ({"system": ["x"]}, "found list as 'system', expected text"),
+        (
+            {"messages": CHATS[1], "system": "Be kind."},
+            "found 'system' and a first message of the system, expected one of them",
+        ),
+    ],
+)
+def test_wrong_fields_beside_the_messages(
+    fields: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    directory = make_tokenizer(tmp_path / "t", TEMPLATES["chatml"])
+    source = tmp_path / "a.jsonl"
+    source.write_text(json.dumps({"messages": CHATS[0]} | fields) + "\n")
+    found = error_of(lambda: tokenize([source], directory, tmp_path / "out", chat=True))
+    assert found.startswith(f"{source}, line 1: {message}")
 
 
 def test_many_long_chats_are_rendered_in_parts(
