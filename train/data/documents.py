@@ -56,7 +56,7 @@ def source_files(source: str | Path) -> list[Path]:
         files = [path]
     else:
         files = [Path(name) for name in glob.glob(str(source), recursive=True)]
-    files = sorted(file for file in files if file.is_file() and is_listed(file))
+    files = sorted(file for file in files if file.is_file() and is_listed(file, path))
     if not files:
         problem = (
             "has no .txt, .jsonl, .parquet or .arrow files" if path.is_dir() else "no such file"

@@ -5,12 +5,13 @@ and are memory-mapped there. Files are in Arrow's stream format, as those of dat
 format. Those of a saved data set count if its state.json lists them.
 
 Other programs keep a loss mask in a second column, with a value for each id: "labels", with IGNORE_INDEX
-for tokens that are not in the loss, or "assistant_masks", "completion_mask" or "loss_mask", with 0. A token
-is in the loss if all of these columns that there are say so.
+for tokens that are not in the loss, or "assistant_masks", "completion_mask" or "loss_mask", with 0, as has
+"attention_mask" for padding. A token is in the loss if all of these columns that there are say so.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -28,14 +29,26 @@ if TYPE_CHECKING:
     import pyarrow as pa  # runs look for files of all formats, and few have these
 
 _STATE = "state.json"
+# in a folder of datasets' cache, and the files there that hold what `map` and `filter` made of the others
+_INFO, _CACHED = "dataset_info.json", re.compile(r"(cache-|tmp).*\.arrow$")
 
 # columns with a value for each id, and the value of those that are not in the loss
-_MASKS = {"labels": IGNORE_INDEX, "assistant_masks": 0, "completion_mask": 0, "loss_mask": 0}
+_LABELS, _PADDING = "labels", "attention_mask"
+_MASKS = {
+    _LABELS: IGNORE_INDEX,
+    "assistant_masks": 0,
+    "completion_mask": 0,
+    "loss_mask": 0,
+    _PADDING: 0,
+}
 
 
 def find_files(path: Path) -> list[Path]:
-    """The .arrow files; in a folder with a state.json those that it lists."""
-    return [file for file in list_files(path, r"\.arrow$") if is_listed(file)]
+    """The .arrow files; in a folder with a state.json those that it lists.
+
+    In a folder of datasets' cache, those that are not derived from others.
+    """
+    return [file for file in list_files(path, r"\.arrow$") if is_listed(file, path)]
 
 
 def companions(file: Path) -> list[Path]:
@@ -47,7 +60,8 @@ def open_files(files: Sequence[Path], vocabulary: Vocabulary, options: TokenOpti
     """Memory-map the files.
 
     Raises:
-        ValueError: a file that is damaged, without the column, or whose column is no list of integers.
+        ValueError: a file that is damaged, without the column, or whose column is no list of integers; rows
+            that are padded on the left; labels that are other ids.
     """
     for folder in {file.parent for file in files}:
         if missing := sorted(
@@ -55,18 +69,22 @@ def open_files(files: Sequence[Path], vocabulary: Vocabulary, options: TokenOpti
         ):
             raise ValueError(f"{folder / missing[0]}: no such file, but {_STATE} lists it")
     names, shards, ends, masks = [], [], [], []
-    masked = {name for file in files for name in _MASKS if name in open_table(file).column_names}
+    masked = {name for file in files for name in _mask_columns(file)}
     for file in files:
         columns = [read_column(file, name).chunks for name in (options.column, *sorted(masked))]
         for number, (chunk, *mask_chunks) in enumerate(zip(*columns, strict=True)):
             ids, offsets = _values_of(file, options.column, chunk)
-            values = {}
+            values: dict[str, np.ndarray] = {}
             for name, mask in zip(sorted(masked), mask_chunks, strict=True):
                 values[name], mask_offsets = _values_of(file, name, mask)
                 if not np.array_equal(offsets - offsets[0], mask_offsets - mask_offsets[0]):
                     raise ValueError(
                         f"{file}: the rows of column {name!r} have other lengths than {options.column!r}"
                     )
+            if number == 0 and _LABELS in values:
+                _require_same_ids(file, options.column, ids, values[_LABELS])
+            if _PADDING in values:
+                _require_padding_last(file, values[_PADDING], offsets - offsets[0])
             if len(ids):
                 names.append(f"{file}, batch {number}")
                 shards.append(ids)
@@ -92,10 +110,59 @@ class _Mask:
         return np.logical_and.reduce(parts)
 
 
-def is_listed(file: Path) -> bool:
-    """Whether a file counts: False for one in a saved data set whose state.json does not list it."""
-    names = _listed(file.parent) if file.suffix == ".arrow" else None
-    return names is None or file.name in names
+def _mask_columns(file: Path) -> list[str]:
+    """The columns that say what is in the loss: not an attention mask without a 0."""
+    import pyarrow.compute as pc
+
+    table = open_table(file)
+    names = [name for name in _MASKS if name in table.column_names]
+    if _PADDING in names:
+        chunks = [chunk.flatten() for chunk in table.column(_PADDING).chunks if len(chunk)]
+        if all(pc.min_max(chunk)["min"].as_py() for chunk in chunks if len(chunk)):
+            names.remove(_PADDING)
+    return names
+
+
+def _require_same_ids(file: Path, column: str, ids: np.ndarray, labels: np.ndarray) -> None:
+    """Raise ValueError if labels that count are other ids, such as those of the next tokens."""
+    (other,) = np.nonzero((labels != IGNORE_INDEX) & (labels != ids))
+    if len(other):
+        raise ValueError(
+            f"{file}: token {other[0]}: found label {labels[other[0]]} for id {ids[other[0]]}, expected "
+            f"the ids of {column!r} as {_LABELS!r}, not shifted, or {IGNORE_INDEX}"
+        )
+
+
+def _require_padding_last(file: Path, mask: np.ndarray, offsets: np.ndarray) -> None:
+    """Raise ValueError if padding comes before a token of its row, which would attend to it."""
+    rises = (mask[1:] != 0) & (mask[:-1] == 0)
+    inner = offsets[(offsets > 0) & (offsets < len(mask))]
+    rises[inner - 1] = False  # from one row to the next
+    if rises.any():
+        row = int(np.searchsorted(offsets, int(np.argmax(rises)), side="right"))
+        raise ValueError(
+            f"{file}: row {row} of a batch has padding before tokens ({_PADDING!r} is 0), expected it "
+            "after them, or none"
+        )
+
+
+def is_listed(file: Path, source: Path) -> bool:
+    """Whether a file of a source counts.
+
+    Returns:
+        False for a file in a saved data set whose state.json does not list it, and for one in datasets'
+        cache that was made of the others there, unless it is the source itself.
+
+    Raises:
+        ValueError: a saved data set of which a file of indices selects the rows.
+    """
+    if file.suffix != ".arrow":
+        return True
+    names = _listed(file.parent)
+    if names is not None:
+        return file.name in names
+    cached = _CACHED.match(file.name) and (file.parent / _INFO).is_file()
+    return not (cached and source.is_dir())
 
 
 def open_table(file: Path) -> pa.Table:
@@ -164,7 +231,14 @@ def _listed(folder: Path) -> set[str] | None:
     """The names of files in a saved data set; None if the folder is not one."""
     if not (folder / _STATE).is_file():
         return None
-    entries = read_json_object(folder / _STATE).get("_data_files")
+    state = read_json_object(folder / _STATE)
+    entries = state.get("_data_files")
     if not isinstance(entries, list):
         return None
+    # as versions before 2.0 saved a data set that was shuffled or filtered
+    if state.get("_indices_data_files") or state.get("_indices_files"):
+        raise ValueError(
+            f"{folder}: its rows are selected by a file of indices ({_STATE}): load it with datasets, and "
+            "save it again after flatten_indices()"
+        )
     return {str(entry.get("filename")) for entry in entries if isinstance(entry, dict)}

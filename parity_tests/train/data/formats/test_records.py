@@ -335,3 +335,69 @@ def test_loss_masks_in_arrow_files(tokenizer: Path, tmp_path: Path) -> None:
     assert error_of(lambda: opened(path, tokenizer).open("train")) == (
         f"{path}: the rows of column 'labels' have other lengths than 'input_ids'"
     )
+
+
+def write_columns(path: Path, **columns: Any) -> Path:
+    table = pa.table(columns)
+    with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_stream(sink, table.schema) as writer:
+        writer.write_table(table, max_chunksize=2)
+    return path
+
+
+def test_padded_rows(tokenizer: Path, tmp_path: Path) -> None:
+    """Padding, as `tokenizer(..., padding="max_length")` leaves it, is not in the loss."""
+    ids = [[3, 4, EOS, EOS, EOS], [5, 6, 7, 8, EOS], [9, EOS, EOS, EOS, EOS]]
+    kept = [[1, 1, 1, 0, 0], [1] * 5, [1, 1, 0, 0, 0]]
+    mask = pa.array(kept, pa.list_(pa.int8()))
+    path = write_columns(tmp_path / "a.arrow", input_ids=ids, attention_mask=mask)
+    tokens = opened(path, tokenizer).open("train")
+    in_loss = loss_mask(tokens, 0, 15)
+    assert in_loss is not None
+    assert in_loss.tolist() == [bool(one) for row in kept for one in row]
+    ones = [[1] * 5] * 3
+    for whole in (ones, [[True] * 5] * 3):
+        write_columns(path, input_ids=ids, attention_mask=whole)
+        assert opened(path, tokenizer).open("train").in_loss is None
+    # tokens would attend to padding before them
+    write_columns(path, input_ids=ids, attention_mask=[[1] * 5, [0, 0, 1, 1, 1], [1] * 5])
+    assert error_of(lambda: opened(path, tokenizer).open("train")) == (
+        f"{path}: row 2 of a batch has padding before tokens ('attention_mask' is 0), expected it after "
+        "them, or none"
+    )
+
+
+def test_labels_that_are_shifted(tokenizer: Path, tmp_path: Path) -> None:
+    path = write_columns(tmp_path / "a.arrow", input_ids=[[3, 4, 5]], labels=[[-100, 5, EOS]])
+    assert error_of(lambda: opened(path, tokenizer).open("train")) == (
+        f"{path}: token 1: found label 5 for id 4, expected the ids of 'input_ids' as 'labels', not "
+        "shifted, or -100"
+    )
+
+
+@pytest.mark.parametrize("key", ["_indices_data_files", "_indices_files"])
+def test_a_data_set_with_indices(key: str, tokenizer: Path, tmp_path: Path) -> None:
+    """Saved after a shuffle or filter by a version that kept the indices apart."""
+    folder = saved_data_set(tmp_path / "d", DOCUMENTS)
+    state = json.loads((folder / "state.json").read_text())
+    (folder / "state.json").write_text(json.dumps(state | {key: None}))
+    check(opened(folder, tokenizer), DOCUMENTS)
+    (folder / "state.json").write_text(json.dumps(state | {key: [{"filename": "indices.arrow"}]}))
+    for message in (
+        error_of(lambda: opened(folder, tokenizer).open("train")),
+        error_of(lambda: tokenize([folder], tokenizer, tmp_path / "out")),
+    ):
+        assert message == (
+            f"{folder}: its rows are selected by a file of indices (state.json): load it with datasets, "
+            "and save it again after flatten_indices()"
+        )
+
+
+def test_the_cache_of_datasets(tokenizer: Path, tmp_path: Path) -> None:
+    """What `map` and `filter` left there are copies of the rows."""
+    folder = tmp_path / "d"
+    write_arrow(folder / "name-train.arrow", pa.array(DOCUMENTS))
+    write_arrow(folder / "cache-0123abcd.arrow", pa.array(DOCUMENTS[1:]))
+    write_arrow(folder / "cache-45_00001_of_00002.arrow", pa.array(DOCUMENTS[:1]))
+    (folder / "dataset_info.json").write_text("{}")
+    check(opened(folder, tokenizer), DOCUMENTS)
+    check(opened(folder / "cache-0123abcd.arrow", tokenizer), DOCUMENTS[1:])
