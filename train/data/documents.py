@@ -1,8 +1,8 @@
 """Read documents from plain text, JSON Lines, Parquet and Arrow files, one at a time.
 
-The file name, in any case, decides the format: `.parquet`; `.arrow`; `.jsonl` or `.json` with one JSON
-object per line; anything else is plain text. Text and JSON may be compressed: `.gz`, `.zst`. For what
-counts as a line see `llama_jax.text.lines`.
+The file name, in any case, decides the format: `.parquet`; `.arrow`; `.jsonl`, `.ndjson` or `.json` with
+one JSON object per line; anything else is plain text. Text and JSON may be compressed: `.gz`, `.zst`. For
+what counts as a line see `llama_jax.text.lines`.
 """
 
 import glob
@@ -32,15 +32,17 @@ _COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
 _SPLITS = "dataset_dict.json"
 
 # the files of a directory that are taken as data
-_IN_DIRECTORIES = re.compile(r"(\.(txt|jsonl)(\.gz|\.zst)?|\.parquet|\.arrow)$", re.IGNORECASE)
+_IN_DIRECTORIES = re.compile(
+    r"(\.(txt|jsonl|ndjson)(\.gz|\.zst)?|\.parquet|\.arrow)$", re.IGNORECASE
+)
 
 
 def source_files(source: str | Path) -> list[Path]:
     """The sorted files of a source: a file, a directory (searched recursively) or a glob (`**` too).
 
-    Of a directory the .txt, .jsonl, .parquet and .arrow files are taken, compressed or not, except hidden
-    ones, those in hidden folders, and those of a saved data set that its state.json does not list, or that
-    are of its test split. A file named directly or by a glob is taken whatever its name.
+    Of a directory the .txt, .jsonl, .ndjson, .parquet and .arrow files are taken, compressed or not, except
+    hidden ones, those in hidden folders, and those of a saved data set that its state.json does not list,
+    or that are of its test split. A file named directly or by a glob is taken whatever its name.
 
     Raises:
         ValueError: there is no such file.
@@ -59,7 +61,9 @@ def source_files(source: str | Path) -> list[Path]:
     files = sorted(file for file in files if file.is_file() and is_listed(file, path))
     if not files:
         problem = (
-            "has no .txt, .jsonl, .parquet or .arrow files" if path.is_dir() else "no such file"
+            "has no .txt, .jsonl, .ndjson, .parquet or .arrow files"
+            if path.is_dir()
+            else "no such file"
         )
         raise ValueError(f"{source}: {problem}")
     return files
@@ -138,7 +142,7 @@ def _read(path: Path, file: IO[bytes], field: str, chat: bool) -> Iterator[str |
         io.BufferedReader(pa.input_stream(file, compression=compression)) if compression else file
     )
     try:
-        if suffix in (".jsonl", ".json"):
+        if suffix in (".jsonl", ".ndjson", ".json"):
             yield from _read_lines(path, stream, field, chat)
         elif chat:
             raise ValueError(
@@ -171,7 +175,9 @@ def _read_lines(path: Path, stream: IO[bytes], field: str, chat: bool) -> Iterat
         except (json.JSONDecodeError, RecursionError) as error:
             raise ValueError(f"{where}: not valid JSON ({error})") from None
         if not isinstance(record, dict):
-            raise ValueError(f"{where}: found {type(record).__name__}, expected an object")
+            raise ValueError(
+                f"{where}: found {type(record).__name__}, expected an object on each line"
+            )
         if field not in record:
             fields = ", ".join(record) or "none"
             raise ValueError(f"{where}: found fields {fields}, expected {field!r} (--text-field)")

@@ -134,9 +134,13 @@ def read_index(directory: Path) -> Index:
     try:
         fields = json.loads(path.read_bytes())
     except (FileNotFoundError, NotADirectoryError):
-        raise ValueError(
-            f"{path}: no such file; make the directory with `python -m train tokenize`"
-        ) from None
+        remedy = "make a token directory with `python -m train tokenize`"
+        if directory.exists():
+            raise ValueError(
+                f"{directory}: found neither {INDEX_FILE} of a token directory nor token files (.bin, "
+                f".arrow, .array_record): {remedy}"
+            ) from None
+        raise ValueError(f"{directory}: no such file or directory; {remedy}") from None
     except ValueError as error:
         raise ValueError(f"{path}: not valid JSON ({error})") from None
     version = fields.get("version") if isinstance(fields, dict) else None

@@ -62,7 +62,7 @@ def pooled(evaluations: Sequence[Evaluation]) -> Evaluation:
     count = sum(evaluation.num_tokens for evaluation in evaluations)
     total = sum(evaluation.loss * evaluation.num_tokens for evaluation in evaluations)
     size = sum(evaluation.num_bytes for evaluation in evaluations)
-    return Evaluation(total / max(count, 1), count, size)
+    return Evaluation(total / count, count, size)
 
 
 def source_names(sources: Sequence[Source]) -> list[str]:
@@ -83,6 +83,21 @@ def validation_windows(source: Source, length: int, vocab_size: int) -> Any:
     )
 
 
+def require_labels(source: Source, length: int, vocab_size: int, limit: int) -> None:
+    """Raise ValueError unless one of the first `limit` validation windows, or of all if 0, has a label."""
+    dataset = validation_windows(source, length, vocab_size)
+    count = min(len(dataset), limit or len(dataset))
+    if not any((dataset[number]["labels"] != IGNORE_INDEX).any() for number in range(count)):
+        raise ValueError(_no_labels(source))
+
+
+def _no_labels(source: Source) -> str:
+    return (
+        f"{source.path}: found no token to predict in the batches of its validation split: hold out more "
+        "documents, or evaluate more batches or none (--evaluation.every 0)"
+    )
+
+
 def evaluate(
     program: Program, params: Any, sources: Sequence[Source], tokenizer: Path, *, limit: int
 ) -> list[Evaluation]:
@@ -92,7 +107,7 @@ def evaluate(
         tokenizer: the directory of the sources' tokenizer.
 
     Raises:
-        ValueError: a source without a validation split.
+        ValueError: a source without a validation split, or without labels in these batches.
     """
     micro, rows, length = program.batch.input_ids.shape
     vocab_size = program.config.vocab_size
@@ -108,11 +123,13 @@ def evaluate(
                 loss, tokens = jax.device_get(program.evaluate(params, batch))
                 total += float(loss)
                 count += int(tokens)
+        if not count:
+            raise ValueError(_no_labels(source))
         size = 0
         for number in range(min(len(dataset), limit * micro * rows or len(dataset))):
             labels = dataset[number]["labels"]
             size += int(lengths[labels[labels != IGNORE_INDEX]].sum())
-        evaluations.append(Evaluation(total / max(count, 1), count, size))
+        evaluations.append(Evaluation(total / count, count, size))
     return evaluations
 
 

@@ -11,6 +11,7 @@ from train.data.sources import common_vocabulary, find_sources
 from train.data.token_directory import TokenDirectory
 from train.data.tokens import Source, Split
 from train.data.windows import windows
+from train.model.evaluate import require_labels
 from train.options import RunOptions
 
 
@@ -43,8 +44,8 @@ def training_windows(options: RunOptions, config: LlamaConfig, sources: Sequence
     """The training windows of all steps.
 
     Raises:
-        ValueError: shards that are missing or not what their index says; no validation split although
-            the run evaluates.
+        ValueError: shards that are missing or not what their index says; no validation split, or none with
+            labels, although the run evaluates.
     """
     splits: list[Split] = ["train"]
     if options.evaluation.every:
@@ -52,6 +53,10 @@ def training_windows(options: RunOptions, config: LlamaConfig, sources: Sequence
         for source in sources:
             source.require_validation()
     identity.require_intact(sources, splits)
+    if options.evaluation.every:
+        limit = options.evaluation.batches * options.batch_size
+        for source in sources:
+            require_labels(source, options.sequence_length, config.vocab_size, limit)
     return windows(
         sources,
         split="train",

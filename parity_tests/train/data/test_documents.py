@@ -73,7 +73,8 @@ def test_a_byte_order_mark_is_dropped(tmp_path: Path) -> None:
     mark = b"\xef\xbb\xbf"
     write(tmp_path / "a.jsonl", mark + b'{"text": "json"}\n')
     write(tmp_path / "b.txt", mark + b"plain")
-    assert list(read_documents([tmp_path])) == ["json", "plain"]
+    write(tmp_path / "c.ndjson", mark + b'{"text": "lines"}\n')
+    assert list(read_documents([tmp_path])) == ["json", "plain", "lines"]
 
 
 def test_files_of_directories_and_globs_are_sorted(tmp_path: Path) -> None:
@@ -165,8 +166,8 @@ def test_large_files_are_not_held_in_memory(tmp_path: Path) -> None:
             b'{"text": "a"}\n\n{"text": "b"',
             ", line 3: not valid JSON (Expecting ',' delimiter: line 1 column 13 (char 12))",
         ),
-        ("a.jsonl.zst", b"[1]", ", line 1: found list, expected an object"),
-        ("a.json", b'"text"', ", line 1: found str, expected an object"),
+        ("a.jsonl.zst", b"[1]", ", line 1: found list, expected an object on each line"),
+        ("a.json", b'"text"', ", line 1: found str, expected an object on each line"),
         (
             "a.jsonl",
             b'{"body": "a", "id": 1}',
@@ -226,4 +227,6 @@ def test_no_file(tmp_path: Path) -> None:
     assert error_of(tmp_path / "none") == f"{tmp_path}/none: no such file"
     assert error_of(tmp_path / "*.txt") == f"{tmp_path}/*.txt: no such file"
     write(tmp_path / "a.md", "text")
-    assert error_of(tmp_path) == f"{tmp_path}: has no .txt, .jsonl, .parquet or .arrow files"
+    assert (
+        error_of(tmp_path) == f"{tmp_path}: has no .txt, .jsonl, .ndjson, .parquet or .arrow files"
+    )

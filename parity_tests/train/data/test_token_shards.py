@@ -91,9 +91,14 @@ def test_damaged_files(tmp_path: Path) -> None:
 
 def test_wrong_indexes(tmp_path: Path) -> None:
     path = tmp_path / "index.json"
-    remedy = "make the directory with `python -m train tokenize`"
-    assert error_of(tmp_path) == f"{path}: no such file; {remedy}"
-    assert error_of(tmp_path / "none") == f"{tmp_path}/none/index.json: no such file; {remedy}"
+    remedy = "make a token directory with `python -m train tokenize`"
+    assert error_of(tmp_path / "none") == f"{tmp_path}/none: no such file or directory; {remedy}"
+    (tmp_path / "a.parquet").touch()
+    for path in (tmp_path, tmp_path / "a.parquet"):
+        assert error_of(path) == (
+            f"{path}: found neither index.json of a token directory nor token files (.bin, .arrow, "
+            f".array_record): {remedy}"
+        )
     token_directory(tmp_path, [[[1]]])
     good = json.loads(path.read_text())
     path.write_text("{")

@@ -325,6 +325,21 @@ def test_an_empty_validation_split(
     assert not (tmp_path / "run").exists()
 
 
+def test_validation_without_labels(tiny: Tiny, finished: Path, tmp_path: Path, capfd: Any) -> None:
+    """One token predicts nothing: its loss is not 0."""
+    data = token_directory(tmp_path / "data", [[[5] * 400]], [[[1], [1]]], vocab_size=64)
+    shutil.copyfile(tiny.data / "tokenizer.json", data / "tokenizer.json")
+    expected = (
+        f"{data}: found no token to predict in the batches of its validation split: hold out more "
+        "documents, or evaluate more batches or none (--evaluation.every 0)"
+    )
+    for batches in (0, 2):
+        flags = run_flags(tiny, tmp_path / "run", data=data, evaluation__batches=batches)
+        assert error_of(flags, capfd) == expected
+    assert not (tmp_path / "run").exists()
+    assert error_of(["eval", str(finished), "--data", str(data)], capfd) == expected
+
+
 def test_begin_in_a_folder_with_a_run(run: Path, tiny: Tiny, capfd: Any) -> None:
     before = (run / "run.toml").read_bytes()
     assert error_of(run_flags(tiny, run), capfd) == (
@@ -396,7 +411,7 @@ def test_options_that_cannot_change(flag: str, change: str, finished: Path, capf
         ({"model__compute_dtype": "float16"}, "model.compute-dtype: found float16, expected bfloat16, "),
         ({"model__attention": "triton"}, "attention_implementation='triton': found the platform 'cpu', ex"),
         ({"model__attention": "splash"}, "attention_implementation='splash': found the platform 'cpu', ex"),
-        ({"data": "nowhere"}, "nowhere/index.json: no such file"),
+        ({"data": "nowhere"}, "nowhere: no such file or directory; make a token directory with"),
         ({"model__config": "nowhere"}, "nowhere"),
         ({"seed": -1}, "seed: found -1, expected 0 to"),
     ],
