@@ -94,9 +94,9 @@ def test_wrong_indexes(tmp_path: Path) -> None:
     remedy = "make a token directory with `python -m train tokenize`"
     assert error_of(tmp_path / "none") == f"{tmp_path}/none: no such file or directory; {remedy}"
     (tmp_path / "a.parquet").touch()
-    for path in (tmp_path, tmp_path / "a.parquet"):
-        assert error_of(path) == (
-            f"{path}: found neither index.json of a token directory nor token files (.bin, .arrow, "
+    for other in (tmp_path, tmp_path / "a.parquet"):
+        assert error_of(other) == (
+            f"{other}: found neither index.json of a token directory nor token files (.bin, .arrow, "
             f".array_record): {remedy}"
         )
     token_directory(tmp_path, [[[1]]])
