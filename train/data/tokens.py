@@ -154,8 +154,12 @@ def _checked(
 
 
 def document_ends(tokens: Tokens, start: int, stop: int) -> np.ndarray:
-    """Positions in the sequence, after `start` up to `stop`, where documents end: [documents] int64."""
-    return tokens.ends(start + tokens.first, stop + tokens.first) - tokens.first
+    """Positions in the sequence, after `start` up to `stop`, where documents end: [documents] int64.
+
+    Each once: documents without a token do not count.
+    """
+    ends = tokens.ends(start + tokens.first, stop + tokens.first) - tokens.first
+    return ends[np.diff(ends, prepend=-1) != 0]
 
 
 def loss_mask(tokens: Tokens, start: int, stop: int) -> np.ndarray | None:

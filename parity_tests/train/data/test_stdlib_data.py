@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import sysconfig
 import threading
-import time
 from pathlib import Path
 
 import pytest
@@ -102,9 +101,7 @@ def test_errors_are_not_hidden(library: Path, monkeypatch: pytest.MonkeyPatch) -
 @pytest.mark.slow
 def test_the_real_library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    begun = time.monotonic()
     directory = stdlib_tokens()
-    assert time.monotonic() - begun < 60
     assert read_index(directory).vocab_size == VOCAB_SIZE
     assert len(open_tokens(directory, "train")) > 1_000_000
     assert len(open_tokens(directory, "validation")) > 10_000

@@ -134,7 +134,8 @@ def test_arrow_files_of_other_kinds(tokenizer: Path, tmp_path: Path) -> None:
     table = pa.table({"input_ids": [[3], [], [4, 5]]})
     with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, table.schema) as writer:
         writer.write_table(table)
-    assert read_tokens(opened(path, tokenizer).open("train"), 0, 3, VOCAB).tolist() == [3, 4, 5]
+    # rows without ids are no documents
+    check(opened(path, tokenizer), [[3], [4, 5]])
 
 
 def test_a_data_set_with_splits(tokenizer: Path, tmp_path: Path) -> None:
