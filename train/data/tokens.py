@@ -170,6 +170,20 @@ def loss_mask(tokens: Tokens, start: int, stop: int) -> np.ndarray | None:
     return np.concatenate([tokens.in_loss[shard][low:high] != 0 for shard, low, high in parts])
 
 
+def require_loss(tokens: Tokens, name: str | Path) -> None:
+    """Raise ValueError if no token is in the loss."""
+    if tokens.in_loss is None:
+        return
+    for start in range(0, len(tokens), _BLOCK):
+        mask = loss_mask(tokens, start, min(start + _BLOCK, len(tokens)))
+        if mask is not None and mask.any():
+            return
+    raise ValueError(
+        f"{name}: none of its tokens is in the loss: if these are chats, the template must mark what the "
+        "assistant says with {% generation %} when they are tokenized, or use `tokenize --chat`"
+    )
+
+
 def nearest_end(tokens: Tokens, position: int) -> int | None:
     """The last place up to `position` where a document ends or, if there is none, the first one after it.
 

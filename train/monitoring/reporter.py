@@ -47,11 +47,18 @@ class Reporter:
         display: Display,
         record: Recorder,
         batch_rows: BatchRows | None = None,
+        masked: bool = False,
     ) -> None:
-        """Args: batch_rows is needed where the run has a guard, to say what the batch had."""
+        """Begin to report.
+
+        Args:
+            batch_rows: needed where the run has a guard, to say what the batch had.
+            masked: the data says which tokens are in the loss, so that a batch may have none by mistake.
+        """
         self.stopping = False
         self._display, self._record = display, record
         self._program, self._guard, self._batch_rows = program, options.guard, batch_rows
+        self._masked = masked
         self._steps, self._learning_rate = options.steps, program.learning_rate
         self._tokens_per_step = options.batch_size * options.sequence_length
         self._given_peak = options.log.peak_flops
@@ -85,6 +92,7 @@ class Reporter:
         Raises:
             DivergenceError: a loss or gradient norm that is not finite, in more steps in a row than the
                 guard leaves out.
+            ValueError: a batch of masked data without a token in the loss.
         """
         self.flush()
         self._submitted = _Submitted(step, metrics, stop, data_wait, statistics)
@@ -120,6 +128,11 @@ class Reporter:
         seconds, self._reported_at = now - self._reported_at, now
         loss, grad_norm = float(values.loss), float(values.grad_norm)
         finite = math.isfinite(loss) and math.isfinite(grad_norm)
+        if self._masked and not values.num_tokens:
+            raise ValueError(
+                f"step {step}: its batch has no token in the loss: begin again with a larger --batch-size "
+                "or --sequence-length, or with data of which more is in the loss"
+            )
         in_a_row = 0 if values.guard is None else int(values.guard.non_finite)
         left_out = 0 < in_a_row <= self._guard.non_finite
         if not left_out and (in_a_row or not finite):

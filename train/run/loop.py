@@ -66,6 +66,7 @@ def train_loop(
 
     Raises:
         DivergenceError: a loss that is not finite.
+        ValueError: a batch without a token in the loss, of data that says which tokens are.
         ValueError: a checkpoint that cannot be saved.
     """
     first_process = jax.process_index() == 0
@@ -107,7 +108,8 @@ def train_loop(
             sequence_length=options.sequence_length,
             seed=options.seed,
         )
-        reporter = Reporter(program, options, display, record, batch_rows)
+        masked = any(source.open("train").in_loss is not None for source in sources)
+        reporter = Reporter(program, options, display, record, batch_rows, masked)
         batches = stack.enter_context(
             closing(placed_batches(program.batch, dataset, start_step=start))
         )

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -20,6 +22,37 @@ from parity_tests.train.data.test_chat import (
 from parity_tests.train.runs import CONFIG
 from train.__main__ import main
 from train.monitoring.metrics_log import read_metrics
+
+
+def test_batches_without_a_token_in_the_loss(tmp_path: Path, capfd: Any) -> None:
+    """A mask of zeros, as transformers makes of a template without marks, is not learned from silently."""
+    tokenizer = make_tokenizer(tmp_path / "t", None)
+    (tmp_path / "config.json").write_text(json.dumps(CONFIG | {"vocab_size": 304}))
+    flags = [f"--model.config={tmp_path}", f"--tokens.tokenizer={tokenizer}", "--steps=4"]
+    flags += ["--batch-size=1", "--sequence-length=8", "--evaluation.every=0"]
+
+    def error_with(name: str, masks: list[list[int]]) -> str:
+        ids = [[5] * 8 for _ in masks]
+        table = pa.table({"input_ids": ids, "assistant_masks": masks})
+        path = tmp_path / f"{name}.arrow"
+        with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_stream(sink, table.schema) as writer:
+            writer.write_table(table)
+        capfd.readouterr()
+        assert main(["run", *flags, f"--data={path}", f"--out={tmp_path / name}"]) == 2
+        return capfd.readouterr().err.splitlines()[-1]
+
+    assert error_with("none", [[0] * 8] * 4) == (
+        f"error: {tmp_path}/none.arrow: none of its tokens is in the loss: if these are chats, the "
+        "template must mark what the assistant says with {% generation %} when they are tokenized, or use "
+        "`tokenize --chat`"
+    )
+    assert not (tmp_path / "none").exists()
+    message = error_with("few", [[0] * 8] * 20 + [[1] * 8])
+    assert re.fullmatch(
+        r"error: step \d: its batch has no token in the loss: begin again with a larger --batch-size or "
+        "--sequence-length, or with data of which more is in the loss",
+        message,
+    )
 
 
 def test_continued_training_on_chats(tmp_path: Path, capfd: Any) -> None:

@@ -21,6 +21,7 @@ from train.data.tokens import (
     nearest_end,
     part_of,
     require_ids,
+    require_loss,
 )
 from train.options import TokenOptions
 
@@ -113,6 +114,7 @@ class TokenFiles:
         vocabulary = self.vocabulary()
         for split in splits:
             tokens = self.open(split)
+            require_loss(tokens, self.path)
             itemsize = tokens.shards[0][:1].itemsize
             count = min(len(tokens), max(bytes_to_read, 0) // itemsize)
             require_ids(tokens, count, vocabulary.vocab_size)
