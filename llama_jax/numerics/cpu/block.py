@@ -37,7 +37,6 @@ class Operands(NamedTuple):
     x: Any  # float32 [rows, depth]
     scale: Any  # float32 [features, groups]
     zero: Any  # float32 [features, groups]
-    sums: Any  # of x over groups, float32 [rows, groups]
     out: Any  # float32 [rows, features]
     rows: Any
     depth: Any
@@ -51,18 +50,18 @@ class _Kind(NamedTuple):
     bits: int
     codes: int
     has_scale: bool
-    # a vector of integers to one of float32 for each of their codes
-    widen: Callable[[Any, Any], list[Any]]
+    # a vector of integers to one of float32 for each of their codes; with two codes, by scale and zero
+    widen: Callable[..., list[Any]]
 
 
 def _multiply(kind: _Kind) -> Any:
     """An intrinsic that computes out[:, begin:end] of (operands, begin, end).
 
     Columns come in groups with a scale. Where an integer holds two codes, the first is of the first half of
-    its group, and groups have zeros, which are multiplied with the sums.
+    its group, and groups have zeros.
     """
     # rows of the weight in a block of several rows of x: as many as registers hold
-    features = FEATURES if kind.codes == 1 and _HAS_AVX512 else FEATURES // 2
+    features = FEATURES if _HAS_AVX512 else FEATURES // 2
 
     def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         operands = Operands(*cgutils.unpack_tuple(builder, arguments[0]))
@@ -134,30 +133,40 @@ class _Blocks:
     def _block(self, features: list[Any], rows: list[Any]) -> None:
         builder, of = self.builder, self.of
         totals = {pair: self._variable(ir.VectorType(_FLOAT, _WIDTH)) for pair in self.pairs}
-        offsets = {pair: self._variable(_FLOAT) for pair in self.pairs}
         scales, zeros = (
             [self._place(array, feature, of.groups, 4) for feature in features]
             for array in (of.scale, of.zero)
         )
-        sums = [self._place(of.sums, row, of.groups, 4) for row in rows]
         with cgutils.for_range(builder, of.groups) as group:
-            parts = self._dot(features, rows, group.index)
-            for feature, row in self.pairs:
-                part, scale = builder.load(parts[feature, row]), _FLOAT(1.0)
-                if self.kind.has_scale:
-                    scale = self._float(scales[feature], group.index)
-                self._add(totals[feature, row], part, self._splat(scale))
-                if self.kind.codes > 1:
-                    zero = self._float(zeros[feature], group.index)
-                    self._add(offsets[feature, row], zero, self._float(sums[row], group.index))
+            if self.kind.codes > 1:
+                steps = [
+                    [self._float(places[feature], group.index) for places in (scales, zeros)]
+                    for feature in range(self.features)
+                ]
+                self._dot(totals, features, rows, group.index, steps)
+            elif self.kind.has_scale:
+                parts = {pair: self._variable(ir.VectorType(_FLOAT, _WIDTH)) for pair in self.pairs}
+                self._dot(parts, features, rows, group.index)
+                for pair, part in parts.items():
+                    scale = self._float(scales[pair[0]], group.index)
+                    self._add(totals[pair], builder.load(part), self._splat(scale))
+            else:
+                self._dot(totals, features, rows, group.index)
         for pair in self.pairs:
             feature, row = features[pair[0]], rows[pair[1]]
             place = self._place(self._place(of.out, row, of.features, 4), feature, _WORD(1), 4)
-            total = self._sum(builder.load(totals[pair]), builder.load(offsets[pair]))
+            total = self._sum(builder.load(totals[pair]))
             builder.store(total, self._pointer(place, _FLOAT), align=4)
 
-    def _dot(self, features: list[Any], rows: list[Any], group: Any) -> dict[Any, Any]:
-        """Vectors whose sums are those of codes * x over a group."""
+    def _dot(
+        self,
+        totals: dict[Any, Any],
+        features: list[Any],
+        rows: list[Any],
+        group: Any,
+        steps: list[list[Any]] | None = None,
+    ) -> None:
+        """Add vectors whose sums are those of weight * x over a group, with scale and zero in `steps`."""
         builder, of, size = self.builder, self.of, self.kind.bits // 8
         row_integers = builder.mul(self.integers, of.groups)
         first = builder.mul(group, self.integers)
@@ -167,19 +176,29 @@ class _Blocks:
         ]
         first = builder.mul(group, self.size)
         x = [self._place(self._place(of.x, row, of.depth, 4), first, _WORD(1), 4) for row in rows]
-        parts = {pair: self._variable(ir.VectorType(_FLOAT, _WIDTH)) for pair in self.pairs}
-        for width, begin, end in (
-            (_WIDTH, _WORD(0), self.vectors),
-            (1, self.vectors, self.integers),
-        ):
-            with cgutils.for_range_slice(builder, begin, end, _WORD(width)) as (column, _):
-                self._multiply_columns(parts, codes, x, column, width)
-        return parts
+        with cgutils.for_range_slice(builder, _WORD(0), self.vectors, _WORD(_WIDTH)) as (column, _):
+            self._multiply_columns(totals, codes, x, column, _WIDTH, steps)
+        with builder.if_then(builder.icmp_signed("<", self.vectors, self.integers)):
+            # of each group summed up first, which rounds less than one long sum
+            rest = {pair: self._variable(ir.VectorType(_FLOAT, 1)) for pair in self.pairs}
+            with cgutils.for_range_slice(builder, self.vectors, self.integers, _WORD(1)) as (
+                column,
+                _,
+            ):
+                self._multiply_columns(rest, codes, x, column, 1, steps)
+            for pair, total in totals.items():
+                self._add_to_first_lane(total, rest[pair])
 
     def _multiply_columns(
-        self, parts: dict[Any, Any], codes: list[Any], x: list[Any], column: Any, width: int
+        self,
+        totals: dict[Any, Any],
+        codes: list[Any],
+        x: list[Any],
+        column: Any,
+        width: int,
+        steps: list[list[Any]] | None,
     ) -> None:
-        """Of `width` columns; of a single one the product is added to the first lane."""
+        """Of `width` columns."""
         builder, kind = self.builder, self.kind
         floats, integers = (ir.VectorType(of, width) for of in (_FLOAT, ir.IntType(kind.bits)))
         halves = [builder.mul(self.integers, _WORD(i)) for i in range(kind.codes)]
@@ -190,27 +209,23 @@ class _Blocks:
         for feature, place in enumerate(codes):
             if width > 1:
                 self._fetch(self._place(place, column, _WORD(1), kind.bits // 8))
-            wide = kind.widen(builder, self._load(place, column, integers, kind.bits // 8))
+            loaded = self._load(place, column, integers, kind.bits // 8)
+            wide = kind.widen(builder, loaded, *(steps[feature] if steps else ()))
             for row in range(self.rows):
                 for values, factors in zip(wide, columns[row], strict=True):
-                    if width > 1:
-                        self._add(parts[feature, row], values, factors)
-                    else:
-                        self._add_to_first_lane(parts[feature, row], values, factors)
+                    self._add(totals[feature, row], values, factors)
 
     def _add(self, variable: Any, first: Any, second: Any) -> None:
-        total = self.builder.load(variable)
-        self.builder.store(self._plus_product(total, first, second), variable)
-
-    def _add_to_first_lane(self, variable: Any, first: Any, second: Any) -> None:
-        lane, vector = _INDEX(0), self.builder.load(variable)
-        numbers = (self.builder.extract_element(of, lane) for of in (vector, first, second))
-        total = self._plus_product(*numbers)
-        self.builder.store(self.builder.insert_element(vector, total, lane), variable)
-
-    def _plus_product(self, total: Any, first: Any, second: Any) -> Any:
         product = self.builder.fmul(first, second, flags=_ANY_ORDER)
-        return self.builder.fadd(total, product, flags=_ANY_ORDER)
+        total = self.builder.fadd(self.builder.load(variable), product, flags=_ANY_ORDER)
+        self.builder.store(total, variable)
+
+    def _add_to_first_lane(self, variable: Any, number: Any) -> None:
+        vector, lane = self.builder.load(variable), _INDEX(0)
+        number = self.builder.extract_element(self.builder.load(number), lane)
+        first = self.builder.extract_element(vector, lane)
+        total = self.builder.fadd(first, number, flags=_ANY_ORDER)
+        self.builder.store(self.builder.insert_element(vector, total, lane), variable)
 
     def _variable(self, kind: Any) -> Any:
         """0 at first; becomes a register."""
@@ -219,17 +234,13 @@ class _Blocks:
         return place
 
     def _splat(self, value: Any) -> Any:
-        vector = ir.VectorType(_FLOAT, _WIDTH)
-        undefined = ir.Constant(vector, ir.Undefined)
-        one = self.builder.insert_element(undefined, value, _INDEX(0))
-        lanes = ir.Constant(ir.VectorType(_INDEX, _WIDTH), None)
-        return self.builder.shuffle_vector(one, undefined, lanes)
+        return _splat(self.builder, value, _WIDTH)
 
-    def _sum(self, vector: Any, offset: Any) -> Any:
+    def _sum(self, vector: Any) -> Any:
         kind = ir.FunctionType(_FLOAT, [_FLOAT, vector.type])
         name = f"llvm.vector.reduce.fadd.v{_WIDTH}f32"
         function = cgutils.get_or_insert_function(self.builder.module, kind, name)
-        return self.builder.call(function, [offset, vector], fastmath=_ANY_ORDER)
+        return self.builder.call(function, [_FLOAT(0.0), vector], fastmath=_ANY_ORDER)
 
     def _fetch(self, place: Any) -> None:
         """Into the cache what comes later."""
@@ -279,27 +290,44 @@ def _of_int8(builder: Any, codes: Any) -> list[Any]:
     return [builder.sitofp(codes, _floats(codes))]
 
 
-def _of_int4(builder: Any, codes: Any) -> list[Any]:
-    """The codes from -8 to 7, stored as 0 to 15, in the low 4 bits and in the high ones."""
+def _of_int4(builder: Any, codes: Any, scale: Any, zero: Any) -> list[Any]:
+    """code * scale + zero of the codes in the low 4 bits and in the high ones.
+
+    They are from -8 to 7, stored as 0 to 15.
+    """
     wide = ir.VectorType(ir.IntType(32), codes.type.count)
     low = builder.zext(codes, wide)
     high = builder.lshr(low, ir.Constant(wide, [4] * wide.count))
+    scales, zeros = (_splat(builder, value, wide.count) for value in (scale, zero))
+
+    def scaled(numbers: Any) -> Any:
+        product = builder.fmul(numbers, scales, flags=_ANY_ORDER)
+        return builder.fadd(product, zeros, flags=_ANY_ORDER)
+
     if _HAS_AVX512 and wide.count == _WIDTH:
-        return [_look_up(builder, low), _look_up(builder, high)]
+        # once for a group, of all codes that there are
+        table = scaled(ir.Constant(_floats(low), [float(code - 8) for code in range(16)]))
+        return [_look_up(builder, table, low), _look_up(builder, table, high)]
     low = builder.and_(low, ir.Constant(wide, [15] * wide.count))
-    # 8 times a sum, taken off afterwards, would round 2.5 times as much
+    # 8 times the scale, taken off the zero, would round more
     eight = ir.Constant(wide, [8] * wide.count)
-    return [builder.sitofp(builder.sub(part, eight), _floats(part)) for part in (low, high)]
+    return [scaled(builder.sitofp(builder.sub(part, eight), _floats(part))) for part in (low, high)]
 
 
-def _look_up(builder: Any, indices: Any) -> Any:
+def _look_up(builder: Any, table: Any, indices: Any) -> Any:
     """By the last 4 bits of each index; one instruction for 16 codes."""
-    floats = _floats(indices)
-    kind = ir.FunctionType(floats, [floats, indices.type])
+    kind = ir.FunctionType(table.type, [table.type, indices.type])
     name = "llvm.x86.avx512.permvar.sf.512"
     function = cgutils.get_or_insert_function(builder.module, kind, name)
-    table = ir.Constant(floats, [float(code - 8) for code in range(16)])
     return builder.call(function, [table, indices])
+
+
+def _splat(builder: Any, value: Any, width: int) -> Any:
+    """A vector of `width` times the value."""
+    undefined = ir.Constant(ir.VectorType(value.type, width), ir.Undefined)
+    one = builder.insert_element(undefined, value, _INDEX(0))
+    lanes = ir.Constant(ir.VectorType(_INDEX, width), None)
+    return builder.shuffle_vector(one, undefined, lanes)
 
 
 multiply_float32 = _multiply(_Kind(32, 1, False, _of_float32))

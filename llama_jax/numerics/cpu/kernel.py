@@ -8,9 +8,8 @@ comes is not waited for, as it may itself wait behind this call.
 
 from typing import Any
 
-import numpy as np
 from llvmlite import binding
-from numba import carray, cfunc, njit, types
+from numba import cfunc, njit, types
 
 from llama_jax.numerics.cpu.attention import attend
 from llama_jax.numerics.cpu.block import (
@@ -33,7 +32,6 @@ from llama_jax.numerics.cpu.frame import (
     FRAME_WORDS,
     INT8,
     RESULTS,
-    UINT8,
     answer_registration,
     words,
 )
@@ -48,7 +46,6 @@ from llama_jax.numerics.cpu.machine import (
     fetch_add,
     lasting_zeros,
     load,
-    pointer,
     sched_yield,
     seats_address,
     task_address,
@@ -65,17 +62,16 @@ from llama_jax.numerics.cpu.threads import (
 )
 
 # A job is what the threads of a call share, words of 8 bytes at these places. Behind them are the operands
-# of attention, or of each weight, and for 4-bit codes the sums of x over groups, float32 [rows, groups].
+# of attention, or of each weight.
 _ITEMS, _CHUNK = 3, 4
 _WEIGHTS, _DTYPE = 5, 6  # count of weights, 0 for attention; dtype of the keys
 _REQUEST = 7  # of XLA
 _COUNT = _REQUEST + REQUEST_WORDS - 1  # of its threads
 _HEADER = _REQUEST + REQUEST_WORDS
-_OF_WEIGHT, _OF_ATTENTION = 12, 9  # words
+_OF_WEIGHT, _OF_ATTENTION = 11, 9  # words
 # of a weight: the dtype of its codes, its first item, and what `block.Operands` has
-_CODES_DTYPE, _FIRST, _CODES, _X, _SCALE, _ZERO, _SUMS, _OUT = 0, 1, 2, 3, 4, 5, 6, 7
-_ROWS, _IN, _FEATURES, _GROUPS = 8, 9, 10, 11
-_FLOAT_BYTES = 4
+_CODES_DTYPE, _FIRST, _CODES, _X, _SCALE, _ZERO, _OUT = 0, 1, 2, 3, 4, 5, 6
+_ROWS, _IN, _FEATURES, _GROUPS = 7, 8, 9, 10
 
 # A thread that has worked looks into a seat for its next job so many times, since to wake one can take
 # longer than a call; in between others may run. A seat has the address of a job, or one of these.
@@ -90,7 +86,7 @@ _CHUNK_NUMBERS = 1 << 15
 
 # numba keeps what it compiled for as long as this file is the same. This checksum of the others, which a
 # test compares, makes it another file when they change.
-OTHER_SOURCES = "f53e31083fc63a16"
+OTHER_SOURCES = "d732c2a217c9b158"
 
 # Sums in any order, so that they are vectors. NaN and infinity stay what they are.
 _compile = njit(fastmath={"reassoc", "contract", "nsz"}, error_model="numpy", cache=True)
@@ -133,7 +129,6 @@ def work(address: int) -> int:
                 of[_X],
                 of[_SCALE],
                 of[_ZERO],
-                of[_SUMS],
                 of[_OUT],
                 of[_ROWS],
                 of[_IN],
@@ -192,21 +187,8 @@ binding.add_symbol(TASK, task.address)
 
 
 @_compile
-def _sum_groups(x: int, sums: int, rows: int, groups: int, size: int) -> None:
-    """The sums of x over groups of columns, which are multiplied with zeros."""
-    values = carray(pointer(x), (rows, groups, size), np.float32)
-    totals = carray(pointer(sums), (rows, groups), np.float32)
-    for row in range(rows):
-        for group in range(groups):
-            total = np.float32(0)
-            for column in range(size):
-                total += values[row, group, column]
-            totals[row, group] = total
-
-
-@_compile
-def _new_job(size: int, floats: int, weights: int) -> int:
-    address = calloc(size * BYTES + floats * _FLOAT_BYTES, 1)
+def _new_job(size: int, weights: int) -> int:
+    address = calloc(size * BYTES, 1)
     job = words(address, size)
     job[HOLDERS], job[_WEIGHTS] = 1, weights
     return address
@@ -224,33 +206,20 @@ def _new_multiplication(frame: Any) -> int:
     weights = (frame[ARGUMENT_COUNT] - 1) // 3
     x = _buffer(frame, ARGUMENTS, 0)
     shape = words(x[DIMENSIONS], 2)
-    size, floats = _HEADER + weights * _OF_WEIGHT, 0
-    for index in range(weights):
-        scale = _buffer(frame, ARGUMENTS, 3 * index + 2)
-        floats += shape[0] * words(scale[DIMENSIONS], 2)[1]
-    address = _new_job(size, floats, weights)
+    size = _HEADER + weights * _OF_WEIGHT
+    address = _new_job(size, weights)
     job = words(address, size)
-    sums = address + size * BYTES
     for index in range(weights):
         codes = _buffer(frame, ARGUMENTS, 3 * index + 1)
         scale = _buffer(frame, ARGUMENTS, 3 * index + 2)
         of = job[_HEADER + index * _OF_WEIGHT :]
-        groups = words(scale[DIMENSIONS], 2)[1]
         of[_CODES_DTYPE] = codes[BUFFER_DTYPE] & 0xFFFFFFFF
         of[_FIRST] = job[_ITEMS]
         of[_X], of[_CODES], of[_SCALE] = x[DATA], codes[DATA], scale[DATA]
         of[_ZERO] = _buffer(frame, ARGUMENTS, 3 * index + 3)[DATA]
         of[_OUT] = _buffer(frame, RESULTS, index)[DATA]
-        of[_ROWS], of[_IN], of[_GROUPS] = shape[0], shape[1], groups
+        of[_ROWS], of[_IN], of[_GROUPS] = shape[0], shape[1], words(scale[DIMENSIONS], 2)[1]
         of[_FEATURES] = words(codes[DIMENSIONS], 1)[0]
-        of[_SUMS] = sums
-        if of[_CODES_DTYPE] == UINT8:
-            before = job[_HEADER + (index - 1) * _OF_WEIGHT :]
-            if index > 0 and before[_CODES_DTYPE] == UINT8 and before[_GROUPS] == groups:
-                of[_SUMS] = before[_SUMS]
-            else:
-                _sum_groups(of[_X], sums, shape[0], groups, shape[1] // groups)
-                sums += shape[0] * groups * _FLOAT_BYTES
         job[_ITEMS] += of[_FEATURES]
     job[_CHUNK] = max(FEATURES, _in_blocks(_CHUNK_NUMBERS // shape[1]))
     return address
@@ -260,7 +229,7 @@ def _new_multiplication(frame: Any) -> int:
 def _new_attention(frame: Any) -> int:
     """Of one query a row, see `attention.Operands`."""
     query, keys = _buffer(frame, ARGUMENTS, 0), _buffer(frame, ARGUMENTS, 1)
-    address = _new_job(_HEADER + _OF_ATTENTION, 0, 0)
+    address = _new_job(_HEADER + _OF_ATTENTION, 0)
     job = words(address, _HEADER + _OF_ATTENTION)
     of = job[_HEADER:]
     for index in range(4):
