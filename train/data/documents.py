@@ -9,7 +9,7 @@ import glob
 import io
 import json
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any
 
@@ -30,6 +30,10 @@ LONGEST_TEXT = 1 << 23
 _COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
 # in the folder of a `DatasetDict`, which has a folder for each split
 _SPLITS = "dataset_dict.json"
+# the files of a data set on the Hub, which begin with the name of their split
+_OF_SPLIT = re.compile(
+    r"(train|val|valid|validation|dev|eval|test)(?![a-z]).*-\d{5}-of-\d{5}.*\.parquet$"
+)
 
 # the files of a directory that are taken as data
 _IN_DIRECTORIES = re.compile(
@@ -41,8 +45,9 @@ def source_files(source: str | Path) -> list[Path]:
     """The sorted files of a source: a file, a directory (searched recursively) or a glob (`**` too).
 
     Of a directory the .txt, .jsonl, .ndjson, .parquet and .arrow files are taken, compressed or not, except
-    hidden ones, those in hidden folders, and those of a saved data set that its state.json does not list,
-    or that are of its test split. A file named directly or by a glob is taken whatever its name.
+    hidden ones, those in hidden folders, those of a saved data set that its state.json does not list, and the
+    test split of one that was saved or is from the Hub. A file named directly or by a glob is taken whatever
+    its name.
 
     Raises:
         ValueError: there is no such file.
@@ -52,8 +57,8 @@ def source_files(source: str | Path) -> list[Path]:
     if path.is_dir():
         names = path.rglob("*")
         files = [p for p in names if _IN_DIRECTORIES.search(p.name) and not _hidden(p, path)]
-        if (path / _SPLITS).is_file():
-            files = [file for file in files if split_of(file.relative_to(path)) is not None]
+        given = _given_splits(path, files)
+        files = [file for file in files if given.get(file, "train") is not None]
     elif path.exists():
         files = [path]
     else:
@@ -67,6 +72,15 @@ def source_files(source: str | Path) -> list[Path]:
         )
         raise ValueError(f"{source}: {problem}")
     return files
+
+
+def _given_splits(source: Path, files: Sequence[Path]) -> dict[Path, Split | None]:
+    """The splits of files, None for tests, in a saved `DatasetDict` or a data set of the Hub."""
+    if (source / _SPLITS).is_file():
+        return {file: split_of(file.relative_to(source)) for file in files}
+    named = [file for file in files if source.is_dir() and _OF_SPLIT.match(file.name)]
+    splits = {file: split_of(Path(file.name)) for file in named}
+    return splits if "train" in splits.values() else {}
 
 
 def read_documents(
@@ -100,7 +114,8 @@ def read_split_documents(
         advance: called with the number of bytes read since the last call.
 
     Returns:
-        Each document with its split, where it is of a saved `DatasetDict` of Hugging Face's datasets.
+        Each document with its split, where it is of a saved `DatasetDict` of Hugging Face's datasets, or in
+        files that are named after splits as on the Hub, such as validation-00000-of-00001.parquet.
 
     Raises:
         ValueError: naming the file, and the line if there is one: no file, no document in a source, not
@@ -109,12 +124,11 @@ def read_split_documents(
     for source in sources:
         empty = True
         files = source_files(source)
-        divided = Path(source, _SPLITS).is_file() and "validation" in {
-            split_of(file.relative_to(source)) for file in files
-        }
+        given = _given_splits(Path(source), files)
+        divided = "validation" in given.values()
         for path in files:
             done = 0
-            split = split_of(path.relative_to(source)) if divided else None
+            split = given.get(path) if divided else None
             with path.open("rb") as file:
                 for text in _read(path, file, text_field, chat):
                     if text:

@@ -7,7 +7,7 @@ read first, and kept in the cache (`llama_jax.files.user_cache`).
 """
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from itertools import pairwise
@@ -20,6 +20,7 @@ from llama_jax.files.staging import replacing
 from llama_jax.files.user_cache import cache_directory
 from train.data.formats.example import example_features, int64_values
 from train.data.formats.files import list_files
+from train.data.formats.masks import MASKS
 from train.data.token_shards import token_dtype
 from train.data.tokens import Tokens, Vocabulary, join_shards, listed_ends
 from train.options import TokenOptions
@@ -95,6 +96,7 @@ def _open(file: Path, dtype: str, column: str) -> _Records:
                     f"{file}: found a tf.train.Example with {', '.join(features) or 'nothing'}, expected "
                     f"an int64_list {column!r}: name that of the ids with --tokens.column"
                 )
+            _require_all_in_loss(file, features)
             return int64_values(ids)
 
     else:
@@ -118,6 +120,17 @@ def _open(file: Path, dtype: str, column: str) -> _Records:
     if len(ends) != count or not ends[-1]:
         raise ValueError(f"{file}: contains no ids")
     return _Records(file, reader, decode, ends)
+
+
+def _require_all_in_loss(file: Path, features: Mapping[str, memoryview | None]) -> None:
+    """Raise ValueError for a loss mask or padding, which only Arrow files may have."""
+    for name, masked in MASKS.items():
+        values = features.get(name)
+        if values is not None and (int64_values(values) == masked).any():
+            raise ValueError(
+                f"{file}: found {masked} in {name!r}, ids that are not in the loss: such masks are read "
+                "from Arrow files, not from ArrayRecord"
+            )
 
 
 def _read(file: Path, reader: Any, first: int, last: int) -> list[bytes]:

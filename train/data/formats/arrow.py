@@ -22,6 +22,7 @@ import numpy as np
 from llama_jax.files.json_object import read_json_object
 from llama_jax.loss import IGNORE_INDEX
 from train.data.formats.files import list_files
+from train.data.formats.masks import LABELS, MASKS, PADDING
 from train.data.tokens import Ends, Tokens, Vocabulary, join_shards
 from train.options import TokenOptions
 
@@ -31,16 +32,6 @@ if TYPE_CHECKING:
 _STATE = "state.json"
 # in a folder of datasets' cache, and the files there that hold what `map` and `filter` made of the others
 _INFO, _CACHED = "dataset_info.json", re.compile(r"(cache-|tmp).*\.arrow$")
-
-# columns with a value for each id, and the value of those that are not in the loss
-_LABELS, _PADDING = "labels", "attention_mask"
-_MASKS = {
-    _LABELS: IGNORE_INDEX,
-    "assistant_masks": 0,
-    "completion_mask": 0,
-    "loss_mask": 0,
-    _PADDING: 0,
-}
 
 
 def find_files(path: Path) -> list[Path]:
@@ -81,10 +72,10 @@ def open_files(files: Sequence[Path], vocabulary: Vocabulary, options: TokenOpti
                     raise ValueError(
                         f"{file}: the rows of column {name!r} have other lengths than {options.column!r}"
                     )
-            if number == 0 and _LABELS in values:
-                _require_same_ids(file, options.column, ids, values[_LABELS])
-            if _PADDING in values:
-                _require_padding_last(file, values[_PADDING], offsets - offsets[0])
+            if number == 0 and LABELS in values:
+                _require_same_ids(file, options.column, ids, values[LABELS])
+            if PADDING in values:
+                _require_padding_last(file, values[PADDING], offsets - offsets[0])
             if len(ids):
                 names.append(f"{file}, batch {number}")
                 shards.append(ids)
@@ -106,7 +97,7 @@ class _Mask:
         return min(map(len, self.columns.values()))
 
     def __getitem__(self, part: slice, /) -> np.ndarray:
-        parts = [values[part] != _MASKS[name] for name, values in self.columns.items()]
+        parts = [values[part] != MASKS[name] for name, values in self.columns.items()]
         return np.logical_and.reduce(parts)
 
 
@@ -115,11 +106,11 @@ def _mask_columns(file: Path) -> list[str]:
     import pyarrow.compute as pc
 
     table = open_table(file)
-    names = [name for name in _MASKS if name in table.column_names]
-    if _PADDING in names:
-        chunks = [chunk.flatten() for chunk in table.column(_PADDING).chunks if len(chunk)]
+    names = [name for name in MASKS if name in table.column_names]
+    if PADDING in names:
+        chunks = [chunk.flatten() for chunk in table.column(PADDING).chunks if len(chunk)]
         if all(pc.min_max(chunk)["min"].as_py() for chunk in chunks if len(chunk)):
-            names.remove(_PADDING)
+            names.remove(PADDING)
     return names
 
 
@@ -129,7 +120,7 @@ def _require_same_ids(file: Path, column: str, ids: np.ndarray, labels: np.ndarr
     if len(other):
         raise ValueError(
             f"{file}: token {other[0]}: found label {labels[other[0]]} for id {ids[other[0]]}, expected "
-            f"the ids of {column!r} as {_LABELS!r}, not shifted, or {IGNORE_INDEX}"
+            f"the ids of {column!r} as {LABELS!r}, not shifted, or {IGNORE_INDEX}"
         )
 
 
@@ -141,7 +132,7 @@ def _require_padding_last(file: Path, mask: np.ndarray, offsets: np.ndarray) -> 
     if rises.any():
         row = int(np.searchsorted(offsets, int(np.argmax(rises)), side="right"))
         raise ValueError(
-            f"{file}: row {row} of a batch has padding before tokens ({_PADDING!r} is 0), expected it "
+            f"{file}: row {row} of a batch has padding before tokens ({PADDING!r} is 0), expected it "
             "after them, or none"
         )
 

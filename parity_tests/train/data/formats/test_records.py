@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from array_record.python.array_record_module import ArrayRecordWriter
 from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
@@ -236,6 +237,27 @@ def test_array_records_of_examples(example_class: Any, tokenizer: Path, tmp_path
         )
 
 
+@pytest.mark.parametrize(
+    ("name", "masked"), [("labels", -100), ("loss_mask", 0), ("attention_mask", 0)]
+)
+def test_masks_in_examples_are_not_ignored(
+    name: str, masked: int, example_class: Any, tokenizer: Path, tmp_path: Path
+) -> None:
+    def write(last: int) -> Path:
+        example = example_class()
+        example.features.feature["input_ids"].int64_list.value.extend([3, 4])
+        example.features.feature[name].int64_list.value.extend([1, last])
+        return write_records(tmp_path / "a.array_record", [example.SerializeToString()])
+
+    path = write(1)
+    assert documents_of(opened(path, tokenizer).open("train")) == [[3, 4]]
+    write(masked)
+    assert error_of(lambda: opened(path, tokenizer).open("train")) == (
+        f"{path}: found {masked} in {name!r}, ids that are not in the loss: such masks are read from Arrow "
+        "files, not from ArrayRecord"
+    )
+
+
 def test_examples_as_protobuf_encodes_them(example_class: Any) -> None:
     values = [0, 1, 127, 128, 65_535, 2**31 - 1, 2**63 - 1, -1, -(2**63)]
     example = example_class()
@@ -302,6 +324,31 @@ def test_a_data_set_with_splits_keeps_them(tokenizer: Path, tmp_path: Path) -> N
     shutil.rmtree(tmp_path / "d" / "validation")
     index = tokenize([tmp_path / "d"], tokenizer, tmp_path / "hashed", validation_fraction=0.999999)
     assert sum(shard.documents for shard in index.splits["validation"]) == 3
+
+
+def test_a_data_set_from_the_hub_keeps_its_splits(tokenizer: Path, tmp_path: Path) -> None:
+    """What is for tests is not trained on."""
+    folder = tmp_path / "d" / "data"
+    folder.mkdir(parents=True)
+    names = {"w0": "train-00000-of-00002", "w1": "train_sft-00001-of-00002-0a1b", "w2": "testing"}
+    names |= {
+        "w3": "validation-00000-of-00001",
+        "w4": "test-00000-of-00001",
+        "w5": "test_sft-00000-of-00001",
+    }
+    for text, name in names.items():
+        pq.write_table(pa.table({"text": [text]}), folder / f"{name}.parquet")
+    tokenize([tmp_path / "d"], tokenizer, tmp_path / "out", validation_fraction=0)
+    # the files are sorted by name
+    assert documents_of(open_tokens(tmp_path / "out", "train")) == [[5, EOS], [3, EOS], [4, EOS]]
+    assert documents_of(open_tokens(tmp_path / "out", "validation")) == [[6, EOS]]
+    (folder / "validation-00000-of-00001.parquet").unlink()
+    index = tokenize([tmp_path / "d"], tokenizer, tmp_path / "hashed", validation_fraction=0.999999)
+    assert sum(shard.documents for shard in index.splits["validation"]) == 3
+    assert list(read_documents([folder / "test-00000-of-00001.parquet"])) == ["w4"]
+    for file in folder.glob("train*"):
+        file.unlink()
+    assert sorted(read_documents([folder])) == ["w2", "w4", "w5"]
 
 
 def test_loss_masks_in_arrow_files(tokenizer: Path, tmp_path: Path) -> None:
