@@ -45,9 +45,9 @@ def source_files(source: str | Path) -> list[Path]:
     """The sorted files of a source: a file, a directory (searched recursively) or a glob (`**` too).
 
     Of a directory the .txt, .jsonl, .ndjson, .parquet and .arrow files are taken, compressed or not, except
-    hidden ones, those in hidden folders, those of a saved data set that its state.json does not list, and the
-    test split of one that was saved or is from the Hub. A file named directly or by a glob is taken whatever
-    its name.
+    hidden ones, those in hidden folders, those of a saved data set that its state.json does not list, and
+    the test split of one that was saved or is from the Hub. A file named directly or by a glob is taken
+    whatever its name.
 
     Raises:
         ValueError: there is no such file.

@@ -67,10 +67,10 @@ def tokenize(
 
     The hash of a document's text decides whether it belongs to the validation split, so equal documents
     are in the same split, whatever else the corpus holds. A saved `DatasetDict` of Hugging Face's datasets,
-    or a data set from the Hub, keeps its own splits, if it has one for validation. Interrupted at any moment,
-    the same call continues after the last complete shard and produces the same bytes; a complete directory
-    is left as it is. A call is the same if the contents of its sources and tokenizer are, which are read to
-    compare them.
+    or a data set from the Hub, keeps its own splits, if it has one for validation. Interrupted at any
+    moment, the same call continues after the last complete shard and produces the same bytes; a complete
+    directory is left as it is. A call is the same if the contents of its sources and tokenizer are, which
+    are read to compare them.
 
     Args:
         sources: files, directories and globs, as `train.data.documents` reads them.
