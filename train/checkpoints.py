@@ -4,7 +4,8 @@ import json
 import os
 import shutil
 import warnings
-from contextlib import closing, suppress
+from collections.abc import Iterator
+from contextlib import closing, contextmanager, suppress
 from fnmatch import fnmatchcase
 from functools import partial
 from pathlib import Path
@@ -186,13 +187,32 @@ def restore(
 
 
 def restore_params(manager: ocp.CheckpointManager, params: Any, step: int) -> Any:
-    """Only the parameters of the checkpoint of `step`; `params` as in `restore`."""
-    restored = _read_arrays(manager, step, "params", params)
-    actual = fingerprints(restored)
-    # those of the parameters come first, see `save`
-    if actual != facts_of(manager, step)["fingerprints"][: len(actual)]:
-        raise ValueError(f"{manager.directory}: step {step}: parameters are not what was saved")
+    """Only the parameters of the checkpoint of `step`; `params` as in `restore`.
+
+    Raises:
+        ValueError: the checkpoint is damaged.
+    """
+    with _naming_damage(manager, step):
+        restored = _read_arrays(manager, step, "params", params)
+        actual = fingerprints(restored)
+        # those of the parameters come first, see `save`
+        if actual != facts_of(manager, step)["fingerprints"][: len(actual)]:
+            raise ValueError("its parameters are not what was saved")
     return restored
+
+
+@contextmanager
+def _naming_damage(manager: ocp.CheckpointManager, step: int) -> Iterator[None]:
+    """Within, what cannot be read is damage, and becomes an error that names the checkpoint."""
+    try:
+        yield
+    except MemoryError:
+        raise
+    except Exception as error:  # Orbax and TensorStore have many
+        raise ValueError(
+            f"{manager.directory}: the checkpoint of step {step} is damaged ({first_line(error)}); choose "
+            "another with --step"
+        ) from error
 
 
 def restore_part(manager: ocp.CheckpointManager, params: Any, opt_state: Any, step: int) -> Any:
@@ -201,7 +221,15 @@ def restore_part(manager: ocp.CheckpointManager, params: Any, opt_state: Any, st
     Args:
         params: as in `restore`; they are not read.
         opt_state: as in `restore`, with `ocp.PLACEHOLDER`, which is returned as it is, for the others.
+
+    Raises:
+        ValueError: the checkpoint is damaged.
     """
+    with _naming_damage(manager, step):
+        return _read_part(manager, params, opt_state, step)
+
+
+def _read_part(manager: ocp.CheckpointManager, params: Any, opt_state: Any, step: int) -> Any:
 
     def arguments(leaf: Any) -> Any:
         if leaf is ocp.PLACEHOLDER:
@@ -224,9 +252,7 @@ def restore_part(manager: ocp.CheckpointManager, params: Any, opt_state: Any, st
         if leaf is not ocp.PLACEHOLDER
     ]
     if fingerprints([leaf for leaf, _ in pairs]) != [number for _, number in pairs]:
-        raise ValueError(
-            f"{manager.directory}: step {step}: the optimizer state is not what was saved"
-        )
+        raise ValueError("its optimizer state is not what was saved")
     return restored
 
 

@@ -53,15 +53,16 @@ def test_a_run_of_slow_steps(tmp_path: Path, clock: list[float]) -> None:
     assert read(tmp_path)["expected_by"] is None
 
 
-def test_a_run_that_fails(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("error", "phase"), [(KeyError, "failed"), (KeyboardInterrupt, "stopped")])
+def test_a_run_that_fails(error: type[BaseException], phase: str, tmp_path: Path) -> None:
     def fail() -> None:
         with open_heartbeat(tmp_path) as beat:
             beat("training", 7)
-            raise KeyError
+            raise error
 
-    with pytest.raises(KeyError):
+    with pytest.raises(error):
         fail()
-    assert read(tmp_path)["phase"] == "failed"
+    assert read(tmp_path)["phase"] == phase
     assert read(tmp_path)["step"] == 7
     assert [path.name for path in tmp_path.iterdir()] == [FILE]
 

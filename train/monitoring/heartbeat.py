@@ -55,6 +55,9 @@ def open_heartbeat(run: Path) -> Iterator[Beat]:
 
     try:
         yield beat
+    except KeyboardInterrupt:  # by a signal, before the run could save anything
+        _write(run, "stopped", last, None)
+        raise
     except BaseException:
         _write(run, "failed", last, None)
         raise

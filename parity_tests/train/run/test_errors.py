@@ -131,6 +131,31 @@ def test_a_damaged_checkpoint_is_skipped_and_saved_again(
     assert metrics_of(run) == metrics_of(finished)
 
 
+def garbled_facts(checkpoint: Path) -> None:
+    (checkpoint / "facts" / "metadata").write_bytes(b'{"model": "\x98"}')
+
+
+def other_facts(checkpoint: Path) -> None:
+    (checkpoint / "facts" / "metadata").write_text("{}")
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [delete, flip, without_facts, empty, garbled_facts, other_facts],
+    ids=lambda damage: damage.__name__,
+)
+def test_evaluation_of_a_damaged_checkpoint(
+    damage: Callable[[Path], None], run: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """The error names the checkpoint, whatever it was that could not be read."""
+    damage(run / FOLDER / "12")
+    assert re.fullmatch(
+        rf"{run / FOLDER}: the checkpoint of step 12 is damaged \(.+\); choose another with --step",
+        error_of(["eval", str(run)], capfd),
+    )
+    assert main(["eval", str(run), "--step=9"]) == 0
+
+
 def test_damaged_checkpoints_do_not_displace_intact_ones(
     run: Path, finished: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
