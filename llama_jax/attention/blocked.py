@@ -5,9 +5,9 @@ row, and recomputes the scores. The two are the maximum and the sum of exponenti
 logsumexp, which rounds more coarsely than either. Each block of queries takes all of its keys, up to the
 causal frontier, in one matmul, so no running maximum is needed and half of the work is skipped.
 
-It is plain XLA, but where there is no gradient and the processor has a kernel for it (`flash`). A backward
-pass needs scores that were rounded as its own are: of a row that sums to 1 in the kernel's rounding, the
-gradient of the values had 1.14 instead of 0.49 times PyTorch's error.
+It is plain XLA, but where the processor has kernels for it (`flash`). A backward pass needs scores that
+were rounded as its own are, so both passes are kernels or neither is: of a row that sums to 1 in the
+kernel's rounding, XLA's gradient of the values had 1.14 instead of 0.49 times PyTorch's error.
 """
 
 from collections.abc import Callable
@@ -20,7 +20,12 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
 from llama_jax.attention import masks
-from llama_jax.attention.flash import flash_attention, takes_flash
+from llama_jax.attention.flash import (
+    flash_attention,
+    flash_gradients,
+    takes_flash,
+    takes_flash_gradients,
+)
 from llama_jax.attention.masks import AttentionMask, slots_of
 from llama_jax.numerics.backend import target_platform
 from llama_jax.numerics.matmul import einsum, working_dtype
@@ -46,13 +51,6 @@ class _Blocks(NamedTuple):
     segments: Array | None  # [blocks, batch, size]
 
 
-class _RowStatistics(NamedTuple):
-    """What is kept of each row's softmax, [blocks, batch, kv_heads, group, size, 1]."""
-
-    row_max: Array
-    row_sum: Array
-
-
 class _Residuals(NamedTuple):
     """What the forward pass keeps for the backward pass."""
 
@@ -61,7 +59,8 @@ class _Residuals(NamedTuple):
     value: Array
     mask: AttentionMask
     out: Array
-    statistics: _RowStatistics
+    row_max: Array  # [batch, q, heads, 1]
+    row_sum: Array
 
 
 def blocked_attention(
@@ -93,17 +92,28 @@ def default_block() -> int:
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _attend(size: int, query: Array, key: Array, value: Array, mask: AttentionMask) -> Array:
-    def in_blocks(*operands: Any) -> Array:
-        return _forward(size, *operands)[0]
-
+    in_blocks, operands = partial(_forward_in_blocks, size), (query, key, value, mask)
     if takes_flash(query, key, value):
-        return flash_attention(query, key, value, mask, in_blocks)
-    return in_blocks(query, key, value, mask)
+        return flash_attention(*operands, in_blocks)[0]
+    return in_blocks(*operands)[0]
 
 
 def _forward(
     size: int, query: Array, key: Array, value: Array, mask: AttentionMask
 ) -> tuple[Array, _Residuals]:
+    in_blocks, operands = partial(_forward_in_blocks, size), (query, key, value, mask)
+    if takes_flash_gradients(query, key, value):
+        results = flash_attention(*operands, in_blocks)
+    else:
+        results = in_blocks(*operands)
+    out, row_max, row_sum = checkpoint_name(results, "attention")
+    return out, _Residuals(query, key, value, mask, out, row_max, row_sum)
+
+
+def _forward_in_blocks(
+    size: int, query: Array, key: Array, value: Array, mask: AttentionMask
+) -> list[Array]:
+    """The output, and the maximum and the sum of exponentials of each row, [batch, q, heads, 1]."""
     blocks, keys = _split_queries(size, query, key, mask), key.swapaxes(1, 2)
     values = value.swapaxes(1, 2)
     parts = []
@@ -111,9 +121,7 @@ def _forward(
         visible = keys[:, :, : group.frontier], values[:, :, : group.frontier]
         step = partial(_forward_block, *visible, _keys_until(group.frontier, key, query, mask))
         parts.append(_scan_blocks(step, None, group, blocks)[1])
-    out, row_max, row_sum = (jnp.concatenate(part) for part in zip(*parts, strict=True))
-    out, row_max, row_sum = checkpoint_name([_join(out, query), row_max, row_sum], "attention")
-    return out, _Residuals(query, key, value, mask, out, _RowStatistics(row_max, row_sum))
+    return [_join(jnp.concatenate(part), query) for part in zip(*parts, strict=True)]
 
 
 def _forward_block(
@@ -130,16 +138,33 @@ def _forward_block(
 
 
 def _backward(size: int, residuals: _Residuals, d_out: Array) -> tuple[Array, Array, Array, None]:
-    query, key, value, mask, out, statistics = residuals
+    query, key, value, mask, out, row_max, row_sum = residuals
     working = working_dtype(query.dtype)
     # FlashAttention's delta = rowsum(dO * O)
     delta = jnp.sum(out.astype(working) * d_out.astype(working), axis=-1, keepdims=True)
-    blocks = _BackwardBlocks(
-        _split_queries(size, query, key, mask),
-        _split(size, d_out, key.shape[2]),
-        statistics,
-        _split(size, delta, key.shape[2]),
-    )
+    in_blocks = partial(_backward_in_blocks, size)
+    operands = query, key, value, mask, row_max, row_sum, delta, d_out
+    if takes_flash_gradients(query, key, value):
+        d_query, d_key, d_value = flash_gradients(*operands, plain=in_blocks)
+    else:
+        d_query, d_key, d_value = in_blocks(*operands)
+    return d_query, d_key, d_value, None
+
+
+def _backward_in_blocks(
+    size: int,
+    query: Array,
+    key: Array,
+    value: Array,
+    mask: AttentionMask,
+    row_max: Array,
+    row_sum: Array,
+    delta: Array,
+    d_out: Array,
+) -> list[Array]:
+    working = working_dtype(query.dtype)
+    of_rows = (_split(size, array, key.shape[2]) for array in (d_out, row_max, row_sum, delta))
+    blocks = _BackwardBlocks(_split_queries(size, query, key, mask), *of_rows)
     keys, values = key.swapaxes(1, 2), value.swapaxes(1, 2)
     d_keys, d_values = jnp.zeros(keys.shape, working), jnp.zeros(values.shape, working)
     parts = []
@@ -154,7 +179,7 @@ def _backward(size: int, residuals: _Residuals, d_out: Array) -> tuple[Array, Ar
         parts.append(part)
     d_query = _join(jnp.concatenate(parts), query)
     d_key = d_keys.astype(key.dtype).swapaxes(1, 2)
-    return d_query, d_key, d_values.astype(value.dtype).swapaxes(1, 2), None
+    return [d_query, d_key, d_values.astype(value.dtype).swapaxes(1, 2)]
 
 
 class _BackwardBlocks(NamedTuple):
@@ -162,8 +187,9 @@ class _BackwardBlocks(NamedTuple):
 
     blocks: _Blocks
     d_out: Array  # [blocks, batch, kv_heads, group, size, dim]
-    statistics: _RowStatistics
-    delta: Array  # [blocks, batch, kv_heads, group, size, 1]
+    row_max: Array  # [blocks, batch, kv_heads, group, size, 1]
+    row_sum: Array
+    delta: Array
 
 
 def _backward_block(
@@ -174,7 +200,7 @@ def _backward_block(
     inputs: _BackwardBlocks,
 ) -> tuple[tuple[Array, Array], Array]:
     """Add this block's gradients of the keys and values to `sums`; that of its queries is returned."""
-    block, d_out, (row_max, row_sum), delta = inputs
+    block, d_out, row_max, row_sum, delta = inputs
     d_keys, d_values = sums
     scores, visible = _scores(keys, mask, block)
     working, dtype, scale = scores.dtype, keys.dtype, keys.shape[-1] ** -0.5
@@ -266,9 +292,10 @@ def _split(size: int, array: Array, kv_heads: int) -> Array:
 
 
 def _join(blocks: Array, query: Array) -> Array:
-    """The inverse of `_split`, in the shape of the queries."""
-    batch, seq, heads, dim = query.shape
-    return blocks.transpose(1, 0, 4, 2, 3, 5).reshape(batch, -1, heads, dim)[:, :seq]
+    """The inverse of `_split`, for as many queries and heads as `query` has."""
+    batch, seq, heads, _ = query.shape
+    joined = blocks.transpose(1, 0, 4, 2, 3, 5).reshape(batch, -1, heads, blocks.shape[-1])
+    return joined[:, :seq]
 
 
 def _pad(size: int, array: Array, axis: int, value: int) -> Array:

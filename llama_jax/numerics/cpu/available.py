@@ -42,6 +42,11 @@ def flash_kernel() -> ModuleType | None:
     return _kernels("flash_call")
 
 
+def flash_backward_kernel() -> ModuleType | None:
+    """The module `flash_backward_call`, as `flash_kernel`."""
+    return _kernels("flash_backward_call")
+
+
 def _processor_with_avx512() -> str | None:
     """LLVM's name for this one; None without AVX-512 or numba."""
     try:

@@ -19,7 +19,7 @@ def attend(
     query_segments: Int32[Array, "batch q"],
     key_segments: Int32[Array, "batch k"],
     visible_until: Int32[Array, "batch k"],
-) -> Float[Array, "batch q heads dim"]:
+) -> list[Array]:
     """softmax(query key^T / sqrt(dim)) value in float32, over the visible keys; zeros without any.
 
     A query sees the keys of its segment whose slot is not after its own, which is not after their
@@ -27,9 +27,12 @@ def attend(
 
     Args:
         query, key, value: float32; dim is a multiple of 32.
+
+    Returns:
+        It, and the maximum and sum of exponentials of each row, float32 [batch, q, heads, 1].
     """
-    shape = jax.ShapeDtypeStruct(query.shape, jnp.float32)
+    of_rows = jax.ShapeDtypeStruct((*query.shape[:3], 1), jnp.float32)
+    shapes = jax.ShapeDtypeStruct(query.shape, jnp.float32), of_rows, of_rows
     operands = query_slots, key_slots, query_segments, key_segments, visible_until
-    call = jax.ffi.ffi_call(_TARGET, shape, vmap_method="sequential")
-    out: Array = call(query, key, value, *operands)
-    return out
+    call = jax.ffi.ffi_call(_TARGET, shapes, vmap_method="sequential")
+    return list(call(query, key, value, *operands))

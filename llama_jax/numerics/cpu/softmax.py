@@ -111,3 +111,28 @@ def exponentials(_: Any, row: Any, count: Any, distance: Any, scale: Any, shift:
 
     signature = types.float32(types.int64, types.int64, types.int64, types.float32, types.float32)
     return signature, emit
+
+
+@intrinsic
+def gradients_of_scores(
+    _: Any, scores: Any, gradients: Any, scale: Any, row_max: Any, delta: Any
+) -> Any:
+    """Of a piece: replace scores x by weights w = exp(scale x - row_max), and their gradients g by those of
+    the scores, w (g - delta) scale. -inf becomes a weight of 0."""
+
+    def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        scores, gradients, *numbers = arguments
+        factor, shift, less = (splat(builder, number) for number in numbers)
+        shift = builder.fneg(shift)
+        for part in range(_PARTS):
+            offset = WORD(part * LANES * 4)
+            place, of_gradient = builder.add(scores, offset), builder.add(gradients, offset)
+            weight = _exp(builder, fma(builder, load(builder, place), factor, shift))
+            gradient = builder.fsub(load(builder, of_gradient), less)
+            gradient = builder.fmul(builder.fmul(weight, gradient), factor)
+            store(builder, weight, place)
+            store(builder, gradient, of_gradient)
+        return context.get_dummy_value()
+
+    numbers = types.float32, types.float32, types.float32
+    return types.void(types.int64, types.int64, *numbers), emit

@@ -9,7 +9,7 @@ from typing import Any
 from numba import njit
 
 from llama_jax.numerics.cpu.frame import API, BYTES, CONTEXT, SCHEDULE, THREADS, words
-from llama_jax.numerics.cpu.machine import call, fetch_add, free
+from llama_jax.numerics.cpu.machine import call, fetch_add, free, load, sched_yield
 
 NEXT, DONE, HOLDERS = 0, 1, 2  # parts taken and computed; threads that hold the job
 REQUEST_WORDS = 6
@@ -44,3 +44,19 @@ def release(address: int) -> None:
     """The last holder frees the job."""
     if fetch_add(address + HOLDERS * BYTES, -1) == 1:
         free(address)
+
+
+@_compile
+def share(frame: Any, address: int, request: int, parts: int, work: int, task: int) -> None:
+    """Compute the parts of a job with XLA's threads, after `thread_count`, and free it.
+
+    Args:
+        work: the function that takes parts, and that this thread calls.
+        task: what other threads call: `work`, and then `release`.
+    """
+    threads = words(request, REQUEST_WORDS)[REQUEST_WORDS - 1]
+    schedule(frame, request, task, address, min(threads, parts) - 1)
+    call(work, address)
+    while load(address + DONE * BYTES) < parts:
+        sched_yield()
+    release(address)

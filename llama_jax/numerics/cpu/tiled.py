@@ -28,9 +28,7 @@ from llama_jax.numerics.cpu.machine import (
     calloc,
     fetch_add,
     free,
-    load,
     malloc,
-    sched_yield,
     symbol_address,
 )
 from llama_jax.numerics.cpu.threads import (
@@ -39,7 +37,7 @@ from llama_jax.numerics.cpu.threads import (
     NEXT,
     REQUEST_WORDS,
     release,
-    schedule,
+    share,
     thread_count,
 )
 from llama_jax.numerics.cpu.tiles import (
@@ -87,7 +85,7 @@ _MOST_ROWS = BLOCK_ROWS[0]
 
 # numba keeps what it compiled for as long as this file is the same. This checksum of the others, which a
 # test compares, makes it another file when they change.
-OTHER_SOURCES = "bc511755d6f6703e"
+OTHER_SOURCES = "d9a79b8dadf29ce0"
 
 _compile = njit(error_model="numpy", cache=True)
 
@@ -369,13 +367,9 @@ def _new_job(frame: Any) -> int:
 def _multiply(frame: Any) -> None:
     address = _new_job(frame)
     job, request = words(address, _WORDS), address + _REQUEST * BYTES
-    threads = thread_count(frame, request)
+    thread_count(frame, request)
     _divide(job)
-    schedule(frame, request, _task_address(), address, min(threads, job[_BLOCKS]) - 1)
-    call(_work_address(), address)
-    while load(address + DONE * BYTES) < job[_BLOCKS]:
-        sched_yield()
-    release(address)
+    share(frame, address, request, job[_BLOCKS], _work_address(), _task_address())
 
 
 @cfunc(types.int64(types.int64), cache=True)

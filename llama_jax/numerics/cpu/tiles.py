@@ -161,6 +161,8 @@ def _float32_block(rows: int, row_distance: int, depth_distance: int) -> Any:
 # of `a` as rows of DEPTH values, and as columns of `rows` values
 float32_blocks_of_rows = {rows: _float32_block(rows, DEPTH * 4, 4) for rows in BLOCK_ROWS}
 float32_blocks_of_columns = {rows: _float32_block(rows, 4, rows * 4) for rows in BLOCK_ROWS}
+# of `a` as some columns of rows of DEPTH values
+float32_columns_of_pieces = {rows: _float32_block(rows, 4, DEPTH * 4) for rows in BLOCK_ROWS}
 
 
 def _amx(builder: Any, name: str, *arguments: Any) -> None:

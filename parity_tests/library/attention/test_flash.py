@@ -1,6 +1,7 @@
-"""Attention of many queries on a CPU, by the kernel that reads queries, keys and values where they are."""
+"""Attention of many queries on a CPU, by the kernels that read queries, keys and values where they are."""
 
 import hashlib
+import importlib
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -13,7 +14,7 @@ import torch
 
 from llama_jax.attention import blocked, flash
 from llama_jax.attention.blocked import blocked_attention
-from llama_jax.attention.flash import takes_flash
+from llama_jax.attention.flash import takes_flash, takes_flash_gradients
 from llama_jax.attention.masks import AttentionMask, dense_mask
 from llama_jax.numerics.cpu.available import may_have_flash_kernel
 from parity_tests.reference.errors import rms_error
@@ -91,23 +92,69 @@ def test_it_rounds_no_more_than_torch(name, kind):
     assert rms_error(np.asarray(out), truth) <= ROUNDING_RATIO * theirs
 
 
+def gradients_by_torch(
+    arrays: list[jax.Array], mask: AttentionMask, cotangent: np.ndarray, dtype: torch.dtype
+) -> list[np.ndarray]:
+    q, k = arrays[0].shape[1], arrays[1].shape[1]
+    visible = torch.from_numpy(np.array(dense_mask(mask, q, k)))
+    leaves = [torch.from_numpy(np.array(x)).to(dtype).requires_grad_() for x in arrays]
+    query, key, value = (x.transpose(1, 2) for x in leaves)
+    group = query.shape[1] // key.shape[1]
+    key, value = (x.repeat_interleave(group, dim=1) for x in (key, value))
+    scores = query @ key.transpose(2, 3) * query.shape[3] ** -0.5
+    weights = scores.masked_fill(~visible, torch.finfo(dtype).min).softmax(dim=-1) * visible
+    out = (weights @ value).transpose(1, 2)
+    return [
+        x.numpy() for x in torch.autograd.grad(out, leaves, torch.from_numpy(cotangent).to(dtype))
+    ]
+
+
 @pytest.mark.parametrize("kind", MASKS)
-@pytest.mark.parametrize("has_slots", [False, True])
-def test_gradients_are_those_without_it(monkeypatch, kind, has_slots):
-    arrays, start = case("a layer of SmolLM2")
+@pytest.mark.parametrize("name", CASES)
+def test_gradients_round_no_more_than_torch(name, kind):
+    arrays, start = case(name)
     mask = mask_of(kind, arrays, start)
-    if not has_slots:
-        mask = mask._replace(query_slots=None, key_slots=None)
-    cotangent = jnp.asarray(np.random.default_rng(2).standard_normal(arrays[0].shape), jnp.float32)
+    assert takes_flash_gradients(*arrays)
+    cotangent = np.random.default_rng(2).standard_normal(arrays[0].shape).astype(np.float32)
+    _, backward = jax.vjp(jax.jit(lambda *a: blocked_attention(*a, mask)), *arrays)
+    truth = gradients_by_torch(arrays, mask, cotangent, torch.float64)
+    theirs = gradients_by_torch(arrays, mask, cotangent, torch.float32)
+    for ours, torchs, exact in zip(backward(jnp.asarray(cotangent)), theirs, truth, strict=True):
+        allowed = ROUNDING_RATIO * rms_error([torchs], [exact])
+        assert rms_error([np.asarray(ours)], [exact]) <= allowed
 
-    def run():
-        out, backward = jax.vjp(lambda *a: blocked_attention(*a, mask), *arrays)
-        return out, *backward(cotangent)
 
-    ours = run()
-    monkeypatch.setattr(blocked, "takes_flash", lambda *_: False)
-    for mine, plain in zip(ours, run(), strict=True):
-        assert rms_error(np.asarray(mine), np.asarray(plain, np.float64)) <= 3e-6
+def test_gradients_without_slots():
+    """The mask of training: a query sees what is not after it."""
+    arrays, start = case("a layer of SmolLM2")
+    mask = mask_of("packed", arrays, start)
+    assert start == 0
+
+    def gradients(mask):
+        return jax.jit(
+            jax.grad(lambda *a: (blocked_attention(*a, mask) ** 2).sum(), argnums=(0, 1, 2))
+        )(*arrays)
+
+    without = gradients(mask._replace(query_slots=None, key_slots=None))
+    for one, other in zip(without, gradients(mask), strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
+@pytest.mark.parametrize("group", [1, 2, 3, 9])
+@pytest.mark.parametrize("queries", [128, 129, 191])
+def test_gradients_of_any_count_of_rows(group, queries):
+    """Rows and keys that fill no block."""
+    rng = np.random.default_rng(0)
+    sizes = 2 * group, 2, 2
+    arrays = [
+        jnp.asarray(rng.standard_normal((1, queries, heads, 32)), jnp.float32) for heads in sizes
+    ]
+    assert takes_flash_gradients(*arrays)
+    cotangent = rng.standard_normal(arrays[0].shape).astype(np.float32)
+    _, backward = jax.vjp(lambda *a: blocked_attention(*a, AttentionMask()), *arrays)
+    truth = gradients_by_torch(arrays, AttentionMask(), cotangent, torch.float64)
+    for ours, exact in zip(backward(jnp.asarray(cotangent)), truth, strict=True):
+        assert rms_error([np.asarray(ours)], [exact]) <= 1e-6
 
 
 def test_a_query_that_sees_nothing_yields_zeros():
@@ -191,23 +238,20 @@ def test_without_a_numba_that_works(monkeypatch):
 
     def run():
         jax.clear_caches()  # what was traced before knows of the kernel
-        return jax.jit(lambda *operands: blocked_attention(*operands))(*arrays, mask)
+        out, backward = jax.jit(lambda *a: jax.vjp(blocked_attention, *a, mask))(*arrays)
+        return out, *backward(jnp.ones_like(out))[:3]
 
     monkeypatch.setattr(flash, "flash_kernel", lambda: None)
-    out = run()
-    monkeypatch.setattr(blocked, "takes_flash", lambda *_: False)
-    np.testing.assert_array_equal(out, run())
+    with_it = run()
+    monkeypatch.setattr(blocked, "takes_flash_gradients", lambda *_: False)
+    for one, other in zip(with_it, run(), strict=True):
+        np.testing.assert_array_equal(one, other)
 
 
-def test_training_does_not_compile_the_kernel(monkeypatch):
+def test_short_sequences_compile_no_kernel(monkeypatch):
     arrays, _ = case("a layer of SmolLM2")
-
-    @jax.checkpoint
-    def attend(*arrays):
-        return blocked_attention(*arrays, AttentionMask()).sum()
-
     monkeypatch.setattr(flash, "flash_kernel", lambda: pytest.fail("it compiles the kernel"))
-    jax.jit(jax.grad(attend)).lower(*arrays)
+    jax.jit(blocked_attention).lower(*(x[:, :100] for x in arrays), AttentionMask())
 
 
 def test_programs_show_the_matmuls(monkeypatch):
@@ -225,11 +269,11 @@ def test_programs_show_the_matmuls(monkeypatch):
     assert ours == flops() > 0
 
 
-def test_the_kept_code_is_that_of_all_sources():
-    """numba looks at flash.py alone: who changes another of its files puts the new checksum there."""
-    from llama_jax.numerics.cpu import flash as kernel
-
+@pytest.mark.parametrize("name", ["flash", "flash_backward"])
+def test_the_kept_code_is_that_of_all_sources(name):
+    """numba looks at that file alone: who changes another of its files puts the new checksum there."""
+    kernel = importlib.import_module(f"llama_jax.numerics.cpu.{name}")
     folder = Path(kernel.__file__).parent
-    names = "softmax.py", "tiles.py", "vectors.py", "frame.py", "machine.py", "threads.py"
-    sources = b"".join((folder / name).read_bytes() for name in names)
+    others = "flash_blocks", "softmax", "tiles", "vectors", "frame", "machine", "threads"
+    sources = b"".join((folder / f"{other}.py").read_bytes() for other in others)
     assert hashlib.sha256(sources).hexdigest()[:16] == kernel.OTHER_SOURCES
