@@ -23,6 +23,12 @@ from train.hardware.flops import matmul_flops
 
 pytestmark = pytest.mark.skipif(not may_have_flash_kernel(), reason="no numba or no AVX-512")
 
+
+@pytest.fixture(autouse=True)
+def trains_with_few_queries(monkeypatch):
+    monkeypatch.setattr(flash, "_LEAST_QUERIES_TO_TRAIN", 1)
+
+
 BATCH = 2
 # queries, keys, the slot of the first query, heads, kv_heads, dim
 CASES = {
@@ -252,6 +258,8 @@ def test_short_sequences_compile_no_kernel(monkeypatch):
     arrays, _ = case("a layer of SmolLM2")
     monkeypatch.setattr(flash, "flash_kernel", lambda: pytest.fail("it compiles the kernel"))
     jax.jit(blocked_attention).lower(*(x[:, :100] for x in arrays), AttentionMask())
+    monkeypatch.setattr(flash, "_LEAST_QUERIES_TO_TRAIN", 1024)
+    jax.jit(lambda *a: jax.vjp(blocked_attention, *a, AttentionMask())[0]).lower(*arrays)
 
 
 def test_programs_show_the_matmuls(monkeypatch):
