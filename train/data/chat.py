@@ -31,6 +31,9 @@ _SYSTEM = ("system", "system_prompt")
 _TOOLS, _VARIABLES = "tools", "chat_template_kwargs"
 FIELDS = (*_SYSTEM, _TOOLS, _VARIABLES)
 
+# what a turn without content may have
+_INSTEAD = ("tool_calls", "function_call", "reasoning_content", "reasoning", "thinking")
+
 _TOOL_ROLES = (
     "tool",
     "ipython",
@@ -192,13 +195,15 @@ def _joined(message: Message) -> Message:
 
 
 def _require_text(chat: Chat, parts: bool) -> None:
-    """Raise ValueError for content that a template would write as Python shows it."""
+    """Raise ValueError for content that a template would write as Python shows it, or leave out."""
     for n, message in enumerate(chat.messages, 1):
         content = message.get("content")
-        text = content is None or isinstance(content, str) or (parts and isinstance(content, list))
+        if content is None and any(message.get(name) for name in _INSTEAD):
+            continue
+        text = isinstance(content, str) or (parts and isinstance(content, list))
         if text or message["role"] in _TOOL_ROLES:
             continue
-        found = type(content).__name__
+        found = "nothing" if content is None else type(content).__name__
         if isinstance(content, list):
             kinds = [part.get("type") if isinstance(part, dict) else part for part in content]
             found = f"parts of type {', '.join(map(str, kinds))}" if kinds else "an empty list"

@@ -312,6 +312,10 @@ def test_an_interrupted_command_continues(tmp_path: Path) -> None:
             "message 1: found an empty list as content, expected text",
         ),
         (
+            [{"role": "user", "text": "Hi"}, {"role": "assistant", "text": "x"}],
+            "message 1: found nothing as content, expected text",
+        ),
+        (
             [{"role": "user", "content": 5}, {"role": "assistant", "content": "x"}],
             "message 1: found int as content, expected text",
         ),
