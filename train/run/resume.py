@@ -11,6 +11,7 @@ from llama_jax.numerics.xla_options import (
     reserve_gpu_memory,
     reserve_host_threads,
 )
+from llama_jax.text.companions import RUN_TOKENIZER
 from train import checkpoints, startup
 from train.checkpoints import require_safe_path
 from train.data import identity
@@ -78,6 +79,7 @@ def resume(
     with ExitStack() as stack:
         if jax.process_index() == 0:
             stack.enter_context(locked(folder))
+        _require_tokenizer(folder, options)
         sources, config = data_of_run(folder, options)
         dataset = training_windows(options, config, sources)
         startup.lap("data")
@@ -109,6 +111,16 @@ def _require_valid(saved: RunOptions, options: RunOptions) -> None:
             f"{error}; such a run cannot be resumed: `python -m train export` its weights and begin a new "
             "run from them with --model.init-from"
         ) from None
+
+
+def _require_tokenizer(folder: Path, options: RunOptions) -> None:
+    """Raise ValueError if evaluations would not find the run's tokenizer."""
+    path = folder / RUN_TOKENIZER
+    if options.evaluation.every and not path.is_dir():
+        raise ValueError(
+            f"{path}: not found, expected the run's tokenizer, which evaluations need: restore it, or pass "
+            "--evaluation.every 0"
+        )
 
 
 def _require_unedited(folder: Path, saved: RunOptions, done: int) -> None:

@@ -386,6 +386,19 @@ def test_begin_in_a_folder_with_a_run(run: Path, tiny: Tiny, capfd: Any) -> None
     assert saved_steps(run) == [9, 12]
 
 
+def test_resume_without_the_tokenizer(run: Path, capfd: Any) -> None:
+    """Known before any step, rather than at the first evaluation."""
+    shutil.rmtree(run / "tokenizer")
+    shutil.rmtree(run / FOLDER / "12")
+    before = metrics_of(run)
+    assert error_of(["resume", str(run)], capfd) == (
+        f"{run}/tokenizer: not found, expected the run's tokenizer, which evaluations need: restore it, or "
+        "pass --evaluation.every 0"
+    )
+    assert metrics_of(run) == before
+    assert main(["resume", str(run), "--evaluation.every=0"]) == 0
+
+
 def test_resume_a_folder_without_a_run(tmp_path: Path, capfd: Any) -> None:
     expected = f"{tmp_path}: not the folder of a run: it has no run.toml"
     assert error_of(["resume", str(tmp_path)], capfd) == expected
