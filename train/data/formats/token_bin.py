@@ -31,6 +31,9 @@ class _Kind(NamedTuple):
 _MAGIC = {20240520: _Kind(1, "uint16"), 20240801: _Kind(7, "uint32")}
 _EVALUATION = 20240522  # llm.c's multiple-choice questions
 
+# what files with the same ending begin with that are no bare ids, although they might be read as such
+_OTHERS = {b"\x93NUMPY": "a NumPy file", b"PK\3\4": "a zip archive, such as PyTorch's"}
+
 
 def find_files(path: Path) -> list[Path]:
     """Files that end with .bin and have no .idx beside them."""
@@ -101,6 +104,13 @@ def _map_with_header(file: Path, kind: _Kind) -> np.ndarray:
 
 def _map_bare(file: Path, name: str) -> np.ndarray:
     dtype, size = np.dtype(name).newbyteorder("<"), file.stat().st_size
+    with file.open("rb") as opened:
+        start_bytes = opened.read(8)
+    for magic, kind in _OTHERS.items():
+        if start_bytes.startswith(magic):
+            raise ValueError(
+                f"{file}: found {kind}, expected bare ids, as `array.tofile` writes them"
+            )
     if not size or size % dtype.itemsize:
         raise ValueError(
             f"{file}: found {size} bytes, expected a multiple of {dtype.itemsize} for {name}: truncated, "

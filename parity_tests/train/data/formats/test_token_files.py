@@ -233,6 +233,20 @@ def test_an_id_out_of_range_names_the_dtype_option(tokenizer: Path, tmp_path: Pa
     assert source.require_intact(["train"], 6) == 0  # no more is read than asked for
 
 
+def test_bin_files_of_other_kinds(tokenizer: Path, tmp_path: Path) -> None:
+    """Their headers could be read as ids."""
+    path = tmp_path / "a.bin"
+    for save, kind in (
+        (lambda file: np.save(file, np.arange(3, 99, dtype=np.uint16)), "a NumPy file"),
+        (lambda file: np.savez(file, np.arange(9)), "a zip archive, such as PyTorch's"),
+    ):
+        with path.open("wb") as file:
+            save(file)
+        assert error_of(lambda: opened(path, tokenizer).open("train")) == (
+            f"{path}: found {kind}, expected bare ids, as `array.tofile` writes them"
+        )
+
+
 def test_truncated_and_unknown_bin_files(tokenizer: Path, tmp_path: Path) -> None:
     path = tmp_path / "a.bin"
 
