@@ -24,7 +24,7 @@ FEATURES = 4  # rows of a weight in a block, or a multiple of those
 _X_ROWS = 4  # of a block, unless x is a single row
 # Bytes from what is read to what is fetched meanwhile. The processor does not fetch ahead far enough for
 # rows of a few hundred bytes; measured from 1 to 6 KiB, this takes two thirds of the time without it.
-_AHEAD = 6144
+AHEAD = 6144
 # Columns of a group of 4-bit codes for which there is code without a loop over them. The loop takes a
 # third more time with eight rows of x, a sixth more with one.
 _SIZES = (32, 64, 128)
@@ -66,7 +66,7 @@ def _multiply(kind: _Kind) -> Any:
     def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         operands = Operands(*cgutils.unpack_tuple(builder, arguments[0]))
         is_one = builder.icmp_signed("==", operands.rows, _WORD(1))
-        for size in _cases(
+        for size in cases(
             builder,
             builder.sdiv(operands.depth, operands.groups),
             _SIZES if kind.codes > 1 else (),
@@ -86,7 +86,7 @@ def _multiply(kind: _Kind) -> Any:
     return multiply
 
 
-def _cases(builder: Any, size: Any, sizes: tuple[int, ...]) -> Iterator[Any]:
+def cases(builder: Any, size: Any, sizes: tuple[int, ...]) -> Iterator[Any]:
     """`size` as each constant of `sizes`, for code that runs if it is this one, then for all others."""
     if not sizes:
         yield size
@@ -96,7 +96,7 @@ def _cases(builder: Any, size: Any, sizes: tuple[int, ...]) -> Iterator[Any]:
         with this:
             yield _WORD(sizes[0])
         with other:
-            yield from _cases(builder, size, sizes[1:])
+            yield from cases(builder, size, sizes[1:])
 
 
 class _Blocks:
@@ -247,7 +247,7 @@ class _Blocks:
         pointer = ir.IntType(8).as_pointer()
         kind = ir.FunctionType(ir.VoidType(), [pointer, _INDEX, _INDEX, _INDEX])
         function = cgutils.get_or_insert_function(self.builder.module, kind, "llvm.prefetch.p0")
-        later = self.builder.inttoptr(self.builder.add(place, _WORD(_AHEAD)), pointer)
+        later = self.builder.inttoptr(self.builder.add(place, _WORD(AHEAD)), pointer)
         read, keep, data = _INDEX(0), _INDEX(3), _INDEX(1)
         self.builder.call(function, [later, read, keep, data])
 

@@ -19,6 +19,7 @@ from llama_jax.numerics.cpu.block import (
     multiply_int4,
     multiply_int8,
 )
+from llama_jax.numerics.cpu.digits import HAS_VNNI, SIZES, VECTOR_BYTES, multiply_digits, split
 from llama_jax.numerics.cpu.frame import (
     ARGUMENT_COUNT,
     ARGUMENTS,
@@ -32,6 +33,7 @@ from llama_jax.numerics.cpu.frame import (
     FRAME_WORDS,
     INT8,
     RESULTS,
+    UINT8,
     answer_registration,
     words,
 )
@@ -62,16 +64,18 @@ from llama_jax.numerics.cpu.threads import (
 )
 
 # A job is what the threads of a call share, words of 8 bytes at these places. Behind them are the operands
-# of attention, or of each weight.
+# of attention, or of each weight, and for one row of x and 4-bit codes the digits of x and its sums over
+# groups.
 _ITEMS, _CHUNK = 3, 4
 _WEIGHTS, _DTYPE = 5, 6  # count of weights, 0 for attention; dtype of the keys
 _REQUEST = 7  # of XLA
 _COUNT = _REQUEST + REQUEST_WORDS - 1  # of its threads
 _HEADER = _REQUEST + REQUEST_WORDS
-_OF_WEIGHT, _OF_ATTENTION = 11, 9  # words
+_OF_WEIGHT, _OF_ATTENTION = 13, 9  # words
 # of a weight: the dtype of its codes, its first item, and what `block.Operands` has
 _CODES_DTYPE, _FIRST, _CODES, _X, _SCALE, _ZERO, _OUT = 0, 1, 2, 3, 4, 5, 6
-_ROWS, _IN, _FEATURES, _GROUPS = 7, 8, 9, 10
+_ROWS, _IN, _FEATURES, _GROUPS, _DIGITS, _SUMS = 7, 8, 9, 10, 11, 12
+_ALIGNMENT = 64
 
 # A thread that has worked looks into a seat for its next job so many times, since to wake one can take
 # longer than a call; in between others may run. A seat has the address of a job, or one of these.
@@ -86,7 +90,7 @@ _CHUNK_NUMBERS = 1 << 15
 
 # numba keeps what it compiled for as long as this file is the same. This checksum of the others, which a
 # test compares, makes it another file when they change.
-OTHER_SOURCES = "015f9f9f2d630f2d"
+OTHER_SOURCES = "663dcdffda1a40bf"
 
 # Sums in any order, so that they are vectors. NaN and infinity stay what they are.
 _compile = njit(fastmath={"reassoc", "contract", "nsz"}, error_model="numpy", cache=True)
@@ -135,7 +139,19 @@ def work(address: int) -> int:
                 of[_FEATURES],
                 of[_GROUPS],
             )
-            if of[_CODES_DTYPE] == BFLOAT16:
+            if of[_DIGITS] != 0:
+                by_digits = (
+                    of[_CODES],
+                    of[_DIGITS],
+                    of[_SCALE],
+                    of[_ZERO],
+                    of[_SUMS],
+                    of[_OUT],
+                    of[_IN],
+                    of[_GROUPS],
+                )
+                multiply_digits(by_digits, first, last)
+            elif of[_CODES_DTYPE] == BFLOAT16:
                 multiply_bfloat16(operands, first, last)
             elif of[_CODES_DTYPE] == FLOAT32:
                 multiply_float32(operands, first, last)
@@ -187,8 +203,25 @@ binding.add_symbol(TASK, task.address)
 
 
 @_compile
-def _new_job(size: int, weights: int) -> int:
-    address = calloc(size * BYTES, 1)
+def _vectors(depth: int) -> int:
+    return (depth + 127) // 128
+
+
+@_compile
+def _digit_bytes(depth: int) -> int:
+    """For digits of x and its sums over groups of at least 32."""
+    return _vectors(depth) * (VECTOR_BYTES + _ALIGNMENT)
+
+
+@_compile
+def _is_for_digits(depth: int, groups: int) -> bool:
+    size = depth // groups
+    return size == SIZES[0] or size == SIZES[1] or size == SIZES[2]
+
+
+@_compile
+def _new_job(size: int, scratch: int, weights: int) -> int:
+    address = calloc(size * BYTES + scratch, 1)
     job = words(address, size)
     job[HOLDERS], job[_WEIGHTS] = 1, weights
     return address
@@ -207,8 +240,10 @@ def _new_multiplication(frame: Any) -> int:
     x = _buffer(frame, ARGUMENTS, 0)
     shape = words(x[DIMENSIONS], 2)
     size = _HEADER + weights * _OF_WEIGHT
-    address = _new_job(size, weights)
+    scratch = _digit_bytes(shape[1]) * weights if shape[0] == 1 and HAS_VNNI else 0
+    address = _new_job(size, scratch + _ALIGNMENT, weights)
     job = words(address, size)
+    place = (address + size * BYTES + _ALIGNMENT - 1) // _ALIGNMENT * _ALIGNMENT
     for index in range(weights):
         codes = _buffer(frame, ARGUMENTS, 3 * index + 1)
         scale = _buffer(frame, ARGUMENTS, 3 * index + 2)
@@ -220,6 +255,14 @@ def _new_multiplication(frame: Any) -> int:
         of[_OUT] = _buffer(frame, RESULTS, index)[DATA]
         of[_ROWS], of[_IN], of[_GROUPS] = shape[0], shape[1], words(scale[DIMENSIONS], 2)[1]
         of[_FEATURES] = words(codes[DIMENSIONS], 1)[0]
+        if of[_CODES_DTYPE] == UINT8 and scratch > 0 and _is_for_digits(shape[1], of[_GROUPS]):
+            before = job[_HEADER + (index - 1) * _OF_WEIGHT :]
+            if index > 0 and before[_DIGITS] != 0 and before[_GROUPS] == of[_GROUPS]:
+                of[_DIGITS], of[_SUMS] = before[_DIGITS], before[_SUMS]
+            else:
+                of[_DIGITS], of[_SUMS] = place, place + _vectors(shape[1]) * VECTOR_BYTES
+                split(of[_X], of[_DIGITS], of[_SUMS], shape[1], of[_GROUPS])
+                place += _digit_bytes(shape[1])
         job[_ITEMS] += of[_FEATURES]
     job[_CHUNK] = max(FEATURES, _in_blocks(_CHUNK_NUMBERS // shape[1]))
     return address
@@ -229,7 +272,7 @@ def _new_multiplication(frame: Any) -> int:
 def _new_attention(frame: Any) -> int:
     """Of one query a row, see `attention.Operands`."""
     query, keys = _buffer(frame, ARGUMENTS, 0), _buffer(frame, ARGUMENTS, 1)
-    address = _new_job(_HEADER + _OF_ATTENTION, 0)
+    address = _new_job(_HEADER + _OF_ATTENTION, 0, 0)
     job = words(address, _HEADER + _OF_ATTENTION)
     of = job[_HEADER:]
     for index in range(4):

@@ -22,7 +22,7 @@ from llama_jax.quantization.weight import QuantizedWeight
 from parity_tests.reference.errors import rms_error
 from parity_tests.reference.tolerances import ROUNDING_RATIO
 
-OTHERS = ("attention.py", "block.py", "frame.py", "machine.py", "threads.py")
+OTHERS = ("attention.py", "block.py", "digits.py", "frame.py", "machine.py", "threads.py")
 KINDS = {
     "8 bits": (8, None),
     "8 bits, groups of 96": (8, 96),
@@ -129,6 +129,22 @@ def test_nan_and_infinity_stay():
     out = step(x, weight)
     assert np.isnan(out[0]).all()
     assert np.isfinite(out[1]).all()
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_nan_and_infinity_stay_in_one_row(value):
+    weight = quantized((8, 192), "4 bits, groups of 64", jnp.float32)
+    assert not np.isfinite(step(jnp.ones((1, 192)).at[0, 5].set(value), weight)).any()
+
+
+@pytest.mark.parametrize("size", [0.0, 1e-38, 1e-30, 1e30])
+def test_one_row_of_any_size(size):
+    weight = quantized((64, 192), "4 bits, groups of 32", jnp.float32)
+    x = np.random.default_rng(1).standard_normal((1, 192)) * size
+    reference = x.astype(np.float32).astype(np.float64) @ exact(weight).T
+    out = step(jnp.asarray(x, jnp.float32), weight)
+    # numbers below the smallest normal one may be 0
+    np.testing.assert_allclose(out, reference, rtol=1e-4, atol=size * 1e-4 + 1e-35)
 
 
 @pytest.mark.parametrize("kind", [*KINDS, None])
