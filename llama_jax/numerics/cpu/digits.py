@@ -18,6 +18,7 @@ from llama_jax.numerics.cpu.machine import pointer
 
 _WORD, _INDEX, _FLOAT = ir.IntType(64), ir.IntType(32), ir.FloatType()
 _INTEGERS, _FLOATS = ir.VectorType(_INDEX, 16), ir.VectorType(_FLOAT, 16)
+_DOUBLES = ir.VectorType(ir.DoubleType(), 16)
 _ANY_ORDER = ("reassoc", "contract", "nsz")
 _DIGITS = 3
 # columns of a group: of these, 64 bytes are complete groups
@@ -50,48 +51,97 @@ def split(x: int, digits: int, sums: int, depth: int, groups: int) -> None:
     """Write `VECTOR_BYTES` for each vector at `digits`, which are zeros before, and the sums at `sums`."""
     size = depth // groups
     half = size // 2
-    values = carray(pointer(x), (groups, 2, half), np.float32)
     totals = carray(pointer(sums), (groups,), np.float32)
-    vectors = (depth // 2 + _BYTES - 1) // _BYTES
-    parts = carray(pointer(digits), (vectors, VECTOR_BYTES), np.int8)
-    firsts = carray(pointer(digits), (vectors, VECTOR_BYTES // 4), np.int32)
-    scales = carray(pointer(digits), (vectors, VECTOR_BYTES // 4), np.float32)
-    lanes = _DIGIT_BYTES // 4
-    for group in range(groups):
-        total = np.float32(0)
-        for which in range(2):
-            for column in range(half):
-                total += values[group, which, column]
-        totals[group] = total
-        for column in range(0, half, 4):
-            largest, is_finite = np.float32(0), True
-            for which in range(2):
-                for i in range(4):
-                    size_of_value = abs(values[group, which, column + i])
-                    is_finite = is_finite and size_of_value < np.inf
-                    largest = max(largest, size_of_value)
-            scale, factor = np.float32(np.nan), 0.0  # NaN times 0
-            if is_finite:
-                scale = max(largest / _LARGEST, _LEAST_SCALE)
-                factor = 1 / np.float64(scale)
-            place = group * half + column
-            vector, byte = place // _BYTES, place % _BYTES
-            first = 0
-            for which in range(2):
-                for i in range(4):
-                    value = values[group, which, column + i] if is_finite else np.float32(0)
-                    number = int(np.rint(value * factor))
-                    first += number
-                    low = ((number + 128) & 255) - 128
-                    number = (number - low) >> 8
-                    middle = ((number + 128) & 255) - 128
-                    at = which * _BYTES + byte + i
-                    parts[vector, at] = (number - middle) >> 8
-                    parts[vector, at + 2 * _BYTES] = middle
-                    parts[vector, at + 4 * _BYTES] = low
-            # codes are stored as 8 more than they are
-            firsts[vector, lanes + byte // 4] = -8 * first
-            scales[vector, lanes + 16 + byte // 4] = scale
+    for index in range(groups):
+        totals[index] = 0
+    for column in range(0, depth // 2, 16):
+        group, byte = column // half, column % _BYTES
+        place = x + (group * size + column % half) * 4
+        target = digits + column // _BYTES * VECTOR_BYTES
+        totals[group] += _split_columns(
+            place, place + half * 4, target + byte, target + _DIGIT_BYTES + byte
+        )
+
+
+@intrinsic
+def _split_columns(_: Any, low: Any, high: Any, digits: Any, lanes: Any) -> Any:
+    """Of 16 columns at `low` and `high` each, as `split` has them; their sum.
+
+    Digits and lanes of four columns each, what is kept of them, are written from these addresses on.
+    """
+
+    def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        *places, digits, lanes = arguments
+        halves = [_vector_at(builder, place) for place in places]
+        sizes = [_call(builder, "llvm.fabs.v16f32", _FLOATS, half) for half in halves]
+        infinity = ir.Constant(_FLOATS, [float("inf")] * 16)
+        is_finite = builder.and_(*(builder.fcmp_ordered("<", size, infinity) for size in sizes))
+        is_larger = builder.fcmp_ordered(">", *sizes)
+        largest = _of_fours(
+            builder,
+            builder.select(is_larger, *sizes),
+            lambda a, b: builder.select(builder.fcmp_ordered(">", a, b), a, b),
+        )
+        is_finite = _of_fours(builder, is_finite, builder.and_)
+        scale = builder.fdiv(largest, ir.Constant(_FLOATS, [float(_LARGEST)] * 16))
+        least = ir.Constant(_FLOATS, [float(_LEAST_SCALE)] * 16)
+        scale = builder.select(builder.fcmp_ordered(">", scale, least), scale, least)
+        one = ir.Constant(_DOUBLES, [1.0] * 16)
+        factor = builder.fdiv(one, builder.fpext(scale, _DOUBLES))
+        not_a_number = ir.Constant(_FLOATS, [float("nan")] * 16)  # times 0
+        scale = builder.select(is_finite, scale, not_a_number)
+        numbers = []
+        for half in halves:
+            value = builder.select(is_finite, half, ir.Constant(_FLOATS, None))
+            value = builder.fmul(builder.fpext(value, _DOUBLES), factor)
+            value = _call(builder, "llvm.rint.v16f64", _DOUBLES, value)
+            numbers.append(builder.fptosi(value, _INTEGERS))
+        # codes are stored as 8 more than they are
+        first = _of_fours(builder, builder.add(*numbers), builder.add)
+        first = builder.mul(first, ir.Constant(_INTEGERS, [-8] * 16))
+        for which, number in enumerate(numbers):
+            for digit in reversed(range(_DIGITS)):
+                part = number
+                if digit > 0:  # the lowest 8 bits, from -128 to 127; the rest is divisible by 256
+                    part = builder.shl(part, ir.Constant(_INTEGERS, [24] * 16))
+                    part = builder.ashr(part, ir.Constant(_INTEGERS, [24] * 16))
+                    number = builder.sub(number, part)
+                    number = builder.ashr(number, ir.Constant(_INTEGERS, [8] * 16))
+                target = builder.add(digits, _WORD((2 * digit + which) * _BYTES))
+                part = builder.trunc(part, ir.VectorType(ir.IntType(8), 16))
+                builder.store(part, builder.inttoptr(target, part.type.as_pointer()), align=1)
+        fours = ir.Constant(ir.VectorType(_INDEX, 4), [0, 4, 8, 12])
+        for offset, kept in ((0, first), (_BYTES, scale)):
+            of_lanes = builder.shuffle_vector(kept, ir.Constant(kept.type, ir.Undefined), fours)
+            target = builder.inttoptr(builder.add(lanes, _WORD(offset)), of_lanes.type.as_pointer())
+            builder.store(of_lanes, target, align=1)
+        return _sum(builder, builder.fadd(*halves))
+
+    return types.float32(types.int64, types.int64, types.int64, types.int64), emit
+
+
+def _of_fours(builder: Any, vector: Any, combine: Any) -> Any:
+    """Each lane becomes what `combine` makes of its four lanes."""
+    for distance in (1, 2):
+        others = ir.Constant(_INTEGERS, [lane ^ distance for lane in range(16)])
+        other = builder.shuffle_vector(vector, ir.Constant(vector.type, ir.Undefined), others)
+        vector = combine(vector, other)
+    return vector
+
+
+def _vector_at(builder: Any, place: Any) -> Any:
+    return builder.load(builder.inttoptr(place, _FLOATS.as_pointer()), align=4)
+
+
+def _sum(builder: Any, vector: Any) -> Any:
+    name = "llvm.vector.reduce.fadd.v16f32"
+    return _call(builder, name, _FLOAT, _FLOAT(0.0), vector, fastmath=_ANY_ORDER)
+
+
+def _call(builder: Any, name: str, result: Any, *arguments: Any, fastmath: Any = ()) -> Any:
+    kind = ir.FunctionType(result, [argument.type for argument in arguments])
+    function = cgutils.get_or_insert_function(builder.module, kind, name)
+    return builder.call(function, arguments, fastmath=fastmath)
 
 
 @intrinsic
@@ -144,7 +194,9 @@ class _Rows:
                 self._zeros(features, totals, complete, left)
             for row, total in zip(features, totals, strict=True):
                 place = self._at(of.out, row, 4)
-                builder.store(self._sum(builder.load(total)), self._pointer(place, _FLOAT), align=4)
+                builder.store(
+                    _sum(builder, builder.load(total)), self._pointer(place, _FLOAT), align=4
+                )
 
     def _vector(
         self, features: list[Any], totals: list[Any], index: Any, row_bytes: Any, rest: Any
@@ -203,21 +255,14 @@ class _Rows:
         self.builder.store(total, variable)
 
     def _dot(self, total: Any, codes: Any, digits: Any) -> Any:
-        kind = ir.FunctionType(_INTEGERS, [_INTEGERS] * 3)
-        return self._call("llvm.x86.avx512.vpdpbusd.512", kind, [total, codes, digits])
-
-    def _sum(self, vector: Any) -> Any:
-        kind = ir.FunctionType(_FLOAT, [_FLOAT, _FLOATS])
-        name = "llvm.vector.reduce.fadd.v16f32"
-        function = cgutils.get_or_insert_function(self.builder.module, kind, name)
-        return self.builder.call(function, [_FLOAT(0.0), vector], fastmath=_ANY_ORDER)
+        name = "llvm.x86.avx512.vpdpbusd.512"
+        return _call(self.builder, name, _INTEGERS, total, codes, digits)
 
     def _fetch(self, place: Any) -> None:
         """Into the cache what comes later."""
-        address = ir.IntType(8).as_pointer()
-        kind = ir.FunctionType(ir.VoidType(), [address, _INDEX, _INDEX, _INDEX])
-        later = self.builder.inttoptr(self.builder.add(place, _WORD(AHEAD)), address)
-        self._call("llvm.prefetch.p0", kind, [later, _INDEX(0), _INDEX(3), _INDEX(1)])
+        later = self._pointer(self.builder.add(place, _WORD(AHEAD)), ir.IntType(8))
+        how = _INDEX(0), _INDEX(3), _INDEX(1)  # to read, into all caches, data
+        _call(self.builder, "llvm.prefetch.p0", ir.VoidType(), later, *how)
 
     def _load(self, place: Any, kind: Any, count: Any) -> Any:
         """The first `count` elements, or all; others are 0."""
@@ -225,7 +270,6 @@ class _Rows:
         where = self._pointer(place, kind)
         if count is None or width == 1:
             return builder.load(where, align=1)
-        bools = ir.VectorType(ir.IntType(1), width)
         many = builder.insert_element(
             ir.Constant(ir.VectorType(_WORD, width), ir.Undefined), count, _INDEX(0)
         )
@@ -238,12 +282,7 @@ class _Rows:
         mask = builder.icmp_signed("<", numbers, many)
         element = "f32" if kind.element == _FLOAT else "i32"
         name = f"llvm.masked.load.v{width}{element}.p0"
-        function = ir.FunctionType(kind, [where.type, _INDEX, bools, kind])
-        return self._call(name, function, [where, _INDEX(1), mask, ir.Constant(kind, None)])
-
-    def _call(self, name: str, kind: Any, arguments: list[Any]) -> Any:
-        function = cgutils.get_or_insert_function(self.builder.module, kind, name)
-        return self.builder.call(function, arguments)
+        return _call(builder, name, kind, where, _INDEX(1), mask, ir.Constant(kind, None))
 
     def _at(self, address: Any, index: Any, size: int) -> Any:
         return self.builder.add(address, self.builder.mul(index, _WORD(size)))

@@ -90,7 +90,7 @@ _CHUNK_NUMBERS = 1 << 15
 
 # numba keeps what it compiled for as long as this file is the same. This checksum of the others, which a
 # test compares, makes it another file when they change.
-OTHER_SOURCES = "663dcdffda1a40bf"
+OTHER_SOURCES = "05802e14f2aa8a4e"
 
 # Sums in any order, so that they are vectors. NaN and infinity stay what they are.
 _compile = njit(fastmath={"reassoc", "contract", "nsz"}, error_model="numpy", cache=True)
