@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 
+from llama_jax.numerics.cpu.available import loaded_kernels
 from train.options import RunOptions
 from train.program.build import Program
 from train.run.kept_step import keep_step, kept_step_file, load_step
@@ -71,7 +72,8 @@ class Ahead:
             compiled = step.lower(program.params, program.opt_state, program.batch, key).compile()
         # XLA cannot write a program again that it has read
         if file is not None and not hits:
-            self._keep = lambda: keep_step(file, compiled)
+            kernels = loaded_kernels()
+            self._keep = lambda: keep_step(file, compiled, kernels)
 
 
 @contextmanager

@@ -12,6 +12,7 @@ import json
 import os
 import pickle
 import sys
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,7 @@ import llama_jax
 import train
 from llama_jax.cli.compiled_programs import program_folder
 from llama_jax.files.staging import replacing
-from llama_jax.numerics.cpu.available import tiled_kernel
+from llama_jax.numerics.cpu.available import load_kernel, tiled_kernel
 from train.options import RunOptions
 from train.program.build import Program
 
@@ -67,7 +68,6 @@ def kept_step_file(
         "variables": {v: os.environ[v] for v in sorted(os.environ) if v.startswith(_VARIABLES)},
         "jax": config,
         "devices": [f"{device} {device.device_kind}" for device in devices],
-        # to ask for it also lets XLA call it
         "kernel": tiled_kernel() is not None,
         "model": program.config.to_dict(),
         "options": dataclasses.asdict(options) | unrelated,
@@ -90,18 +90,24 @@ def load_step(file: Path, program: Program) -> jax.stages.Compiled | None:
         if hashlib.sha256(data[_SUM_BYTES:]).digest() != data[:_SUM_BYTES]:
             return None
         os.utime(file)
-        code, in_tree, out_tree = pickle.loads(data[_SUM_BYTES:])
+        kernels, code, in_tree, out_tree = pickle.loads(data[_SUM_BYTES:])
+        if not all(map(load_kernel, kernels)):
+            return None
         devices = list(program.mesh.devices.flat)
         return deserialize_and_load(code, in_tree, out_tree, devices[0].client, devices)
     except Exception:  # whatever is wrong with it, the step can be compiled
         return None
 
 
-def keep_step(file: Path, compiled: jax.stages.Compiled) -> None:
-    """Write a step that XLA has compiled in this process; nothing is said where that is not possible."""
+def keep_step(file: Path, compiled: jax.stages.Compiled, kernels: Sequence[str]) -> None:
+    """Write a step that XLA has compiled in this process; nothing is said where that is not possible.
+
+    Args:
+        kernels: that it may call, of `llama_jax.numerics.cpu.available.loaded_kernels`.
+    """
     with suppress(Exception):  # JAX cannot serialize all, and the disk may be full
         file.parent.mkdir(mode=0o700, exist_ok=True)
-        data = pickle.dumps(serialize(compiled))
+        data = pickle.dumps((kernels, *serialize(compiled)))
         with replacing(file) as beside:
             beside.write_bytes(hashlib.sha256(data).digest() + data)
         newest_first = sorted(file.parent.iterdir(), key=lambda f: f.stat().st_mtime, reverse=True)

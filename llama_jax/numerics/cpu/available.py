@@ -2,6 +2,7 @@
 
 import importlib
 import importlib.util
+import sys
 import warnings
 from functools import cache
 from types import ModuleType
@@ -9,6 +10,9 @@ from types import ModuleType
 import jax
 
 from llama_jax.numerics.backend import target_platform
+
+_PACKAGE = "llama_jax.numerics.cpu"
+_MODULES = "call", "tiled_call", "flash_call", "flash_backward_call"
 
 
 def step_kernels() -> ModuleType | None:
@@ -47,6 +51,16 @@ def flash_backward_kernel() -> ModuleType | None:
     return _kernels("flash_backward_call")
 
 
+def loaded_kernels() -> list[str]:
+    """Names of the kernels that a program compiled by now may call."""
+    return [name for name in _MODULES if f"{_PACKAGE}.{name}" in sys.modules]
+
+
+def load_kernel(name: str) -> bool:
+    """Let XLA call one of `loaded_kernels`, in another process than theirs; False if it does not work."""
+    return _kernels(name) is not None
+
+
 def _processor_with_avx512() -> str | None:
     """LLVM's name for this one; None without AVX-512 or numba."""
     try:
@@ -63,7 +77,7 @@ def _kernels(module: str) -> ModuleType | None:
     if importlib.util.find_spec("numba") is None:
         return None
     try:
-        return importlib.import_module(f"llama_jax.numerics.cpu.{module}")
+        return importlib.import_module(f"{_PACKAGE}.{module}")
     except (ImportError, OSError, RuntimeError) as error:
         # no numba for this numpy, or nowhere to keep what it compiles
         warnings.warn(f"matmuls are slower than they could be: numba: {error}", stacklevel=3)

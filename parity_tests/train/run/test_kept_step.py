@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import pickle
 import shutil
 import sys
@@ -17,6 +18,7 @@ import pytest
 
 import llama_jax
 from llama_jax.config import LlamaConfig
+from llama_jax.numerics.cpu.available import loaded_kernels, may_have_flash_kernel
 from parity_tests.train.runs import (
     CONFIG,
     Tiny,
@@ -73,6 +75,21 @@ def test_the_next_start_does_not_trace_it(started: Started, tmp_path: Path) -> N
     assert metrics_of(tmp_path / "run") == metrics_of(started.run)
     assert same_bits(state_of(tmp_path / "run", STEPS), state_of(started.run, STEPS))
     assert started.kept == [file]
+
+
+@pytest.mark.skipif(not may_have_flash_kernel(), reason="no numba or no AVX-512")
+def test_the_next_start_has_the_kernels_of_a_long_step(tiny: Tiny, tmp_path: Path) -> None:
+    """Those of attention are for sequences of 1,024 tokens, of which heads are 32 wide."""
+    config = tmp_path / "config.json"
+    config.write_text(json.dumps(CONFIG | {"head_dim": 32, "max_position_embeddings": 1024}))
+    run, cache = tmp_path / "run", tmp_path / "cache"
+    variables = environment(None) | {"LLAMA_JAX_CACHE": str(cache), "JAX_LOG_COMPILES": "1"}
+    lengths = {"sequence_length": 1024, "batch_size": 1, "evaluation__every": 0}
+    long = tiny._replace(config=config)
+    finish(start(run_flags(long, run, steps=STEPS, **lengths), variables))
+    first = Started(run, cache, variables)
+    assert TRACED not in first.again(tmp_path / "again")
+    assert same_bits(state_of(tmp_path / "again", STEPS), state_of(run, STEPS))
 
 
 @pytest.mark.parametrize("change", ["option", "variable", "damage"])
@@ -177,7 +194,7 @@ def test_written_and_read(folder: Path) -> None:
     assert file is not None
     assert load_step(file, program) is None
     compiled = program.step.lower(program.params, program.opt_state, program.batch, None).compile()
-    keep_step(file, compiled)
+    keep_step(file, compiled, loaded_kernels())
     results = []
     for step in (program.step, load_step(file, program)):
         assert step is not None
@@ -191,7 +208,7 @@ def test_written_and_read(folder: Path) -> None:
     assert same_bits(*([np.asarray(leaf) for leaf in result] for result in results))
 
     content = file.read_bytes()
-    other = pickle.dumps((b"", None, None))
+    other = pickle.dumps(([], b"", None, None))
     for damaged in (b"", content[:-1], content[:40], hashlib.sha256(other).digest() + other):
         file.write_bytes(damaged)
         assert load_step(file, program) is None
@@ -205,7 +222,7 @@ def test_old_steps_make_room(folder: Path, monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(kept_step, "serialize", lambda compiled: (compiled, None, None))
     compiled: Any = b"code"
     for number in range(20):
-        keep_step(folder / "steps" / str(number), compiled)
+        keep_step(folder / "steps" / str(number), compiled, [])
     left = {path.name for path in (folder / "steps").iterdir()}
     assert len(left) == 16
     assert "19" in left
@@ -214,4 +231,4 @@ def test_old_steps_make_room(folder: Path, monkeypatch: pytest.MonkeyPatch) -> N
 def test_what_cannot_be_written_is_not_kept(folder: Path) -> None:
     (folder / "steps").touch()
     compiled: Any = None
-    keep_step(folder / "steps/key", compiled)
+    keep_step(folder / "steps/key", compiled, [])
