@@ -29,6 +29,7 @@ import llama_jax
 import train
 from llama_jax.cli.compiled_programs import program_folder
 from llama_jax.files.staging import replacing
+from llama_jax.files.user_cache import is_private
 from llama_jax.numerics.cpu.available import load_kernel, tiled_kernel
 from train.options import RunOptions
 from train.program.build import Program
@@ -84,7 +85,7 @@ def kept_step_file(
 def load_step(file: Path, program: Program) -> jax.stages.Compiled | None:
     """The step that `keep_step` wrote, None if there is none that can be used."""
     try:
-        if not _is_private(file.parent):
+        if not is_private(file.parent):
             return None
         data = file.read_bytes()
         if hashlib.sha256(data[_SUM_BYTES:]).digest() != data[:_SUM_BYTES]:
@@ -125,11 +126,3 @@ def _digest(package: Any) -> str:
     files = sorted(folder.rglob("*.py"))
     parts = [str(f.relative_to(folder)).encode() + b"\0" + f.read_bytes() for f in files]
     return hashlib.sha256(b"\0".join(parts)).hexdigest()
-
-
-def _is_private(folder: Path) -> bool:
-    """Whether nobody else can write there: what is read there is executed."""
-    if not hasattr(os, "getuid"):
-        return True
-    status = folder.stat()
-    return status.st_uid == os.getuid() and not status.st_mode & 0o022

@@ -5,9 +5,10 @@ from typing import Any, NamedTuple
 import numpy as np
 from numba import carray, njit
 
-from llama_jax.numerics.cpu.machine import fill, pointer
+from llama_jax.numerics.cpu.machine import fill, free, malloc, pointer
 
 _BLOCK = 64  # slots that are computed with at a time
+_LINE = 64  # bytes of a line of the processor's caches
 
 
 class Operands(NamedTuple):
@@ -29,17 +30,16 @@ _compile = njit(fastmath={"reassoc", "contract", "nsz"}, error_model="numpy")
 
 
 @_compile
-def _rows(cache: int, begin: int, end: int, is_bfloat16: bool, scratch: Any) -> Any:
+def _rows(cache: int, begin: int, end: int, dim: int, is_bfloat16: bool, scratch: int) -> Any:
     """Keys or values of the slots `begin` to `end` in float32: where they are, or in `scratch`."""
-    dim = scratch.shape[1]
     if not is_bfloat16:
         return carray(pointer(cache + begin * dim * 4), (_BLOCK, dim), np.float32)
     # bfloat16 is the first half of a float32
     narrow = carray(pointer(cache + begin * dim * 2), (_BLOCK * dim,), np.uint16)
-    bits = scratch.reshape(-1).view(np.uint32)
+    bits = carray(pointer(scratch), (_BLOCK * dim,), np.uint32)
     for i in range((end - begin) * dim):
         bits[i] = np.uint32(narrow[i]) << np.uint32(16)
-    return scratch
+    return carray(pointer(scratch), (_BLOCK, dim), np.float32)
 
 
 @_compile
@@ -91,8 +91,12 @@ def attend(of: Any, is_bfloat16: bool, begin: int, end: int) -> None:
         of: `Operands`, as a tuple.
     """
     query, keys, values, visible, out, heads, kv_heads, capacity, dim = of
-    weights, scratch = np.empty(capacity, np.float32), np.empty((_BLOCK, dim), np.float32)
-    scaled, part = np.empty(dim, np.float32), np.empty(dim, np.float32)
+    # an array of numba's would need its runtime
+    memory = malloc(_LINE + ((_BLOCK + 2) * dim + capacity) * 4)
+    scratch = (memory + _LINE - 1) // _LINE * _LINE
+    scaled = carray(pointer(scratch + _BLOCK * dim * 4), (dim,), np.float32)
+    part = carray(pointer(scratch + (_BLOCK + 1) * dim * 4), (dim,), np.float32)
+    weights = carray(pointer(scratch + (_BLOCK + 2) * dim * 4), (capacity,), np.float32)
     for index in range(begin, end):
         row, head = index // heads, index % heads
         is_visible = carray(pointer(visible + row * capacity), (capacity,), np.uint8)
@@ -112,12 +116,13 @@ def attend(of: Any, is_bfloat16: bool, begin: int, end: int) -> None:
         place = kv_head * capacity * dim * (2 if is_bfloat16 else 4)
         for block in range(first, last, _BLOCK):
             stop = min(block + _BLOCK, last)
-            of_block = _rows(keys + place, block, stop, is_bfloat16, scratch)
+            of_block = _rows(keys + place, block, stop, dim, is_bfloat16, scratch)
             _scores(scaled, of_block, weights[block:stop])
         divisor = _softmax(weights[first:last], is_visible[first:last])
         for block in range(first, last, _BLOCK):
             stop = min(block + _BLOCK, last)
-            of_block = _rows(values + place, block, stop, is_bfloat16, scratch)
+            of_block = _rows(values + place, block, stop, dim, is_bfloat16, scratch)
             _add_values(weights[block:stop], of_block, part, total)
         for i in range(dim):
             total[i] /= divisor
+    free(memory)

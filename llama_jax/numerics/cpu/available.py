@@ -73,12 +73,12 @@ def _processor_with_avx512() -> str | None:
 
 @cache
 def _kernels(module: str) -> ModuleType | None:
-    """To import them takes seconds where numba has no cache of what it compiled."""
+    """To import them takes seconds where no process has compiled them."""
     if importlib.util.find_spec("numba") is None:
         return None
     try:
         return importlib.import_module(f"{_PACKAGE}.{module}")
     except (ImportError, OSError, RuntimeError) as error:
-        # no numba for this numpy, or nowhere to keep what it compiles
+        # no numba for this numpy, for example
         warnings.warn(f"matmuls are slower than they could be: numba: {error}", stacklevel=3)
         return None

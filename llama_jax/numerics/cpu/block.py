@@ -9,17 +9,18 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any, NamedTuple
 
-from llvmlite import binding, ir
+from llvmlite import ir
 from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
+
+from llama_jax.numerics.cpu.processor import HAS_AVX512
 
 _WORD, _INDEX, _FLOAT = ir.IntType(64), ir.IntType(32), ir.FloatType()
 # Sums in any order. NaN and infinity stay what they are.
 _ANY_ORDER = ("reassoc", "contract", "nsz")
 
-_HAS_AVX512 = bool(binding.get_host_cpu_features().get("avx512f"))
-_WIDTH = 16 if _HAS_AVX512 else 8  # floats of a vector; LLVM splits those that no register holds
+_WIDTH = 16 if HAS_AVX512 else 8  # floats of a vector; LLVM splits those that no register holds
 FEATURES = 4  # rows of a weight in a block, or a multiple of those
 _X_ROWS = 4  # of a block, unless x is a single row
 # Bytes from what is read to what is fetched meanwhile. The processor does not fetch ahead far enough for
@@ -61,7 +62,7 @@ def _multiply(kind: _Kind) -> Any:
     its group, and groups have zeros.
     """
     # rows of the weight in a block of several rows of x: as many as registers hold
-    features = FEATURES if _HAS_AVX512 else FEATURES // 2
+    features = FEATURES if HAS_AVX512 else FEATURES // 2
 
     def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         operands = Operands(*cgutils.unpack_tuple(builder, arguments[0]))
@@ -304,7 +305,7 @@ def _of_int4(builder: Any, codes: Any, scale: Any, zero: Any) -> list[Any]:
         product = builder.fmul(numbers, scales, flags=_ANY_ORDER)
         return builder.fadd(product, zeros, flags=_ANY_ORDER)
 
-    if _HAS_AVX512 and wide.count == _WIDTH:
+    if HAS_AVX512 and wide.count == _WIDTH:
         # once for a group, of all codes that there are
         table = scaled(ir.Constant(_floats(low), [float(code - 8) for code in range(16)]))
         return [_look_up(builder, table, low), _look_up(builder, table, high)]

@@ -1,4 +1,4 @@
-"""The kernels as functions of arrays; to import them compiles them, or reads them from numba's cache."""
+"""The kernels of few rows as functions of arrays; to import them loads or compiles them."""
 
 from collections.abc import Sequence
 
@@ -6,12 +6,12 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from llama_jax.numerics.cpu.kernel import attend_handler, multiply_handler
+from llama_jax.numerics.cpu import seats  # noqa: F401 - its symbol
+from llama_jax.numerics.cpu.object_code import register_kernel
 
 _MULTIPLY, _ATTEND = "llama_jax_few_rows", "llama_jax_one_query"
 
-for _name, _handler in ((_MULTIPLY, multiply_handler), (_ATTEND, attend_handler)):
-    jax.ffi.register_ffi_target(_name, jax.ffi.pycapsule(_handler.ctypes), platform="cpu")
+register_kernel("kernel", _MULTIPLY, _ATTEND)
 
 
 def multiply(

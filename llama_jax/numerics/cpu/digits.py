@@ -8,13 +8,14 @@ codes for. Sums of codes times digits are exact, and all add up in one int32 for
 from typing import Any, NamedTuple
 
 import numpy as np
-from llvmlite import binding, ir
+from llvmlite import ir
 from numba import carray, njit, types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
 from llama_jax.numerics.cpu.block import AHEAD, FEATURES, cases
 from llama_jax.numerics.cpu.machine import pointer
+from llama_jax.numerics.cpu.processor import HAS_VNNI
 
 _WORD, _INDEX, _FLOAT = ir.IntType(64), ir.IntType(32), ir.FloatType()
 _INTEGERS, _FLOATS = ir.VectorType(_INDEX, 16), ir.VectorType(_FLOAT, 16)
@@ -23,7 +24,6 @@ _ANY_ORDER = ("reassoc", "contract", "nsz")
 _DIGITS = 3
 # columns of a group: of these, 64 bytes are complete groups
 SIZES = (32, 64, 128)
-HAS_VNNI = bool(binding.get_host_cpu_features().get("avx512vnni"))
 
 _BYTES = 64  # of a vector
 # what is kept of x for each vector: digits of both halves, and for each lane the first sum and the scale

@@ -10,9 +10,9 @@ depends on its place and the keys alone.
 from typing import Any
 
 import numpy as np
-from llvmlite import binding
-from numba import cfunc, njit, types
+from numba import njit
 
+from llama_jax.numerics.cpu.exported import exported
 from llama_jax.numerics.cpu.flash_blocks import (
     FLOAT,
     GROUP,
@@ -46,7 +46,6 @@ from llama_jax.numerics.cpu.machine import (
     fill,
     free,
     malloc,
-    symbol_address,
 )
 from llama_jax.numerics.cpu.softmax import PIECE, exponentials, row_maximum
 from llama_jax.numerics.cpu.threads import (
@@ -76,11 +75,7 @@ _CHUNK = 1024  # keys of which a part holds copies, which have to stay in the se
 _LEAST_MAX = np.finfo(np.float32).min
 _PIECE_BYTES = GROUP * PIECE * FLOAT  # of a group's scores, from one piece of a row to the next
 
-# numba keeps what it compiled for as long as this file is the same. This checksum of the others, which a
-# test compares, makes it another file when they change.
-OTHER_SOURCES = "c469706dddc7153b"
-
-_compile = njit(error_model="numpy", cache=True)
+_compile = njit(error_model="numpy")
 
 _multiply = float32_blocks_of_rows[GROUP]
 
@@ -183,12 +178,9 @@ def _attend(job: Any, memory: Any, part: int) -> None:
             out[place] = of_row[place] / divisor
 
 
-@cfunc(types.int64(types.int64), cache=True)
+@exported("llama_jax_flash_work")
 def work(address: int) -> int:
-    """Take parts until none is left.
-
-    It is called by its address: numba would compile all of it again for each function that calls it.
-    """
+    """Take parts until none is left."""
     job = words(address, _WORDS)
     dim, rows = job[_DIM], up(job[_BLOCK] * (job[_HEADS] // job[_KV_HEADS]), GROUP)
     chunk = min(_CHUNK, up(job[_KEYS], PIECE))
@@ -220,21 +212,12 @@ def work(address: int) -> int:
     return 0
 
 
-_WORK = "llama_jax_flash_work"
-binding.add_symbol(_WORK, work.address)
-_work_address = symbol_address(_WORK)
-
-
-@cfunc(types.void(types.int64), cache=True)
-def task(address: int) -> None:
+@exported("llama_jax_flash_task")
+def task(address: int) -> int:
     """What another thread of XLA does for a call."""
-    call(_work_address(), address)
+    call(work(), address)
     release(address)
-
-
-_TASK = "llama_jax_flash_task"
-binding.add_symbol(_TASK, task.address)
-_task_address = symbol_address(_TASK)
+    return 0
 
 
 @_compile
@@ -263,10 +246,10 @@ def _run(frame: Any) -> None:
     address = _new_job(frame)
     request, parts = address + _REQUEST * BYTES, words(address, _WORDS)[_PARTS]
     thread_count(frame, request)
-    share(frame, address, request, parts, _work_address(), _task_address())
+    share(frame, address, request, parts, work(), task())
 
 
-@cfunc(types.int64(types.int64), cache=True)
+@exported("llama_jax_flash_attention")
 def handler(address: int) -> int:
     """An XLA_FFI_Handler; returns no error."""
     frame = words(address, FRAME_WORDS)

@@ -10,9 +10,9 @@ gradients. One thread sums up all of a head of keys, in an order that depends on
 from typing import Any
 
 import numpy as np
-from llvmlite import binding
-from numba import cfunc, njit, types
+from numba import njit
 
+from llama_jax.numerics.cpu.exported import exported
 from llama_jax.numerics.cpu.flash_blocks import (
     FLOAT,
     GROUP,
@@ -45,7 +45,6 @@ from llama_jax.numerics.cpu.machine import (
     fill,
     free,
     malloc,
-    symbol_address,
 )
 from llama_jax.numerics.cpu.softmax import PIECE, gradients_of_scores
 from llama_jax.numerics.cpu.threads import (
@@ -84,10 +83,7 @@ _BLOCK_ROWS = (
 _COLUMNS = 8  # keys that are summed up over queries at a time
 _ROW_BYTES = PIECE * FLOAT  # of scores
 
-# As in flash.py.
-OTHER_SOURCES = "c469706dddc7153b"
-
-_compile = njit(error_model="numpy", cache=True)
+_compile = njit(error_model="numpy")
 
 _multiply = float32_blocks_of_rows[GROUP]
 _multiply_columns = float32_columns_of_pieces[_COLUMNS]
@@ -253,9 +249,9 @@ def _differentiate(job: Any, memory: Any, part: int) -> None:
             copy_row((d_values + source + place, job[_D_VALUE] + target + place))
 
 
-@cfunc(types.int64(types.int64), cache=True)
+@exported("llama_jax_flash_backward_work")
 def work(address: int) -> int:
-    """Take parts until none is left; called by its address, as in `flash`."""
+    """Take parts until none is left."""
     job = words(address, _WORDS)
     dim, rows = job[_DIM], up(job[_BLOCK] * (job[_HEADS] // job[_KV_HEADS]), GROUP)
     of_keys = up(job[_KEYS], PIECE) * dim * FLOAT
@@ -298,21 +294,12 @@ def work(address: int) -> int:
     return 0
 
 
-_WORK = "llama_jax_flash_backward_work"
-binding.add_symbol(_WORK, work.address)
-_work_address = symbol_address(_WORK)
-
-
-@cfunc(types.void(types.int64), cache=True)
-def task(address: int) -> None:
+@exported("llama_jax_flash_backward_task")
+def task(address: int) -> int:
     """What another thread of XLA does for a call."""
-    call(_work_address(), address)
+    call(work(), address)
     release(address)
-
-
-_TASK = "llama_jax_flash_backward_task"
-binding.add_symbol(_TASK, task.address)
-_task_address = symbol_address(_TASK)
+    return 0
 
 
 @_compile
@@ -341,10 +328,10 @@ def _run(frame: Any) -> None:
     address = _new_job(frame)
     request, parts = address + _REQUEST * BYTES, words(address, _WORDS)[_PARTS]
     thread_count(frame, request)
-    share(frame, address, request, parts, _work_address(), _task_address())
+    share(frame, address, request, parts, work(), task())
 
 
-@cfunc(types.int64(types.int64), cache=True)
+@exported("llama_jax_flash_backward")
 def handler(address: int) -> int:
     """An XLA_FFI_Handler; returns no error."""
     frame = words(address, FRAME_WORDS)

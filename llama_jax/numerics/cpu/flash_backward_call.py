@@ -1,13 +1,13 @@
-"""The kernel of attention's gradients as a function of arrays; to import it compiles it."""
+"""The kernel of attention's gradients as a function of arrays; to import it loads or compiles it."""
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32
 
-from llama_jax.numerics.cpu.flash_backward import handler
+from llama_jax.numerics.cpu.object_code import register_kernel
 
 _TARGET = "llama_jax_flash_backward"
-jax.ffi.register_ffi_target(_TARGET, jax.ffi.pycapsule(handler.ctypes), platform="cpu")
+register_kernel("flash_backward", _TARGET)
 
 
 def gradients(

@@ -8,8 +8,7 @@ comes is not waited for, as it may itself wait behind this call.
 
 from typing import Any
 
-from llvmlite import binding
-from numba import cfunc, njit, types
+from numba import njit
 
 from llama_jax.numerics.cpu.attention import attend
 from llama_jax.numerics.cpu.block import (
@@ -19,7 +18,8 @@ from llama_jax.numerics.cpu.block import (
     multiply_int4,
     multiply_int8,
 )
-from llama_jax.numerics.cpu.digits import HAS_VNNI, SIZES, VECTOR_BYTES, multiply_digits, split
+from llama_jax.numerics.cpu.digits import SIZES, VECTOR_BYTES, multiply_digits, split
+from llama_jax.numerics.cpu.exported import exported
 from llama_jax.numerics.cpu.frame import (
     ARGUMENT_COUNT,
     ARGUMENTS,
@@ -38,21 +38,17 @@ from llama_jax.numerics.cpu.frame import (
     words,
 )
 from llama_jax.numerics.cpu.machine import (
-    SEATS,
-    TASK,
-    WORK,
     call,
     calloc,
     compare_exchange,
     exchange,
     fetch_add,
-    lasting_zeros,
     load,
     sched_yield,
-    seats_address,
-    task_address,
-    work_address,
+    symbol_address,
 )
+from llama_jax.numerics.cpu.processor import HAS_VNNI
+from llama_jax.numerics.cpu.seats import SEAT_BYTES, SEATS, SYMBOL
 from llama_jax.numerics.cpu.threads import (
     DONE,
     HOLDERS,
@@ -80,7 +76,6 @@ _ALIGNMENT = 64
 # A thread that has worked looks into a seat for its next job so many times, since to wake one can take
 # longer than a call; in between others may run. A seat has the address of a job, or one of these.
 _PATIENCE = 3000
-_SEATS, _SEAT_BYTES = 8, 64  # a cache line each
 _FREE, _WAITING = 0, 1
 
 # Numbers to multiply with of the smallest chunk: enough that taking it costs nothing, few enough that
@@ -88,12 +83,8 @@ _FREE, _WAITING = 0, 1
 # up in the wrong cache where another one goes on.
 _CHUNK_NUMBERS = 1 << 15
 
-# numba keeps what it compiled for as long as this file is the same. This checksum of the others, which a
-# test compares, makes it another file when they change.
-OTHER_SOURCES = "05802e14f2aa8a4e"
-
 # Sums in any order, so that they are vectors. NaN and infinity stay what they are.
-_compile = njit(fastmath={"reassoc", "contract", "nsz"}, error_model="numpy", cache=True)
+_compile = njit(fastmath={"reassoc", "contract", "nsz"}, error_model="numpy")
 
 
 @_compile
@@ -102,12 +93,9 @@ def _in_blocks(count: int) -> int:
     return count // FEATURES * FEATURES
 
 
-@cfunc(types.int64(types.int64), error_model="numpy", cache=True)
+@exported("llama_jax_work")
 def work(address: int) -> int:
-    """Take chunks, each a part of what is left, until nothing is.
-
-    It is called by its address: numba would compile all of it again for each function that calls it.
-    """
+    """Take chunks, each a part of what is left, until nothing is."""
     job = words(address, _HEADER)
     while True:
         begin = load(address + NEXT * BYTES)
@@ -162,23 +150,20 @@ def work(address: int) -> int:
         fetch_add(address + DONE * BYTES, end - begin)
 
 
-binding.add_symbol(WORK, work.address)
-
-
 @_compile
 def _seats(threads: int) -> int:
     """For threads that wait: half of XLA's, which has work of its own between calls."""
-    return min(threads // 2, _SEATS)
+    return min(threads // 2, SEATS)
 
 
-binding.add_symbol(SEATS, lasting_zeros(_SEATS * _SEAT_BYTES))
+seats_address = symbol_address(SYMBOL)
 
 
 @_compile
 def _wait_for_job(seats: int) -> int:
     """The job of a call that comes soon, or 0; with a seat for as long, if one is free."""
     for index in range(seats):
-        seat = seats_address() + index * _SEAT_BYTES
+        seat = seats_address() + index * SEAT_BYTES
         if compare_exchange(seat, _FREE, _WAITING) == _FREE:
             for _ in range(_PATIENCE):
                 if load(seat) != _WAITING:
@@ -189,17 +174,15 @@ def _wait_for_job(seats: int) -> int:
     return 0
 
 
-@cfunc(types.void(types.int64), cache=True)
-def task(address: int) -> None:
+@exported("llama_jax_task")
+def task(address: int) -> int:
     """What another thread of XLA does for a call, and for those that follow at once."""
     while address != 0:
         seats = _seats(words(address, _HEADER)[_COUNT])
-        call(work_address(), address)
+        call(work(), address)
         release(address)
         address = _wait_for_job(seats)
-
-
-binding.add_symbol(TASK, task.address)
+    return 0
 
 
 @_compile
@@ -297,19 +280,19 @@ def _share(frame: Any, address: int) -> None:
         if helpers == 0:
             break
         fetch_add(address + HOLDERS * BYTES, 1)
-        seat = seats_address() + index * _SEAT_BYTES
+        seat = seats_address() + index * SEAT_BYTES
         if compare_exchange(seat, _WAITING, address) == _WAITING:
             helpers -= 1
         else:
             fetch_add(address + HOLDERS * BYTES, -1)
-    schedule(frame, request, task_address(), address, helpers)
-    call(work_address(), address)
+    schedule(frame, request, task(), address, helpers)
+    call(work(), address)
     while load(address + DONE * BYTES) < job[_ITEMS]:
         sched_yield()
     release(address)
 
 
-@cfunc(types.int64(types.int64), cache=True)
+@exported("llama_jax_few_rows")
 def multiply_handler(address: int) -> int:
     """An XLA_FFI_Handler; returns no error."""
     frame = words(address, FRAME_WORDS)
@@ -320,7 +303,7 @@ def multiply_handler(address: int) -> int:
     return 0
 
 
-@cfunc(types.int64(types.int64), cache=True)
+@exported("llama_jax_one_query")
 def attend_handler(address: int) -> int:
     """An XLA_FFI_Handler; returns no error."""
     frame = words(address, FRAME_WORDS)

@@ -3,15 +3,11 @@
 Addresses are int64.
 """
 
-import ctypes
 from typing import Any
 
 from llvmlite import ir
 from numba import njit, types
 from numba.extending import intrinsic
-
-# symbols, of which `work_address`, `task_address` and `seats_address` are the addresses
-WORK, TASK, SEATS = "llama_jax_work", "llama_jax_task", "llama_jax_seats"
 
 _WORD = ir.IntType(64)
 _POINTER = ir.IntType(8).as_pointer()
@@ -108,17 +104,6 @@ def symbol_address(symbol: str) -> Any:
     def address(_: Any) -> Any:
         return types.int64(), emit
 
-    return address
-
-
-work_address, task_address, seats_address = map(symbol_address, (WORK, TASK, SEATS))
-
-
-def lasting_zeros(size: int) -> int:
-    """The address of so many bytes, which are never freed: threads may outlive Python's objects."""
-    calloc = ctypes.CDLL(None).calloc
-    calloc.restype, calloc.argtypes = ctypes.c_void_p, (ctypes.c_size_t, ctypes.c_size_t)
-    address: int = calloc(1, size)
     return address
 
 

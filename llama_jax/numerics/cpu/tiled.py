@@ -6,9 +6,9 @@ alone, so that the result does not depend on the number of threads.
 
 from typing import Any
 
-from llvmlite import binding
-from numba import cfunc, njit, types
+from numba import njit
 
+from llama_jax.numerics.cpu.exported import exported
 from llama_jax.numerics.cpu.frame import (
     ARGUMENTS,
     BFLOAT16,
@@ -23,13 +23,13 @@ from llama_jax.numerics.cpu.frame import (
     only_attribute,
     words,
 )
+from llama_jax.numerics.cpu.layout import A_FIRST, B_LAST
 from llama_jax.numerics.cpu.machine import (
     call,
     calloc,
     fetch_add,
     free,
     malloc,
-    symbol_address,
 )
 from llama_jax.numerics.cpu.threads import (
     DONE,
@@ -68,9 +68,6 @@ _REQUEST = 16  # of XLA
 _COUNT = _REQUEST + REQUEST_WORDS - 1  # of its threads
 _WORDS = _REQUEST + REQUEST_WORDS
 
-# Bits of a layout: the contracted index is the first one of `a`, or the last one of `b`.
-A_FIRST, B_LAST = 1, 2
-
 # Rows and columns of a block. Packing an element is work for each block that needs it, and what is packed
 # of `b` for DEPTH of float32, or TILE_DEPTH of bfloat16, has to stay in the second cache.
 _BLOCK_SIZE = 512
@@ -83,11 +80,7 @@ _SUM_BYTES = _BLOCK_SIZE * _BLOCK_SIZE * 4
 _LINE = 64
 _MOST_ROWS = BLOCK_ROWS[0]
 
-# numba keeps what it compiled for as long as this file is the same. This checksum of the others, which a
-# test compares, makes it another file when they change.
-OTHER_SOURCES = "d9a79b8dadf29ce0"
-
-_compile = njit(error_model="numpy", cache=True)
+_compile = njit(error_model="numpy")
 
 _rows_12, _rows_8, _rows_4 = (float32_blocks_of_rows[rows] for rows in BLOCK_ROWS)
 _columns_12, _columns_8, _columns_4 = (float32_blocks_of_columns[rows] for rows in BLOCK_ROWS)
@@ -257,12 +250,9 @@ def _multiply_bfloat16(
     release_amx(())
 
 
-@cfunc(types.int64(types.int64), cache=True)
+@exported("llama_jax_tiled_work")
 def work(address: int) -> int:
-    """Take blocks until none is left.
-
-    It is called by its address: numba would compile all of it again for each function that calls it.
-    """
+    """Take blocks until none is left."""
     job = words(address, _WORDS)
     is_rounded = job[_C_DTYPE] == BFLOAT16
     memory = malloc(_LINE + _A_BYTES + _B_BYTES + (_SUM_BYTES if is_rounded else 0))
@@ -302,21 +292,12 @@ def work(address: int) -> int:
     return 0
 
 
-_WORK = "llama_jax_tiled_work"
-binding.add_symbol(_WORK, work.address)
-_work_address = symbol_address(_WORK)
-
-
-@cfunc(types.void(types.int64), cache=True)
-def task(address: int) -> None:
+@exported("llama_jax_tiled_task")
+def task(address: int) -> int:
     """What another thread of XLA does for a call."""
-    call(_work_address(), address)
+    call(work(), address)
     release(address)
-
-
-_TASK = "llama_jax_tiled_task"
-binding.add_symbol(_TASK, task.address)
-_task_address = symbol_address(_TASK)
+    return 0
 
 
 @_compile
@@ -369,10 +350,10 @@ def _multiply(frame: Any) -> None:
     job, request = words(address, _WORDS), address + _REQUEST * BYTES
     thread_count(frame, request)
     _divide(job)
-    share(frame, address, request, job[_BLOCKS], _work_address(), _task_address())
+    share(frame, address, request, job[_BLOCKS], work(), task())
 
 
-@cfunc(types.int64(types.int64), cache=True)
+@exported("llama_jax_tiled_matmul")
 def handler(address: int) -> int:
     """An XLA_FFI_Handler; returns no error."""
     frame = words(address, FRAME_WORDS)

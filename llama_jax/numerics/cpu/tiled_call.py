@@ -1,4 +1,4 @@
-"""The kernel of many rows as a function of arrays; to import it compiles it, or reads numba's cache."""
+"""The kernel of many rows as a function of arrays; to import it loads or compiles it."""
 
 import ctypes
 import platform
@@ -8,18 +8,19 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from llama_jax.numerics.cpu import tiles
-from llama_jax.numerics.cpu.tiled import A_FIRST, B_LAST, handler
+from llama_jax.numerics.cpu import processor
+from llama_jax.numerics.cpu.layout import A_FIRST, B_LAST
+from llama_jax.numerics.cpu.object_code import register_kernel
 
 _TARGET = "llama_jax_tiled_matmul"
 _ARCH_PRCTL, _REQUEST_PERMISSION, _TILE_DATA = 158, 0x1023, 18  # of Linux on x86-64
 
-jax.ffi.register_ffi_target(_TARGET, jax.ffi.pycapsule(handler.ctypes), platform="cpu")
+register_kernel("tiled", _TARGET)
 
 
 def _may_use_amx() -> bool:
     """Whether the processor has bfloat16 in AMX, and Linux lets this process use it."""
-    if platform.system() != "Linux" or not tiles.HAS_AMX:
+    if platform.system() != "Linux" or not processor.HAS_AMX:
         return False
     return not ctypes.CDLL(None).syscall(_ARCH_PRCTL, _REQUEST_PERMISSION, _TILE_DATA)
 

@@ -7,11 +7,12 @@ Arguments are tuples of int64: addresses, distances in bytes and counts. A tile 
 from collections.abc import Callable
 from typing import Any
 
-from llvmlite import binding, ir
+from llvmlite import ir
 from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
+from llama_jax.numerics.cpu.processor import HAS_AMX
 from llama_jax.numerics.cpu.vectors import (
     BITS_VECTOR,
     FLOAT,
@@ -32,8 +33,6 @@ PANEL = 32  # columns of a block, and in bfloat16 its rows: two tiles
 DEPTH = 64
 # Rows of a float32 block: with 12 and two vectors of columns, 24 of 32 registers are sums.
 BLOCK_ROWS = (12, 8, 4)
-# LLVM ends the process if it finds an instruction that the processor has not.
-HAS_AMX = bool(binding.get_host_cpu_features().get("amx-bf16"))
 
 _BYTE = ir.IntType(8)
 _QUAD = ir.VectorType(FLOAT, 4)

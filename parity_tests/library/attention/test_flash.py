@@ -1,10 +1,7 @@
 """Attention of many queries on a CPU, by the kernels that read queries, keys and values where they are."""
 
-import hashlib
-import importlib
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -275,13 +272,3 @@ def test_programs_show_the_matmuls(monkeypatch):
     assert "llama_jax_flash_attention" in program
     monkeypatch.setattr(blocked, "takes_flash", lambda *_: False)
     assert ours == flops() > 0
-
-
-@pytest.mark.parametrize("name", ["flash", "flash_backward"])
-def test_the_kept_code_is_that_of_all_sources(name):
-    """numba looks at that file alone: who changes another of its files puts the new checksum there."""
-    kernel = importlib.import_module(f"llama_jax.numerics.cpu.{name}")
-    folder = Path(kernel.__file__).parent
-    others = "flash_blocks", "softmax", "tiles", "vectors", "frame", "machine", "threads"
-    sources = b"".join((folder / f"{other}.py").read_bytes() for other in others)
-    assert hashlib.sha256(sources).hexdigest()[:16] == kernel.OTHER_SOURCES
