@@ -13,11 +13,12 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 from jax.tree_util import keystr
 
-from llama_jax.checkpoints.fingerprint import fingerprint
+from llama_jax.checkpoints.fingerprint import fingerprint, fingerprint_on_host
 from llama_jax.checkpoints.orbax import require_utf8
 from llama_jax.files.staging import DISK_FULL
 from llama_jax.formatting import first_line
@@ -28,6 +29,7 @@ from train.program.step import DivergenceError
 
 FOLDER = "checkpoints"
 CHUNK_BYTES = 2**26
+_FEW_VALUES = 2**25  # of which NumPy computes fingerprints sooner than XLA compiles that
 ALL_DAMAGED = "all checkpoints are damaged"
 
 
@@ -321,7 +323,17 @@ def _all_finite(leaves: list[Any]) -> Any:
 
 def fingerprints(tree: Any) -> list[int]:
     """One number for each leaf, see `llama_jax.checkpoints.fingerprint`."""
-    return [int(number) for number in jax.device_get(_fingerprints(jax.tree.leaves(tree)))]
+    leaves = jax.tree.leaves(tree)
+    if sum(leaf.size for leaf in leaves) <= _FEW_VALUES and all(map(_is_on_cpu, leaves)):
+        return [fingerprint_on_host(np.asarray(leaf)) for leaf in leaves]
+    return [int(number) for number in jax.device_get(_fingerprints(leaves))]
+
+
+def _is_on_cpu(leaf: Any) -> bool:
+    if isinstance(leaf, np.ndarray):
+        return True
+    devices = leaf.sharding.device_set
+    return leaf.is_fully_addressable and all(device.platform == "cpu" for device in devices)
 
 
 @jax.jit

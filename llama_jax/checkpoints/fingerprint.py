@@ -7,6 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Shaped, UInt32
 
+# The finalizer of MurmurHash3, a permutation of the 32-bit integers: shifts and factors.
+_ROUNDS = ((16, 0x85EBCA6B), (13, 0xC2B2AE35))
+_BLOCK = 2**16  # values, with which NumPy computes in the processor's caches
+
 
 def fingerprint(
     array: Shaped[Array | np.ndarray, "..."], start: int | Array = 0
@@ -39,10 +43,45 @@ def fingerprint(
     return jnp.sum(_mix(bits.astype(jnp.uint32) ^ mixed), dtype=jnp.uint32)
 
 
+def fingerprint_on_host(array: Shaped[np.ndarray, "..."]) -> int:
+    """`fingerprint` by NumPy, about 4 ns a value, which compiles nothing.
+
+    >>> array = np.arange(6.0, dtype=np.float32).reshape(3, 2)
+    >>> fingerprint_on_host(array) == fingerprint(array).item()
+    True
+    """
+    width = array.dtype.itemsize
+    # of a scalar, NumPy makes a vector, whose only position changes nothing
+    bits = np.ascontiguousarray(array).view(f"uint{min(8 * width, 32)}")
+    if width > 4:  # its halves are another axis
+        bits = bits.reshape(*array.shape, width // 4)
+    mixed = np.zeros((), np.uint32)
+    for axis, size in enumerate(bits.shape[:-1]):
+        mixed = _mix_in_place(mixed[..., None] ^ np.arange(axis, axis + size, dtype=np.uint32))
+    columns, total = bits.shape[-1], 0
+    bits, mixed, axis = bits.reshape(mixed.size, columns), mixed.reshape(-1, 1), bits.ndim - 1
+    step = max(_BLOCK // max(columns, 1), 1)
+    for row in range(0, len(bits), step):
+        for column in range(0, columns, _BLOCK):
+            block = bits[row : row + step, column : column + _BLOCK].astype(np.uint32)
+            first = axis + column
+            positions = np.arange(first, first + block.shape[1], dtype=np.uint32)
+            block ^= _mix_in_place(mixed[row : row + step] ^ positions)
+            total += int(_mix_in_place(block).sum(dtype=np.uint32))
+    return total % 2**32
+
+
+def _mix_in_place(x: Any) -> Any:
+    for shift, factor in _ROUNDS:
+        x ^= x >> np.uint32(shift)
+        x *= np.uint32(factor)
+    x ^= x >> np.uint32(16)
+    return x
+
+
 @jax.jit  # traced once for each shape
 def _mix(x: UInt32[Array, "..."]) -> UInt32[Array, "..."]:
-    """The finalizer of MurmurHash3, a permutation of the 32-bit integers."""
     # numpy's numbers: JAX would make an array of each, with a program
-    for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):
+    for shift, factor in _ROUNDS:
         x = (x ^ (x >> np.uint32(shift))) * np.uint32(factor)
     return x ^ (x >> np.uint32(16))

@@ -15,7 +15,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llama_jax.checkpoints.fingerprint import fingerprint
+from llama_jax.checkpoints.fingerprint import fingerprint, fingerprint_on_host
 from train.checkpoints import (
     fingerprints,
     open_manager,
@@ -183,6 +183,29 @@ def test_no_checkpoint(tmp_path: Path) -> None:
     manager = open_manager(tmp_path, keep_last=2, keep_every=None)
     assert restore(manager, *tree(0.0)) is None
     manager.close()
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    shape=st.lists(st.integers(0, 7), max_size=4),
+    dtype=st.sampled_from(["float32", "bfloat16", "float16", "int32", "uint8", "float64"]),
+    block=st.integers(1, 12),
+)
+def test_numpy_and_xla_agree(shape: list[int], dtype: str, block: int) -> None:
+    """With blocks of which rows are parts, and that are parts of rows."""
+    bits = np.random.default_rng(len(shape)).integers(0, 256, (*shape, jnp.dtype(dtype).itemsize))
+    values = bits.astype(np.uint8).view(jnp.dtype(dtype)).reshape(shape)
+    with pytest.MonkeyPatch.context() as patch, jax.enable_x64(True):
+        patch.setattr("llama_jax.checkpoints.fingerprint._BLOCK", block)
+        assert fingerprint_on_host(values) == int(fingerprint(values))
+
+
+def test_large_states_are_left_to_xla(monkeypatch: pytest.MonkeyPatch) -> None:
+    values = jnp.arange(12.0).reshape(3, 4)
+    by_numpy = fingerprints([values])
+    monkeypatch.setattr("train.checkpoints._FEW_VALUES", 11)
+    monkeypatch.setattr("train.checkpoints.fingerprint_on_host", None)
+    assert fingerprints([values]) == by_numpy
 
 
 def test_fingerprints_of_rows_add_up() -> None:
