@@ -55,7 +55,7 @@ def fingerprint_on_host(array: Shaped[np.ndarray, "..."]) -> int:
     bits = np.ascontiguousarray(array).view(f"uint{min(8 * width, 32)}")
     if width > 4:  # its halves are another axis
         bits = bits.reshape(*array.shape, width // 4)
-    mixed = np.zeros((), np.uint32)
+    mixed: Any = np.zeros((), np.uint32)
     for axis, size in enumerate(bits.shape[:-1]):
         mixed = _mix_in_place(mixed[..., None] ^ np.arange(axis, axis + size, dtype=np.uint32))
     columns, total = bits.shape[-1], 0

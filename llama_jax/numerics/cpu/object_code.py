@@ -43,12 +43,6 @@ def register_kernel(module: str, *symbols: str) -> None:
         jax.ffi.register_ffi_target(symbol, capsule, platform="cpu")
 
 
-def define_symbol(symbol: str, address: int) -> None:
-    """Let code that is loaded later refer to an address by a symbol."""
-    assert symbol.startswith(SYMBOLS)
-    binding.add_symbol(symbol, address)
-
-
 def add_code(module: str, symbol: str, code: bytes) -> None:
     """Load what was compiled of a function of `module`, and keep it for `register_kernel`."""
     _compiled.setdefault(module, {})[symbol] = code
@@ -69,25 +63,23 @@ def target_machine(triple: str, processor: str, features: str) -> Any:
 
 
 def _load(symbol: str, code: bytes) -> int:
-    engine = _engine()
-    engine.add_object_file(binding.ObjectFileRef.from_data(code))
-    engine.finalize_object()
-    address: int = engine.get_function_address(symbol)
-    define_symbol(symbol, address)
+    _engine.add_object_file(binding.ObjectFileRef.from_data(code))
+    _engine.finalize_object()
+    address: int = _engine.get_function_address(symbol)
+    binding.add_symbol(symbol, address)  # to which other code may refer
     return address
 
 
 @cache
 def _addresses(module: str) -> Mapping[str, int]:
     file = _file(module)
-    codes = None if file is None else _read(file)
-    if codes is not None:
+    if file is not None and module not in _compiled and (codes := _read(file)) is not None:
         return {symbol: _load(symbol, code) for symbol, code in codes.items()}
     importlib.import_module(f"{__package__}.{module}")
     codes = _compiled[module]
     if file is not None:
         _write(file, codes)
-    return {symbol: _engine().get_function_address(symbol) for symbol in codes}
+    return {symbol: _engine.get_function_address(symbol) for symbol in codes}
 
 
 def _file(module: str) -> Path | None:
@@ -134,16 +126,17 @@ def _write(file: Path, codes: Mapping[str, bytes]) -> None:
             old.unlink()
 
 
-@cache
-def _engine() -> Any:
-    """What holds the code of this process, for as long as it lives."""
-    binding.initialize_native_target()
-    binding.initialize_native_asmprinter()
-    machine = target_machine(*_host())
-    return binding.create_mcjit_compiler(binding.parse_assembly(""), machine)
-
-
 def _host() -> tuple[str, str, str]:
     """LLVM's names for this kind of system and processor, and what the processor has."""
     features = binding.get_host_cpu_features().flatten()
     return binding.get_process_triple(), binding.get_host_cpu_name(), features
+
+
+def _new_engine() -> Any:
+    binding.initialize_native_target()
+    binding.initialize_native_asmprinter()
+    return binding.create_mcjit_compiler(binding.parse_assembly(""), target_machine(*_host()))
+
+
+_engine = _new_engine()
+"""What holds the code of this process, for as long as it lives."""
