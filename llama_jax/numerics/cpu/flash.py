@@ -34,7 +34,6 @@ from llama_jax.numerics.cpu.frame import (
     DATA,
     DIMENSIONS,
     EXTENSION,
-    FRAME_WORDS,
     RESULTS,
     answer_registration,
     words,
@@ -181,7 +180,7 @@ def _attend(job: Any, memory: Any, part: int) -> None:
 @exported("llama_jax_flash_work")
 def work(address: int) -> int:
     """Take parts until none is left."""
-    job = words(address, _WORDS)
+    job = words(address)
     dim, rows = job[_DIM], up(job[_BLOCK] * (job[_HEADS] // job[_KV_HEADS]), GROUP)
     chunk = min(_CHUNK, up(job[_KEYS], PIECE))
     sizes = (
@@ -223,15 +222,15 @@ def task(address: int) -> int:
 @_compile
 def _new_job(frame: Any) -> int:
     """The job of a call, see `flash_call.attend` for its operands."""
-    arguments, results = words(frame[ARGUMENTS], 8), words(frame[RESULTS], 3)
-    query, key = words(arguments[0], 6), words(arguments[1], 6)
-    shape, key_shape = words(query[DIMENSIONS], 4), words(key[DIMENSIONS], 4)
+    arguments, results = words(frame[ARGUMENTS]), words(frame[RESULTS])
+    query, key = words(arguments[0]), words(arguments[1])
+    shape, key_shape = words(query[DIMENSIONS]), words(key[DIMENSIONS])
     address = calloc(_WORDS, BYTES)
-    job = words(address, _WORDS)
+    job = words(address)
     for index in range(8):
-        job[_QUERY + index] = words(arguments[index], 6)[DATA]
+        job[_QUERY + index] = words(arguments[index])[DATA]
     for index in range(3):
-        job[_OUT + index] = words(results[index], 6)[DATA]
+        job[_OUT + index] = words(results[index])[DATA]
     for index in range(4):
         job[_BATCH + index] = shape[index]
     job[_KEYS], job[_KV_HEADS] = key_shape[1], key_shape[2]
@@ -244,7 +243,7 @@ def _new_job(frame: Any) -> int:
 @_compile
 def _run(frame: Any) -> None:
     address = _new_job(frame)
-    request, parts = address + _REQUEST * BYTES, words(address, _WORDS)[_PARTS]
+    request, parts = address + _REQUEST * BYTES, words(address)[_PARTS]
     thread_count(frame, request)
     share(frame, address, request, parts, work(), task())
 
@@ -252,7 +251,7 @@ def _run(frame: Any) -> None:
 @exported("llama_jax_flash_attention")
 def handler(address: int) -> int:
     """An XLA_FFI_Handler; returns no error."""
-    frame = words(address, FRAME_WORDS)
+    frame = words(address)
     if frame[EXTENSION] != 0:
         answer_registration(frame[EXTENSION])
     else:

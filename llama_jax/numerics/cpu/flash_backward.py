@@ -33,7 +33,6 @@ from llama_jax.numerics.cpu.frame import (
     DATA,
     DIMENSIONS,
     EXTENSION,
-    FRAME_WORDS,
     RESULTS,
     answer_registration,
     words,
@@ -252,7 +251,7 @@ def _differentiate(job: Any, memory: Any, part: int) -> None:
 @exported("llama_jax_flash_backward_work")
 def work(address: int) -> int:
     """Take parts until none is left."""
-    job = words(address, _WORDS)
+    job = words(address)
     dim, rows = job[_DIM], up(job[_BLOCK] * (job[_HEADS] // job[_KV_HEADS]), GROUP)
     of_keys = up(job[_KEYS], PIECE) * dim * FLOAT
     of_rows, of_panels = rows * up(dim, DEPTH) * FLOAT, up(rows, PIECE) * dim * FLOAT
@@ -305,15 +304,15 @@ def task(address: int) -> int:
 @_compile
 def _new_job(frame: Any) -> int:
     """The job of a call, see `flash_backward_call.gradients` for its operands."""
-    arguments, results = words(frame[ARGUMENTS], _ARGUMENTS), words(frame[RESULTS], _RESULTS)
-    query, key = words(arguments[0], 6), words(arguments[1], 6)
-    shape, key_shape = words(query[DIMENSIONS], 4), words(key[DIMENSIONS], 4)
+    arguments, results = words(frame[ARGUMENTS]), words(frame[RESULTS])
+    query, key = words(arguments[0]), words(arguments[1])
+    shape, key_shape = words(query[DIMENSIONS]), words(key[DIMENSIONS])
     address = calloc(_WORDS, BYTES)
-    job = words(address, _WORDS)
+    job = words(address)
     for index in range(_ARGUMENTS):
-        job[_QUERY + index] = words(arguments[index], 6)[DATA]
+        job[_QUERY + index] = words(arguments[index])[DATA]
     for index in range(_RESULTS):
-        job[_D_QUERY + index] = words(results[index], 6)[DATA]
+        job[_D_QUERY + index] = words(results[index])[DATA]
     for index in range(4):
         job[_BATCH + index] = shape[index]
     job[_KEYS], job[_KV_HEADS] = key_shape[1], key_shape[2]
@@ -326,7 +325,7 @@ def _new_job(frame: Any) -> int:
 @_compile
 def _run(frame: Any) -> None:
     address = _new_job(frame)
-    request, parts = address + _REQUEST * BYTES, words(address, _WORDS)[_PARTS]
+    request, parts = address + _REQUEST * BYTES, words(address)[_PARTS]
     thread_count(frame, request)
     share(frame, address, request, parts, work(), task())
 
@@ -334,7 +333,7 @@ def _run(frame: Any) -> None:
 @exported("llama_jax_flash_backward")
 def handler(address: int) -> int:
     """An XLA_FFI_Handler; returns no error."""
-    frame = words(address, FRAME_WORDS)
+    frame = words(address)
     if frame[EXTENSION] != 0:
         answer_registration(frame[EXTENSION])
     else:

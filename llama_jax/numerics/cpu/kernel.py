@@ -30,7 +30,6 @@ from llama_jax.numerics.cpu.frame import (
     DIMENSIONS,
     EXTENSION,
     FLOAT32,
-    FRAME_WORDS,
     INT8,
     RESULTS,
     UINT8,
@@ -96,7 +95,7 @@ def _in_blocks(count: int) -> int:
 @exported("llama_jax_work")
 def work(address: int) -> int:
     """Take chunks, each a part of what is left, until nothing is."""
-    job = words(address, _HEADER)
+    job = words(address)
     while True:
         begin = load(address + NEXT * BYTES)
         rest = job[_ITEMS] - begin
@@ -106,12 +105,12 @@ def work(address: int) -> int:
         if compare_exchange(address + NEXT * BYTES, begin, end) != begin:
             continue
         if job[_WEIGHTS] == 0:
-            of = words(address + _HEADER * BYTES, _OF_ATTENTION)
+            of = words(address + _HEADER * BYTES)
             attention = (of[0], of[1], of[2], of[3], of[4], of[5], of[6], of[7], of[8])
             attend(attention, job[_DTYPE] == BFLOAT16, begin, end)
         for index in range(job[_WEIGHTS]):
             # rows are counted on from one weight to the next
-            of = words(address + (_HEADER + index * _OF_WEIGHT) * BYTES, _OF_WEIGHT)
+            of = words(address + (_HEADER + index * _OF_WEIGHT) * BYTES)
             first = max(begin - of[_FIRST], 0)
             last = min(end - of[_FIRST], of[_FEATURES])
             if first >= last:
@@ -178,7 +177,7 @@ def _wait_for_job(seats: int) -> int:
 def task(address: int) -> int:
     """What another thread of XLA does for a call, and for those that follow at once."""
     while address != 0:
-        seats = _seats(words(address, _HEADER)[_COUNT])
+        seats = _seats(words(address)[_COUNT])
         call(work(), address)
         release(address)
         address = _wait_for_job(seats)
@@ -205,7 +204,7 @@ def _is_for_digits(depth: int, groups: int) -> bool:
 @_compile
 def _new_job(size: int, scratch: int, weights: int) -> int:
     address = calloc(size * BYTES + scratch, 1)
-    job = words(address, size)
+    job = words(address)
     job[HOLDERS], job[_WEIGHTS] = 1, weights
     return address
 
@@ -213,7 +212,7 @@ def _new_job(size: int, scratch: int, weights: int) -> int:
 @_compile
 def _buffer(frame: Any, table: int, index: int) -> Any:
     """An argument or a result."""
-    return words(words(frame[table], index + 1)[index], 6)
+    return words(words(frame[table])[index])
 
 
 @_compile
@@ -221,11 +220,11 @@ def _new_multiplication(frame: Any) -> int:
     """Of x [rows, in] and for each weight codes [features, ...], scale [features, groups] and zero."""
     weights = (frame[ARGUMENT_COUNT] - 1) // 3
     x = _buffer(frame, ARGUMENTS, 0)
-    shape = words(x[DIMENSIONS], 2)
+    shape = words(x[DIMENSIONS])
     size = _HEADER + weights * _OF_WEIGHT
     scratch = _digit_bytes(shape[1]) * weights if shape[0] == 1 and HAS_VNNI else 0
     address = _new_job(size, scratch + _ALIGNMENT, weights)
-    job = words(address, size)
+    job = words(address)
     place = (address + size * BYTES + _ALIGNMENT - 1) // _ALIGNMENT * _ALIGNMENT
     for index in range(weights):
         codes = _buffer(frame, ARGUMENTS, 3 * index + 1)
@@ -236,8 +235,8 @@ def _new_multiplication(frame: Any) -> int:
         of[_X], of[_CODES], of[_SCALE] = x[DATA], codes[DATA], scale[DATA]
         of[_ZERO] = _buffer(frame, ARGUMENTS, 3 * index + 3)[DATA]
         of[_OUT] = _buffer(frame, RESULTS, index)[DATA]
-        of[_ROWS], of[_IN], of[_GROUPS] = shape[0], shape[1], words(scale[DIMENSIONS], 2)[1]
-        of[_FEATURES] = words(codes[DIMENSIONS], 1)[0]
+        of[_ROWS], of[_IN], of[_GROUPS] = shape[0], shape[1], words(scale[DIMENSIONS])[1]
+        of[_FEATURES] = words(codes[DIMENSIONS])[0]
         if of[_CODES_DTYPE] == UINT8 and scratch > 0 and _is_for_digits(shape[1], of[_GROUPS]):
             before = job[_HEADER + (index - 1) * _OF_WEIGHT :]
             if index > 0 and before[_DIGITS] != 0 and before[_GROUPS] == of[_GROUPS]:
@@ -256,12 +255,12 @@ def _new_attention(frame: Any) -> int:
     """Of one query a row, see `attention.Operands`."""
     query, keys = _buffer(frame, ARGUMENTS, 0), _buffer(frame, ARGUMENTS, 1)
     address = _new_job(_HEADER + _OF_ATTENTION, 0, 0)
-    job = words(address, _HEADER + _OF_ATTENTION)
+    job = words(address)
     of = job[_HEADER:]
     for index in range(4):
         of[index] = _buffer(frame, ARGUMENTS, index)[DATA]
     of[4] = _buffer(frame, RESULTS, 0)[DATA]
-    shape, cached = words(query[DIMENSIONS], 3), words(keys[DIMENSIONS], 3)
+    shape, cached = words(query[DIMENSIONS]), words(keys[DIMENSIONS])
     of[5], of[6], of[7], of[8] = shape[1], cached[0] // shape[0], cached[1], cached[2]
     job[_DTYPE] = keys[BUFFER_DTYPE] & 0xFFFFFFFF
     job[_ITEMS] = shape[0] * shape[1]
@@ -272,7 +271,7 @@ def _new_attention(frame: Any) -> int:
 @_compile
 def _share(frame: Any, address: int) -> None:
     """Do the work of a job, with the help of other threads, and free it."""
-    job, request = words(address, _HEADER), address + _REQUEST * BYTES
+    job, request = words(address), address + _REQUEST * BYTES
     threads = thread_count(frame, request)
     chunks = -(-job[_ITEMS] // job[_CHUNK])
     helpers = min(threads, chunks) - 1
@@ -295,7 +294,7 @@ def _share(frame: Any, address: int) -> None:
 @exported("llama_jax_few_rows")
 def multiply_handler(address: int) -> int:
     """An XLA_FFI_Handler; returns no error."""
-    frame = words(address, FRAME_WORDS)
+    frame = words(address)
     if frame[EXTENSION] != 0:
         answer_registration(frame[EXTENSION])
     else:
@@ -306,7 +305,7 @@ def multiply_handler(address: int) -> int:
 @exported("llama_jax_one_query")
 def attend_handler(address: int) -> int:
     """An XLA_FFI_Handler; returns no error."""
-    frame = words(address, FRAME_WORDS)
+    frame = words(address)
     if frame[EXTENSION] != 0:
         answer_registration(frame[EXTENSION])
     else:

@@ -20,7 +20,7 @@ _compile = njit(error_model="numpy")  # kept as a part of what calls it
 @_compile
 def thread_count(frame: Any, request: int) -> int:
     """The threads that XLA has for a call."""
-    of, api = words(request, REQUEST_WORDS), words(frame[API], THREADS + 1)
+    of, api = words(request), words(frame[API])
     of[0], of[2] = 4 * BYTES, frame[CONTEXT]
     of[3] = request + (REQUEST_WORDS - 1) * BYTES
     call(api[THREADS], request)
@@ -30,7 +30,7 @@ def thread_count(frame: Any, request: int) -> int:
 @_compile
 def schedule(frame: Any, request: int, task: int, address: int, count: int) -> None:
     """Have other threads call the function `task` with the job at `address`, after `thread_count`."""
-    of, api = words(request, REQUEST_WORDS), words(frame[API], THREADS + 1)
+    of, api = words(request), words(frame[API])
     of[0], of[3], of[4] = 5 * BYTES, task, address
     for _ in range(count):
         fetch_add(address + HOLDERS * BYTES, 1)
@@ -54,7 +54,7 @@ def share(frame: Any, address: int, request: int, parts: int, work: int, task: i
         work: the function that takes parts, and that this thread calls.
         task: what other threads call: `work`, and then `release`.
     """
-    threads = words(request, REQUEST_WORDS)[REQUEST_WORDS - 1]
+    threads = words(request)[REQUEST_WORDS - 1]
     schedule(frame, request, task, address, min(threads, parts) - 1)
     call(work, address)
     while load(address + DONE * BYTES) < parts:

@@ -17,7 +17,6 @@ from llama_jax.numerics.cpu.frame import (
     DATA,
     DIMENSIONS,
     EXTENSION,
-    FRAME_WORDS,
     RESULTS,
     answer_registration,
     only_attribute,
@@ -253,7 +252,7 @@ def _multiply_bfloat16(
 @exported("llama_jax_tiled_work")
 def work(address: int) -> int:
     """Take blocks until none is left."""
-    job = words(address, _WORDS)
+    job = words(address)
     is_rounded = job[_C_DTYPE] == BFLOAT16
     memory = malloc(_LINE + _A_BYTES + _B_BYTES + (_SUM_BYTES if is_rounded else 0))
     a_packed = (memory + _LINE - 1) // _LINE * _LINE
@@ -330,11 +329,11 @@ def _divide(job: Any) -> None:
 def _new_job(frame: Any) -> int:
     """The job of a call of a and b, [batch, ., .] each, and c [batch, rows, columns]."""
     layout = only_attribute(frame)
-    arguments, results = words(frame[ARGUMENTS], 2), words(frame[RESULTS], 1)
-    a, b, c = words(arguments[0], 6), words(arguments[1], 6), words(results[0], 6)
-    a_shape, shape = words(a[DIMENSIONS], 3), words(c[DIMENSIONS], 3)
+    arguments, results = words(frame[ARGUMENTS]), words(frame[RESULTS])
+    a, b, c = words(arguments[0]), words(arguments[1]), words(results[0])
+    a_shape, shape = words(a[DIMENSIONS]), words(c[DIMENSIONS])
     address = calloc(_WORDS, BYTES)
-    job = words(address, _WORDS)
+    job = words(address)
     job[_DTYPE], job[_LAYOUT] = a[BUFFER_DTYPE] & 0xFFFFFFFF, layout
     job[_A], job[_B], job[_C] = a[DATA], b[DATA], c[DATA]
     job[_C_DTYPE] = c[BUFFER_DTYPE] & 0xFFFFFFFF
@@ -347,7 +346,7 @@ def _new_job(frame: Any) -> int:
 @_compile
 def _multiply(frame: Any) -> None:
     address = _new_job(frame)
-    job, request = words(address, _WORDS), address + _REQUEST * BYTES
+    job, request = words(address), address + _REQUEST * BYTES
     thread_count(frame, request)
     _divide(job)
     share(frame, address, request, job[_BLOCKS], work(), task())
@@ -356,7 +355,7 @@ def _multiply(frame: Any) -> None:
 @exported("llama_jax_tiled_matmul")
 def handler(address: int) -> int:
     """An XLA_FFI_Handler; returns no error."""
-    frame = words(address, FRAME_WORDS)
+    frame = words(address)
     if frame[EXTENSION] != 0:
         answer_registration(frame[EXTENSION])
     else:
