@@ -90,8 +90,10 @@ def _file(module: str) -> Path | None:
     chosen = sorted(item for item in os.environ.items() if item[0].startswith("NUMBA_"))
     facts = version("numba"), version("llvmlite"), *_host(), chosen
     digest.update(repr(facts).encode())
+    # a container's root may have the cache of another user, whose code it does not trust
+    user = os.getuid() if hasattr(os, "getuid") else "user"
     try:
-        return cache_directory("kernels") / "kernels" / digest.hexdigest()
+        return cache_directory("kernels") / f"kernels-{user}" / digest.hexdigest()
     except ValueError:
         return None
 

@@ -116,3 +116,10 @@ def test_a_function_that_needs_numba_is_refused():
 
     with pytest.raises(RuntimeError, match=r"llama_jax_allocate refers to .*NRT"):
         exported("llama_jax_allocate")(allocate)
+
+
+def test_each_user_has_a_folder(file, monkeypatch):
+    object_code._write(file, CODES)
+    monkeypatch.setattr("os.getuid", lambda: 12345)
+    assert object_code._read(file) is None
+    assert object_code._file("kernel").parent != file.parent
