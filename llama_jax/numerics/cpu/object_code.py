@@ -1,7 +1,7 @@
 """Kernels as object code, which a process loads without numba, whose import takes most of a second.
 
-numba compiles a kernel where no file has its code. The files are in the user's cache, each with a checksum
-and under a digest of all that determines the code. Only this user may write there: the code is executed.
+numba compiles a kernel where no file has its code. A file has a checksum, and its name is a digest of all
+that determines the code. Only this user may write to its folder: the code is executed.
 """
 
 import ctypes
@@ -72,60 +72,67 @@ def _load(symbol: str, code: bytes) -> int:
 
 @cache
 def _addresses(module: str) -> Mapping[str, int]:
-    file = _file(module)
-    if file is not None and module not in _compiled and (codes := _read(file)) is not None:
+    name = _file_name(module)
+    if module not in _compiled and (codes := _read(name)) is not None:
         return {symbol: _load(symbol, code) for symbol, code in codes.items()}
     importlib.import_module(f"{__package__}.{module}")
     codes = _compiled[module]
-    if file is not None:
-        _write(file, codes)
+    _write(name, codes)
     return {symbol: _engine.get_function_address(symbol) for symbol in codes}
 
 
-def _file(module: str) -> Path | None:
-    """Where the code of a module is kept, or would be; None without a home directory."""
+def _file_name(module: str) -> str:
+    """A digest of all that determines the code of a module."""
     digest = hashlib.sha256(module.encode())
     for source in sorted(Path(__file__).parent.glob("*.py")):
         digest.update(source.read_bytes())
     chosen = sorted(item for item in os.environ.items() if item[0].startswith("NUMBA_"))
-    facts = version("numba"), version("llvmlite"), *_host(), chosen
-    digest.update(repr(facts).encode())
+    digest.update(repr((version("numba"), version("llvmlite"), *_host(), chosen)).encode())
+    return digest.hexdigest()
+
+
+def _folders() -> list[Path]:
+    """Where code is kept: in the user's cache or, where that cannot be, beside this package's bytecode."""
     # a container's root may have the cache of another user, whose code it does not trust
-    user = os.getuid() if hasattr(os, "getuid") else "user"
-    try:
-        return cache_directory("kernels") / f"kernels-{user}" / digest.hexdigest()
-    except ValueError:
-        return None
+    own = f"kernels-{os.getuid()}" if hasattr(os, "getuid") else "kernels"
+    folders = [Path(__file__).parent / "__pycache__" / own]
+    with suppress(ValueError):  # no home directory
+        folders.insert(0, cache_directory("kernels") / own)
+    return folders
 
 
-def _read(file: Path) -> dict[str, bytes] | None:
+def _read(name: str) -> dict[str, bytes] | None:
     """What `_write` wrote; None if it is not there, or anybody else could have written it."""
-    try:
-        data = file.read_bytes() if is_private(file.parent) else b""
-    except OSError:
-        return None
-    if hashlib.sha256(data[_SUM_BYTES:]).digest() != data[:_SUM_BYTES]:
-        return None
-    with suppress(OSError):
-        os.utime(file)
-    codes: dict[str, bytes] = pickle.loads(data[_SUM_BYTES:])
-    return codes
+    for folder in _folders():
+        try:
+            data = (folder / name).read_bytes() if is_private(folder) else b""
+        except OSError:
+            continue
+        if hashlib.sha256(data[_SUM_BYTES:]).digest() != data[:_SUM_BYTES]:
+            continue
+        with suppress(OSError):
+            os.utime(folder / name)
+        codes: dict[str, bytes] = pickle.loads(data[_SUM_BYTES:])
+        return codes
+    return None
 
 
-def _write(file: Path, codes: Mapping[str, bytes]) -> None:
+def _write(name: str, codes: Mapping[str, bytes]) -> None:
     """Nothing is said where that is not possible: the next process compiles it, too."""
     data = pickle.dumps(codes)
-    staged = file.with_name(f".{file.name}.{os.getpid()}")  # others may write it at the same time
-    with suppress(OSError):
-        file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        try:
-            staged.write_bytes(hashlib.sha256(data).digest() + data)
-            staged.replace(file)
-        finally:
-            staged.unlink(missing_ok=True)
-        newest_first = sorted(file.parent.iterdir(), key=lambda f: f.stat().st_mtime, reverse=True)
-        for old in newest_first[_MOST_FILES:]:
-            old.unlink()
+    for folder in _folders():
+        with suppress(OSError):
+            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            staged = folder / f".{name}.{os.getpid()}"  # others may write it at the same time
+            try:
+                staged.write_bytes(hashlib.sha256(data).digest() + data)
+                staged.replace(folder / name)
+            finally:
+                staged.unlink(missing_ok=True)
+            newest_first = sorted(folder.iterdir(), key=lambda f: f.stat().st_mtime, reverse=True)
+            for old in newest_first[_MOST_FILES:]:
+                old.unlink()
+            return
 
 
 def _host() -> tuple[str, str, str]:

@@ -18,12 +18,12 @@ CODES = {"llama_jax_one": b"code", "llama_jax_other": b"more"}
 
 
 @pytest.fixture
-def file(tmp_path, monkeypatch):
-    """Where the code of the kernels of few rows would be kept in an empty cache."""
+def folder(tmp_path, monkeypatch):
+    """Where code is kept if the cache is empty."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    file = object_code._file("kernel")
-    assert tmp_path in file.parents
-    return file
+    folder, _ = object_code._folders()
+    assert tmp_path in folder.parents
+    return folder
 
 
 def test_a_process_that_follows_does_without_numba():
@@ -40,54 +40,61 @@ assert "numba" not in sys.modules
     assert (done.returncode, done.stderr) == (0, b"")
 
 
-def test_what_is_written_is_read(file):
-    assert object_code._read(file) is None
-    object_code._write(file, CODES)
-    assert object_code._read(file) == CODES
-    assert list(object_code._read(file)) == list(CODES)  # later functions refer to earlier ones
-    assert list(file.parent.iterdir()) == [file]
-    assert file.parent.stat().st_mode & 0o077 == 0
+def test_what_is_written_is_read(folder):
+    assert object_code._read("code") is None
+    object_code._write("code", CODES)
+    assert object_code._read("code") == CODES
+    assert list(object_code._read("code")) == list(CODES)  # later functions refer to earlier ones
+    assert list(folder.iterdir()) == [folder / "code"]
+    assert folder.stat().st_mode & 0o077 == 0
 
 
-def test_old_files_go(file, monkeypatch):
+def test_old_files_go(folder, monkeypatch):
     monkeypatch.setattr(object_code, "_MOST_FILES", 2)
-    files = [file.with_name(name) for name in "abc"]
-    for one in files:
-        object_code._write(one, CODES)
-    assert sorted(file.parent.iterdir()) == files[1:]
+    for name in "abc":
+        object_code._write(name, CODES)
+    assert sorted(folder.iterdir()) == [folder / "b", folder / "c"]
 
 
 @pytest.mark.parametrize("damage", ["bits", "end", "empty", "folder"])
-def test_damaged_code_is_not_read(file, damage):
+def test_damaged_code_is_not_read(folder, damage):
     """Nor is code that another user could have written."""
-    object_code._write(file, CODES)
-    content = file.read_bytes()
-    if damage == "bits":
-        file.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
-    elif damage == "end":
-        file.write_bytes(content[:-1])
-    elif damage == "empty":
-        file.write_bytes(b"")
+    object_code._write("code", CODES)
+    content = (folder / "code").read_bytes()
+    if damage == "folder":
+        folder.chmod(0o777)
     else:
-        file.parent.chmod(0o777)
-    assert object_code._read(file) is None
+        changed = {
+            "bits": content[:-1] + bytes([content[-1] ^ 1]),
+            "end": content[:-1],
+            "empty": b"",
+        }
+        (folder / "code").write_bytes(changed[damage])
+    assert object_code._read("code") is None
 
 
-def test_where_nothing_can_be_written_nothing_is_kept(tmp_path):
-    (tmp_path / "file").touch()
-    object_code._write(tmp_path / "file" / "folder" / "code", CODES)
+@pytest.mark.parametrize("first", ["not writable", "no home directory", "none can be written"])
+def test_where_the_cache_cannot_be(tmp_path, monkeypatch, first):
+    """Code is kept beside the bytecode or, at last, not at all."""
 
-
-def test_no_home_directory(monkeypatch):
     def no_home(purpose):
         raise ValueError("no home")
 
-    monkeypatch.setattr(object_code, "cache_directory", no_home)
-    assert object_code._file("kernel") is None
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(object_code, "__file__", str(tmp_path / "object_code.py"))
+    monkeypatch.setattr(object_code, "cache_directory", lambda _: tmp_path / "file" / "cache")
+    if first == "no home directory":
+        monkeypatch.setattr(object_code, "cache_directory", no_home)
+    elif first == "none can be written":
+        (tmp_path / "__pycache__").touch()
+    object_code._write("code", CODES)
+    kept = None if first == "none can be written" else CODES
+    assert object_code._read("code") == kept
 
 
 @pytest.mark.parametrize("change", ["module", "variable", "processor", "features", "version"])
-def test_another_file_for_other_code(file, monkeypatch, change):
+def test_another_file_for_other_code(monkeypatch, change):
+    name = object_code._file_name("kernel")
     module = "tiled" if change == "module" else "kernel"
     if change == "variable":
         monkeypatch.setenv("NUMBA_CPU_NAME", "generic")
@@ -99,15 +106,15 @@ def test_another_file_for_other_code(file, monkeypatch, change):
         monkeypatch.setattr(binding, "get_host_cpu_features", lambda: features)
     elif change == "version":
         monkeypatch.setattr(object_code, "version", lambda name: "1.2")
-    assert object_code._file(module) != file
+    assert object_code._file_name(module) != name
 
 
-def test_another_file_for_other_sources(file, monkeypatch):
-    read = Path.read_bytes
+def test_another_file_for_other_sources(monkeypatch):
+    name, read = object_code._file_name("kernel"), Path.read_bytes
     monkeypatch.setattr(
         Path, "read_bytes", lambda path: read(path) + b"#" * (path.name == "frame.py")
     )
-    assert object_code._file("kernel") != file
+    assert object_code._file_name("kernel") != name
 
 
 def test_a_function_that_needs_numba_is_refused():
@@ -118,8 +125,8 @@ def test_a_function_that_needs_numba_is_refused():
         exported("llama_jax_allocate")(allocate)
 
 
-def test_each_user_has_a_folder(file, monkeypatch):
-    object_code._write(file, CODES)
+def test_each_user_has_a_folder(folder, monkeypatch):
+    object_code._write("code", CODES)
     monkeypatch.setattr("os.getuid", lambda: 12345)
-    assert object_code._read(file) is None
-    assert object_code._file("kernel").parent != file.parent
+    assert object_code._read("code") is None
+    assert object_code._folders()[0] != folder
