@@ -23,11 +23,3 @@ def cache_directory(purpose: str) -> Path:
         raise ValueError(
             f"{purpose}: this user has no home directory for the cache; set XDG_CACHE_HOME or pass --data"
         ) from None
-
-
-def is_private(folder: Path) -> bool:
-    """Whether nobody but this user can write there: code that is read there can be executed."""
-    if not hasattr(os, "getuid"):
-        return True
-    status = folder.stat()
-    return status.st_uid == os.getuid() and not status.st_mode & 0o022

@@ -10,7 +10,6 @@ import dataclasses
 import hashlib
 import json
 import os
-import pickle
 import sys
 from collections.abc import Sequence
 from contextlib import suppress
@@ -28,14 +27,11 @@ from jax.tree_util import keystr
 import llama_jax
 import train
 from llama_jax.cli.compiled_programs import program_folder
-from llama_jax.files.staging import replacing
-from llama_jax.files.user_cache import is_private
+from llama_jax.files.kept_code import read_code, write_code
 from llama_jax.numerics.cpu.available import load_kernel, tiled_kernel
 from train.options import RunOptions
 from train.program.build import Program
 
-_MOST_FILES = 16
-_SUM_BYTES = 32
 # of a run, what its step does not depend on
 _UNRELATED = {"out", "data", "log", "checkpoint", "evaluation", "export_every", "seed"}
 _VARIABLES = "JAX_", "XLA_", "LIBTPU_", "TF_", "NUMBA_", "NPROC"
@@ -85,13 +81,10 @@ def kept_step_file(
 def load_step(file: Path, program: Program) -> jax.stages.Compiled | None:
     """The step that `keep_step` wrote, None if there is none that can be used."""
     try:
-        if not is_private(file.parent):
+        kept = read_code(file)
+        if kept is None:
             return None
-        data = file.read_bytes()
-        if hashlib.sha256(data[_SUM_BYTES:]).digest() != data[:_SUM_BYTES]:
-            return None
-        os.utime(file)
-        kernels, code, in_tree, out_tree = pickle.loads(data[_SUM_BYTES:])
+        kernels, code, in_tree, out_tree = kept
         if not all(map(load_kernel, kernels)):
             return None
         devices = list(program.mesh.devices.flat)
@@ -107,13 +100,7 @@ def keep_step(file: Path, compiled: jax.stages.Compiled, kernels: Sequence[str])
         kernels: that it may call, of `llama_jax.numerics.cpu.available.loaded_kernels`.
     """
     with suppress(Exception):  # JAX cannot serialize all, and the disk may be full
-        file.parent.mkdir(mode=0o700, exist_ok=True)
-        data = pickle.dumps((kernels, *serialize(compiled)))
-        with replacing(file) as beside:
-            beside.write_bytes(hashlib.sha256(data).digest() + data)
-        newest_first = sorted(file.parent.iterdir(), key=lambda f: f.stat().st_mtime, reverse=True)
-        for old in newest_first[_MOST_FILES:]:
-            old.unlink()
+        write_code(file, (kernels, *serialize(compiled)))
 
 
 def _arguments(program: Program, dropout_key: Any) -> Any:

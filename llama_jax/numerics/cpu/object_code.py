@@ -1,14 +1,13 @@
 """Kernels as object code, which a process loads without numba, whose import takes most of a second.
 
-numba compiles a kernel where no file has its code. A file has a checksum, and its name is a digest of all
-that determines the code. Only this user may write to its folder: the code is executed.
+numba compiles a kernel where no file has its code. The name of a file is a digest of all that determines
+the code.
 """
 
 import ctypes
 import hashlib
 import importlib
 import os
-import pickle
 from collections.abc import Mapping
 from contextlib import suppress
 from functools import cache
@@ -19,10 +18,9 @@ from typing import Any
 import jax
 from llvmlite import binding
 
-from llama_jax.files.user_cache import cache_directory, is_private
+from llama_jax.files.kept_code import read_code, write_code
+from llama_jax.files.user_cache import cache_directory
 
-_MOST_FILES = 16
-_SUM_BYTES = 32
 SYMBOLS = "llama_jax_"
 """What all symbols begin with."""
 
@@ -102,36 +100,19 @@ def _folders() -> list[Path]:
 
 
 def _read(name: str) -> dict[str, bytes] | None:
-    """What `_write` wrote; None if it is not there, or anybody else could have written it."""
     for folder in _folders():
-        try:
-            data = (folder / name).read_bytes() if is_private(folder) else b""
-        except OSError:
-            continue
-        if hashlib.sha256(data[_SUM_BYTES:]).digest() != data[:_SUM_BYTES]:
-            continue
         with suppress(OSError):
-            os.utime(folder / name)
-        codes: dict[str, bytes] = pickle.loads(data[_SUM_BYTES:])
-        return codes
+            codes: dict[str, bytes] | None = read_code(folder / name)
+            if codes is not None:
+                return codes
     return None
 
 
 def _write(name: str, codes: Mapping[str, bytes]) -> None:
     """Nothing is said where that is not possible: the next process compiles it, too."""
-    data = pickle.dumps(codes)
     for folder in _folders():
         with suppress(OSError):
-            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-            staged = folder / f".{name}.{os.getpid()}"  # others may write it at the same time
-            try:
-                staged.write_bytes(hashlib.sha256(data).digest() + data)
-                staged.replace(folder / name)
-            finally:
-                staged.unlink(missing_ok=True)
-            newest_first = sorted(folder.iterdir(), key=lambda f: f.stat().st_mtime, reverse=True)
-            for old in newest_first[_MOST_FILES:]:
-                old.unlink()
+            write_code(folder / name, codes)
             return
 
 

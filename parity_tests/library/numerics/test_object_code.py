@@ -46,31 +46,6 @@ def test_what_is_written_is_read(folder):
     assert object_code._read("code") == CODES
     assert list(object_code._read("code")) == list(CODES)  # later functions refer to earlier ones
     assert list(folder.iterdir()) == [folder / "code"]
-    assert folder.stat().st_mode & 0o077 == 0
-
-
-def test_old_files_go(folder, monkeypatch):
-    monkeypatch.setattr(object_code, "_MOST_FILES", 2)
-    for name in "abc":
-        object_code._write(name, CODES)
-    assert sorted(folder.iterdir()) == [folder / "b", folder / "c"]
-
-
-@pytest.mark.parametrize("damage", ["bits", "end", "empty", "folder"])
-def test_damaged_code_is_not_read(folder, damage):
-    """Nor is code that another user could have written."""
-    object_code._write("code", CODES)
-    content = (folder / "code").read_bytes()
-    if damage == "folder":
-        folder.chmod(0o777)
-    else:
-        changed = {
-            "bits": content[:-1] + bytes([content[-1] ^ 1]),
-            "end": content[:-1],
-            "empty": b"",
-        }
-        (folder / "code").write_bytes(changed[damage])
-    assert object_code._read("code") is None
 
 
 @pytest.mark.parametrize("first", ["not writable", "no home directory", "none can be written"])
